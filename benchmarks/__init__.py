@@ -1,0 +1,1 @@
+"""Figures beside the peer's: `python -m benchmarks NAME`."""

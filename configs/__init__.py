@@ -1,0 +1,1 @@
+"""Recipes: YAML only. One file is one runnable run; `finetune.config` finds them by name."""

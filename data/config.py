@@ -1,0 +1,20 @@
+"""The `data:` section. Loads no torch."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One named source of samples: `data.sources.<name>`."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is packed. Every quantity is global: none changes with the number of ranks."""
+
+    packs_per_step: int = 32
+    tokens_per_pack: int = 8192
+    sources: dict[str, SourceConfig] = field(default_factory=dict)

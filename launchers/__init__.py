@@ -1,0 +1,1 @@
+"""The command line and how processes start. Loads no torch at import."""

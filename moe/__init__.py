@@ -1,0 +1,1 @@
+"""Experts: layout arithmetic, grouped experts with LoRA, the expert-parallel layer, balance. Knows no data."""
