@@ -9,7 +9,7 @@ from finetune.config import RunConfig
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
 from finetune.problems import ConfigError, Problem, did_you_mean
-from finetune.recipes import leaves
+from finetune.typed import leaves, related
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,7 @@ def cross_check(config: RunConfig, *, ranks: int | None, known: Collection[str] 
     facts = Facts(config=config, ranks=ranks or max(1, fewest_ranks(config)), base=base)
     for check in CHECKS:
         problems += check(facts)
-    related = [f"{key}." for key in known]
-    return [p for p in problems if not any(f"{p.key}.".startswith(key) or key.startswith(f"{p.key}.") for key in related)]
+    return [problem for problem in problems if not any(related(problem.key, key) for key in known)]
 
 
 def require(config: RunConfig, problems: list[Problem], *, ranks: int) -> None:
@@ -65,9 +64,10 @@ def _model(config: RunConfig) -> list[Problem]:
         except ValueError as error:
             return [_problem("model.path", path, str(error), "Name the folder of a Qwen3-VL base model")]
         theirs, ours = leaves(hub_config(found)), leaves(hub_config(named or found))
-        unlike = [f"{key} is {theirs.get(key)}, not {ours.get(key)}" for key in theirs | ours if theirs.get(key) != ours.get(key)]
+        unlike = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
         if unlike:
-            return [_problem("model.family", name, f"{path}/config.json differs: {'; '.join(unlike)}", "Drop model.family")]
+            listed = "; ".join(f"{key} is {theirs.get(key)}, not {ours.get(key)}" for key in unlike)
+            return [_problem("model.family", name, f"{path}/config.json differs: {listed}", "Drop model.family")]
     elif named is None:
         remedy = f"Set model.family ({', '.join(family_names())}) or model.path to a folder with a config.json"
         return [_problem("model.path", path, "the shape of the base model is not known from it", remedy)]
@@ -129,7 +129,9 @@ def _expert_ranks(facts: Facts) -> list[Problem]:
         return problems
     if base.text.experts is None:
         if ep > 1:
-            problems.append(_problem("parallel.ep", ep, f"{base.name} is dense, it has no experts", "Set parallel.ep=1"))
+            problems.append(
+                _problem("parallel.ep", ep, f"{base.name} is dense, it has no experts", "Set parallel.ep=1")
+            )
     elif base.text.experts.num_experts % ep:
         fits = ", ".join(str(n) for n in _divisors(base.text.experts.num_experts))
         allowed = f"it must divide the {base.text.experts.num_experts} experts of {base.name}"

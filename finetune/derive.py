@@ -40,7 +40,7 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
         Derived(
             name="micro_batches_per_rank",
             value=micro,
-            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, one packed row at a time",
+            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, a packed row each",
         ),
     ]
 

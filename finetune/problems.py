@@ -38,7 +38,8 @@ class ConfigError(ValueError):
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """A remedy: the nearest of the choices, else all of them; empty when there are none. No closing full stop."""
-    near = get_close_matches(word, choices, n=1, cutoff=0.6)
+    begun = [choice for choice in choices if word and choice.startswith(word)]
+    near = begun or get_close_matches(word, choices, n=1, cutoff=0.6)
     if near:
         return f"Did you mean `{near[0]}`"
     return f"Choose from {', '.join(choices)}" if choices else ""

@@ -3,7 +3,7 @@
 Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All problems are collected before any is shown.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ COMMAND_LINE = "command line"
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in files("configs").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in files("configs").iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def find_recipe(name: str, *, beside: Path = Path()) -> Path:
@@ -31,7 +33,9 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
         if path.is_file():
             return path
         hint = f" `{path.stem}` alone calls the shipped recipe." if path.stem in recipe_names() else ""
-        raise ValueError(f"recipe {name!r}: there is no file {path.absolute()}.{hint} Shipped: {', '.join(recipe_names())}.")
+        raise ValueError(
+            f"recipe {name!r}: there is no file {path.absolute()}.{hint} Shipped: {', '.join(recipe_names())}."
+        )
     if name in recipe_names():
         return Path(str(files("configs") / f"{name}.yaml"))
     advice = did_you_mean(name, recipe_names())
@@ -39,7 +43,7 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[Problem]]:
-    """The configuration as far as it can be read, and what is wrong with it; a bad value leaves its default in place."""
+    """The configuration as far as it can be read, and what is wrong; a bad value leaves its default in place."""
     typed = TypedTree(RunConfig)
     for tree, source in _layers(name, typed):
         typed.take(tree, source)
@@ -54,17 +58,6 @@ def effective(config: RunConfig) -> dict[str, Any]:
     tree = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; an empty section is left out, an empty mapping of entries with it."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(leaves(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any], str]]:
@@ -96,7 +89,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ValueError(f"recipe {path}: not readable as YAML: {error}. Mend the file there.") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"recipe {path}: sections with keys are wanted, found a {type(tree).__name__}. Write `optim:` ...")
+        raise ValueError(
+            f"recipe {path}: sections with keys are wanted, found a {type(tree).__name__}. Write `optim:` ..."
+        )
     return {str(key): value for key, value in tree.items()}
 
 

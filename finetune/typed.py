@@ -37,18 +37,20 @@ class TypedTree(Generic[Schema]):
     def finish(self) -> Schema:
         """The dataclass; what cannot be resolved or was never set is reported, and its default or absence stands in."""
         merged = OmegaConf.merge(OmegaConf.structured(self.schema), self.values)
-        for key in [key for key in self.sources if key not in OmegaConf.missing_keys(merged)]:
-            try:
-                OmegaConf.select(merged, key)
-            except OmegaConfBaseException as error:
-                raw = OmegaConf.to_container(merged, resolve=False)
-                reason = str(error).splitlines()[0]
-                self.report(key, _at(raw, key), f"it cannot be resolved: {reason}", "Mend the ${...}", self.sources[key])
-                self._drop(key)
-        for key in sorted(OmegaConf.missing_keys(merged)):
-            if not any(problem.key == key for problem in self.problems):
-                self.report(key, None, "it must be set", f"Add {key}=...", self.sources.get(key, ""))
-            self._drop(key.rpartition(".")[0])
+        raw = OmegaConf.to_container(merged, resolve=False)
+        assert isinstance(raw, dict)
+        for key, value in leaves(raw).items():
+            if value == MUST_BE_SET:
+                if not any(related(problem.key, key) for problem in self.problems):
+                    self.report(key, None, "it must be set", f"Add {key}=...", "")
+                self._drop(key.rpartition(".")[0])  # an entry without it is none
+            elif "${" in str(value):
+                try:
+                    OmegaConf.select(merged, key)
+                except OmegaConfBaseException as error:
+                    reason = str(error).splitlines()[0]
+                    self.report(key, value, f"it cannot be resolved: {reason}", "Mend the ${...}", self.sources[key])
+                    self._drop(key)
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), self.values))
         assert isinstance(made, self.schema)
         return made
@@ -83,6 +85,9 @@ class TypedTree(Generic[Schema]):
                 self._take_section({} if value is None else value, element, dotted, source)
 
     def _take_value(self, key: str, value: Any, hint: Any, schema: Any, dotted: str, source: str) -> None:
+        if value == MUST_BE_SET:
+            self.report(dotted, value, "it must be set: the recipe leaves it to you", f"Add {dotted}=...", source)
+            return
         if not _fits(key, value, hint, schema):
             self.report(dotted, value, f"{describe(hint)} is wanted", f"Set {dotted} to one", source)
             return
@@ -104,6 +109,22 @@ class TypedTree(Generic[Schema]):
         for parent in parents:
             place = place.get(parent, {})
         place.pop(last, None)
+
+
+def leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; an empty section is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(leaves(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def related(key: str, other: str) -> bool:
+    """One is the other, or a section around it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def describe(hint: Any) -> str:
@@ -146,9 +167,3 @@ def _place(tree: dict[str, Any], dotted: str, value: Any, *, keep: bool = False)
         tree = tree.setdefault(parent, {})
     if not (keep and last in tree):
         tree[last] = value
-
-
-def _at(tree: Any, dotted: str) -> Any:
-    for part in dotted.split("."):
-        tree = tree[part]
-    return tree

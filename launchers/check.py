@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from finetune.checks import cross_check
 from finetune.derive import derive
 from finetune.problems import Problem
-from finetune.recipes import effective, leaves, load
+from finetune.recipes import effective, load
+from finetune.typed import leaves
 
 EXAMPLE = """\
   moetune check tiny-cpu

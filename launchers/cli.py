@@ -1,6 +1,6 @@
 """The command `moetune`. Each command is a module of this package, loaded only when called.
 
-argparse, because a command's name, its few flags and `key=value` are all there is to parse, and it costs no import time.
+argparse, because a command's name, its few flags and `key=value` are all there is, and it costs no start time.
 Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 3 a check found problems, 75 preempted (run it again).
 """
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from launchers.cli import main
 
 ROOT = Path(__file__).parent.parent
