@@ -77,24 +77,21 @@ class Router(nn.Module):
         if self.base_weight is not None:
             self.base_weight.copy_(self.weight)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return logits_TE, in float32 or in the dtype of x."""
+    def forward(self, x_TD: Tensor, top_k: int) -> tuple[Tensor, Tensor | None]:
+        """Return logits_TE, in float32 or the dtype of x, and the base's choice [T, K] while the router trains."""
         dtype = torch.float32 if self.options.float32 else x_TD.dtype
         x_TD = x_TD.to(dtype)
         logits_TE = F.linear(x_TD, self.weight.to(dtype))
+        base_TE = logits_TE
         if self.options.mode == "lora":
             thin = F.linear(x_TD, self.lora_A.to(dtype)) * (self.options.alpha / self.options.r)
             logits_TE = logits_TE + F.linear(thin, self.lora_B.to(dtype))
-        return logits_TE
-
-    @torch.no_grad()
-    def base_topk(self, x_TD: Tensor, top_k: int) -> Tensor | None:
-        """Return the experts the router would have chosen at the start; None when it does not train."""
-        if self.options.mode == "frozen":
-            return None
-        base = self.weight if self.base_weight is None else self.base_weight
-        dtype = torch.float32 if self.options.float32 else x_TD.dtype
-        return F.linear(x_TD.to(dtype), base.to(dtype)).softmax(-1, dtype=torch.float32).topk(top_k).indices
+        if self.options.mode == "frozen" or not self.training:
+            return logits_TE, None
+        with torch.no_grad():
+            if self.base_weight is not None:
+                base_TE = F.linear(x_TD, self.base_weight.to(dtype))
+            return logits_TE, base_TE.topk(top_k).indices
 
     def extra_repr(self) -> str:
         """Say how it trains."""
