@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from moe import dispatch as all_to_all
 from moe.experts import ExpertLora, GroupedExperts
+from moe.layout import check_ep, expert_range
+from moe.names import LAYERS
 from moe.recompute import kept
 from moe.router import Router, RouterOptions
-
-KNOWN = {"qwen3_vl_moe": "model.language_model.layers.", "qwen3_moe": "model.layers."}
-"""Where the decoder layers live, by `config.model_type`; layer N's block is its `mlp`."""
 
 BalanceCall = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(layer, logits_TE, probs_TE, topk_TK, base_topk_TK) -> probs_TE"""
@@ -80,8 +79,8 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         """Find this rank's experts and groups, and set what the engine and the parent's DeepEP route read."""
         self.ep_size, self.ep_group_name = ep_size, f"ep_size_{ep_size}"
         self.ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
-        self.num_local_experts = self.num_experts // ep_size
-        self.local_experts = range(self.ep_rank * self.num_local_experts, (self.ep_rank + 1) * self.num_local_experts)
+        self.local_experts = expert_range(num_experts=self.num_experts, ep=ep_size, ep_rank=self.ep_rank)
+        self.num_local_experts = len(self.local_experts)
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             self.num_experts, self.num_local_experts, ep_size
         )
@@ -157,13 +156,13 @@ def replace_moe_blocks(
 def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return the sparse blocks by name, exactly where the config says they are."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in KNOWN:
+    if kind not in LAYERS:
         raise ValueError(
-            f"model type {kind!r} has no expert-parallel layer here; known: {', '.join(sorted(KNOWN))}. "
+            f"model type {kind!r} has no expert-parallel layer here; known: {', '.join(sorted(LAYERS))}. "
             f"A model without experts needs none: leave its blocks alone"
         )
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]  # checked above
-    expected = [f"{KNOWN[kind]}{number}.mlp" for number in sparse_layers(config)]
+    expected = [f"{LAYERS[kind]}{number}.mlp" for number in sparse_layers(config)]
     sparse = {n: m for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "gate")}
     found = [name for name, module in sparse.items() if not isinstance(module, ExpertParallelMoe)]
     if not expected or found != expected:
@@ -185,12 +184,7 @@ def sparse_layers(config: Any) -> list[int]:
 
 def _check_layout(config: Any, ep_size: int, options: LayerOptions) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
-    if ep_size < 1 or world % ep_size or config.num_experts % ep_size:
-        allowed = [n for n in range(1, world + 1) if world % n == 0 and config.num_experts % n == 0]
-        raise ValueError(
-            f"parallel.ep: {ep_size} must divide both the number of ranks ({world}) and of experts "
-            f"({config.num_experts}); allowed here: {', '.join(map(str, allowed))}"
-        )
+    check_ep(num_experts=config.num_experts, world_size=world, ep=ep_size)
     if config.hidden_act != "silu":
         raise ValueError(f"experts compute SwiGLU, but the config's hidden_act is {config.hidden_act!r}, not 'silu'")
     if options.dispatch not in ("all_to_all", "deepep"):
