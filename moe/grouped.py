@@ -4,9 +4,8 @@ Suffixes: R routed rows, D hidden, F expert hidden, L local experts, r LoRA rank
 
 Why a hand-written backward: autograd would keep the SwiGLU's inputs, its product and a transposed view of each weight,
 and would add frozen and low-rank gradients in fresh tensors. Here a call keeps x, the gate_up output and two thin
-[R, r] activations, and computes exactly the gradients that are asked for. It is made of ordinary dispatcher
-operations, so a selective-recompute policy sees every one of them; the outputs of the *wide* GEMMs are never written
-in place, so such a policy may keep them.
+[R, r] activations, and computes exactly the gradients that are asked for. The outputs of the *wide* GEMMs are never
+written in place, so a recompute may keep them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from moe.recompute import kept, unread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class _Chunk:
     start: int
     stop: int
     offs: Tensor
+    whole: bool
 
 
 def _chunks(rows: int, chunk_rows: int, offs_L: Tensor) -> Iterator[_Chunk]:
@@ -57,7 +59,7 @@ def _chunks(rows: int, chunk_rows: int, offs_L: Tensor) -> Iterator[_Chunk]:
         stop = min(start + chunk_rows, rows)
         whole = stop - start == rows
         offs = offs_L if whole else (offs_L - start).clamp_(0, stop - start)
-        yield _Chunk(index=index, start=start, stop=stop, offs=offs)
+        yield _Chunk(index=index, start=start, stop=stop, offs=offs, whole=whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +73,24 @@ class _Projection:
 
     def forward(self, x: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor | None]:
         """Return x W^T + s (x A^T) B^T per expert, and the thin s x A^T that the gradient of B needs."""
-        wide = F.grouped_mm(x, self.weight.transpose(1, 2), offs=chunk.offs)
+        wide = self._wide(x, chunk)
         if not self.factors:
             return wide, None
         thin = self.thin(x, chunk)
         assert thin is not None
         return F.grouped_mm(thin, self.factors[1].transpose(1, 2), offs=chunk.offs).add_(wide), thin
+
+    def _wide(self, x: Tensor, chunk: _Chunk) -> Tensor:
+        """Return x W^T, or what a recompute kept of it; rows that come in chunks are too many to keep."""
+
+        def compute() -> Tensor:
+            return F.grouped_mm(x, self.weight.transpose(1, 2), offs=chunk.offs)
+
+        if not chunk.whole:
+            return compute()
+        if self.side == 0:
+            return kept("gate_up", compute)
+        return unread("down", compute, lambda: x.new_empty(x.shape[0], self.weight.shape[1]))
 
     def thin(self, x: Tensor, chunk: _Chunk) -> Tensor | None:
         """Return s x A^T."""

@@ -18,7 +18,7 @@ def _shell_lines() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             joined = block.replace("\\\n", " ")
-            lines += [(page.name, line.strip()) for line in joined.splitlines() if line.strip() and line[0] != "#"]
+            lines += [(page.name, line.strip()) for line in joined.splitlines() if line.strip()]
     return lines
 
 
@@ -44,3 +44,20 @@ def test_the_tree_in_readme_names_what_is_there() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     present = {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
     assert {name for name in named if "." not in name} == present
+
+
+def _error_rows() -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    return re.findall(r"^\| `(.+?)` \| `(moetune .+?)` \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("message", "command"), _error_rows())
+def test_errors_in_docs_are_what_the_command_says(
+    message: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    for name, block in re.findall(r"```yaml\n# (\S+)\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 2
+    assert message in capsys.readouterr().err
