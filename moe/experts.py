@@ -88,7 +88,7 @@ class GroupedExperts(nn.Module):
     ) -> None:
         super().__init__()
         _check(name, mode, lora, hidden, intermediate, dtype)
-        assert 0 <= local_experts.start < local_experts.stop <= num_experts and local_experts.step == 1
+        assert 0 <= local_experts.start < local_experts.stop <= num_experts
         self.name, self.num_experts, self.local_experts = name, num_experts, local_experts
         self.hidden, self.intermediate = hidden, intermediate
         self.mode, self.lora, self.seed = mode, lora, seed
@@ -121,7 +121,7 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
         """Return y_RD for rows sorted by local expert; counts_L [L] says how many each has and sums to R."""
-        assert counts_L.shape == (len(self.local_experts),) and x_RD.shape[1] == self.hidden
+        assert counts_L.shape == (len(self.local_experts),)
         dropout = self.lora.dropout if self.lora is not None and self.training else 0.0
         plan = Plan(
             scale=self.lora.scale if self.lora is not None else 0.0,

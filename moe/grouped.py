@@ -39,7 +39,7 @@ def grouped_experts(
     More rows than plan.chunk_rows are computed chunk by chunk, and once more in backward instead of being kept.
     """
     offs_L = counts_L.cumsum(0).to(torch.int32)
-    result: Tensor = _GroupedExperts.apply(plan, offs_L, x_RD, gate_up, down, *lora)
+    result: Tensor = _GroupedExperts.apply(plan, offs_L, x_RD, gate_up, down, *lora)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -180,7 +180,7 @@ class _GroupedExperts(torch.autograd.Function):
         return y_RD
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]   # torch does not annotate it
+    @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         offs_L, x_RD, both, thin_x, thin_h, *weights = ctx.saved_tensors
         _, _, wants_x, *wants = ctx.needs_input_grad
