@@ -14,7 +14,7 @@ from moe.experts import ExpertLora, GroupedExperts
 from moe.router import Router, RouterOptions
 
 VOCAB, IMAGE, VIDEO, START, END = 176, 170, 171, 172, 173
-LORA = ExpertLora(r=4, alpha=12)
+LORA = ExpertLora(r=8, alpha=12)
 PATCH = 3 * 2 * 4 * 4
 
 
