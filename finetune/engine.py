@@ -20,8 +20,8 @@ LIMITS = {
     "zero_optimization.zero_quantized_weights": "expert parallelism cannot use quantized weights",
     "zero_optimization.zero_hpz_partition_size": "expert parallelism cannot use hpZeRO's secondary partitions",
     "zero_optimization.mics_shard_size": "expert parallelism cannot use MiCS",
-    "zero_optimization.offload_optimizer": "checkpoints hold optimizer slices of the device, offloading would lose them",
-    "zero_optimization.offload_param": "checkpoints hold parameter slices of the device, offloading would lose them",
+    "zero_optimization.offload_optimizer": "checkpoints hold optimizer slices of the device only",
+    "zero_optimization.offload_param": "checkpoints hold parameter slices of the device only",
     "expert_parallel": "the experts are placed by parallel.ep, before the engine starts",
     "tensor_parallel": "expert parallelism cannot be combined with the engine's tensor parallelism",
     "sequence_parallel_size": "sequence parallelism is parallel.sp, which the engine must not know",
@@ -101,8 +101,11 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
 
 
 def start_distributed() -> None:
-    """Let the engine know the process group, or start one from the launcher's environment; every rank must call this."""
+    """Let the engine know the process group, or start one as the launcher's environment says; every rank must call."""
     if not deepspeed.comm.is_initialized():
+        # On CPU the engine would compile an op for shared memory at its first start: a minute, a compiler needed, and
+        # when that start is killed, a lock file that every later one waits for. It only serves inference.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed()
 
 
