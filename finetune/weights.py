@@ -1,4 +1,4 @@
-"""From files to partitioned ranks: each tensor is read by one rank, handed on, and freed before the next.
+"""From files to partitioned ranks, and back: each tensor is read by one rank, handed on, and freed before the next.
 
 The reader of a tensor is the first rank of its group: the world for dense weights, the expert-data group (the ranks
 that hold the same experts) for expert stacks, of which a rank sees its own experts only. A frozen resident weight goes
@@ -7,7 +7,9 @@ tensor and one block of bytes from the file, whatever the model's size.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -17,11 +19,14 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from finetune.basefiles import BaseFiles
+from finetune.hubconfig import load_json
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
+from finetune.writer import model_writer, side_files_of
 from moe.experts import GroupedExperts
 from moe.router import Router
 
+_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 BLOCK_BYTES = 64 * 2**20
 """So much of a file is in memory at once."""
 
@@ -71,6 +76,7 @@ def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any
             zero.partition(made)  # broadcasts by itself
         elif dist.is_initialized():
             dist.broadcast(filled, src=reader, group=group)
+        del filled, made  # or the next tensor is made while this one still is
     _rebuild_tables(module, device)
     _start_adapters(module, device, zero)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
@@ -214,3 +220,48 @@ def _start_adapters(module: nn.Module, device: torch.device, zero: _Partitioner 
 
 def _device() -> torch.device:
     return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+
+
+def save(empty: EmptyModel, folder: Path, base: Path) -> None:
+    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
+
+    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
+    writer refuses to finish while one is missing. Adapters are not in it.
+    """
+    with ExitStack() as stack:
+        writer = None
+        if rank_and_world()[0] == 0:
+            config = load_json(base / "config.json")
+            kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in _base_slots(empty)}
+            writer = stack.enter_context(
+                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
+            )
+        for slot in _base_slots(empty):
+            is_partitioned = hasattr(slot.tensor, "ds_id")
+            with deepspeed.zero.GatheredParameters([slot.tensor], enabled=is_partitioned):
+                for first_row, tensor in _at_rank_zero(slot):
+                    if writer is not None:
+                        writer.write(slot.canonical, tensor, first_row=first_row)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _at_rank_zero(slot: _Slot) -> Iterator[tuple[int, Tensor]]:
+    """The tensor, or a stack's rows from each rank of the first expert-parallel group; rank 0 sees them all."""
+    rank, _ = rank_and_world()
+    whole = slot.tensor.detach()
+    if slot.rows is None:
+        yield 0, whole
+        return
+    owner = slot.owners[0][0]
+    assert isinstance(owner, GroupedExperts)
+    ep_size = owner.num_experts // len(slot.rows)
+    for source in range(ep_size):
+        if source == rank == 0:
+            yield 0, whole
+        elif rank == source:
+            dist.send(whole.contiguous(), dst=0)
+        elif rank == 0:
+            arrived = torch.empty_like(whole)
+            dist.recv(arrived, src=source)
+            yield source * len(slot.rows), arrived
