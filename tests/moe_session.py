@@ -10,7 +10,6 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from tiny_moe import (
     LORA,
-    PlainMoe,
     batch,
     freeze,
     plain_model,
@@ -43,7 +42,7 @@ class Plan:
     dtype: str = "float32"
     experts: str = "lora"
     router: RouterOptions = RouterOptions(mode="full")
-    steps: int = 5
+    steps: int = 2
     bias: tuple[float, ...] = ()
     """Added to the logits of every layer: forces experts."""
     model: dict[str, int] = field(default_factory=dict)
@@ -72,6 +71,7 @@ class Outcome:
     calls: dict[Any, int] = field(default_factory=dict)
     bytes: dict[Any, int] = field(default_factory=dict)
     live: list[tuple[int, int]] = field(default_factory=list)
+    trace_complete: bool = False
 
 
 def plain(plan: Plan) -> Outcome:
@@ -168,6 +168,7 @@ def _train(rank: int, world: int, plan: Plan) -> Outcome:
         if plan.steps > 10:
             out.live.append(_live_tensors())
     out.input_grads = [grad / world for grad in out.input_grads]
+    out.trace_complete = engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
     engine.destroy()
     return out
 
@@ -235,7 +236,3 @@ def whole(outcomes: list[Outcome], ep: int) -> dict[str, Tensor]:
         name: torch.cat([outcomes[rank].grads[name] for rank in range(ep)]) if ".experts." in name else grad
         for name, grad in first.items()
     }
-
-
-def plain_block(name: str, block: Any, *, router: RouterOptions, experts: str, seed: int) -> PlainMoe:
-    return PlainMoe(name, block, router, experts, seed)
