@@ -59,7 +59,7 @@ def route(topk_TK: Tensor, *, num_experts: int, group: dist.ProcessGroup | None,
 
 def dispatch(x_TD: Tensor, plan: Route) -> Tensor:
     """Return x_RD, the rows of this rank's experts, sorted by local expert."""
-    x: Tensor = _Expand.apply(x_TD, plan.slots, plan.rows, plan.top_k)
+    x: Tensor = _Expand.apply(x_TD, plan.slots, plan.rows, plan.top_k)  # type: ignore[no-untyped-call]  # torch's stub
     if plan.group is None:
         return x
     received = kept("dispatched", lambda: exchange(x, plan.receive, plan.send, plan.group))
@@ -116,7 +116,7 @@ def _exclusive(counts: Tensor) -> Tensor:
 def _permute(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
     if index is None or inverse is None:
         return x
-    permuted: Tensor = _Permute.apply(x, index, inverse)
+    permuted: Tensor = _Permute.apply(x, index, inverse)  # type: ignore[no-untyped-call]  # torch's stub
     return permuted
 
 
@@ -129,7 +129,7 @@ class _Permute(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not annotate it
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
@@ -145,7 +145,7 @@ class _Expand(torch.autograd.Function):
         return x_TD.index_select(0, slots // top_k)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch does not annotate it
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (rows,) = ctx.saved_tensors
         return grad.index_select(0, rows).view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None
