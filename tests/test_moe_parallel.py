@@ -33,7 +33,7 @@ PARITY = {
     (4, "skewed"): Plan(ep=4, bias=SKEWED),
     (4, "float32 gate"): Plan(ep=2, router=RouterOptions(mode="full", float32=True)),
 }
-BF16 = Plan(ep=2, dtype="bfloat16")
+BF16 = Plan(ep=2, dtype="bfloat16", balance=False)
 
 
 @functools.cache
@@ -46,8 +46,8 @@ def others() -> dict[str, Plan]:
         "layer": Plan(ep=2, recompute="layer", steps=5),
         "selective": Plan(ep=2, recompute="selective", steps=5),
         "fifty steps": Plan(ep=2, recompute="selective", steps=50),
-        "bfloat16": Plan(ep=2, dtype="bfloat16", topk=topk),
-        "bfloat16, float32 gate": Plan(ep=2, dtype="bfloat16", topk=topk, router=gate, recompute="selective"),
+        "bfloat16": Plan(ep=2, dtype="bfloat16", balance=False, topk=topk),
+        "bfloat16, float32 gate": Plan(ep=2, dtype="bfloat16", balance=False, topk=topk, router=gate, recompute="selective"),
     }
 
 
@@ -59,19 +59,16 @@ def outcomes(world: int) -> dict[str, list[Outcome]]:
     return {name: [result[i] for result in results] for i, name in enumerate(plans)}
 
 
-@functools.cache
-def expected(key: str) -> Outcome:
-    return plain(_WANTED[key])
+_EXPECTED: dict[str, Outcome] = {}
 
 
-_WANTED: dict[str, Plan] = {}
-
-
-def reference_of(plan: Plan) -> Outcome:
-    """What all rows on one process give; layout, accumulation and recompute do not matter to it."""
-    key = repr((plan.model, plan.bias, plan.router, plan.experts, plan.steps, plan.rows, plan.dtype))
-    _WANTED[key] = plan
-    return expected(key)
+def reference_of(plan: Plan, world: int = 1) -> Outcome:
+    """What all rows on one process give; layout and recompute do not matter to it, micro-batches only to the balance."""
+    groups = plan.micro_rows(world) if plan.accumulation > 1 else []
+    key = repr((plan.model, plan.bias, plan.router, plan.experts, plan.steps, plan.dtype, plan.balance, groups))
+    if key not in _EXPECTED:
+        _EXPECTED[key] = plain(plan, world)
+    return _EXPECTED[key]
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -87,7 +84,7 @@ def logits_of(found: list[Outcome]) -> Tensor:
 @pytest.mark.parametrize(("world", "name"), PARITY)
 def test_every_layout_computes_what_one_process_computes(world: int, name: str) -> None:
     plan, found = PARITY[world, name], outcomes(world)[name]
-    wanted = reference_of(plan)
+    wanted = reference_of(plan, world)
     assert relative(logits_of(found), wanted.logits) < 1e-5
     for layer, grad in enumerate(wanted.input_grads):
         assert relative(torch.cat([outcome.input_grads[layer] for outcome in found]), grad) < 1e-5
@@ -99,6 +96,9 @@ def test_every_layout_computes_what_one_process_computes(world: int, name: str) 
     for outcome in found:
         assert outcome.norms == pytest.approx(wanted.norms, rel=1e-5)
         assert outcome.losses == pytest.approx(wanted.losses, rel=1e-5)
+        assert outcome.balance == pytest.approx(wanted.balance, rel=1e-5)
+        assert outcome.z == pytest.approx(wanted.z, rel=1e-5)
+        assert outcome.agreement == (None if plan.router.mode == "frozen" else pytest.approx(wanted.agreement))
     assert min(wanted.norms) > 0.05, "clipping must act"
 
 
