@@ -102,8 +102,13 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
 
 def start_distributed() -> None:
     """Tell the engine of the process group, or start one from the launcher's environment; every rank must call this."""
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed()
+    if deepspeed.comm.is_initialized():
+        return
+    # on CPU DeepSpeed compiles a shared-memory all-reduce for inference at its first start: half a minute and a C++
+    # compiler, for a kernel that training never calls
+    if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
 
 
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:

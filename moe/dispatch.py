@@ -70,7 +70,7 @@ def combine(y_RD: Tensor, scores_TK: Tensor, plan: Route) -> Tensor:
     """Return y_TD: each token's expert outputs, brought home and summed with its scores."""
     y = _permute(y_RD, plan.by_source, plan.by_expert)
     y = kept("combined", lambda: y if plan.group is None else exchange(y, plan.send, plan.receive, plan.group))
-    y_TKD = _permute(y, plan.rows, plan.slots).view(*scores_TK.shape, -1)
+    y_TKD = _permute(y, plan.rows, plan.slots).view(*scores_TK.shape, y.shape[1])
     # one batched product: sums in float32 whatever the dtype, and no [T, K, D] product in memory
     return torch.bmm(scores_TK.to(y.dtype).unsqueeze(1), y_TKD).squeeze(1)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.autoep_affine import legacy_uniform_autoep_placement_descriptor
@@ -147,6 +148,7 @@ def replace_moe_blocks(
     config = model.config.get_text_config()
     _check_layout(config, ep_size, options)
     if dist.is_initialized():
+        assert deepspeed.comm.is_initialized(), "the engine must know the process group: call start_distributed before"
         groups._create_expert_and_data_parallel(ep_size)
     layers = []
     for index, (name, block) in enumerate(blocks.items()):

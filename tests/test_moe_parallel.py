@@ -47,7 +47,9 @@ def others() -> dict[str, Plan]:
         "selective": Plan(ep=2, recompute="selective", steps=5),
         "fifty steps": Plan(ep=2, recompute="selective", steps=50),
         "bfloat16": Plan(ep=2, dtype="bfloat16", balance=False, topk=topk),
-        "bfloat16, float32 gate": Plan(ep=2, dtype="bfloat16", balance=False, topk=topk, router=gate, recompute="selective"),
+        "bfloat16, float32 gate": Plan(
+            ep=2, dtype="bfloat16", balance=False, topk=topk, router=gate, recompute="selective"
+        ),
     }
 
 

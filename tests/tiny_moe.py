@@ -124,7 +124,6 @@ class PlainMoe(nn.Module):
             )  # fmt: skip
         return reference.block(x_TD, self.routing, e.gate_up, e.down, factors).view_as(hidden)
 
-
     def agreement(self) -> float:
         """How much of the last choice the weight from before training makes too."""
         base = reference.route(self.input.flatten(0, -2), self.base, top_k=self.top_k).topk_TK
