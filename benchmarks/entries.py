@@ -21,4 +21,16 @@ ENTRIES = (
         module="benchmarks.config_check",
         about="cold start of `moetune check` beside `import torch`",
     ),
+    Entry(
+        name="load",
+        suite="cpu",
+        module="benchmarks.load",
+        about="a base of 1 GB into two ZeRO-3 ranks beside transformers' from_pretrained: time, peak memory",
+    ),
+    Entry(
+        name="mem-per-rank",
+        suite="cpu",
+        module="benchmarks.mem_per_rank",
+        about="weights that a rank keeps at several layouts beside the formula",
+    ),
 )

@@ -27,7 +27,7 @@ from moe.experts import GroupedExperts
 from moe.router import Router
 
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """So much of a file is in memory at once."""
 
 
