@@ -149,8 +149,9 @@ def _peft_block(ours: GroupedExperts, shape: Shape, implementation: str) -> Any:
     )  # fmt: skip
     config._experts_implementation = implementation
     experts = Qwen3VLMoeTextExperts(config)
-    experts.gate_up_proj = nn.Parameter(ours.gate_up)  # the very same memory
-    experts.down_proj = nn.Parameter(ours.down)
+    # copies of its own: ours may lie in memory with gaps
+    experts.gate_up_proj = nn.Parameter(ours.gate_up.clone(memory_format=torch.contiguous_format))
+    experts.down_proj = nn.Parameter(ours.down.clone(memory_format=torch.contiguous_format))
     block = nn.Module()
     block.experts = experts
     assert ours.lora is not None
