@@ -33,4 +33,22 @@ ENTRIES = (
         module="benchmarks.mem_per_rank",
         about="weights that a rank keeps at several layouts beside the formula",
     ),
+    Entry(
+        name="moe-lora-step",
+        suite="cpu",
+        module="benchmarks.moe_lora_step",
+        about="forward and backward of one expert block with LoRA, beside PEFT's",
+    ),
+    Entry(
+        name="moe-lora-memory",
+        suite="cpu",
+        module="benchmarks.moe_lora_memory",
+        about="bytes that block keeps for backward, and its largest allocation, beside PEFT's",
+    ),
+    Entry(
+        name="scaling-shape",
+        suite="cpu",
+        module="benchmarks.scaling_shape",
+        about="cost of four times the experts at the same top-k, beside PEFT's",
+    ),
 )
