@@ -2,13 +2,15 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe.grouped import Plan, grouped_experts
+from moe.grouped import grouped_experts
+from moe.projections import Plan
 
 CHUNK_BYTES = 1 << 30
 """Intermediates of one call stay below this; routing that sends more rows here is computed in chunks."""
@@ -101,14 +103,36 @@ class GroupedExperts(nn.Module):
                 self.register_buffer(key, weight)
             else:
                 self.register_parameter(key, nn.Parameter(weight, requires_grad=mode == "full"))
-        self._factors: tuple[str, ...] = ()
-        if lora is not None:
-            shapes = lora_shapes(experts=local, hidden=hidden, intermediate=intermediate, r=lora.r)
-            self._factors = tuple(shapes)
-            for key, shape in shapes.items():
-                self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
-            if not self.gate_up.is_meta:
-                self.init_lora()
+        shapes = lora_shapes(experts=local, hidden=hidden, intermediate=intermediate, r=lora.r) if lora else {}
+        for key, shape in shapes.items():
+            self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        self._factors = tuple(shapes)
+        self._roomy: dict[str, tuple[Tensor, Tensor]] = {}
+        if lora is not None and resident:
+            self.make_room()
+        if not self.gate_up.is_meta:
+            self.init_lora()
+
+    @torch.no_grad()
+    def make_room(self) -> None:
+        """Give resident weights room for the adapter (r more rows or columns), unless they have it.
+
+        Called by forward too: whoever replaces a buffer (a move to another device, a loader that assigns) need not
+        know. Called before the weights are filled, it saves that forward the copy.
+        """
+        assert self.lora is not None
+        for key, dim in (("gate_up", 1), ("down", 2)):
+            weight = self.get_buffer(key)
+            if key in self._roomy and self._roomy[key][1] is weight:
+                continue
+            shape = list(weight.shape)
+            shape[dim] += self.lora.r
+            wide = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            view = wide.narrow(dim, 0, weight.shape[dim])
+            if not weight.is_meta:
+                view.copy_(weight)
+            self._buffers[key] = view
+            self._roomy[key] = (wide, view)
 
     @torch.no_grad()
     def init_lora(self, *, b_std: float = 0.0) -> None:
@@ -123,15 +147,29 @@ class GroupedExperts(nn.Module):
         """Return y_RD for rows sorted by local expert; counts_L [L] says how many each has and sums to R."""
         assert counts_L.shape == (len(self.local_experts),)
         dropout = self.lora.dropout if self.lora is not None and self.training else 0.0
+        # the mask of dropout falls on x before A only, so that A cannot share a GEMM with the frozen weight
+        inside = bool(self._roomy) and not dropout
+        if inside:
+            self.make_room()
         plan = Plan(
             scale=self.lora.scale if self.lora is not None else 0.0,
             dropout=dropout,
             # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
             dropout_seed=int(torch.randint(1 << 40, ())) if dropout else 0,
             chunk_rows=self.chunk_rows,
+            inside=inside,
         )
+        gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
         factors = tuple(self.get_parameter(key) for key in self._factors)
-        return grouped_experts(x_RD, counts_L, self.gate_up, self.down, factors, plan)
+        return grouped_experts(x_RD, counts_L, gate_up, down, factors, plan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedExperts":
+        """Move or cast as any module, and let go of weights that this replaced."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        if any(self._buffers[key] is not view for key, (_, view) in self._roomy.items()):
+            self._roomy.clear()
+            self.make_room()
+        return self
 
     def extra_repr(self) -> str:
         """Say what is here and how it is trained."""
@@ -142,6 +180,8 @@ class GroupedExperts(nn.Module):
 def _check(name: str, mode: str, lora: ExpertLora | None, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         raise ValueError(f"{name}: experts compute in bfloat16 or float32, not {dtype}")
+    if mode not in ("frozen", "lora", "full"):
+        raise ValueError(f"{name}: mode {mode!r} is not one of frozen, lora, full")
     if (mode == "lora") != (lora is not None):
         raise ValueError(f"{name}: mode {mode!r} with lora={lora}: give LoRA options in mode 'lora', and only there")
     unit = 16 // dtype.itemsize
