@@ -13,7 +13,9 @@ from moe.grouped import grouped_experts
 from moe.projections import Plan
 
 CHUNK_BYTES = 1 << 30
-"""Intermediates of one call stay below this; routing that sends more rows here is computed in chunks."""
+"""What a call allocates for intermediates at a time; more rows are computed chunk by chunk."""
+KEEP_BYTES = 4 << 30
+"""What a call keeps at most of the gate_up output; with more rows it is computed again in backward."""
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -87,6 +89,7 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        keep_bytes: int = KEEP_BYTES,
     ) -> None:
         super().__init__()
         _check(name, mode, lora, hidden, intermediate, dtype)
@@ -96,6 +99,7 @@ class GroupedExperts(nn.Module):
         self.mode, self.lora, self.seed = mode, lora, seed
         row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
+        self.keep_rows = keep_bytes // (2 * intermediate * dtype.itemsize)
         local = len(local_experts)
         for key, shape in (("gate_up", (local, 2 * intermediate, hidden)), ("down", (local, hidden, intermediate))):
             weight = torch.empty(shape, dtype=dtype, device=device)
@@ -156,8 +160,9 @@ class GroupedExperts(nn.Module):
             dropout=dropout,
             # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
             dropout_seed=int(torch.randint(1 << 40, ())) if dropout else 0,
-            chunk_rows=self.chunk_rows,
             inside=inside,
+            chunk_rows=self.chunk_rows,
+            keep_rows=self.keep_rows,
         )
         gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
         factors = tuple(self.get_parameter(key) for key in self._factors)

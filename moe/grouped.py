@@ -3,9 +3,12 @@
 Suffixes: R routed rows, D hidden, F expert hidden, L local experts, r LoRA rank.
 
 Autograd would keep the SwiGLU's inputs, its product and a transposed view of each weight, and add frozen and low-rank
-gradients in fresh tensors. Here a call keeps x, the gate_up output and two thin [R, r] activations; without trained
-weights not even x. More rows than a chunk (one rank got most tokens) keep x alone: forward and backward then go chunk
-by chunk, and what a chunk needs is computed again, so that memory beyond x and y does not grow with the skew.
+gradients in fresh tensors. Here a call keeps x, the gate_up output and two thin [R, r] activations; with all weights
+frozen not even x.
+
+A rank whose experts are the favourites gets many times its share of rows. Intermediates are made chunk by chunk of
+rows, and with still more rows x alone is kept and each chunk's gate_up output computed again in backward: memory beyond
+x and y stops growing with the skew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.projections import Beside, Chunk, Inside, Plan, Wants, block
+from moe.projections import Beside, Chunk, Inside, Middle, Plan, Wants, block
 from moe.recompute import unread
 
 
@@ -38,14 +41,13 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         ctx.plan, rows = plan, x_RD.shape[0]
         experts = block(plan, gate_up, down, lora)
-        saved: list[Tensor | None] = [None, None, None]
-        if 0 < rows <= plan.chunk_rows:
-            (chunk,) = _chunks(rows, plan.chunk_rows, offs_L)
-            middle = experts.middle(x_RD, chunk)
-            saved = [middle.both, middle.thin_x, middle.thin_h]
-            y_RD = unread("down", lambda: experts.end(middle, chunk), lambda: torch.empty_like(x_RD))
+        saved: tuple[Tensor | None, ...] = (None, None, None)
+        if 0 < rows <= plan.keep_rows:
+            y_RD, saved = _forward(experts, x_RD, plan, offs_L, lora)
         else:
-            y_RD = unread("down", lambda: _by_chunks(experts, x_RD, plan, offs_L), lambda: torch.empty_like(x_RD))
+            y_RD = unread(
+                "down", lambda: _forward_by_chunks(experts, x_RD, plan, offs_L), lambda: torch.empty_like(x_RD)
+            )
         needs_x = bool(lora) or ctx.needs_input_grad[3] or saved[0] is None
         ctx.save_for_backward(offs_L, x_RD if needs_x else None, *saved, gate_up, down, *lora)
         return y_RD
@@ -53,52 +55,83 @@ class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        offs_L, x_RD, both, thin_x, thin_h, *weights = ctx.saved_tensors
+        offs_L, x_RD, both_R, thin_x_R, thin_h_R, *weights = ctx.saved_tensors
         _, _, *wanted = ctx.needs_input_grad
         wants = Wants(rows=wanted[0], gate_up=wanted[1], down=wanted[2])
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
-        rows, chunk_rows = grad_RD.shape[0], ctx.plan.chunk_rows
         experts = block(ctx.plan, weights[0], weights[1], weights[2:])
-        if both is not None:
-            (chunk,) = _chunks(rows, chunk_rows, offs_L)
-            thins = () if thin_x is None else (thin_x, thin_h)
-            found = experts.backward(grad_RD, x_RD, both, thins, chunk, wants)
-            return None, None, found.rows, *_finished(found.weights, weights, wanted[1:])
-        grad_x_RD = torch.empty_like(grad_RD) if wants.rows else None
+        several = grad_RD.shape[0] > ctx.plan.chunk_rows
+        grad_x_RD = torch.empty_like(grad_RD) if wants.rows and (several or not len(grad_RD)) else None
         totals: list[Tensor | None] = [None] * len(weights)
-        for chunk in _chunks(rows, chunk_rows, offs_L):
-            x = x_RD[chunk.rows]
-            middle = experts.middle(x, chunk)
-            thins = () if middle.thin_x is None else (middle.thin_x, middle.thin_h)
-            found = experts.backward(grad_RD[chunk.rows], x, middle.both, thins, chunk, wants)
-            if grad_x_RD is not None:
+        for chunk in _chunks(grad_RD.shape[0], ctx.plan, offs_L):
+            x = None if x_RD is None else x_RD[chunk.rows]
+            if both_R is None:
+                assert x is not None
+                middle = experts.middle(x, chunk)
+                both, thins = middle.both, (middle.thin_x, middle.thin_h)
+                del middle
+            else:
+                both = both_R[chunk.rows]
+                thins = (None, None) if thin_x_R is None else (thin_x_R[chunk.rows], thin_h_R[chunk.rows])
+            found = experts.backward(grad_RD[chunk.rows], x, both, thins, chunk, wants)
+            if grad_x_RD is None:
+                grad_x_RD = found.rows
+            elif found.rows is not None:
                 grad_x_RD[chunk.rows] = found.rows
-            _add(totals, found.weights)
+            _add(totals, found.weights, several=several)
         return None, None, grad_x_RD, *_finished(totals, weights, wanted[1:])
 
 
-def _chunks(rows: int, chunk_rows: int, offs_L: Tensor) -> Iterator[Chunk]:
-    whole = rows <= chunk_rows
-    for index, start in enumerate(range(0, rows, chunk_rows)):
-        stop = min(start + chunk_rows, rows)
-        offs = offs_L if whole else (offs_L - start).clamp_(0, stop - start)
-        yield Chunk(index=index, rows=slice(start, stop), offs=offs, whole=whole)
+def _chunks(rows: int, plan: Plan, offs_L: Tensor) -> Iterator[Chunk]:
+    for index, start in enumerate(range(0, rows, plan.chunk_rows)):
+        stop = min(start + plan.chunk_rows, rows)
+        offs = offs_L if stop - start == rows else (offs_L - start).clamp_(0, stop - start)
+        yield Chunk(index=index, rows=slice(start, stop), offs=offs, keep=rows <= plan.keep_rows)
 
 
-def _by_chunks(experts: Beside | Inside, x_RD: Tensor, plan: Plan, offs_L: Tensor) -> Tensor:
-    """Return y_RD, one chunk after another."""
+def _forward(
+    experts: Beside | Inside, x_RD: Tensor, plan: Plan, offs_L: Tensor, lora: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return y_RD and what backward needs: the gate_up output and the thin activations."""
+    if x_RD.shape[0] <= plan.chunk_rows:
+        (chunk,) = _chunks(x_RD.shape[0], plan, offs_L)
+        middle = experts.middle(x_RD, chunk)
+        return _end(experts, middle, chunk, x_RD), (middle.both, middle.thin_x, middle.thin_h)
+    y_RD, both_R = torch.empty_like(x_RD), x_RD.new_empty(x_RD.shape[0], experts.two_f)
+    thins_R: list[Tensor | None] = [None, None]
+    if lora:
+        thins_R = [x_RD.new_empty(x_RD.shape[0], a.shape[1]) for a in lora[::2]]
+    for chunk in _chunks(x_RD.shape[0], plan, offs_L):
+        x = x_RD[chunk.rows]
+        middle = experts.middle(x, chunk, into=both_R[chunk.rows])
+        for thin_R, thin in zip(thins_R, (middle.thin_x, middle.thin_h), strict=True):
+            if thin_R is not None and thin is not None:
+                thin_R[chunk.rows] = thin
+        y_RD[chunk.rows] = _end(experts, middle, chunk, x)
+    return y_RD, (both_R, *thins_R)
+
+
+def _end(experts: Beside | Inside, middle: Middle, chunk: Chunk, x: Tensor) -> Tensor:
+    """Return y, or any memory of its shape where a recompute knows that nobody reads it."""
+    return unread("down", lambda: experts.end(middle, chunk), lambda: torch.empty_like(x))
+
+
+def _forward_by_chunks(experts: Beside | Inside, x_RD: Tensor, plan: Plan, offs_L: Tensor) -> Tensor:
+    """Return y_RD and keep nothing."""
     y_RD = torch.empty_like(x_RD)
-    for chunk in _chunks(x_RD.shape[0], plan.chunk_rows, offs_L):
+    for chunk in _chunks(x_RD.shape[0], plan, offs_L):
         y_RD[chunk.rows] = experts.end(experts.middle(x_RD[chunk.rows], chunk), chunk)
     return y_RD
 
 
-def _add(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """Add one of several chunks' gradients, in float32: an expert may have rows in all of them."""
+def _add(totals: list[Tensor | None], grads: Sequence[Tensor | None], *, several: bool) -> None:
+    """Add a chunk's gradients; in float32 when there are several, as an expert may have rows in all of them."""
     for index, grad in enumerate(grads):
         total = totals[index]
-        if grad is not None:
-            totals[index] = grad.float() if total is None else total.add_(grad)
+        if total is not None and grad is not None:
+            total.add_(grad)
+        elif grad is not None:
+            totals[index] = grad.float() if several else grad
 
 
 def _finished(

@@ -20,14 +20,17 @@ from moe.recompute import kept
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How one call computes: the LoRA scale, its dropout, and the number of rows worked on at a time."""
+    """How one call computes."""
 
     scale: float
     dropout: float
     dropout_seed: int
-    chunk_rows: int
     inside: bool
     """gate_up is [L, 2F + r, D] and down [L, D, F + r], with room for A and B."""
+    chunk_rows: int
+    """How many rows are worked on at a time."""
+    keep_rows: int
+    """With more rows than this, backward computes the gate_up output again instead of keeping it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class Chunk:
     index: int
     rows: slice
     offs: Tensor
-    whole: bool
+    keep: bool
+    """Whether a recompute may keep the gate_up output: not when there are too many rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,10 @@ class Middle:
     thin_x: Tensor | None
     h: Tensor
     thin_h: Tensor | None
+
+
+Thins = tuple[Tensor | None, Tensor | None]
+"""s A x and s A h with LoRA, else nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +80,16 @@ class Beside:
 
     def __init__(self, plan: Plan, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
         self.plan, self.gate_up, self.down, self.lora = plan, gate_up, down, tuple(lora)
+        self.two_f = gate_up.shape[1]
 
-    def middle(self, x: Tensor, chunk: Chunk) -> Middle:
-        """Compute up to the SwiGLU."""
+    def middle(self, x: Tensor, chunk: Chunk, into: Tensor | None = None) -> Middle:
+        """Compute up to the SwiGLU; the gate_up output goes `into` a given tensor."""
         both = _kept_gate_up(x, self.gate_up, chunk)
         if not self.lora:
+            both = both if into is None else into.copy_(both)
             return Middle(both=both, thin_x=None, h=_swiglu(both), thin_h=None)
-        up_a, up_b, down_a, _ = self.lora
-        thin_x = _out(self._dropped(x, chunk, 0), up_a, chunk).mul_(self.plan.scale)
-        both = _out(thin_x, up_b, chunk).add_(both)  # never into the wide one, which a recompute may keep
+        thin_x = _out(self._dropped(x, chunk, 0), self.lora[0], chunk).mul_(self.plan.scale)
+        both = _sum(_out(thin_x, self.lora[1], chunk), both, into)
         h = _swiglu(both)
         return Middle(both=both, thin_x=thin_x, h=h, thin_h=self.thin_h(h, chunk))
 
@@ -94,9 +103,9 @@ class Beside:
         return y if middle.thin_h is None else _out(middle.thin_h, self.lora[3], chunk).add_(y)
 
     def backward(
-        self, grad: Tensor, x: Tensor | None, both: Tensor, thins: Sequence[Tensor], chunk: Chunk, wants: Wants
+        self, grad: Tensor, x: Tensor | None, both: Tensor, thins: Thins, chunk: Chunk, wants: Wants
     ) -> Gradients:
-        """Return the gradients that are wanted; thins are (s A x, s A h) with LoRA, else ()."""
+        """Return the gradients that are wanted."""
         grad_h, grad_thin_h = _in(grad, self.down, chunk), None
         if self.lora:
             _, up_b, down_a, down_b = self.lora
@@ -143,11 +152,11 @@ class Inside:
         gate_up.data[:, self.two_f :].copy_(up_a)
         down.data[:, :, self.f :].copy_(down_b)
 
-    def middle(self, x: Tensor, chunk: Chunk) -> Middle:
+    def middle(self, x: Tensor, chunk: Chunk, into: Tensor | None = None) -> Middle:
         """Compute up to the SwiGLU; h has its thin activation in the last r columns."""
         wide = _kept_gate_up(x, self.gate_up, chunk)
         thin_x = wide[:, self.two_f :] * self.plan.scale
-        both = _out(thin_x, self.lora[1], chunk).add_(wide[:, : self.two_f])
+        both = _sum(_out(thin_x, self.lora[1], chunk), wide[:, : self.two_f], into)
         del wide
         h = x.new_empty(x.shape[0], self.down.shape[2])
         torch.mul(F.silu(both[:, : self.f]), both[:, self.f :], out=h[:, : self.f])
@@ -164,9 +173,9 @@ class Inside:
         return _out(middle.h, self.down, chunk)
 
     def backward(
-        self, grad: Tensor, x: Tensor | None, both: Tensor, thins: Sequence[Tensor], chunk: Chunk, wants: Wants
+        self, grad: Tensor, x: Tensor | None, both: Tensor, thins: Thins, chunk: Chunk, wants: Wants
     ) -> Gradients:
-        """Return the gradients that are wanted; thins are (s A x, s A h)."""
+        """Return the gradients that are wanted."""
         _, up_b, down_a, _ = self.lora
         wide = _in(grad, self.down, chunk)
         grad_thin_h = wide[:, self.f :] * self.plan.scale
@@ -191,9 +200,19 @@ def block(plan: Plan, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> 
     return (Inside if plan.inside else Beside)(plan, gate_up, down, lora)
 
 
+def clear_empty(grad: Tensor, offs: Tensor) -> Tensor:
+    """Zero the weight gradients [L, ...] of experts without rows, in place."""
+    empty = offs.diff(prepend=offs.new_zeros(1)) == 0
+    return grad.masked_fill_(empty[:, None, None], 0)
+
+
 def _kept_gate_up(x: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
-    """Return the wide GEMM before SwiGLU, or what a recompute kept of it; rows in chunks are too many to keep."""
-    return kept("gate_up", lambda: _out(x, weight, chunk)) if chunk.whole else _out(x, weight, chunk)
+    """Return the wide GEMM before SwiGLU, or what a recompute kept of it. Never write into it."""
+    return kept("gate_up", lambda: _out(x, weight, chunk)) if chunk.keep else _out(x, weight, chunk)
+
+
+def _sum(mine: Tensor, wide: Tensor, into: Tensor | None) -> Tensor:
+    return mine.add_(wide) if into is None else torch.add(mine, wide, out=into)
 
 
 def _out(x: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
@@ -208,13 +227,15 @@ def _in(grad: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
 
 def _outer(grad: Tensor, x: Tensor, chunk: Chunk) -> Tensor:
     """Return g^T x per expert, the gradient of its weight; zeros where it has no rows."""
-    return F.grouped_mm(grad.t(), x, offs=chunk.offs)
+    weight_grad = F.grouped_mm(grad.t(), x, offs=chunk.offs)
+    # the CPU writes those zeros; CUDA kernels leave what was in memory on some devices (pytorch issue 172439)
+    return weight_grad if weight_grad.is_cpu else clear_empty(weight_grad, chunk.offs)
 
 
 def _factor_gradients(
     inputs: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor],
-    thins: Sequence[Tensor],
+    thins: Thins,
     grad_thins: tuple[Tensor, Tensor],
     chunk: Chunk,
 ) -> list[Tensor | None]:
@@ -222,7 +243,7 @@ def _factor_gradients(
     found: list[Tensor | None] = []
     for x, grad, thin, grad_thin in zip(inputs, grads, thins, grad_thins, strict=True):
         # B as [r, out] and transposed after: the other order is a GEMM with r columns, several times slower on CPU
-        found += [_outer(grad_thin, x, chunk), _outer(thin, grad, chunk).transpose(1, 2)]
+        found += [_outer(grad_thin, x, chunk), _outer(_needed(thin), grad, chunk).transpose(1, 2)]
     return found
 
 
