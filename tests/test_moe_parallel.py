@@ -65,7 +65,7 @@ _EXPECTED: dict[str, Outcome] = {}
 
 
 def reference_of(plan: Plan, world: int = 1) -> Outcome:
-    """What all rows on one process give; layout and recompute do not matter to it, micro-batches only to the balance."""
+    """What all rows on one process give; of the layout, only the micro-batches matter, and to the balance alone."""
     groups = plan.micro_rows(world) if plan.accumulation > 1 else []
     key = repr((plan.model, plan.bias, plan.router, plan.experts, plan.steps, plan.dtype, plan.balance, groups))
     if key not in _EXPECTED:
