@@ -21,4 +21,16 @@ ENTRIES = (
         module="benchmarks.config_check",
         about="cold start of `moetune check` beside `import torch`",
     ),
+    Entry(
+        name="comm-bytes",
+        suite="cpu",
+        module="benchmarks.comm_bytes",
+        about="weights gathered a micro-batch at ep = world, beside plain ZeRO-3",
+    ),
+    Entry(
+        name="a2a-units",
+        suite="cpu",
+        module="benchmarks.a2a_units",
+        about="rows sent a layer by recompute mode, against the formula",
+    ),
 )
