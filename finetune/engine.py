@@ -91,7 +91,7 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
     _check(module, options)
     start_distributed()
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
-    require_equal_tables("Parameters", parameter_table(module), device)
+    require_equal_tables("Parameters and buffers", parameter_table(module), device)
     trained = [p for p in module.parameters() if p.requires_grad]
     config = engine_config(
         options, largest_layer=_largest_layer(module), trained=sum(getattr(p, "ds_numel", p.numel()) for p in trained)

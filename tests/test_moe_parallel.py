@@ -16,6 +16,7 @@ WIDE = {"experts": 264, "hidden": 400, "intermediate": 8, "top_k": 3}  # a route
 
 PARITY = {
     (1, "default"): Plan(ep=1, steps=5),
+    (1, "selective"): Plan(ep=1, recompute="selective", accumulation=2),
     (2, "one expert group a rank"): Plan(ep=1, steps=5),
     (2, "default"): Plan(ep=2, steps=5),
     (2, "partitioned"): Plan(ep=2, resident=False),
