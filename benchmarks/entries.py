@@ -51,4 +51,16 @@ ENTRIES = (
         module="benchmarks.scaling_shape",
         about="cost of four times the experts at the same top-k, beside PEFT's",
     ),
+    Entry(
+        name="comm-bytes",
+        suite="cpu",
+        module="benchmarks.comm_bytes",
+        about="weights gathered a micro-batch at ep = world, beside plain ZeRO-3",
+    ),
+    Entry(
+        name="a2a-units",
+        suite="cpu",
+        module="benchmarks.a2a_units",
+        about="rows sent a layer by recompute mode, against the formula",
+    ),
 )
