@@ -127,7 +127,8 @@ def test_offline_an_empty_cache_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = (
         rf"model.path: {MODEL} is not in the cache {tmp_path}, and the hub cannot be reached "
-        rf"\(HF_HUB_OFFLINE is set\). Run `hf download {MODEL}` where there is a network and set HF_HOME to that cache, or give a local folder"
+        rf"\(HF_HUB_OFFLINE is set\). Run `hf download {MODEL}` where there is a network and "
+        r"set HF_HOME to that cache, or give a local folder"
     )
     with pytest.raises(ValueError, match=message):
         model_folder(MODEL, cache=tmp_path)
