@@ -40,8 +40,14 @@ def _start():
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(FOLDER), "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"},
     )
-    atexit.register(process.kill)
+    atexit.register(_stop, process)
     return process
+
+
+def _stop(process):
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(timeout=10)
 
 
 def images(*, pictures, size):
