@@ -1,0 +1,159 @@
+"""What no single key can tell: checks across sections. Each returns problems; none raises. Loads no torch."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from finetune.config import RunConfig
+from finetune.families import Family, family, family_names
+from finetune.hubconfig import hub_config, read_family
+from finetune.problems import ConfigError, Problem, did_you_mean
+from finetune.typed import leaves, related
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a check may look at; `base` is None when the model section itself is wrong."""
+
+    config: RunConfig
+    ranks: int
+    base: Family | None
+
+
+def fewest_ranks(config: RunConfig) -> int:
+    """The smallest world that the recipe's layout allows."""
+    return config.parallel.ep
+
+
+def base_family(config: RunConfig) -> Family:
+    """The base model's shape, from the folder's own config.json when there is one, else from our table."""
+    folder = Path(config.model.path)
+    if config.model.path and (folder / "config.json").is_file():
+        return read_family(folder)
+    return family(config.model.family)
+
+
+def cross_check(config: RunConfig, *, ranks: int | None, known: Collection[str] = ()) -> list[Problem]:
+    """Every problem across sections, less those about keys (or sections of keys) already known to be wrong."""
+    problems = _model(config)
+    base = None if problems else base_family(config)
+    facts = Facts(config=config, ranks=ranks or max(1, fewest_ranks(config)), base=base)
+    for check in CHECKS:
+        problems += check(facts)
+    return [problem for problem in problems if not any(related(problem.key, key) for key in known)]
+
+
+def require(config: RunConfig, problems: list[Problem], *, ranks: int) -> None:
+    """Raise one ConfigError with every problem, those of reading and those across sections; warnings pass."""
+    problems = problems + cross_check(config, ranks=ranks, known=[problem.key for problem in problems])
+    if any(problem.level == "error" for problem in problems):
+        raise ConfigError(problems)
+
+
+def _model(config: RunConfig) -> list[Problem]:
+    """The base model is known, and folder and table agree."""
+    name, path = config.model.family, config.model.path
+    try:
+        named = family(name) if name else None
+    except ValueError:
+        return [_problem("model.family", name, "not a known family", did_you_mean(name, family_names()))]
+    if path and (Path(path) / "config.json").is_file():
+        try:
+            found = read_family(Path(path))
+        except ValueError as error:
+            return [_problem("model.path", path, str(error), "Name the folder of a Qwen3-VL base model")]
+        theirs, ours = leaves(hub_config(found)), leaves(hub_config(named or found))
+        unlike = [key for key in theirs | ours if theirs.get(key) != ours.get(key)]
+        if unlike:
+            listed = "; ".join(f"{key} is {theirs.get(key)}, not {ours.get(key)}" for key in unlike)
+            return [_problem("model.family", name, f"{path}/config.json differs: {listed}", "Drop model.family")]
+    elif named is None:
+        remedy = f"Set model.family ({', '.join(family_names())}) or model.path to a folder with a config.json"
+        return [_problem("model.path", path, "the shape of the base model is not known from it", remedy)]
+    return []
+
+
+def _ranges(facts: Facts) -> list[Problem]:
+    """Numbers that have only a lower bound."""
+    config = facts.config
+    least: dict[str, tuple[float, float]] = {
+        "data.packs_per_step": (config.data.packs_per_step, 1),
+        "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
+        "parallel.ep": (config.parallel.ep, 1),
+        "run.seed": (config.run.seed, 0),
+    }
+    problems = [
+        _problem(key, value, f"at least {bound} is wanted", f"Set {key}={bound} or more")
+        for key, (value, bound) in least.items()
+        if not value >= bound
+    ]
+    positive = {"optim.lr": config.optim.lr}
+    positive |= {f"data.sources.{name}.weight": source.weight for name, source in config.data.sources.items()}
+    problems += [
+        _problem(key, value, "a finite number above 0 is wanted", f"Set {key} to one")
+        for key, value in positive.items()
+        if not (isfinite(value) and value > 0)
+    ]
+    return problems
+
+
+def _sources(facts: Facts) -> list[Problem]:
+    if facts.config.data.sources:
+        return []
+    remedy = "Add data.sources.<name>.path=... (shards or a JSONL file)"
+    return [_problem("data.sources", {}, "there is nothing to train on", remedy)]
+
+
+def _steps_divide(facts: Facts) -> list[Problem]:
+    """A micro-batch is one packed row, so the packs of a step must divide by the data ranks."""
+    packs, ranks = facts.config.data.packs_per_step, facts.ranks
+    if packs < 1 or packs % ranks == 0:
+        return []
+    below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
+    nearest = " or ".join(f"data.packs_per_step={n}" for n in (below, above) if n)
+    allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"
+    return [_problem("data.packs_per_step", packs, allowed, f"Nearest that do: {nearest}")]
+
+
+def _expert_ranks(facts: Facts) -> list[Problem]:
+    """Experts and ranks must both divide by the size of an expert-parallel group."""
+    ep, base = facts.config.parallel.ep, facts.base
+    if ep < 1:
+        return []
+    problems = []
+    if facts.ranks % ep:
+        fits = ", ".join(str(n) for n in _divisors(facts.ranks))
+        problems.append(_problem("parallel.ep", ep, f"it must divide the {facts.ranks} ranks", f"One of {fits} does"))
+    if base is None:
+        return problems
+    if base.text.experts is None:
+        if ep > 1:
+            problems.append(
+                _problem("parallel.ep", ep, f"{base.name} is dense, it has no experts", "Set parallel.ep=1")
+            )
+    elif base.text.experts.num_experts % ep:
+        fits = ", ".join(str(n) for n in _divisors(base.text.experts.num_experts))
+        allowed = f"it must divide the {base.text.experts.num_experts} experts of {base.name}"
+        problems.append(_problem("parallel.ep", ep, allowed, f"One of {fits} does"))
+    return problems
+
+
+def _context(facts: Facts) -> list[Problem]:
+    if facts.base is None or facts.config.data.tokens_per_pack <= facts.base.text.max_position_embeddings:
+        return []
+    limit = facts.base.text.max_position_embeddings
+    allowed = f"a pack longer than the native context of {facts.base.name}, {limit:,} tokens"
+    remedy = f"A sample up to the whole pack would be outside it: set {limit} or less"
+    return [_problem("data.tokens_per_pack", facts.config.data.tokens_per_pack, allowed, remedy, warning=True)]
+
+
+CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (_ranges, _sources, _steps_divide, _expert_ranks, _context)
+
+
+def _problem(key: str, found: object, allowed: str, remedy: str, *, warning: bool = False) -> Problem:
+    return Problem(key=key, found=found, allowed=allowed, remedy=remedy, level="warning" if warning else "error")
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,79 @@
+"""Numbers that follow from a configuration, each with its derivation. Loads no torch."""
+
+from dataclasses import asdict, dataclass
+
+from finetune.checks import base_family, fewest_ranks
+from finetune.config import RunConfig
+from finetune.shapes import active_text_parameters, parameter_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """One number, the machine's name for it, and the sentence that derives it."""
+
+    name: str
+    value: int | float
+    text: str
+
+
+def derive(config: RunConfig, *, ranks: int | None) -> list[Derived]:
+    """Every number that follows from a configuration without problems."""
+    return [*_ranks(config, ranks), *_step(config, ranks or fewest_ranks(config)), *_model(config), *_mixture(config)]
+
+
+def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
+    count, ep = ranks or fewest_ranks(config), config.parallel.ep
+    origin = "--ranks" if ranks else "the fewest this recipe allows; --ranks N for another number"
+    groups = f"{count} ranks ({origin}): {count // ep} expert-parallel group(s) of {ep}"
+    return [Derived(name="data_ranks", value=count, text=groups)]
+
+
+def _step(config: RunConfig, ranks: int) -> list[Derived]:
+    packs, tokens = config.data.packs_per_step, config.data.tokens_per_pack
+    micro = packs // ranks
+    return [
+        Derived(
+            name="tokens_per_step",
+            value=packs * tokens,
+            text=f"tokens per step = {packs} packs x {tokens:,} = {packs * tokens:,}",
+        ),
+        Derived(
+            name="micro_batches_per_rank",
+            value=micro,
+            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, a packed row each",
+        ),
+    ]
+
+
+def _model(config: RunConfig) -> list[Derived]:
+    base = base_family(config)
+    counts = parameter_counts(base)
+    total, active = counts.total, active_text_parameters(base)
+    parts = " + ".join(f"{name} {count:,}" for name, count in asdict(counts).items() if count)
+    lines = [
+        Derived(name="parameters", value=total, text=f"parameters of {base.name} = {parts} = {total:,}"),
+        Derived(name="active", value=active, text=f"of these, one text token passes through {active:,}"),
+        Derived(
+            name="bf16_bytes",
+            value=2 * total,
+            text=f"weights in bfloat16 = 2 bytes x {total:,} = {2 * total / 2**30:.1f} GiB",
+        ),
+    ]
+    if base.text.experts is not None:
+        number, ep = base.text.experts.num_experts, config.parallel.ep
+        local = number // ep
+        text = f"experts per rank = {number} / ep {ep} = {local} in each of {len(base.moe_layers)} layers"
+        lines.append(Derived(name="experts_per_rank", value=local, text=text))
+    return lines
+
+
+def _mixture(config: RunConfig) -> list[Derived]:
+    total = sum(source.weight for source in config.data.sources.values())
+    return [
+        Derived(
+            name=f"share.{name}",
+            value=source.weight / total,
+            text=f"share of {name} = {source.weight:g} / {total:g} = {source.weight / total:.1%}",
+        )
+        for name, source in config.data.sources.items()
+    ]

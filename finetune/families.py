@@ -1,0 +1,265 @@
+"""The Qwen3-VL sizes: every value of their published config.json, as frozen tables. Loads no torch.
+
+Each published file was reproduced byte for byte from this table, and `config_sha256` is its hash, so no value here is a
+guess. Where the hashes were found: 2B, 4B and 8B in public download manifests that pin a revision of the hub's
+repository, 30B-A3B and 235B-A22B in public notes that fingerprint the file (235B: Instruct and Thinking alike), 32B as
+git's id of the file (29e925092dee9f14278c53e7e7d876cea8a997bc). The other editions are assumed to share their size's
+file; `moetune verify-base` compares a real folder with this table.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions of the text model: base, sections for time, height, width, and YaRN when `type` is yarn."""
+
+    theta: float = 5_000_000
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    mrope_interleaved: bool = True
+    type: str = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture-of-experts part of a text model."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """The language model. `experts` is None for the dense sizes."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    experts: Experts | None = None
+    head_dim: int = 128
+    vocab_size: int = 151_936
+    max_position_embeddings: int = 262_144
+    rope: Rope = Rope()
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    bos_token_id: int = 151_643
+    eos_token_id: int = 151_645
+    use_cache: bool = True
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """The vision tower with its merger and its DeepStack mergers."""
+
+    out_hidden_size: int
+    depth: int = 27
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
+    in_channels: int = 3
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    num_position_embeddings: int = 2304
+    hidden_act: str = "gelu_pytorch_tanh"
+    initializer_range: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model size: what its config.json says, under the name that `model.family` takes."""
+
+    name: str
+    text: Text
+    vision: Vision
+    hub_id: str | None = None
+    config_sha256: str | None = None
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151_655
+    video_token_id: int = 151_656
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the text model has expert layers."""
+        return self.text.experts is not None
+
+    @property
+    def model_type(self) -> str:
+        """The hub's `model_type`."""
+        return "qwen3_vl_moe" if self.is_moe else "qwen3_vl"
+
+    @property
+    def architecture(self) -> str:
+        """The class that transformers builds."""
+        return "Qwen3VLMoeForConditionalGeneration" if self.is_moe else "Qwen3VLForConditionalGeneration"
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indexes of the layers whose MLP is a mixture of experts, by transformers' own rule."""
+        experts = self.text.experts
+        if experts is None:
+            return ()
+        return tuple(
+            layer
+            for layer in range(self.text.num_hidden_layers)
+            if layer not in experts.mlp_only_layers and (layer + 1) % experts.decoder_sparse_step == 0
+        )
+
+
+def family_names() -> tuple[str, ...]:
+    """Every name that `model.family` takes: the dense sizes, then the mixture-of-experts sizes."""
+    return tuple(_FAMILIES)
+
+
+def family(name: str) -> Family:
+    """The table's entry for `name`: `qwen3-vl-30b-a3b`, or a hub id such as `Qwen/Qwen3-VL-30B-A3B-Instruct`."""
+    wanted = name.lower().removeprefix("qwen/").removesuffix("-instruct").removesuffix("-thinking")
+    if wanted in _FAMILIES:
+        return _FAMILIES[wanted]
+    close = difflib.get_close_matches(wanted, _FAMILIES, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(
+        f"model.family: {name!r} is not a known family; {hint}known are {', '.join(_FAMILIES)}. "
+        f"For any other size give the folder that holds its config.json."
+    )
+
+
+def family_problems(family: Family) -> list[str]:
+    """What contradicts itself in a family's numbers: one sentence each, with the config's own keys; [] when sound."""
+    return _text_problems(family.text) + _vision_problems(family)
+
+
+def _text_problems(text: Text) -> list[str]:
+    found = []
+    if text.num_attention_heads % text.num_key_value_heads:
+        found.append(
+            f"text_config.num_attention_heads {text.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads {text.num_key_value_heads}"
+        )
+    if sum(text.rope.mrope_section) * 2 != text.head_dim:
+        found.append(
+            f"mrope_section {list(text.rope.mrope_section)} sums to {sum(text.rope.mrope_section)}, "
+            f"but half of text_config.head_dim {text.head_dim} is {text.head_dim / 2:g}"
+        )
+    if text.rope.type not in ("default", "yarn"):
+        found.append(f"rope_type {text.rope.type!r} is not known; known are default and yarn")
+    if text.rope.type == "yarn" and not (text.rope.factor and text.rope.original_max_position_embeddings):
+        found.append("rope_type yarn needs factor and original_max_position_embeddings; without them the ramp is wrong")
+    experts = text.experts
+    if experts is not None and not 1 <= experts.num_experts_per_tok <= experts.num_experts:
+        found.append(
+            f"num_experts_per_tok {experts.num_experts_per_tok} must be between 1 and num_experts {experts.num_experts}"
+        )
+    return found
+
+
+def _vision_problems(family: Family) -> list[str]:
+    vision, text = family.vision, family.text
+    found = []
+    if vision.out_hidden_size != text.hidden_size:
+        found.append(
+            f"vision_config.out_hidden_size {vision.out_hidden_size} differs from text_config.hidden_size "
+            f"{text.hidden_size}"
+        )
+    if vision.hidden_size % (4 * vision.num_heads):
+        found.append(
+            f"vision_config.hidden_size {vision.hidden_size} is not a multiple of 4 x num_heads {vision.num_heads} "
+            f"(rows and columns each rotate half of a head)"
+        )
+    if round(vision.num_position_embeddings**0.5) ** 2 != vision.num_position_embeddings:
+        found.append(f"vision_config.num_position_embeddings {vision.num_position_embeddings} is not a square")
+    outside = [index for index in vision.deepstack_visual_indexes if not 0 <= index < vision.depth]
+    if outside:
+        found.append(
+            f"vision_config.deepstack_visual_indexes {outside} are outside the tower's {vision.depth} blocks (0 to "
+            f"{vision.depth - 1})"
+        )
+    if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
+        found.append(
+            f"vision_config.deepstack_visual_indexes has {len(vision.deepstack_visual_indexes)} entries for "
+            f"{text.num_hidden_layers} text layers; each feeds one of the first layers"
+        )
+    return found
+
+
+def _size(
+    label: str,
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    sha256: str,
+    expert_hidden: int | None = None,
+    small_tower: bool = False,
+    tied: bool = False,
+) -> Family:
+    """One row of the table; whatever is not an argument is equal in all published sizes."""
+    experts = Experts(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=expert_hidden or 0)
+    tower = Vision(out_hidden_size=hidden)
+    if small_tower:
+        tower = replace(tower, depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=(5, 11, 17))
+    return Family(
+        name=f"qwen3-vl-{label.lower()}",
+        hub_id=f"Qwen/Qwen3-VL-{label}-Instruct",
+        config_sha256=sha256,
+        tie_word_embeddings=tied,
+        text=Text(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            experts=experts if expert_hidden else None,
+        ),
+        vision=tower,
+    )
+
+
+_TABLE = (
+    _size(
+        "2B", hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, small_tower=True, tied=True,
+        sha256="bec4b3d446efa05807365c9e1cec03ac590836879d02f3a6da879971154bdd3b",
+    ),
+    _size(
+        "4B", hidden=2560, intermediate=9728, layers=36, heads=32, kv_heads=8, small_tower=True, tied=True,
+        sha256="edac7703329133edfc53e46ac0081835144c99d7eebf28b71c732694d435224d",
+    ),
+    _size(
+        "8B", hidden=4096, intermediate=12_288, layers=36, heads=32, kv_heads=8,
+        sha256="5cd452860dc1e9c29dd71cc3cef7f39b338b7a40793f7a260655c2d3568f3661",
+    ),
+    _size(
+        "32B", hidden=5120, intermediate=25_600, layers=64, heads=64, kv_heads=8,
+        sha256="d2dd0c60d01b9e195d9447c52da61c7302d28828524914c044d9c6e1b81d0427",
+    ),
+    # No layer of the MoE sizes uses `intermediate`: decoder_sparse_step is 1 and mlp_only_layers is empty.
+    _size(
+        "30B-A3B", hidden=2048, intermediate=6144, layers=48, heads=32, kv_heads=4, expert_hidden=768,
+        sha256="6129b3f54d517a18553cf7525ff4886be6831c5806fc094d632b8ef38d859912",
+    ),
+    _size(
+        "235B-A22B", hidden=4096, intermediate=12_288, layers=94, heads=64, kv_heads=4, expert_hidden=1536,
+        sha256="a9b0434bf1bb5de21786cb3dc3abf95e7254a1e131557c911d7271d2fb63e476",
+    ),
+)  # fmt: skip
+_FAMILIES = {entry.name: entry for entry in _TABLE}

@@ -1,0 +1,69 @@
+"""`moetune check`: what a recipe means, before anything is started."""
+
+import argparse
+import json
+import sys
+
+from omegaconf import OmegaConf
+
+from finetune.checks import cross_check
+from finetune.derive import derive
+from finetune.problems import Problem
+from finetune.recipes import effective, load
+from finetune.typed import leaves
+
+EXAMPLE = """\
+  moetune check tiny-cpu
+  moetune check configs/tiny-cpu.yaml data.packs_per_step=16 --ranks 4
+  moetune check qwen3-vl-30b-a3b-lora --diff tiny-cpu"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
+    parser.add_argument("--ranks", type=_positive, metavar="N", help="GPUs of the run (default: as few as it allows)")
+    parser.add_argument("--diff", metavar="CONFIG", help="print only what differs from this recipe")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the effective config, the derived numbers, the problems; 2 when there are errors."""
+    config, problems = load(args.config, args.overrides)
+    problems += cross_check(config, ranks=args.ranks, known=[problem.key for problem in problems])
+    errors = [problem for problem in problems if problem.level == "error"]
+    tree = effective(config)
+    if args.diff:
+        other, other_problems = load(args.diff)
+        problems += other_problems
+        name = f"{args.config} with overrides" if args.overrides else args.config
+        tree = _difference(leaves(tree), leaves(effective(other)), name, args.diff)
+    derived = [] if errors else derive(config, ranks=args.ranks)
+    if args.json:
+        numbers = {line.name: {"value": line.value, "derivation": line.text} for line in derived}
+        key = "difference" if args.diff else "config"
+        print(json.dumps({key: tree, "derived": numbers, "problems": [problem.as_dict() for problem in problems]}))
+    else:
+        print(OmegaConf.to_yaml(OmegaConf.create(tree)) if tree else "no difference")
+        for line in () if args.diff else derived:
+            print(line.text)
+        _print_problems(problems)
+    return 2 if errors else 0
+
+
+def _difference(ours: dict[str, object], theirs: dict[str, object], name: str, other: str) -> dict[str, object]:
+    keys = [key for key in ours | theirs if ours.get(key, "absent") != theirs.get(key, "absent")]
+    return {key: {name: ours.get(key, "absent"), other: theirs.get(key, "absent")} for key in keys}
+
+
+def _print_problems(problems: list[Problem]) -> None:
+    for level in ("warning", "error"):
+        for problem in problems:
+            if problem.level == level:
+                print(f"{level}: {problem}", file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, found {text!r}")
+    return int(text)

@@ -1,0 +1,67 @@
+"""The command `moetune`. Each command is a module of this package, loaded only when called.
+
+argparse, because a command's name, its few flags and `key=value` are all there is, and it costs no start time.
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 3 a check found problems, 75 preempted (run it again).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+COMMANDS = {
+    "check": "read a recipe, print the effective config and every derived number, name every problem",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="moetune", description="Fine-tune Qwen3-VL mixture-of-experts models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"moetune {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        if name != called:
+            commands.add_parser(name, help=summary)
+            continue
+        module = import_module(f"launchers.{name.replace('-', '_')}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n{module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+        module.arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except ValueError as error:
+        if args.debug:
+            raise
+        print(f"moetune {args.command}: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+def entry() -> NoReturn:
+    """The installed console command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _version() -> str:
+    try:
+        return version("moetune")
+    except PackageNotFoundError:
+        return "(not installed, running from its source)"
+
+
+if __name__ == "__main__":
+    entry()

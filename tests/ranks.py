@@ -1,0 +1,246 @@
+"""Runs a function on N gloo ranks and tells which rank failed first, and why.
+
+`run_ranks(function, world_size, *args)` returns what each rank returned, in rank order. The function lives at module
+level, `def f(rank, world_size, *args)`, and finds the process group up. When a rank raises, vanishes or hangs, one
+`RankError` names it, shows its traceback (or its stack) and what it printed; the other ranks are ended.
+
+One start costs a few seconds of process and import time, so let one start serve many checks.
+"""
+
+import contextlib
+import datetime
+import faulthandler
+import fcntl
+import functools
+import io
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 2.0  # after the first failure: time for ranks that failed before it, or with it, to say so
+SHOWN_CHARS = 6000  # of what a rank printed
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Returns `function(rank, world_size, *args)` of every rank; raises RankError about the rank that failed first."""
+    context = _server()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        folder = Path(name)
+        call = pickle.dumps((function, args))
+        environment = {**os.environ, **_RANK_ENVIRONMENT, "WORLD_SIZE": str(world_size)}
+        ranks = [
+            context.Process(target=_work, args=(r, world_size, folder, environment, Path.cwd(), call, timeout / 2))
+            for r in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            hung = _watch(ranks, folder, timeout)
+        finally:
+            for process in ranks:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        if hung or not all(_succeeded(rank, process, folder) for rank, process in enumerate(ranks)):
+            raise _verdict(ranks, folder, hung, timeout)
+        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(world_size)]
+
+
+# --- in the test's process --------------------------------------------------------------------------------------------
+
+_RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@functools.cache
+def _server() -> Any:
+    """Starts the process that ranks are forked from: fresh, single-threaded, with torch imported and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # the BLAS of numpy starts its threads at import; a fork must find none
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    return context
+
+
+def _watch(ranks: list[Any], folder: Path, timeout: float) -> list[int]:
+    """Waits for all ranks, or until GRACE_S after the first failure; returns the ranks that then still run."""
+    deadline = time.monotonic() + timeout
+    running = dict(enumerate(ranks))
+    failed = False
+    while running and time.monotonic() < deadline:
+        multiprocessing.connection.wait(
+            [process.sentinel for process in running.values()], timeout=max(0.0, deadline - time.monotonic())
+        )
+        for rank, process in list(running.items()):
+            if process.exitcode is None:
+                continue
+            del running[rank]
+            if not failed and not _succeeded(rank, process, folder):
+                failed = True
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    for process in running.values():
+        with contextlib.suppress(ProcessLookupError):  # it just ended
+            os.kill(process.pid, signal.SIGUSR1)  # writes the stack, whatever the rank is doing, and ends it
+    for process in running.values():
+        process.join(GRACE_S)
+    return list(running)
+
+
+def _succeeded(rank: int, process: Any, folder: Path) -> bool:
+    return process.exitcode == 0 and (folder / f"{rank}.result").exists()
+
+
+def _verdict(ranks: list[Any], folder: Path, hung: list[int], timeout: float) -> "RankError":
+    """Names the culprit: a rank that vanished before the first one raised, else that one, else those that hang."""
+    reports = {r: pickle.loads(p.read_bytes()) for r in range(len(ranks)) if (p := folder / f"{r}.raised").exists()}
+    silent = [r for r, p in enumerate(ranks) if r not in reports and r not in hung and not _succeeded(r, p, folder)]
+    first = min(reports, key=lambda rank: reports[rank]["time_ns"], default=None)
+    culprits = silent or hung
+    if first is not None:
+        culprits = [r for r in silent if r in reports[first]["gone"]] or [first]
+    parts = []
+    for rank in culprits + [r for r in range(len(ranks)) if r not in culprits]:
+        if rank in reports:
+            found = f"failed:\n{reports[rank]['traceback']}"
+        elif rank in hung:
+            when = ", and was ended" if reports or silent else f" after {timeout:g} s"
+            found = f"was still running{when}; its stack:\n{_stack(folder / f'{rank}.stack')}"
+        elif rank in silent:
+            found = f"exited without raising ({_exit_words(ranks[rank].exitcode)})"
+        else:
+            continue
+        printed = _text(folder / f"{rank}.printed")[-SHOWN_CHARS:].rstrip()
+        parts.append(
+            f"rank {rank} of {len(ranks)} {found.rstrip()}" + (f"\n  it printed:\n{printed}" if printed else "")
+        )
+    return RankError("\n\n".join(parts), rank=culprits[0])
+
+
+def _exit_words(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _stack(path: Path) -> str:
+    """The threads of a dump, without the helper's own."""
+    return "\n\n".join(thread for thread in _text(path).split("\n\n") if _end_with_parent.__name__ not in thread)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+# --- in a rank --------------------------------------------------------------------------------------------------------
+
+
+def _work(
+    rank: int, world_size: int, folder: Path, environment: dict[str, str], cwd: Path, call: bytes, limit: float
+) -> None:
+    """The whole life of one rank; leaves `N.result` or `N.raised`, or neither when it vanishes."""
+    _redirect(folder / f"{rank}.printed")
+    faulthandler.register(signal.SIGUSR1, file=(folder / f"{rank}.stack").open("w"), chain=True)  # then it ends
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.chdir(cwd)
+    with _reported(rank, world_size, folder), _alive(rank, folder):
+        import torch
+
+        torch.set_num_threads(1)
+        function, args = pickle.loads(call)
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder / 'store'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=limit),  # before the watchdog: the rank that waits says for what
+        )
+        result = pickle.dumps(function(rank, world_size, *args))
+        torch.distributed.destroy_process_group()
+        (folder / f"{rank}.result").write_bytes(result)
+
+
+def _end_with_parent() -> None:
+    """No orphans: a killed test run takes its ranks along."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _redirect(path: Path) -> None:
+    with path.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+            assert isinstance(stream, io.TextIOWrapper)
+            stream.reconfigure(line_buffering=True)  # os._exit does not flush
+
+
+@contextlib.contextmanager
+def _alive(rank: int, folder: Path) -> Iterator[None]:
+    """Holds a lock that the kernel drops when this process ends, before the process's connections are closed."""
+    with (folder / f"{rank}.starting").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        Path(file.name).rename(folder / f"{rank}.alive")
+        yield
+
+
+def _gone(rank: int, folder: Path) -> bool:
+    """Whether that rank started and has ended since."""
+    path = folder / f"{rank}.alive"
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
+class _reported:
+    """Writes the exception that leaves the block, with its time, before this process's end can fail other ranks."""
+
+    def __init__(self, rank: int, world_size: int, folder: Path) -> None:
+        self.rank, self.others, self.folder = rank, [r for r in range(world_size) if r != rank], folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if error is None:
+            return
+        time_ns = time.monotonic_ns()
+        gone = [r for r in self.others if _gone(r, self.folder)]
+        text = "".join(traceback.format_exception(error))
+        part = self.folder / f"{self.rank}.part"
+        part.write_bytes(pickle.dumps({"time_ns": time_ns, "gone": gone, "traceback": text}))
+        part.rename(self.folder / f"{self.rank}.raised")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the process group may be stuck; its destructor would wait for it
+
+
+class RankError(RuntimeError):
+    """What happened on the ranks; `rank` is the one that failed first."""
+
+    def __init__(self, message: str, *, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank

@@ -1,0 +1,214 @@
+"""The configuration: precedence, and every way a user can get it wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune.checks import cross_check, require
+from finetune.config import RunConfig
+from finetune.problems import ConfigError, Problem
+from finetune.recipes import effective, find_recipe, load, recipe_names
+from finetune.typed import leaves
+
+
+def _write(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def _problems(name: str, *overrides: str, ranks: int | None = None) -> dict[str, Problem]:
+    config, problems = load(name, overrides)
+    problems += cross_check(config, ranks=ranks, known=[problem.key for problem in problems])
+    assert len({problem.key for problem in problems}) == len(problems), problems
+    return {problem.key: problem for problem in problems}
+
+
+def test_each_layer_wins_over_the_one_below(tmp_path: Path) -> None:
+    _write(tmp_path, "ground.yaml", "optim: {lr: 0.1}\ndata: {packs_per_step: 6, tokens_per_pack: 60}\n")
+    _write(tmp_path, "middle.yaml", "base: ground.yaml\ndata: {packs_per_step: 7}\n")
+    top = _write(tmp_path, "top.yaml", "base: middle.yaml\nrun: {seed: 3}\n")
+    config, problems = load(top, ["data.tokens_per_pack=70"])
+    assert problems == []
+    assert (config.optim.lr, config.data.packs_per_step, config.data.tokens_per_pack) == (0.1, 7, 70)
+    assert (config.run.seed, config.parallel.ep) == (3, RunConfig().parallel.ep)
+
+
+def test_a_recipe_builds_on_a_shipped_one_by_name(tmp_path: Path) -> None:
+    mine = _write(tmp_path, "mine.yaml", "base: tiny-cpu\ndata: {sources: {own: {path: a, weight: 3}}}\n")
+    config, problems = load(mine)
+    assert problems == []
+    assert set(config.data.sources) == {"general", "own"}
+    assert config.data.packs_per_step == load("tiny-cpu")[0].data.packs_per_step
+
+
+def test_sources_are_keyed_by_name_and_reached_from_the_command_line() -> None:
+    config, problems = load("tiny-cpu", ["data.sources.general.weight=0.3", "data.sources.extra.path=/x/{0..3}.tar"])
+    assert problems == []
+    assert config.data.sources["general"].weight == 0.3
+    assert config.data.sources["extra"].path == "/x/{0..3}.tar"
+
+
+def test_values_may_refer_to_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LR_OF_TEST", "0.25")
+    mine = _write(
+        tmp_path, "a.yaml", "base: tiny-cpu\noptim: {lr: '${oc.env:LR_OF_TEST}'}\nrun: {seed: '${parallel.ep}'}\n"
+    )
+    config, problems = load(mine)
+    assert problems == []
+    assert (config.optim.lr, config.run.seed) == (0.25, 2)
+
+
+def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
+    mine = _write(tmp_path, "a.yaml", "base: tiny-cpu\noptim: {lr: abc}\nrun: {seed: '???'}\n")
+    assert load(mine, ["optim.lr=0.5", "run.seed=4"])[1] == []
+    assert {problem.key for problem in load(mine)[1]} == {"optim.lr", "run.seed"}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "text"),
+    [
+        ("optim.lr=abc", "optim.lr", r"a number is wanted"),
+        ("optim.lr=true", "optim.lr", r"a number is wanted"),
+        ("optim.lr=nan", "optim.lr", r"a finite number above 0"),
+        ("optim.lr=0", "optim.lr", r"a finite number above 0"),
+        ("data.packs_per_step=8.0", "data.packs_per_step", r"a whole number is wanted"),
+        ("data.packs_per_step=", "data.packs_per_step", r"a whole number is wanted"),
+        ("data.packs_per_step=0", "data.packs_per_step", r"at least 1 .*data.packs_per_step=1 or more"),
+        ("data.tokens_per_pack=-1", "data.tokens_per_pack", r"at least 1 "),
+        ("data.tokens_per_pack=[1, 2]", "data.tokens_per_pack", r"a whole number is wanted"),
+        ("run.seed=-1", "run.seed", r"at least 0 "),
+        ("parallel.ep=0", "parallel.ep", r"at least 1 "),
+        ("data.sourcez=[]", "data.sourcez", r"no such key.*Did you mean `data.sources`"),
+        ("data.sources=[a]", "data.sources", r"entries by name are wanted.*data.sources.<name>.<key>"),
+        ("data.sources.a b.path=x", "data.sources.a b", r"letters, digits"),
+        ("data.sources.new.weight=1", "data.sources.new.path", r"it must be set. Add data.sources.new.path=..."),
+        ("data.sources.general.weight=0", "data.sources.general.weight", r"a finite number above 0"),
+        ("data.sources.general=x", "data.sources.general", r"a section is wanted here, with the keys: path, weight"),
+        ("data=5", "data", r"a section is wanted here, with the keys: packs_per_step"),
+        ("dat.packs_per_step=4", "dat", r"no such key.*Did you mean `data`"),
+        ("track.wandb=true", "track.wandb", r"no such key. Remove it: track has no keys yet"),
+        ("base=tiny-cpu", "base", r"no such key"),
+        ("optim.lr", "optim.lr", r"an override reads section.key=value"),
+        ("optim..lr=3", "optim..lr=3", r"an override reads section.key=value"),
+        ("optim.lr=[1", "optim.lr", r"not readable as YAML"),
+        ("run.seed=${no.such}", "run.seed", r"cannot be resolved.*\$\{\.\.\.\}"),
+        ("optim.lr=${data.sources}", "optim.lr", r"cannot be resolved"),
+        ("run.seed=???", "run.seed", r"it must be set"),
+        ("model.family=qwen3-vl-30b-a3x", "model.family", r"Did you mean `qwen3-vl-30b-a3b`"),
+        ("model.family=", "model.family", r"text is wanted"),
+        ("model.family=''", "model.path", r"shape is not known.*Set model.family \(.*tiny-moe"),
+        ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the native context"),
+    ],
+)
+def test_each_wrong_value_is_named_with_what_is_allowed_and_what_to_do(override: str, key: str, text: str) -> None:
+    found = _problems("tiny-cpu", override)
+    assert list(found) == [key]
+    with pytest.raises(ConfigError, match=text):
+        raise ConfigError([found[key]] if found[key].level == "error" else [_as_error(found[key])])
+
+
+def _as_error(problem: Problem) -> Problem:
+    assert problem.key == "data.tokens_per_pack", "the only warning here"
+    return Problem(key=problem.key, found=problem.found, allowed=problem.allowed, remedy=problem.remedy)
+
+
+def test_problems_are_collected_not_met_one_by_one(tmp_path: Path) -> None:
+    mine = _write(
+        tmp_path, "mine.yaml", "optim: {lr: x, wd: 1}\nnonsense: {}\ndata: {sources: {a: {path: [1]}, b: 7}}\n"
+    )
+    found = _problems(mine, "run.seed=no", "parallel.ep=0")
+    assert set(found) == {
+        *("optim.lr", "optim.wd", "nonsense", "data.sources.a.path", "data.sources.b", "run.seed", "parallel.ep"),
+        "model.path",
+    }
+    assert (found["optim.lr"].source, found["run.seed"].source) == ("mine.yaml", "command line")
+
+
+def test_packs_must_divide_by_the_ranks_and_the_nearest_that_do_are_named() -> None:
+    assert "data.packs_per_step=6 or data.packs_per_step=12" in str(
+        _problems("tiny-cpu", "parallel.ep=1", ranks=6)["data.packs_per_step"]
+    )
+    assert _problems("tiny-cpu", ranks=8) == {}
+    fewer = _problems("tiny-cpu", "data.packs_per_step=2", ranks=8)["data.packs_per_step"]
+    assert str(fewer).endswith("Nearest that do: data.packs_per_step=8.")
+
+
+def test_expert_groups_must_divide_the_ranks() -> None:
+    assert "it must divide the 6 ranks. One of 1, 2, 3, 6 does" in str(
+        _problems("tiny-cpu", "parallel.ep=4", "data.packs_per_step=6", ranks=6)["parallel.ep"]
+    )
+    experts = _problems("tiny-cpu", "parallel.ep=5", "data.packs_per_step=5")["parallel.ep"]
+    assert re.search(r"must divide the \d+ experts of tiny-moe. One of 1, 2, ", str(experts))
+    dense = _problems("tiny-cpu", "model.family=qwen3-vl-8b", ranks=4)["parallel.ep"]
+    assert "qwen3-vl-8b is dense" in str(dense)
+
+
+def test_no_sources_is_a_problem(tmp_path: Path) -> None:
+    mine = _write(tmp_path, "mine.yaml", "model: {family: tiny-moe}\n")
+    assert "nothing to train on" in str(_problems(mine)["data.sources"])
+
+
+def test_a_key_written_with_dots_in_yaml_is_explained(tmp_path: Path) -> None:
+    mine = _write(tmp_path, "mine.yaml", "base: tiny-cpu\noptim.lr: 3\n")
+    assert "a dot separates sections only on the command line" in str(_problems(mine)["optim.lr"])
+
+
+def test_a_folder_and_a_family_must_agree(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    found = _problems("tiny-cpu", f"model.path={tmp_path}")
+    assert "config.json" in str(found["model.path"])
+
+
+def test_require_raises_once_with_everything() -> None:
+    config, problems = load("tiny-cpu", ["optim.lr=abc", "data.sourcez=[]", "data.packs_per_step=5"])
+    with pytest.raises(ConfigError, match=r"(?s)3 problems.*optim.lr.*data.sourcez.*data.packs_per_step = 5"):
+        require(config, problems, ranks=2)
+    config, problems = load("tiny-cpu")
+    require(config, problems, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tiny-cpuu", r"neither a file .* nor a shipped recipe. Did you mean `tiny-cpu`"),
+        ("configs/nope.yaml", r"there is no file .*nope.yaml. Shipped: .*tiny-cpu"),
+        ("elsewhere/tiny-cpu.yaml", r"`tiny-cpu` alone calls the shipped recipe"),
+    ],
+)
+def test_a_recipe_that_is_not_there(name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        find_recipe(name)
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "a: 1\na: 2\n", "\x00", "5\n"])
+def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"recipe .*bad.yaml: not readable as YAML"):
+        load(_write(tmp_path, "bad.yaml", text))
+
+
+def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sections with keys are wanted, found a list"):
+        load(_write(tmp_path, "bad.yaml", "- 1\n"))
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    assert load(_write(tmp_path, "empty.yaml", "")) == (RunConfig(), [])
+    assert load(_write(tmp_path, "half.yaml", "optim:\n")) == (RunConfig(), [])
+
+
+def test_a_broken_base_line_is_named(tmp_path: Path) -> None:
+    _write(tmp_path, "a.yaml", "base: b.yaml\n")
+    circle = _problems(_write(tmp_path, "b.yaml", "base: a.yaml\nmodel: {family: tiny-moe}\n"))
+    assert "in a circle: b.yaml -> a.yaml -> b.yaml" in str(circle["base"])
+    missing = _problems(_write(tmp_path, "c.yaml", "base: nope\n"))
+    assert "neither a file" in str(missing["base"])
+
+
+def test_leaves_flatten_what_effective_gives() -> None:
+    config, _ = load("tiny-cpu")
+    flat = leaves(effective(config))
+    assert flat["data.sources.general.path"] == "shards/general"
+    assert flat["optim.lr"] == config.optim.lr
+    assert "tiny-cpu" in recipe_names()

@@ -1,0 +1,73 @@
+"""House rules that no linter keeps: torch-free start, foreign packages, where torch.distributed may be used."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COLLECTIVES_LIVE_IN = {"finetune/ranks.py", "finetune/weights.py", "finetune/sequence.py", "finetune/checkpoint.py"}
+ENGINE_LIVES_IN = {"finetune/engine.py", "finetune/checkpoint.py", "finetune/weights.py", "moe/parallel.py"}
+
+
+def _sources() -> dict[str, ast.Module]:
+    packages = ("configs", "data", "finetune", "launchers", "moe")
+    paths = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in paths}
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    return names
+
+
+def _uses(tree: ast.Module, module: str) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for name in _imports(tree))
+
+
+def test_collectives_and_engine_stay_in_their_files() -> None:
+    sources = _sources()
+    collective = {name for name, tree in sources.items() if _uses(tree, "torch.distributed")}
+    assert {name for name in collective if not name.startswith("moe/")} <= COLLECTIVES_LIVE_IN
+    assert {name for name, tree in sources.items() if _uses(tree, "deepspeed")} <= ENGINE_LIVES_IN
+
+
+def test_configuration_and_command_line_start_without_torch() -> None:
+    modules = "data.config, moe.config, finetune.config, finetune.recipes, finetune.checks, finetune.derive"
+    launchers = ", ".join(f"launchers.{path.stem}" for path in (ROOT / "launchers").glob("[!_]*.py"))
+    heavy = "{'torch', 'transformers', 'deepspeed'}"
+    script = f"import sys, {modules}, {launchers}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("foreign", ["data", "moe", "configs"])
+def test_a_foreign_package_in_front_is_named_and_the_safe_path_goes_around_it(foreign: str, tmp_path: Path) -> None:
+    (tmp_path / foreign).mkdir()
+    (tmp_path / foreign / "__init__.py").write_text("")
+    start = [sys.executable, "-m", "launchers.cli", "check", "tiny-cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    shadowed = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert shadowed.returncode == 1
+    assert f"moetune's package `{foreign}` belongs in {ROOT / foreign}" in shadowed.stderr
+    assert str(tmp_path / foreign / "__init__.py") in shadowed.stderr
+    assert "PYTHONSAFEPATH=1" in shadowed.stderr
+    safe = environment | {"PYTHONSAFEPATH": "1"}
+    assert subprocess.run(start, cwd=tmp_path, env=safe, capture_output=True, timeout=60).returncode == 0
+
+
+def test_a_plain_folder_of_the_same_name_is_harmless(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    start = [sys.executable, "-m", "launchers.cli", "check", "tiny-cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, timeout=60).returncode == 0
