@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.fields import BadField, Fields
+from data.fields import BadField, Fields, check_text
 
 BOX_TYPES = ("real", "norm1", "norm1000")
 
@@ -165,7 +165,7 @@ def read_objects(fields: Fields) -> Objects:
     for item, where in fields.items("ref"):
         if not isinstance(item, str):
             raise BadField(where, f"is {item!r:.80}; write the name of the thing")
-        refs.append(item)
+        refs.append(check_text(item, where))
     kind = fields.choice("bbox_type", BOX_TYPES, "real")
     image_id = [item for item, _ in fields.items("image_id")]
     if image_id and (len(image_id) != len(boxes or points) or not all(type(n) is int for n in image_id)):

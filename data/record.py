@@ -115,7 +115,7 @@ def _read_record(fields: Fields, key: str) -> Record:
         images=tuple(read_image(item, where) for item, where in fields.items("images")),
         videos=tuple(read_video(item, where) for item, where in fields.items("videos")),
         objects=None if objects is None else read_objects(Fields(objects, "objects")),
-        tools=tuple(dict(fields.take_object(item, where)) for item, where in fields.items("tools")),
+        tools=tuple(_read_tool(item, where) for item, where in fields.items("tools")),
         group=fields.text("group", None),
         license=fields.text("license", None),
     )
@@ -161,13 +161,19 @@ def _read_call(fields: Fields) -> ToolCall:
         fields = Fields(inner, f"{fields.where}function")
     arguments = fields.take("arguments", (Mapping, str), {})
     if isinstance(arguments, str):
-        check_text(arguments, f"{fields.where}arguments")
         arguments = load_json(arguments)
         if not isinstance(arguments, dict):
             raise BadField(f"{fields.where}arguments", "is text that is not a JSON object")
+    check_text(json.dumps(arguments, ensure_ascii=False), f"{fields.where}arguments")
     name = fields.text("name")
     fields.done()
     return ToolCall(name=name, arguments=dict(arguments))
+
+
+def _read_tool(item: Any, where: str) -> dict[str, Any]:
+    tool = dict(Fields.take_object(item, where))
+    check_text(json.dumps(tool, ensure_ascii=False), where)
+    return tool
 
 
 def _check_marks(record: Record) -> None:
