@@ -44,3 +44,11 @@ class VideoConfig:
     layout: Literal["nested", "flat"] = "nested"  # transformers >= 5 or 4.57; the server must use the same
     single_frame: Literal["double", "refuse"] = "double"  # a video needs two frames
     timeout_seconds: float = 60.0  # for decoding one video
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """How conversations become text: `data.chat`. The template itself is the base's own."""
+
+    thinking: Literal["train", "mask", "drop"] = "train"  # mask: in the text, but without loss
+    keep_control_tokens: tuple[str, ...] = ()  # spelled in an assistant's text, they stay control tokens: <|box_start|>

@@ -79,7 +79,7 @@ def _times(ref: VideoRef, facts: VideoFacts) -> Sequence[float]:
     """Seconds of every frame since the first one."""
     if ref.times:
         return ref.times
-    return facts.times or [number / facts.rate for number in range(facts.frames)]
+    return facts.times or [number / (ref.rate or facts.rate) for number in range(facts.frames)]
 
 
 def _span(times: Sequence[float]) -> float:
@@ -100,7 +100,7 @@ def _how_many(
         asked, least = ref.num_frames, 0
     else:
         fps = config.fps if ref.fps is None else ref.fps
-        asked = int(total / facts.rate * fps) if regular else int(_span(times) * fps)
+        asked = int(total / (ref.rate or facts.rate) * fps) if regular else int(_span(times) * fps)
         least = config.min_frames
     chosen = max(1, min(max(asked, least), most))
     if chosen == most < min(asked, total):
