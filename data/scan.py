@@ -121,5 +121,3 @@ def _index_of(
         time_starts=_starts([len(v.times or ()) for v in videos]),
         times=np.array([time for v in videos for time in v.times or ()], dtype=np.float64),
     )
-
-

@@ -32,7 +32,7 @@ class TinyModel:
 
     experts: int | None = 8
     top_k: int = 2
-    expert_hidden: int = 20
+    expert_hidden: int = 40
     hidden: int = 48
     intermediate: int = 88
     layers: int = 3

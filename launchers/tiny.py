@@ -15,7 +15,7 @@ moetune tiny /tmp/tiny-qwen3 --tokenizer qwen3          # the real vocabulary (p
 _DIMS = (
     ("experts", "experts per layer (default 8)"),
     ("top-k", "experts that one token uses (default 2)"),
-    ("expert-hidden", "hidden width of one expert (default 20)"),
+    ("expert-hidden", "hidden width of one expert (default 40)"),
     ("hidden", "width of the text model (default 48)"),
     ("intermediate", "hidden width of a dense MLP (default 88)"),
     ("layers", "text layers (default 3)"),

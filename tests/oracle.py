@@ -82,6 +82,24 @@ def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=
     return processor.sample_frames(metadata, num_frames=num_frames, fps=fps).tolist()
 
 
+def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True):
+    """Everything the model's own processor makes of a conversation whose frames are chosen already."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(messages, tools=tools, tokenize=False)
+    found = processor(
+        text=[text],
+        images=list(images) or None,
+        videos=[list(video) for video in videos] or None,
+        video_metadata=[dict(each) for each in metadata] or None,
+        do_sample_frames=False,
+        cap_pixels_per_frame=cap,
+        return_tensors="pt",
+    )
+    return {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
+
+
 def main():
     import torch
 

@@ -116,8 +116,8 @@ def test_weights_lie_in_the_file_as_the_hub_has_them(moe):
     assert set(stored) == set(shapes)
     gate_up = "model.language_model.layers.1.mlp.experts.gate_up_proj"
     down = "model.language_model.layers.1.mlp.experts.down_proj"
-    assert stored[gate_up].shape == (8, 48, 40)
-    assert stored[down].shape == (8, 20, 48)
+    assert stored[gate_up].shape == (8, 48, 80)
+    assert stored[down].shape == (8, 40, 48)
     for name, tensor in random_weights(shapes, dtype="float32", seed=0):
         expected = tensor.transpose(1, 2) if name.endswith(("gate_up_proj", "down_proj")) else tensor
         assert torch.equal(stored[name], expected), name
@@ -228,7 +228,7 @@ def test_commands_help_states_the_real_defaults():
         ("--experts 4 --top-k 5", r"num_experts_per_tok 5 must be between 1 and num_experts 4"),
         ("--head-dim 6", r"--head-dim is 6; three rotary sections need an even number from 8 on"),
         ("--head-dim 17", r"--head-dim is 17"),
-        ("--hidden 40", r"--hidden 40 with --expert-hidden 20: transposed experts would have the same shape"),
+        ("--hidden 80", r"--hidden 80 with --expert-hidden 40: transposed experts would have the same shape"),
         ("--layers 0 --heads 0", r"--layers is 0; it must be at least 1\n  --heads is 0"),
         ("--vision-heads 4", r"vision_config.hidden_size 24 is not a multiple of 4 x num_heads 4"),
     ],
@@ -271,3 +271,9 @@ def test_command_loads_no_torch_before_it_runs():
     code = "import launchers.tiny, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("name", "model"), [("tiny-moe", TinyModel()), ("tiny-dense", TinyModel(experts=None))])
+def test_the_family_table_names_what_the_command_writes(name, model, tmp_path):
+    write_tiny(tmp_path / "base", model)
+    assert read_family(tmp_path / "base") == family(name)
