@@ -91,7 +91,7 @@ def write_beside(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # stubs mix up the two keywords
+            np.savez(file, allow_pickle=False, **arrays)
     except OSError as error:
         hint = "set data.cache_dir (or --cache-dir) to a folder that can be written"
         raise ShardError(path, f"cannot write the index: {error.strerror}; {hint}") from error
@@ -101,7 +101,7 @@ def write_beside(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]] | None:
     """Arrays of a sidecar, or None where there is none or it is damaged (it is made again then)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None

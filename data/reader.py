@@ -56,7 +56,7 @@ class ByteReader:
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         if len(data) != size:
-            raise ValueError(f"{path} ends at byte {offset + len(data)}, {size} bytes from {offset} were asked for")
+            raise ValueError(f"{path} ends too early: {size} bytes from byte {offset} were asked for, got {len(data)}")
         return data
 
     def read_place(self, place: Place, folder: Path) -> bytes:

@@ -9,12 +9,12 @@ from zlib import crc32
 import numpy as np
 
 from data.facts import ImageFacts, VideoFacts
+from data.frames import probe_video
 from data.index import ShardIndex
 from data.media import VideoRef
 from data.reader import SampleReader, VideoBytes
 from data.record import Record, RecordError, parse_record
 from data.tar import KeyedMembers, group_members, walk_tar
-from data.frames import probe_video
 from data.vision import probe_image
 
 Facts = tuple[list[ImageFacts], list[VideoFacts]]
@@ -52,7 +52,7 @@ def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoB
 
 
 def scan_shard(shard: Path, stamp: str) -> ShardIndex:
-    """Reads the whole tar once. A sample that cannot be used is listed with its reason; a broken tar is a ShardError."""
+    """Reads the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
     reader = SampleReader()
     samples = list(group_members(shard, walk_tar(shard)))
     crcs: list[int] = []

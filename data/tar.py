@@ -87,14 +87,13 @@ def _check_end(path: Path, header: bytes, at: int) -> None:
 
 
 def _read_header(path: Path, header: bytes, at: int) -> tuple[bytes, str, int]:
+    if at == 0 and (kind := _MAGIC.get(header[:2])):
+        raise ShardError(path, f"is {kind}-compressed; unpack it: byte ranges need a plain tar")
     if len(header) < BLOCK:
         raise ShardError(path, f"truncated: half a header at byte {at}")
     stored = header[148:156].split(b"\0", 1)[0].strip()
-    actual = sum(header) - sum(header[148:156]) + 8 * 32
-    if not stored.isdigit() or _octal(stored) != actual:
-        kind = _MAGIC.get(header[:2]) if at == 0 else None
-        hint = f" (it is {kind}-compressed; unpack it: byte ranges need a plain tar)" if kind else ""
-        raise ShardError(path, f"not a tar header at byte {at}: wrong checksum{hint}")
+    if _octal(stored) != sum(header) - sum(header[148:156]) + 8 * 32:
+        raise ShardError(path, f"not a tar header at byte {at}: wrong checksum")
     raw = header[124:136]
     digits = raw.split(b"\0", 1)[0].strip()
     size = int.from_bytes(raw[1:], "big") if raw[0] & 0x80 else _octal(digits or b"0")
@@ -109,10 +108,7 @@ def _read_header(path: Path, header: bytes, at: int) -> tuple[bytes, str, int]:
 
 def _octal(digits: bytes) -> int:
     """The number, or -1."""
-    try:
-        return int(digits, 8)
-    except ValueError:
-        return -1
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else -1
 
 
 def _text(path: Path, raw: bytes, at: int) -> str:
