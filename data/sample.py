@@ -25,7 +25,7 @@ from data.record import Record
 from data.stamps import box_texts, video_text
 from data.template import read_template
 from data.tokens import Tokens, tokenise, widen
-from data.video import Grid, VideoPlan, frame_list_facts, plan_video
+from data.video import Grid, VideoPlan, check_video, frame_list_facts, plan_video
 from data.vision import decode_image, grid_tokens, image_grid, image_limits, image_patches, probe_image, read_spec
 
 _RULES = 1  # raised whenever the same record would become other tokens or patches
@@ -60,6 +60,7 @@ class Renderer:
         self._image, self._video, self._chat = image, video, chat
         self._spec = read_spec(folder)
         self._limits = image_limits(self._spec, image)
+        check_video(video, spec=self._spec)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._template = read_template(folder, self._tokenizer, chat)
         self._image_pad, self._video_pad, self.pad_id = (

@@ -60,6 +60,20 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
     )
 
 
+def check_video(config: VideoConfig, *, spec: VisionSpec) -> None:
+    """Refuses settings that no video could follow; those of `data.video` that concern sizes included."""
+    for name in ("fps", "min_frames", "max_frames", "timeout_seconds"):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"data.video.{name} is {value}; write a number above 0")
+    if config.min_frames > config.max_frames:
+        raise ValueError(
+            f"data.video.min_frames is {config.min_frames}, above data.video.max_frames {config.max_frames}; "
+            f"lower the one or raise the other"
+        )
+    clip_limits(2, spec=spec, config=config)
+
+
 def frame_list_facts(ref: VideoRef, frames: Sequence[ImageFacts]) -> VideoFacts:
     """Facts of a video given as images: its times are the record's, its size is that of every frame."""
     sizes = {(frame.height, frame.width) for frame in frames}

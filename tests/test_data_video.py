@@ -17,7 +17,7 @@ from data.config import VideoConfig
 from data.facts import ImageFacts, VideoFacts
 from data.frames import decode_frames, decode_images, probe_video, video_patches
 from data.media import ImageRef, VideoRef
-from data.video import clip_limits, frame_list_facts, plan_video, video_grid
+from data.video import check_video, clip_limits, frame_list_facts, plan_video, video_grid
 from data.vision import VisionSpec, normalise
 
 SPEC = VisionSpec()
@@ -153,11 +153,17 @@ def test_a_single_frame_is_doubled_or_refused():
         ({"min_tokens": 0}, "data.video.min_tokens is 0 and data.video.max_tokens 12288"),
         ({"max_tokens": 1}, "data.video.min_tokens is 2 and data.video.max_tokens 1"),
         ({"max_tokens_per_frame": 0}, "data.video.max_tokens_per_frame is 0"),
+        ({"fps": 0.0}, "data.video.fps is 0.0; write a number above 0"),
+        ({"fps": float("nan")}, "data.video.fps is nan; write a number above 0"),
+        ({"min_frames": 0}, "data.video.min_frames is 0"),
+        ({"max_frames": -1}, "data.video.max_frames is -1"),
+        ({"timeout_seconds": 0.0}, "data.video.timeout_seconds is 0.0"),
+        ({"min_frames": 10, "max_frames": 4}, "data.video.min_frames is 10, above data.video.max_frames 4"),
     ],
 )
-def test_impossible_limits_are_refused(bad, message):
+def test_impossible_settings_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
-        plan(facts(), **bad)
+        check_video(VideoConfig(**bad), spec=SPEC)
 
 
 def test_too_long_a_strip_is_refused():
