@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from data.chat import render_record
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.facts import ImageFacts, VideoFacts, VisionCount
-from data.frames import decode_frames, decode_images, probe_video, video_patches
+from data.frames import decode_images, open_video, video_patches
 from data.media import Place
 from data.positions import sample_positions
 from data.record import Record
@@ -172,17 +173,19 @@ class Renderer:
         for at, (ref, data) in enumerate(zip(record.videos, videos, strict=True)):
             name, timeout = _name("video", at, ref), self._video.timeout_seconds
             if isinstance(data, bytes):
-                plan = self._plan(record, at, probe_video(data, name=name, timeout=timeout))
-                frames = decode_frames(data, plan.frames, name=name, timeout=timeout)
-            else:
-                sizes = [probe_image(frame, name=f"{name} frame {number}") for number, frame in enumerate(data)]
-                with _named("video", at, ref):
-                    facts = frame_list_facts(ref, sizes)
-                plan = self._plan(record, at, facts)
-                frames = decode_images(data, plan.frames, name=name)
-            plans.append(plan)
-            patches.append(video_patches(frames, count=len(plan.frames), grid=plan.grid, spec=self._spec).numpy())
+                with open_video(data, name=name, timeout=timeout) as clip:
+                    plans.append(self._plan(record, at, clip.facts))
+                    patches.append(self._patches(plans[-1], clip.frames(plans[-1].frames)))
+                continue
+            sizes = [probe_image(frame, name=f"{name} frame {number}") for number, frame in enumerate(data)]
+            with _named("video", at, ref):
+                facts = frame_list_facts(ref, sizes)
+            plans.append(self._plan(record, at, facts))
+            patches.append(self._patches(plans[-1], decode_images(data, plans[-1].frames, name=name)))
         return plans, patches
+
+    def _patches(self, plan: VideoPlan, frames: Iterator[torch.Tensor]) -> Array:
+        return video_patches(frames, count=len(plan.frames), grid=plan.grid, spec=self._spec).numpy()
 
 
 def _joined(patches: Sequence[Array], width: int) -> Array:

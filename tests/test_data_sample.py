@@ -259,7 +259,7 @@ TURNS = st.lists(
 
 
 @pytest.mark.parametrize("template", [None, THINKING], ids=["instruct", "thinking"])
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(TURNS)
 def test_any_conversation_is_built_to_its_length_or_refused(template, messages):
     made = renderer(template=template)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.config import VideoConfig
 from data.facts import ImageFacts, VideoFacts
-from data.frames import decode_frames, decode_images, probe_video, video_patches
+from data.frames import Clip, decode_images, open_video, probe_video, video_patches
 from data.media import ImageRef, VideoRef
 from data.video import check_video, clip_limits, frame_list_facts, plan_video, video_grid
 from data.vision import VisionSpec, normalise
@@ -41,7 +41,8 @@ def ours(frames, config):
 
 
 def decoded(data, numbers, timeout=60.0):
-    return [frame.numpy() for frame in decode_frames(data, numbers, name="0.mp4", timeout=timeout)]
+    with open_video(data, name="0.mp4", timeout=timeout) as opened:
+        return [frame.numpy() for frame in opened.frames(numbers)]
 
 
 @pytest.mark.parametrize("cap", [False, True])
@@ -189,17 +190,14 @@ def test_sought_frames_are_those_of_a_full_decode(kind, codec):
 
 def test_only_the_frames_behind_a_keyframe_are_decoded(monkeypatch):
     """Counted, because a clip of a long film must not cost the film."""
-    import data.frames as module
+    data, walked, walk = clip(moving(70), gop=12), [], Clip._walk
 
-    data, walked = clip(moving(70), gop=12), []
-
-    def walk(*arguments):
-        for number, frame in original(*arguments):
+    def counted(self, key):
+        for number, frame in walk(self, key):
             walked.append(number)
             yield number, frame
 
-    original = module._walk
-    monkeypatch.setattr(module, "_walk", walk)
+    monkeypatch.setattr(Clip, "_walk", counted)
     decoded(data, [40, 66])
     assert walked == [*range(36, 41), *range(60, 67)]
 
@@ -234,8 +232,8 @@ def test_file_to_patches_equals_transformers_on_the_same_frames():
     wanted, grids = oracle.ask(
         oracle.video, frames=np.stack([every[number] for number in found.frames]), size=size, cap=True
     )
-    frames = decode_frames(data, found.frames, name="0.mp4", timeout=60)
-    patches = video_patches(frames, count=len(found.frames), grid=found.grid, spec=SPEC)
+    with open_video(data) as opened:
+        patches = video_patches(opened.frames(found.frames), count=len(found.frames), grid=found.grid, spec=SPEC)
     assert [list(found.grid)] == grids
     np.testing.assert_array_equal(normalise(patches, spec=SPEC).numpy(), wanted)
 
