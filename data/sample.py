@@ -67,6 +67,8 @@ class Renderer:
         self._image_pad, self._video_pad, self.pad_id = (
             self._token_id(folder, token) for token in ("<|image_pad|>", "<|video_pad|>", "<|endoftext|>")
         )
+        area = 3 * self._spec.patch**2
+        self.patch_widths = (area, area * self._spec.temporal)  # values in one patch of an image, of a video
         words = [_RULES, self._tokenizer.backend_tokenizer.to_str(), self._template.source, asdict(chat)]
         seen = {name: value for name, value in asdict(video).items() if name != "timeout_seconds"}
         self.text_fingerprint = _digest([*words, seen])
@@ -109,7 +111,6 @@ class Renderer:
         )
         image_grids = np.array(grids, dtype=np.int32).reshape(-1, 3)
         video_grids = np.array([plan.grid for plan in plans], dtype=np.int32).reshape(-1, 3)
-        area = 3 * self._spec.patch**2
         return Sample(
             key=key,
             shard=shard,
@@ -119,9 +120,9 @@ class Renderer:
             positions=sample_positions(
                 tokens.kinds, image_grids=image_grids, video_grids=video_grids, merge=self._spec.merge
             ),
-            image_patches=_joined(image_patches_of, area),
+            image_patches=_joined(image_patches_of, self.patch_widths[0]),
             image_grids=image_grids,
-            video_patches=_joined(video_patches_of, area * self._spec.temporal),
+            video_patches=_joined(video_patches_of, self.patch_widths[1]),
             video_grids=video_grids,
             notes=tuple(
                 f"{_name('video', at, record.videos[at])}: {plan.note}" for at, plan in enumerate(plans) if plan.note
