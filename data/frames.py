@@ -23,6 +23,8 @@ from data.vision import VisionSpec, decode_image, resize
 
 # no playlists, no image sequences, nothing that opens another file or address
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+# containers whose packets say when they are shown, and where a seek lands where it should
+_INDEXED = ("mov", "matroska", "flv")
 _REGULAR_SECONDS = 0.010  # a frame rate is constant when no frame is further off its beat
 
 
@@ -34,6 +36,7 @@ class VideoRefused(ValueError):
 class _Index:
     pts: list[int]  # of every frame, in order of showing
     keys: list[int]  # frame numbers that can be decoded on their own
+    by_arrival: bool = False  # frames are told apart by counting them from the start
 
 
 class _Deadline:
@@ -60,11 +63,14 @@ class Clip:
         self._container, self._stream, self._name = container, container.streams.video[0], name
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
         self._deadline = _Deadline(timeout, name)
-        self._index = _read_index(container, self._stream, self._deadline)
+        indexed = container.format.name.split(",")[0] in _INDEXED
+        read = _index_packets if indexed else _index_by_decoding
+        self._index = read(container, self._stream, self._deadline)
         container.seek(0, backward=True)
         first = next(iter(container.decode(self._stream)), None)
         if first is None or not self._index.pts:
             raise VideoRefused(f"{name}: no frame can be decoded")
+        self._number_of = {pts: number for number, pts in enumerate(self._index.pts)}
         self.facts = _facts(_upright(first).shape, self._index.pts, self._stream)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -79,30 +85,27 @@ class Clip:
         if numbers[-1] >= len(index.pts):
             raise VideoRefused(f"{name}: frame {numbers[-1]} is wanted, but the file has {len(index.pts)}")
         walk: Iterator[tuple[int, Any]] = iter(())
-        here, frame, sure = -1, None, False
+        here, frame = -1, None
         for wanted in numbers:
             key = index.keys[bisect.bisect_right(index.keys, wanted) - 1] if index.keys else 0
             if here < 0 or key > here + 1:
-                walk, sure = self._walk(key), key == 0
+                walk = self._walk(key)
             while here != wanted or frame is None:
                 self._deadline.check()
                 here, frame = next(walk, (len(index.pts), None))
                 if here > wanted:
-                    if sure:
-                        raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
-                    walk, sure = self._walk(0), True  # some files mark keyframes that are none
+                    raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
             yield frame
 
     def _walk(self, key: int) -> Iterator[tuple[int, Any]]:
         """(number, frame) from this keyframe on; frames that the index does not know are passed over."""
-        number_of = {pts: number for number, pts in enumerate(self._index.pts)}
         if key == 0:
             self._container.seek(0, backward=True)
         else:
             self._container.seek(self._index.pts[key], stream=self._stream, backward=True)
         for place, frame in enumerate(self._container.decode(self._stream)):
-            number = place if frame.pts is None else number_of.get(frame.pts, -1)
-            if number >= 0:
+            number = place if self._index.by_arrival else self._number_of.get(-1 if frame.pts is None else frame.pts)
+            if number is not None:
                 yield number, frame
 
 
@@ -152,29 +155,28 @@ def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoF
     return VideoFacts(height=height, width=width, frames=n, duration=duration, rate=n / duration, times=tuple(times))
 
 
-def _read_index(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
+def _index_packets(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
     is_key: dict[int, bool] = {}
     for packet in container.demux(stream):
         deadline.check()
-        if packet.size == 0 or packet.is_discard:  # the flush at the end; frames cut off by an edit list
-            continue
-        if packet.pts is None:
-            return _index_by_decoding(container, stream, deadline)
-        is_key[packet.pts] = packet.is_keyframe
+        if packet.size and packet.pts is not None and not packet.is_discard:  # discarded: cut off by an edit list
+            is_key[packet.pts] = packet.is_keyframe
     pts = sorted(is_key)
-    return _Index(pts=pts, keys=[number for number, time in enumerate(pts) if is_key[time]])
+    return _Index(pts=pts, keys=[number for number, each in enumerate(pts) if is_key[each]])
 
 
 def _index_by_decoding(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
-    """For files whose packets carry no times: whole frames are asked, and numbered where they have none either."""
-    container.seek(0, backward=True)
-    pts: list[int] = []
-    assert stream.time_base is not None, "a stream that was opened has a time base"
-    beat = 1 / float((stream.average_rate or 25) * stream.time_base)
-    for number, frame in enumerate(container.decode(stream)):
+    """Old containers have no such times, or a seek lands anywhere: every frame is decoded once, to count them."""
+    pts: list[int | None] = []
+    for frame in container.decode(stream):
         deadline.check()
-        pts.append(round(number * beat) if frame.pts is None else frame.pts)
-    return _Index(pts=pts, keys=[0])
+        pts.append(frame.pts)
+    known = [each for each in pts if each is not None]
+    if len(known) == len(pts) and all(a < b for a, b in zip(known, known[1:], strict=False)):
+        return _Index(pts=known, keys=[0], by_arrival=True)
+    assert stream.time_base is not None, "a stream that was decoded has a time base"
+    beat = 1 / float((stream.average_rate or 25) * stream.time_base)
+    return _Index(pts=[round(number * beat) for number in range(len(pts))], keys=[0], by_arrival=True)
 
 
 def _upright(frame: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
