@@ -58,9 +58,10 @@ class Clip:
     """A video file while it is open: what it is, and its frames by number."""
 
     def __init__(self, container: InputContainer, *, name: str, timeout: float) -> None:
-        if not container.streams.video:
+        stream = container.streams.best("video")  # a cover picture is a video stream too, but never the best one
+        if not isinstance(stream, VideoStream):
             raise VideoRefused(f"{name}: the file has no video stream")
-        self._container, self._stream, self._name = container, container.streams.video[0], name
+        self._container, self._stream, self._name = container, stream, name
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
         self._deadline = _Deadline(timeout, name)
         indexed = container.format.name.split(",")[0] in _INDEXED

@@ -1,16 +1,19 @@
 """Videos: frames exactly those of a full decode, sizes and sampling exactly transformers', times those of the file."""
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
+import av
 import numpy as np
 import oracle
 import pytest
 import torch
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import clip, decode_all, encode, moving, turned
+from media_files import clip, decode_all, encode, moving, picture, turned
 from PIL import Image
 
 from data.config import VideoConfig
@@ -225,6 +228,22 @@ def test_rotation_is_applied_as_players_do(degrees):
         np.testing.assert_array_equal(frame, wanted)
 
 
+def test_a_cover_picture_is_not_the_video():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        cover = container.add_stream("png", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 400, 600, "rgb24"
+        cover.disposition = Disposition.attached_pic
+        film = container.add_stream("libx264", rate=30)
+        film.height, film.width, film.pix_fmt = 64, 96, "yuv420p"
+        for stream, frames in ((cover, [picture(400, 600)]), (film, moving(10))):
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    found = probe_video(buffer.getvalue())
+    assert (found.frames, found.height, found.width) == (10, 64, 96)
+
+
 def test_file_to_patches_equals_transformers_on_the_same_frames():
     data = clip(moving(45, 90, 120))
     found = plan(probe_video(data), fps=5.0)
@@ -282,10 +301,6 @@ def test_decoding_stops_at_the_timeout():
 
 
 def sound():
-    import io
-
-    import av
-
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=16000)
