@@ -25,7 +25,7 @@ class VideoFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionCount:
-    """Cost of the media of one sample: tokens in the row (timestamps and marks included), patches in the tower."""
+    """Cost of the media of one sample: tokens that stand for patches in the row, and patches in the tower."""
 
     tokens: int = 0
     patches: int = 0

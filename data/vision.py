@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from data.config import ImageConfig
+from data.facts import ImageFacts
 
 MAX_ASPECT = 200
 
@@ -162,13 +163,14 @@ def grid_tokens(grid: tuple[int, int, int], spec: VisionSpec) -> int:
     return grid[0] * grid[1] * grid[2] // spec.merge**2
 
 
-def probe_image(data: bytes, *, name: str) -> tuple[int, int]:
-    """(height, width) as decode_image will return them; refuses what it refuses, except broken pixel data."""
+def probe_image(data: bytes, *, name: str = "image") -> ImageFacts:
+    """The size decode_image will return; refuses what it refuses, except broken pixel data."""
     try:
         with _open(data, name) as image:
             # Pillow turns a TIFF by itself, and says its size as turned
             turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (image.width, image.height) if turned else (image.height, image.width)
+            height, width = (image.width, image.height) if turned else (image.height, image.width)
+            return ImageFacts(height=height, width=width)
     except ImageRefused:
         raise
     except _BROKEN as error:

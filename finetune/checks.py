@@ -10,6 +10,7 @@ from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
 from finetune.problems import ConfigError, Problem, did_you_mean
 from finetune.typed import leaves, related
+from moe.config import MoeConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,49 @@ def _context(facts: Facts) -> list[Problem]:
     return [_problem("data.tokens_per_pack", facts.config.data.tokens_per_pack, allowed, remedy, warning=True)]
 
 
-CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (_ranges, _sources, _steps_divide, _expert_ranks, _context)
+def _balance(facts: Facts) -> list[Problem]:
+    """The balance and z losses have coefficients that can be meant, and routers to act on."""
+    moe, base, problems = facts.config.moe, facts.base, []
+    for key, value in {"balance_coefficient": moe.balance_coefficient, "z_coefficient": moe.z_coefficient}.items():
+        if not (isfinite(value) and value >= 0):
+            problems.append(_problem(f"moe.{key}", value, "a finite number of 0 or more is wanted", "Set one"))
+    if moe.balance != "off" and moe.balance_coefficient == 0:
+        allowed = f"moe.balance={moe.balance} does nothing without a coefficient"
+        remedy = "Set a number above 0 (1e-3 is usual), or moe.balance=off"
+        problems.append(_problem("moe.balance_coefficient", 0.0, allowed, remedy))
+    if moe.balance == "off" and moe.balance_coefficient != MoeConfig.balance_coefficient:
+        remedy = "Set moe.balance=global, or leave the coefficient out"
+        allowed = "moe.balance is off, so nothing reads it"
+        problems.append(_problem("moe.balance_coefficient", moe.balance_coefficient, allowed, remedy))
+    if base is not None and base.text.experts is None:
+        problems += [
+            _problem(key, found, f"{base.name} is dense, it has no router", f"Leave {key} out")
+            for key, found in _terms(moe)
+        ]
+    return problems
+
+
+def frozen_router(moe: MoeConfig, *, router_trains: bool) -> list[Problem]:
+    """Warnings for losses on a router that does not train."""
+    allowed = "the router is frozen, so its gradient can only move the hidden states that the router sees"
+    remedy = "Train the router, or leave it off: the load is logged either way"
+    return [] if router_trains else [_problem(key, found, allowed, remedy, warning=True) for key, found in _terms(moe)]
+
+
+def _terms(moe: MoeConfig) -> list[tuple[str, object]]:
+    """The keys that switch a loss on the router on, with their values."""
+    terms: list[tuple[str, object]] = [("moe.balance", moe.balance)] if moe.balance != "off" else []
+    return terms + ([("moe.z_coefficient", moe.z_coefficient)] if moe.z_coefficient else [])
+
+
+CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
+    _ranges,
+    _sources,
+    _steps_divide,
+    _expert_ranks,
+    _context,
+    _balance,
+)
 
 
 def _problem(key: str, found: object, allowed: str, remedy: str, *, warning: bool = False) -> Problem:

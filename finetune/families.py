@@ -262,4 +262,38 @@ _TABLE = (
         sha256="a9b0434bf1bb5de21786cb3dc3abf95e7254a1e131557c911d7271d2fb63e476",
     ),
 )  # fmt: skip
-_FAMILIES = {entry.name: entry for entry in _TABLE}
+# What `moetune tiny` writes when nothing else is asked for.
+_TINY_MOE = Family(
+    name="tiny-moe",
+    text=Text(
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        experts=Experts(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=40),
+        head_dim=16,
+        vocab_size=1024,
+        max_position_embeddings=4096,
+        rope=Rope(mrope_section=(4, 2, 2)),
+        bos_token_id=992,
+        eos_token_id=994,
+        dtype="float32",
+    ),
+    vision=Vision(
+        out_hidden_size=48,
+        depth=4,
+        hidden_size=24,
+        intermediate_size=56,
+        num_heads=2,
+        deepstack_visual_indexes=(1, 2, 3),
+        num_position_embeddings=64,
+    ),
+    image_token_id=1004,
+    video_token_id=1005,
+    vision_start_token_id=1001,
+    vision_end_token_id=1002,
+)
+_TINY_DENSE = replace(_TINY_MOE, name="tiny-dense", text=replace(_TINY_MOE.text, experts=None))
+
+_FAMILIES = {entry.name: entry for entry in (*_TABLE, _TINY_MOE, _TINY_DENSE)}

@@ -88,6 +88,8 @@ class TypedTree(Generic[Schema]):
         if value == MUST_BE_SET:
             self.report(dotted, value, "it must be set: the recipe leaves it to you", f"Add {dotted}=...", source)
             return
+        if value is False and "off" in get_args(hint):
+            value = "off"  # YAML 1.1 reads a bare off as false
         if not _fits(key, value, hint, schema):
             self.report(dotted, value, f"{describe(hint)} is wanted", f"Set {dotted} to one", source)
             return

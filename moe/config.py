@@ -1,8 +1,16 @@
 """The `moe:` section. Loads no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+BalanceMode = Literal["off", "micro", "global"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     """Routing, dispatch and balance of the mixture-of-experts layers."""
+
+    # the load is balanced within each rank's micro-batch, or within the micro-batches of all ranks together
+    balance: BalanceMode = "off"
+    balance_coefficient: float = 1e-3  # times the balance value, which is 1 for an even load at any top-k
+    z_coefficient: float = 0.0  # times the mean squared logsumexp of the router logits; works in every balance mode

@@ -40,8 +40,14 @@ def _start():
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(FOLDER), "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"},
     )
-    atexit.register(process.kill)
+    atexit.register(_stop, process)
     return process
+
+
+def _stop(process):
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(timeout=10)
 
 
 def images(*, pictures, size):
@@ -74,6 +80,24 @@ def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=
     processor = Qwen3VLVideoProcessor(min_frames=min_frames, max_frames=max_frames)
     metadata = VideoMetadata(total_num_frames=total, fps=rate)
     return processor.sample_frames(metadata, num_frames=num_frames, fps=fps).tolist()
+
+
+def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True):
+    """Everything the model's own processor makes of a conversation whose frames are chosen already."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(messages, tools=tools, tokenize=False)
+    found = processor(
+        text=[text],
+        images=list(images) or None,
+        videos=[list(video) for video in videos] or None,
+        video_metadata=[dict(each) for each in metadata] or None,
+        do_sample_frames=False,
+        cap_pixels_per_frame=cap,
+        return_tensors="pt",
+    )
+    return {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
 
 
 def main():

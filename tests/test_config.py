@@ -98,7 +98,7 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("run.seed=???", "run.seed", r"it must be set"),
         ("model.family=qwen3-vl-30b-a3x", "model.family", r"Did you mean `qwen3-vl-30b-a3b`"),
         ("model.family=", "model.family", r"text is wanted"),
-        ("model.family=''", "model.path", r"shape is not known.*Set model.family \(.*tiny-moe"),
+        ("model.family=''", "model.path", r"shape of the base model is not known.*Set model.family \(.*tiny-moe"),
         ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the native context"),
     ],
 )

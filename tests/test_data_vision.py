@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from media_files import encode, picture
 from PIL import Image
 
 from data.config import ImageConfig
+from data.facts import ImageFacts
 from data.vision import (
     VisionSpec,
     decode_image,
@@ -31,20 +33,6 @@ SPEC = VisionSpec()
 SIZE = {"shortest_edge": SPEC.image_min_pixels, "longest_edge": SPEC.image_max_pixels}
 GOLDEN = Path(__file__).parent / "golden" / "vision.json"
 SHAPES = [(512, 512), (360, 640), (40, 33), (720, 1279), (17, 900), (96, 31), (256, 256)]
-
-
-def picture(height, width, seed=0):
-    """A photo-like array: smooth colour, edges and noise, the same on every machine."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    base = np.stack([(x * 3 + y) % 256, (y * 5) % 256, (x * y // 7) % 256], axis=-1)
-    return ((base + rng.integers(0, 40, base.shape)) % 256).astype(np.uint8)
-
-
-def encode(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def ours(array, limits=(SPEC.image_min_pixels, SPEC.image_max_pixels)):
@@ -136,7 +124,7 @@ def test_exif_orientation_is_applied_and_probed(orientation):
     for kind in ("PNG", "TIFF"):
         data = encode(Image.fromarray(array), kind, exif=exif)
         np.testing.assert_array_equal(decode_image(data, name="a").numpy(), upright)
-        assert probe_image(data, name="a") == upright.shape[:2]
+        assert probe_image(data) == ImageFacts(height=upright.shape[0], width=upright.shape[1])
 
 
 def transparent(mode):

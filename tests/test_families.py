@@ -38,7 +38,10 @@ def changed(name: str, block: str, **values: object) -> dict:
     return config
 
 
-@pytest.mark.parametrize("name", family_names())
+PUBLISHED = [name for name in family_names() if not name.startswith("tiny-")]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_each_table_entry_gives_the_published_config_json_byte_for_byte(name):
     entry = family(name)
     text = config_text(hub_config(entry)).encode()
@@ -51,7 +54,7 @@ def test_the_32b_file_has_the_id_that_git_gave_the_published_one():
     assert hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest() == "29e925092dee9f14278c53e7e7d876cea8a997bc"
 
 
-@pytest.mark.parametrize("name", family_names())
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_totals(name):
     assert parameter_counts(family(name)).total == TOTALS[name]
 
@@ -72,7 +75,7 @@ def test_parameter_counts_by_part():
     assert round(active_text_parameters(family("qwen3-vl-235b-a22b")) / 1e9, 2) == 22.19
 
 
-@pytest.mark.parametrize("name", family_names())
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_names_and_shapes_are_those_of_transformers_model(name, tmp_path):
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText

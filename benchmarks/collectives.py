@@ -1,0 +1,78 @@
+"""Counts collectives as they are issued: which operation, over how many ranks, what kind of data, how many bytes."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Kind:
+    """One sort of collective: `ranks` is the size of its group, `dtype` what it carries."""
+
+    collective: str
+    ranks: int
+    dtype: str
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """While entered, counts the calls and the bytes of every collective this rank issues, DeepSpeed's and ours.
+
+    Bytes are the larger side of the operation on this rank: what an all-gather yields, what a reduce-scatter takes,
+    what an all-to-all sends (with the part that stays). Backward of a CPU graph runs on the same thread and is seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Kind] = Counter()
+        self.bytes: Counter[Kind] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record the operation when it is a collective, then run it."""
+        out = func(*args, **(kwargs or {}))
+        space, name = func._schema.name.split("::")
+        if space in ("c10d", "_c10d_functional") and not any(word in name for word in ("wait", "wrap", "barrier")):
+            self._record(name, args)
+        return out
+
+    def _record(self, name: str, args: Any) -> None:
+        leaves = tree_leaves(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        first, last = args[0], args[1] if len(args) > 1 else None
+        sides = [_bytes(side) for side in (first, last) if _bytes(side)]
+        kind = Kind(
+            collective=name.strip("_").removesuffix("_base").removesuffix("_into_tensor"),
+            ranks=next(size for leaf in leaves if (size := _group_size(leaf))),
+            dtype=str(tensors[0].dtype).removeprefix("torch."),
+        )
+        self.calls[kind] += 1
+        self.bytes[kind] += max(sides, default=0)
+
+    def total(self, *collectives: str, floating: bool = True) -> int:
+        """Return the bytes of the named collectives, of real numbers only unless told otherwise."""
+        kinds = [k for k in self.bytes if k.collective in collectives and (not floating or "float" in k.dtype)]
+        return sum(self.bytes[kind] for kind in kinds)
+
+
+def _bytes(side: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(side) if isinstance(leaf, Tensor))
+
+
+def _group_size(leaf: Any) -> int:
+    """Return the size of the process group an argument names, or 0."""
+    if isinstance(leaf, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(leaf).size()
+        except RuntimeError:
+            return 0
+    if isinstance(leaf, str):
+        try:
+            return dist.distributed_c10d._resolve_process_group(leaf).size()
+        except (RuntimeError, ValueError):
+            return 0
+    return leaf.size() if isinstance(leaf, dist.ProcessGroup) else 0

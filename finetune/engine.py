@@ -1,0 +1,172 @@
+"""The engine: DeepSpeed ZeRO-3, from typed options, and the one rule by which losses are scaled.
+
+Scale contract: every loss term hands `local_sum * world / N_step` to `backward`; the engine averages over the ranks and
+nothing divides by the accumulation count, so N_step alone decides. A gradient injected in backward obeys the same rule.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from finetune.ranks import parameter_table, require_equal_tables
+
+LIMITS = {
+    "zero_optimization.stage": "the engine is ZeRO-3 in every case",
+    "zero_optimization.zero_quantized_gradients": "expert parallelism cannot use quantized gradients",
+    "zero_optimization.zero_quantized_weights": "expert parallelism cannot use quantized weights",
+    "zero_optimization.zero_hpz_partition_size": "expert parallelism cannot use hpZeRO's secondary partitions",
+    "zero_optimization.mics_shard_size": "expert parallelism cannot use MiCS",
+    "zero_optimization.offload_optimizer": "checkpoints hold optimizer slices of the device, offloading would lose them",
+    "zero_optimization.offload_param": "checkpoints hold parameter slices of the device, offloading would lose them",
+    "expert_parallel": "the experts are placed by parallel.ep, before the engine starts",
+    "tensor_parallel": "expert parallelism cannot be combined with the engine's tensor parallelism",
+    "sequence_parallel_size": "sequence parallelism is parallel.sp, which the engine must not know",
+    "pipeline": "there is no pipeline parallelism here",
+    "fp16": "train in bfloat16 or float32: there is no loss scaling here",
+    "optimizer": "the optimizer is made from optimizer.*",
+    "scheduler": "the learning rate is set by the training loop",
+    "compile": "the layers exchange rows between ranks and cannot be compiled by the engine",
+}
+"""What `engine.extra` may not ask for, by dotted key, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What decides a step; `extra` may add keys to the DeepSpeed config, never change one that is made here."""
+
+    micro_batches_per_step: int = 1
+    clip_norm: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    persistence_threshold: int = 1_000_000
+    """Smaller parameters are gathered once a step, not once a micro-batch; above any router (524,288 at 235B)."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: int = 0) -> dict[str, Any]:
+    """Return the DeepSpeed dict; `largest_layer` and `trained` are the partitioned and trained elements of a rank."""
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one packed row
+        "gradient_accumulation_steps": options.micro_batches_per_step,
+        "gradient_clipping": options.clip_norm,
+        "bf16": {"enabled": options.dtype == "bfloat16"},
+        # or gradients of a bfloat16 model are added up and reduced in bfloat16
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": options.persistence_threshold,
+            # the default is smaller than one layer of experts, which then is never fetched ahead
+            "stage3_prefetch_bucket_size": max(50_000_000, int(1.2 * largest_layer)),
+            "stage3_max_live_parameters": max(1_000_000_000, 4 * largest_layer),
+            "reduce_bucket_size": min(max(trained, 1_000_000), 100_000_000),
+        },
+        "steps_per_print": 1 << 31,
+        "wall_clock_breakdown": False,
+    }
+    refused = [f"engine.extra.{key}: {why}" for key, why in LIMITS.items() if _has(options.extra, key)]
+    taken = [f"engine.extra.{key}: is made from typed options and cannot be overridden"
+             for key in _shared(ours, options.extra) if f"engine.extra.{key}" not in "".join(refused)]  # fmt: skip
+    if refused or taken:
+        raise ValueError("\n".join([*refused, *taken]))
+    return _merged(ours, options.extra)
+
+
+def initialize(module: nn.Module, options: EngineOptions) -> Any:
+    """Start the engine on `module` and return it; every rank must call this with the same parameters.
+
+    The ranks compare names, shapes and dtypes first: a difference is a ValueError on all of them, not a hang.
+    """
+    _check(module, options)
+    start_distributed()
+    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+    require_equal_tables("Parameters", parameter_table(module), device)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    config = engine_config(
+        options, largest_layer=_largest_layer(module), trained=sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    )
+    # torch's fused AdamW, on the float32 masters: one kernel a group on CPU and CUDA, nothing compiled at start
+    optimizer = torch.optim.AdamW(
+        _decay_groups(trained, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps, fused=True
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine
+
+
+def start_distributed() -> None:
+    """Let the engine know the process group, or start one from the launcher's environment; every rank must call this."""
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed()
+
+
+def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
+    """Back-propagate one micro-batch's share: a sum over this rank's part of a step whose total weight is given."""
+    engine.backward(local_sum * (engine.world_size / step_total), scale_wrt_gas=False)
+
+
+def require_step_applied(engine: Any, step: int) -> None:
+    """Raise unless the last `engine.step()` changed the weights: ZeRO-3 skips a non-finite norm without a word."""
+    if not engine.was_step_applied():
+        raise RuntimeError(
+            f"step {step}: the engine did not apply the update; the gradient norm was {engine.get_global_grad_norm()}. "
+            f"Look at the loss of this step on every rank; lower the learning rate or find the sample"
+        )
+
+
+def _check(module: nn.Module, options: EngineOptions) -> None:
+    if options.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"engine dtype {options.dtype!r} is not one of bfloat16, float32")
+    if options.micro_batches_per_step < 1:
+        raise ValueError(f"micro_batches_per_step: {options.micro_batches_per_step} must be at least 1")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError("nothing trains: no parameter requires a gradient; choose what to adapt or to train")
+    meta = [name for name, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta]
+    if meta:
+        raise ValueError(f"{len(meta)} tensors are still on meta, first {meta[0]}: load the weights before the engine")
+
+
+def _largest_layer(module: nn.Module) -> int:
+    """Return the parameters' elements in the largest decoder layer or lone module, as fetched in one go."""
+    sizes = (sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(recurse=False)) for m in module.modules())
+    return max(sizes, default=0)
+
+
+def _decay_groups(trained: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Split so that vectors (norms, biases) are never decayed."""
+    ndim = [len(getattr(p, "ds_shape", p.shape)) for p in trained]
+    matrices = [p for p, n in zip(trained, ndim, strict=True) if n > 1]
+    vectors = [p for p, n in zip(trained, ndim, strict=True) if n <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _has(config: Mapping[str, Any], dotted: str) -> bool:
+    here: Any = config
+    for part in dotted.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False
+        here = here[part]
+    return True
+
+
+def _shared(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted keys that both set."""
+    found = []
+    for key, value in theirs.items():
+        if isinstance(value, Mapping) and isinstance(ours.get(key), Mapping):
+            found += _shared(ours[key], value, f"{prefix}{key}.")
+        elif key in ours:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(ours[key], value) for key, value in theirs.items() if isinstance(ours.get(key), Mapping)}
+    return {**theirs, **ours, **both}

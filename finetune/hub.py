@@ -1,0 +1,98 @@
+"""From what the user calls a model to a folder: a local one, or a hub id through huggingface_hub and its cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# Other frameworks' copies of the weights, and none of the files that a model folder needs.
+_NEVER = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "original/*"]
+_NEEDED = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def model_folder(
+    model: str,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    cache: Path | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """The folder of `model`: a local path, or a hub id such as Qwen/Qwen3-VL-30B-A3B-Instruct, fetched if need be.
+
+    `weights=False` fetches all but the weight files. Several processes of one host should not call this at once with
+    weights: let one fetch, then the others find the cache filled.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"model.revision {revision!r} says nothing about the local folder {path}; leave it out")
+        return require_files(path)
+    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(f"model.path: {path} is no folder; give a folder with a config.json, or a hub id (owner/name)")
+    return require_files(_fetch(model, revision, weights, cache, endpoint))
+
+
+def require_files(folder: Path) -> Path:
+    """`folder` itself, after checking that the files that every model folder needs are there; one error names all."""
+    missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not vocabulary and not (folder / "tokenizer.json").is_file():
+        missing.append("tokenizer.json (or vocab.json and merges.txt)")
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)}; a model folder holds the hub repository's small files beside its "
+            f"weights. Copy them from the model's repository"
+        )
+    return folder
+
+
+def _fetch(model: str, revision: str | None, weights: bool, cache: Path | None, endpoint: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    named = f"model.path: {model}" + (f" at revision {revision}" if revision else "")
+    where = cache or Path(constants.HF_HUB_CACHE)
+    try:
+        found = snapshot_download(
+            model,
+            revision=revision,
+            cache_dir=cache,
+            endpoint=endpoint,
+            ignore_patterns=_NEVER if weights else [*_NEVER, "*.safetensors"],
+        )
+    except HFValidationError as error:
+        raise ValueError(f"{named} is neither a folder here nor a hub id (owner/name): {error}") from error
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{named} is gated: accept its terms on the hub's page, then log in here with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{named} is neither a folder here nor a model that the hub shows you: check the spelling, and for a "
+            f"private model log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{named}: the hub has the model but not this revision; check model.revision") from error
+    except IncompleteSnapshotError as error:
+        lacks = str(error).partition("incomplete: ")[2].partition(". ")[0]
+        raise ValueError(
+            f"{named} is in the cache {where} only in part ({lacks}), and the hub cannot be reached to complete it. "
+            f"Run `hf download {model}` where there is a network, or give a whole local folder"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{named} is not in the cache {where}, and the hub cannot be reached"
+            f"{' (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''}. Run `hf download {model}` where "
+            f"there is a network and set HF_HOME to that cache, or give a local folder"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{named} could not be fetched from the hub: {error}") from error
+    return Path(found)

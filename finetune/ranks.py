@@ -1,0 +1,75 @@
+"""What ranks say to each other outside the model: sums, and whether they agree on what they are about to do."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+SHOWN = 8
+"""So many differences are printed."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return this rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the sums, in float64; every rank must call this with as many values."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def parameter_table(module: nn.Module) -> dict[str, str]:
+    """Describe each parameter by shape, dtype, and whether it trains; a partitioned one by its full shape."""
+    return {
+        name: f"{tuple(getattr(p, 'ds_shape', p.shape))} {str(p.dtype).removeprefix('torch.')} "
+        + ("trained" if p.requires_grad else "frozen")
+        for name, p in module.named_parameters()
+    }
+
+
+def require_equal_tables(what: str, table: Mapping[str, str], device: torch.device) -> None:
+    """Raise ValueError on every rank, naming the entries, unless all ranks hold the same table in the same order.
+
+    An engine that partitions parameters pairs its collectives by their order: ranks that differ hang, or train on each
+    other's bytes. Every rank must call this.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return
+    digest = hashlib.sha256(repr(list(table.items())).encode()).digest()
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(everyone, mine)
+    different = [other for other in range(world) if not torch.equal(everyone[other], everyone[0])]
+    if not different:
+        return
+    tables: list[dict[str, str]] = [{}] * world
+    dist.all_gather_object(tables, dict(table))
+    other = different[0]
+    lines = _differences(tables[0], tables[other], other)
+    more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    raise ValueError(
+        f"{what} differ between ranks (rank 0 against rank {', '.join(map(str, different))}):\n  "
+        + "\n  ".join(lines[:SHOWN])
+        + more
+        + "\nEvery rank must build the same model: same configuration, same code, same versions"
+    )
+
+
+def _differences(zero: Mapping[str, str], one: Mapping[str, str], rank: int) -> list[str]:
+    names = list(dict.fromkeys([*zero, *one]))
+    lines = [
+        f"{name}: {zero.get(name, 'absent')} on rank 0, {one.get(name, 'absent')} on rank {rank}"
+        for name in names
+        if zero.get(name) != one.get(name)
+    ]
+    if not lines:
+        first = next(i for i, (a, b) in enumerate(zip(zero, one, strict=True)) if a != b)
+        lines = [f"entry {first} is {list(zero)[first]} on rank 0, {list(one)[first]} on rank {rank}: another order"]
+    return lines

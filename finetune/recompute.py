@@ -1,0 +1,32 @@
+"""The switch of activation recompute: transformers' checkpointing of decoder layers, with our list of what is kept."""
+
+from typing import Any
+
+from moe.recompute import KEPT, Recompute, contexts
+
+
+def set_recompute(model: Any, mode: Recompute) -> None:
+    """Recompute every decoder layer, and vision block that trains, in `layer` or `selective`; none in `none`.
+
+    Non-reentrant: hooks run once a pass, and a layer whose input needs no gradient still trains.
+    """
+    if mode not in ("none", *KEPT):
+        raise ValueError(f"parallel.recompute: {mode!r} is not one of none, {', '.join(KEPT)}")
+    deepep = [m.name for m in model.modules() if getattr(getattr(m, "options", None), "dispatch", None) == "deepep"]
+    if mode == "selective" and deepep:
+        raise ValueError(
+            "parallel.recompute: selective keeps what the all-to-all brought, but moe.dispatch: deepep exchanges in "
+            "buffers that cannot be kept. Use parallel.recompute: layer, or moe.dispatch: all_to_all"
+        )
+    if mode == "none":
+        model.activation_checkpointing_disable()
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts(mode)})
+    # transformers makes the embeddings require a gradient, for reentrant checkpoints: below a frozen base that is a
+    # backward through the first layer for nothing
+    model.disable_input_require_grads()
+    tower = getattr(getattr(model, "model", None), "visual", None)
+    if tower is not None and not any(p.requires_grad for p in tower.parameters()):
+        for block in tower.modules():
+            if hasattr(block, "gradient_checkpointing"):
+                block.gradient_checkpointing = False  # a frozen tower keeps nothing that could be recomputed

@@ -1,0 +1,83 @@
+"""Frozen weights as buffers: ZeRO does not see them, so nothing is gathered, and each rank holds them whole."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+ROOM_SHARE = 0.6
+"""`auto` keeps frozen weights resident when they take at most this share of a rank's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidentChoice:
+    """Whether frozen weights stay whole on each rank, and why; the reason is printed at start."""
+
+    resident: bool
+    reason: str
+
+
+def choose_resident(
+    choice: Literal["auto", "frozen", "none"], *, frozen_bytes: int, room_bytes: int
+) -> ResidentChoice:
+    """Decide `parallel.resident` from the frozen bytes a rank would hold and the memory it has."""
+    if choice == "auto":
+        fits = frozen_bytes <= ROOM_SHARE * room_bytes
+        sizes = f"{frozen_bytes / 1e9:.1f} GB of frozen weights a rank, {room_bytes / 1e9:.1f} GB of memory"
+        return ResidentChoice(resident=fits, reason=f"auto: {sizes}, limit {ROOM_SHARE:.0%}")
+    if choice not in ("frozen", "none"):
+        raise ValueError(f"parallel.resident: {choice!r} is not one of auto, frozen, none")
+    return ResidentChoice(resident=choice == "frozen", reason=f"parallel.resident: {choice}")
+
+
+def frozen_bytes(module: nn.Module) -> int:
+    """Return what the frozen parameters of this rank weigh, whole; a tied one once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+
+def make_resident(module: nn.Module) -> list[str]:
+    """Turn each frozen parameter into a buffer of the same name, and return the names; state-dict keys are unchanged.
+
+    Call it when it is settled what trains, before the engine starts. Tied weights stay tied.
+    """
+    made = []
+    for prefix, owner in module.named_modules():
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is None or parameter.requires_grad:
+                continue
+            del owner._parameters[name]
+            owner.register_buffer(name, _as_buffer(parameter))
+            made.append(f"{prefix}.{name}" if prefix else name)
+    for owner in module.modules():
+        _answer_from_buffers(owner)
+    return made
+
+
+def _as_buffer(parameter: nn.Parameter) -> torch.Tensor:
+    """Return one plain tensor per parameter, however often it is tied."""
+    known: torch.Tensor | None = getattr(parameter, "resident_tensor", None)
+    if known is None:
+        known = parameter.data
+        parameter.resident_tensor = known  # type: ignore[attr-defined]  # lives as long as the parameter does
+    return known
+
+
+def _answer_from_buffers(owner: nn.Module) -> None:
+    """Let `owner.dtype` and `owner.device` look at buffers where no parameter is left to look at.
+
+    transformers' models read both from their first parameter (the vision tower's decides what images are cast to).
+    """
+    kind = type(owner)
+    asks = [name for name in ("dtype", "device") if isinstance(getattr(kind, name, None), property)]
+    if not asks or any(p.is_floating_point() for p in owner.parameters()):
+        return
+    if not any(b.is_floating_point() for b in owner.buffers()):
+        return
+    answers = {name: property(lambda self, name=name: getattr(_largest_buffer(self), name)) for name in asks}
+    owner.__class__ = type(kind.__name__, (kind,), {**answers, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _largest_buffer(module: nn.Module) -> torch.Tensor:
+    """Return the buffer that speaks for the weights: small float32 tables (rotary frequencies) do not."""
+    return max((b for b in module.buffers() if b.is_floating_point()), key=lambda b: b.numel())

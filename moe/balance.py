@@ -1,0 +1,255 @@
+"""Load balancing of the router, without keeping a logit: the loss exists only as the gradient it leaves in backward.
+
+For layer l and micro-batch m, over its valid tokens t: f_e is the share of the top-k choices that fell on expert e,
+P_e the mean probability of e, and the balance value is E * sum_e f_e P_e: 1 for an even load, E / top-k at the worst.
+An optimiser step has the mean over the layers of the mean over the micro-batches, weighted by their valid tokens N_m:
+
+    value = 1/L sum_l sum_m N_m / N_step * E sum_e f_e P_e        z = 1/L sum_l 1/N_step sum_t logsumexp(logits_t)^2
+
+In mode `global` a micro-batch is the m-th of every rank together, and its counts are summed over the ranks. In `micro`
+every rank's micro-batch stands alone, with the f of its own tokens; the mean over m then runs over those of all ranks.
+f has no gradient, so N_m cancels, and every valid token gets the same:
+
+    d value / d p_te = E f_e / (N_step L)                          d z / d logit_te = 2 logsumexp_t p_te / (N_step L)
+
+and all that must wait for other ranks is E counts a layer, on their way from the forward until the backward needs them.
+Each rank injects its tokens' gradient times the number of ranks (`local_sum * world / N_step`): the engine's mean over
+the ranks then gives the exact gradient, whatever the engine's accumulation count or the split of the tokens.
+The engine never sees these terms, so it cannot scale them: not for a float16 loss scale either.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
+
+from moe.config import BalanceMode
+from moe.load import StepLoad, StepTotals, step_load
+
+
+def _check_active(totals: StepTotals, *, value_needed: bool) -> None:
+    called, injected = totals.called_L.tolist(), totals.injected_L.tolist()
+    if not any(called):
+        raise ValueError(
+            "A balance or z loss is on, but no layer's routing records a gradient: the router is frozen and nothing "
+            "before it trains, or its scores were detached. Train the router, or set moe.balance: off and "
+            "moe.z_coefficient: 0."
+        )
+    for layer, (forwards, backwards) in enumerate(zip(called, injected, strict=True)):
+        if forwards != backwards:
+            raise ValueError(
+                f"The balance and z losses of layer {layer} ran {forwards:g} times forward and {backwards:g} times "
+                f"backward, over all ranks. The layer must use the probabilities that it gets back, and every "
+                f"micro-batch needs one backward before finish_step."
+            )
+    for layer, value in enumerate(totals.balance_L.tolist()):
+        if value_needed and not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"The balance value of layer {layer} is {value}, and can only be a finite number above 0: the router's "
+                f"probabilities are not finite. Look for the first layer with an output that is not finite."
+            )
+
+
+class _MicroBatch:
+    """What one micro-batch's layers counted, and the all-reduces that are still on their way."""
+
+    def __init__(self, *, valid_T: Tensor | None, layers: int, experts: int, device: torch.device) -> None:
+        self.given_valid_T = valid_T
+        self.counts_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
+        self.probs_sum_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+        self.seen: set[int] = set()
+        self.under_way: dict[int, dist.Work] = {}
+
+    def valid_T(self, probs_TE: Tensor) -> Tensor:
+        if self.given_valid_T is None:
+            return torch.ones(probs_TE.shape[0], dtype=torch.bool, device=probs_TE.device)
+        if len(self.given_valid_T) != len(probs_TE):
+            raise ValueError(
+                f"The router scored {len(probs_TE)} tokens, but start_micro_batch was told which of "
+                f"{len(self.given_valid_T)} are valid. Give one entry for each token that this rank's router sees."
+            )
+        return self.given_valid_T
+
+    def share_E(self, layer: int) -> Tensor:
+        """Each expert's share of the layer's choices; waits for the other ranks' counts."""
+        if layer in self.under_way:
+            self.under_way.pop(layer).wait()
+        counts_E = self.counts_LE[layer].double()
+        return counts_E / counts_E.sum().clamp(min=1)
+
+    def values_L(self) -> Tensor:
+        """E * sum_e f_e * (sum of p_e over this rank's valid tokens), a layer."""
+        share_LE = torch.stack([self.share_E(layer) for layer in range(len(self.counts_LE))])
+        return share_LE.shape[1] * (share_LE * self.probs_sum_LE).sum(1)
+
+
+class _Inject(torch.autograd.Function):
+    """The probabilities as they are; in backward, the gradients of the balance and z values on top."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, probs_TE: Tensor, logits_TE: Tensor, balance: "Balance", micro: _MicroBatch, layer: int
+    ) -> Tensor:
+        ctx.balance, ctx.micro, ctx.layer, ctx.logits_dtype = balance, micro, layer, logits_TE.dtype
+        if balance.z_coefficient:  # softmax keeps the probabilities for its own backward: no further copy
+            ctx.save_for_backward(probs_TE, torch.logsumexp(logits_TE.float(), -1))
+        return probs_TE.view_as(probs_TE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        balance, micro, layer = ctx.balance, ctx.micro, ctx.layer
+        balance.totals.injected_L[layer] += 1
+        valid_T = micro.valid_T(grad_TE)
+        grad_logits_TE = None
+        if balance.z_coefficient and ctx.needs_input_grad[1]:
+            probs_TE, lse_T = ctx.saved_tensors
+            grad_T = 2 * balance.z_coefficient * balance.gradient_scale * lse_T * valid_T
+            grad_logits_TE = (grad_T[:, None] * probs_TE).to(ctx.logits_dtype)
+        if balance.mode != "off":
+            grad_E = balance.coefficient * balance.gradient_scale * balance.experts * micro.share_E(layer)
+            grad_TE = grad_TE + valid_T[:, None] * grad_E.to(grad_TE.dtype)
+        return grad_TE, grad_logits_TE, None, None, None
+
+
+class Balance:
+    """The balance and z losses of one model, and the load of its experts; made once and called by each MoE layer.
+
+    For each optimiser step: `start_step`; for each micro-batch `start_micro_batch`, forward, backward; `finish_step`.
+    Outside of that, and where no gradient is recorded, a call does nothing. The ranks of `group` (None: all) hold
+    different tokens and must go through the same micro-batches and layers in the same order: every micro-batch and
+    layer is a collective in mode `global`, every `finish_step` in all modes. Recompute must be non-reentrant.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: BalanceMode,
+        coefficient: float,
+        z_coefficient: float,
+        layers: int,
+        experts: int,
+        top_k: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.mode = mode
+        self.coefficient, self.z_coefficient = coefficient, z_coefficient
+        self.layers, self.experts, self.top_k = layers, experts, top_k
+        self._device = device
+        self._group = group
+        self._world = dist.get_world_size(group) if dist.is_initialized() else 1
+        self._step_tokens: int | None = None
+        self._micro: _MicroBatch | None = None
+
+    @property
+    def gradient_scale(self) -> float:
+        """What every token's gradient is multiplied by: the scale contract, and the mean over the layers."""
+        assert self._step_tokens is not None, "backward after finish_step"
+        return self._world / (self._step_tokens * self.layers)
+
+    def start_step(self, step_tokens: int) -> None:
+        """Begin a step with so many valid tokens, all micro-batches of all ranks counted; drops an unfinished step."""
+        if step_tokens < 1:
+            raise ValueError(
+                f"A step has {step_tokens} valid tokens over all ranks: nothing to train on. Skip the step."
+            )
+        self._step_tokens = step_tokens
+        self._micro = None
+        self.totals = StepTotals.zeros(layers=self.layers, experts=self.experts, device=self._device)
+
+    def start_micro_batch(self, valid_T: Tensor | None) -> None:
+        """Begin a micro-batch; `valid_T` tells this rank's tokens from padding, in the order the routers see them."""
+        if self._step_tokens is None:
+            raise ValueError("start_micro_batch outside of a step: call start_step with the step's valid tokens first.")
+        self._close_micro_batch()
+        if valid_T is not None:
+            valid_T = valid_T.reshape(-1).to(self._device, torch.bool)
+        self._micro = _MicroBatch(valid_T=valid_T, layers=self.layers, experts=self.experts, device=self._device)
+
+    def __call__(
+        self,
+        layer: int,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        topk_TK: Tensor,
+        base_topk_TK: Tensor | None = None,
+    ) -> Tensor:
+        """The same probabilities, with the losses behind them; counts the choices and compares them with the base's."""
+        if self._step_tokens is None or not torch.is_grad_enabled():
+            return probs_TE
+        micro = self._micro
+        if micro is None:
+            raise ValueError("A layer routed tokens before start_micro_batch: call it before each forward of a step.")
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and layer not in micro.seen:
+            raise ValueError(
+                f"Layer {layer} is recomputed in backward, but its forward recorded nothing in this micro-batch. "
+                f"Either activation checkpointing is reentrant (set use_reentrant=False), or start_micro_batch was "
+                f"called before the backward of the micro-batch before it."
+            )
+        if not in_backward:
+            if layer in micro.seen:
+                raise ValueError(
+                    f"Layer {layer} ran twice in one micro-batch: call start_micro_batch before each forward."
+                )
+            self._observe(micro, layer, logits_TE, probs_TE, topk_TK, base_topk_TK)
+        if self.mode == "off" and not self.z_coefficient:
+            return probs_TE
+        return _Inject.apply(probs_TE, logits_TE, self, micro, layer)  # type: ignore[no-untyped-call, no-any-return]  # torch's stub
+
+    @torch.no_grad()
+    def _observe(
+        self,
+        micro: _MicroBatch,
+        layer: int,
+        logits_TE: Tensor,
+        probs_TE: Tensor,
+        topk_TK: Tensor,
+        base_topk_TK: Tensor | None,
+    ) -> None:
+        micro.seen.add(layer)
+        # Selective recompute pairs the kept results with the operations by their order. These run in forward only:
+        # seen by its mode, they would shift the pairs of the layer's own operations.
+        with _disable_current_modes():
+            valid_T = micro.valid_T(probs_TE)
+            chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(
+                1, topk_TK, valid_T[:, None].expand_as(topk_TK)
+            )
+            counts_E = chosen_TE.sum(0)
+            totals = self.totals
+            totals.counts_LE[layer] += counts_E
+            totals.z_L[layer] += torch.logsumexp(logits_TE.float(), -1).square().masked_fill(~valid_T, 0).sum()
+            totals.called_L[layer] += probs_TE.requires_grad
+            if base_topk_TK is not None:
+                totals.agreed_L[layer] += chosen_TE.gather(1, base_topk_TK).sum()
+                totals.compared_L[layer] += counts_E.sum()
+            micro.counts_LE[layer] = counts_E
+            micro.probs_sum_LE[layer] = probs_TE.masked_fill(~valid_T[:, None], 0).sum(0)
+        if self.mode == "global" and self._world > 1:
+            work = dist.all_reduce(micro.counts_LE[layer], group=self._group, async_op=True)
+            assert work is not None
+            micro.under_way[layer] = work
+
+    def _close_micro_batch(self) -> None:
+        if self._micro is not None:
+            self.totals.balance_L += self._micro.values_L()
+        self._micro = None
+
+    def finish_step(self) -> StepLoad:
+        """After the last backward, before the update: the load, and a check that the losses act. All ranks call it."""
+        if self._step_tokens is None:
+            raise ValueError("finish_step without start_step.")
+        self._close_micro_batch()
+        if self._world > 1:
+            dist.all_reduce(self.totals.packed_LX, group=self._group)
+        totals = StepTotals(self.totals.packed_LX.cpu())  # the step's one wait for the device
+        step_tokens, self._step_tokens = self._step_tokens, None
+        load = step_load(totals, top_k=self.top_k, step_tokens=step_tokens)
+        if self.mode != "off" or self.z_coefficient:
+            _check_active(totals, value_needed=self.mode != "off")
+        return load

@@ -1,0 +1,145 @@
+"""Rows to their experts and back: one exchange of counts, then rows, by functional differentiable collectives.
+
+Suffixes: T tokens, K top-k, D hidden, E experts, L local experts, R received rows, S sources (ranks of the group).
+Every function that takes a process group must be called by every rank of it, in the same order.
+
+DeepSpeed's own all-to-all fills a buffer in place; kept by a recompute policy it hands back a buffer that a later call
+has overwritten, and gradients are silently wrong. Functional collectives return fresh tensors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe.recompute import kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Where each of this rank's T*K assignments goes, and how the rows that arrive are laid out."""
+
+    top_k: int
+    group: dist.ProcessGroup | None
+    slots: Tensor
+    """[T*K]: row i, in order of global expert, holds assignment slots[i] = token * K + k."""
+    rows: Tensor
+    """[T*K]: the inverse, the row of each assignment."""
+    send: list[int]
+    receive: list[int]
+    counts_L: Tensor
+    """How many of the R rows each local expert gets."""
+    by_expert: Tensor | None
+    """[R]: which received row comes i-th in expert order; None where they arrive so (one source)."""
+    by_source: Tensor | None
+
+
+def route(topk_TK: Tensor, *, num_experts: int, group: dist.ProcessGroup | None, ep_size: int) -> Route:
+    """Plan the exchange of one layer; with ep_size > 1 the only point where the host waits for the device."""
+    experts, slots = topk_TK.reshape(-1).sort(stable=True)
+    rows = torch.empty_like(slots).scatter_(0, slots, torch.arange(slots.numel(), device=slots.device))
+    if ep_size == 1:
+        counts_L = _counts(experts, num_experts)
+        return Route(
+            top_k=topk_TK.shape[1], group=None, slots=slots, rows=rows, send=[slots.numel()], receive=[slots.numel()],
+            counts_L=counts_L, by_expert=None, by_source=None,
+        )  # fmt: skip
+
+    counts_SL, send, receive = kept("counts", lambda: _exchange_counts(_counts(experts, num_experts), group, ep_size))
+    by_expert, by_source = _orders(counts_SL, sum(receive))
+    return Route(
+        top_k=topk_TK.shape[1], group=group, slots=slots, rows=rows, send=send, receive=receive,
+        counts_L=counts_SL.sum(0), by_expert=by_expert, by_source=by_source,
+    )  # fmt: skip
+
+
+def dispatch(x_TD: Tensor, plan: Route) -> Tensor:
+    """Return x_RD, the rows of this rank's experts, sorted by local expert."""
+    x = _Expand.apply(x_TD, plan.slots, plan.rows, plan.top_k)
+    if plan.group is None:
+        return x  # type: ignore[no-any-return]  # autograd.Function.apply is untyped
+    received = kept("dispatched", lambda: exchange(x, plan.receive, plan.send, plan.group))
+    return _permute(received, plan.by_expert, plan.by_source)
+
+
+def combine(y_RD: Tensor, scores_TK: Tensor, plan: Route) -> Tensor:
+    """Return y_TD: each token's expert outputs, brought home and summed with its scores."""
+    y = _permute(y_RD, plan.by_source, plan.by_expert)
+    y = kept("combined", lambda: y if plan.group is None else exchange(y, plan.send, plan.receive, plan.group))
+    y_TKD = _permute(y, plan.rows, plan.slots).view(*scores_TK.shape, -1)
+    # one batched product: sums in float32 whatever the dtype, and no [T, K, D] product in memory
+    return torch.bmm(scores_TK.to(y.dtype).unsqueeze(1), y_TKD).squeeze(1)
+
+
+def exchange(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """All-to-all of rows with uneven splits, differentiable."""
+    out = funcol.all_to_all_single_autograd(x.contiguous(), receive, send, group)  # type: ignore[arg-type]  # None: one rank
+    return out.wait() if isinstance(out, funcol.AsyncCollectiveTensor) else out  # type: ignore[no-any-return]
+
+
+def _counts(sorted_experts: Tensor, num_experts: int) -> Tensor:
+    """Count per expert without atomics and without asking the device for a size."""
+    bounds = torch.arange(num_experts + 1, device=sorted_experts.device)
+    return torch.searchsorted(sorted_experts, bounds).diff()
+
+
+def _exchange_counts(counts_E: Tensor, group: Any, ep_size: int) -> tuple[Tensor, list[int], list[int]]:
+    """Tell every rank of the group how many rows it gets for each of its experts."""
+    counts_SL = exchange(counts_E, [counts_E.numel() // ep_size] * ep_size, [counts_E.numel() // ep_size] * ep_size, group)
+    counts_SL = counts_SL.view(ep_size, -1)
+    send, receive = torch.stack([counts_E.view(ep_size, -1).sum(1), counts_SL.sum(1)]).tolist()
+    return counts_SL, send, receive
+
+
+def _orders(counts_SL: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the permutations from (source, expert) order to (expert, source) order, and back; no sort, no sync."""
+    sources, experts = counts_SL.shape
+    first_SL = _exclusive(counts_SL.reshape(-1)).view(sources, experts)
+    first_LS = _exclusive(counts_SL.t().reshape(-1)).view(experts, sources)
+    here = torch.arange(rows, device=counts_SL.device)
+    to_source = (first_LS.t() - first_SL).reshape(-1).repeat_interleave(counts_SL.reshape(-1), output_size=rows)
+    to_expert = (first_SL.t() - first_LS).reshape(-1).repeat_interleave(counts_SL.t().reshape(-1), output_size=rows)
+    return here + to_expert, here + to_source
+
+
+def _exclusive(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def _permute(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
+    return x if index is None or inverse is None else _Permute.apply(x, index, inverse)  # type: ignore[no-any-return]
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient is a gather too, where autograd's own would add with atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]  # untyped decorator
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+class _Expand(torch.autograd.Function):
+    """One row per assignment, in expert order; the gradient is gathered and summed over K in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, slots: Tensor, rows: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.top_k = top_k
+        return x_TD.index_select(0, slots // top_k)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]  # untyped decorator
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.index_select(0, rows).view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None

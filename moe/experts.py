@@ -1,0 +1,157 @@
+"""The experts one rank owns: frozen, adapted by LoRA, or fully trained; one grouped GEMM per projection."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe.grouped import Plan, grouped_experts
+
+CHUNK_BYTES = 1 << 30
+"""Intermediates of one call stay below this; routing that sends more rows here is computed in chunks."""
+
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLora:
+    """Rank, strength and dropout of the experts' adapters; r is per expert."""
+
+    r: int
+    alpha: float
+    rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """The factor of the low-rank part: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
+
+
+def lora_shapes(*, experts: int, hidden: int, intermediate: int, r: int) -> dict[str, tuple[int, int, int]]:
+    """Return the adapter tensors of `experts` experts; gate and up share one A, as PEFT's fused layout has it."""
+    return {
+        "gate_up_lora_A": (experts, r, hidden),
+        "gate_up_lora_B": (experts, 2 * intermediate, r),
+        "down_lora_A": (experts, r, intermediate),
+        "down_lora_B": (experts, hidden, r),
+    }
+
+
+def initial_lora(
+    name: str, tensor: str, expert: int, shape: tuple[int, int], *, seed: int, b_std: float = 0.0
+) -> Tensor:
+    """Return the float32 start value of one expert's factor; equal on any rank of any layout.
+
+    A is uniform in +-1/sqrt(in), as PEFT starts it. B is zero, or normal with b_std (tests and benchmarks: with a zero
+    B half of the gradients vanish).
+    """
+    if tensor.endswith("_B") and b_std == 0.0:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}/{tensor}/{expert}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if tensor.endswith("_B"):
+        return torch.randn(shape, generator=generator) * b_std
+    bound = 1.0 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class GroupedExperts(nn.Module):
+    """Experts `local_experts` of a layer of `num_experts`, over rows sorted by local expert.
+
+    mode "frozen" trains nothing, "lora" the factors beside the frozen weights, "full" the weights. Frozen weights are
+    buffers when `resident`, so that an engine that partitions parameters leaves them alone. On the meta device the
+    shapes are made and nothing else: fill the weights, then call init_lora.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        num_experts: int,
+        local_experts: range,
+        hidden: int,
+        intermediate: int,
+        mode: Literal["frozen", "lora", "full"],
+        lora: ExpertLora | None,
+        resident: bool,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        super().__init__()
+        _check(name, mode, lora, hidden, intermediate, dtype)
+        assert 0 <= local_experts.start < local_experts.stop <= num_experts
+        self.name, self.num_experts, self.local_experts = name, num_experts, local_experts
+        self.hidden, self.intermediate = hidden, intermediate
+        self.mode, self.lora, self.seed = mode, lora, seed
+        row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
+        self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
+        local = len(local_experts)
+        for key, shape in (("gate_up", (local, 2 * intermediate, hidden)), ("down", (local, hidden, intermediate))):
+            weight = torch.empty(shape, dtype=dtype, device=device)
+            if resident and mode != "full":
+                self.register_buffer(key, weight)
+            else:
+                self.register_parameter(key, nn.Parameter(weight, requires_grad=mode == "full"))
+        self._factors: tuple[str, ...] = ()
+        if lora is not None:
+            shapes = lora_shapes(experts=local, hidden=hidden, intermediate=intermediate, r=lora.r)
+            self._factors = tuple(shapes)
+            for key, shape in shapes.items():
+                self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+            if not self.gate_up.is_meta:
+                self.init_lora()
+
+    @torch.no_grad()
+    def init_lora(self, *, b_std: float = 0.0) -> None:
+        """Fill the factors from (seed, name, global expert id): the same adapter whatever ep is."""
+        for key in self._factors:
+            factor = self.get_parameter(key)
+            for local, expert in enumerate(self.local_experts):
+                shape = (factor.shape[1], factor.shape[2])
+                factor[local].copy_(initial_lora(self.name, key, expert, shape, seed=self.seed, b_std=b_std))
+
+    def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
+        """Return y_RD for rows sorted by local expert; counts_L [L] says how many each has and sums to R."""
+        assert counts_L.shape == (len(self.local_experts),)
+        dropout = self.lora.dropout if self.lora is not None and self.training else 0.0
+        plan = Plan(
+            scale=self.lora.scale if self.lora is not None else 0.0,
+            dropout=dropout,
+            # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
+            dropout_seed=int(torch.randint(1 << 40, ())) if dropout else 0,
+            chunk_rows=self.chunk_rows,
+        )
+        factors = tuple(self.get_parameter(key) for key in self._factors)
+        return grouped_experts(x_RD, counts_L, self.gate_up, self.down, factors, plan)
+
+    def extra_repr(self) -> str:
+        """Say what is here and how it is trained."""
+        ids = f"{self.local_experts.start}..{self.local_experts.stop - 1} of {self.num_experts}"
+        return f"{self.name}, experts {ids}, mode={self.mode}, lora={self.lora}"
+
+
+def _check(name: str, mode: str, lora: ExpertLora | None, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: experts compute in bfloat16 or float32, not {dtype}")
+    if (mode == "lora") != (lora is not None):
+        raise ValueError(f"{name}: mode {mode!r} with lora={lora}: give LoRA options in mode 'lora', and only there")
+    unit = 16 // dtype.itemsize
+    sizes = {"hidden size": hidden, "expert hidden size": intermediate} | ({"LoRA r": lora.r} if lora else {})
+    for what, size in sizes.items():
+        if size < 1 or size % unit:
+            allowed = f"{unit}, {2 * unit}, {3 * unit}, ..."
+            raise ValueError(
+                f"{name}: {what} {size} cannot be used by the grouped GEMM in {_DTYPES[dtype]}: "
+                f"rows must be a multiple of 16 bytes, so use a multiple of {unit} ({allowed})"
+            )
+    if lora is not None and not 0.0 <= lora.dropout < 1.0:
+        raise ValueError(f"{name}: LoRA dropout {lora.dropout} is not in [0, 1)")

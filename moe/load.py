@@ -1,0 +1,111 @@
+"""Load statistics: what the experts of each layer were given in one optimiser step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _normalised_entropy(counts: Sequence[int]) -> float:
+    shares = [count / sum(counts) for count in counts if count]
+    return math.fsum(-share * math.log(share) for share in shares) / math.log(len(counts))
+
+
+def step_load(totals: "StepTotals", *, top_k: int, step_tokens: int) -> "StepLoad":
+    """The load of a step from its totals over all ranks; refuses totals that are not those of the step's tokens."""
+    for layer, choices in enumerate(totals.counts_LE.sum(1).tolist()):
+        if choices != top_k * step_tokens:
+            raise ValueError(
+                f"Layer {layer} routed {choices / top_k:g} valid tokens in this step, over all ranks, but start_step "
+                f"was told {step_tokens}. With fewer, a part of the model ran in eval mode or under no_grad, or not "
+                f"at all; else the masks given to start_micro_batch are not what start_step counted."
+            )
+    compared = bool(totals.compared_L.all())
+    return StepLoad(
+        counts=tuple(tuple(int(count) for count in counts) for counts in totals.counts_LE.tolist()),
+        balance=tuple((totals.balance_L / step_tokens).tolist()),
+        z=tuple((totals.z_L / step_tokens).tolist()),
+        agreement=tuple((totals.agreed_L / totals.compared_L).tolist()) if compared else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoad:
+    """One optimiser step over all ranks and valid tokens; every tuple has one entry a layer."""
+
+    counts: tuple[tuple[int, ...], ...]  # [layers][experts]: how many tokens chose the expert
+    balance: tuple[float, ...]  # E * sum f P, weighted by tokens over the micro-batches; 1 is even, E / top-k the worst
+    z: tuple[float, ...]  # mean squared logsumexp of the router logits
+    agreement: tuple[float, ...] | None  # share of the top-k choices that the base router makes too
+
+    @property
+    def max_over_mean(self) -> tuple[float, ...]:
+        """How many times its even share the busiest expert got."""
+        return tuple(max(counts) * len(counts) / sum(counts) for counts in self.counts)
+
+    @property
+    def entropy(self) -> tuple[float, ...]:
+        """Entropy of the load: 1 is even, log(top-k) / log(E) is the same experts for every token."""
+        return tuple(_normalised_entropy(counts) for counts in self.counts)
+
+    @property
+    def dead(self) -> tuple[int, ...]:
+        """How many experts got no token."""
+        return tuple(sum(count == 0 for count in counts) for counts in self.counts)
+
+    # The figures of a line of metrics, under their names there.
+
+    @property
+    def loss_balance(self) -> float:
+        """The balance value, mean over the layers, before its coefficient."""
+        return _mean(self.balance)
+
+    @property
+    def loss_z(self) -> float:
+        """The z value, mean over the layers, before its coefficient."""
+        return _mean(self.z)
+
+    @property
+    def expert_load_max_over_mean(self) -> float:
+        """The worst layer's."""
+        return max(self.max_over_mean)
+
+    @property
+    def expert_load_entropy(self) -> float:
+        """The worst layer's."""
+        return min(self.entropy)
+
+    @property
+    def experts_dead(self) -> int:
+        """Over all layers."""
+        return sum(self.dead)
+
+    @property
+    def router_agreement(self) -> float | None:
+        """Mean over the layers; None where no base router was asked."""
+        return None if self.agreement is None else _mean(self.agreement)
+
+
+class StepTotals:
+    """What the layers of one step add up: views of one tensor, so that one all-reduce and one copy move all of it."""
+
+    SUMS = 6
+
+    def __init__(self, packed_LX: Tensor) -> None:
+        self.packed_LX = packed_LX
+        self.counts_LE = packed_LX[:, : -self.SUMS]
+        # The balance and z values are sums over valid tokens. `agreed` of the `compared` choices are the base router's
+        # too. `called` counts the forwards that record a gradient, `injected` the backwards that added one.
+        sums_L6 = packed_LX[:, -self.SUMS :]
+        self.balance_L, self.z_L, self.agreed_L, self.compared_L, self.called_L, self.injected_L = sums_L6.unbind(1)
+
+    @classmethod
+    def zeros(cls, *, layers: int, experts: int, device: torch.device) -> "StepTotals":
+        """The totals before the first layer; float64 holds every count exactly."""
+        return cls(torch.zeros(layers, experts + cls.SUMS, dtype=torch.float64, device=device))

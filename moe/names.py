@@ -1,0 +1,114 @@
+"""The one two-way map between the names of our parameters and canonical names. No torch.
+
+The canonical name of a base weight is its key in a transformers 5 state dict, that of an adapter tensor its key in a
+PEFT file. Checkpoints, loaders and exporters all speak canonical names; only this file knows both.
+
+With L = a decoder layer and P = base_model.model., ours on the left:
+
+    L.mlp.experts.gate_up               L.mlp.experts.gate_up_proj
+    L.mlp.experts.down                  L.mlp.experts.down_proj
+    L.mlp.experts.gate_up_lora_A, _B    P L.mlp.experts.base_layer.lora_A.weight, lora_B
+    L.mlp.experts.down_lora_A, _B       P L.mlp.experts.lora_A.weight, lora_B
+    L.mlp.gate.weight                   L.mlp.gate.weight
+    L.mlp.gate.lora_A, lora_B           P L.mlp.gate.lora_A.weight, lora_B
+    ...q_proj.base_layer.weight         ...q_proj.weight
+    ...q_proj.lora_A.default.weight     P ...q_proj.lora_A.weight
+
+PEFT wraps gate_up_proj first and down_proj around it: the inner one is `base_layer`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before a module's name in an adapter file."""
+
+LAYERS = {"qwen3_vl_moe": "model.language_model.layers.", "qwen3_moe": "model.layers."}
+"""Where the decoder layers are, by the config's `model_type`."""
+
+_OURS_TO_CANONICAL = {
+    "experts.gate_up": "experts.gate_up_proj",
+    "experts.down": "experts.down_proj",
+    "experts.gate_up_lora_A": "experts.base_layer.lora_A.weight",
+    "experts.gate_up_lora_B": "experts.base_layer.lora_B.weight",
+    "experts.down_lora_A": "experts.lora_A.weight",
+    "experts.down_lora_B": "experts.lora_B.weight",
+    "gate.weight": "gate.weight",
+    "gate.lora_A": "gate.lora_A.weight",
+    "gate.lora_B": "gate.lora_B.weight",
+}
+_CANONICAL_TO_OURS = {theirs: ours for ours, theirs in _OURS_TO_CANONICAL.items()}
+_PEFT_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB])\.([^.]+)(\.weight)?$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameMap:
+    """Both directions for the tensors of one model."""
+
+    to_canonical: Mapping[str, str]
+    to_ours: Mapping[str, str]
+
+
+def name_map(model_type: str, names: Iterable[str], *, adapter: str = "default") -> NameMap:
+    """Return the map of a model's own parameter (and persistent buffer) names; one to one, or ValueError."""
+    to_canonical: dict[str, str] = {}
+    to_ours: dict[str, str] = {}
+    for name in names:
+        canonical = canonical_name(model_type, name, adapter=adapter)
+        if canonical in to_ours:
+            raise ValueError(f"{name} and {to_ours[canonical]} are both {canonical} in files: one of them is a copy")
+        to_canonical[name], to_ours[canonical] = canonical, name
+    return NameMap(to_canonical=to_canonical, to_ours=to_ours)
+
+
+def canonical_name(model_type: str, name: str, *, adapter: str = "default") -> str:
+    """Return the canonical name of our parameter `name`."""
+    name = name.removeprefix(PEFT_PREFIX)
+    block, tensor = _split(model_type, name)
+    if block:
+        if tensor not in _OURS_TO_CANONICAL:
+            raise ValueError(
+                f"{name}: a sparse block of {model_type} has no tensor {tensor!r} here; "
+                f"it has {', '.join(_OURS_TO_CANONICAL)}"
+            )
+        canonical = block + _OURS_TO_CANONICAL[tensor]
+        return PEFT_PREFIX + canonical if "lora_" in tensor else canonical
+    found = _PEFT_TENSOR.search(name)
+    if found is None:
+        return name.replace(".base_layer.", ".")
+    if found[2] != adapter:
+        raise ValueError(f"{name}: a tensor of adapter {found[2]!r}, but {adapter!r} is the one that is trained")
+    return f"{PEFT_PREFIX}{name[: found.start()]}.{found[1]}{found[3] or ''}"
+
+
+def our_moe_name(model_type: str, canonical: str) -> str | None:
+    """Return our name of a sparse block's tensor, or None for a tensor that is not in one (see name_map for those)."""
+    is_adapter = canonical.startswith(PEFT_PREFIX)
+    block, tensor = _split(model_type, canonical.removeprefix(PEFT_PREFIX))
+    if not block:
+        return None
+    ours = _CANONICAL_TO_OURS.get(tensor)
+    if ours is None or ("lora_" in ours) != is_adapter:
+        raise ValueError(
+            f"{canonical}: not a tensor of a {model_type} sparse block, which has {', '.join(_CANONICAL_TO_OURS)}"
+        )
+    return block + ours
+
+
+def per_expert_names(model_type: str, canonical: str, expert: int) -> tuple[str, ...]:
+    """Return the hub's 2-D names of one expert of a fused `...gate_up_proj` (gate, up) or `...down_proj`."""
+    _split(model_type, canonical)
+    experts, _, tensor = canonical.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    if tensor not in parts or not experts.endswith(".mlp.experts"):
+        raise ValueError(f"{canonical}: not a fused expert tensor (...mlp.experts.gate_up_proj or .down_proj)")
+    return tuple(f"{experts}.{expert}.{part}.weight" for part in parts[tensor])
+
+
+def _split(model_type: str, name: str) -> tuple[str, str]:
+    """Return ('<layer>.mlp.', rest) of a tensor in a sparse block, else ('', name)."""
+    if model_type not in LAYERS:
+        raise ValueError(f"model type {model_type!r} has no experts known here; known: {', '.join(LAYERS)}")
+    found = re.match(re.escape(LAYERS[model_type]) + r"\d+\.mlp\.(?=experts\.|gate\.)", name)
+    return (found[0], name[found.end() :]) if found else ("", name)

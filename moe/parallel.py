@@ -1,0 +1,213 @@
+"""The expert-parallel MoE layer, and its place in a transformers model: before the engine starts, even on meta.
+
+The layer subclasses DeepSpeed's so that the engine recognises it, but shares none of its constructor: router, experts
+and the exchange of rows are ours. Its experts' parameters are tagged for the expert-data group, over which ZeRO-3 then
+partitions them and reduces their gradients.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint.autoep_affine import legacy_uniform_autoep_placement_descriptor
+from deepspeed.module_inject import auto_ep_comm
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from moe import dispatch as all_to_all
+from moe.experts import ExpertLora, GroupedExperts
+from moe.layout import check_ep, expert_range
+from moe.names import LAYERS
+from moe.recompute import kept
+from moe.router import Router, RouterOptions
+
+BalanceCall = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(layer, logits_TE, probs_TE, topk_TK, base_topk_TK) -> probs_TE"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How every replaced block computes and trains."""
+
+    experts: Literal["frozen", "lora", "full"] = "frozen"
+    lora: ExpertLora | None = None
+    router: RouterOptions = field(default_factory=RouterOptions)
+    resident: bool = True
+    dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
+    deepep_max_tokens: int = 0
+    """Most tokens a rank may bring in one micro-batch; DeepEP sizes its buffer by it."""
+    seed: int = 0
+
+
+class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is untyped
+    """One sparse block whose experts are spread over the ranks of an expert-parallel group.
+
+    Every rank of the group must call it equally often and in the same order. It takes and returns [..., D].
+    """
+
+    def __init__(
+        self, *, name: str, index: int, config: Any, ep_size: int, options: LayerOptions, balance: BalanceCall | None,
+        dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
+        self.name, self.index, self.options, self.balance = name, index, options, balance
+        self.num_experts, self.top_k, self.hidden_size = config.num_experts, config.num_experts_per_tok, config.hidden_size
+        self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always does, and has no such key
+        self._place(ep_size)
+        common: dict[str, Any] = {"resident": options.resident, "seed": options.seed, "dtype": dtype, "device": device}
+        self.gate = Router(
+            name=f"{name}.gate", num_experts=self.num_experts, hidden=self.hidden_size, options=options.router, **common
+        )
+        self.experts = GroupedExperts(
+            name=f"{name}.experts", num_experts=self.num_experts, local_experts=self.local_experts,
+            hidden=self.hidden_size, intermediate=config.moe_intermediate_size, mode=options.experts, lora=options.lora,
+            **common,
+        )  # fmt: skip
+        for parameter in self.experts.parameters():
+            parameter.allreduce = False
+            parameter.group_name = self.ep_group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = self.ep_group_name
+        for parameter in self.gate.parameters():
+            parameter.ds_zero_placement_family = "replicated"
+
+    def _place(self, ep_size: int) -> None:
+        """Find this rank's experts and groups, and set what the engine and the parent's DeepEP route read."""
+        self.ep_size, self.ep_group_name = ep_size, f"ep_size_{ep_size}"
+        self.ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
+        self.local_experts = expert_range(num_experts=self.num_experts, ep=ep_size, ep_rank=self.ep_rank)
+        self.num_local_experts = len(self.local_experts)
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            self.num_experts, self.num_local_experts, ep_size
+        )
+        self.ep_group = groups._get_expert_parallel_group(self.ep_group_name) if dist.is_initialized() else None
+        if self.options.dispatch == "deepep":
+            self.score_apply, self.row_weighting_impl = "post", "eager"
+            self.comm_num_sm, self.comm_qp_margin = auto_ep_comm.DEFAULT_COMM_SMS, 4
+            self.comm_max_tokens_per_rank, self.deepep_scope = self.options.deepep_max_tokens, 0
+            self._deepep_replay = auto_ep_comm.DeepEPCheckpointReplay()
+        self._deepep_exchange = None
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """Do nothing when the engine asks: the groups were made before the layer was."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Route, bring rows to their experts, compute, bring them home, and sum with the router's scores."""
+        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        logits_TE, base_topk_TK = self.gate(x_TD, self.top_k)
+        probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
+        topk_TK = kept("topk", lambda: probs_TE.detach().topk(self.top_k).indices)
+        if self.balance is not None:
+            probs_TE = self.balance(self.index, logits_TE, probs_TE, topk_TK, base_topk_TK)
+        scores_TK = probs_TE.gather(1, topk_TK)
+        if self.normalise:
+            scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
+        scores_TK = scores_TK.to(x_TD.dtype)
+        if self.options.dispatch == "deepep":
+            y_TD = self._deepep_route(x_TD, RouterOutput(scores_TK, topk_TK, None))
+        else:
+            plan = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)
+            y_RD = self.experts(all_to_all.dispatch(x_TD, plan), plan.counts_L)
+            y_TD = all_to_all.combine(y_RD, scores_TK, plan)
+        return y_TD.view_as(hidden_states)
+
+    @torch.no_grad()
+    def load(self, block: nn.Module) -> None:
+        """Copy a transformers block's weights: its fused tensors have our orientation, of which we take our experts."""
+        mine = slice(self.local_experts.start, self.local_experts.stop)
+        self.experts.gate_up.copy_(block.experts.gate_up_proj[mine])
+        self.experts.down.copy_(block.experts.down_proj[mine])
+        self.gate.weight.copy_(block.gate.weight)
+        self.gate.keep_base()
+
+
+def replace_moe_blocks(
+    model: nn.Module, *, ep_size: int, options: LayerOptions, balance: BalanceCall | None = None
+) -> list[ExpertParallelMoe]:
+    """Replace each sparse block of a Qwen3-VL-MoE or Qwen3-MoE model, on meta or not; every rank must call this.
+
+    The layers come back in order; their names are unchanged (`...layers.N.mlp`). On meta, shapes and tags are made and
+    the weights are left to whoever loads them (then `layer.experts.init_lora()`, `layer.gate.init_lora()` and
+    `layer.gate.keep_base()`); otherwise weights are copied, adapters initialised.
+    """
+    blocks = _find_blocks(model)
+    config = model.config.get_text_config()  # type: ignore[operator]  # a transformers model
+    _check_layout(config, ep_size, options)
+    if dist.is_initialized():
+        groups._create_expert_and_data_parallel(ep_size)
+    layers = []
+    for index, (name, block) in enumerate(blocks.items()):
+        weight = block.gate.weight
+        layer = ExpertParallelMoe(
+            name=name, index=index, config=config, ep_size=ep_size, options=options, balance=balance,
+            dtype=weight.dtype, device=weight.device,
+        ).train(block.training)  # fmt: skip
+        if not weight.is_meta:
+            layer.load(block)
+        model.set_submodule(name, layer)
+        layers.append(layer)
+    return layers
+
+
+def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the sparse blocks by name, exactly where the config says they are."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in LAYERS:
+        raise ValueError(
+            f"model type {kind!r} has no expert-parallel layer here; known: {', '.join(sorted(LAYERS))}. "
+            f"A model without experts needs none: leave its blocks alone"
+        )
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]  # checked above
+    expected = [f"{LAYERS[kind]}{number}.mlp" for number in sparse_layers(config)]
+    sparse = {n: m for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "gate")}
+    found = [name for name, module in sparse.items() if not isinstance(module, ExpertParallelMoe)]
+    if not expected or found != expected:
+        replaced = [name for name, module in sparse.items() if isinstance(module, ExpertParallelMoe)]
+        raise ValueError(
+            f"a {kind} model with this config has {len(expected)} sparse blocks ({_some(expected)}), but {len(found)} "
+            f"were found ({_some(found)}), {len(replaced)} are replaced already; "
+            f"check num_experts, decoder_sparse_step and mlp_only_layers"
+        )
+    return {name: sparse[name] for name in expected}
+
+
+def sparse_layers(config: Any) -> list[int]:
+    """Return the numbers of the decoder layers that have experts, by the text config."""
+    step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
+    numbers = range(config.num_hidden_layers) if config.num_experts > 0 else ()
+    return [number for number in numbers if number not in dense and (number + 1) % step == 0]
+
+
+def _check_layout(config: Any, ep_size: int, options: LayerOptions) -> None:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    check_ep(num_experts=config.num_experts, world_size=world, ep=ep_size)
+    if config.hidden_act != "silu":
+        raise ValueError(f"experts compute SwiGLU, but the config's hidden_act is {config.hidden_act!r}, not 'silu'")
+    if options.dispatch not in ("all_to_all", "deepep"):
+        raise ValueError(f"moe.dispatch: {options.dispatch!r} is not one of all_to_all, deepep")
+    if options.dispatch == "deepep":
+        _check_deepep(ep_size, options.deepep_max_tokens)
+
+
+def _check_deepep(ep_size: int, max_tokens: int) -> None:
+    """Refuse DeepEP at start, in one sentence, where it cannot work."""
+    missing = []
+    if importlib.util.find_spec("deep_ep") is None:
+        missing.append("the package deep_ep is not installed")
+    if not torch.cuda.is_available():
+        missing.append("no CUDA device is visible")
+    if ep_size == 1:
+        missing.append("parallel.ep is 1, so there is nothing to exchange")
+    if max_tokens < 1:
+        missing.append("the most tokens of a micro-batch are not known (data.tokens_per_pack)")
+    if missing:
+        raise ValueError(f"moe.dispatch: deepep cannot be used: {'; '.join(missing)}. Use moe.dispatch: all_to_all")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "...", names[-1]]) or "none"

@@ -1,0 +1,241 @@
+"""What one rank does for the expert-parallel tests: train a plan's model and tell everything that can be compared."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from tiny_moe import (
+    LORA,
+    PlainMoe,
+    batch,
+    freeze,
+    plain_model,
+    rows_of,
+    start_factors,
+    token_count,
+    token_loss,
+    vl_model,
+)
+from torch import Tensor
+
+from benchmarks.collectives import CollectiveCounter
+from finetune.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
+from finetune.recompute import set_recompute
+from finetune.resident import make_resident
+from moe.parallel import LayerOptions, replace_moe_blocks
+from moe.router import RouterOptions
+
+CLIP, LR, EPS = 0.05, 1e-3, 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One training: the model, how it is spread, and what is done to its routing."""
+
+    ep: int = 1
+    resident: bool = True
+    accumulation: int = 1
+    recompute: str = "none"
+    dtype: str = "float32"
+    experts: str = "lora"
+    router: RouterOptions = RouterOptions(mode="full")
+    steps: int = 5
+    bias: tuple[float, ...] = ()
+    """Added to the logits of every layer: forces experts."""
+    model: dict[str, int] = field(default_factory=dict)
+    rows: int = 8
+    persistence: int | None = None
+    topk: tuple[Tensor, ...] = ()
+    """The experts of each token by layer, of all rows: reference routing, injected."""
+    seed: int = 3
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a plan gave: on one rank, or in the plain model of all rows."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    input_grads: list[Tensor] = field(default_factory=list)
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    topk: list[Tensor] = field(default_factory=list)
+    received: list[int] = field(default_factory=list)
+    calls: dict[Any, int] = field(default_factory=dict)
+    bytes: dict[Any, int] = field(default_factory=dict)
+    live: list[tuple[int, int]] = field(default_factory=list)
+
+
+def plain(plan: Plan) -> Outcome:
+    """Train all rows on one process with torch alone: autograd, clip_grad_norm_, AdamW."""
+    model, data, out = vl_model(**plan.model), batch(plan.rows), Outcome()
+    if plan.dtype == "bfloat16":
+        model = model.bfloat16().float()  # the same weights, computed exactly
+    freeze(model)
+    blocks = plain_model(model, router=plan.router, experts=plan.experts, seed=plan.seed)
+    if plan.dtype == "bfloat16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    for block in blocks:
+        block.logits_bias = torch.tensor(plan.bias) if plan.bias else 0.0
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, eps=EPS, betas=(0.9, 0.95), weight_decay=0.0)
+    total = token_count(data["input_ids"])
+    for step in range(plan.steps):
+        logits = model(**rows_of(data, slice(None)), use_cache=False).logits
+        if step == 0:
+            for block in blocks:
+                block.input.retain_grad()
+        loss = token_loss(logits, data["input_ids"]) / total
+        loss.backward()
+        if step == 0:
+            out.logits, out.topk = logits.detach(), [block.routing.topk_TK for block in blocks]
+            out.input_grads = [block.input.grad for block in blocks]
+            out.grads = {name: p.grad.clone() for name, p in trained.items()}
+        out.norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)))
+        out.losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return out
+
+
+def session(rank: int, world: int, plans: list[Plan]) -> list[Outcome]:
+    """Train each plan's model on this rank, one engine after the other in the same process."""
+    start_distributed()
+    return [_train(rank, world, plan) for plan in plans]
+
+
+def build(plan: Plan) -> tuple[Any, list[Any]]:
+    """Make the plan's model, as a run would: freeze, replace, adapt, keep resident."""
+    model = vl_model(**plan.model).to(plan.torch_dtype)
+    freeze(model)
+    lora = LORA if plan.experts == "lora" else None
+    options = LayerOptions(
+        experts=plan.experts, lora=lora, router=plan.router, resident=plan.resident, seed=plan.seed
+    )  # fmt: skip
+    layers = replace_moe_blocks(model, ep_size=plan.ep, options=options)
+    for layer in layers:
+        start_factors(layer)
+    if plan.resident:
+        make_resident(model)
+    return model, layers
+
+
+def _train(rank: int, world: int, plan: Plan) -> Outcome:
+    model, layers = build(plan)
+    persistence = plan.persistence if plan.persistence is not None else (1_000_000 if plan.resident else 0)
+    options = EngineOptions(
+        micro_batches_per_step=plan.accumulation, clip_norm=CLIP, dtype=plan.dtype, lr=LR, eps=EPS,
+        betas=(0.9, 0.95), persistence_threshold=persistence,
+    )  # fmt: skip
+    engine = initialize(model, options)
+    set_recompute(model, plan.recompute)
+    model.train()
+    data, out = batch(plan.rows), Outcome()
+    total, share = token_count(data["input_ids"]), plan.rows // world // plan.accumulation
+    _steer(layers, plan, rank * share * plan.accumulation, share)
+    for step in range(plan.steps):
+        losses = 0.0
+        for micro in range(plan.accumulation):
+            first = (rank * plan.accumulation + micro) * share
+            part = rows_of(data, slice(first, first + share))
+            part["pixel_values"] = part["pixel_values"].to(plan.torch_dtype)
+            with _watched(layers, out, step) as counter:
+                logits = engine(**part, use_cache=False).logits
+                loss = token_loss(logits, part["input_ids"])
+                backward(engine, loss, total)
+            if step == 0:
+                out.logits = torch.cat([out.logits, logits.detach().float()])
+                out.calls, out.bytes = dict(counter.calls), dict(counter.bytes)
+            if step == 0 and micro + 1 == plan.accumulation:
+                grads = {n: safe_get_full_grad(p) for n, p in model.named_parameters() if p.requires_grad}
+                out.grads = {n: g.clone() for n, g in grads.items()}
+            engine.step()
+            losses += loss.detach()
+            del logits, loss
+        require_step_applied(engine, step)
+        dist.all_reduce(losses)
+        out.losses.append(float(losses) / total)
+        out.norms.append(float(engine.get_global_grad_norm()))
+        if plan.steps > 10:
+            out.live.append(_live_tensors())
+    out.input_grads = [grad / world for grad in out.input_grads]
+    engine.destroy()
+    return out
+
+
+class _watched:
+    """Counts collectives and notes each layer's input gradient and received rows, in the first step."""
+
+    def __init__(self, layers: list[Any], out: Outcome, step: int) -> None:
+        self.layers, self.out, self.counter = layers if step == 0 else [], out, CollectiveCounter()
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> CollectiveCounter:
+        for index, layer in enumerate(self.layers):
+            if not layer.training:
+                continue
+            self.hooks.append(layer.register_forward_pre_hook(self._input_hook(index)))
+            self.hooks.append(
+                layer.experts.register_forward_pre_hook(lambda _, args: self.out.received.append(len(args[0])))
+            )
+        self.counter.__enter__()
+        return self.counter
+
+    def _input_hook(self, index: int) -> Callable[..., None]:
+        def keep(grad: Tensor) -> None:
+            grads = self.out.input_grads
+            if len(grads) <= index:
+                grads.extend([torch.empty(0)] * (index + 1 - len(grads)))
+            grads[index] = torch.cat([grads[index], grad.detach().float()])
+
+        def hook(_: Any, args: Any) -> None:
+            # in a recompute the graph is thrown away: only the first pass's input gets a gradient
+            if args[0].requires_grad:
+                args[0].register_hook(keep)
+
+        return hook
+
+    def __exit__(self, *error: Any) -> None:
+        self.counter.__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _steer(layers: list[Any], plan: Plan, first_row: int, rows: int) -> None:
+    """Force or inject routing by what is added to the logits, in float32; normalised scores do not notice."""
+    for index, layer in enumerate(layers):
+        if plan.bias:
+            bias = torch.tensor(plan.bias)
+            layer.gate.register_forward_hook(lambda _, args, out, bias=bias: (out[0] + bias, out[1]))
+        if plan.topk:
+            chosen = plan.topk[index].view(plan.rows, -1, plan.topk[index].shape[-1])[first_row : first_row + rows]
+            mask = torch.zeros(chosen.shape[0] * chosen.shape[1], layer.num_experts).scatter_(1, chosen.flatten(0, 1), 30.0)
+            layer.gate.register_forward_hook(lambda _, args, out, mask=mask: (out[0].float() + mask, out[1]))
+
+
+def _live_tensors() -> tuple[int, int]:
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return len(tensors), sum(t.numel() * t.element_size() for t in tensors if not t.is_meta)
+
+
+def whole(outcomes: list[Outcome], ep: int) -> dict[str, Tensor]:
+    """Put the gradients of an expert-parallel group's ranks together: local experts side by side."""
+    first = outcomes[0].grads
+    return {
+        name: torch.cat([outcomes[rank].grads[name] for rank in range(ep)]) if ".experts." in name else grad
+        for name, grad in first.items()
+    }
+
+
+def plain_block(name: str, block: Any, *, router: RouterOptions, experts: str, seed: int) -> PlainMoe:
+    return PlainMoe(name, block, router, experts, seed)
