@@ -51,6 +51,8 @@ def best_fit(tokens: Ints, patches: Ints, *, token_budget: int, patch_budget: in
     Packs a window could not fill stay open for the next one, so a tail costs a pack at the end, not one a window.
     Every sample must fit a pack alone.
     """
+    if int(patches.sum()) * token_budget > int(tokens.sum()) * patch_budget:  # fit by what is scarcer
+        tokens, patches, token_budget, patch_budget = patches, tokens, patch_budget, token_budget
     packs: list[list[int]] = []
     closed: list[list[int]] = []
     free_patches: list[int] = []

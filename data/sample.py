@@ -60,6 +60,8 @@ class Renderer:
         self._image, self._video, self._chat = image, video, chat
         self._spec = read_spec(folder)
         self._limits = image_limits(self._spec, image)
+        area = 3 * self._spec.patch**2
+        self.patch_widths = (area, area * self._spec.temporal)  # bytes of one patch of an image, of a video
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._template = read_template(folder, self._tokenizer, chat)
         self._image_pad, self._video_pad, self.pad_id = (

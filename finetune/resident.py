@@ -18,9 +18,7 @@ class ResidentChoice:
     reason: str
 
 
-def choose_resident(
-    choice: Literal["auto", "frozen", "none"], *, frozen_bytes: int, room_bytes: int
-) -> ResidentChoice:
+def choose_resident(choice: Literal["auto", "frozen", "none"], *, frozen_bytes: int, room_bytes: int) -> ResidentChoice:
     """Decide `parallel.resident` from the frozen bytes a rank would hold and the memory it has."""
     if choice == "auto":
         fits = frozen_bytes <= ROOM_SHARE * room_bytes

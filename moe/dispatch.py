@@ -89,7 +89,9 @@ def _counts(sorted_experts: Tensor, num_experts: int) -> Tensor:
 
 def _exchange_counts(counts_E: Tensor, group: Any, ep_size: int) -> tuple[Tensor, list[int], list[int]]:
     """Tell every rank of the group how many rows it gets for each of its experts."""
-    counts_SL = exchange(counts_E, [counts_E.numel() // ep_size] * ep_size, [counts_E.numel() // ep_size] * ep_size, group)
+    counts_SL = exchange(
+        counts_E, [counts_E.numel() // ep_size] * ep_size, [counts_E.numel() // ep_size] * ep_size, group
+    )
     counts_SL = counts_SL.view(ep_size, -1)
     send, receive = torch.stack([counts_E.view(ep_size, -1).sum(1), counts_SL.sum(1)]).tolist()
     return counts_SL, send, receive

@@ -55,7 +55,11 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
         self.name, self.index, self.options, self.balance = name, index, options, balance
-        self.num_experts, self.top_k, self.hidden_size = config.num_experts, config.num_experts_per_tok, config.hidden_size
+        self.num_experts, self.top_k, self.hidden_size = (
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+        )
         self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always does, and has no such key
         self._place(ep_size)
         common: dict[str, Any] = {"resident": options.resident, "seed": options.seed, "dtype": dtype, "device": device}

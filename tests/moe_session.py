@@ -218,7 +218,9 @@ def _steer(layers: list[Any], plan: Plan, first_row: int, rows: int) -> None:
             layer.gate.register_forward_hook(lambda _, args, out, bias=bias: (out[0] + bias, out[1]))
         if plan.topk:
             chosen = plan.topk[index].view(plan.rows, -1, plan.topk[index].shape[-1])[first_row : first_row + rows]
-            mask = torch.zeros(chosen.shape[0] * chosen.shape[1], layer.num_experts).scatter_(1, chosen.flatten(0, 1), 30.0)
+            mask = torch.zeros(chosen.shape[0] * chosen.shape[1], layer.num_experts).scatter_(
+                1, chosen.flatten(0, 1), 30.0
+            )
             layer.gate.register_forward_hook(lambda _, args, out, mask=mask: (out[0].float() + mask, out[1]))
 
 

@@ -80,7 +80,7 @@ def test_a_binding_patch_budget_fills_patches_instead():
     patches = np.minimum(patches, 16384)
     packs = best_fit(tokens, patches, token_budget=8192, patch_budget=16384)
     assert packs.sums(patches).max() <= 16384
-    assert packs.sums(patches).sum() / (len(packs) * 16384) > 0.9
+    assert packs.sums(patches).sum() / (len(packs) * 16384) > 0.98
 
 
 @given(st.lists(st.integers(1, 1000), max_size=80), st.integers(1, 9), st.integers(0, 5))
@@ -159,7 +159,7 @@ def test_mixture_holds_within_one_percent_over_small_and_large_sources(mixture):
         assert share == pytest.approx(0.4, rel=0.01)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 400), st.booleans())
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 60), st.booleans())
 def test_a_source_repeats_its_own_epochs_without_gap_or_overlap(lengths, quota, by_tokens):
     units = make_units("a", lengths)
     amounts = units.tokens if by_tokens else np.ones(len(units), dtype=np.int64)

@@ -1,7 +1,6 @@
 """The expert-parallel layer in a real ZeRO-3 engine, against one process that computes every expert with autograd."""
 
 import functools
-from typing import Any
 
 import pytest
 import torch
