@@ -175,19 +175,19 @@ def damaged(folder):
             if number in (1, 7, 8):
                 raw = sample_json(number) | {"images": [], "videos": []}
                 content = raw["messages"][0]["content"]
-                names = ["9.png", "8.png"][: content.count("<image>")]
+                names = ["9.jpg", "8.jpg"][: content.count("<image>")]
                 tar.add(f"{number:05d}.json", json.dumps(raw | {"images": names}).encode())
                 for name in names:
-                    tar.add(f"{number:05d}.{name}", broken_png())
+                    tar.add(f"{number:05d}.{name}", broken_jpeg())
             else:
                 write_sample(tar, f"{number:05d}", sample_json(number))
     return corpus_of({"one": [path]})
 
 
-def broken_png():
+def broken_jpeg():
     from corpora import media
 
-    data = media()["0.png"]
+    data = media()["1.jpg"]
     return data[: len(data) // 2]
 
 
@@ -205,7 +205,7 @@ def test_bad_samples_shrink_their_packs_and_are_left_out_from_the_next_epoch(tmp
             rank.quarantine(found)
         bad += found
     assert sorted(item.key for item in bad) == ["00001", "00007", "00008"]
-    assert str(bad[0]).startswith(f"source one, shard part-000.tar, sample {bad[0].key}: image 1 (9.png)")
+    assert str(bad[0]).startswith(f"source one, shard part-000.tar, sample {bad[0].key}: image 1 (9.jpg)")
     assert len(seen) == 37
     assert ranks[0].state_dict() == ranks[1].state_dict()
     fresh = stream(corpus, plan=plan)
