@@ -20,7 +20,7 @@ class Kind:
     dtype: str
 
 
-class CollectiveCounter(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
     """While entered, counts the calls and the bytes of every collective this rank issues, DeepSpeed's and ours.
 
     Bytes are the larger side of the operation on this rank: what an all-gather yields, what a reduce-scatter takes,
@@ -28,7 +28,7 @@ class CollectiveCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.calls: Counter[Kind] = Counter()
         self.bytes: Counter[Kind] = Counter()
 
@@ -71,8 +71,9 @@ def _group_size(leaf: Any) -> int:
         except RuntimeError:
             return 0
     if isinstance(leaf, str):
-        try:
-            return dist.distributed_c10d._resolve_process_group(leaf).size()
-        except (RuntimeError, ValueError):
-            return 0
+        return next((group.size() for group in _groups() if group.group_name == leaf), 0)
     return leaf.size() if isinstance(leaf, dist.ProcessGroup) else 0
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return [group for group in dist.distributed_c10d._pg_map if isinstance(group, dist.ProcessGroup)]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.families import Family
 from finetune.hubconfig import load_json, read_family
 from finetune.keycheck import check_keys
 from finetune.layouts import LAYOUT_KEY, Layout, is_expert_stack, recognise, single_expert
@@ -40,10 +39,9 @@ class WeightFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFiles:
-    """A whole checkpoint of a known family: reads its tensors by canonical name, as they lie in memory."""
+    """A whole checkpoint: reads its tensors by canonical name, as they lie in memory."""
 
     folder: Path
-    family: Family
     layout: Layout
     stored: Mapping[str, Stored]
     shapes: Mapping[str, Shape]
@@ -80,6 +78,15 @@ class BaseFiles:
                     filled += part.shape[0]
         return result
 
+    def out_feature(self, name: str, expert: int, row: int) -> torch.Tensor:
+        """The weights of one output feature of one expert of a stack, found by the layout's definition alone."""
+        if self.layout == "per_expert":
+            parts = self._parts(name, expert)
+            height = parts[0].shape[0]
+            return _read(parts[row // height], range(row % height, row % height + 1))[0]
+        matrix = _read(self.stored[name], range(expert, expert + 1))[0]
+        return matrix[:, row] if self.layout == "hub" else matrix[row]
+
     def _parts(self, name: str, expert: int) -> list[Stored]:
         """The stored tensors that make up a canonical tensor, or in per-expert files one expert of it."""
         if self.layout == "per_expert" and is_expert_stack(name):
@@ -87,17 +94,18 @@ class BaseFiles:
         return [self.stored[name]]
 
 
-def open_base(folder: Path, *, layout: str = "auto", family: Family | None = None) -> BaseFiles:
+def open_base(folder: Path, shapes: Mapping[str, Shape] | None = None, *, layout: str = "auto") -> BaseFiles:
     """The checkpoint in `folder`, after checking from headers alone that it is whole and fits its config.json.
 
+    `shapes` are the canonical shapes of the model to be filled; without them a Qwen3-VL is read from the config.json.
     `layout` is `model.layout`: auto, hub, memory or per_expert.
     """
     files = weight_files(folder)
-    family = family or read_family(folder)
-    shapes = {key: tensor.shape for key, tensor in files.tensors.items()}
-    found = recognise(shapes, family, metadata=files.layout, word=layout, where=f"the weight files in {folder}")
-    check_keys(files.tensors, family, found, where=str(folder))
-    return BaseFiles(folder=folder, family=family, layout=found, stored=files.tensors, shapes=parameter_shapes(family))
+    needed = shapes if shapes is not None else parameter_shapes(read_family(folder))
+    held = {key: tensor.shape for key, tensor in files.tensors.items()}
+    found = recognise(held, needed, metadata=files.layout, word=layout, where=f"the weight files in {folder}")
+    check_keys(files.tensors, needed, found, where=str(folder))
+    return BaseFiles(folder=folder, layout=found, stored=files.tensors, shapes=needed)
 
 
 def weight_files(folder: Path) -> WeightFiles:

@@ -1,10 +1,12 @@
 """Numbers that follow from a configuration, each with its derivation. Loads no torch."""
 
 from dataclasses import asdict, dataclass
+from itertools import groupby
 
 from finetune.checks import base_family, fewest_ranks
 from finetune.config import RunConfig
-from finetune.shapes import active_text_parameters, parameter_counts
+from finetune.reading import rank_shares
+from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +18,11 @@ class Derived:
     text: str
 
 
-def derive(config: RunConfig, *, ranks: int | None) -> list[Derived]:
-    """Every number that follows from a configuration without problems."""
-    return [*_ranks(config, ranks), *_step(config, ranks or fewest_ranks(config)), *_model(config), *_mixture(config)]
+def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list[Derived]:
+    """Every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
+    count = ranks or fewest_ranks(config)
+    lines = [*_ranks(config, ranks), *_step(config, count), *_model(config), *_mixture(config)]
+    return [*lines, *(_reads(config, count) if reads else ())]
 
 
 def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
@@ -77,3 +81,22 @@ def _mixture(config: RunConfig) -> list[Derived]:
         )
         for name, source in config.data.sources.items()
     ]
+
+
+def _reads(config: RunConfig, ranks: int) -> list[Derived]:
+    """Frozen weights in bfloat16, resident and partitioned; equal neighbours share a line."""
+    shapes = parameter_shapes(base_family(config))
+    lines = []
+    for way in ("resident", "partitioned"):
+        shares = rank_shares(
+            shapes, world_size=ranks, ep_size=config.parallel.ep, itemsize=2, resident=way == "resident"
+        )
+        for (read, held), group in groupby(shares, key=lambda share: (share.read, share.held)):
+            members = [share.rank for share in group]
+            who = f"rank {members[0]}" if len(members) == 1 else f"each of ranks {members[0]} to {members[-1]}"
+            text = f"loading, {way}: {who} reads {read:,} bytes and keeps {held:,}"
+            lines.append(Derived(name=f"reads.{way}.{members[0]}", value=read, text=text))
+        total, largest = sum(share.read for share in shares), shares[0].largest
+        text = f"loading, {way}: read in all {total:,} bytes, each once; the largest single tensor has {largest:,}"
+        lines.append(Derived(name=f"reads.{way}.total", value=total, text=text))
+    return lines

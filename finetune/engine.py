@@ -20,8 +20,8 @@ LIMITS = {
     "zero_optimization.zero_quantized_weights": "expert parallelism cannot use quantized weights",
     "zero_optimization.zero_hpz_partition_size": "expert parallelism cannot use hpZeRO's secondary partitions",
     "zero_optimization.mics_shard_size": "expert parallelism cannot use MiCS",
-    "zero_optimization.offload_optimizer": "checkpoints hold optimizer slices of the device, offloading would lose them",
-    "zero_optimization.offload_param": "checkpoints hold parameter slices of the device, offloading would lose them",
+    "zero_optimization.offload_optimizer": "checkpoints hold the device's optimizer slices, not offloaded ones",
+    "zero_optimization.offload_param": "checkpoints hold the device's parameter slices, not offloaded ones",
     "expert_parallel": "the experts are placed by parallel.ep, before the engine starts",
     "tensor_parallel": "expert parallelism cannot be combined with the engine's tensor parallelism",
     "sequence_parallel_size": "sequence parallelism is parallel.sp, which the engine must not know",
@@ -101,9 +101,14 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
 
 
 def start_distributed() -> None:
-    """Let the engine know the process group, or start one from the launcher's environment; every rank must call this."""
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed()
+    """Tell the engine of the process group, or start one from the launcher's environment; every rank must call this."""
+    if deepspeed.comm.is_initialized():
+        return
+    # on CPU DeepSpeed compiles a shared-memory all-reduce for inference at its first start: half a minute and a C++
+    # compiler, for a kernel that training never calls
+    if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
 
 
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
@@ -133,8 +138,9 @@ def _check(module: nn.Module, options: EngineOptions) -> None:
 
 
 def _largest_layer(module: nn.Module) -> int:
-    """Return the parameters' elements in the largest decoder layer or lone module, as fetched in one go."""
-    sizes = (sum(getattr(p, "ds_numel", p.numel()) for p in m.parameters(recurse=False)) for m in module.modules())
+    """Return the elements of the largest block of a stack, all of which is wanted at once."""
+    stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
+    sizes = (sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters()) for m in stacks for block in m)
     return max(sizes, default=0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from finetune.families import Family
 from finetune.layouts import Layout, is_expert_stack, stored_shape, stored_shapes
 from finetune.shapes import EMBEDDING, HEAD, VISUAL, Shape
 from finetune.tensorfile import FLOAT_TYPES, Stored
@@ -12,12 +11,12 @@ from finetune.tensorfile import FLOAT_TYPES, Stored
 _SHOWN = 4
 
 
-def check_keys(stored: Mapping[str, Stored], family: Family, layout: Layout, *, where: str) -> None:
-    """Raise unless the files hold every tensor of the family in this layout, in its shape, and nothing else.
+def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout: Layout, *, where: str) -> None:
+    """Raise unless the files hold every tensor of these canonical shapes in this layout, and nothing else.
 
-    A tied head is expected to be absent.
+    A tied head is expected to be absent: it is not among the shapes.
     """
-    expected = stored_shapes(family, layout)
+    expected = stored_shapes(shapes, layout)
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     misshaped = [name for name, shape in expected.items() if name in stored and stored[name].shape != shape]
@@ -38,8 +37,8 @@ def check_keys(stored: Mapping[str, Stored], family: Family, layout: Layout, *, 
         lines.append(f"{len(unreadable)} of a type other than {', '.join(FLOAT_TYPES)}: {_shown(pairs)}")
     if mixed:
         lines.append(f"{len(mixed)} expert stacks of several types: {_shown(mixed)}")
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    causes = _causes(missing, unexpected, misshaped, shapes, family, expected)
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    causes = _causes(missing, unexpected, misshaped, found, expected)
     if unreadable:
         causes.append("the checkpoint is quantised; training needs the original one")
     lines += [f"Likely cause: {cause}." for cause in causes]
@@ -62,11 +61,10 @@ def _causes(
     unexpected: list[str],
     misshaped: list[str],
     shapes: Mapping[str, Shape],
-    family: Family,
     expected: Mapping[str, Shape],
 ) -> list[str]:
     found = _naming_causes(missing, unexpected, expected)
-    if HEAD in unexpected and family.tie_word_embeddings:
+    if HEAD in unexpected and HEAD not in expected:
         found.append(
             "config.json ties the head to the embedding (tie_word_embeddings true), but the files hold a head of their "
             "own; with true the head would be dropped, so set it to false if the head was trained apart"

@@ -12,8 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
-from finetune.families import Family
-from finetune.shapes import Shape, parameter_shapes
+from finetune.shapes import Shape
 
 Layout = Literal["hub", "memory", "per_expert"]
 LAYOUT_KEY = "moetune.layout"  # in the metadata of every file that this package writes
@@ -35,10 +34,10 @@ def stored_shape(name: str, shape: Shape, layout: Layout) -> Shape:
     return shape
 
 
-def stored_shapes(family: Family, layout: Layout) -> dict[str, Shape]:
-    """Key -> shape of everything that a complete checkpoint in this layout holds."""
+def stored_shapes(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Shape]:
+    """Key -> shape in files of this layout of everything that a model of these canonical shapes needs."""
     found: dict[str, Shape] = {}
-    for name, shape in parameter_shapes(family).items():
+    for name, shape in shapes.items():
         if layout == "per_expert" and is_expert_stack(name):
             found |= {key: part for expert in range(shape[0]) for key, part in single_expert(name, shape, expert)}
         else:
@@ -56,9 +55,16 @@ def single_expert(name: str, shape: Shape, expert: int) -> list[tuple[str, Shape
 
 
 def recognise(
-    shapes: Mapping[str, Shape], family: Family, *, metadata: str | None, word: str = "auto", where: str = "the files"
+    found: Mapping[str, Shape],
+    needed: Mapping[str, Shape],
+    *,
+    metadata: str | None,
+    word: str = "auto",
+    where: str = "the files",
 ) -> Layout:
-    """The layout of files with these keys and shapes: the user's `word`, else the metadata's, else by the shapes.
+    """The layout of files with the keys and shapes `found`, for a model that needs `needed`.
+
+    The user's `word` decides, else the metadata, else the shapes.
 
     Raises where the shapes contradict each other, or where they would be the same in both fused layouts: guessing
     there loads transposed experts without any other sign.
@@ -68,11 +74,11 @@ def recognise(
     claim = word if word != "auto" else metadata
     if claim is not None:
         return _known(claim, where)
-    if any(_SINGLE.search(name) for name in shapes):
+    if any(_SINGLE.search(name) for name in found):
         return "per_expert"
     votes: dict[Layout, str] = {}
-    for name, shape in parameter_shapes(family).items():
-        if not is_expert_stack(name) or name not in shapes:
+    for name, shape in needed.items():
+        if not is_expert_stack(name) or name not in found:
             continue
         hub, memory = stored_shape(name, shape, "hub"), stored_shape(name, shape, "memory")
         if hub == memory:
@@ -81,9 +87,9 @@ def recognise(
                 f"the files cannot say which one they hold. Set model.layout to hub (published files, transformers 4) "
                 f"or memory (saved by transformers 5)"
             )
-        if shapes[name] == hub:
+        if found[name] == hub:
             votes.setdefault("hub", name)
-        elif shapes[name] == memory:
+        elif found[name] == memory:
             votes.setdefault("memory", name)
     if len(votes) > 1:
         raise ValueError(

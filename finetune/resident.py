@@ -1,7 +1,8 @@
 """Frozen weights as buffers: ZeRO does not see them, so nothing is gathered, and each rank holds them whole."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,9 +19,7 @@ class ResidentChoice:
     reason: str
 
 
-def choose_resident(
-    choice: Literal["auto", "frozen", "none"], *, frozen_bytes: int, room_bytes: int
-) -> ResidentChoice:
+def choose_resident(choice: Literal["auto", "frozen", "none"], *, frozen_bytes: int, room_bytes: int) -> ResidentChoice:
     """Decide `parallel.resident` from the frozen bytes a rank would hold and the memory it has."""
     if choice == "auto":
         fits = frozen_bytes <= ROOM_SHARE * room_bytes
@@ -74,8 +73,12 @@ def _answer_from_buffers(owner: nn.Module) -> None:
         return
     if not any(b.is_floating_point() for b in owner.buffers()):
         return
-    answers = {name: property(lambda self, name=name: getattr(_largest_buffer(self), name)) for name in asks}
+    answers: dict[str, Any] = {name: property(_asks_largest_buffer(name)) for name in asks}
     owner.__class__ = type(kind.__name__, (kind,), {**answers, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _asks_largest_buffer(name: str) -> Callable[[nn.Module], Any]:
+    return lambda module: getattr(_largest_buffer(module), name)
 
 
 def _largest_buffer(module: nn.Module) -> torch.Tensor:

@@ -67,7 +67,7 @@ def parameter_counts(family: Family) -> ParameterCounts:
     """How the family's parameters divide over its parts; query and key norms count as attention."""
     counts = {field.name: 0 for field in fields(ParameterCounts)}
     for name, shape in parameter_shapes(family).items():
-        counts[_part(name)] += math.prod(shape)
+        counts[part_of(name)] += math.prod(shape)
     return ParameterCounts(**counts)
 
 
@@ -147,10 +147,11 @@ def _linear(name: str, out: int, into: int) -> dict[str, Shape]:
     return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
+    """Return the part, as ParameterCounts calls it, that a canonical name belongs to."""
     if name.startswith(VISUAL):
         return _VISION_PARTS[name.removeprefix(VISUAL).partition(".")[0]]
-    if name in (HEAD, EMBEDDING):
+    if name == HEAD or name.endswith("embed_tokens.weight"):  # the text-only models have a shorter prefix
         return "lm_head" if name == HEAD else "embed_tokens"
     if ".self_attn." in name:
         return "attention"

@@ -24,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
     parser.add_argument("--ranks", type=_positive, metavar="N", help="GPUs of the run (default: as few as it allows)")
     parser.add_argument("--diff", metavar="CONFIG", help="print only what differs from this recipe")
+    parser.add_argument("--reads", action="store_true", help="also: what each rank reads and keeps when loading")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         problems += other_problems
         name = f"{args.config} with overrides" if args.overrides else args.config
         tree = _difference(leaves(tree), leaves(effective(other)), name, args.diff)
-    derived = [] if errors else derive(config, ranks=args.ranks)
+    derived = [] if errors else derive(config, ranks=args.ranks, reads=args.reads)
     if args.json:
         numbers = {line.name: {"value": line.value, "derivation": line.text} for line in derived}
         key = "difference" if args.diff else "config"

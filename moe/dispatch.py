@@ -59,9 +59,9 @@ def route(topk_TK: Tensor, *, num_experts: int, group: dist.ProcessGroup | None,
 
 def dispatch(x_TD: Tensor, plan: Route) -> Tensor:
     """Return x_RD, the rows of this rank's experts, sorted by local expert."""
-    x = _Expand.apply(x_TD, plan.slots, plan.rows, plan.top_k)
+    x: Tensor = _Expand.apply(x_TD, plan.slots, plan.rows, plan.top_k)  # type: ignore[no-untyped-call]  # torch's stub
     if plan.group is None:
-        return x  # type: ignore[no-any-return]  # autograd.Function.apply is untyped
+        return x
     received = kept("dispatched", lambda: exchange(x, plan.receive, plan.send, plan.group))
     return _permute(received, plan.by_expert, plan.by_source)
 
@@ -70,15 +70,16 @@ def combine(y_RD: Tensor, scores_TK: Tensor, plan: Route) -> Tensor:
     """Return y_TD: each token's expert outputs, brought home and summed with its scores."""
     y = _permute(y_RD, plan.by_source, plan.by_expert)
     y = kept("combined", lambda: y if plan.group is None else exchange(y, plan.send, plan.receive, plan.group))
-    y_TKD = _permute(y, plan.rows, plan.slots).view(*scores_TK.shape, -1)
+    y_TKD = _permute(y, plan.rows, plan.slots).view(*scores_TK.shape, y.shape[1])
     # one batched product: sums in float32 whatever the dtype, and no [T, K, D] product in memory
     return torch.bmm(scores_TK.to(y.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
 
 def exchange(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """All-to-all of rows with uneven splits, differentiable."""
-    out = funcol.all_to_all_single_autograd(x.contiguous(), receive, send, group)  # type: ignore[arg-type]  # None: one rank
-    return out.wait() if isinstance(out, funcol.AsyncCollectiveTensor) else out  # type: ignore[no-any-return]
+    assert group is not None
+    out = funcol.all_to_all_single_autograd(x.contiguous(), receive, send, group)
+    return out.wait() if isinstance(out, funcol.AsyncCollectiveTensor) else out
 
 
 def _counts(sorted_experts: Tensor, num_experts: int) -> Tensor:
@@ -89,7 +90,9 @@ def _counts(sorted_experts: Tensor, num_experts: int) -> Tensor:
 
 def _exchange_counts(counts_E: Tensor, group: Any, ep_size: int) -> tuple[Tensor, list[int], list[int]]:
     """Tell every rank of the group how many rows it gets for each of its experts."""
-    counts_SL = exchange(counts_E, [counts_E.numel() // ep_size] * ep_size, [counts_E.numel() // ep_size] * ep_size, group)
+    counts_SL = exchange(
+        counts_E, [counts_E.numel() // ep_size] * ep_size, [counts_E.numel() // ep_size] * ep_size, group
+    )
     counts_SL = counts_SL.view(ep_size, -1)
     send, receive = torch.stack([counts_E.view(ep_size, -1).sum(1), counts_SL.sum(1)]).tolist()
     return counts_SL, send, receive
@@ -111,7 +114,10 @@ def _exclusive(counts: Tensor) -> Tensor:
 
 
 def _permute(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
-    return x if index is None or inverse is None else _Permute.apply(x, index, inverse)  # type: ignore[no-any-return]
+    if index is None or inverse is None:
+        return x
+    permuted: Tensor = _Permute.apply(x, index, inverse)  # type: ignore[no-untyped-call]  # torch's stub
+    return permuted
 
 
 class _Permute(torch.autograd.Function):
@@ -123,7 +129,7 @@ class _Permute(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]  # untyped decorator
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
@@ -139,7 +145,7 @@ class _Expand(torch.autograd.Function):
         return x_TD.index_select(0, slots // top_k)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]  # untyped decorator
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (rows,) = ctx.saved_tensors
         return grad.index_select(0, rows).view(-1, ctx.top_k, grad.shape[1]).sum(1), None, None, None

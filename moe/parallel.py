@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.autoep_affine import legacy_uniform_autoep_placement_descriptor
@@ -55,7 +56,11 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
         self.name, self.index, self.options, self.balance = name, index, options, balance
-        self.num_experts, self.top_k, self.hidden_size = config.num_experts, config.num_experts_per_tok, config.hidden_size
+        self.num_experts, self.top_k, self.hidden_size = (
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.hidden_size,
+        )
         self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always does, and has no such key
         self._place(ep_size)
         common: dict[str, Any] = {"resident": options.resident, "seed": options.seed, "dtype": dtype, "device": device}
@@ -67,13 +72,12 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
             hidden=self.hidden_size, intermediate=config.moe_intermediate_size, mode=options.experts, lora=options.lora,
             **common,
         )  # fmt: skip
-        for parameter in self.experts.parameters():
-            parameter.allreduce = False
-            parameter.group_name = self.ep_group_name
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = self.ep_group_name
-        for parameter in self.gate.parameters():
-            parameter.ds_zero_placement_family = "replicated"
+        group = self.ep_group_name
+        _tag(
+            self.experts, allreduce=False, group_name=group, ds_zero_placement_family="autoep_expert",
+            ds_zero_partition_group_name=group,
+        )  # fmt: skip
+        _tag(self.gate, ds_zero_placement_family="replicated")
 
     def _place(self, ep_size: int) -> None:
         """Find this rank's experts and groups, and set what the engine and the parent's DeepEP route read."""
@@ -106,17 +110,16 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         scores_TK = probs_TE.gather(1, topk_TK)
         if self.normalise:
             scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
-        scores_TK = scores_TK.to(x_TD.dtype)
         if self.options.dispatch == "deepep":
-            y_TD = self._deepep_route(x_TD, RouterOutput(scores_TK, topk_TK, None))
+            y_TD: Tensor = self._deepep_route(x_TD, RouterOutput(scores_TK, topk_TK, None))
         else:
             plan = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)
             y_RD = self.experts(all_to_all.dispatch(x_TD, plan), plan.counts_L)
-            y_TD = all_to_all.combine(y_RD, scores_TK, plan)
+            y_TD = all_to_all.combine(y_RD, scores_TK.to(x_TD.dtype), plan)
         return y_TD.view_as(hidden_states)
 
     @torch.no_grad()
-    def load(self, block: nn.Module) -> None:
+    def load(self, block: Any) -> None:
         """Copy a transformers block's weights: its fused tensors have our orientation, of which we take our experts."""
         mine = slice(self.local_experts.start, self.local_experts.stop)
         self.experts.gate_up.copy_(block.experts.gate_up_proj[mine])
@@ -125,8 +128,15 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         self.gate.keep_base()
 
 
+def _tag(module: nn.Module, **tags: Any) -> None:
+    """Tell the engine over which ranks the parameters are copies of each other."""
+    for parameter in module.parameters():
+        for key, value in tags.items():
+            setattr(parameter, key, value)
+
+
 def replace_moe_blocks(
-    model: nn.Module, *, ep_size: int, options: LayerOptions, balance: BalanceCall | None = None
+    model: Any, *, ep_size: int, options: LayerOptions, balance: BalanceCall | None = None
 ) -> list[ExpertParallelMoe]:
     """Replace each sparse block of a Qwen3-VL-MoE or Qwen3-MoE model, on meta or not; every rank must call this.
 
@@ -135,9 +145,10 @@ def replace_moe_blocks(
     `layer.gate.keep_base()`); otherwise weights are copied, adapters initialised.
     """
     blocks = _find_blocks(model)
-    config = model.config.get_text_config()  # type: ignore[operator]  # a transformers model
+    config = model.config.get_text_config()
     _check_layout(config, ep_size, options)
     if dist.is_initialized():
+        assert deepspeed.comm.is_initialized(), "the engine must know the process group: call start_distributed before"
         groups._create_expert_and_data_parallel(ep_size)
     layers = []
     for index, (name, block) in enumerate(blocks.items()):
@@ -153,7 +164,7 @@ def replace_moe_blocks(
     return layers
 
 
-def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+def _find_blocks(model: Any) -> dict[str, Any]:
     """Return the sparse blocks by name, exactly where the config says they are."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in LAYERS:
@@ -161,7 +172,7 @@ def _find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             f"model type {kind!r} has no expert-parallel layer here; known: {', '.join(sorted(LAYERS))}. "
             f"A model without experts needs none: leave its blocks alone"
         )
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]  # checked above
+    config = model.config.get_text_config()
     expected = [f"{LAYERS[kind]}{number}.mlp" for number in sparse_layers(config)]
     sparse = {n: m for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "gate")}
     found = [name for name, module in sparse.items() if not isinstance(module, ExpertParallelMoe)]

@@ -58,7 +58,8 @@ def kept(name: str, compute: Callable[[], T]) -> T:
     here = getattr(_current, "value", None)
     if here is None or name not in here.names:
         return compute()
-    return here.again_value(name) if here.again else here.first_value(name, compute())
+    value: T = here.again_value(name) if here.again else here.first_value(name, compute())
+    return value
 
 
 def unread(name: str, compute: Callable[[], Tensor], shape_of: Callable[[], Tensor]) -> Tensor:

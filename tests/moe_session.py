@@ -10,7 +10,6 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from tiny_moe import (
     LORA,
-    PlainMoe,
     batch,
     freeze,
     plain_model,
@@ -26,10 +25,13 @@ from benchmarks.collectives import CollectiveCounter
 from finetune.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
 from finetune.recompute import set_recompute
 from finetune.resident import make_resident
+from moe import reference
+from moe.balance import Balance
 from moe.parallel import LayerOptions, replace_moe_blocks
 from moe.router import RouterOptions
 
 CLIP, LR, EPS = 0.05, 1e-3, 1e-6
+BALANCE, Z = 0.3, 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Plan:
     dtype: str = "float32"
     experts: str = "lora"
     router: RouterOptions = RouterOptions(mode="full")
-    steps: int = 5
+    steps: int = 2
     bias: tuple[float, ...] = ()
     """Added to the logits of every layer: forces experts."""
     model: dict[str, int] = field(default_factory=dict)
@@ -52,6 +54,13 @@ class Plan:
     topk: tuple[Tensor, ...] = ()
     """The experts of each token by layer, of all rows: reference routing, injected."""
     seed: int = 3
+    balance: bool = True
+
+    def micro_rows(self, world: int) -> list[list[int]]:
+        """Which rows the m-th micro-batches of all ranks are, for each m."""
+        share = self.rows // world // self.accumulation
+        starts = [[(rank * self.accumulation + m) * share for rank in range(world)] for m in range(self.accumulation)]
+        return [[first + row for first in firsts for row in range(share)] for firsts in starts]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,9 +81,13 @@ class Outcome:
     calls: dict[Any, int] = field(default_factory=dict)
     bytes: dict[Any, int] = field(default_factory=dict)
     live: list[tuple[int, int]] = field(default_factory=list)
+    trace_complete: bool = False
+    balance: list[float] = field(default_factory=list)
+    z: list[float] = field(default_factory=list)
+    agreement: float | None = None
 
 
-def plain(plan: Plan) -> Outcome:
+def plain(plan: Plan, world: int = 1) -> Outcome:
     """Train all rows on one process with torch alone: autograd, clip_grad_norm_, AdamW."""
     model, data, out = vl_model(**plan.model), batch(plan.rows), Outcome()
     if plan.dtype == "bfloat16":
@@ -95,9 +108,13 @@ def plain(plan: Plan) -> Outcome:
             for block in blocks:
                 block.input.retain_grad()
         loss = token_loss(logits, data["input_ids"]) / total
-        loss.backward()
+        balance, z = _plain_balance(blocks, plan.micro_rows(world))
+        (loss + (BALANCE * balance + Z * z if plan.balance else 0.0)).backward()
+        out.balance.append(float(balance.detach()))
+        out.z.append(float(z.detach()))
         if step == 0:
             out.logits, out.topk = logits.detach(), [block.routing.topk_TK for block in blocks]
+            out.agreement = sum(block.agreement() for block in blocks) / len(blocks)
             out.input_grads = [block.input.grad for block in blocks]
             out.grads = {name: p.grad.clone() for name, p in trained.items()}
         out.norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)))
@@ -107,30 +124,49 @@ def plain(plan: Plan) -> Outcome:
     return out
 
 
+def _plain_balance(blocks: list[Any], groups: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The two values from their definitions, the micro-batches weighted by their tokens."""
+    length = len(blocks[0].routing.topk_TK) // sum(map(len, groups))
+    balance = z = torch.zeros(())
+    for block in blocks:
+        for rows in groups:
+            tokens = torch.tensor([row * length + t for row in rows for t in range(length)])
+            valid, share = torch.ones(len(tokens)), len(tokens) / len(block.routing.topk_TK) / len(blocks)
+            routing = block.routing
+            balance = balance + share * reference.balance_loss(routing.probs_TE[tokens], routing.topk_TK[tokens], valid)
+            z = z + share * reference.z_loss(routing.logits_TE[tokens], valid)
+    return balance, z
+
+
 def session(rank: int, world: int, plans: list[Plan]) -> list[Outcome]:
     """Train each plan's model on this rank, one engine after the other in the same process."""
     start_distributed()
     return [_train(rank, world, plan) for plan in plans]
 
 
-def build(plan: Plan) -> tuple[Any, list[Any]]:
+def build(plan: Plan) -> tuple[Any, list[Any], Balance | None]:
     """Make the plan's model, as a run would: freeze, replace, adapt, keep resident."""
     model = vl_model(**plan.model).to(plan.torch_dtype)
     freeze(model)
+    text = model.config.text_config
+    balance = Balance(
+        mode="global", coefficient=BALANCE, z_coefficient=Z, layers=text.num_hidden_layers, experts=text.num_experts,
+        top_k=text.num_experts_per_tok, device=torch.device("cpu"),
+    ) if plan.balance else None  # fmt: skip
     lora = LORA if plan.experts == "lora" else None
     options = LayerOptions(
         experts=plan.experts, lora=lora, router=plan.router, resident=plan.resident, seed=plan.seed
     )  # fmt: skip
-    layers = replace_moe_blocks(model, ep_size=plan.ep, options=options)
+    layers = replace_moe_blocks(model, ep_size=plan.ep, options=options, balance=balance)
     for layer in layers:
         start_factors(layer)
     if plan.resident:
         make_resident(model)
-    return model, layers
+    return model, layers, balance
 
 
 def _train(rank: int, world: int, plan: Plan) -> Outcome:
-    model, layers = build(plan)
+    model, layers, balance = build(plan)
     persistence = plan.persistence if plan.persistence is not None else (1_000_000 if plan.resident else 0)
     options = EngineOptions(
         micro_batches_per_step=plan.accumulation, clip_norm=CLIP, dtype=plan.dtype, lr=LR, eps=EPS,
@@ -144,10 +180,14 @@ def _train(rank: int, world: int, plan: Plan) -> Outcome:
     _steer(layers, plan, rank * share * plan.accumulation, share)
     for step in range(plan.steps):
         losses = 0.0
+        if balance is not None:
+            balance.start_step(data["input_ids"].numel())
         for micro in range(plan.accumulation):
             first = (rank * plan.accumulation + micro) * share
             part = rows_of(data, slice(first, first + share))
             part["pixel_values"] = part["pixel_values"].to(plan.torch_dtype)
+            if balance is not None:
+                balance.start_micro_batch(None)
             with _watched(layers, out, step) as counter:
                 logits = engine(**part, use_cache=False).logits
                 loss = token_loss(logits, part["input_ids"])
@@ -162,12 +202,18 @@ def _train(rank: int, world: int, plan: Plan) -> Outcome:
             losses += loss.detach()
             del logits, loss
         require_step_applied(engine, step)
+        if balance is not None:
+            load = balance.finish_step()
+            out.balance.append(load.loss_balance)
+            out.z.append(load.loss_z)
+            out.agreement = load.router_agreement if step == 0 else out.agreement
         dist.all_reduce(losses)
         out.losses.append(float(losses) / total)
         out.norms.append(float(engine.get_global_grad_norm()))
         if plan.steps > 10:
             out.live.append(_live_tensors())
     out.input_grads = [grad / world for grad in out.input_grads]
+    out.trace_complete = engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
     engine.destroy()
     return out
 
@@ -218,7 +264,9 @@ def _steer(layers: list[Any], plan: Plan, first_row: int, rows: int) -> None:
             layer.gate.register_forward_hook(lambda _, args, out, bias=bias: (out[0] + bias, out[1]))
         if plan.topk:
             chosen = plan.topk[index].view(plan.rows, -1, plan.topk[index].shape[-1])[first_row : first_row + rows]
-            mask = torch.zeros(chosen.shape[0] * chosen.shape[1], layer.num_experts).scatter_(1, chosen.flatten(0, 1), 30.0)
+            mask = torch.zeros(chosen.shape[0] * chosen.shape[1], layer.num_experts).scatter_(
+                1, chosen.flatten(0, 1), 30.0
+            )
             layer.gate.register_forward_hook(lambda _, args, out, mask=mask: (out[0].float() + mask, out[1]))
 
 
@@ -235,7 +283,3 @@ def whole(outcomes: list[Outcome], ep: int) -> dict[str, Tensor]:
         name: torch.cat([outcomes[rank].grads[name] for rank in range(ep)]) if ".experts." in name else grad
         for name, grad in first.items()
     }
-
-
-def plain_block(name: str, block: Any, *, router: RouterOptions, experts: str, seed: int) -> PlainMoe:
-    return PlainMoe(name, block, router, experts, seed)

@@ -104,6 +104,7 @@ class PlainMoe(nn.Module):
             self.experts.gate_up.copy_(block.experts.gate_up_proj)
             self.experts.down.copy_(block.experts.down_proj)
             self.gate.weight.copy_(block.gate.weight)
+        self.base = block.gate.weight.detach().clone()
         self.logits_bias: Tensor | float = 0.0
         self.routing: Any = None
         self.input: Any = None
@@ -122,6 +123,11 @@ class PlainMoe(nn.Module):
                 scale=e.lora.scale,
             )  # fmt: skip
         return reference.block(x_TD, self.routing, e.gate_up, e.down, factors).view_as(hidden)
+
+    def agreement(self) -> float:
+        """How much of the last choice the weight from before training makes too."""
+        base = reference.route(self.input.flatten(0, -2), self.base, top_k=self.top_k).topk_TK
+        return reference.agreement(self.routing.topk_TK, base, torch.ones(len(base)))
 
 
 def start_factors(layer: Any) -> None:

@@ -1,0 +1,99 @@
+"""`python -m benchmarks NAME`: figures beside the peer's. See --help.
+
+Exit codes: 0 every floor passed; 1 a floor was missed, or outputs differ; 2 no such benchmark, or no device for it.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.entries import ENTRIES, Entry
+from benchmarks.figure import refusal
+from benchmarks.machine import ROOT, commit, surroundings
+from benchmarks.measure import OutputsDiffer
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
+    """Run what is asked for, print each figure, write the records, return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Figures beside the peer's. Outputs are compared first: a faster wrong answer is refused.",
+        epilog="exit codes: 0 every floor passed, 1 a floor missed or outputs differ, 2 wrong name or no device",
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
+    what.add_argument("--list", action="store_true", help="name, suite and meaning of each")
+    what.add_argument("--suite", choices=("cpu", "gpu"), help="all of a suite; gpu writes its records by itself")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here, a JSON array")
+    args = parser.parse_args(argv)
+    if args.list:
+        for entry in entries:
+            print(f"{entry.name:<20} {entry.suite}  {entry.about}")
+        return 0
+    chosen = [entry for entry in entries if args.name == entry.name or args.suite == entry.suite]
+    if args.name and not chosen:
+        return _refuse(_unknown(args.name, entries))
+    if (args.suite == "gpu" or any(entry.suite == "gpu" for entry in chosen)) and not _cuda():
+        return _refuse(f"{args.name or 'suite gpu'} needs a CUDA device, and torch sees none on this machine")
+    if not chosen:
+        return _refuse(f"suite {args.suite} has no benchmark yet")
+    path = args.json
+    if path is None and args.suite == "gpu":
+        path = RESULTS / f"gpu-{commit(ROOT).replace(' ', '-')}.json"
+    return _run(chosen, path)
+
+
+def _run(entries: Sequence[Entry], path: Path | None) -> int:
+    """Run one after the other; the file is written after each, so that a crash keeps what came before it."""
+    records: list[dict[str, object]] = []
+    where = surroundings()
+    for entry in entries:
+        print(f"{entry.name}: {entry.about}", flush=True)
+        records += _records(entry, where)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(records, indent=1) + "\n")
+    if path is not None:
+        print(f"{len(records)} records written to {path}")
+    return 1 if any(record["pass"] is False for record in records) else 0
+
+
+def _records(entry: Entry, where: Mapping[str, object]) -> list[dict[str, object]]:
+    records = []
+    try:
+        for figure in import_module(entry.module).run():
+            print(f"  {figure.line()}", flush=True)
+            records.append(figure.record(name=entry.name, surroundings=where))
+    except OutputsDiffer as error:
+        print(f"{entry.name}: refused, outputs differ: {error}", file=sys.stderr)
+        records.append(refusal(name=entry.name, surroundings=where, why=str(error)))
+    return records
+
+
+def _unknown(name: str, entries: Sequence[Entry]) -> str:
+    names = [entry.name for entry in entries]
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    return f"no benchmark is called {name!r}.{meant} There are: {', '.join(names)}"
+
+
+def _refuse(why: str) -> int:
+    print(f"benchmarks: {why}", file=sys.stderr)
+    return 2
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

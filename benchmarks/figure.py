@@ -1,0 +1,111 @@
+"""A measured figure, what it must reach, and the record that is written of it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """`floor` must be reached, `goal` is worth reaching; of the value itself, or of the ratio to the peer."""
+
+    of: Literal["ratio", "value"]
+    rule: Literal["at least", "at most", "exactly"]
+    floor: float
+    goal: float | None = None
+
+    def passes(self, found: float) -> bool:
+        """Say whether the floor is reached; not-a-number never does."""
+        return self._reached(found, self.floor)
+
+    def meets_goal(self, found: float) -> bool:
+        """Say whether the goal is reached, where there is one."""
+        return self.passes(found) if self.goal is None else self._reached(found, self.goal)
+
+    def _reached(self, found: float, bound: float) -> bool:
+        return {"at least": found >= bound, "at most": found <= bound, "exactly": found == bound}[self.rule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One metric under one config; `spread` says per side how far the median lies above the fastest sample."""
+
+    metric: str
+    value: float
+    unit: str
+    config: Mapping[str, object]
+    better: Literal["lower", "higher"] = "lower"
+    n: int = 1
+    spread: Mapping[str, float] = field(default_factory=dict)
+    peer: str | None = None
+    peer_value: float | None = None
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.peer is None) == (self.peer_value is None)
+        assert self.target is None or self.target.of == "value" or self.peer is not None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times better than the peer: 2.0 is half the time, half the bytes, or twice the throughput."""
+        if self.peer_value is None:
+            return None
+        ours, theirs = (self.value, self.peer_value) if self.better == "lower" else (self.peer_value, self.value)
+        return theirs / ours if ours else float("inf")
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the floor is reached; None for a figure that is only for the record."""
+        return None if self.target is None else self.target.passes(self._judged())
+
+    @property
+    def met_goal(self) -> bool | None:
+        """Whether the goal is reached; None for a figure that is only for the record."""
+        return None if self.target is None else self.target.meets_goal(self._judged())
+
+    def _judged(self) -> float:
+        assert self.target is not None
+        found = self.value if self.target.of == "value" else self.ratio
+        assert found is not None
+        return found
+
+    def line(self) -> str:
+        """Say it in one line for people."""
+        words = [f"{self.metric}: {self.value:,.4g} {self.unit}{_percent(self.spread.get('ours'))}"]
+        if self.ratio is not None:
+            words.append(f"{self.peer}: {self.peer_value:,.4g} {self.unit}{_percent(self.spread.get('peer'))}")
+            words.append(f"{self.ratio:.2f}x")
+        if self.target is not None:
+            goal = "" if self.target.goal is None else f", goal {self.target.goal:g}"
+            verdict = "goal met" if self.met_goal else "floor passed" if self.passed else "FLOOR MISSED"
+            words.append(f"{self.target.of} {self.target.rule} {self.target.floor:g}{goal}: {verdict}")
+        return " | ".join(words)
+
+    def record(self, *, name: str, surroundings: Mapping[str, object]) -> dict[str, object]:
+        """Return the JSON object; surroundings are commit, versions and machine."""
+        return {
+            "name": name,
+            **surroundings,
+            "config": dict(self.config),
+            "metric": self.metric,
+            "value": self.value,
+            "unit": self.unit,
+            "n": self.n,
+            "spread": dict(self.spread),
+            "peer": self.peer,
+            "peer_value": self.peer_value,
+            "ratio": self.ratio,
+            "target": None if self.target is None else dataclasses.asdict(self.target),
+            "pass": self.passed,
+        }
+
+
+def refusal(*, name: str, surroundings: Mapping[str, object], why: str) -> dict[str, object]:
+    """Return the record of a benchmark whose outputs differ: there is no figure, and it did not pass."""
+    nothing = Figure(metric="refused", value=0.0, unit="", config={"refused": why})
+    return nothing.record(name=name, surroundings=surroundings) | {"value": None, "n": 0, "pass": False}
+
+
+def _percent(spread: float | None) -> str:
+    return "" if spread is None else f" (+{spread:.0%})"

@@ -1,0 +1,72 @@
+"""Where a figure comes from: commit, versions, machine. Loads no torch."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+_DISTRIBUTIONS = ("moetune", "torch", "transformers", "deepspeed", "peft", "webdataset", "numpy")
+
+
+def surroundings() -> dict[str, object]:
+    """Return what every record says beside its figure."""
+    return {"commit": commit(ROOT), "versions": versions(), "machine": machine()}
+
+
+def commit(root: Path) -> str:
+    """Return the commit of the clone at `root`, marked when it has changes; else the installed version."""
+    if _git(root, "rev-parse", "--show-toplevel") == str(root):  # an environment inside another clone is not ours
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        if head:
+            return f"{head}-dirty" if _git(root, "status", "--porcelain") else head
+    return f"version {_version('moetune')}"
+
+
+def versions() -> dict[str, str | None]:
+    """Return Python's version and those of the distributions that can move a figure; None is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}}
+
+
+def machine() -> dict[str, object]:
+    """Return processor, usable cores, memory, load at the start, and GPUs."""
+    return {
+        "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),
+        "gpu": gpus(),
+    }
+
+
+def gpus() -> list[str]:
+    """Return the name of each GPU the driver shows."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _git(root: Path, *arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _field(path: Path, name: str) -> str | None:
+    if not path.exists():
+        return None
+    lines = (line.partition(":") for line in path.read_text().splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == name), None)

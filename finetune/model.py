@@ -1,0 +1,100 @@
+"""The model before its weights: built on meta, sparse blocks replaced, settled what trains, frozen weights as buffers.
+
+Nothing here allocates a weight, so 235B is built on a laptop; `finetune.weights` then fills it from the base's files.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from finetune.resident import make_resident
+from finetune.shapes import HEAD, Shape, part_of
+from moe.names import LAYERS as KNOWN
+from moe.names import canonical_name
+from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks
+
+DENSE = ("qwen3_vl", "qwen3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What is built. `train` names parts, as `finetune.shapes` does, trained in full; `layer` says it of its own."""
+
+    ep_size: int = 1
+    layer: LayerOptions = field(default_factory=LayerOptions)
+    train: Collection[str] = ()
+    resident: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyModel:
+    """A model on meta, and what its checkpoint holds: canonical name -> shape in memory."""
+
+    module: nn.Module
+    expected: Mapping[str, Shape]
+    model_type: str
+    tied_head: bool
+
+    def canonical(self, name: str) -> str:
+        """Return the canonical name of one of our parameters or persistent buffers."""
+        return canonical_name(self.model_type, name) if self.model_type in KNOWN else name
+
+
+def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = None) -> EmptyModel:
+    """Build the model that a folder's config.json describes, on meta; every rank must call this.
+
+    Parameters that neither train nor stay with the engine are buffers, when `resident`.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    kind = str(config.model_type)
+    if kind not in (*KNOWN, *DENSE):
+        known = ", ".join((*KNOWN, *DENSE))
+        raise ValueError(f"{folder}: its config.json says model_type {kind!r}; known are {known}")
+    module = _on_meta(config, options)
+    # before the blocks are replaced the model speaks canonical names; a tied head appears once, as the embedding
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    tied_head = HEAD not in expected
+    if kind in KNOWN:
+        replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance)
+    elif options.ep_size != 1:
+        raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
+    empty = EmptyModel(module=module, expected=expected, model_type=kind, tied_head=tied_head)
+    _settle_training(empty, options.train)
+    if options.resident:
+        make_resident(module)
+    return empty
+
+
+def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with torch.device("meta"):
+        module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=options.attention)
+    return module
+
+
+def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:
+    """Freeze all but the parts named and what the layers train themselves."""
+    parts = {name: part_of(name) for name in empty.expected}
+    unknown = sorted(set(train) - set(parts.values()) - {"lm_head"})
+    if unknown:
+        raise ValueError(f"parts to train: {', '.join(unknown)} not in this model; it has {', '.join(_order(parts))}")
+    if empty.tied_head and {"lm_head", "embed_tokens"} & set(train):
+        raise ValueError(
+            "training the head or the embedding of a model that ties them would change both; this base ties them "
+            "(tie_word_embeddings: true). Train other parts, or adapt the attention"
+        )
+    for name, parameter in empty.module.named_parameters():
+        canonical = empty.canonical(name)
+        if parts.get(canonical) not in ("experts", "router", None):
+            parameter.requires_grad_(parts[canonical] in train)
+
+
+def _order(parts: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys(parts.values()))

@@ -1,0 +1,267 @@
+"""From files to partitioned ranks, and back: each tensor is read by one rank, handed on, and freed before the next.
+
+The reader of a tensor is the first rank of its group: the world for dense weights, the expert-data group (the ranks
+that hold the same experts) for expert stacks, of which a rank sees its own experts only. A frozen resident weight goes
+into its buffer, any other parameter straight into ZeRO's partitioning. In memory beside what a rank keeps are one
+tensor and one block of bytes from the file, whatever the model's size.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from finetune.basefiles import BaseFiles
+from finetune.hubconfig import load_json
+from finetune.model import EmptyModel
+from finetune.ranks import rank_and_world
+from finetune.writer import model_writer, side_files_of
+from moe.experts import GroupedExperts
+from moe.router import Router
+
+_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+BLOCK_BYTES = 64 * 2**20
+"""So much of a file is in memory at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What this rank read and what it keeps, in bytes."""
+
+    bytes_read: int
+    bytes_held: int
+    tensors_read: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slot:
+    """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
+
+    name: str
+    canonical: str
+    tensor: Tensor
+    owners: list[tuple[nn.Module, str]]
+
+    @property
+    def rows(self) -> range | None:
+        """The experts that this rank holds of a stack; None for a dense tensor, read whole."""
+        owner = self.owners[0][0]
+        return owner.local_experts if isinstance(owner, GroupedExperts) else None
+
+
+def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any] | None = None) -> LoadReport:
+    """Fill a meta model in place; every rank must call this, with one file table and one engine config.
+
+    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine).
+    """
+    module = empty.module
+    zero = _Partitioner(engine_config) if engine_config is not None else None
+    device = _device()
+    read = count = 0
+    for slot in _base_slots(empty):
+        group, reader = _group(slot)
+        filled = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
+        if rank_and_world()[0] == reader:
+            read += _fill(filled, files, slot)
+            count += 1
+        made = _put(slot, filled)
+        if zero is not None and isinstance(made, nn.Parameter):
+            zero.partition(made)  # broadcasts by itself
+        elif dist.is_initialized():
+            dist.broadcast(filled, src=reader, group=group)
+        del filled, made  # or the next tensor is made while this one still is
+    _rebuild_tables(module, device)
+    _start_adapters(module, device, zero)
+    left = [name for name, tensor in _tensors(module) if tensor.is_meta]
+    assert not left, f"still on meta: {left[:4]}"
+    check_rows(empty, files)
+    return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Return the bytes of weights that this rank keeps: buffers whole, partitioned parameters by their slice."""
+    kept = [(getattr(tensor, "ds_tensor", None), tensor) for _, tensor in _tensors(module)]
+    return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
+
+
+def check_rows(empty: EmptyModel, files: BaseFiles) -> None:
+    """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
+
+    A transposed or shifted load changes no shape and no norm: only the numbers tell.
+    """
+    layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
+    for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
+        for key in ("gate_up", "down"):
+            weight = getattr(experts, key)
+            canonical = empty.canonical(f"{name}.{key}")
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                for local, expert in {0: experts.local_experts[0], -1: experts.local_experts[-1]}.items():
+                    _check_expert(weight[local].detach().cpu(), files, canonical, expert)
+
+
+def _check_expert(ours: Tensor, files: BaseFiles, canonical: str, expert: int) -> None:
+    """Rows by out-feature: in the hub's layout they are columns of the stored matrix."""
+    for row in (0, ours.shape[0] // 2, ours.shape[0] - 1):
+        wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
+        if not torch.equal(ours[row], wanted):
+            apart = (ours[row].float() - wanted.float()).abs().max().item()
+            raise ValueError(
+                f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
+                f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
+                f"check model.layout"
+            )
+
+
+class _Partitioner:
+    """ZeRO-3's own conversion of one full parameter into this rank's slice."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.context = deepspeed.zero.Init(config_dict_or_path=dict(config))
+
+    def partition(self, parameter: nn.Parameter) -> None:
+        """Broadcast from the group's first rank and keep this rank's slice; every rank must call this."""
+        if hasattr(parameter, "ds_zero_partition_group_name"):
+            group = groups._get_expert_data_parallel_group(parameter.ds_zero_partition_group_name)
+            parameter.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
+        self.context._convert_to_zero_parameters([parameter])
+
+
+def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
+    """The tensors that the base's files fill, in the model's order."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in empty.module.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append((owner, name))
+    for name, tensor in list(_tensors(empty.module)):
+        place, _, last = name.rpartition(".")
+        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or "lora_" in last:
+            continue
+        yield _Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _group(slot: _Slot) -> tuple[Any, int]:
+    """The process group that shares a tensor (None: the world), and the rank that reads it."""
+    rank, world = rank_and_world()
+    if slot.rows is None or world == 1:
+        return None, 0
+    owner = slot.owners[0][0]
+    assert isinstance(owner, GroupedExperts)
+    ep_size = owner.num_experts // len(slot.rows)
+    return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
+
+
+def _fill(target: Tensor, files: BaseFiles, slot: _Slot) -> int:
+    """Read a tensor block by block into its place, and return the bytes read."""
+    rows = slot.rows or range(files.shapes[slot.canonical][0])
+    row_bytes = files.size(slot.canonical, range(1))
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for first in range(0, len(rows), step):
+        block = rows[first : first + step]
+        target[first : first + len(block)].copy_(files.read(slot.canonical, block))
+    return len(rows) * row_bytes
+
+
+def _put(slot: _Slot, filled: Tensor) -> Tensor:
+    """Set the tensor in every module that refers to it; a parameter stays one and keeps its tags."""
+    made = filled
+    if isinstance(slot.tensor, nn.Parameter):
+        made = nn.Parameter(filled, requires_grad=slot.tensor.requires_grad)
+        made.__dict__.update(slot.tensor.__dict__)
+    for owner, name in slot.owners:
+        setattr(owner, name, made)
+    return made
+
+
+def _rebuild_tables(module: nn.Module, device: torch.device) -> None:
+    """Compute what no file holds: rotary frequencies, in float32 whatever the model's dtype."""
+    for owner in module.modules():
+        names = [n for n in owner._non_persistent_buffers_set if (b := owner._buffers[n]) is not None and b.is_meta]
+        if not names or isinstance(owner, Router):
+            continue
+        fresh = type(owner)(owner.config)
+        for name in names:
+            table = fresh.get_buffer(name).to(device)
+            assert table.dtype == torch.float32, f"{type(owner).__name__}.{name} is {table.dtype}"
+            setattr(owner, name, table)
+
+
+def _start_adapters(module: nn.Module, device: torch.device, zero: _Partitioner | None) -> None:
+    """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
+    for owner in module.modules():
+        if not isinstance(owner, (GroupedExperts, Router)):
+            continue
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                _put(_Slot(name=name, canonical=name, tensor=parameter, owners=[(owner, name)]), empty)
+        owner.init_lora()
+        if isinstance(owner, Router):
+            if owner.base_weight is not None:
+                owner.base_weight = torch.empty_like(owner.base_weight, device=device)
+            with deepspeed.zero.GatheredParameters([owner.weight], enabled=hasattr(owner.weight, "ds_id")):
+                owner.keep_base()
+        for parameter in owner.parameters(recurse=False):
+            if zero is not None and not hasattr(parameter, "ds_id"):
+                zero.partition(parameter)
+
+
+def _device() -> torch.device:
+    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+
+
+def save(empty: EmptyModel, folder: Path, base: Path) -> None:
+    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
+
+    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
+    writer refuses to finish while one is missing. Adapters are not in it.
+    """
+    with ExitStack() as stack:
+        writer = None
+        if rank_and_world()[0] == 0:
+            config = load_json(base / "config.json")
+            kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in _base_slots(empty)}
+            writer = stack.enter_context(
+                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
+            )
+        for slot in _base_slots(empty):
+            is_partitioned = hasattr(slot.tensor, "ds_id")
+            with deepspeed.zero.GatheredParameters([slot.tensor], enabled=is_partitioned):
+                for first_row, tensor in _at_rank_zero(slot):
+                    if writer is not None:
+                        writer.write(slot.canonical, tensor, first_row=first_row)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _at_rank_zero(slot: _Slot) -> Iterator[tuple[int, Tensor]]:
+    """The tensor, or a stack's rows from each rank of the first expert-parallel group; rank 0 sees them all."""
+    rank, _ = rank_and_world()
+    whole = slot.tensor.detach()
+    if slot.rows is None:
+        yield 0, whole
+        return
+    owner = slot.owners[0][0]
+    assert isinstance(owner, GroupedExperts)
+    ep_size = owner.num_experts // len(slot.rows)
+    for source in range(ep_size):
+        if source == rank == 0:
+            yield 0, whole
+        elif rank == source:
+            dist.send(whole.contiguous(), dst=0)
+        elif rank == 0:
+            arrived = torch.empty_like(whole)
+            dist.recv(arrived, src=source)
+            yield source * len(slot.rows), arrived
