@@ -5,6 +5,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from zlib import crc32
 
@@ -125,14 +126,24 @@ class SampleReader:
                 raise RecordError(shard=shard.name, key=index.keys[number], reason=reason)
         return found
 
-    def record(self, shard: Path, number: int) -> tuple[Record, dict[str, bytes]]:
-        """The parsed record and the bytes of its members."""
+    def sample(self, shard: Path, number: int) -> tuple[Record, dict[str, bytes]]:
+        """The parsed record and the bytes of its media."""
         members = self.members(shard, number)
+        return self._parse(shard, number, members.pop("json", None), members), members
+
+    def record(self, shard: Path, number: int) -> Record:
+        """The parsed record alone; media are not read."""
+        index = self.index(shard)
+        names = {index.names[row]: row for row in range(*index.member_rows(number))}
+        row = names.pop("json", None)
+        raw = None if row is None else self.bytes.read(shard, int(index.offsets[row]), int(index.sizes[row]))
+        return self._parse(shard, number, raw, names)
+
+    def _parse(self, shard: Path, number: int, raw: bytes | None, members: Collection[str]) -> Record:
         key = self.index(shard).keys[number]
-        raw = members.pop("json", None)
         if raw is None:
             raise RecordError(shard=shard.name, key=key, reason=f"has no json member, only {sorted(members)}")
-        return parse_record(raw, shard=shard.name, key=key, members=members), members
+        return parse_record(raw, shard=shard.name, key=key, members=members)
 
     def media(self, record: Record, members: dict[str, bytes], folder: Path) -> tuple[list[bytes], list["VideoBytes"]]:
         """Bytes of images and videos in order; a frame list gives a list. ValueError when something cannot be read."""

@@ -11,34 +11,13 @@ import numpy as np
 from data.facts import ImageFacts, VideoFacts
 from data.frames import probe_video
 from data.index import ShardIndex
-from data.media import VideoRef
 from data.reader import SampleReader, VideoBytes
 from data.record import Record, RecordError, parse_record
 from data.tar import KeyedMembers, group_members, walk_tar
+from data.video import frame_list_facts
 from data.vision import probe_image
 
 Facts = tuple[list[ImageFacts], list[VideoFacts]]
-
-
-def frames_facts(video: VideoRef, frames: Sequence[bytes], where: str) -> VideoFacts:
-    """Facts of a list of frames: every frame must have the first one's size."""
-    sizes = [probe_image(data, name=f"{where} frame {number}") for number, data in enumerate(frames)]
-    for number, size in enumerate(sizes):
-        if size != sizes[0]:
-            raise ValueError(
-                f"{where} frame {number} is {size.width}x{size.height}, frame 0 is {sizes[0].width}x{sizes[0].height}"
-            )
-    times = video.times or tuple(number / (video.rate or 1.0) for number in range(len(frames)))
-    span = times[-1] - times[0]
-    rate = (len(times) - 1) / span if len(times) > 1 else (video.rate or 1.0)
-    return VideoFacts(
-        height=sizes[0].height,
-        width=sizes[0].width,
-        frames=len(frames),
-        duration=span + 1 / rate,
-        rate=rate,
-        times=times if video.times else None,
-    )
 
 
 def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoBytes]) -> Facts:
@@ -47,7 +26,14 @@ def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoB
     clips = []
     for number, (video, data) in enumerate(zip(record.videos, videos, strict=True)):
         name = f"videos[{number}]"
-        clips.append(frames_facts(video, data, name) if isinstance(data, list) else probe_video(data, name=name))
+        if isinstance(data, bytes):
+            clips.append(probe_video(data, name=name))
+        else:
+            frames = [probe_image(frame, name=f"{name} frame {at}") for at, frame in enumerate(data)]
+            try:
+                clips.append(frame_list_facts(video, frames))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     return found, clips
 
 

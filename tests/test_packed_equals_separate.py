@@ -14,6 +14,7 @@ from bases import base
 from mixes import MIXES, OWN_MIXES, built
 from transformers import AutoModelForImageTextToText
 
+from data.batch import collate
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.sample import Renderer
 from data.vision import normalise, read_spec
@@ -27,27 +28,33 @@ def model():
 
 
 @cache
+def renderer():
+    image, video = ImageConfig(min_tokens=4, max_tokens=40), VideoConfig(max_tokens=48)
+    return Renderer(base(), image=image, video=video, chat=ChatConfig())
+
+
+@cache
 def samples():
-    made = Renderer(
-        base(), image=ImageConfig(min_tokens=4, max_tokens=40), video=VideoConfig(max_tokens=48), chat=ChatConfig()
+    return {name: built(renderer(), name) for name in (*MIXES, *OWN_MIXES)}
+
+
+def packed(chosen):
+    """The row as the stream makes it, with padding behind."""
+    made = renderer()
+    return collate(
+        chosen, keys=[sample.key for sample in chosen], pad_id=made.pad_id, multiple=128, widths=made.patch_widths
     )
-    return {name: built(made, name) for name in (*MIXES, *OWN_MIXES)}
 
 
-def pixels(chosen):
-    """What the tower takes: all images in one call, all videos in another, as transformers' model wants them."""
+def pixels(batch):
+    """What the tower takes, as transformers' model wants it: images in one argument, videos in another."""
     found = {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
-        patches = np.concatenate([getattr(sample, f"{kind}_patches") for sample in chosen])
-        if len(patches):
-            grids = np.concatenate([getattr(sample, f"{kind}_grids") for sample in chosen])
-            found[f"pixel_values{suffix}"] = normalise(torch.from_numpy(patches), spec=read_spec(base()))
-            found[f"{kind}_grid_thw"] = torch.from_numpy(grids).long()
+        grids = getattr(batch, f"{kind}_grids")
+        if len(grids):
+            found[f"pixel_values{suffix}"] = normalise(getattr(batch, f"{kind}_patches"), spec=read_spec(base()))
+            found[f"{kind}_grid_thw"] = grids
     return found
-
-
-def ids(chosen):
-    return torch.from_numpy(np.concatenate([sample.input_ids for sample in chosen])).long().unsqueeze(0)
 
 
 def kinds(row):
@@ -76,8 +83,8 @@ def losses(logits, chosen):
 @cache
 def alone(name):
     sample = samples()[name]
-    row = ids([sample])
-    logits = forward(row, mm_token_type_ids=kinds(row), use_cache=False, **pixels([sample]))
+    row = torch.from_numpy(sample.input_ids).long()[None]
+    logits = forward(row, mm_token_type_ids=kinds(row), use_cache=False, **pixels(packed([sample])))
     return losses(logits, [sample])[0]
 
 
@@ -94,16 +101,17 @@ ROWS = {
 def test_packed_losses_equal_separate_losses(row):
     names = ROWS[row]
     chosen = [samples()[name] for name in names]
-    logits = forward(ids(chosen), position_ids=positions(chosen), use_cache=False, **pixels(chosen))
+    batch = packed(chosen)
+    logits = forward(batch.input_ids, position_ids=batch.positions, use_cache=False, **batch.attention, **pixels(batch))
     assert losses(logits, chosen) == pytest.approx([alone(name) for name in names], abs=TOLERANCE)
+    labels = F.cross_entropy(logits[:-1], batch.input_ids[0, 1:], reduction="none")
+    of_row = (labels * batch.loss_weights[0, 1:]).sum().item()
+    of_samples = sum(alone(sample.key) * sample.loss_weights.sum() for sample in chosen)
+    assert of_row == pytest.approx(of_samples, rel=TOLERANCE), "the shifted loss of the row crosses no border"
 
 
-def positions(chosen):
-    return torch.from_numpy(np.concatenate([sample.positions for sample in chosen], axis=1)).long().unsqueeze(1)
-
-
-def wrong_ways(chosen):
-    row, right = ids(chosen), positions(chosen)
+def wrong_ways(batch):
+    row, right = batch.input_ids, batch.positions
     yield "the cache left on", {"position_ids": right}
     yield "a mask of ones", {"position_ids": right, "attention_mask": torch.ones_like(row), "use_cache": False}
     yield "three rows of positions", {"position_ids": right[1:], "use_cache": False}
@@ -115,7 +123,8 @@ def test_the_four_known_wrong_ways_leak_between_samples():
     names = ROWS["all"]
     chosen = [samples()[name] for name in names]
     wanted = np.array([alone(name) for name in names])
-    for way, inputs in wrong_ways(chosen):
-        found = np.array(losses(forward(ids(chosen), **inputs, **pixels(chosen)), chosen))
+    batch = packed(chosen)
+    for way, inputs in wrong_ways(batch):
+        found = np.array(losses(forward(batch.input_ids, **inputs, **pixels(batch)), chosen))
         assert found[0] == pytest.approx(wanted[0], abs=TOLERANCE), f"{way}: nothing is before the first sample"
         assert np.abs(found - wanted)[1:].max() > 100 * TOLERANCE, f"{way} leaks no more"
