@@ -8,17 +8,8 @@ from typing import Literal
 class SourceConfig:
     """One named source of samples: `data.sources.<name>`."""
 
-    path: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read and how it is packed. Every quantity is global: none changes with the number of ranks."""
-
-    packs_per_step: int = 32
-    tokens_per_pack: int = 8192
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    path: str  # shards (a tar, a folder, a pattern), or a .jsonl / .json file, which is converted once
+    weight: float = 1.0  # share beside the other sources, in the unit of data.mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +43,28 @@ class ChatConfig:
 
     thinking: Literal["train", "mask", "drop"] = "train"  # mask: in the text, but without loss
     keep_control_tokens: tuple[str, ...] = ()  # spelled in an assistant's text, they stay control tokens: <|box_start|>
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how it is packed. Every quantity is global: none changes with the number of ranks."""
+
+    packs_per_step: int = 32
+    tokens_per_pack: int = 8192
+    vision_tokens_per_pack: int | None = None  # of images and videos; None: only tokens_per_pack limits them
+    mixture: Literal["natural", "tokens", "samples"] = "natural"  # natural: each sample once an epoch, no weights
+    overlong: Literal["error", "skip", "split-turns"] = "error"  # a sample that does not fit a pack
+    remainder: Literal["drop", "keep"] = "drop"  # packs left over by the last step of an epoch
+    balance_steps: int = 32  # steps among which packs of similar cost are put together; 0: packs are only shuffled
+    pad_multiple: int = 1  # rows are padded to a multiple of this many tokens
+    workers: int = 2  # processes that read for each rank; 0: the rank reads by itself
+    prefetch: int = 2  # packs that each worker holds ready
+    max_bad_samples: int = 100  # unusable ones and those that fail while they are read; more stop the run
+    stall_seconds: float = (
+        600.0  # a pack that takes longer stops the run with the names of its shards; 0: wait for ever
+    )
+    cache_dir: str = ""  # where indexes and converted files go when not beside the data
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
