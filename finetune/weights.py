@@ -6,11 +6,11 @@ into its buffer, any other parameter straight into ZeRO's partitioning. In memor
 tensor and one block of bytes from the file, whatever the model's size.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
 from finetune.hubconfig import load_json
 from finetune.model import EmptyModel
@@ -40,6 +41,17 @@ class LoadReport:
     tensors_read: int
 
 
+class StartValues(Protocol):
+    """Tensors that training begins with in place of the base's or of fresh ones."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Canonical names."""
+
+    def read(self, canonical: str, experts: range | None) -> Tensor:
+        """Return one tensor as it lies in memory, of a stack the experts asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Slot:
     """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
@@ -56,11 +68,19 @@ class _Slot:
         return owner.local_experts if isinstance(owner, GroupedExperts) else None
 
 
-def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any] | None = None) -> LoadReport:
+def load(
+    empty: EmptyModel,
+    files: BaseFiles,
+    *,
+    engine_config: Mapping[str, Any] | None = None,
+    start: StartValues | None = None,
+) -> LoadReport:
     """Fill a meta model in place; every rank must call this, with one file table and one engine config.
 
-    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine).
+    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
+    `start` names comes from there; of each other adapter the start value is the same whatever the layout.
     """
+    given = frozenset(start.names) if start is not None else frozenset()
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
     device = _device()
@@ -68,7 +88,10 @@ def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any
     for slot in _base_slots(empty):
         group, reader = _group(slot)
         filled = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
-        if rank_and_world()[0] == reader:
+        if start is not None and slot.canonical in given:
+            if rank_and_world()[0] == reader:
+                filled.copy_(start.read(slot.canonical, slot.rows))
+        elif rank_and_world()[0] == reader:
             read += _fill(filled, files, slot)
             count += 1
         made = _put(slot, filled)
@@ -78,10 +101,10 @@ def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any
             dist.broadcast(filled, src=reader, group=group)
         del filled, made  # or the next tensor is made while this one still is
     _rebuild_tables(module, device)
-    _start_adapters(module, device, zero)
+    _start_adapters(empty, device, zero, start)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"still on meta: {left[:4]}"
-    check_rows(empty, files)
+    check_rows(empty, files, given)
     return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
 
 
@@ -91,8 +114,10 @@ def held_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
 
 
-def check_rows(empty: EmptyModel, files: BaseFiles) -> None:
+def check_rows(empty: EmptyModel, files: BaseFiles, leave: Collection[str] = ()) -> None:
     """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
+
+    Canonical names in `leave` came from elsewhere.
 
     A transposed or shifted load changes no shape and no norm: only the numbers tell.
     """
@@ -101,7 +126,9 @@ def check_rows(empty: EmptyModel, files: BaseFiles) -> None:
         for key in ("gate_up", "down"):
             weight = getattr(experts, key)
             canonical = empty.canonical(f"{name}.{key}")
-            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            if canonical in leave:
+                continue
+            with gathered(weight):
                 for local, expert in {0: experts.local_experts[0], -1: experts.local_experts[-1]}.items():
                     _check_expert(weight[local].detach().cpu(), files, canonical, expert)
 
@@ -198,23 +225,32 @@ def _rebuild_tables(module: nn.Module, device: torch.device) -> None:
             setattr(owner, name, table)
 
 
-def _start_adapters(module: nn.Module, device: torch.device, zero: _Partitioner | None) -> None:
+def _start_adapters(
+    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: StartValues | None
+) -> None:
     """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
-    for owner in module.modules():
-        if not isinstance(owner, (GroupedExperts, Router)):
-            continue
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                _put(_Slot(name=name, canonical=name, tensor=parameter, owners=[(owner, name)]), empty)
-        owner.init_lora()
-        if isinstance(owner, Router):
-            if owner.base_weight is not None:
-                owner.base_weight = torch.empty_like(owner.base_weight, device=device)
-            with deepspeed.zero.GatheredParameters([owner.weight], enabled=hasattr(owner.weight, "ds_id")):
+    for place, owner in empty.module.named_modules():
+        fresh = [name for name, p in owner._parameters.items() if p is not None and p.is_meta]
+        for name in fresh:
+            parameter, canonical = owner._parameters[name], empty.canonical(f"{place}.{name}")
+            assert parameter is not None
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if not isinstance(owner, (GroupedExperts, Router)):  # those start their own, just below
+                values.copy_(initial_factor(canonical, tuple(parameter.shape), seed=empty.seed))
+            _put(_Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, name)]), values)
+        if isinstance(owner, (GroupedExperts, Router)):
+            owner.init_lora()
+        if isinstance(owner, Router) and owner.base_weight is not None:
+            owner.base_weight = torch.empty_like(owner.base_weight, device=device)
+            with gathered(owner.weight):
                 owner.keep_base()
-        for parameter in owner.parameters(recurse=False):
-            if zero is not None and not hasattr(parameter, "ds_id"):
+        for name in fresh:
+            parameter = owner.get_parameter(name)
+            canonical = empty.canonical(f"{place}.{name}")
+            if start is not None and canonical in start.names:
+                rows = owner.local_experts if isinstance(owner, GroupedExperts) else None
+                parameter.data.copy_(start.read(canonical, rows))
+            if zero is not None:
                 zero.partition(parameter)
 
 
@@ -237,26 +273,32 @@ def save(empty: EmptyModel, folder: Path, base: Path) -> None:
                 model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
             )
         for slot in _base_slots(empty):
-            is_partitioned = hasattr(slot.tensor, "ds_id")
-            with deepspeed.zero.GatheredParameters([slot.tensor], enabled=is_partitioned):
-                for first_row, tensor in _at_rank_zero(slot):
+            with gathered(slot.tensor):
+                for first_row, tensor in at_rank_zero(slot.tensor, slot.owners[0][0]):
                     if writer is not None:
                         writer.write(slot.canonical, tensor, first_row=first_row)
     if dist.is_initialized():
         dist.barrier()
 
 
-def _at_rank_zero(slot: _Slot) -> Iterator[tuple[int, Tensor]]:
-    """The tensor, or a stack's rows from each rank of the first expert-parallel group; rank 0 sees them all."""
+def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it."""
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
+    return whole
+
+
+def at_rank_zero(tensor: Tensor, owner: nn.Module) -> Iterator[tuple[int, Tensor]]:
+    """Yield (0, the whole tensor), or a stack's rows from each rank of the first expert-parallel group.
+
+    Rank 0 sees all experts, by their first global id; another rank its own at most. Every rank must exhaust this.
+    """
     rank, _ = rank_and_world()
-    whole = slot.tensor.detach()
-    if slot.rows is None:
+    whole = tensor.detach()
+    if not isinstance(owner, GroupedExperts):
         yield 0, whole
         return
-    owner = slot.owners[0][0]
-    assert isinstance(owner, GroupedExperts)
-    ep_size = owner.num_experts // len(slot.rows)
-    for source in range(ep_size):
+    rows = len(owner.local_experts)
+    for source in range(owner.num_experts // rows):
         if source == rank == 0:
             yield 0, whole
         elif rank == source:
@@ -264,4 +306,4 @@ def _at_rank_zero(slot: _Slot) -> Iterator[tuple[int, Tensor]]:
         elif rank == 0:
             arrived = torch.empty_like(whole)
             dist.recv(arrived, src=source)
-            yield source * len(slot.rows), arrived
+            yield source * rows, arrived
