@@ -76,6 +76,8 @@ def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any
             zero.partition(made)  # broadcasts by itself
         elif dist.is_initialized():
             dist.broadcast(filled, src=reader, group=group)
+        if isinstance(slot.owners[0][0], GroupedExperts):
+            slot.owners[0][0].make_room()
         del filled, made  # or the next tensor is made while this one still is
     rebuild_tables(module, device)
     _start_adapters(module, device, zero)
