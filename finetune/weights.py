@@ -194,7 +194,7 @@ def _group(slot: Slot) -> tuple[Any, int]:
 def _place(slot: Slot) -> Tensor:
     """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
     owner, name = slot.owners[0]
-    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
+    if isinstance(owner, GroupedExperts):
         owner.make_room()
     tensor: Tensor = getattr(owner, name)
     return tensor.data
