@@ -93,7 +93,10 @@ class Clip:
                 walk = self._walk(key)
             while here != wanted or frame is None:
                 self._deadline.check()
-                here, frame = next(walk, (len(index.pts), None))
+                try:
+                    here, frame = next(walk, (len(index.pts), None))
+                except av.error.InvalidDataError:
+                    here = len(index.pts)
                 if here > wanted:
                     raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
             yield frame
