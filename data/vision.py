@@ -38,6 +38,8 @@ _BROKEN = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# what data sets hold; other readers of Pillow's start programs (EPS) or were never meant for strangers' files
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # MPO, a phone's photo with a preview behind it, is one picture
@@ -193,7 +195,7 @@ class ImageRefused(ValueError):
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
     frames = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
     if frames > 1:
         raise ImageRefused(f"{name}: a {image.format} of {frames} frames; keep one frame, or convert it to a video")

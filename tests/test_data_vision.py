@@ -198,6 +198,12 @@ def test_formats_without_a_defined_range_are_refused_by_name(mode):
         decode_image(encode(image, "TIFF"), name="x/1.tif")
 
 
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF"])
+def test_formats_that_are_not_pictures_of_data_sets_are_not_opened(kind):
+    with pytest.raises(ValueError, match="x/1.eps: not a readable image .UnidentifiedImageError"):
+        decode_image(encode(Image.fromarray(picture(24, 40)), kind), name="x/1.eps")
+
+
 def test_an_image_larger_than_pillow_allows_is_refused_by_name(monkeypatch):
     data = encode(Image.fromarray(picture(24, 40)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
