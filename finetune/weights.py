@@ -27,7 +27,7 @@ from moe.experts import GroupedExperts
 from moe.router import Router
 
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """So much of a file is in memory at once."""
 
 
@@ -77,7 +77,7 @@ def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any
         elif dist.is_initialized():
             dist.broadcast(filled, src=reader, group=group)
         del filled, made  # or the next tensor is made while this one still is
-    _rebuild_tables(module, device)
+    rebuild_tables(module, device)
     _start_adapters(module, device, zero)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"still on meta: {left[:4]}"
@@ -185,7 +185,7 @@ def _put(slot: _Slot, filled: Tensor) -> Tensor:
     return made
 
 
-def _rebuild_tables(module: nn.Module, device: torch.device) -> None:
+def rebuild_tables(module: nn.Module, device: torch.device) -> None:
     """Compute what no file holds: rotary frequencies, in float32 whatever the model's dtype."""
     for owner in module.modules():
         names = [n for n in owner._non_persistent_buffers_set if (b := owner._buffers[n]) is not None and b.is_meta]
