@@ -63,4 +63,10 @@ ENTRIES = (
         module="benchmarks.a2a_units",
         about="rows sent a layer by recompute mode, against the formula",
     ),
+    Entry(
+        name="data-throughput",
+        suite="cpu",
+        module="benchmarks.data_throughput",
+        about="shard to samples, images and video, beside webdataset and transformers' processors",
+    ),
 )

@@ -93,7 +93,10 @@ class Clip:
                 walk = self._walk(key)
             while here != wanted or frame is None:
                 self._deadline.check()
-                here, frame = next(walk, (len(index.pts), None))
+                try:
+                    here, frame = next(walk, (len(index.pts), None))
+                except av.error.InvalidDataError:
+                    here = len(index.pts)
                 if here > wanted:
                     raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
             yield frame
@@ -119,6 +122,12 @@ def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> It
         with _reading(name):
             clip = Clip(container, name=name, timeout=timeout)
         yield clip
+
+
+def decode_frames(data: bytes, numbers: Sequence[int], *, name: str, timeout: float = 60.0) -> Iterator[torch.Tensor]:
+    """`Clip.frames` of a file that is opened for it."""
+    with open_video(data, name=name, timeout=timeout) as clip:
+        yield from clip.frames(numbers)
 
 
 def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
