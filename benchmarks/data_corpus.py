@@ -40,7 +40,7 @@ def mixed_units(name: str, count: int, budget: int, *, per_shard: int = 1000) ->
 
 
 def write_rows(folder: Path, count: int, *, pictures: int = 20) -> Path:
-    """A JSONL file of questions about photos that lie beside it; every other row is text."""
+    """A JSONL file of questions about photos that lie beside it; every other row, or every one, is text."""
     rng = np.random.default_rng(0)
     for number in range(pictures):
         smooth = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((640, 480))
@@ -50,8 +50,9 @@ def write_rows(folder: Path, count: int, *, pictures: int = 20) -> Path:
     path = folder / "rows.jsonl"
     with path.open("w") as file:
         for number in range(count):
-            mark = "<image>" if number % 2 else ""
+            mark = "<image>" if number % 2 and pictures else ""
             answer = " ".join(f"word{n}" for n in range(10 + number * 37 % 90))
+            images = [f"{number % pictures}.jpg"] if mark else []
             turns = [{"role": "user", "content": f"{mark}{number}?"}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": turns, "images": [f"{number % pictures}.jpg"] if mark else []}) + "\n")
+            file.write(json.dumps({"messages": turns, "images": images}) + "\n")
     return path

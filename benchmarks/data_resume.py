@@ -29,7 +29,7 @@ def run() -> Iterator[Figure]:
         folder = Path(name)
         write_tiny(folder / "base", TinyModel())
         renderer = Renderer(folder / "base", image=ImageConfig(max_tokens=64), video=VideoConfig(), chat=ChatConfig())
-        shards = build_shards(write_rows(folder, SAMPLES), folder / "shards", BuildOptions(name="x")).shards
+        shards = build_shards(write_rows(folder, SAMPLES, pictures=0), folder / "shards", BuildOptions(name="x")).shards
         sources = {"x": SourceConfig(path=str(folder / "shards"))}
         config = DataConfig(packs_per_step=4, tokens_per_pack=2048, workers=0, sources=sources)
         corpus = open_corpus(config, renderer)
@@ -37,7 +37,12 @@ def run() -> Iterator[Figure]:
         early, late = states[1], states[-2]
         resume = partial(_first_step, config, corpus, renderer)
         consumed = SAMPLES * late["step"] // len(states)
-        shown: dict[str, object] = {"samples": SAMPLES, "consumed before": consumed, "workers": 0}
+        shown: dict[str, object] = {
+            "samples": SAMPLES,
+            "consumed before": consumed,
+            "workers": 0,
+            "samples are": "text",
+        }
         against = race(
             Side(name="ours", run=partial(resume, late)),
             Side(name="webdataset, reading up to there", run=partial(_read_up_to, shards, consumed)),

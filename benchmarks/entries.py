@@ -87,4 +87,10 @@ ENTRIES = (
         module="benchmarks.data_build",
         about="rows and photos into checked, indexed shards, beside webdataset's TarWriter in a loop",
     ),
+    Entry(
+        name="data-throughput",
+        suite="cpu",
+        module="benchmarks.data_throughput",
+        about="shard to samples, images and video, beside webdataset and transformers' processors",
+    ),
 )

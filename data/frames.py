@@ -124,6 +124,12 @@ def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> It
         yield clip
 
 
+def decode_frames(data: bytes, numbers: Sequence[int], *, name: str, timeout: float = 60.0) -> Iterator[torch.Tensor]:
+    """`Clip.frames` of a file that is opened for it."""
+    with open_video(data, name=name, timeout=timeout) as clip:
+        yield from clip.frames(numbers)
+
+
 def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
     """Size as seen, number of frames and their times; nothing but the first frame is decoded where the file allows."""
     with open_video(data, name=name, timeout=timeout) as clip:

@@ -25,7 +25,8 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def parameter_table(module: nn.Module) -> dict[str, str]:
-    """Describe each parameter and buffer by shape, dtype, and whether it trains; a partitioned one by its whole shape."""
+    """Describe each parameter and buffer by shape, dtype and whether it trains; a partitioned one by its full shape."""
+    tensors: list[tuple[str, torch.Tensor, str]]
     tensors = [(name, p, "trained" if p.requires_grad else "frozen") for name, p in module.named_parameters()]
     tensors += [(name, b, "buffer") for name, b in module.named_buffers()]
     return {
