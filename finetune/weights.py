@@ -19,7 +19,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from finetune.basefiles import BaseFiles
-from finetune.hubconfig import load_json
+from finetune.jsonblock import load_json
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
 from finetune.writer import model_writer, side_files_of
