@@ -23,6 +23,8 @@ from data.vision import VisionSpec, decode_image, resize
 
 # no playlists, no image sequences, nothing that opens another file or address
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+# containers whose packets say when they are shown, and where a seek lands where it should
+_INDEXED = ("mov", "matroska", "flv")
 _REGULAR_SECONDS = 0.010  # a frame rate is constant when no frame is further off its beat
 
 
@@ -34,6 +36,7 @@ class VideoRefused(ValueError):
 class _Index:
     pts: list[int]  # of every frame, in order of showing
     keys: list[int]  # frame numbers that can be decoded on their own
+    by_arrival: bool = False  # frames are told apart by counting them from the start
 
 
 class _Deadline:
@@ -51,23 +54,102 @@ class _Deadline:
             )
 
 
+class Clip:
+    """A video file while it is open: what it is, and its frames by number."""
+
+    def __init__(self, container: InputContainer, *, name: str, timeout: float) -> None:
+        stream = container.streams.best("video")  # a cover picture is a video stream too, but never the best one
+        if not isinstance(stream, VideoStream):
+            raise VideoRefused(f"{name}: the file has no video stream")
+        self._container, self._stream, self._name = container, stream, name
+        self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
+        self._deadline = _Deadline(timeout, name)
+        indexed = container.format.name.split(",")[0] in _INDEXED
+        read = _index_packets if indexed else _index_by_decoding
+        self._index = read(container, self._stream, self._deadline)
+        container.seek(0, backward=True)
+        first = next(iter(container.decode(self._stream)), None)
+        if first is None or not self._index.pts:
+            raise VideoRefused(f"{name}: no frame can be decoded")
+        self._number_of = {pts: number for number, pts in enumerate(self._index.pts)}
+        self.facts = _facts(_upright(first).shape, self._index.pts, self._stream)
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
+        """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
+        with _reading(self._name):
+            for number, frame in zip(numbers, self._find(numbers), strict=True):
+                assert frame is not None, f"frame {number} was found"
+                yield torch.from_numpy(_upright(frame))
+
+    def _find(self, numbers: Sequence[int]) -> Iterator[Any]:
+        index, name = self._index, self._name
+        if numbers[-1] >= len(index.pts):
+            raise VideoRefused(f"{name}: frame {numbers[-1]} is wanted, but the file has {len(index.pts)}")
+        walk: Iterator[tuple[int, Any]] = iter(())
+        here, frame = -1, None
+        for wanted in numbers:
+            key = index.keys[bisect.bisect_right(index.keys, wanted) - 1] if index.keys else 0
+            if here < 0 or key > here + 1:
+                walk = self._walk(key)
+            while here != wanted or frame is None:
+                self._deadline.check()
+                try:
+                    here, frame = next(walk, (len(index.pts), None))
+                except av.error.InvalidDataError:
+                    here = len(index.pts)
+                if here > wanted:
+                    raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
+            yield frame
+
+    def _walk(self, key: int) -> Iterator[tuple[int, Any]]:
+        """(number, frame) from this keyframe on; frames that the index does not know are passed over."""
+        if key == 0:
+            self._container.seek(0, backward=True)
+        else:
+            self._container.seek(self._index.pts[key], stream=self._stream, backward=True)
+        for place, frame in enumerate(self._container.decode(self._stream)):
+            number = place if self._index.by_arrival else self._number_of.get(-1 if frame.pts is None else frame.pts)
+            if number is not None:
+                yield number, frame
+
+
+@contextmanager
+def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> Iterator[Clip]:
+    """The file as a clip; ValueError, naming it, for what cannot be read."""
+    with _reading(name):
+        container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
+    with container:
+        with _reading(name):
+            clip = Clip(container, name=name, timeout=timeout)
+        yield clip
+
+
+def decode_frames(data: bytes, numbers: Sequence[int], *, name: str, timeout: float = 60.0) -> Iterator[torch.Tensor]:
+    """`Clip.frames` of a file that is opened for it."""
+    with open_video(data, name=name, timeout=timeout) as clip:
+        yield from clip.frames(numbers)
+
+
 def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
     """Size as seen, number of frames and their times; nothing but the first frame is decoded where the file allows."""
-    deadline = _Deadline(timeout, name)
-    with _opened(data, name) as (container, stream):
-        index = _read_index(container, stream, deadline)
-        container.seek(0, backward=True)
-        first = next(iter(container.decode(stream)), None)
-        if first is None or not index.pts:
-            raise VideoRefused(f"{name}: no frame can be decoded")
-        height, width = _upright(first).shape[:2]
-        assert stream.time_base is not None, "a stream that was decoded has a time base"
-        tick = float(stream.time_base)
-        times = [(pts - index.pts[0]) * tick for pts in index.pts]
-        return _facts(height, width, times, tick, stream)
+    with open_video(data, name=name, timeout=timeout) as clip:
+        return clip.facts
 
 
-def _facts(height: int, width: int, times: list[float], tick: float, stream: VideoStream) -> VideoFacts:
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except VideoRefused:
+        raise
+    except (av.FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
+        raise VideoRefused(f"{name}: not a readable video ({type(error).__name__}: {error})") from error
+
+
+def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoFacts:
+    assert stream.time_base is not None, "a stream that was decoded has a time base"
+    (height, width, _), tick = size, float(stream.time_base)
+    times = [(each - pts[0]) * tick for each in pts]
     n = len(times)
     declared = float(stream.average_rate) if stream.average_rate else 0.0
     beat = times[-1] / (n - 1) if n > 1 else 0.0
@@ -83,80 +165,28 @@ def _facts(height: int, width: int, times: list[float], tick: float, stream: Vid
     return VideoFacts(height=height, width=width, frames=n, duration=duration, rate=n / duration, times=tuple(times))
 
 
-@contextmanager
-def _opened(data: bytes, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    try:
-        with av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS}) as container:
-            if not container.streams.video:
-                raise VideoRefused(f"{name}: the file has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
-            yield container, stream
-    except VideoRefused:
-        raise
-    except (av.FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
-        raise VideoRefused(f"{name}: not a readable video ({type(error).__name__}: {error})") from error
-
-
-def _read_index(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
+def _index_packets(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
     is_key: dict[int, bool] = {}
     for packet in container.demux(stream):
         deadline.check()
-        if packet.size == 0 or packet.is_discard:  # the flush at the end; frames cut off by an edit list
-            continue
-        if packet.pts is None:
-            return _index_by_decoding(container, stream, deadline)
-        is_key[packet.pts] = packet.is_keyframe
+        if packet.size and packet.pts is not None and not packet.is_discard:  # discarded: cut off by an edit list
+            is_key[packet.pts] = packet.is_keyframe
     pts = sorted(is_key)
-    return _Index(pts=pts, keys=[number for number, time in enumerate(pts) if is_key[time]])
+    return _Index(pts=pts, keys=[number for number, each in enumerate(pts) if is_key[each]])
 
 
 def _index_by_decoding(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
-    """For files whose packets carry no times: whole frames are asked, and numbered where they have none either."""
-    container.seek(0, backward=True)
-    pts: list[int] = []
-    assert stream.time_base is not None, "a stream that was opened has a time base"
-    beat = 1 / float((stream.average_rate or 25) * stream.time_base)
-    for number, frame in enumerate(container.decode(stream)):
+    """Old containers have no such times, or a seek lands anywhere: every frame is decoded once, to count them."""
+    pts: list[int | None] = []
+    for frame in container.decode(stream):
         deadline.check()
-        pts.append(round(number * beat) if frame.pts is None else frame.pts)
-    return _Index(pts=pts, keys=[0])
-
-
-def decode_frames(data: bytes, numbers: Sequence[int], *, name: str, timeout: float) -> Iterator[torch.Tensor]:
-    """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
-    deadline = _Deadline(timeout, name)
-    with _opened(data, name) as (container, stream):
-        index = _read_index(container, stream, deadline)
-        if numbers[-1] >= len(index.pts):
-            raise VideoRefused(f"{name}: frame {numbers[-1]} is wanted, but the file has {len(index.pts)}")
-        walk: Iterator[tuple[int, Any]] = iter(())
-        here, picture, sure = -1, None, False
-        for wanted in numbers:
-            key = index.keys[bisect.bisect_right(index.keys, wanted) - 1] if index.keys else 0
-            if here < 0 or key > here + 1:
-                walk, sure = _walk(container, stream, index, key), key == 0
-            while here != wanted or picture is None:
-                deadline.check()
-                here, picture = next(walk, (len(index.pts), None))
-                if here > wanted:
-                    if sure:
-                        raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
-                    walk, sure = _walk(container, stream, index, 0), True  # some files mark keyframes that are none
-            yield torch.from_numpy(_upright(picture))
-
-
-def _walk(container: InputContainer, stream: VideoStream, index: _Index, key: int) -> Iterator[tuple[int, Any]]:
-    """(number, frame) from this keyframe on; frames that the index does not know are passed over."""
-    number_of = {pts: number for number, pts in enumerate(index.pts)}
-    if key == 0:
-        container.seek(0, backward=True)
-    else:
-        container.seek(index.pts[key], stream=stream, backward=True)
-    for place, frame in enumerate(container.decode(stream)):
-        number = place if frame.pts is None else number_of.get(frame.pts, -1)
-        if number >= 0:
-            yield number, frame
+        pts.append(frame.pts)
+    known = [each for each in pts if each is not None]
+    if len(known) == len(pts) and all(a < b for a, b in zip(known, known[1:], strict=False)):
+        return _Index(pts=known, keys=[0], by_arrival=True)
+    assert stream.time_base is not None, "a stream that was decoded has a time base"
+    beat = 1 / float((stream.average_rate or 25) * stream.time_base)
+    return _Index(pts=[round(number * beat) for number in range(len(pts))], keys=[0], by_arrival=True)
 
 
 def _upright(frame: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:

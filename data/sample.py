@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer
 
 from data.chat import render_record
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.facts import ImageFacts, VideoFacts, VisionCount
-from data.frames import decode_frames, decode_images, probe_video, video_patches
+from data.frames import decode_images, open_video, video_patches
 from data.media import Place
 from data.positions import sample_positions
 from data.record import Record
 from data.stamps import box_texts, video_text
 from data.template import read_template
 from data.tokens import Tokens, tokenise, widen
-from data.video import Grid, VideoPlan, frame_list_facts, plan_video
+from data.video import Grid, VideoPlan, check_video, frame_list_facts, plan_video
 from data.vision import decode_image, grid_tokens, image_grid, image_limits, image_patches, probe_image, read_spec
 
 _RULES = 1  # raised whenever the same record would become other tokens or patches
@@ -60,13 +61,14 @@ class Renderer:
         self._image, self._video, self._chat = image, video, chat
         self._spec = read_spec(folder)
         self._limits = image_limits(self._spec, image)
-        area = 3 * self._spec.patch**2
-        self.patch_widths = (area, area * self._spec.temporal)  # bytes of one patch of an image, of a video
+        check_video(video, spec=self._spec)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._template = read_template(folder, self._tokenizer, chat)
         self._image_pad, self._video_pad, self.pad_id = (
             self._token_id(folder, token) for token in ("<|image_pad|>", "<|video_pad|>", "<|endoftext|>")
         )
+        area = 3 * self._spec.patch**2
+        self.patch_widths = (area, area * self._spec.temporal)  # values in one patch of an image, of a video
         words = [_RULES, self._tokenizer.backend_tokenizer.to_str(), self._template.source, asdict(chat)]
         seen = {name: value for name, value in asdict(video).items() if name != "timeout_seconds"}
         self.text_fingerprint = _digest([*words, seen])
@@ -109,7 +111,6 @@ class Renderer:
         )
         image_grids = np.array(grids, dtype=np.int32).reshape(-1, 3)
         video_grids = np.array([plan.grid for plan in plans], dtype=np.int32).reshape(-1, 3)
-        area = 3 * self._spec.patch**2
         return Sample(
             key=key,
             shard=shard,
@@ -119,9 +120,9 @@ class Renderer:
             positions=sample_positions(
                 tokens.kinds, image_grids=image_grids, video_grids=video_grids, merge=self._spec.merge
             ),
-            image_patches=_joined(image_patches_of, area),
+            image_patches=_joined(image_patches_of, self.patch_widths[0]),
             image_grids=image_grids,
-            video_patches=_joined(video_patches_of, area * self._spec.temporal),
+            video_patches=_joined(video_patches_of, self.patch_widths[1]),
             video_grids=video_grids,
             notes=tuple(
                 f"{_name('video', at, record.videos[at])}: {plan.note}" for at, plan in enumerate(plans) if plan.note
@@ -173,17 +174,19 @@ class Renderer:
         for at, (ref, data) in enumerate(zip(record.videos, videos, strict=True)):
             name, timeout = _name("video", at, ref), self._video.timeout_seconds
             if isinstance(data, bytes):
-                plan = self._plan(record, at, probe_video(data, name=name, timeout=timeout))
-                frames = decode_frames(data, plan.frames, name=name, timeout=timeout)
-            else:
-                sizes = [probe_image(frame, name=f"{name} frame {number}") for number, frame in enumerate(data)]
-                with _named("video", at, ref):
-                    facts = frame_list_facts(ref, sizes)
-                plan = self._plan(record, at, facts)
-                frames = decode_images(data, plan.frames, name=name)
-            plans.append(plan)
-            patches.append(video_patches(frames, count=len(plan.frames), grid=plan.grid, spec=self._spec).numpy())
+                with open_video(data, name=name, timeout=timeout) as clip:
+                    plans.append(self._plan(record, at, clip.facts))
+                    patches.append(self._patches(plans[-1], clip.frames(plans[-1].frames)))
+                continue
+            sizes = [probe_image(frame, name=f"{name} frame {number}") for number, frame in enumerate(data)]
+            with _named("video", at, ref):
+                facts = frame_list_facts(ref, sizes)
+            plans.append(self._plan(record, at, facts))
+            patches.append(self._patches(plans[-1], decode_images(data, plans[-1].frames, name=name)))
         return plans, patches
+
+    def _patches(self, plan: VideoPlan, frames: Iterator[torch.Tensor]) -> Array:
+        return video_patches(frames, count=len(plan.frames), grid=plan.grid, spec=self._spec).numpy()
 
 
 def _joined(patches: Sequence[Array], width: int) -> Array:

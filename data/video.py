@@ -7,6 +7,7 @@ by their real times. Decoding is in data/frames.py, and must find exactly what i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from data.media import VideoRef
 from data.vision import VisionSpec, check_aspect
 
 Grid = tuple[int, int, int]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +35,14 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
     """The plan for one video of a record; the same from the index as from the decoded file."""
     times = _times(ref, facts)
     start, end = ref.start or 0.0, math.inf if ref.end is None else ref.end
-    inside = [number for number, time in enumerate(times) if start <= time < end]
-    if not inside:
+    inside = np.flatnonzero((times >= start) & (times < end))
+    if not len(inside):
         raise ValueError(
             f"no frame lies between {start:g} and {end:g} s: the video has {facts.frames} frames from {times[0]:g} to "
             f"{times[-1]:g} s. Change start and end"
         )
     regular = facts.times is None and not ref.times
-    wanted, note = _how_many(ref, [times[number] for number in inside], facts, regular=regular, config=config)
+    wanted, note = _how_many(ref, times[inside], facts, regular=regular, config=config)
     frames = _choose(inside, times, wanted, regular=regular)
     if len(frames) == 1:
         if config.single_frame == "refuse":
@@ -49,7 +52,7 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
         frames *= 2
     origin = start if ref.time_origin == "clip" else 0.0
     even = frames + frames[-1:] * (len(frames) % spec.temporal)
-    seconds = [times[number] - origin for number in even]
+    seconds = (times[even] - origin).tolist()
     return VideoPlan(
         frames=tuple(frames),
         grid=video_grid(
@@ -58,6 +61,20 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
         stamps=tuple((a + b) / 2 for a, b in zip(seconds[::2], seconds[1::2], strict=True)),
         note=note,
     )
+
+
+def check_video(config: VideoConfig, *, spec: VisionSpec) -> None:
+    """Refuses settings that no video could follow; those of `data.video` that concern sizes included."""
+    for name in ("fps", "min_frames", "max_frames", "timeout_seconds"):
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"data.video.{name} is {value}; write a number above 0")
+    if config.min_frames > config.max_frames:
+        raise ValueError(
+            f"data.video.min_frames is {config.min_frames}, above data.video.max_frames {config.max_frames}; "
+            f"lower the one or raise the other"
+        )
+    clip_limits(2, spec=spec, config=config)
 
 
 def frame_list_facts(ref: VideoRef, frames: Sequence[ImageFacts]) -> VideoFacts:
@@ -69,28 +86,27 @@ def frame_list_facts(ref: VideoRef, frames: Sequence[ImageFacts]) -> VideoFacts:
     if ref.rate is not None:
         rate, duration = ref.rate, len(frames) / ref.rate
     else:
-        duration = _span(ref.times)
+        duration = _span(np.array(ref.times))
         rate = len(frames) / duration
     height, width = sizes.pop()
     return VideoFacts(height=height, width=width, frames=len(frames), duration=duration, rate=rate)
 
 
-def _times(ref: VideoRef, facts: VideoFacts) -> Sequence[float]:
+def _times(ref: VideoRef, facts: VideoFacts) -> Floats:
     """Seconds of every frame since the first one."""
-    if ref.times:
-        return ref.times
-    return facts.times or [number / (ref.rate or facts.rate) for number in range(facts.frames)]
+    known = ref.times or facts.times
+    return np.array(known) if known else np.arange(facts.frames) / (ref.rate or facts.rate)
 
 
-def _span(times: Sequence[float]) -> float:
+def _span(times: Floats) -> float:
     """How long these frames are on screen, the last one as long as the mean of the others; a single one a second."""
     if len(times) < 2:
         return 1.0
-    return (times[-1] - times[0]) * len(times) / (len(times) - 1)
+    return float(times[-1] - times[0]) * len(times) / (len(times) - 1)
 
 
 def _how_many(
-    ref: VideoRef, times: Sequence[float], facts: VideoFacts, *, regular: bool, config: VideoConfig
+    ref: VideoRef, times: Floats, facts: VideoFacts, *, regular: bool, config: VideoConfig
 ) -> tuple[int, str]:
     total = len(times)
     most = min(config.max_frames if ref.max_frames is None else ref.max_frames, total)
@@ -109,14 +125,15 @@ def _how_many(
     return chosen, ""
 
 
-def _choose(inside: list[int], times: Sequence[float], wanted: int, *, regular: bool) -> list[int]:
+def _choose(inside: Ints, times: Floats, wanted: int, *, regular: bool) -> list[int]:
     if regular or wanted == len(inside):
-        return [inside[number] for number in np.linspace(0, len(inside) - 1, wanted).round().astype(int)]
-    seconds = np.array([times[number] for number in inside])
-    aims = np.linspace(seconds[0], seconds[-1], wanted)
-    after = np.clip(np.searchsorted(seconds, aims), 1, len(inside) - 1)
-    nearest = np.where(aims - seconds[after - 1] <= seconds[after] - aims, after - 1, after)
-    return [inside[number] for number in np.unique(nearest)]
+        chosen = np.linspace(0, len(inside) - 1, wanted).round().astype(np.int64)
+    else:
+        seconds = times[inside]
+        aims = np.linspace(seconds[0], seconds[-1], wanted)
+        after = np.clip(np.searchsorted(seconds, aims), 1, len(inside) - 1)
+        chosen = np.unique(np.where(aims - seconds[after - 1] <= seconds[after] - aims, after - 1, after))
+    return [int(number) for number in inside[chosen]]
 
 
 def video_grid(

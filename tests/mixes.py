@@ -18,7 +18,7 @@ MIXES = {
             ("user", "And <image>?"),
             ("assistant", "Smaller."),
         ],
-        "images": ["0.png", "1.jpg", {"member": "2.png", "max_pixels": 65536}],
+        "images": ["0.png", "1.jpg", "2.png"],
     },
     "video": {"messages": [("user", "<video>\nWhat moves?"), ("assistant", "All of it.")], "videos": ["3.mp4"]},
     "range": {
@@ -59,7 +59,7 @@ OWN_MIXES = {  # what the model's own template cannot show, or transformers cann
     "varying": {"messages": [("user", "<video>"), ("assistant", "This.")], "videos": ["6.mp4"]},
     "single": {
         "messages": [("user", "<video>"), ("assistant", "Still.")],
-        "videos": [{"member": "3.mp4", "start": 0.5, "end": 0.52}],
+        "videos": [{"member": "3.mp4", "start": 0.5, "end": 0.55}],
     },
     "boxes": {
         "messages": [("user", "<image>Where is <ref-object>?"), ("assistant", 'At {"bbox_2d": <bbox>}, <point>.')],

@@ -84,9 +84,7 @@ def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=
 
 def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True):
     """Everything the model's own processor makes of a conversation whose frames are chosen already."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = _processor(folder)
     text = processor.apply_chat_template(messages, tools=tools, tokenize=False)
     found = processor(
         text=[text],
@@ -98,6 +96,13 @@ def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=N
         return_tensors="pt",
     )
     return {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
+
+
+@cache
+def _processor(folder):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
 
 
 def main():

@@ -1,9 +1,10 @@
 """Text, tokens and loss weights of conversations, against transformers' own rendering of the same template."""
 
+import json
 from functools import cache
 
 import pytest
-from bases import THINKING, TOKENIZERS, base
+from bases import THINKING, TOKENIZERS, base, find_qwen3, needs_qwen3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -285,6 +286,25 @@ def test_an_empty_thought_of_a_thinking_model_carries_no_loss():
     found = rendered([user("Q"), says("A")], template=THINKING).text
     assert found.endswith("<think>\n\n</think>\n\nA<|im_end|>\n")
     assert runs([user("Q"), says("A")], template=THINKING) == [("A<|im_end|>", 1.0)]
+
+
+@needs_qwen3
+def test_thinking_equals_qwen3s_own_template():
+    """Qwen3's text template, which comes with its vocabulary: a thinking template that we did not write."""
+    template = json.loads(find_qwen3("tokenizer_config.json").read_text())["chat_template"]
+    chain = [
+        says("", thinking="T2", tool_calls=[CALL]),
+        {"role": "tool", "content": "x"},
+        says("A2", thinking="\nT3\n"),
+    ]
+    for messages in ([user("Q1"), says(block("T1") + "A1"), user("Q2"), *chain], [user("Q"), says("A")]):
+        turns = [
+            {**turn, "reasoning_content": message.get("thinking")}
+            for turn, message in zip(openai(messages), messages, strict=True)
+        ]
+        wanted = tokenizer().apply_chat_template(turns, chat_template=template, tokenize=False)
+        assert rendered(messages, template=template).text == wanted
+    assert [text for text, _ in runs([user("Q"), says("A")], template=template)] == ["A<|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [None, THINKING], ids=["instruct", "thinking"])
