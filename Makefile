@@ -23,11 +23,21 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
 
+# What there is to see today: a recipe and what follows from it, a base model written and then proved, layer by layer.
+demo: .venv/installed
+	rm -rf runs/demo
+	$(BIN)/moetune check tiny-cpu --ranks 2
+	$(BIN)/moetune tiny runs/demo/base
+	$(BIN)/moetune verify-base runs/demo/base
+	@echo "demo: done. runs/demo/base is a base model of the real one's shape with random weights; nothing was trained."
+
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"moetune needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch>=2.13,<2.14"
 	$(BIN)/pip install --quiet --editable ".[test,demo]"
+	@# the judge of the image and video tests, in a folder of its own: beside a CPU torch it cannot be imported
+	$(BIN)/pip install --quiet --no-deps --target .venv/oracle torchvision==0.28.0
 	@touch $@
 
 clean:

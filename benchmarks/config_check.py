@@ -21,7 +21,7 @@ def run() -> Iterator[Figure]:
         Side(name="moetune check", run=lambda: _output(CHECK)),
         Side(name="import torch", run=lambda: _output(IMPORT_TORCH)),
         same=lambda text, _: _same_twice(text, CHECK),
-        rounds=5,
+        rounds=3,
     )
     yield measured.figure(metric="cold start of check", config={"recipe": RECIPE}, target=TARGET)
 

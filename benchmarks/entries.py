@@ -21,4 +21,46 @@ ENTRIES = (
         module="benchmarks.config_check",
         about="cold start of `moetune check` beside `import torch`",
     ),
+    Entry(
+        name="load",
+        suite="cpu",
+        module="benchmarks.load",
+        about="a base of 1 GB into two ZeRO-3 ranks beside transformers' from_pretrained: time, peak memory",
+    ),
+    Entry(
+        name="mem-per-rank",
+        suite="cpu",
+        module="benchmarks.mem_per_rank",
+        about="weights that a rank keeps at several layouts beside the formula",
+    ),
+    Entry(
+        name="moe-lora-step",
+        suite="cpu",
+        module="benchmarks.moe_lora_step",
+        about="forward and backward of one expert block with LoRA, beside PEFT's",
+    ),
+    Entry(
+        name="moe-lora-memory",
+        suite="cpu",
+        module="benchmarks.moe_lora_memory",
+        about="bytes that block keeps for backward, and its largest allocation, beside PEFT's",
+    ),
+    Entry(
+        name="scaling-shape",
+        suite="cpu",
+        module="benchmarks.scaling_shape",
+        about="cost of four times the experts at the same top-k, beside PEFT's",
+    ),
+    Entry(
+        name="comm-bytes",
+        suite="cpu",
+        module="benchmarks.comm_bytes",
+        about="weights gathered a micro-batch at ep = world, beside plain ZeRO-3",
+    ),
+    Entry(
+        name="a2a-units",
+        suite="cpu",
+        module="benchmarks.a2a_units",
+        about="rows sent a layer by recompute mode, against the formula",
+    ),
 )

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,15 +64,24 @@ def race(
     """
     assert rounds >= 1
     same(ours.run(), peer.run())
+    ours_s, peer_s = take_turns([ours, peer], rounds=rounds, warmup=warmup, synchronise=synchronise)
+    return Race(peer=peer.name, ours_s=ours_s, peer_s=peer_s, statistic=statistic)
+
+
+def take_turns(
+    sides: Sequence[Side], *, rounds: int, warmup: int = 1, synchronise: Callable[[], object] = lambda: None
+) -> list[tuple[float, ...]]:
+    """Return the seconds of every side's rounds; each round runs all, in the other order than the round before."""
     for _ in range(warmup):
-        ours.run(), peer.run()
-    samples: dict[str, list[float]] = {"ours": [], "peer": []}
-    pair = [("ours", ours), ("peer", peer)]
+        for side in sides:
+            side.run()
+    samples: list[list[float]] = [[] for _ in sides]
+    turns = list(zip(sides, samples, strict=True))
     for _ in range(rounds):
-        for key, side in pair:
-            samples[key].append(_seconds(side.run, synchronise))
-        pair.reverse()
-    return Race(peer=peer.name, ours_s=tuple(samples["ours"]), peer_s=tuple(samples["peer"]), statistic=statistic)
+        for side, seconds in turns:
+            seconds.append(_seconds(side.run, synchronise))
+        turns.reverse()
+    return [tuple(seconds) for seconds in samples]
 
 
 def _seconds(run: Callable[[], Any], synchronise: Callable[[], object]) -> float:

@@ -72,12 +72,14 @@ def _model(config: RunConfig) -> list[Derived]:
 
 
 def _mixture(config: RunConfig) -> list[Derived]:
-    total = sum(source.weight for source in config.data.sources.values())
+    if config.data.mixture == "natural":
+        return []  # shares follow from the data: every sample once an epoch
+    total, unit = sum(source.weight for source in config.data.sources.values()), config.data.mixture
     return [
         Derived(
             name=f"share.{name}",
             value=source.weight / total,
-            text=f"share of {name} = {source.weight:g} / {total:g} = {source.weight / total:.1%}",
+            text=f"share of {name} = {source.weight:g} / {total:g} = {source.weight / total:.1%} of {unit}",
         )
         for name, source in config.data.sources.items()
     ]

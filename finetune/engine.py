@@ -47,11 +47,16 @@ class EngineOptions:
     weight_decay: float = 0.0
     persistence_threshold: int = 1_000_000
     """Smaller parameters are gathered once a step, not once a micro-batch; above any router (524,288 at 235B)."""
+    prefetch_elements: int | None = None
+    """How far ahead partitioned weights are fetched; None: beyond the largest layer, as the engine's default is not."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: int = 0) -> dict[str, Any]:
     """Return the DeepSpeed dict; `largest_layer` and `trained` are the partitioned and trained elements of a rank."""
+    ahead = (
+        max(50_000_000, int(1.2 * largest_layer)) if options.prefetch_elements is None else options.prefetch_elements
+    )
     ours = {
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one packed row
         "gradient_accumulation_steps": options.micro_batches_per_step,
@@ -63,8 +68,7 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": options.persistence_threshold,
-            # the default is smaller than one layer of experts, which then is never fetched ahead
-            "stage3_prefetch_bucket_size": max(50_000_000, int(1.2 * largest_layer)),
+            "stage3_prefetch_bucket_size": ahead,
             "stage3_max_live_parameters": max(1_000_000_000, 4 * largest_layer),
             "reduce_bucket_size": min(max(trained, 1_000_000), 100_000_000),
         },
@@ -87,7 +91,7 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
     _check(module, options)
     start_distributed()
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
-    require_equal_tables("Parameters", parameter_table(module), device)
+    require_equal_tables("Parameters and buffers", parameter_table(module), device)
     trained = [p for p in module.parameters() if p.requires_grad]
     config = engine_config(
         options, largest_layer=_largest_layer(module), trained=sum(getattr(p, "ds_numel", p.numel()) for p in trained)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.families import Experts, Family, Rope, Text, Vision, family_names, family_problems
+from finetune.families import Experts, Family, Rope, Text, Vision, family_names
 from finetune.families import family as known_family
+from finetune.family_problems import family_problems
 
 TRANSFORMERS_VERSION = "4.57.0.dev0"  # what the published files carry; it is no key that changes how they are read
 

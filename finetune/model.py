@@ -4,7 +4,7 @@ Nothing here allocates a weight, so 235B is built on a laptop; `finetune.weights
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,8 @@ class EmptyModel:
     tied_head: bool
     seed: int
     lora: Mapping[str, Lora]
+    trained: tuple[str, ...]
+    """Our names of the parameters that were settled to train; a stage may pause some."""
 
     def canonical(self, name: str) -> str:
         """Return the canonical name of one of our parameters or persistent buffers."""
@@ -74,12 +76,13 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
     empty = EmptyModel(
         module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
-        lora=options.lora,
+        lora=options.lora, trained=(),
     )  # fmt: skip
     _settle_training(empty, options.train)
     if options.resident:
         make_resident(module)
-    return empty
+    trained = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return replace(empty, trained=trained)
 
 
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:

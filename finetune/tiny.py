@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from finetune.families import Experts, Family, Rope, Text, Vision, family_problems
+from finetune.families import Experts, Family, Rope, Text, Vision
+from finetune.family_problems import family_problems
 from finetune.hubconfig import hub_config
 from finetune.hubfiles import added_token_ids, side_files
 from finetune.shapes import EMBEDDING, Shape, parameter_shapes

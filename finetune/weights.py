@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -22,13 +22,16 @@ from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
 from finetune.hubconfig import load_json
 from finetune.model import EmptyModel
-from finetune.ranks import rank_and_world
+from finetune.ranks import at_rank_zero, rank_and_world
 from finetune.writer import model_writer, side_files_of
 from moe.experts import GroupedExperts
 from moe.router import Router
 
+if TYPE_CHECKING:
+    from finetune.adapter_file import AdapterFile
+
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
-BLOCK_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
 """So much of a file is in memory at once."""
 
 
@@ -39,17 +42,6 @@ class LoadReport:
     bytes_read: int
     bytes_held: int
     tensors_read: int
-
-
-class StartValues(Protocol):
-    """Tensors that training begins with in place of the base's or of fresh ones."""
-
-    @property
-    def names(self) -> Collection[str]:
-        """Canonical names."""
-
-    def read(self, canonical: str, experts: range | None) -> Tensor:
-        """Return one tensor as it lies in memory, of a stack the experts asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,38 +65,39 @@ def load(
     files: BaseFiles,
     *,
     engine_config: Mapping[str, Any] | None = None,
-    start: StartValues | None = None,
+    start: "AdapterFile | None" = None,
 ) -> LoadReport:
     """Fill a meta model in place; every rank must call this, with one file table and one engine config.
 
     With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
-    `start` names comes from there; of each other adapter the start value is the same whatever the layout.
+    `start` holds comes from there; any other adapter begins with values that the layout has no part in.
     """
-    given = frozenset(start.names) if start is not None else frozenset()
+    if start is not None:
+        start.check_fits(empty)
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
     device = _device()
     read = count = 0
     for slot in _base_slots(empty):
         group, reader = _group(slot)
-        filled = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
-        if start is not None and slot.canonical in given:
-            if rank_and_world()[0] == reader:
-                filled.copy_(start.read(slot.canonical, slot.rows))
-        elif rank_and_world()[0] == reader:
-            read += _fill(filled, files, slot)
-            count += 1
-        made = _put(slot, filled)
+        is_reader = rank_and_world()[0] == reader
+        source = start if start is not None and slot.canonical in start.shapes else files
+        made = _put(slot, torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device))
         if zero is not None and isinstance(made, nn.Parameter):
+            if is_reader:
+                _fill(made.data, source, slot)
             zero.partition(made)  # broadcasts by itself
-        elif dist.is_initialized():
-            dist.broadcast(filled, src=reader, group=group)
-        del filled, made  # or the next tensor is made while this one still is
-    _rebuild_tables(module, device)
+        else:
+            _share(_place(slot), source, slot, group, reader)
+        if is_reader:
+            read += source.size(slot.canonical, slot.rows)
+            count += 1
+        del made  # or the next tensor is made while this one still is
+    rebuild_tables(module, device)
     _start_adapters(empty, device, zero, start)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"still on meta: {left[:4]}"
-    check_rows(empty, files, given)
+    check_rows(empty, files, leave=start.shapes if start is not None else ())
     return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
 
 
@@ -114,12 +107,10 @@ def held_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
 
 
-def check_rows(empty: EmptyModel, files: BaseFiles, leave: Collection[str] = ()) -> None:
+def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = ()) -> None:
     """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
 
-    Canonical names in `leave` came from elsewhere.
-
-    A transposed or shifted load changes no shape and no norm: only the numbers tell.
+    A transposed or shifted load changes no shape and no norm: only the numbers tell. Names in `leave` are passed over.
     """
     layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
     for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
@@ -169,7 +160,7 @@ def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
                 owners.setdefault(id(tensor), []).append((owner, name))
     for name, tensor in list(_tensors(empty.module)):
         place, _, last = name.rpartition(".")
-        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or "lora_" in last:
+        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or ".lora_" in empty.canonical(name):
             continue
         yield _Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
 
@@ -190,15 +181,39 @@ def _group(slot: _Slot) -> tuple[Any, int]:
     return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
 
 
-def _fill(target: Tensor, files: BaseFiles, slot: _Slot) -> int:
-    """Read a tensor block by block into its place, and return the bytes read."""
+def _place(slot: _Slot) -> Tensor:
+    """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
+    owner, name = slot.owners[0]
+    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
+        owner.make_room()
+    tensor: Tensor = getattr(owner, name)
+    return tensor.data
+
+
+def _fill(target: Tensor, files: "BaseFiles | AdapterFile", slot: _Slot) -> None:
+    """Read a tensor block by block into its place."""
+    for place, block in _blocks(files, slot):
+        target[place].copy_(files.read(slot.canonical, block))
+
+
+def _share(target: Tensor, files: "BaseFiles | AdapterFile", slot: _Slot, group: Any, reader: int) -> None:
+    """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
+    for place, block in _blocks(files, slot):
+        piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
+        if rank_and_world()[0] == reader:
+            piece.copy_(files.read(slot.canonical, block))
+        if dist.is_initialized():
+            dist.broadcast(piece, src=reader, group=group)
+        target[place].copy_(piece)
+
+
+def _blocks(files: "BaseFiles | AdapterFile", slot: _Slot) -> Iterator[tuple[slice, range]]:
+    """Where each block of this rank's rows goes, and which rows of the file it is."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
-    row_bytes = files.size(slot.canonical, range(1))
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
-        target[first : first + len(block)].copy_(files.read(slot.canonical, block))
-    return len(rows) * row_bytes
+        yield slice(first, first + len(block)), block
 
 
 def _put(slot: _Slot, filled: Tensor) -> Tensor:
@@ -212,7 +227,7 @@ def _put(slot: _Slot, filled: Tensor) -> Tensor:
     return made
 
 
-def _rebuild_tables(module: nn.Module, device: torch.device) -> None:
+def rebuild_tables(module: nn.Module, device: torch.device) -> None:
     """Compute what no file holds: rotary frequencies, in float32 whatever the model's dtype."""
     for owner in module.modules():
         names = [n for n in owner._non_persistent_buffers_set if (b := owner._buffers[n]) is not None and b.is_meta]
@@ -226,18 +241,17 @@ def _rebuild_tables(module: nn.Module, device: torch.device) -> None:
 
 
 def _start_adapters(
-    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: StartValues | None
+    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: "AdapterFile | None"
 ) -> None:
     """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
     for place, owner in empty.module.named_modules():
-        fresh = [name for name, p in owner._parameters.items() if p is not None and p.is_meta]
-        for name in fresh:
-            parameter, canonical = owner._parameters[name], empty.canonical(f"{place}.{name}")
-            assert parameter is not None
+        fresh = {f"{place}.{name}": p for name, p in owner._parameters.items() if p is not None and p.is_meta}
+        for name, parameter in fresh.items():
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            if not isinstance(owner, (GroupedExperts, Router)):  # those start their own, just below
-                values.copy_(initial_factor(canonical, tuple(parameter.shape), seed=empty.seed))
-            _put(_Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, name)]), values)
+            canonical, last = empty.canonical(name), name.rpartition(".")[2]
+            if not isinstance(owner, (GroupedExperts, Router)):  # those have values of their own, just below
+                values.copy_(initial_factor(canonical, tuple(values.shape), seed=empty.seed))
+            _put(_Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
         if isinstance(owner, (GroupedExperts, Router)):
             owner.init_lora()
         if isinstance(owner, Router) and owner.base_weight is not None:
@@ -245,13 +259,17 @@ def _start_adapters(
             with gathered(owner.weight):
                 owner.keep_base()
         for name in fresh:
-            parameter = owner.get_parameter(name)
-            canonical = empty.canonical(f"{place}.{name}")
-            if start is not None and canonical in start.names:
-                rows = owner.local_experts if isinstance(owner, GroupedExperts) else None
-                parameter.data.copy_(start.read(canonical, rows))
+            made = empty.module.get_parameter(name)
+            if start is not None and empty.canonical(name) in start.factors:
+                made.data.copy_(start.factor(empty.canonical(name), owner))
             if zero is not None:
-                zero.partition(parameter)
+                zero.partition(made)
+
+
+def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which a partitioned parameter is whole; every rank that holds a part of it must enter."""
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
+    return whole
 
 
 def _device() -> torch.device:
@@ -279,31 +297,3 @@ def save(empty: EmptyModel, folder: Path, base: Path) -> None:
                         writer.write(slot.canonical, tensor, first_row=first_row)
     if dist.is_initialized():
         dist.barrier()
-
-
-def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it."""
-    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
-    return whole
-
-
-def at_rank_zero(tensor: Tensor, owner: nn.Module) -> Iterator[tuple[int, Tensor]]:
-    """Yield (0, the whole tensor), or a stack's rows from each rank of the first expert-parallel group.
-
-    Rank 0 sees all experts, by their first global id; another rank its own at most. Every rank must exhaust this.
-    """
-    rank, _ = rank_and_world()
-    whole = tensor.detach()
-    if not isinstance(owner, GroupedExperts):
-        yield 0, whole
-        return
-    rows = len(owner.local_experts)
-    for source in range(owner.num_experts // rows):
-        if source == rank == 0:
-            yield 0, whole
-        elif rank == source:
-            dist.send(whole.contiguous(), dst=0)
-        elif rank == 0:
-            arrived = torch.empty_like(whole)
-            dist.recv(arrived, src=source)
-            yield source * rows, arrived

@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
+    "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
 }
 
 

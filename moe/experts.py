@@ -2,16 +2,20 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe.grouped import Plan, grouped_experts
+from moe.grouped import grouped_experts
+from moe.projections import Plan
 
 CHUNK_BYTES = 1 << 30
-"""Intermediates of one call stay below this; routing that sends more rows here is computed in chunks."""
+"""What a call allocates for intermediates at a time; more rows are computed chunk by chunk."""
+KEEP_BYTES = 4 << 30
+"""What a call keeps at most of the gate_up output; with more rows it is computed again in backward."""
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -85,6 +89,7 @@ class GroupedExperts(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        keep_bytes: int = KEEP_BYTES,
     ) -> None:
         super().__init__()
         _check(name, mode, lora, hidden, intermediate, dtype)
@@ -94,6 +99,7 @@ class GroupedExperts(nn.Module):
         self.mode, self.lora, self.seed = mode, lora, seed
         row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
+        self.keep_rows = keep_bytes // (2 * intermediate * dtype.itemsize)
         local = len(local_experts)
         for key, shape in (("gate_up", (local, 2 * intermediate, hidden)), ("down", (local, hidden, intermediate))):
             weight = torch.empty(shape, dtype=dtype, device=device)
@@ -101,14 +107,36 @@ class GroupedExperts(nn.Module):
                 self.register_buffer(key, weight)
             else:
                 self.register_parameter(key, nn.Parameter(weight, requires_grad=mode == "full"))
-        self._factors: tuple[str, ...] = ()
-        if lora is not None:
-            shapes = lora_shapes(experts=local, hidden=hidden, intermediate=intermediate, r=lora.r)
-            self._factors = tuple(shapes)
-            for key, shape in shapes.items():
-                self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
-            if not self.gate_up.is_meta:
-                self.init_lora()
+        shapes = lora_shapes(experts=local, hidden=hidden, intermediate=intermediate, r=lora.r) if lora else {}
+        for key, shape in shapes.items():
+            self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        self._factors = tuple(shapes)
+        self._roomy: dict[str, tuple[Tensor, Tensor]] = {}
+        if lora is not None and resident:
+            self.make_room()
+        if not self.gate_up.is_meta:
+            self.init_lora()
+
+    @torch.no_grad()
+    def make_room(self) -> None:
+        """Give resident weights room for the adapter (r more rows or columns), unless they have it.
+
+        Called by forward too: whoever replaces a buffer (a move to another device, a loader that assigns) need not
+        know. Called before the weights are filled, it saves that forward the copy.
+        """
+        assert self.lora is not None
+        for key, dim in (("gate_up", 1), ("down", 2)):
+            weight = self.get_buffer(key)
+            if key in self._roomy and self._roomy[key][1] is weight:
+                continue
+            shape = list(weight.shape)
+            shape[dim] += self.lora.r
+            wide = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            view = wide.narrow(dim, 0, weight.shape[dim])
+            if not weight.is_meta:
+                view.copy_(weight)
+            self._buffers[key] = view
+            self._roomy[key] = (wide, view)
 
     @torch.no_grad()
     def init_lora(self, *, b_std: float = 0.0) -> None:
@@ -123,15 +151,30 @@ class GroupedExperts(nn.Module):
         """Return y_RD for rows sorted by local expert; counts_L [L] says how many each has and sums to R."""
         assert counts_L.shape == (len(self.local_experts),)
         dropout = self.lora.dropout if self.lora is not None and self.training else 0.0
+        # the mask of dropout falls on x before A only, so that A cannot share a GEMM with the frozen weight
+        inside = bool(self._roomy) and not dropout
+        if inside:
+            self.make_room()
         plan = Plan(
             scale=self.lora.scale if self.lora is not None else 0.0,
             dropout=dropout,
             # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
             dropout_seed=int(torch.randint(1 << 40, ())) if dropout else 0,
+            inside=inside,
             chunk_rows=self.chunk_rows,
+            keep_rows=self.keep_rows,
         )
+        gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
         factors = tuple(self.get_parameter(key) for key in self._factors)
-        return grouped_experts(x_RD, counts_L, self.gate_up, self.down, factors, plan)
+        return grouped_experts(x_RD, counts_L, gate_up, down, factors, plan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedExperts":
+        """Move or cast as any module, and let go of weights that this replaced."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        if any(self._buffers[key] is not view for key, (_, view) in self._roomy.items()):
+            self._roomy.clear()
+            self.make_room()
+        return self
 
     def extra_repr(self) -> str:
         """Say what is here and how it is trained."""
@@ -142,6 +185,8 @@ class GroupedExperts(nn.Module):
 def _check(name: str, mode: str, lora: ExpertLora | None, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
     if dtype not in _DTYPES:
         raise ValueError(f"{name}: experts compute in bfloat16 or float32, not {dtype}")
+    if mode not in ("frozen", "lora", "full"):
+        raise ValueError(f"{name}: mode {mode!r} is not one of frozen, lora, full")
     if (mode == "lora") != (lora is not None):
         raise ValueError(f"{name}: mode {mode!r} with lora={lora}: give LoRA options in mode 'lora', and only there")
     unit = 16 // dtype.itemsize

@@ -55,7 +55,8 @@ def expert(x_RD: Tensor, index: int, gate_up: Tensor, down: Tensor, factors: Fac
 
 def experts(x_RD: Tensor, counts: list[int], gate_up: Tensor, down: Tensor, factors: Factors | None = None) -> Tensor:
     """Return y_RD of rows sorted by expert, `counts` of them for each."""
-    parts = x_RD.split(counts)
+    ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+    parts = [x_RD[end - count : end] for end, count in zip(ends, counts, strict=True)]
     return torch.cat([expert(part, index, gate_up, down, factors) for index, part in enumerate(parts)])
 
 

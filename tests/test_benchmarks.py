@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, moe_lora_memory, moe_lora_step, scaling_shape
 from benchmarks.__main__ import main
 from benchmarks.entries import ENTRIES, Entry
+from benchmarks.expert_block import Pair, Shape, same_step
 from benchmarks.figure import Figure, Target
 from benchmarks.measure import OutputsDiffer, Side, counted, race, spread
 from benchmarks.memory import Allocations, AnonymousPeak, Saved
@@ -352,3 +354,57 @@ def test_the_commit_names_changes_and_foreign_clones_are_not_ours(tmp_path):
     inside = tmp_path.resolve() / "site-packages"
     inside.mkdir()
     assert machine.commit(inside).startswith("version ")
+
+
+TINY = Shape(hidden=32, intermediate=20, experts=12, top_k=3, r=4)  # all different, so that no layout hides another
+
+
+def test_our_expert_block_and_pefts_do_the_same_work():
+    pair = Pair(TINY)
+    ours, peer = pair.sides(pair.inputs(24))
+    found, theirs = ours.run(), peer.run()
+    assert list(found) == ["y", "dx", "dscores"] + [f"d{p}_lora_{f}" for p in ("gate_up", "down") for f in "AB"]
+    same_step(found, theirs)
+    same_step(found, Pair(TINY, implementation="eager").sides(pair.inputs(24))[1].run())
+    with torch.no_grad():
+        pair.experts.down_lora_B[5, 7, 2] += 0.1  # one value of one factor
+    with pytest.raises(OutputsDiffer, match="y by .*dgate_up_lora_B by"):
+        same_step(ours.run(), theirs)
+
+
+def test_the_lora_step_is_timed_beside_peft():
+    target = Target(of="ratio", rule="at least", floor=0.9)
+    figure = moe_lora_step._figure(Pair(TINY), 24, 2, target)
+    assert (figure.unit, figure.n, figure.peer, figure.target) == ("ms", 2, "PEFT ParamWrapper, grouped_mm", target)
+    assert figure.config["hidden"] == 32
+    assert figure.config["tokens"] == 24
+    assert min(figure.value, figure.peer_value) > 0
+
+
+def test_the_lora_memory_is_counted_beside_peft():
+    pair = Pair(TINY)
+    saved, alive, peak, largest = moe_lora_memory._figures(pair, 24)
+    rows = 24 * TINY.top_k
+    stacks = 4 * TINY.experts * 3 * TINY.intermediate * TINY.hidden
+    assert saved.value * 2**20 >= 4 * rows * (TINY.hidden + 2 * TINY.intermediate)  # x and the gate_up output at least
+    assert saved.peer_value * 2**20 >= stacks  # PEFT keeps both merged stacks
+    assert saved.value <= alive.value <= peak.value
+    assert saved.passed
+    assert alive.passed
+    assert largest.peer_value * 2**20 == 4 * TINY.experts * 2 * TINY.intermediate * TINY.hidden
+    assert largest.value * 2**20 == 4 * rows * max(TINY.hidden, 2 * TINY.intermediate)
+    assert largest.met_goal
+
+
+def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
+    monkeypatch.setattr(scaling_shape, "FEW", dataclasses.replace(TINY, experts=4))
+    monkeypatch.setattr(scaling_shape, "MANY", TINY)
+    monkeypatch.setattr(scaling_shape, "TOKENS", 24)
+    monkeypatch.setattr(scaling_shape, "ROUNDS", 2)
+    threads = torch.get_num_threads()
+    (figure,) = scaling_shape.run()
+    torch.set_num_threads(threads)
+    assert figure.config["experts"] == [4, 12]
+    assert figure.unit == "x"
+    assert min(figure.value, figure.peer_value) > 0
+    assert figure.target == Target(of="value", rule="at most", floor=1.3)

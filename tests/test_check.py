@@ -39,7 +39,9 @@ def test_derivations_are_written_out(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_shares_of_a_mixture(capsys: pytest.CaptureFixture[str]) -> None:
-    code, answer = _json(capsys, "check", "tiny-cpu", "data.sources.b.path=x", "data.sources.b.weight=3")
+    code, answer = _json(
+        capsys, "check", "tiny-cpu", "data.sources.b.path=x", "data.sources.b.weight=3", "data.mixture=tokens"
+    )
     assert (code, answer["derived"]["share.b"]["value"]) == (0, 0.75)
 
 

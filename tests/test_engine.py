@@ -99,6 +99,7 @@ def comparing(rank: int, world: int) -> dict[str, str]:
         "training": parameter_table(small if rank == 0 else nn.Linear(3, 5).requires_grad_(False)),
         "order": {"a": "x", "b": "x"} if rank == 0 else {"b": "x", "a": "x"},
         "many": {f"p{i}": str(rank) for i in range(20)},
+        "buffer": parameter_table(nn.BatchNorm1d(3 + rank, affine=False)),
         "same": parameter_table(small),
     }
     said = {"sum": str(sum_over_ranks([rank + 1.0], torch.device("cpu")))}
@@ -174,6 +175,7 @@ def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
         assert "b: x on rank 0, absent on rank 1" in said["name"]
         assert "bias: (5,) float32 trained on rank 0, (5,) bfloat16 trained on rank 1" in said["dtype"]
         assert "float32 trained on rank 0, (5, 3) float32 frozen on rank 1" in said["training"]
+        assert "running_mean: (3,) float32 buffer on rank 0, (4,) float32 buffer on rank 1" in said["buffer"]
         assert "entry 0 is a on rank 0, b on rank 1: another order" in said["order"]
         assert "... and 12 more" in said["many"]
         assert "same" not in said

@@ -16,6 +16,7 @@ WIDE = {"experts": 264, "hidden": 400, "intermediate": 8, "top_k": 3}  # a route
 
 PARITY = {
     (1, "default"): Plan(ep=1, steps=5),
+    (1, "selective"): Plan(ep=1, recompute="selective", accumulation=2),
     (2, "one expert group a rank"): Plan(ep=1, steps=5),
     (2, "default"): Plan(ep=2, steps=5),
     (2, "partitioned"): Plan(ep=2, resident=False),
@@ -65,7 +66,7 @@ _EXPECTED: dict[str, Outcome] = {}
 
 
 def reference_of(plan: Plan, world: int = 1) -> Outcome:
-    """What all rows on one process give; layout and recompute do not matter to it, micro-batches only to the balance."""
+    """What all rows on one process give; of the layout, only the micro-batches matter, and to the balance alone."""
     groups = plan.micro_rows(world) if plan.accumulation > 1 else []
     key = repr((plan.model, plan.bias, plan.router, plan.experts, plan.steps, plan.dtype, plan.balance, groups))
     if key not in _EXPECTED:

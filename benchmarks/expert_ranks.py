@@ -1,0 +1,129 @@
+"""One training step of a small Qwen3-VL-MoE on several gloo ranks, its collectives counted: ours, or plain ZeRO-3."""
+
+import os
+import pickle
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
+
+from benchmarks.collectives import CollectiveCounter, Kind
+
+HIDDEN, EXPERTS, INTERMEDIATE, TOP_K, LAYERS, ROWS, LENGTH = 64, 32, 96, 4, 3, 8, 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is run: `plain` is the transformers model as it is, every weight partitioned over all ranks."""
+
+    side: Literal["ours", "plain"]
+    resident: bool = False
+    recompute: Literal["none", "layer", "selective"] = "none"
+
+
+@dataclass(kw_only=True)
+class Counted:
+    """What one rank saw: sizes in bytes, collectives of one micro-batch (forward and backward) and of the update."""
+
+    weights: int = 0
+    experts: int = 0
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    micro_batch: dict[Kind, int] = field(default_factory=dict)
+    update: dict[Kind, int] = field(default_factory=dict)
+
+
+def count(setups: list[Setup], *, world: int) -> list[list[Counted]]:
+    """Return, per setup and rank, what was counted once DeepSpeed's order of fetches has settled."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_rank, args=(world, setups, folder), nprocs=world, start_method="spawn")  # type: ignore[no-untyped-call]
+        ranks = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+    return [[rank[index] for rank in ranks] for index in range(len(setups))]
+
+
+def gathered(kinds: dict[Kind, int]) -> int:
+    """Return the bytes of all all-gathers of real numbers."""
+    return sum(n for kind, n in kinds.items() if "allgather" in kind.collective and "float" in kind.dtype)
+
+
+def by_kind(kinds: dict[Kind, int]) -> dict[str, int]:
+    """Spell the table out for a record."""
+    return {f"{kind.collective} of {kind.dtype} over {kind.ranks} ranks": n for kind, n in sorted(kinds.items())}
+
+
+def _rank(rank: int, world: int, setups: list[Setup], folder: str) -> None:
+    os.dup2(2, 1)  # DeepSpeed logs to stdout, which may be a record
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results = [_train(setup, rank, world) for setup in setups]
+    (Path(folder) / str(rank)).write_bytes(pickle.dumps(results))
+    dist.destroy_process_group()
+
+
+def _model() -> Any:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = {
+        "vocab_size": 176, "hidden_size": HIDDEN, "intermediate_size": 72, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": INTERMEDIATE,
+        "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "rope_parameters": rope, "tie_word_embeddings": False,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 40, "num_heads": 2, "intermediate_size": 44, "patch_size": 4,
+        "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
+    }  # fmt: skip
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("input_layernorm" in name)
+    return model
+
+
+def _train(setup: Setup, rank: int, world: int) -> Counted:
+    """Count the third micro-batch and its update: the first two let DeepSpeed record its trace."""
+    from finetune.engine import EngineOptions, backward, initialize, start_distributed
+    from finetune.recompute import set_recompute
+    from finetune.resident import make_resident
+    from moe.experts import ExpertLora
+    from moe.parallel import LayerOptions, replace_moe_blocks
+
+    start_distributed()
+    model = _model()
+    found = Counted(
+        weights=sum(p.nbytes for p in model.parameters()),
+        experts=sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name),
+    )
+    if setup.side == "ours":
+        lora = ExpertLora(r=8, alpha=16)
+        replace_moe_blocks(
+            model, ep_size=world, options=LayerOptions(experts="lora", lora=lora, resident=setup.resident)
+        )
+        if setup.resident:
+            make_resident(model)
+    # a small model stands for a large one: no weight is too small to partition, or stays from forward to backward
+    options = EngineOptions(
+        dtype="float32", persistence_threshold=1_000_000 if setup.resident else 0, lr=0.0, prefetch_elements=0,
+        extra={"zero_optimization": {"stage3_max_reuse_distance": 0}},
+    )  # fmt: skip
+    engine = initialize(model, options)
+    set_recompute(model, setup.recompute)
+    model.train()
+    ids = torch.randint(0, 160, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
+    for _ in range(3):
+        with CollectiveCounter() as micro_batch:
+            logits = engine(input_ids=ids, use_cache=False).logits
+            backward(engine, logits.square().sum(), ROWS * LENGTH)
+        with CollectiveCounter() as update:
+            engine.step()
+    found.logits = logits.detach()
+    found.micro_batch, found.update = dict(micro_batch.bytes), dict(update.bytes)
+    engine.destroy()
+    return found

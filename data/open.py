@@ -1,0 +1,85 @@
+"""From the `data:` section to a stream: find or convert the sources, index and measure them, plan, read."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data.checks import data_problems
+from data.config import DataConfig
+from data.corpus import Corpus, Limits, find_shards, load_corpus
+from data.plan import PlanSettings
+from data.prepare import shards_of_rows
+from data.sample import Renderer
+from data.stream import DataStream, StreamSettings
+
+# a token of an image or a video is merge x merge = 4 patches in every model of the family
+PATCHES_PER_TOKEN = 4
+
+log = logging.getLogger(__name__)
+
+
+def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
+    """What shapes the plan of a run."""
+    vision = config.vision_tokens_per_pack or config.tokens_per_pack
+    return PlanSettings(
+        seed=seed,
+        packs_per_step=config.packs_per_step,
+        tokens_per_pack=config.tokens_per_pack,
+        patches_per_pack=vision * PATCHES_PER_TOKEN,
+        mixture=config.mixture,
+        weights=tuple(source.weight for source in config.sources.values()),
+        balance_steps=config.balance_steps,
+        remainder=config.remainder,
+    )
+
+
+def find_sources(config: DataConfig, *, jobs: int = 1) -> Mapping[str, Sequence[Path]]:
+    """Shards of every source; a JSONL or JSON file is converted into shards of the cache the first time."""
+    found: dict[str, Sequence[Path]] = {}
+    for name, source in config.sources.items():
+        if source.path.endswith((".jsonl", ".json")):
+            found[name] = shards_of_rows(
+                Path(source.path), name, cache_dir=_cache(config), jobs=jobs, limit=config.max_bad_samples
+            )
+        else:
+            found[name] = find_shards(source.path, f"data.sources.{name}.path")
+    return found
+
+
+def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1) -> Corpus:
+    """Everything indexed and measured. The first caller does the work; let one rank of a node be first."""
+    if problems := data_problems(config):
+        raise ValueError("\n".join(map(str, problems)))
+    settings = plan_settings(config, seed=0)
+    limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
+    corpus = load_corpus(find_sources(config, jobs=jobs), renderer, limits, cache_dir=_cache(config), jobs=jobs)
+    shown = [f"source {item.source}, shard {item.shard}, sample {item.key}: {item.reason}" for item in corpus.unusable]
+    if len(shown) > config.max_bad_samples:
+        raise ValueError(
+            f"{len(shown)} samples cannot be used, data.max_bad_samples={config.max_bad_samples}: "
+            f"{'; '.join(shown[:5])}; ... Run: moetune shards check"
+        )
+    for line in shown:
+        log.warning("left out: %s", line)
+    if corpus.overlong:
+        log.warning("data.overlong=%s left out %d samples", config.overlong, len(corpus.overlong))
+    return corpus
+
+
+def open_stream(
+    config: DataConfig, corpus: Corpus, renderer: Renderer, *, seed: int, rank: int, size: int
+) -> DataStream:
+    """The steps of one data rank out of `size`."""
+    settings = StreamSettings(
+        workers=config.workers,
+        prefetch=config.prefetch,
+        pad_multiple=config.pad_multiple,
+        max_bad_samples=config.max_bad_samples,
+        stall_seconds=config.stall_seconds,
+        cache_dir=_cache(config),
+    )
+    return DataStream(corpus, renderer, plan_settings(config, seed=seed), settings, data_rank=rank, data_size=size)
+
+
+def _cache(config: DataConfig) -> Path | None:
+    return Path(config.cache_dir) if config.cache_dir else None

@@ -1,0 +1,213 @@
+"""Plain tar files by byte ranges: a strict walk over the headers, and a writer whose output depends on content only."""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+BLOCK = 512
+_FILE = (b"0", b"\0", b"7")
+_SKIPPED = (b"5", b"g", b"K")  # folders, global pax headers, long link names
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"\x04\x22": "lz4"}
+_LONGEST_NAME = 1 << 20
+
+
+class ShardError(ValueError):
+    """A shard as a whole is wrong: says which one and why."""
+
+    def __init__(self, shard: str | Path, reason: str) -> None:
+        super().__init__(f"shard {shard}: {reason}")
+        self.shard, self.reason = str(shard), reason
+
+    def __reduce__(self) -> tuple[type["ShardError"], tuple[str, str]]:
+        """Survives the trip from a worker process."""
+        return ShardError, (self.shard, self.reason)
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the bytes of one file of the tar are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class KeyedMembers:
+    """Consecutive members with one key; `names` is what follows the key's dot."""
+
+    key: str
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def walk_tar(path: Path) -> Iterator[Member]:
+    """Every regular file in order, ustar, GNU and PAX long names included; ShardError where the tar is not whole."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        at, name, size_override = 0, "", -1
+        while True:
+            file.seek(at)
+            header = file.read(BLOCK)
+            if not header:
+                raise ShardError(path, f"truncated: ends at byte {at} without an end-of-archive block")
+            if header.count(0) == len(header):
+                _check_end(path, header, at)
+                return
+            kind, short_name, size = _read_header(path, header, at)
+            size, size_override = (size_override, -1) if size_override >= 0 and kind in _FILE else (size, size_override)
+            if at + BLOCK + size > length:
+                what = name or short_name
+                raise ShardError(path, f"truncated: {what!r} needs {at + BLOCK + size} bytes, the file has {length}")
+            if kind in _FILE:
+                yield Member(name or short_name, at + BLOCK, size)
+                name = ""
+            elif kind in (b"L", b"x"):
+                if size > _LONGEST_NAME:
+                    raise ShardError(path, f"long-name header of {size} bytes at byte {at}")
+                extra = file.read(size)
+                if kind == b"L":
+                    name = _text(path, extra.rstrip(b"\0"), at)
+                else:
+                    name, size_override = _read_pax(path, extra, at, name)
+            elif kind not in _SKIPPED:
+                raise ShardError(
+                    path, f"{short_name!r} at byte {at} is a link or special file; only plain files are read"
+                )
+            at += BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def _check_end(path: Path, header: bytes, at: int) -> None:
+    if len(header) < BLOCK:
+        raise ShardError(path, f"truncated: half an end-of-archive block at byte {at}")
+
+
+def _read_header(path: Path, header: bytes, at: int) -> tuple[bytes, str, int]:
+    if at == 0 and (kind := _MAGIC.get(header[:2])):
+        raise ShardError(path, f"is {kind}-compressed; unpack it: byte ranges need a plain tar")
+    if len(header) < BLOCK:
+        raise ShardError(path, f"truncated: half a header at byte {at}")
+    stored = header[148:156].split(b"\0", 1)[0].strip()
+    if _octal(stored) != sum(header) - sum(header[148:156]) + 8 * 32:
+        raise ShardError(path, f"not a tar header at byte {at}: wrong checksum")
+    raw = header[124:136]
+    digits = raw.split(b"\0", 1)[0].strip()
+    size = int.from_bytes(raw[1:], "big") if raw[0] & 0x80 else _octal(digits or b"0")
+    if size < 0:
+        raise ShardError(path, f"unreadable size {raw!r} at byte {at}")
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0]
+    if prefix and header[257:263] == b"ustar\0":
+        name = prefix + b"/" + name
+    return header[156:157], _text(path, name, at), size
+
+
+def _octal(digits: bytes) -> int:
+    """The number, or -1."""
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else -1
+
+
+def _text(path: Path, raw: bytes, at: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ShardError(path, f"member name at byte {at} is not UTF-8: {raw[:60]!r}") from error
+
+
+def _read_pax(path: Path, extra: bytes, at: int, name: str) -> tuple[str, int]:
+    """Name and size from records of the form `length key=value`, each ending in a newline."""
+    size, start = -1, 0
+    while start < len(extra):
+        digits, space, _ = extra[start : start + 20].partition(b" ")
+        stop = start + int(digits) if digits.isdigit() else start
+        record = extra[start + len(digits) + 1 : stop - 1]
+        if not space or stop <= start or stop > len(extra) or b"=" not in record:
+            raise ShardError(path, f"unreadable pax header at byte {at}")
+        key, _, value = record.partition(b"=")
+        if key == b"path":
+            name = _text(path, value, at)
+        elif key == b"size":
+            if not value.isdigit():
+                raise ShardError(path, f"unreadable size {value!r} in the pax header at byte {at}")
+            size = int(value)
+        elif key.startswith(b"GNU.sparse"):
+            raise ShardError(path, f"sparse file at byte {at}; only plain files are read")
+        start = stop
+    return name, size
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and member name: webdataset's rule, the first dot of the last path component; member lower-cased."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, rest = last.partition(".")
+    return folder + slash + stem, rest.lower()
+
+
+def group_members(path: Path, members: Iterator[Member]) -> Iterator[KeyedMembers]:
+    """Runs of members with one key; ShardError when a key or a member comes twice."""
+    seen: set[str] = set()
+    key, run = "", list[tuple[str, Member]]()
+    for member in members:
+        name = member.name.removeprefix("./")
+        last = name.rpartition("/")[2]
+        if last.startswith(".") or (last.startswith("__") and last.endswith("__")):
+            continue  # .DS_Store and the like, and webdataset's own notes
+        found, rest = split_name(name)
+        if found != key or not run:
+            if run:
+                yield _close(path, key, run, seen)
+            key, run = found, []
+        run.append((rest, member))
+    if run:
+        yield _close(path, key, run, seen)
+
+
+def _close(path: Path, key: str, run: Sequence[tuple[str, Member]], seen: set[str]) -> KeyedMembers:
+    if key in seen:
+        raise ShardError(
+            path, f"key {key!r} comes twice: members of one sample must follow each other, keys are unique"
+        )
+    seen.add(key)
+    names = tuple(name for name, _ in run)
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ShardError(path, f"sample {key!r} has {twice} more than once")
+    return KeyedMembers(key, names, tuple(m.offset for _, m in run), tuple(m.size for _, m in run))
+
+
+class TarWriter:
+    """Writes a tar beside its place and renames it when whole. Equal content gives equal bytes: no times, no owners."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._beside = path.with_name(f".{path.name}.part")
+        self._file: BinaryIO = self._beside.open("wb")
+
+    def add(self, name: str, data: bytes) -> None:
+        """Appends one file."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        header = info.tobuf(tarfile.PAX_FORMAT)
+        self._file.write(header + data + bytes(-len(data) % BLOCK))
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def __enter__(self) -> "TarWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Renames if all went well, removes the part otherwise."""
+        if kind is None:
+            self._file.write(bytes(2 * BLOCK))
+            self._file.close()
+            self._beside.replace(self.path)
+        else:
+            self._file.close()
+            self._beside.unlink()

@@ -1,0 +1,146 @@
+"""The base's own chat template, and text marked so that nothing in a message can pass for the template's own.
+
+What a message may not spell (control tokens) and what we put there ourselves (media) stand between characters that no
+text can hold. So what remains of `<|im_start|>` and `<|im_end|>` after rendering was written by the template.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from data.config import ChatConfig
+
+Span = tuple[int, int]
+
+# noncharacters of Unicode: reserved for use inside a program, never in text
+PLAIN, PLAIN_END, MEDIA, MEDIA_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_MARKERS = re.compile("[\ufdd0-\ufdd3]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The base's template and what it takes to use it safely."""
+
+    source: str
+    tokenizer: Any
+    controls: re.Pattern[str]  # nobody but the template may write these
+    specials: re.Pattern[str]  # an assistant may not write these; other control tokens are its language
+    thinks: bool  # it knows thinking, and leaves it out of the history
+    opening: str  # what a server adds behind the assistant's header: given, not generated
+
+
+def read_template(folder: Path, tokenizer: Any, config: ChatConfig) -> Template:
+    """The template a server of this base uses: the processor's file before the tokenizer's own."""
+    source = _template_source(folder, tokenizer)
+    added = tokenizer.added_tokens_decoder.values()
+    specials = [token.content for token in added if token.special]
+    written = [token.content for token in added if token.content in source and not token.content.isspace()]
+    unknown = [token for token in config.keep_control_tokens if token not in specials]
+    if unknown:
+        raise ValueError(
+            f"data.chat.keep_control_tokens names {unknown}, which the base's tokenizer does not have as special "
+            f"tokens; it has {', '.join(specials)}"
+        )
+    template = Template(
+        source=source,
+        tokenizer=tokenizer,
+        controls=_any_of({*specials, *written}),
+        specials=_any_of(set(specials) - set(config.keep_control_tokens)),
+        thinks="</think>" in source,
+        opening="",
+    )
+    asked = [{"role": "user", "content": "?"}]
+    without, prompt = render(template, asked, ()), render(template, asked, (), prompt=True)
+    header = "<|im_start|>assistant\n"
+    if not prompt.startswith(without + header):
+        raise ValueError(
+            f"{folder}: the base's chat template does not open the assistant's turn with {header!r} but with "
+            f"{prompt[len(without) :]!r}; moetune reads templates of the Qwen family"
+        )
+    return replace(template, opening=prompt[len(without + header) :])
+
+
+def _template_source(folder: Path, tokenizer: Any) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        return str(json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"])
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{folder}: no chat template, neither in chat_template.jinja, chat_template.json nor in "
+            f"tokenizer_config.json. Copy it from the release the weights came from"
+        )
+    return str(tokenizer.chat_template)
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    """The longest first, so that a token wins over those inside it."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")
+
+
+def mark(text: str, spelled: re.Pattern[str]) -> str:
+    """The text with each of these tokens between markers that say: only text."""
+    if found := _MARKERS.search(text):
+        raise ValueError(f"the text holds U+{ord(found[0]):04X}, which is no character of any script; remove it")
+    return spelled.sub(f"{PLAIN}\\g<0>{PLAIN_END}", text)
+
+
+def mark_deep(value: Any, spelled: re.Pattern[str]) -> Any:
+    """A JSON value with every string in it marked, names included."""
+    if isinstance(value, str):
+        return mark(value, spelled)
+    if isinstance(value, dict):
+        return {mark(name, spelled): mark_deep(item, spelled) for name, item in value.items()}
+    return [mark_deep(item, spelled) for item in value] if isinstance(value, list) else value
+
+
+def render(
+    template: Template, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], *, prompt: bool = False
+) -> str:
+    """The conversation as the template writes it; tools are marked here, messages by the caller."""
+    marked = [mark_deep(tool, template.controls) for tool in tools]
+    try:
+        rendered: str = template.tokenizer.apply_chat_template(
+            messages,
+            tools=marked or None,
+            chat_template=template.source,
+            add_generation_prompt=prompt,
+            tokenize=False,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the base's chat template refuses the conversation: {error}") from error
+    return rendered
+
+
+def unmark(marked: str) -> tuple[str, list[Span], list[Span]]:
+    """Text without markers, the spans that are plain text and those that are media."""
+    pieces: list[str] = []
+    spans: dict[str, list[Span]] = {PLAIN: [], MEDIA: []}
+    opened: list[tuple[str, int]] = []
+    length = at = 0
+    for found in _MARKERS.finditer(marked):
+        pieces.append(marked[at : found.start()])
+        length, at = length + found.start() - at, found.end()
+        if found[0] in spans:
+            opened.append((found[0], length))
+            continue
+        kind, start = opened.pop() if opened else ("", 0)
+        if (kind, found[0]) not in ((PLAIN, PLAIN_END), (MEDIA, MEDIA_END)):
+            raise ValueError("the base's chat template cuts through a message; its turns cannot be told apart")
+        spans[kind].append((start, length))
+    pieces.append(marked[at:])
+    if opened:
+        raise ValueError("the base's chat template cuts through a message; its turns cannot be told apart")
+    return "".join(pieces), spans[PLAIN], spans[MEDIA]
+
+
+def blank(text: str, plain: Sequence[Span]) -> str:
+    """The text with its harmless spans blanked out, so that every control token in it is a real one."""
+    for start, end in plain:
+        text = text[:start] + "\0" * (end - start) + text[end:]
+    return text

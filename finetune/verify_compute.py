@@ -1,0 +1,235 @@
+"""The computing half of a base's card: our model against transformers' on the same samples, both streamed.
+
+They are fed differently on purpose. Ours gets what training gives it: all samples packed in one row, four rows of
+positions, no mask, weights read by this package. Transformers' gets what its users give it: a padded batch with a mask,
+its own positions, weights read by the safetensors library and turned by transformers' rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from data.vision import normalise, read_spec
+from finetune.basefiles import BaseFiles
+from finetune.layouts import is_expert_stack, single_expert
+from finetune.model import ModelOptions, build
+from finetune.shapes import EMBEDDING, HEAD
+from finetune.streaming import Read, streamed
+from finetune.verify import Check
+from finetune.verify_samples import LAYOUTS, Trial, trials
+from finetune.weights import rebuild_tables
+
+_SPREAD = 12  # positions of each sample that are compared, beside those that predict its answer
+# Largest difference of a logit, in standard deviations of the logits. In bfloat16 two close experts may change places.
+_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
+_NO_PREFERENCE = 0.02  # nats per token
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """The samples side by side: where in each the comparison looks, and what both models are fed."""
+
+    trials: Sequence[Trial]
+    chosen: Sequence[list[int]]
+    pixels: dict[str, Tensor]
+
+    @property
+    def packed(self) -> Tensor:
+        """Indexes of the chosen positions in the packed row."""
+        starts = np.cumsum([0, *(len(trial.sample.input_ids) for trial in self.trials)])
+        return torch.tensor([starts[at] + p for at, places in enumerate(self.chosen) for p in places])
+
+    @property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the chosen positions in the padded batch."""
+        pairs = [(at, p) for at, places in enumerate(self.chosen) for p in places]
+        return torch.tensor([row for row, _ in pairs]), torch.tensor([column for _, column in pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """One model's run: logits of the chosen positions, what each text layer gave there, and the most it held."""
+
+    logits: Tensor
+    layers: dict[str, Tensor]
+    bytes_peak: int
+
+
+def compute_checks(
+    folder: Path, weights: BaseFiles, *, device: str, dtype_name: Literal["float32", "bfloat16"]
+) -> Iterator[Check]:
+    """Logits of both models on every sample, then what the answers cost in each video layout."""
+    dtype, place = getattr(torch, dtype_name), torch.device(device)
+    row = _row(folder, place, dtype)
+    ours = _run_ours(folder, weights, row, place, dtype)
+    theirs = _run_theirs(folder, weights, row, place, dtype)
+    yield compare(row.chosen, [trial.name for trial in row.trials], ours, theirs, _TOLERANCE[dtype_name])
+    yield video_preference(row.trials, row.chosen, ours.logits)
+
+
+def compare(
+    chosen: Sequence[list[int]], names: Sequence[str], ours: _Outcome, theirs: _Outcome, tolerance: float
+) -> Check:
+    """Equal next tokens and close logits at every chosen position; a failure names the sample and the first layer."""
+    scale = theirs.logits.float().std()
+    apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / scale
+    other = ours.logits.argmax(-1) != theirs.logits.argmax(-1)
+    ends = np.cumsum([len(places) for places in chosen])
+    worst = int(apart.argmax())
+    detail = (
+        f"{len(apart)} positions of {len(names)} samples, largest difference {apart.max():.1e} of the logits' spread, "
+        f"next token equal at {int((~other).sum())}; held {max(ours.bytes_peak, theirs.bytes_peak):,} bytes of weights "
+        f"at most"
+    )
+    if not apart.max() <= tolerance or (other & (apart > tolerance)).any():
+        sample = names[int(np.searchsorted(ends, worst, side="right"))]
+        return Check(
+            name="logits", status="fail", detail=f"{detail}; worst in {sample}; {_parting(ours, theirs, tolerance)}"
+        )
+    return Check(name="logits", status="pass", detail=detail)
+
+
+def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logits: Tensor) -> Check:
+    """What the given answers cost, in nats per token, in each video layout: which one the weights know."""
+    costs: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+    at = 0
+    for trial, places in zip(trials, chosen, strict=True):
+        if trial.layout is not None:
+            labels = _answer(trial)
+            rows = torch.tensor([at + places.index(label - 1) for label in labels])
+            targets = torch.from_numpy(trial.sample.input_ids[labels].astype(np.int64)).to(logits.device)
+            costs[trial.layout].append(F.cross_entropy(logits[rows].float(), targets).item())
+        at += len(places)
+    mean = {layout: sum(found) / len(found) for layout, found in costs.items()}
+    low, high = sorted(LAYOUTS, key=mean.__getitem__)
+    gap = mean[high] - mean[low]
+    wins = sum(first < second for first, second in zip(costs[low], costs[high], strict=True))
+    verdict = f"the weights prefer {low} (cheaper in {wins} of {len(costs[low])})"
+    if gap < _NO_PREFERENCE:
+        verdict = "no preference"
+    shown = ", ".join(f"{layout} {cost:.3f}" for layout, cost in mean.items())
+    return Check(name="video layout", status="note", detail=f"answers cost {shown} nats per token: {verdict}")
+
+
+def _parting(ours: _Outcome, theirs: _Outcome, tolerance: float) -> str:
+    for name, output in theirs.layers.items():
+        if ((ours.layers[name] - output).abs().max() / output.float().std()) > tolerance:
+            return f"the models part at {name}"
+    return "the layers agree, the head differs"
+
+
+def _row(folder: Path, device: torch.device, dtype: torch.dtype) -> _Row:
+    made = trials(folder)
+    chosen = []
+    for trial in made:
+        spread = np.linspace(0, len(trial.sample.input_ids) - 1, _SPREAD).astype(int).tolist()
+        chosen.append(sorted({*spread, *(label - 1 for label in _answer(trial))}))
+    spec, pixels = read_spec(folder), {}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        patches = np.concatenate([getattr(trial.sample, f"{kind}_patches") for trial in made])
+        grids = np.concatenate([getattr(trial.sample, f"{kind}_grids") for trial in made])
+        pixels[f"pixel_values{suffix}"] = normalise(torch.from_numpy(patches).to(device), spec=spec, dtype=dtype)
+        pixels[f"{kind}_grid_thw"] = torch.from_numpy(grids).long().to(device)
+    return _Row(trials=made, chosen=chosen, pixels=pixels)
+
+
+def _answer(trial: Trial) -> list[int]:
+    """Positions of the answer's tokens."""
+    return [int(place) for place in np.flatnonzero(trial.sample.loss_weights)]
+
+
+def _run_ours(folder: Path, weights: BaseFiles, row: _Row, device: torch.device, dtype: torch.dtype) -> _Outcome:
+    empty = build(folder, ModelOptions(dtype=dtype))
+    inputs = {
+        "input_ids": torch.from_numpy(np.concatenate([t.sample.input_ids for t in row.trials])).long()[None],
+        "position_ids": torch.from_numpy(np.concatenate([t.sample.positions for t in row.trials], axis=1)).long()[
+            :, None
+        ],
+    }
+    places = (torch.zeros_like(row.packed), row.packed)
+    return _run(empty.module, weights.read, empty.canonical, inputs, row.pixels, places, weights, device, dtype)
+
+
+def _run_theirs(folder: Path, weights: BaseFiles, row: _Row, device: torch.device, dtype: torch.dtype) -> _Outcome:
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    longest = max(len(trial.sample.input_ids) for trial in row.trials)
+    ids = torch.full((len(row.trials), longest), int(config.text_config.bos_token_id))
+    mask = torch.zeros_like(ids)
+    for at, trial in enumerate(row.trials):
+        ids[at, : len(trial.sample.input_ids)] = torch.from_numpy(trial.sample.input_ids).long()
+        mask[at, : len(trial.sample.input_ids)] = 1
+    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
+    read = library_reader(weights)
+    return _run(module, read, lambda name: name, inputs, row.pixels, row.padded, weights, device, dtype)
+
+
+def _run(
+    module: nn.Module,
+    read: Read,
+    canonical: Any,
+    inputs: dict[str, Tensor],
+    pixels: dict[str, Tensor],
+    places: tuple[Tensor, Tensor],
+    weights: BaseFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> _Outcome:
+    module.eval()
+    rebuild_tables(module, device)
+    inner: nn.Module = module.get_submodule("model")  # all but the head, which is needed at the chosen positions only
+    rows, columns = (place.to(device) for place in places)
+
+    def watch(name: str, output: Any) -> Tensor | None:
+        is_text_layer = ".layers." in name and isinstance(output, Tensor)
+        return output[rows, columns].clone() if is_text_layer else None
+
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+    with (
+        torch.no_grad(),
+        streamed(
+            inner,
+            read,
+            canonical=lambda name: canonical(f"model.{name}"),
+            device=device,
+            dtype=dtype,
+            watch=watch,
+        ) as state,
+    ):
+        hidden = inner(**moved, **pixels, use_cache=False).last_hidden_state[rows, columns]
+        head = read(HEAD if HEAD in weights.shapes else EMBEDDING).to(device=device, dtype=dtype)
+        logits = F.linear(hidden, head)
+    return _Outcome(logits=logits, layers=state.seen, bytes_peak=max(state.bytes_peak, head.nbytes))
+
+
+def library_reader(weights: BaseFiles) -> Read:
+    """Tensors by the safetensors library, expert stacks turned as transformers turns them: where shapes differ."""
+
+    def stored(key: str) -> Tensor:
+        with safe_open(weights.stored[key].file, framework="pt") as file:
+            found: Tensor = file.get_tensor(key)
+        return found
+
+    def read(name: str) -> Tensor:
+        shape = weights.shapes[name]
+        if weights.layout == "per_expert" and is_expert_stack(name):
+            return torch.stack(
+                [torch.cat([stored(key) for key, _ in single_expert(name, shape, e)]) for e in range(shape[0])]
+            )
+        tensor = stored(name)
+        turned = is_expert_stack(name) and tuple(tensor.shape) != tuple(shape)
+        return tensor.transpose(1, 2).contiguous() if turned else tensor
+
+    return read

@@ -1,0 +1,389 @@
+"""Tar, index and reader: foreign tars read, damage named, bytes found by range."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.index import load_index, sidecar
+from data.reader import ByteReader, SampleReader, fetch_url
+from data.record import RecordError
+from data.tar import ShardError, TarWriter, group_members, split_name, walk_tar
+
+
+def text_record(answer="yes", **more):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    return json.dumps({"v": 1, "messages": messages, **more}).encode()
+
+
+def picture(height, width, kind="PNG"):
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), (10, 20, 30)).save(out, kind)
+    return out.getvalue()
+
+
+def image_record(*names):
+    return json.dumps(
+        {"v": 1, "messages": [{"role": "assistant", "content": "<image>" * len(names)}], "images": list(names)}
+    ).encode()
+
+
+def write(path: Path, *files: tuple[str, bytes]) -> Path:
+    with TarWriter(path) as tar:
+        for name, data in files:
+            tar.add(name, data)
+    return path
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["a/b.json", "d" * 90 + "/" + "k" * 90 + ".json", "tiefe/größe-日本.json"])
+def test_walk_agrees_with_tarfile_in_every_format(tmp_path, form, name):
+    with tarfile.open(tmp_path / "x.tar", "w", format=form) as tar:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for member, data in ((name, b"x" * 700), ("b.json", b""), (name + ".2", b"y" * 512)):
+            info = tarfile.TarInfo(member)
+            info.size = len(data)
+            info.mtime = 1.5  # gives pax a header of its own
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+    found = [(m.name, m.offset, m.size) for m in walk_tar(tmp_path / "x.tar")]
+    assert found == expected
+    assert len(found) == 3
+
+
+def test_sizes_beyond_octal_and_in_pax_are_read(tmp_path):
+    for form, header in ((tarfile.GNU_FORMAT, 1), (tarfile.PAX_FORMAT, 3)):
+        info = tarfile.TarInfo("big.mp4")
+        info.size = 9 << 30
+        head = info.tobuf(form)
+        with (tmp_path / "big.tar").open("wb") as file:
+            file.write(head)
+            file.seek(len(head) + info.size)  # a hole: nothing is written
+            file.write(bytes(1024))
+        assert len(head) == header * 512
+        assert [(m.offset, m.size) for m in walk_tar(tmp_path / "big.tar")] == [(len(head), 9 << 30)]
+
+
+def test_webdatasets_own_writer_is_indexed_lazily(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "w.tar")) as sink:
+        for n in range(3):
+            record = json.loads(image_record("0.jpg", "1.png"))
+            sink.write(
+                {
+                    "__key__": f"dir/{n:03d}",
+                    "json": record,
+                    "0.jpg": picture(40, 60, "JPEG"),
+                    "1.png": picture(n + 7, 9),
+                }
+            )
+    index = load_index(tmp_path / "w.tar")
+    assert index.keys == ("dir/000", "dir/001", "dir/002")
+    assert not index.problems
+    assert [(f.height, f.width) for f in index.images(2)] == [(40, 60), (9, 9)]
+    assert (tmp_path / "w.tar.idx").exists()
+    record, members = SampleReader().sample(tmp_path / "w.tar", 1)
+    assert members["1.png"] == picture(8, 9)
+    assert record.images[1].member == "1.png"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its files open
+def test_equal_content_gives_equal_bytes_and_webdataset_reads_it(tmp_path):
+    files = [("a/0.json", text_record()), ("a/0.0.jpg", picture(8, 9, "JPEG")), ("a/1.json", text_record("größe"))]
+    one, two = write(tmp_path / "one.tar", *files), write(tmp_path / "two.tar", *files)
+    assert one.read_bytes() == two.read_bytes()
+    theirs = list(webdataset.WebDataset(str(one), shardshuffle=False))
+    assert [sample["__key__"] for sample in theirs] == ["a/0", "a/1"]
+    assert theirs[0]["0.jpg"] == files[1][1]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    def fail_halfway():
+        with TarWriter(tmp_path / "a.tar") as tar:
+            tar.add("x.json", b"1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_truncation_is_named(tmp_path):
+    whole = write(tmp_path / "a.tar", ("k1.json", text_record()), ("k2.json", text_record()), ("k2.0.jpg", b"z" * 900))
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.tar"
+    for length in [*range(0, len(data) - 1024, 128), len(data) - 1023]:
+        cut.write_bytes(data[:length])
+        with pytest.raises(ShardError, match=r"cut.tar: truncated: "):
+            load_index(cut)
+    cut.write_bytes(data[:-512])  # one end block is enough for other readers too
+    assert len(load_index(cut)) == 2
+
+
+def test_other_archives_links_and_rubbish_are_refused_by_name(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.json"))
+    with pytest.raises(ShardError, match="x.tar: is gzip-compressed; unpack it"):
+        load_index(path)
+    path.write_bytes(b"hello" * 300)
+    with pytest.raises(ShardError, match="x.tar: not a tar header at byte 0: wrong checksum$"):
+        load_index(path)
+    link = tarfile.TarInfo("a.json")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+    path.write_bytes(link.tobuf() + bytes(1024))
+    with pytest.raises(ShardError, match="'a.json' at byte 0 is a link or special file"):
+        load_index(path)
+    with pytest.raises(ShardError, match="none.tar: does not exist"):
+        load_index(tmp_path / "none.tar")
+
+
+def header(**changes):
+    """A header with fields overwritten and the checksum made right again."""
+    raw = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.USTAR_FORMAT))
+    for at, value in changes.values():
+        raw[at : at + len(value)] = value
+    raw[148:156] = b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw)
+    return bytes(raw)
+
+
+def pax(body):
+    return header(kind=(156, b"x"), size=(124, b"%011o" % len(body))) + body + bytes(-len(body) % 512) + header()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (header(size=(124, b"99999999999")), "unreadable size b'99999999999"),
+        (header(name=(0, b"\xff\xfe.json")), "member name at byte 0 is not UTF-8"),
+        (
+            header(kind=(156, b"L"), size=(124, b"%011o" % (2 << 20))) + bytes(2 << 20),
+            "long-name header of 2097152 bytes",
+        ),
+        (pax(b"99 path=x\n"), "unreadable pax header"),
+        (pax(b"path=x\n"), "unreadable pax header"),
+        (pax(b"10 size=x\n"), "unreadable size b'x' in the pax header"),
+        (pax(b"21 GNU.sparse.major=1\n"[:-1].replace(b"21", b"22") + b"\n"), "sparse file at byte 0"),
+    ],
+)
+def test_broken_headers_are_refused_by_name(tmp_path, raw, message):
+    path = tmp_path / "x.tar"
+    path.write_bytes(raw + bytes(1024))
+    with pytest.raises(ShardError, match=message):
+        load_index(path)
+
+
+def test_keys_and_members_that_come_twice_are_refused(tmp_path):
+    path = write(tmp_path / "x.tar", ("a.json", b"{}"), ("b.json", b"{}"), ("a.jpg", b""))
+    with pytest.raises(ShardError, match="x.tar: key 'a' comes twice"):
+        load_index(path)
+    path = write(tmp_path / "y.tar", ("a.json", b"{}"), ("a.JSON", b"{}"))
+    with pytest.raises(ShardError, match=r"sample 'a' has \['json'\] more than once"):
+        load_index(path)
+
+
+def test_key_ends_at_the_first_dot_of_the_last_component():
+    assert split_name("v1.2/a.b.JPG") == ("v1.2/a", "b.jpg")
+    assert split_name("a") == ("a", "")
+
+
+def test_unusable_samples_are_listed_with_reasons_and_cost_no_other(tmp_path):
+    path = write(
+        tmp_path / "x.tar",
+        ("good.json", text_record()),
+        ("half.json", image_record("0.jpg")),
+        ("dot.v2.json", text_record()),
+        ("broken.json", b"{"),
+        ("silent.json", b'{"v": 1, "messages": [{"role": "user", "content": "hi"}]}'),
+        ("bad.json", image_record("0.png")),
+        ("bad.0.png", picture(30, 30)[:20]),
+        ("gone.json", image_record({"path": "nowhere.png"})),
+        (".DS_Store", b"junk"),
+        ("__notes__", b"junk"),
+    )
+    index = load_index(path)
+    reasons = {index.keys[number]: reason for number, reason in index.problems.items()}
+    assert sorted(reasons) == ["bad", "broken", "dot", "gone", "half", "silent"]
+    assert "half a sample?" in reasons["half"]
+    assert "has no json member, only ['v2.json'] (a dot in the key?)" in reasons["dot"]
+    assert "Expecting property name" in reasons["broken"]
+    assert "nothing supervised" in reasons["silent"]
+    assert reasons["bad"].startswith("images[0]: ")
+    assert "nowhere.png: No such file" in reasons["gone"]
+    assert load_index(path).problems == index.problems
+    with pytest.raises(RecordError, match="shard x.tar, sample dot: has no json member"):
+        SampleReader().record(path, index.keys.index("dot"))
+    assert SampleReader().record(path, 0) == SampleReader().sample(path, 0)[0]
+
+
+def test_index_is_rebuilt_when_the_tar_changed_or_the_index_is_damaged(tmp_path):
+    path = write(tmp_path / "x.tar", ("a.json", text_record()))
+    first = load_index(path)
+    sidecar(path, ".idx", None).write_bytes(b"PK\x03\x04 rubbish")
+    assert load_index(path).digest == first.digest
+    write(path, ("a.json", text_record("no")))
+    assert load_index(path).digest != first.digest
+
+
+def test_cache_folder_keeps_shards_of_one_name_apart(tmp_path):
+    cache = tmp_path / "cache"
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "x.tar", (f"{folder}.json", text_record()))
+    found = [load_index(tmp_path / folder / "x.tar", cache_dir=cache).keys for folder in ("one", "two", "one")]
+    assert found == [("one",), ("two",), ("one",)]
+    assert len(list(cache.iterdir())) == 2
+    assert not list((tmp_path / "one").glob("*.idx"))
+
+
+def test_index_that_cannot_be_written_names_the_remedy(tmp_path):
+    path = write(tmp_path / "x.tar", ("a.json", text_record()))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardError, match="cannot write the index: .*; set data.cache_dir"):
+        load_index(path, cache_dir=tmp_path / "file")
+
+
+def test_changed_bytes_are_caught_when_read(tmp_path):
+    path = write(tmp_path / "x.tar", ("a.json", text_record()), ("b.json", bytes(1 << 18)), ("c.json", text_record()))
+    load_index(path)
+    data = bytearray(path.read_bytes())
+    data[100_000] ^= 1  # same size, same ends: the stamp still fits
+    path.write_bytes(data)
+    reader = SampleReader()
+    assert reader.members(path, 2) == {"json": text_record()}
+    with pytest.raises(
+        RecordError, match="shard x.tar, sample b: json changed since it was indexed; run: moetune shards"
+    ):
+        reader.members(path, 1)
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(RecordError, match="shard x.tar, sample c: .* ends too early"):
+        reader.members(path, 2)
+
+
+def test_shared_media_are_read_by_path_and_range(tmp_path):
+    blob = b"junk" + picture(6, 5) + b"more junk"
+    (tmp_path / "all.bin").write_bytes(blob)
+    place = {"path": "all.bin", "range": [4, len(picture(6, 5))]}
+    path = write(
+        tmp_path / "x.tar",
+        ("a.json", image_record(place)),
+        ("b.json", image_record({"path": "all.bin", "range": [9, 9999]})),
+    )
+    index = load_index(path)
+    assert [(f.height, f.width) for f in index.images(0)] == [(6, 5)]
+    assert "all.bin ends too early" in index.problems[1]
+    reader = SampleReader()
+    record, members = reader.sample(path, 0)
+    assert reader.media(record, members, tmp_path) == ([picture(6, 5)], [])
+
+
+def test_reader_keeps_few_files_open(tmp_path):
+    reader = ByteReader()
+    for n in range(80):
+        (tmp_path / str(n)).write_bytes(bytes([n]) * 3)
+        assert reader.read(tmp_path / str(n), 1, 2) == bytes([n]) * 2
+    assert len(reader._files) == 64
+    assert reader.read(tmp_path / "0", 0, 1) == b"\0"
+    reader.close()
+    assert not reader._files
+    with pytest.raises(ValueError, match="cannot read .*gone: No such file"):
+        reader.read(tmp_path / "gone", 0, 1)
+
+
+def test_frame_lists_need_one_size(tmp_path):
+    record = json.dumps(
+        {
+            "v": 1,
+            "messages": [{"role": "assistant", "content": "<video>"}],
+            "videos": [{"frames": ["0.png", "1.png"], "rate": 2}],
+        }
+    ).encode()
+    path = write(
+        tmp_path / "x.tar",
+        ("a.json", record),
+        ("a.0.png", picture(6, 5)),
+        ("a.1.png", picture(6, 5)),
+        ("b.json", record),
+        ("b.0.png", picture(6, 5)),
+        ("b.1.png", picture(5, 6)),
+    )
+    index = load_index(path)
+    facts = index.videos(0)[0]
+    assert (facts.height, facts.width, facts.frames, facts.rate, facts.duration) == (6, 5, 2, 2, 1)
+    assert "must be of one size, found 6 x 5, 5 x 6 pixels" in index.problems[1]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_tar_with_any_bytes_changed_is_read_or_refused_by_name(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = write(
+        folder / "x.tar", ("a.json", image_record("0.png")), ("a.0.png", picture(6, 5)), ("b.json", text_record())
+    )
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    try:
+        index = load_index(path)
+    except ShardError as error:
+        where = str(error)
+    else:
+        where = "x.tar"
+        assert len(index) <= 3
+        assert set(index.problems) <= set(range(len(index)))
+    assert "x.tar" in where
+
+
+def test_fetch_reads_ranges_and_names_the_failure(tmp_path, serve):
+    (tmp_path / "blob").write_bytes(bytes(range(100)))
+    address = serve(tmp_path)
+    assert fetch_url(f"{address}/blob", None) == bytes(range(100))
+    assert fetch_url(f"{address}/blob", (10, 5)) == bytes(range(10, 15))  # this server ignores ranges
+    with pytest.raises(ValueError, match="cannot fetch .*/blob after 1 attempts: got 5 bytes instead of 9"):
+        fetch_url(f"{address}/blob", (95, 9), attempts=1)
+    with pytest.raises(ValueError, match="cannot fetch .*/none after 2 attempts: .*404"):
+        fetch_url(f"{address}/none", None, attempts=2)
+
+
+@pytest.fixture
+def serve():
+    """Starts a plain file server on this machine."""
+    import functools
+    import http.server
+    import threading
+
+    servers = []
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    def start(folder):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_arrays_of_an_empty_shard(tmp_path):
+    index = load_index(write(tmp_path / "x.tar"))
+    assert len(index) == 0
+    assert index.offsets.dtype == np.int64
+    assert not list(group_members(tmp_path / "x.tar", iter(())))

@@ -1,0 +1,238 @@
+"""From the `data:` section to a stream, and the policies for samples that do not fit."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from corpora import corpus_of, renderer, write_shards
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.checks import data_problems
+from data.config import DataConfig, SourceConfig
+from data.corpus import Limits, find_shards, pack_part, unpack_part
+from data.lengths import load_lengths
+from data.open import open_corpus, open_stream, plan_settings
+from data.reader import SampleReader
+from data.record import parse_record
+from data.tar import TarWriter
+from data.turns import cut_record, split_turns
+
+
+def config_of(path, **changes):
+    return DataConfig(
+        **(
+            {"packs_per_step": 2, "tokens_per_pack": 384, "workers": 0, "sources": {"a": SourceConfig(path=str(path))}}
+            | changes
+        )
+    )
+
+
+def keys_of(config):
+    corpus = open_corpus(config, renderer())
+    return [
+        key
+        for step in open_stream(config, corpus, renderer(), seed=1, rank=0, size=1)
+        for b in step.batches
+        for key in b.keys
+    ]
+
+
+def test_shards_and_rows_open_alike(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * (n % 9 + 1)}]}
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    from_rows = keys_of(config_of(tmp_path / "rows.jsonl", remainder="keep"))
+    assert len(set(from_rows)) == len(from_rows) == 40
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    from_shards = keys_of(config_of(folder, remainder="keep"))
+    assert from_shards == from_rows
+
+
+def test_shards_are_found_by_file_folder_pattern_and_braces(tmp_path):
+    paths = write_shards(tmp_path / "x", 12, per_shard=2)
+    base = tmp_path / "x"
+    assert find_shards(str(paths[0]), "k") == paths[:1]
+    assert find_shards(str(base), "k") == paths
+    assert find_shards(f"{base}/part-*.tar", "k") == paths
+    assert find_shards(f"{base}/part-{{001..003}}.tar", "k") == paths[1:4]
+    assert find_shards(f"{base}/part-{{000,004}}.tar", "k") == [paths[0], paths[4]]
+    for path, message in (
+        (f"{base}/gone.tar", "k names .*gone.tar', which does not exist"),
+        (f"{base}/*.zip", r"k is .*\*.zip', which holds no \*.tar file"),
+        (f"{base}/part-00{{0,0}}.tar", "names a shard twice"),
+        ("pipe:cat x.tar", "k is 'pipe:cat x.tar'; shards are read from mounted folders only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_shards(path, "k")
+
+
+def test_problems_of_the_section_are_raised_together(tmp_path):
+    sources = {"a": SourceConfig(path="x", weight=2.0), "b": SourceConfig(path="x", weight=-1.0)}
+    config = DataConfig(packs_per_step=0, prefetch=0, sources=sources)
+    assert [problem.key for problem in data_problems(config)] == [
+        "data.packs_per_step",
+        "data.prefetch",
+        "data.sources.a.weight",
+        "data.sources.b.weight",
+    ]
+    with pytest.raises(
+        ValueError, match="(?s)data.packs_per_step=0: at least 1 is wanted.*no effect with data.mixture=natural"
+    ):
+        open_corpus(config, renderer())
+    assert not data_problems(DataConfig(mixture="tokens", sources={"a": SourceConfig(path="x", weight=2.0)}))
+
+
+def test_vision_tokens_limit_patches():
+    assert plan_settings(config_of("x"), seed=0).patches_per_pack == 4 * 384
+    assert plan_settings(config_of("x", vision_tokens_per_pack=100), seed=0).patches_per_pack == 400
+
+
+def broken_shard(folder):
+    folder.mkdir()
+    with TarWriter(folder / "x.tar") as tar:
+        for n in range(30):
+            good = {"v": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b " * 40}]}
+            tar.add(f"{n:03d}.json", json.dumps(good if n > 2 else {"v": 1}).encode())
+    return folder
+
+
+def test_unusable_samples_are_named_counted_and_limited(tmp_path, caplog):
+    folder = broken_shard(tmp_path / "a")
+    with caplog.at_level(logging.WARNING):
+        corpus = open_corpus(config_of(folder), renderer())
+    assert [item.key for item in corpus.unusable] == ["000", "001", "002"]
+    assert (
+        "left out: source a, shard x.tar, sample 001: messages is missing" in caplog.text or len(caplog.messages) == 3
+    )
+    assert len(corpus.sources[0]) == 27
+    with pytest.raises(
+        ValueError, match="3 samples cannot be used, data.max_bad_samples=2: source a, shard x.tar, sample 000"
+    ):
+        open_corpus(config_of(folder, max_bad_samples=2), renderer())
+
+
+def long_talk(turns, system=True):
+    messages = [{"role": "system", "content": "Be brief."}] if system else []
+    for n in range(turns):
+        messages += [
+            {"role": "user", "content": f"<image>question {n} " + "word " * 20},
+            {"role": "assistant", "content": f"answer {n} at <bbox>"},
+        ]
+    boxes = [[n, n, n + 5, n + 5] for n in range(turns)]
+    objects = {"bbox": boxes, "image_id": list(range(turns))}
+    return {"v": 1, "messages": messages, "images": [f"{n}.png" for n in range(turns)], "objects": objects}
+
+
+def talk_shard(folder, turns=9):
+    from corpora import media
+
+    folder.mkdir()
+    with TarWriter(folder / "x.tar") as tar:
+        tar.add("talk.json", json.dumps(long_talk(turns)).encode())
+        for n in range(turns):
+            tar.add(f"talk.{n}.png", media()["0.png"])
+        for n in range(12):
+            text = {"v": 1, "messages": [{"role": "assistant", "content": "b " * 60}]}
+            tar.add(f"{n:03d}.json", json.dumps(text).encode())
+    return folder
+
+
+def test_a_sample_over_the_budget_is_refused_skipped_or_split(tmp_path, caplog):
+    folder = talk_shard(tmp_path / "a")
+    with pytest.raises(
+        ValueError, match="1 samples do not fit a pack: shard x.tar, sample talk: .* tokens and .*set data.overlong"
+    ):
+        open_corpus(config_of(folder), renderer())
+    with caplog.at_level(logging.WARNING):
+        assert len(keys_of(config_of(folder, overlong="skip", remainder="keep"))) == 12
+    assert "data.overlong=skip left out 1 samples" in caplog.text
+    keys = keys_of(config_of(folder, overlong="split-turns", remainder="keep"))
+    parts = [key for key in keys if key.endswith("talk")]
+    assert len(parts) >= 2
+    assert len(keys) == 12 + len(parts)
+
+
+def test_split_turns_keeps_every_turn_once_with_its_images_and_boxes():
+    record = parse_record(long_talk(7), shard="s", key="k")
+    parts = split_turns(record, lambda cut: len(cut.images) <= 3)
+    assert parts == [(1, 6), (7, 12), (13, 14)]
+    cuts = [cut_record(record, *part) for part in parts]
+    assert [cut.images for cut in cuts] == [(0, 1, 2), (3, 4, 5), (6,)]
+    assert [message for cut in cuts for message in cut.record.messages[1:]] == list(record.messages[1:])
+    assert all(cut.record.messages[0].role == "system" for cut in cuts)
+    assert cuts[1].record.objects.boxes == record.objects.boxes[3:6]
+    assert cuts[1].record.objects.image_id == (0, 1, 2)
+    with pytest.raises(ValueError, match="messages 1 to 2 alone do not fit a pack; turns are never cut"):
+        split_turns(record, lambda cut: False)
+
+
+def test_split_turns_keeps_tools_with_their_question_and_drops_unsupervised_parts():
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [{"name": "f"}]},
+        {"role": "tool", "content": "x"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "loss": False},
+    ]
+    record = parse_record({"v": 1, "messages": messages}, shard="s", key="k")
+    assert split_turns(record, lambda cut: len(cut.record.messages) <= 4) == [(0, 3)]
+
+
+def test_boxes_on_an_image_of_an_earlier_part_cannot_be_split():
+    raw = long_talk(2)
+    raw["objects"]["image_id"] = [0, 0]
+    record = parse_record(raw, shard="s", key="k")
+    with pytest.raises(ValueError, match="boxes of a later turn belong to image 0, which an earlier one shows"):
+        split_turns(record, lambda cut: len(cut.images) <= 1)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_parts_survive_as_one_number(first, more):
+    assert unpack_part(pack_part(first, first + more)) == (first, first + more)
+    assert unpack_part(0) is None
+
+
+def test_lengths_are_exact_and_kept(tmp_path):
+    (path,) = write_shards(tmp_path, 12, per_shard=12)
+    reader = SampleReader()
+    found = load_lengths(path, renderer(), reader=reader, cache_dir=None)
+    for number in range(12):
+        record, members = reader.sample(path, number)
+        sample = renderer().build(record, *reader.media(record, members, tmp_path), key="k")
+        assert len(sample.input_ids) == found.tokens[number]
+        assert len(sample.image_patches) + len(sample.video_patches) == found.patches[number]
+
+    class Counting:
+        def __init__(self, text, full):
+            self.text_fingerprint, self.fingerprint, self.counted = text, full, []
+
+        def count_text(self, *args):
+            self.counted.append("text")
+            return renderer().count_text(*args)
+
+        def count_vision(self, *args):
+            self.counted.append("vision")
+            return renderer().count_vision(*args)
+
+    same = Counting(renderer().text_fingerprint, renderer().fingerprint)
+    assert np.array_equal(load_lengths(path, same, reader=reader, cache_dir=None).tokens, found.tokens)
+    assert same.counted == []
+    limits = Counting(renderer().text_fingerprint, "other limits")
+    assert np.array_equal(load_lengths(path, limits, reader=reader, cache_dir=None).tokens, found.tokens)
+    assert set(limits.counted) == {"vision"}  # other limits on images do not tokenise again
+    words = Counting("other words", "other")
+    load_lengths(path, words, reader=reader, cache_dir=None)
+    assert words.counted.count("text") == 12
+
+
+def test_measuring_in_processes_changes_nothing(tmp_path):
+    paths = write_shards(tmp_path / "a", 30, per_shard=10)
+    one = corpus_of({"a": paths}, Limits(tokens=384, patches=1536), cache_dir=tmp_path / "one")
+    two = corpus_of({"a": paths}, Limits(tokens=384, patches=1536), cache_dir=tmp_path / "two", jobs=2)
+    assert one.digest == two.digest
+    assert np.array_equal(one.sources[0].tokens, two.sources[0].tokens)

@@ -1,0 +1,174 @@
+"""Weight files and their index: whatever is damaged, missing or contradictory is named before any weight is read."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.basefiles import open_base, weight_files
+from finetune.layouts import LAYOUT_KEY
+from finetune.tensorfile import make_header, read_header
+from finetune.tiny import TinyModel, write_tiny
+from finetune.writer import INDEX
+
+NORM = "model.language_model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "sharded"
+    write_tiny(folder, TinyModel(shard_bytes=300_000))
+    return folder
+
+
+@pytest.fixture
+def sharded(base, tmp_path) -> Path:
+    """A copy of a folder with several files and an index, to be damaged."""
+    return shutil.copytree(base, tmp_path / "sharded")
+
+
+def first_file(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def damage(folder: Path, change: Callable[[bytes], bytes]) -> None:
+    file = first_file(folder)
+    file.write_bytes(change(file.read_bytes()))
+
+
+def reheaded(content: bytes, change: Callable[[dict], None]) -> bytes:
+    """The file with another header of whatever length, and its data."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def first(header: dict) -> dict:
+    return next(entry for name, entry in header.items() if name != "__metadata__")
+
+
+DAMAGES = [
+    (lambda c: c[:-1], r"its header announces \d+: it was cut off; fetch it again"),
+    (lambda c: c + b"x", r"its header announces \d+: it was written over; fetch it again"),
+    (lambda c: c[:4], r"is not a whole safetensors file: it has 4 bytes"),
+    (lambda c: c[:20], r"is not a whole safetensors file: it has 20 bytes and announces a header of \d+"),
+    (lambda c: b"version https://git-lfs.github.com/spec/v1", r"is not a whole safetensors file"),
+    (lambda c: c[:8] + b"#" + c[9:], r"has a damaged safetensors header \(Expecting value"),
+    (lambda c: c[:9] + b"\xff" + c[10:], r"has a damaged safetensors header"),
+    (lambda c: reheaded(c, lambda h: first(h).pop("dtype")), r"damaged safetensors header: '.*' is described by"),
+    (lambda c: reheaded(c, lambda h: first(h).update(dtype="F3")), r"damaged safetensors header: '.*' is described by"),
+    (lambda c: reheaded(c, lambda h: first(h).update(shape=[2])), r"of F32 \[2\] needs 8 bytes, its offsets give"),
+    (lambda c: reheaded(c, lambda h: h.pop(next(n for n in h if n[0] == "m"))), r"overlaps or leaves a gap"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGES)
+def test_a_damaged_file_is_named(sharded, change, message):
+    damage(sharded, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_base(sharded)
+    assert str(first_file(sharded)) in str(caught.value)
+
+
+def test_every_damaged_file_is_named_at_once(sharded):
+    files = sorted(sharded.glob("*.safetensors"))
+    for file in files[:2]:
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"(?s){files[0].name}.*{files[1].name}"):
+        weight_files(sharded)
+
+
+def test_a_file_cut_off_while_it_is_read_is_named(sharded):
+    files = open_base(sharded)
+    stored = files.stored["model.language_model.embed_tokens.weight"]
+    stored.file.write_bytes(stored.file.read_bytes()[: stored.begin + 8])
+    with pytest.raises(ValueError, match=r"ends inside model.language_model.embed_tokens.weight: it was cut off while"):
+        files.read("model.language_model.embed_tokens.weight")
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_index_and_files_must_agree(sharded):
+    change_index(sharded, lambda mapped: mapped.pop(NORM))
+    with pytest.raises(ValueError, match=rf"{INDEX} does not say that model-.* holds {NORM}"):
+        open_base(sharded)
+    change_index(sharded, lambda mapped: mapped.update({NORM: first_file(sharded).name}))
+    with pytest.raises(ValueError, match=rf"model-00001-of-.* lacks {NORM}, which {INDEX} says it holds"):
+        open_base(sharded)
+
+
+def test_a_missing_file_is_named(sharded):
+    first_file(sharded).unlink()
+    with pytest.raises(ValueError, match=rf"{INDEX} names 1 weight file\(s\) that are not there: model-00001-of"):
+        open_base(sharded)
+
+
+def test_a_file_that_the_index_does_not_name_is_not_ignored(sharded):
+    shutil.copy(first_file(sharded), sharded / "model-00009-of-00009.safetensors")
+    with pytest.raises(ValueError, match=rf"holds model-00009-of-00009.safetensors, which {INDEX} does not name"):
+        open_base(sharded)
+
+
+def test_a_key_in_two_files_is_named(sharded):
+    files = sorted(sharded.glob("*.safetensors"))
+    files[1].write_bytes(files[0].read_bytes())
+    with pytest.raises(ValueError, match=r"model-00002-of-.* and model-00001-of-.* both hold .*embed_tokens"):
+        open_base(sharded)
+
+
+def test_files_of_two_layouts_are_refused(sharded):
+    save_file(load_file(first_file(sharded)), first_file(sharded), metadata={LAYOUT_KEY: "memory"})
+    with pytest.raises(ValueError, match=r"name different layouts: model-00001-of-\S+ memory, model-00002-of-\S+ hub"):
+        open_base(sharded)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", r"has no weight_map; fetch it again"),
+        ("{", r"is not valid JSON"),
+        ('{"weight_map": {}}', r"no weight_map"),
+    ],
+)
+def test_a_broken_index_is_named(sharded, content, message):
+    (sharded / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_base(sharded)
+
+
+def test_files_without_index_or_no_files_at_all(sharded, tmp_path):
+    (sharded / INDEX).unlink()
+    with pytest.raises(ValueError, match=rf"holds \d weight files \(model-00001.*\) but no {INDEX}; it was copied or"):
+        open_base(sharded)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=rf"empty holds no weights: neither model.safetensors nor {INDEX}\.$"):
+        open_base(tmp_path / "empty")
+    (tmp_path / "empty" / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"It holds pytorch_model.bin; only safetensors are read"):
+        open_base(tmp_path / "empty")
+
+
+def test_the_librarys_headers_and_ours_are_read_alike(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(2).bfloat16(), "c": torch.zeros(4, 0)}
+    save_file(tensors, tmp_path / "lib.safetensors", metadata={"k": "v"})
+    found, metadata = read_header(tmp_path / "lib.safetensors")
+    assert metadata == {"k": "v"}
+    assert {name: entry.shape for name, entry in found.items()} == {"a": (2,), "b": (3, 5), "c": (4, 0)}
+    header, begins = make_header({"b": ("F32", (3, 5)), "a": ("BF16", (2,))}, {"k": "v"})
+    assert begins == {"b": len(header), "a": len(header) + 60}
+    data = tensors["b"].numpy().tobytes() + tensors["a"].view(torch.int16).numpy().tobytes()
+    (tmp_path / "ours.safetensors").write_bytes(header + data)
+    loaded = load_file(tmp_path / "ours.safetensors")
+    assert torch.equal(loaded["b"], tensors["b"])
+    assert torch.equal(loaded["a"], tensors["a"])

@@ -1,0 +1,294 @@
+"""The model writer: hub layout on disk, whatever arrives in whatever order, and nothing half-finished."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from finetune.hubconfig import load_json, read_family
+from finetune.layouts import is_expert_stack
+from finetune.shapes import parameter_shapes
+from finetune.tiny import random_weights, write_tiny
+from finetune.writer import INDEX, model_writer, plan_shards, side_files_of, write_model
+
+GATE_UP = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "moe"
+    write_tiny(folder)
+    return folder
+
+
+def target(folder: Path, base: Path, **changes) -> dict:
+    """The writer's keyword arguments for a model like `base`."""
+    family = read_family(base)
+    given = {
+        "folder": folder,
+        "shapes": parameter_shapes(family),
+        "dtypes": "F32",
+        "config": load_json(base / "config.json"),
+        "side_files": side_files_of(base),
+    }
+    return given | changes
+
+
+def weights(base: Path, seed: int = 0, dtype: str = "float32"):
+    return random_weights(parameter_shapes(read_family(base)), dtype=dtype, seed=seed)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    ids = torch.tensor([[5, 600, 7, 300, 41, 2, 2, 901]])
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def nothing_is_left(folder: Path) -> bool:
+    return not folder.exists() and not list(folder.parent.glob("*.partial"))
+
+
+def test_what_transformers_loads_and_we_write_gives_equal_logits(base, tmp_path):
+    loaded = AutoModelForImageTextToText.from_pretrained(base)
+    loaded.save_pretrained(tmp_path / "v5")  # in-memory layout, transformers 5's config spelling
+    config = load_json(tmp_path / "v5" / "config.json")
+    assert "rope_parameters" in config["text_config"]
+    written = write_model(tensors=loaded.named_parameters(), **target(tmp_path / "ours", base, config=config))
+    assert torch.equal(logits(tmp_path / "ours"), logits(base))
+    assert (written.tensors, written.files) == (111, 1)
+    assert written.weight_bytes == sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
+    # Keys and shapes as transformers 4, vLLM and sglang read them: they transpose without looking.
+    stored = load_file(tmp_path / "ours" / "model.safetensors")
+    assert stored[GATE_UP].shape == (8, 48, 80)
+    assert {name: tensor.shape for name, tensor in stored.items()} == {
+        name: tensor.shape for name, tensor in load_file(base / "model.safetensors").items()
+    }
+    config = load_json(tmp_path / "ours" / "config.json")
+    for key, value in load_json(base / "config.json")["text_config"].items():
+        assert config["text_config"][key] == value
+    assert not {"rope_parameters", "num_local_experts"} & config["text_config"].keys()
+    assert config["vision_config"]["model_type"] == "qwen3_vl_moe"
+
+
+def test_every_other_file_of_the_base_comes_along(base, tmp_path):
+    extended = tmp_path / "extended"
+    extended.mkdir()
+    for name, content in side_files_of(base).items():
+        (extended / name).write_bytes(content.read_bytes())
+    (extended / "README.md").write_text("a card")
+    (extended / "extra").mkdir()
+    (extended / "extra" / "notes.txt").write_text("nested")
+    for unwanted in (".cache/huggingface/x", "pytorch_model.bin", "model-00009-of-00009.safetensors", INDEX, "a.gguf"):
+        (extended / unwanted).parent.mkdir(parents=True, exist_ok=True)
+        (extended / unwanted).write_text("x")
+    write_model(tensors=weights(base), **target(tmp_path / "out", base, side_files=side_files_of(extended)))
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    expected = {path.name for path in base.iterdir()} | {"README.md", "extra/notes.txt"}
+    assert found == expected
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert (tmp_path / "out" / "chat_template.json").read_bytes() == (base / "chat_template.json").read_bytes()
+
+
+def test_rows_in_any_order_give_the_same_bytes_as_whole_tensors(base, tmp_path):
+    with model_writer(**target(tmp_path / "rows", base)) as writer:
+        for name, tensor in reversed(list(weights(base))):
+            if is_expert_stack(name):  # as three expert ranks would hand them over
+                writer.write(name, tensor[6:], first_row=6)
+                writer.write(name, tensor[:1])
+                writer.write(name, tensor[1:6], first_row=1)
+            else:
+                writer.write(name, tensor)
+    assert (tmp_path / "rows" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_shards_and_index(base, tmp_path):
+    write_model(tensors=weights(base), **target(tmp_path / "out", base, shard_bytes=150_000))
+    index = load_json(tmp_path / "out" / INDEX)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-{at:05d}-of-{len(files):05d}.safetensors" for at in range(1, len(files) + 1)]
+    assert len(files) > 5
+    whole = load_file(base / "model.safetensors")
+    held = {}
+    for file in files:
+        tensors = load_file(tmp_path / "out" / file)
+        assert {name for name, where in index["weight_map"].items() if where == file} == set(tensors)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= 150_000 or len(tensors) == 1
+        held |= tensors
+    assert held.keys() == whole.keys()
+    assert all(torch.equal(held[name], whole[name]) for name in whole)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert torch.equal(logits(tmp_path / "out"), logits(base))
+
+
+def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own():
+    tensors = {"a": ("F32", (2, 4)), "b": ("F32", (100, 4)), "c": ("F32", (1, 4))}
+    plan = plan_shards(tensors, shard_bytes=100)
+    assert [list(group) for group in plan.values()] == [["a"], ["b"], ["c"]]
+    assert list(plan)[1] == "model-00002-of-00003.safetensors"
+
+
+def test_types_may_differ_by_tensor(base, tmp_path):
+    shapes = parameter_shapes(read_family(base))
+    dtypes = {name: "BF16" if is_expert_stack(name) else "F32" for name in shapes}
+    given = ((name, tensor.bfloat16() if is_expert_stack(name) else tensor) for name, tensor in weights(base))
+    write_model(tensors=given, **target(tmp_path / "out", base, dtypes=dtypes))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert stored[GATE_UP].dtype == torch.bfloat16
+    assert stored["lm_head.weight"].dtype == torch.float32
+
+
+def without(items, *names):
+    return (item for item in items if item[0] not in names)
+
+
+BAD_STREAMS = [
+    (lambda b: without(weights(b), "lm_head.weight"), r"1 of 111 tensors were never handed over.*: lm_head.weight"),
+    (lambda b: [*weights(b)][3:], r"3 of 111 tensors were never handed over"),
+    (lambda b: [*weights(b), ("lm_head.weight", torch.zeros(1024, 48))], r"lm_head.weight was handed over twice"),
+    (lambda b: [("lm_head.bias", torch.zeros(3))], r"lm_head.bias is not a parameter of this model"),
+    (
+        lambda b: [("lm_head.weight", torch.zeros(48, 1024))],
+        r"must be F32 \[1024, 48\], was handed over as F32 \[48, 1024\]",
+    ),
+    (lambda b: weights(b, dtype="bfloat16"), r"must be F32 \[1024, 48\], was handed over as BF16"),
+    (lambda b: [(GATE_UP, torch.zeros(8, 48, 80))], r"must be F32 \[8, 80, 48\], was handed over as F32 \[8, 48, 80\]"),
+]
+
+
+@pytest.mark.parametrize(("stream", "message"), BAD_STREAMS)
+def test_a_wrong_or_incomplete_stream_leaves_nothing(base, tmp_path, stream, message):
+    with pytest.raises(ValueError, match=message):
+        write_model(tensors=stream(base), **target(tmp_path / "out", base))
+    assert nothing_is_left(tmp_path / "out")
+
+
+def write_parts(parts, **given) -> None:
+    with model_writer(**given) as writer:
+        for name, tensor, first_row in parts:
+            writer.write(name, tensor, first_row=first_row)
+
+
+def test_missing_and_repeated_experts_are_named(base, tmp_path):
+    given = target(tmp_path / "out", base)
+    gap = [(name, tensor[:2] if name == GATE_UP else tensor, 0) for name, tensor in weights(base)]
+    with pytest.raises(ValueError, match=r"gate_up_proj \(experts 2-5, 7\)"):
+        write_parts([*gap, (GATE_UP, torch.zeros(1, 80, 48), 6)], **given)
+    with pytest.raises(ValueError, match=r"handed over twice \(experts \[1\]\)"):
+        write_parts([(GATE_UP, torch.zeros(2, 80, 48), 0), (GATE_UP, torch.zeros(2, 80, 48), 1)], **given)
+    with pytest.raises(ValueError, match=r"\[2, 80, 48\] from expert 7 on"):
+        write_parts([(GATE_UP, torch.zeros(2, 80, 48), 7)], **given)
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_an_error_of_the_stream_passes_through_and_leaves_nothing(base, tmp_path):
+    def failing():
+        yield next(iter(weights(base)))
+        raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        write_model(tensors=failing(), **target(tmp_path / "out", base))
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_an_occupied_destination_is_kept_and_an_empty_one_taken(base, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="out exists and is not empty; remove it or name another folder"):
+        write_model(tensors=weights(base), **target(tmp_path / "out", base))
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.partial").mkdir()  # what a killed run leaves
+    (tmp_path / "empty.partial" / "config.json").write_text("{}")
+    write_model(tensors=weights(base), **target(tmp_path / "empty", base))
+    assert torch.equal(logits(tmp_path / "empty"), logits(base))
+    assert not (tmp_path / "empty.partial").exists()
+
+
+def test_while_writing_there_is_nothing_that_looks_finished(base, tmp_path):
+    def watching():
+        for name, tensor in weights(base):
+            assert not (tmp_path / "out").exists()
+            assert not list(tmp_path.rglob("config.json"))
+            yield name, tensor
+
+    write_model(tensors=watching(), **target(tmp_path / "out", base))
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_has_a_sentence_of_its_own(base, tmp_path, monkeypatch, code):
+    def full(handle, start, size):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"is full, or its quota is used up; the unfinished out was removed") as caught:
+        write_model(tensors=weights(base), **target(tmp_path / "out", base))
+    assert caught.value.errno == code
+    assert nothing_is_left(tmp_path / "out")
+
+
+def test_other_disk_errors_keep_their_own_words(base, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(NotADirectoryError):
+        write_model(tensors=weights(base), **target(tmp_path / "file" / "out", base))
+
+
+def test_a_really_full_disk_is_known_before_the_first_tensor(base, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs rights that this machine does not give")
+    try:
+        handed_over = []
+        with pytest.raises(OSError, match="is full"):
+            write_model(
+                tensors=((handed_over.append(n), (n, t))[1] for n, t in weights(base)), **target(small / "out", base)
+            )
+        assert handed_over == []
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+MEMORY = """
+import sys, pathlib, torch
+from finetune.writer import write_model
+def peak():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+shapes = {f"model.language_model.layers.{n}.mlp.experts.gate_up_proj": (16, 640, 512) for n in range(16)}
+def stream():
+    for name, shape in shapes.items():
+        yield name, torch.full(shape, 0.5)
+config = {"model_type": "qwen3_vl_moe", "text_config": {}, "vision_config": {}}
+def run(names, folder):
+    write_model(pathlib.Path(folder), ((n, torch.full(shapes[n], 0.5)) for n in names),
+                shapes={n: shapes[n] for n in names}, dtypes="F32", config=config, side_files={})
+run(list(shapes)[:1], sys.argv[1] + "/warm")
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+run(list(shapes), sys.argv[1] + "/out")
+print(peak() - before)
+"""
+
+
+def test_memory_is_one_tensor_whatever_the_model(tmp_path):
+    """16 tensors of 21 MB each, 335 MB in all: two of them (the one at work and the next) and some slack."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 * 16 * 640 * 512 * 4
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 335_000_000
+
+
+def test_config_is_written_sorted_as_the_hub_has_it(base):
+    text = (base / "config.json").read_text()
+    assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
