@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.facts import ImageFacts, VideoFacts
-from data.frames import decode_frames
+from data.frames import open_video
 from data.index import ShardIndex, load_index
 from data.reader import SampleReader
 from data.record import RecordError
@@ -121,5 +121,6 @@ def _decode_video(clip: bytes | list[bytes], name: str, facts: VideoFacts) -> No
         for at, frame in enumerate(clip):
             decode_image(frame, name=f"{name} frame {at}")
         return
-    for _ in decode_frames(clip, range(facts.frames), name=name, timeout=600.0):
-        pass
+    with open_video(clip, name=name, timeout=600.0) as film:
+        for _ in film.frames(range(facts.frames)):
+            pass

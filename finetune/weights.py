@@ -67,16 +67,18 @@ def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any
     read = count = 0
     for slot in _base_slots(empty):
         group, reader = _group(slot)
-        filled = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
-        if rank_and_world()[0] == reader:
-            read += _fill(filled, files, slot)
-            count += 1
-        made = _put(slot, filled)
+        is_reader = rank_and_world()[0] == reader
+        made = _put(slot, torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device))
         if zero is not None and isinstance(made, nn.Parameter):
+            if is_reader:
+                _fill(made.data, files, slot)
             zero.partition(made)  # broadcasts by itself
-        elif dist.is_initialized():
-            dist.broadcast(filled, src=reader, group=group)
-        del filled, made  # or the next tensor is made while this one still is
+        else:
+            _share(_place(slot), files, slot, group, reader)
+        if is_reader:
+            read += files.size(slot.canonical, slot.rows)
+            count += 1
+        del made  # or the next tensor is made while this one still is
     rebuild_tables(module, device)
     _start_adapters(module, device, zero)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
@@ -163,15 +165,39 @@ def _group(slot: _Slot) -> tuple[Any, int]:
     return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
 
 
-def _fill(target: Tensor, files: BaseFiles, slot: _Slot) -> int:
-    """Read a tensor block by block into its place, and return the bytes read."""
+def _place(slot: _Slot) -> Tensor:
+    """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
+    owner, name = slot.owners[0]
+    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
+        owner.make_room()
+    tensor: Tensor = getattr(owner, name)
+    return tensor.data
+
+
+def _fill(target: Tensor, files: BaseFiles, slot: _Slot) -> None:
+    """Read a tensor block by block into its place."""
+    for place, block in _blocks(files, slot):
+        target[place].copy_(files.read(slot.canonical, block))
+
+
+def _share(target: Tensor, files: BaseFiles, slot: _Slot, group: Any, reader: int) -> None:
+    """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
+    for place, block in _blocks(files, slot):
+        piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
+        if rank_and_world()[0] == reader:
+            piece.copy_(files.read(slot.canonical, block))
+        if dist.is_initialized():
+            dist.broadcast(piece, src=reader, group=group)
+        target[place].copy_(piece)
+
+
+def _blocks(files: BaseFiles, slot: _Slot) -> Iterator[tuple[slice, range]]:
+    """Where each block of this rank's rows goes, and which rows of the file it is."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
-    row_bytes = files.size(slot.canonical, range(1))
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
-        target[first : first + len(block)].copy_(files.read(slot.canonical, block))
-    return len(rows) * row_bytes
+        yield slice(first, first + len(block)), block
 
 
 def _put(slot: _Slot, filled: Tensor) -> Tensor:
