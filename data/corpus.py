@@ -106,7 +106,7 @@ def load_corpus(
 ) -> Corpus:
     """Indexes and measures what is not yet, and applies the policy for samples over the budgets."""
     shards = tuple(shard for paths in sources.values() for shard in paths)
-    lengths = _measure_all(shards, measure, cache_dir, jobs)
+    lengths = measure_all(shards, measure, cache_dir, jobs)
     reader = SampleReader(cache_dir=cache_dir)
     digest = blake2b(digest_size=16)
     units: list[Units] = []
@@ -197,7 +197,8 @@ class _ShardUnits:
         return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
 
-def _measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:
+def measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:
+    """Lengths of every shard, from the files beside them where they fit."""
     count = partial(_measure_one, measure=measure, cache_dir=cache_dir)
     if jobs <= 1:
         return [count(shard) for shard in shards]
