@@ -122,6 +122,11 @@ def load_corpus(
             tables += scan.rows(measure, reader, overlong)
             unusable += [scan.unused(reader, sample, reason) for sample, reason in found.problems.items()]
         first += len(paths)
+        if not sum(map(len, tables)):
+            shown = "; ".join(
+                f"sample {item.key}: {item.reason}" for item in (unusable + overlong)[-3:] if item.source == name
+            )
+            raise ValueError(f"data.sources.{name} has no sample that can be used: {shown or 'its shards are empty'}")
         shard_column, sample, part, tokens, patches = np.concatenate(tables).T
         units.append(Units(name=name, shard=shard_column, sample=sample, part=part, tokens=tokens, patches=patches))
     reader.bytes.close()
