@@ -5,6 +5,7 @@ A key enters here in the commit that makes it work; a section without keys is a 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from data.config import DataConfig
 from moe.config import MoeConfig
@@ -23,9 +24,64 @@ class ModelConfig:
     path: str = ""
 
 
+Mode = Literal["frozen", "lora", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig:
+    """Parameters that have no low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
+
+    mode: Mode = "frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterFamilyConfig:
+    """The routers' score matrices."""
+
+    mode: Mode = "frozen"
+    r: int = 8
+    alpha: float = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFamilyConfig:
+    """Matrices that every token passes through. The low-rank part is scaled by alpha / r, with rslora by its root."""
+
+    mode: Mode = "frozen"
+    r: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFamilyConfig:
+    """The experts; r is that of each expert."""
+
+    mode: Mode = "frozen"
+    r: int = 8  # each expert sees a part of the tokens only, so it gets less than attention does
+    alpha: float = 16.0
+    rslora: bool = False
+    dropout: float = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaptersConfig:
     """What is frozen, adapted or trained in full, by family of parameters."""
+
+    attention: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # with the norms of queries and keys
+    experts: ExpertFamilyConfig = field(default_factory=ExpertFamilyConfig)
+    router: RouterFamilyConfig = field(default_factory=RouterFamilyConfig)
+    mlp: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # of dense decoder layers
+    vision_blocks: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
+    merger: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
+    deepstack_mergers: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
+    patch_embed: FamilyConfig = field(default_factory=FamilyConfig)
+    pos_embed: FamilyConfig = field(default_factory=FamilyConfig)
+    norms: FamilyConfig = field(default_factory=FamilyConfig)  # of the decoder
+    embeddings: FamilyConfig = field(default_factory=FamilyConfig)
+    head: FamilyConfig = field(default_factory=FamilyConfig)
+    start_from: str = ""  # a folder with an adapter of ours, whose values training begins with
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ nothing divides by the accumulation count, so N_step alone decides. A gradient i
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -180,3 +181,9 @@ def _shared(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     both = {key: _merged(ours[key], value) for key, value in theirs.items() if isinstance(ours.get(key), Mapping)}
     return {**theirs, **ours, **both}
+
+
+def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it."""
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
+    return whole

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from finetune.adapters import Lora, inject
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
 from moe.names import LAYERS as KNOWN
-from moe.names import canonical_name
+from moe.names import canonical_name, dense_name
 from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks
 
 DENSE = ("qwen3_vl", "qwen3")
@@ -28,6 +29,8 @@ class ModelOptions:
     ep_size: int = 1
     layer: LayerOptions = field(default_factory=LayerOptions)
     train: Collection[str] = ()
+    lora: Mapping[str, Lora] = field(default_factory=dict)
+    """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -41,10 +44,12 @@ class EmptyModel:
     expected: Mapping[str, Shape]
     model_type: str
     tied_head: bool
+    seed: int
+    lora: Mapping[str, Lora]
 
     def canonical(self, name: str) -> str:
         """Return the canonical name of one of our parameters or persistent buffers."""
-        return canonical_name(self.model_type, name) if self.model_type in KNOWN else name
+        return canonical_name(self.model_type, name) if self.model_type in KNOWN else dense_name(name)
 
 
 def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = None) -> EmptyModel:
@@ -61,11 +66,16 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
     # before the blocks are replaced the model speaks canonical names; a tied head appears once, as the embedding
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     tied_head = HEAD not in expected
+    _check_asked(folder, {part_of(name) for name in expected}, options)
+    inject(module, expected, options.lora)  # PEFT freezes all it finds, so before what the blocks train
     if kind in KNOWN:
         replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance)
     elif options.ep_size != 1:
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
-    empty = EmptyModel(module=module, expected=expected, model_type=kind, tied_head=tied_head)
+    empty = EmptyModel(
+        module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
+        lora=options.lora,
+    )  # fmt: skip
     _settle_training(empty, options.train)
     if options.resident:
         make_resident(module)
@@ -77,6 +87,17 @@ def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
     with torch.device("meta"):
         module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=options.attention)
     return module
+
+
+def _check_asked(folder: Path, parts: Collection[str], options: ModelOptions) -> None:
+    """Refuse what is asked of experts and routers that the model has not; dense parts are looked at by their own."""
+    modes = {"experts": options.layer.experts, "router": options.layer.router.mode}
+    missing = [part for part, mode in modes.items() if mode != "frozen" and part not in parts]
+    if missing:
+        raise ValueError(
+            f"adapters.{missing[0]}.mode: {modes[missing[0]]}, but the model in {folder} is dense and has no "
+            f"{missing[0]}. Adapt or train mlp instead"
+        )
 
 
 def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 SHOWN = 8
 """So many differences are printed."""
@@ -25,9 +25,10 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def parameter_table(module: nn.Module) -> dict[str, str]:
-    """Describe each parameter and buffer by shape, dtype and whether it trains; a partitioned one by its full shape."""
-    tensors: list[tuple[str, torch.Tensor, str]]
-    tensors = [(name, p, "trained" if p.requires_grad else "frozen") for name, p in module.named_parameters()]
+    """Describe parameters and buffers by shape, dtype, and whether they train; partitioned ones by the whole shape."""
+    tensors: list[tuple[str, Tensor, str]] = [
+        (name, p, "trained" if p.requires_grad else "frozen") for name, p in module.named_parameters()
+    ]
     tensors += [(name, b, "buffer") for name, b in module.named_buffers()]
     return {
         name: f"{tuple(getattr(tensor, 'ds_shape', tensor.shape))} {str(tensor.dtype).removeprefix('torch.')} {kind}"

@@ -32,7 +32,7 @@ from finetune.weights import rebuild_tables
 _SPREAD = 12  # positions of each sample that are compared, beside those that predict its answer
 # Largest difference of a logit, in standard deviations of the logits. In bfloat16 two close experts may change places.
 _TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
-_NO_PREFERENCE = 0.02  # nats per token
+_PREFERENCE = 0.05  # nats per token, and every video on the same side; random weights stay below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +114,9 @@ def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logit
     low, high = sorted(LAYOUTS, key=mean.__getitem__)
     gap = mean[high] - mean[low]
     wins = sum(first < second for first, second in zip(costs[low], costs[high], strict=True))
-    verdict = f"the weights prefer {low} (cheaper in {wins} of {len(costs[low])})"
-    if gap < _NO_PREFERENCE:
-        verdict = "no preference"
+    clear = gap >= _PREFERENCE and wins == len(costs[low])
+    verdict = f"the weights prefer {low}" if clear else "no clear preference"
+    verdict += f" ({low} cheaper in {wins} of {len(costs[low])})"
     shown = ", ".join(f"{layout} {cost:.3f}" for layout, cost in mean.items())
     return Check(name="video layout", status="note", detail=f"answers cost {shown} nats per token: {verdict}")
 

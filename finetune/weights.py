@@ -1,4 +1,4 @@
-"""From files to partitioned ranks, and back: each tensor is read by one rank, handed on, and freed before the next.
+"""From files to partitioned ranks: each tensor is read by one rank, handed on, and freed before the next.
 
 The reader of a tensor is the first rank of its group: the world for dense weights, the expert-data group (the ranks
 that hold the same experts) for expert stacks, of which a rank sees its own experts only. A frozen resident weight goes
@@ -6,11 +6,9 @@ into its buffer, any other parameter straight into ZeRO's partitioning. In memor
 tensor and one block of bytes from the file, whatever the model's size.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import deepspeed
 import torch
@@ -18,17 +16,20 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
-from finetune.hubconfig import load_json
+from finetune.engine import gathered
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
-from finetune.writer import model_writer, side_files_of
 from moe.experts import GroupedExperts
 from moe.router import Router
 
-_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 BLOCK_BYTES = 16 * 2**20
 """So much of a file is in memory at once."""
+
+
+Read: TypeAlias = Callable[[str, range | None], Tensor]
+Blocks: TypeAlias = Iterator[tuple[slice, range]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,19 @@ class LoadReport:
     tensors_read: int
 
 
+class StartValues(Protocol):
+    """Tensors that training begins with in place of the base's or of fresh ones."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Canonical names."""
+
+    def read(self, canonical: str, experts: range | None) -> Tensor:
+        """Return one tensor as it lies in memory, of a stack the experts asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Slot:
+class Slot:
     """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
 
     name: str
@@ -56,34 +68,44 @@ class _Slot:
         return owner.local_experts if isinstance(owner, GroupedExperts) else None
 
 
-def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any] | None = None) -> LoadReport:
+def load(
+    empty: EmptyModel,
+    files: BaseFiles,
+    *,
+    engine_config: Mapping[str, Any] | None = None,
+    start: StartValues | None = None,
+) -> LoadReport:
     """Fill a meta model in place; every rank must call this, with one file table and one engine config.
 
-    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine).
+    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
+    `start` names comes from there; of each other adapter the start value is the same whatever the layout.
     """
+    given = frozenset(start.names) if start is not None else frozenset()
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
     device = _device()
     read = count = 0
-    for slot in _base_slots(empty):
+    for slot in base_slots(empty):
         group, reader = _group(slot)
         is_reader = rank_and_world()[0] == reader
+        from_start = start is not None and slot.canonical in given
+        source = start.read if start is not None and from_start else files.read
         made = _put(slot, torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device))
         if zero is not None and isinstance(made, nn.Parameter):
             if is_reader:
-                _fill(made.data, files, slot)
+                _fill(made.data, source, _blocks(files, slot), slot.canonical)
             zero.partition(made)  # broadcasts by itself
         else:
-            _share(_place(slot), files, slot, group, reader)
-        if is_reader:
+            _share(_place(slot), source, _blocks(files, slot), slot.canonical, group, reader)
+        if is_reader and not from_start:
             read += files.size(slot.canonical, slot.rows)
             count += 1
         del made  # or the next tensor is made while this one still is
     rebuild_tables(module, device)
-    _start_adapters(module, device, zero)
+    _start_adapters(empty, device, zero, start)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"still on meta: {left[:4]}"
-    check_rows(empty, files)
+    check_rows(empty, files, given)
     return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
 
 
@@ -93,8 +115,10 @@ def held_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
 
 
-def check_rows(empty: EmptyModel, files: BaseFiles) -> None:
+def check_rows(empty: EmptyModel, files: BaseFiles, leave: Collection[str] = ()) -> None:
     """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
+
+    Canonical names in `leave` came from elsewhere.
 
     A transposed or shifted load changes no shape and no norm: only the numbers tell.
     """
@@ -103,7 +127,9 @@ def check_rows(empty: EmptyModel, files: BaseFiles) -> None:
         for key in ("gate_up", "down"):
             weight = getattr(experts, key)
             canonical = empty.canonical(f"{name}.{key}")
-            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            if canonical in leave:
+                continue
+            with gathered(weight):
                 for local, expert in {0: experts.local_experts[0], -1: experts.local_experts[-1]}.items():
                     _check_expert(weight[local].detach().cpu(), files, canonical, expert)
 
@@ -135,7 +161,7 @@ class _Partitioner:
         self.context._convert_to_zero_parameters([parameter])
 
 
-def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
+def base_slots(empty: EmptyModel) -> Iterator[Slot]:
     """The tensors that the base's files fill, in the model's order."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in empty.module.modules():
@@ -146,7 +172,7 @@ def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
         place, _, last = name.rpartition(".")
         if last in empty.module.get_submodule(place)._non_persistent_buffers_set or "lora_" in last:
             continue
-        yield _Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
+        yield Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -154,7 +180,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _group(slot: _Slot) -> tuple[Any, int]:
+def _group(slot: Slot) -> tuple[Any, int]:
     """The process group that shares a tensor (None: the world), and the rank that reads it."""
     rank, world = rank_and_world()
     if slot.rows is None or world == 1:
@@ -165,33 +191,33 @@ def _group(slot: _Slot) -> tuple[Any, int]:
     return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
 
 
-def _place(slot: _Slot) -> Tensor:
+def _place(slot: Slot) -> Tensor:
     """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
     owner, name = slot.owners[0]
-    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
+    if isinstance(owner, GroupedExperts):
         owner.make_room()
     tensor: Tensor = getattr(owner, name)
     return tensor.data
 
 
-def _fill(target: Tensor, files: BaseFiles, slot: _Slot) -> None:
+def _fill(target: Tensor, read: Read, blocks: Blocks, name: str) -> None:
     """Read a tensor block by block into its place."""
-    for place, block in _blocks(files, slot):
-        target[place].copy_(files.read(slot.canonical, block))
+    for place, block in blocks:
+        target[place].copy_(read(name, block))
 
 
-def _share(target: Tensor, files: BaseFiles, slot: _Slot, group: Any, reader: int) -> None:
+def _share(target: Tensor, read: Read, blocks: Blocks, name: str, group: Any, reader: int) -> None:
     """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
-    for place, block in _blocks(files, slot):
+    for place, block in blocks:
         piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
         if rank_and_world()[0] == reader:
-            piece.copy_(files.read(slot.canonical, block))
+            piece.copy_(read(name, block))
         if dist.is_initialized():
             dist.broadcast(piece, src=reader, group=group)
         target[place].copy_(piece)
 
 
-def _blocks(files: BaseFiles, slot: _Slot) -> Iterator[tuple[slice, range]]:
+def _blocks(files: BaseFiles, slot: Slot) -> Blocks:
     """Where each block of this rank's rows goes, and which rows of the file it is."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
     step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
@@ -200,7 +226,7 @@ def _blocks(files: BaseFiles, slot: _Slot) -> Iterator[tuple[slice, range]]:
         yield slice(first, first + len(block)), block
 
 
-def _put(slot: _Slot, filled: Tensor) -> Tensor:
+def _put(slot: Slot, filled: Tensor) -> Tensor:
     """Set the tensor in every module that refers to it; a parameter stays one and keeps its tags."""
     made = filled
     if isinstance(slot.tensor, nn.Parameter):
@@ -224,70 +250,34 @@ def rebuild_tables(module: nn.Module, device: torch.device) -> None:
             setattr(owner, name, table)
 
 
-def _start_adapters(module: nn.Module, device: torch.device, zero: _Partitioner | None) -> None:
+def _start_adapters(
+    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: StartValues | None
+) -> None:
     """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
-    for owner in module.modules():
-        if not isinstance(owner, (GroupedExperts, Router)):
-            continue
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                _put(_Slot(name=name, canonical=name, tensor=parameter, owners=[(owner, name)]), empty)
-        owner.init_lora()
-        if isinstance(owner, Router):
-            if owner.base_weight is not None:
-                owner.base_weight = torch.empty_like(owner.base_weight, device=device)
-            with deepspeed.zero.GatheredParameters([owner.weight], enabled=hasattr(owner.weight, "ds_id")):
+    for place, owner in empty.module.named_modules():
+        fresh = [name for name, p in owner._parameters.items() if p is not None and p.is_meta]
+        for name in fresh:
+            parameter, canonical = owner._parameters[name], empty.canonical(f"{place}.{name}")
+            assert parameter is not None
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if not isinstance(owner, (GroupedExperts, Router)):  # those start their own, just below
+                values.copy_(initial_factor(canonical, tuple(parameter.shape), seed=empty.seed))
+            _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, name)]), values)
+        if isinstance(owner, (GroupedExperts, Router)):
+            owner.init_lora()
+        if isinstance(owner, Router) and owner.base_weight is not None:
+            owner.base_weight = torch.empty_like(owner.base_weight, device=device)
+            with gathered(owner.weight):
                 owner.keep_base()
-        for parameter in owner.parameters(recurse=False):
-            if zero is not None and not hasattr(parameter, "ds_id"):
+        for name in fresh:
+            parameter = owner.get_parameter(name)
+            canonical = empty.canonical(f"{place}.{name}")
+            if start is not None and canonical in start.names:
+                rows = owner.local_experts if isinstance(owner, GroupedExperts) else None
+                parameter.data.copy_(start.read(canonical, rows))
+            if zero is not None:
                 zero.partition(parameter)
 
 
 def _device() -> torch.device:
     return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
-
-
-def save(empty: EmptyModel, folder: Path, base: Path) -> None:
-    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
-
-    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
-    writer refuses to finish while one is missing. Adapters are not in it.
-    """
-    with ExitStack() as stack:
-        writer = None
-        if rank_and_world()[0] == 0:
-            config = load_json(base / "config.json")
-            kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in _base_slots(empty)}
-            writer = stack.enter_context(
-                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
-            )
-        for slot in _base_slots(empty):
-            is_partitioned = hasattr(slot.tensor, "ds_id")
-            with deepspeed.zero.GatheredParameters([slot.tensor], enabled=is_partitioned):
-                for first_row, tensor in _at_rank_zero(slot):
-                    if writer is not None:
-                        writer.write(slot.canonical, tensor, first_row=first_row)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _at_rank_zero(slot: _Slot) -> Iterator[tuple[int, Tensor]]:
-    """The tensor, or a stack's rows from each rank of the first expert-parallel group; rank 0 sees them all."""
-    rank, _ = rank_and_world()
-    whole = slot.tensor.detach()
-    if slot.rows is None:
-        yield 0, whole
-        return
-    owner = slot.owners[0][0]
-    assert isinstance(owner, GroupedExperts)
-    ep_size = owner.num_experts // len(slot.rows)
-    for source in range(ep_size):
-        if source == rank == 0:
-            yield 0, whole
-        elif rank == source:
-            dist.send(whole.contiguous(), dst=0)
-        elif rank == 0:
-            arrived = torch.empty_like(whole)
-            dist.recv(arrived, src=source)
-            yield source * len(slot.rows), arrived

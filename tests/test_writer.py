@@ -283,9 +283,9 @@ print(peak() - before)
 
 
 def test_memory_is_one_tensor_whatever_the_model(tmp_path):
-    """16 tensors of 21 MB each, 335 MB in all: two of them (the one at work and the next) and some slack."""
+    """16 tensors of 21 MB each, 335 MB in all: one of them, one transposed expert, and what the allocator keeps."""
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 3 * 16 * 640 * 512 * 4
+    assert int(done.stdout) < 4 * 16 * 640 * 512 * 4
     assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 335_000_000
 
 
