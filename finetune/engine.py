@@ -91,7 +91,7 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
     """
     _check(module, options)
     start_distributed()
-    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+    device = engine_device()
     require_equal_tables("Parameters and buffers", parameter_table(module), device)
     trained = [p for p in module.parameters() if p.requires_grad]
     config = engine_config(
@@ -114,6 +114,11 @@ def start_distributed() -> None:
     if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+
+
+def engine_device() -> torch.device:
+    """Return the device that the engine computes on."""
+    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
 
 
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:

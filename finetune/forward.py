@@ -55,10 +55,9 @@ class PackedModel(nn.Module):
 
     def _see(self, batch: Batch, spec: VisionSpec) -> dict[str, BaseModelOutputWithPooling]:
         """Call the tower, once, and divide what it saw into images and videos, in transformers' own form."""
-        tower: Any = self.model.model.visual  # type: ignore[union-attr]  # there is a spec, so there is a tower
-        parts = [
-            normalise(p, spec=spec, dtype=tower.dtype) for p in (batch.image_patches, batch.video_patches) if len(p)
-        ]
+        tower = self.model.model.visual
+        patches = (batch.image_patches, batch.video_patches)
+        parts = [normalise(part, spec=spec, dtype=tower.dtype) for part in patches if len(part)]
         grids = torch.cat([batch.image_grids, batch.video_grids])
         if not parts:
             parts = [_blank(batch.input_ids.device, spec, tower.dtype)]

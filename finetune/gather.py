@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune.engine import gathered
-from finetune.hubconfig import load_json
+from finetune.jsonblock import load_json
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
 from finetune.weights import base_slots

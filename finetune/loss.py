@@ -96,7 +96,7 @@ def tile_head(model: Any, *, tile_bytes: int = TILE_BYTES) -> None:
     if type(head) is not nn.Linear or head.bias is not None:
         bias = " with a bias" if type(head) is nn.Linear else ""
         raise ValueError(
-            f"the model's head is a {type(head).__name__}{bias}; the tiled loss needs a plain linear layer without bias. "
+            f"the model's head is a {type(head).__name__}{bias}; the tiled loss needs a linear layer without bias. "
             f"Freeze the head or train it in full: it takes no adapter"
         )
     head.__class__ = TiledHead  # the same module: whatever refers to it, or to its weight, still does

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
-from finetune.engine import gathered
+from finetune.engine import engine_device, gathered
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
 from moe.experts import GroupedExperts
@@ -83,7 +83,7 @@ def load(
     given = frozenset(start.names) if start is not None else frozenset()
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
-    device = _device()
+    device = engine_device()
     read = count = 0
     for slot in base_slots(empty):
         group, reader = _group(slot)
@@ -277,7 +277,3 @@ def _start_adapters(
                 parameter.data.copy_(start.read(canonical, rows))
             if zero is not None:
                 zero.partition(parameter)
-
-
-def _device() -> torch.device:
-    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())

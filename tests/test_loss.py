@@ -206,7 +206,7 @@ def test_refusals():
         tile_head(Headed(bias=True))
     model = Headed()
     model.lm_head = nn.Identity()
-    with pytest.raises(ValueError, match="head is a Identity; the tiled loss needs a plain linear layer"):
+    with pytest.raises(ValueError, match="head is a Identity; the tiled loss needs a linear layer"):
         tile_head(model)
 
 
