@@ -4,8 +4,10 @@ There are no checkpoints yet: a run that ends early starts anew. What it learned
 """
 
 import json
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from math import isfinite
@@ -175,6 +177,9 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0].startswith("-"):
         print("usage: torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]", file=sys.stderr)
         return 2
+    # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         config, problems = load(words[0], words[1:])
         start_distributed()
