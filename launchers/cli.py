@@ -44,7 +44,12 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("--debug", action="store_true", help="show the traceback of an input error")
         module.arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional words in one run only; a key=value after an option is one all the same
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         code: int = args.run(args)
     except ValueError as error:
