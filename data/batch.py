@@ -85,6 +85,8 @@ class Step:
     bad: tuple[BadSample, ...]  # left out of this rank's packs; to be told to every rank's `quarantine`
     notes: tuple[str, ...]  # what samples say about themselves: a video with fewer frames than asked
     tokens: int  # without padding and dummies
+    images: int
+    video_seconds: float  # of the ranges that were looked at
     wait_seconds: float  # how long the trainer waited for data
 
 
