@@ -5,6 +5,7 @@ There are no checkpoints yet: a run that ends early starts anew. What it learned
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -182,15 +183,15 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         config, problems = load(words[0], words[1:])
-        start_distributed()
-        rank, world = rank_and_world()
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         require(config, problems, ranks=world)
         folder = Path("runs") / config.run.name
         if rank == 0:
             _make_run_folder(folder, config)
+        start_distributed()
         train(config, folder, (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None))
     except ValueError as error:
-        print(f"moetune train: rank {rank_and_world()[0]}: {error}", file=sys.stderr, flush=True)
+        print(f"moetune train, rank {rank_and_world()[0]}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from finetune.config import ScheduleConfig
 from finetune.schedule import learning_rate
 from finetune.tiny import write_tiny
+from finetune.train import main
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -79,36 +81,42 @@ def test_two_ranks_learn_and_stock_peft_reads_the_adapter(place: Path) -> None:
 def test_one_rank_takes_the_same_steps_as_two(place: Path) -> None:
     """Also by the second way in: the raw module under torchrun, as a cluster starts it."""
     raw = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "finetune.train"]
-    words = [*LORA, "schedule.steps=3", "optim.eps=1e-6"]
+    words = [*LORA, "schedule.steps=3", "optim.eps=1e-6", "moe.balance=off"]
     assert _train(place, "a", *words).returncode == 0
     assert _train(place, "b", *words, "parallel.ep=1", "parallel.resident=none", command=raw).returncode == 0
     for two, one in zip(_metrics(place, "a"), _metrics(place, "b"), strict=True):
-        for key in ("loss", "grad_norm", "loss_balance", "tokens", "tokens_supervised"):
+        for key in ("loss", "grad_norm", "tokens", "tokens_supervised"):
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["model.path="], "model.path"),
-        (["optim.lr=abc", "data.sourcez=1"], "2 problems in the configuration"),
-        (["data.sources.general.path=nowhere.jsonl"], "nowhere.jsonl"),
-        (["adapters.embeddings.mode=lora"], "adapters.embeddings"),
-        (["model.path=''"], "model.path"),
+        (["optim.lr=abc", "data.sourcez=1"], r"2 problems in the configuration:\n  optim.lr = 'abc'"),
+        (["adapters.embeddings.mode=lora"], r"adapters.embeddings.mode"),
+        (["run.name=old"], r"runs/old holds a run already. Set another run.name, or remove that folder"),
     ],
 )
-def test_wrong_input_is_one_message_and_no_run(place: Path, words: list[str], text: str) -> None:
-    done = _train(place, "wrong", *words, ranks=1)
-    assert done.returncode != 0
-    assert text in done.stderr
-    assert not list((place / "runs" / "wrong").glob("adapter*"))
-
-
-def test_a_run_is_not_written_over(place: Path) -> None:
-    (place / "runs" / "old").mkdir(parents=True)
+def test_wrong_input_is_found_before_anything_starts(
+    place: Path, words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "runs" / "old").mkdir(parents=True, exist_ok=True)
     (place / "runs" / "old" / "metrics.jsonl").write_text("")
-    done = _train(place, "old", *LORA, ranks=1)
-    assert "runs/old holds a run already. Set another run.name" in done.stderr
+    assert main(["--local_rank=0", "tiny-cpu", "parallel.ep=1", *words]) == 2
+    assert re.search(text, capsys.readouterr().err)
+
+
+def test_the_usage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: torchrun" in capsys.readouterr().err
+
+
+def test_what_only_the_ranks_can_see_is_one_message_too(place: Path) -> None:
+    done = _train(place, "wrong", "data.sources.general.path=nowhere.jsonl", *LORA)
+    assert done.returncode != 0
+    assert re.search(r"moetune train, rank 0: .*nowhere.jsonl", done.stderr)
+    assert [path.name for path in (place / "runs" / "wrong").iterdir()] == ["config.yaml"]
 
 
 def test_the_learning_rate_warms_up_and_comes_down() -> None:
