@@ -161,11 +161,13 @@ class DataStream:
     def __iter__(self) -> Iterator[Step]:
         """The steps from the present position to the end of the epoch."""
         plan, epoch = self.plan, self.epoch
-        slots = [plan.share(step, self._rank, self._size) for step in range(self.step, plan.steps)]
-        results = iter(self._loader(pack for share in slots for pack in share))
-        for number, share in enumerate(slots, self.step):
+        steps = range(self.step, plan.steps)
+        packs = (pack for step in steps for pack in plan.share(step, self._rank, self._size))
+        results = iter(self._loader(packs))
+        for number in steps:
             began = time.perf_counter()
-            found = [self._take(results, number) for _ in share]
+            slots = -(-len(plan.step_packs(number)) // self._size)
+            found = [self._take(results, number) for _ in range(slots)]
             self.step = number + 1  # before the yield: a checkpoint written after this step says it is done
             yield Step(
                 epoch=epoch,

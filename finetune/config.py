@@ -5,6 +5,7 @@ A key enters here in the commit that makes it work; a section without keys is a 
 """
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from data.config import DataConfig
 from moe.config import MoeConfig
@@ -20,12 +21,70 @@ class ModelConfig:
     """The base model: a family from our table, a local folder with a config.json, or both (then they must agree)."""
 
     family: str = ""
-    path: str = ""
+    path: str = ""  # a local folder or a hub id; training needs it
+    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: they say it
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are float32 in any case
+    attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
+
+
+Mode = Literal["frozen", "lora", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyConfig:
+    """Parameters that have no low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
+
+    mode: Mode = "frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterFamilyConfig:
+    """The routers' score matrices."""
+
+    mode: Mode = "frozen"
+    r: int = 8
+    alpha: float = 16.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFamilyConfig:
+    """Matrices that every token passes through. The low-rank part is scaled by alpha / r, with rslora by its root."""
+
+    mode: Mode = "frozen"
+    r: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertFamilyConfig:
+    """The experts; r is that of each expert."""
+
+    mode: Mode = "frozen"
+    r: int = 8  # each expert sees a part of the tokens only, so it gets less than attention does
+    alpha: float = 16.0
+    rslora: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptersConfig:
     """What is frozen, adapted or trained in full, by family of parameters."""
+
+    attention: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # with the norms of queries and keys
+    experts: ExpertFamilyConfig = field(default_factory=ExpertFamilyConfig)
+    router: RouterFamilyConfig = field(default_factory=RouterFamilyConfig)
+    mlp: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # of dense decoder layers
+    vision_blocks: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
+    merger: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
+    deepstack_mergers: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
+    patch_embed: FamilyConfig = field(default_factory=FamilyConfig)
+    pos_embed: FamilyConfig = field(default_factory=FamilyConfig)
+    norms: FamilyConfig = field(default_factory=FamilyConfig)  # of the decoder
+    embeddings: FamilyConfig = field(default_factory=FamilyConfig)
+    head: FamilyConfig = field(default_factory=FamilyConfig)
+    start_from: str = ""  # a folder with an adapter of ours, whose values training begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +92,15 @@ class ParallelConfig:
     """How ranks share the model."""
 
     ep: int = 1
+    resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
+    recompute: Literal["none", "layer", "selective"] = "selective"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """How token losses become one number."""
+
+    normalise: Literal["token", "sample", "sqrt"] = "token"  # sqrt: a token of a sample of n weighs 1 / sqrt(n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +108,20 @@ class OptimConfig:
     """The optimiser."""
 
     lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # never of vectors
+    clip_norm: float = 1.0  # of all gradients together; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """How the learning rate moves."""
+
+    steps: int = 1000
+    warmup_steps: int = 0
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    final_share: float = 0.0  # of optim.lr, where linear and cosine end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +137,8 @@ class ContextConfig:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What the engine is told beyond the typed fields."""
+
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's config; none that we make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +160,7 @@ class TrackConfig:
 class RunSectionConfig:
     """The run itself."""
 
+    name: str = "run"  # its folder is runs/<name>
     seed: int = 0
 
 

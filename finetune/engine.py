@@ -5,6 +5,7 @@ nothing divides by the accumulation count, so N_step alone decides. A gradient i
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,7 +91,7 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
     """
     _check(module, options)
     start_distributed()
-    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+    device = engine_device()
     require_equal_tables("Parameters and buffers", parameter_table(module), device)
     trained = [p for p in module.parameters() if p.requires_grad]
     config = engine_config(
@@ -113,6 +114,11 @@ def start_distributed() -> None:
     if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+
+
+def engine_device() -> torch.device:
+    """Return the device that the engine computes on."""
+    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
 
 
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
@@ -180,3 +186,9 @@ def _shared(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     both = {key: _merged(ours[key], value) for key, value in theirs.items() if isinstance(ours.get(key), Mapping)}
     return {**theirs, **ours, **both}
+
+
+def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it."""
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
+    return whole

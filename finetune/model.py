@@ -4,18 +4,19 @@ Nothing here allocates a weight, so 235B is built on a laptop; `finetune.weights
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from finetune.adapters import Lora, inject
+from finetune.attention import AttentionName
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
 from moe.names import LAYERS as KNOWN
-from moe.names import canonical_name
+from moe.names import canonical_name, dense_name
 from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks
 
 DENSE = ("qwen3_vl", "qwen3")
@@ -28,9 +29,11 @@ class ModelOptions:
     ep_size: int = 1
     layer: LayerOptions = field(default_factory=LayerOptions)
     train: Collection[str] = ()
+    lora: Mapping[str, Lora] = field(default_factory=dict)
+    """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attention: AttentionName = "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +44,14 @@ class EmptyModel:
     expected: Mapping[str, Shape]
     model_type: str
     tied_head: bool
+    seed: int
+    lora: Mapping[str, Lora]
+    trained: tuple[str, ...]
+    """Our names of the parameters that were settled to train; a stage may pause some."""
 
     def canonical(self, name: str) -> str:
         """Return the canonical name of one of our parameters or persistent buffers."""
-        return canonical_name(self.model_type, name) if self.model_type in KNOWN else name
+        return canonical_name(self.model_type, name) if self.model_type in KNOWN else dense_name(name)
 
 
 def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = None) -> EmptyModel:
@@ -61,15 +68,21 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
     # before the blocks are replaced the model speaks canonical names; a tied head appears once, as the embedding
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     tied_head = HEAD not in expected
+    _check_asked(folder, {part_of(name) for name in expected}, options)
+    inject(module, expected, options.lora)  # PEFT freezes all it finds, so before what the blocks train
     if kind in KNOWN:
         replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance)
     elif options.ep_size != 1:
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
-    empty = EmptyModel(module=module, expected=expected, model_type=kind, tied_head=tied_head)
+    empty = EmptyModel(
+        module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
+        lora=options.lora, trained=(),
+    )  # fmt: skip
     _settle_training(empty, options.train)
     if options.resident:
         make_resident(module)
-    return empty
+    trained = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return replace(empty, trained=trained)
 
 
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
@@ -77,6 +90,17 @@ def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
     with torch.device("meta"):
         module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=options.attention)
     return module
+
+
+def _check_asked(folder: Path, parts: Collection[str], options: ModelOptions) -> None:
+    """Refuse what is asked of experts and routers that the model has not; dense parts are looked at by their own."""
+    modes = {"experts": options.layer.experts, "router": options.layer.router.mode}
+    missing = [part for part, mode in modes.items() if mode != "frozen" and part not in parts]
+    if missing:
+        raise ValueError(
+            f"adapters.{missing[0]}.mode: {modes[missing[0]]}, but the model in {folder} is dense and has no "
+            f"{missing[0]}. Adapt or train mlp instead"
+        )
 
 
 def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:

@@ -6,11 +6,9 @@ into its buffer, any other parameter straight into ZeRO's partitioning. In memor
 tensor and one block of bytes from the file, whatever the model's size.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -18,15 +16,17 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
-from finetune.hubconfig import load_json
+from finetune.engine import engine_device, gathered
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
-from finetune.writer import model_writer, side_files_of
 from moe.experts import GroupedExperts
 from moe.router import Router
 
-_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+if TYPE_CHECKING:
+    from finetune.adapter_file import AdapterFile
+
 BLOCK_BYTES = 16 * 2**20
 """So much of a file is in memory at once."""
 
@@ -41,7 +41,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Slot:
+class Slot:
     """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
 
     name: str
@@ -56,32 +56,44 @@ class _Slot:
         return owner.local_experts if isinstance(owner, GroupedExperts) else None
 
 
-def load(empty: EmptyModel, files: BaseFiles, *, engine_config: Mapping[str, Any] | None = None) -> LoadReport:
+def load(
+    empty: EmptyModel,
+    files: BaseFiles,
+    *,
+    engine_config: Mapping[str, Any] | None = None,
+    start: "AdapterFile | None" = None,
+) -> LoadReport:
     """Fill a meta model in place; every rank must call this, with one file table and one engine config.
 
-    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine).
+    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
+    `start` holds comes from there; any other adapter begins with values that the layout has no part in.
     """
+    if start is not None:
+        start.check_fits(empty)
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
-    device = _device()
+    device = engine_device()
     read = count = 0
-    for slot in _base_slots(empty):
+    for slot in base_slots(empty):
         group, reader = _group(slot)
-        filled = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device)
-        if rank_and_world()[0] == reader:
-            read += _fill(filled, files, slot)
-            count += 1
-        made = _put(slot, filled)
+        is_reader = rank_and_world()[0] == reader
+        source = start if start is not None and slot.canonical in start.shapes else files
+        made = _put(slot, torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device))
         if zero is not None and isinstance(made, nn.Parameter):
+            if is_reader:
+                _fill(made.data, source, slot)
             zero.partition(made)  # broadcasts by itself
-        elif dist.is_initialized():
-            dist.broadcast(filled, src=reader, group=group)
-        del filled, made  # or the next tensor is made while this one still is
+        else:
+            _share(_place(slot), source, slot, group, reader)
+        if is_reader:
+            read += source.size(slot.canonical, slot.rows)
+            count += 1
+        del made  # or the next tensor is made while this one still is
     rebuild_tables(module, device)
-    _start_adapters(module, device, zero)
+    _start_adapters(empty, device, zero, start)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"still on meta: {left[:4]}"
-    check_rows(empty, files)
+    check_rows(empty, files, leave=start.shapes if start is not None else ())
     return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
 
 
@@ -91,17 +103,19 @@ def held_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
 
 
-def check_rows(empty: EmptyModel, files: BaseFiles) -> None:
+def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = ()) -> None:
     """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
 
-    A transposed or shifted load changes no shape and no norm: only the numbers tell.
+    A transposed or shifted load changes no shape and no norm: only the numbers tell. Names in `leave` are passed over.
     """
     layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
     for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
         for key in ("gate_up", "down"):
             weight = getattr(experts, key)
             canonical = empty.canonical(f"{name}.{key}")
-            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+            if canonical in leave:
+                continue
+            with gathered(weight):
                 for local, expert in {0: experts.local_experts[0], -1: experts.local_experts[-1]}.items():
                     _check_expert(weight[local].detach().cpu(), files, canonical, expert)
 
@@ -133,7 +147,7 @@ class _Partitioner:
         self.context._convert_to_zero_parameters([parameter])
 
 
-def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
+def base_slots(empty: EmptyModel) -> Iterator[Slot]:
     """The tensors that the base's files fill, in the model's order."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in empty.module.modules():
@@ -142,9 +156,9 @@ def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
                 owners.setdefault(id(tensor), []).append((owner, name))
     for name, tensor in list(_tensors(empty.module)):
         place, _, last = name.rpartition(".")
-        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or "lora_" in last:
+        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or ".lora_" in empty.canonical(name):
             continue
-        yield _Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
+        yield Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -152,7 +166,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _group(slot: _Slot) -> tuple[Any, int]:
+def _group(slot: Slot) -> tuple[Any, int]:
     """The process group that shares a tensor (None: the world), and the rank that reads it."""
     rank, world = rank_and_world()
     if slot.rows is None or world == 1:
@@ -163,18 +177,42 @@ def _group(slot: _Slot) -> tuple[Any, int]:
     return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
 
 
-def _fill(target: Tensor, files: BaseFiles, slot: _Slot) -> int:
-    """Read a tensor block by block into its place, and return the bytes read."""
+def _place(slot: Slot) -> Tensor:
+    """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
+    owner, name = slot.owners[0]
+    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
+        owner.make_room()
+    tensor: Tensor = getattr(owner, name)
+    return tensor.data
+
+
+def _fill(target: Tensor, files: "BaseFiles | AdapterFile", slot: Slot) -> None:
+    """Read a tensor block by block into its place."""
+    for place, block in _blocks(files, slot):
+        target[place].copy_(files.read(slot.canonical, block))
+
+
+def _share(target: Tensor, files: "BaseFiles | AdapterFile", slot: Slot, group: Any, reader: int) -> None:
+    """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
+    for place, block in _blocks(files, slot):
+        piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
+        if rank_and_world()[0] == reader:
+            piece.copy_(files.read(slot.canonical, block))
+        if dist.is_initialized():
+            dist.broadcast(piece, src=reader, group=group)
+        target[place].copy_(piece)
+
+
+def _blocks(files: "BaseFiles | AdapterFile", slot: Slot) -> Iterator[tuple[slice, range]]:
+    """Where each block of this rank's rows goes, and which rows of the file it is."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
-    row_bytes = files.size(slot.canonical, range(1))
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
-        target[first : first + len(block)].copy_(files.read(slot.canonical, block))
-    return len(rows) * row_bytes
+        yield slice(first, first + len(block)), block
 
 
-def _put(slot: _Slot, filled: Tensor) -> Tensor:
+def _put(slot: Slot, filled: Tensor) -> Tensor:
     """Set the tensor in every module that refers to it; a parameter stays one and keeps its tags."""
     made = filled
     if isinstance(slot.tensor, nn.Parameter):
@@ -198,70 +236,27 @@ def rebuild_tables(module: nn.Module, device: torch.device) -> None:
             setattr(owner, name, table)
 
 
-def _start_adapters(module: nn.Module, device: torch.device, zero: _Partitioner | None) -> None:
+def _start_adapters(
+    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: "AdapterFile | None"
+) -> None:
     """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
-    for owner in module.modules():
-        if not isinstance(owner, (GroupedExperts, Router)):
-            continue
-        for name, parameter in list(owner._parameters.items()):
-            if parameter is not None and parameter.is_meta:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                _put(_Slot(name=name, canonical=name, tensor=parameter, owners=[(owner, name)]), empty)
-        owner.init_lora()
-        if isinstance(owner, Router):
-            if owner.base_weight is not None:
-                owner.base_weight = torch.empty_like(owner.base_weight, device=device)
-            with deepspeed.zero.GatheredParameters([owner.weight], enabled=hasattr(owner.weight, "ds_id")):
+    for place, owner in empty.module.named_modules():
+        fresh = {f"{place}.{name}": p for name, p in owner._parameters.items() if p is not None and p.is_meta}
+        for name, parameter in fresh.items():
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            canonical, last = empty.canonical(name), name.rpartition(".")[2]
+            if not isinstance(owner, (GroupedExperts, Router)):  # those have values of their own, just below
+                values.copy_(initial_factor(canonical, tuple(values.shape), seed=empty.seed))
+            _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
+        if isinstance(owner, (GroupedExperts, Router)):
+            owner.init_lora()
+        if isinstance(owner, Router) and owner.base_weight is not None:
+            owner.base_weight = torch.empty_like(owner.base_weight, device=device)
+            with gathered(owner.weight):
                 owner.keep_base()
-        for parameter in owner.parameters(recurse=False):
-            if zero is not None and not hasattr(parameter, "ds_id"):
-                zero.partition(parameter)
-
-
-def _device() -> torch.device:
-    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
-
-
-def save(empty: EmptyModel, folder: Path, base: Path) -> None:
-    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
-
-    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
-    writer refuses to finish while one is missing. Adapters are not in it.
-    """
-    with ExitStack() as stack:
-        writer = None
-        if rank_and_world()[0] == 0:
-            config = load_json(base / "config.json")
-            kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in _base_slots(empty)}
-            writer = stack.enter_context(
-                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
-            )
-        for slot in _base_slots(empty):
-            is_partitioned = hasattr(slot.tensor, "ds_id")
-            with deepspeed.zero.GatheredParameters([slot.tensor], enabled=is_partitioned):
-                for first_row, tensor in _at_rank_zero(slot):
-                    if writer is not None:
-                        writer.write(slot.canonical, tensor, first_row=first_row)
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _at_rank_zero(slot: _Slot) -> Iterator[tuple[int, Tensor]]:
-    """The tensor, or a stack's rows from each rank of the first expert-parallel group; rank 0 sees them all."""
-    rank, _ = rank_and_world()
-    whole = slot.tensor.detach()
-    if slot.rows is None:
-        yield 0, whole
-        return
-    owner = slot.owners[0][0]
-    assert isinstance(owner, GroupedExperts)
-    ep_size = owner.num_experts // len(slot.rows)
-    for source in range(ep_size):
-        if source == rank == 0:
-            yield 0, whole
-        elif rank == source:
-            dist.send(whole.contiguous(), dst=0)
-        elif rank == 0:
-            arrived = torch.empty_like(whole)
-            dist.recv(arrived, src=source)
-            yield source * len(slot.rows), arrived
+        for name in fresh:
+            made = empty.module.get_parameter(name)
+            if start is not None and empty.canonical(name) in start.factors:
+                made.data.copy_(start.factor(empty.canonical(name), owner))
+            if zero is not None:
+                zero.partition(made)

@@ -12,7 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 COMMANDS = {
+    "shards": "build, index, check, show, count and split webdataset shards",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
+    "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
 }
@@ -50,6 +52,11 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"moetune {args.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written: the run failed, the input is not wrong
+        if args.debug:
+            raise
+        print(f"moetune {args.command}: {error}", file=sys.stderr)
+        return 1
     return code
 
 

@@ -74,6 +74,11 @@ def canonical_name(model_type: str, name: str, *, adapter: str = "default") -> s
             )
         canonical = block + _OURS_TO_CANONICAL[tensor]
         return PEFT_PREFIX + canonical if "lora_" in tensor else canonical
+    return dense_name(name, adapter=adapter)
+
+
+def dense_name(name: str, *, adapter: str = "default") -> str:
+    """Return the canonical name of a parameter outside sparse blocks: what PEFT wrapped is named as it was before."""
     found = _PEFT_TENSOR.search(name)
     if found is None:
         return name.replace(".base_layer.", ".")

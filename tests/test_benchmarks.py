@@ -402,8 +402,10 @@ def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
     monkeypatch.setattr(scaling_shape, "TOKENS", 24)
     monkeypatch.setattr(scaling_shape, "ROUNDS", 2)
     threads = torch.get_num_threads()
-    (figure,) = scaling_shape.run()
+    figure, gemms = scaling_shape.run()
     torch.set_num_threads(threads)
+    assert gemms.value > 0
+    assert gemms.target is None
     assert figure.config["experts"] == [4, 12]
     assert figure.unit == "x"
     assert min(figure.value, figure.peer_value) > 0

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from finetune.basefiles import open_base
+from finetune.gather import save
 from finetune.layouts import single_expert
 from finetune.model import ModelOptions, build
 from finetune.reading import rank_shares
-from finetune.weights import check_rows, load, save
+from finetune.weights import check_rows, load
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions
@@ -75,7 +76,7 @@ def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) 
     results = []
     for ep, resident in cases:
         moe = "moe" in folder.name
-        layer = LayerOptions(experts="full", resident=resident)
+        layer = _full()
         train = EVERYTHING if moe else (*EVERYTHING, "mlp")
         if resident:
             layer, train = LayerOptions(experts="lora", lora=ExpertLora(r=4, alpha=8), resident=True), ("attention",)
@@ -84,7 +85,8 @@ def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) 
         files = open_base(folder, empty.expected)
         engine_options = EngineOptions(dtype="float32", micro_batches_per_step=ROWS // world, clip_norm=0.0)
         report = load(empty, files, engine_config=engine_config(engine_options))
-        tables = sum(b.numel() * b.element_size() for n, b in empty.module.named_buffers() if "inv_freq" in n)
+        own = [b for n, b in empty.module.named_buffers() if "inv_freq" in n or "base_weight" in n]
+        tables = sum(buffer.numel() * buffer.element_size() for buffer in own)
         held = report.bytes_held - tables
         engine = initialize(empty.module, engine_options)
         total, loss = token_count(batch(slice(0, ROWS))["input_ids"]), 0.0
