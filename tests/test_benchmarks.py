@@ -399,8 +399,7 @@ def test_the_lora_memory_is_counted_beside_peft():
 def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
     monkeypatch.setattr(scaling_shape, "FEW", dataclasses.replace(TINY, experts=4))
     monkeypatch.setattr(scaling_shape, "MANY", TINY)
-    monkeypatch.setattr(scaling_shape, "TOKENS", 24)
-    monkeypatch.setattr(scaling_shape, "ROUNDS", 2)
+    monkeypatch.setattr(scaling_shape, "CASES", ((24, 2),))
     threads = torch.get_num_threads()
     figure, gemms = scaling_shape.run()
     torch.set_num_threads(threads)
