@@ -15,30 +15,36 @@ from benchmarks.measure import Side, spread, take_turns
 
 FEW = Shape(hidden=1024, intermediate=384, experts=32)
 MANY = Shape(hidden=1024, intermediate=384, experts=128)
-TOKENS, ROUNDS = 512, 9
+CASES = ((512, 9), (2048, 4))  # tokens, rounds
 TARGET = Target(of="value", rule="at most", floor=1.3)
 
 
 def run() -> Iterator[Figure]:
     """Yield the time at 128 experts over the time at 32: ours and PEFT's, then that of the frozen GEMMs; in turns."""
     torch.set_num_threads(1)
+    pairs = [Pair(FEW), Pair(MANY)]
+    for tokens, rounds in CASES:
+        yield from _growth(pairs, tokens, rounds)
+
+
+def _growth(pairs: list[Pair], tokens: int, rounds: int) -> Iterator[Figure]:
     sides = []
-    for shape in (FEW, MANY):
-        pair = Pair(shape)
-        inputs = pair.inputs(TOKENS)
+    for pair in pairs:
+        inputs = pair.inputs(tokens)
         ours, peer = pair.sides(inputs)
         same_step(ours.run(), peer.run())
         sides += [ours, peer, Side(name="frozen GEMMs", run=_frozen_gemms(pair, inputs))]
-    seconds = take_turns(sides, rounds=ROUNDS)
+    seconds = take_turns(sides, rounds=rounds)
     ours_x, peer_x, frozen_x = (min(many) / min(few) for few, many in zip(seconds[:3], seconds[3:], strict=True))
-    config = {**pair.config(TOKENS), "experts": [FEW.experts, MANY.experts], "statistic": "min"}
-    over = f"at {MANY.experts} experts over {FEW.experts}"
+    few, many = (pair.shape.experts for pair in pairs)
+    config = {**pair.config(tokens), "experts": [few, many], "statistic": "min"}
+    over = f"at {many} experts over {few}, {tokens} tokens"
     yield Figure(
-        metric=f"step {over}", value=ours_x, unit="x", config=config, n=ROUNDS, peer=pair.peer_name, peer_value=peer_x,
+        metric=f"step {over}", value=ours_x, unit="x", config=config, n=rounds, peer=pair.peer_name, peer_value=peer_x,
         spread={"ours": spread(seconds[3]), "peer": spread(seconds[4])}, target=TARGET,
     )  # fmt: skip
     yield Figure(
-        metric=f"frozen GEMMs alone {over}", value=frozen_x, unit="x", config=config, n=ROUNDS,
+        metric=f"frozen GEMMs alone {over}", value=frozen_x, unit="x", config=config, n=rounds,
         spread={"ours": spread(seconds[5])},
     )  # fmt: skip
 
