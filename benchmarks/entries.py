@@ -93,4 +93,10 @@ ENTRIES = (
         module="benchmarks.data_throughput",
         about="shard to samples, images and video, beside webdataset and transformers' processors",
     ),
+    Entry(
+        name="gather-per-step",
+        suite="cpu",
+        module="benchmarks.gather_per_step",
+        about="frozen weights gathered in one step by its number of micro-batches, resident and partitioned",
+    ),
 )

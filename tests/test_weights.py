@@ -128,7 +128,11 @@ def _check(folder: Path, world: int, cases: list[tuple[int, bool]]) -> None:
             assert resident or len(result["worst"]) == len(reference["gradients"])
 
 
-WORLDS = [(1, [(1, False), (1, True)]), (2, [(2, False), (2, True)]), (4, [(2, False), (4, True), (4, False)])]
+WORLDS = [
+    (1, [(1, False), (1, True)]),
+    (2, [(2, False), (2, True)]),
+    (4, [(2, False), (2, True), (4, True), (4, False)]),
+]
 
 
 @pytest.mark.parametrize(("world", "cases"), WORLDS)
