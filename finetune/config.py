@@ -22,6 +22,8 @@ class ModelConfig:
 
     family: str = ""
     path: str = ""
+    # how packed rows attend inside their samples; auto is the fastest that the machine has
+    attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
 
 
 Mode = Literal["frozen", "lora", "full"]
@@ -94,6 +96,9 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """How token losses become one number."""
+
+    # every token weighs the same, every sample does, or (the authors' choice) a sample weighs the root of its tokens
+    normalise: Literal["token", "sample", "sqrt"] = "token"
 
 
 @dataclass(frozen=True, kw_only=True)

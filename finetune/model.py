@@ -13,8 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from finetune.adapters import Lora, inject
+from finetune.attention import AttentionName
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
+from finetune.varlen import register
 from moe.names import LAYERS as KNOWN
 from moe.names import canonical_name, dense_name
 from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks
@@ -33,7 +35,7 @@ class ModelOptions:
     """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attention: AttentionName | Literal["eager"] = "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
 
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    register()
     with torch.device("meta"):
         module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=options.attention)
     return module
