@@ -6,6 +6,7 @@ from math import isfinite
 from pathlib import Path
 
 from finetune.adapter_checks import adapter_problems
+from finetune.attention import MASK_TOKENS
 from finetune.config import RunConfig
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
@@ -193,6 +194,15 @@ def _terms(moe: MoeConfig) -> list[tuple[str, object]]:
     return terms + ([("moe.z_coefficient", moe.z_coefficient)] if moe.z_coefficient else [])
 
 
+def _attention(facts: Facts) -> list[Problem]:
+    """sdpa's mask grows with the square of the packed row."""
+    name, tokens = facts.config.model.attention, facts.config.data.tokens_per_pack
+    if name != "sdpa" or tokens <= MASK_TOKENS:
+        return []
+    allowed = f"it builds a mask of {tokens:,} x {tokens:,} for a packed row, and the limit is {MASK_TOKENS:,} tokens"
+    return [_problem("model.attention", name, allowed, "Set model.attention=auto, which builds none")]
+
+
 CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _ranges,
     _sources,
@@ -201,6 +211,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _context,
     _balance,
     _adapters,
+    _attention,
 )
 
 

@@ -24,6 +24,7 @@ class ModelConfig:
     path: str = ""  # a local folder or a hub id; training needs it
     layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: they say it
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are float32 in any case
+    # how packed rows attend inside their samples; auto is the fastest that the machine has
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
 
 
@@ -101,7 +102,8 @@ class ParallelConfig:
 class LossConfig:
     """How token losses become one number."""
 
-    normalise: Literal["token", "sample", "sqrt"] = "token"  # sqrt: a token of a sample of n weighs 1 / sqrt(n)
+    # every token weighs the same, every sample does, or (the authors' choice) a sample weighs the root of its tokens
+    normalise: Literal["token", "sample", "sqrt"] = "token"
 
 
 @dataclass(frozen=True, kw_only=True)

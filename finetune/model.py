@@ -15,6 +15,7 @@ from finetune.adapters import Lora, inject
 from finetune.attention import AttentionName
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
+from finetune.varlen import register
 from moe.names import LAYERS as KNOWN
 from moe.names import canonical_name, dense_name
 from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks
@@ -87,6 +88,7 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
 
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    register()
     with torch.device("meta"):
         module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=options.attention)
     return module

@@ -1,0 +1,149 @@
+"""The FLOP meter against torch's own counter, published throughputs, and what packing and recompute do to it."""
+
+import pytest
+import torch
+from base_folders import dense_model
+from packed_rows import alone, row
+from torch.utils.flop_counter import FlopCounterMode
+
+from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig
+from finetune.families import Family, Text, Vision, family
+from finetune.flops import FlopMeter, Training, Work, batch_work, peak_flops, trainings
+
+FULL = Training(mode="full")
+TEXT = {part: FULL for part in ("attention", "mlp", "lm_head", "embed_tokens", "norms")}
+TOWER = {part: FULL for part in ("vision_blocks", "patch_embed", "pos_embed", "merger", "deepstack_mergers")}
+GB, HUGE = "qwen3-vl-30b-a3b", "qwen3-vl-235b-a22b"
+LORA16 = {part: Training(mode="lora", r=16) for part in ("attention", "experts")}
+
+
+def tokens(number: int) -> Work:
+    """One sample, every token supervised."""
+    return Work(tokens=number, supervised=number, squares=number**2)
+
+
+def tiny_family(model) -> Family:
+    """The small dense model of the tests as a family."""
+    text, vision = model.config.text_config, model.config.vision_config
+    return Family(
+        name="small",
+        text=Text(**{k: getattr(text, k) for k in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "vocab_size")}),
+        vision=Vision(**{k: getattr(vision, k) for k in (
+            "out_hidden_size", "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size",
+            "num_position_embeddings")} | {"deepstack_visual_indexes": tuple(vision.deepstack_visual_indexes)}),
+    )  # fmt: skip
+
+
+def counted(model, batch) -> float:
+    """Operations that torch counts in a forward and backward of every sample by itself, full logits."""
+    with FlopCounterMode(display=False) as counter:
+        losses = torch.stack(alone(model, batch)).sum()
+        if losses.requires_grad:
+            losses.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("trains", "names"),
+    [
+        (TEXT | TOWER, ("",)),
+        (TEXT, ("language_model", "lm_head")),
+        ({"embed_tokens": FULL}, ("embed_tokens",)),
+        ({"lm_head": FULL}, ("lm_head",)),
+        ({}, ()),
+    ],
+    ids=["all", "text", "embedding", "head", "nothing"],
+)
+def test_what_torch_counts(trains, names):
+    model = dense_model()
+    model.set_attn_implementation("eager")  # its scores are plain products, which torch counts, and not causal
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in names))
+    batch = row("iv", "i", length=60)
+    work = batch_work(batch)
+    lengths = [
+        last - first for first, last in zip(batch.cu_seq_lens.tolist(), batch.cu_seq_lens.tolist()[1:3], strict=False)
+    ]
+    assert (work.tokens, work.squares) == (sum(lengths), sum(n * n for n in lengths))
+    # without tiles the head sees every token, and a square that is not halved
+    seen = Work(tokens=work.tokens, supervised=work.tokens, squares=2 * work.squares, patches=work.patches,
+                frame_squares=work.frame_squares)  # fmt: skip
+    expected = FlopMeter(tiny_family(model), trains).model(seen)
+    assert counted(model, batch) == pytest.approx(expected, rel=2e-3)  # torch counts the rotary tables too
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "published"), [(GB, 12_040, 277), (HUGE, 1_862, 276), (HUGE, 6_131, 907)]
+)  # tokens a second and device, TFLOP/s
+def test_published_throughputs_within_one_percent(name, rate, published):
+    full = {part: FULL for part in ("attention", "experts", "router", "norms", "embed_tokens", "lm_head")}
+    found = FlopMeter(family(name), full).model(tokens(4096)) / 4096 * rate / 1e12
+    assert found == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "plain", "again"),
+    [(GB, 4096, 18.1, 25.3), (GB, 32768, 57.6, 76.0), (HUGE, 4096, 109.6, 158.2), (HUGE, 262144, 1500, 1947)],
+)  # GFLOP a token on the device, worked out by hand for LoRA of rank 16
+def test_frozen_base_with_lora(name, length, plain, again):
+    for recompute, expected in (("none", plain), ("layer", again)):
+        meter = FlopMeter(family(name), LORA16, recompute=recompute)
+        assert meter.hardware(tokens(length)) / length / 1e9 == pytest.approx(expected, rel=5e-3)
+        assert meter.model(tokens(length)) == FlopMeter(family(name), LORA16).model(tokens(length))
+    selective = FlopMeter(family(name), LORA16, recompute="selective")
+    saved = FlopMeter(family(name), LORA16, recompute="layer").hardware(tokens(length)) - selective.hardware(
+        tokens(length)
+    )
+    text = family(name).text
+    wide = 2 * 3 * text.hidden_size * text.experts.moe_intermediate_size * 8 * text.num_hidden_layers
+    assert saved == pytest.approx(wide * length)
+
+
+def test_packing_costs_the_sum_of_squares_and_padding_nothing():
+    meter = FlopMeter(family(GB), LORA16)
+    one, two = meter.count(tokens(4096)), meter.count(tokens(2048) + tokens(2048))
+    assert two["attention_scores"].model * 2 == one["attention_scores"].model
+    assert two["experts"] == one["experts"]
+    assert batch_work(row()) == Work()
+    padded = batch_work(row("i", length=10))
+    assert padded.tokens < row("i", length=10).input_ids.shape[1]
+    assert padded.patches == 24
+    assert batch_work(row("w")).frame_squares == 2 * 8**2
+
+
+def test_a_frozen_tower_has_no_backward_and_a_trained_merger_does_not_reach_the_blocks():
+    seen = Work(tokens=100, squares=10_000, patches=400, frame_squares=160_000)
+    frozen = FlopMeter(family(GB), LORA16).count(seen)
+    assert frozen["vision_blocks"].forward / 100 == pytest.approx(3.289e9, rel=1e-3)
+    assert [frozen[part].backward for part in ("vision_blocks", "merger", "vision_scores")] == [0, 0, 0]
+    merger = FlopMeter(family(GB), {"merger": FULL}, recompute="layer").count(seen)
+    assert (merger["merger"].backward, merger["vision_blocks"].backward) == (2 * merger["merger"].forward, 0)
+    assert merger["vision_blocks"].again == merger["deepstack_mergers"].backward == 0
+    assert merger["attention"].backward == merger["attention"].forward == merger["attention"].again
+    blocks = FlopMeter(family(GB), {"vision_blocks": Training(mode="lora", r=8)}, recompute="layer").count(seen)
+    assert blocks["vision_blocks"].again == blocks["vision_blocks"].forward > frozen["vision_blocks"].forward
+    assert blocks["merger"].backward == blocks["merger"].forward
+    tied = FlopMeter(family("qwen3-vl-2b"), {}).count(Work(tokens=3, supervised=3))
+    assert tied["lm_head"].forward == 2 * 3 * 151_936 * 2048
+
+
+def test_trainings_of_a_configuration():
+    adapters = AdaptersConfig(
+        attention=DenseFamilyConfig(mode="lora", r=16), experts=ExpertFamilyConfig(mode="lora", r=4),
+        head=FamilyConfig(mode="full"),
+    )  # fmt: skip
+    found = {part: training for part, training in trainings(adapters).items() if training.mode != "frozen"}
+    assert found == {"attention": Training(mode="lora", r=16), "experts": Training(mode="lora", r=4), "lm_head": FULL}
+    FlopMeter(family("tiny-dense"), {"attention": FULL})
+
+
+def test_refusals_and_peaks():
+    with pytest.raises(ValueError, match=r"parts expert: qwen3-vl-30b-a3b has none of that name; it has attention, "):
+        FlopMeter(family(GB), {"expert": FULL})
+    with pytest.raises(ValueError, match="part attention: mode lora with r 0; LoRA needs r >= 1, others r 0"):
+        FlopMeter(family(GB), {"attention": Training(mode="lora")})
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989.4e12
+    assert peak_flops("Intel(R) Xeon(R)") is None
