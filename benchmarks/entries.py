@@ -63,4 +63,34 @@ ENTRIES = (
         module="benchmarks.a2a_units",
         about="rows sent a layer by recompute mode, against the formula",
     ),
+    Entry(
+        name="packing",
+        suite="cpu",
+        module="benchmarks.data_packing",
+        about="fill of packs and evenness of a step's packs, beside samples strung together",
+    ),
+    Entry(
+        name="plan",
+        suite="cpu",
+        module="benchmarks.data_plan",
+        about="laying out an epoch of a million samples",
+    ),
+    Entry(
+        name="resume-cost",
+        suite="cpu",
+        module="benchmarks.data_resume",
+        about="from a saved position to the next step, beside webdataset reading up to there",
+    ),
+    Entry(
+        name="shards-build",
+        suite="cpu",
+        module="benchmarks.data_build",
+        about="rows and photos into checked, indexed shards, beside webdataset's TarWriter in a loop",
+    ),
+    Entry(
+        name="data-throughput",
+        suite="cpu",
+        module="benchmarks.data_throughput",
+        about="shard to samples, images and video, beside webdataset and transformers' processors",
+    ),
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -44,6 +45,10 @@ _EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 _ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # MPO, a phone's photo with a preview behind it, is one picture
 _ORIENTATION = 0x0112
+# steps over rows and columns for each orientation, those from 5 on after exchanging rows and columns
+_FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +188,8 @@ def decode_image(data: bytes, *, name: str) -> torch.Tensor:
     """uint8 [H, W, 3]: turned upright by its EXIF orientation, transparency laid over white, 16 bits scaled to 8."""
     try:
         with _open(data, name) as image:
-            return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image)))
+            fast = _fast_jpeg(data, image)
+            return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image)) if fast is None else fast)
     except ImageRefused:
         raise
     except _BROKEN as error:
@@ -207,7 +213,22 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _fast_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
+    """The pixels Pillow would give, in half the time; None where it must be asked: CMYK, and damage it may survive."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        upright: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return None
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):
+        upright = upright.transpose(1, 0, 2)
+    rows, columns = _FLIPS.get(orientation, (1, 1))
+    return np.ascontiguousarray(upright[::rows, ::columns])
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
     if image.mode in _SIXTEEN_BIT:  # Pillow's own conversion clips at 255: every bright pixel white
         wide = np.asarray(image).astype(np.uint32)
         return np.repeat(((wide * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)

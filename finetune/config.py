@@ -5,7 +5,7 @@ A key enters here in the commit that makes it work; a section without keys is a 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from data.config import DataConfig
 from moe.config import MoeConfig
@@ -21,7 +21,10 @@ class ModelConfig:
     """The base model: a family from our table, a local folder with a config.json, or both (then they must agree)."""
 
     family: str = ""
-    path: str = ""
+    path: str = ""  # a local folder or a hub id; training needs it
+    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: they say it
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are float32 in any case
+    attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
 
 
 Mode = Literal["frozen", "lora", "full"]
@@ -90,11 +93,15 @@ class ParallelConfig:
     """How ranks share the model."""
 
     ep: int = 1
+    resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
+    recompute: Literal["none", "layer", "selective"] = "selective"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """How token losses become one number."""
+
+    normalise: Literal["token", "sample", "sqrt"] = "token"  # sqrt: a token of a sample of n weighs 1 / sqrt(n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +109,20 @@ class OptimConfig:
     """The optimiser."""
 
     lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # never of vectors
+    clip_norm: float = 1.0  # of all gradients together; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """How the learning rate moves."""
+
+    steps: int = 1000
+    warmup_steps: int = 0
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    final_share: float = 0.0  # of optim.lr, where linear and cosine end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +138,8 @@ class ContextConfig:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What the engine is told beyond the typed fields."""
+
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's config; none that we make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +161,7 @@ class TrackConfig:
 class RunSectionConfig:
     """The run itself."""
 
+    name: str = "run"  # its folder is runs/<name>
     seed: int = 0
 
 

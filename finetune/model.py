@@ -6,13 +6,13 @@ Nothing here allocates a weight, so 235B is built on a laptop; `finetune.weights
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from finetune.adapters import Lora, inject
+from finetune.attention import AttentionName
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
 from moe.names import LAYERS as KNOWN
@@ -33,7 +33,7 @@ class ModelOptions:
     """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attention: AttentionName = "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)

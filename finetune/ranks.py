@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from moe.experts import GroupedExperts
 
+T = TypeVar("T")
 SHOWN = 8
 """So many differences are printed."""
 
@@ -24,6 +26,21 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def barrier() -> None:
+    """Wait for every rank; every rank must call this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_lists(mine: list[T]) -> list[T]:
+    """Return the lists of all ranks, one after the other, the same on each; every rank must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return [item for items in everyone for item in items]
 
 
 def parameter_table(module: nn.Module) -> dict[str, str]:

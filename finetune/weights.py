@@ -7,9 +7,7 @@ tensor and one block of bytes from the file, whatever the model's size.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -20,17 +18,15 @@ from torch import Tensor, nn
 
 from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
-from finetune.hubconfig import load_json
+from finetune.engine import engine_device, gathered
 from finetune.model import EmptyModel
-from finetune.ranks import at_rank_zero, rank_and_world
-from finetune.writer import model_writer, side_files_of
+from finetune.ranks import rank_and_world
 from moe.experts import GroupedExperts
 from moe.router import Router
 
 if TYPE_CHECKING:
     from finetune.adapter_file import AdapterFile
 
-_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 BLOCK_BYTES = 16 * 2**20
 """So much of a file is in memory at once."""
 
@@ -45,7 +41,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Slot:
+class Slot:
     """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
 
     name: str
@@ -76,9 +72,9 @@ def load(
         start.check_fits(empty)
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
-    device = _device()
+    device = engine_device()
     read = count = 0
-    for slot in _base_slots(empty):
+    for slot in base_slots(empty):
         group, reader = _group(slot)
         is_reader = rank_and_world()[0] == reader
         source = start if start is not None and slot.canonical in start.shapes else files
@@ -151,7 +147,7 @@ class _Partitioner:
         self.context._convert_to_zero_parameters([parameter])
 
 
-def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
+def base_slots(empty: EmptyModel) -> Iterator[Slot]:
     """The tensors that the base's files fill, in the model's order."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in empty.module.modules():
@@ -162,7 +158,7 @@ def _base_slots(empty: EmptyModel) -> Iterator[_Slot]:
         place, _, last = name.rpartition(".")
         if last in empty.module.get_submodule(place)._non_persistent_buffers_set or ".lora_" in empty.canonical(name):
             continue
-        yield _Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
+        yield Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +166,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def _group(slot: _Slot) -> tuple[Any, int]:
+def _group(slot: Slot) -> tuple[Any, int]:
     """The process group that shares a tensor (None: the world), and the rank that reads it."""
     rank, world = rank_and_world()
     if slot.rows is None or world == 1:
@@ -181,7 +177,7 @@ def _group(slot: _Slot) -> tuple[Any, int]:
     return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
 
 
-def _place(slot: _Slot) -> Tensor:
+def _place(slot: Slot) -> Tensor:
     """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
     owner, name = slot.owners[0]
     if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
@@ -190,13 +186,13 @@ def _place(slot: _Slot) -> Tensor:
     return tensor.data
 
 
-def _fill(target: Tensor, files: "BaseFiles | AdapterFile", slot: _Slot) -> None:
+def _fill(target: Tensor, files: "BaseFiles | AdapterFile", slot: Slot) -> None:
     """Read a tensor block by block into its place."""
     for place, block in _blocks(files, slot):
         target[place].copy_(files.read(slot.canonical, block))
 
 
-def _share(target: Tensor, files: "BaseFiles | AdapterFile", slot: _Slot, group: Any, reader: int) -> None:
+def _share(target: Tensor, files: "BaseFiles | AdapterFile", slot: Slot, group: Any, reader: int) -> None:
     """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
     for place, block in _blocks(files, slot):
         piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
@@ -207,7 +203,7 @@ def _share(target: Tensor, files: "BaseFiles | AdapterFile", slot: _Slot, group:
         target[place].copy_(piece)
 
 
-def _blocks(files: "BaseFiles | AdapterFile", slot: _Slot) -> Iterator[tuple[slice, range]]:
+def _blocks(files: "BaseFiles | AdapterFile", slot: Slot) -> Iterator[tuple[slice, range]]:
     """Where each block of this rank's rows goes, and which rows of the file it is."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
     step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
@@ -216,7 +212,7 @@ def _blocks(files: "BaseFiles | AdapterFile", slot: _Slot) -> Iterator[tuple[sli
         yield slice(first, first + len(block)), block
 
 
-def _put(slot: _Slot, filled: Tensor) -> Tensor:
+def _put(slot: Slot, filled: Tensor) -> Tensor:
     """Set the tensor in every module that refers to it; a parameter stays one and keeps its tags."""
     made = filled
     if isinstance(slot.tensor, nn.Parameter):
@@ -251,7 +247,7 @@ def _start_adapters(
             canonical, last = empty.canonical(name), name.rpartition(".")[2]
             if not isinstance(owner, (GroupedExperts, Router)):  # those have values of their own, just below
                 values.copy_(initial_factor(canonical, tuple(values.shape), seed=empty.seed))
-            _put(_Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
+            _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
         if isinstance(owner, (GroupedExperts, Router)):
             owner.init_lora()
         if isinstance(owner, Router) and owner.base_weight is not None:
@@ -264,36 +260,3 @@ def _start_adapters(
                 made.data.copy_(start.factor(empty.canonical(name), owner))
             if zero is not None:
                 zero.partition(made)
-
-
-def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which a partitioned parameter is whole; every rank that holds a part of it must enter."""
-    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
-    return whole
-
-
-def _device() -> torch.device:
-    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
-
-
-def save(empty: EmptyModel, folder: Path, base: Path) -> None:
-    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
-
-    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
-    writer refuses to finish while one is missing. Adapters are not in it.
-    """
-    with ExitStack() as stack:
-        writer = None
-        if rank_and_world()[0] == 0:
-            config = load_json(base / "config.json")
-            kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in _base_slots(empty)}
-            writer = stack.enter_context(
-                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
-            )
-        for slot in _base_slots(empty):
-            with gathered(slot.tensor):
-                for first_row, tensor in at_rank_zero(slot.tensor, slot.owners[0][0]):
-                    if writer is not None:
-                        writer.write(slot.canonical, tensor, first_row=first_row)
-    if dist.is_initialized():
-        dist.barrier()

@@ -167,6 +167,7 @@ def write_model(
     ) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
+            del tensor  # or it would be held while the next one is made
     return WrittenModel(
         folder=folder,
         files=len({place.file for place in writer.places.values()}),

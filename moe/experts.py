@@ -96,7 +96,7 @@ class GroupedExperts(nn.Module):
         assert 0 <= local_experts.start < local_experts.stop <= num_experts
         self.name, self.num_experts, self.local_experts = name, num_experts, local_experts
         self.hidden, self.intermediate = hidden, intermediate
-        self.mode, self.lora, self.seed = mode, lora, seed
+        self.mode, self.lora, self.resident, self.seed = mode, lora, resident, seed
         row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
         self.keep_rows = keep_bytes // (2 * intermediate * dtype.itemsize)
@@ -112,19 +112,19 @@ class GroupedExperts(nn.Module):
             self.register_parameter(key, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         self._factors = tuple(shapes)
         self._roomy: dict[str, tuple[Tensor, Tensor]] = {}
-        if lora is not None and resident:
-            self.make_room()
+        self.make_room()
         if not self.gate_up.is_meta:
             self.init_lora()
 
     @torch.no_grad()
     def make_room(self) -> None:
-        """Give resident weights room for the adapter (r more rows or columns), unless they have it.
+        """Give resident weights of mode "lora" room for the adapter (r more rows or columns), unless they have it.
 
-        Called by forward too: whoever replaces a buffer (a move to another device, a loader that assigns) need not
-        know. Called before the weights are filled, it saves that forward the copy.
+        forward calls it too, so whoever replaces a buffer need not know. A loader that assigns buffers does well to
+        call it after each: forward would copy layer by layer, and leave a freed block a little too small for the next.
         """
-        assert self.lora is not None
+        if self.lora is None or not self.resident:
+            return
         for key, dim in (("gate_up", 1), ("down", 2)):
             weight = self.get_buffer(key)
             if key in self._roomy and self._roomy[key][1] is weight:
@@ -152,7 +152,7 @@ class GroupedExperts(nn.Module):
         assert counts_L.shape == (len(self.local_experts),)
         dropout = self.lora.dropout if self.lora is not None and self.training else 0.0
         # the mask of dropout falls on x before A only, so that A cannot share a GEMM with the frozen weight
-        inside = bool(self._roomy) and not dropout
+        inside = self.lora is not None and self.resident and not dropout
         if inside:
             self.make_room()
         plan = Plan(

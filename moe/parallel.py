@@ -6,7 +6,7 @@ partitions them and reduces their gradients.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,11 +56,8 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
         self.name, self.index, self.options, self.balance = name, index, options, balance
-        self.num_experts, self.top_k, self.hidden_size = (
-            config.num_experts,
-            config.num_experts_per_tok,
-            config.hidden_size,
-        )
+        self.num_experts, self.hidden_size = config.num_experts, config.hidden_size
+        self.top_k = config.num_experts_per_tok
         self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always does, and has no such key
         self._place(ep_size)
         common: dict[str, Any] = {"resident": options.resident, "seed": options.seed, "dtype": dtype, "device": device}
@@ -92,7 +89,7 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         if self.options.dispatch == "deepep":
             self.score_apply, self.row_weighting_impl = "post", "eager"
             self.comm_num_sm, self.comm_qp_margin = auto_ep_comm.DEFAULT_COMM_SMS, 4
-            self.comm_max_tokens_per_rank, self.deepep_scope = self.options.deepep_max_tokens, 0
+            self.comm_max_tokens_per_rank = self.options.deepep_max_tokens
             self._deepep_replay = auto_ep_comm.DeepEPCheckpointReplay()
         self._deepep_exchange = None
 
@@ -146,10 +143,11 @@ def replace_moe_blocks(
     """
     blocks = _find_blocks(model)
     config = model.config.get_text_config()
-    _check_layout(config, ep_size, options)
+    _check_layout(config, ep_size, options, dtype=next(iter(blocks.values())).gate.weight.dtype)
     if dist.is_initialized():
         assert deepspeed.comm.is_initialized(), "the engine must know the process group: call start_distributed before"
         groups._create_expert_and_data_parallel(ep_size)
+    scope = auto_ep_comm.new_exchange_scope()  # the layers of one model share a DeepEP buffer, models do not
     layers = []
     for index, (name, block) in enumerate(blocks.items()):
         weight = block.gate.weight
@@ -159,9 +157,22 @@ def replace_moe_blocks(
         ).train(block.training)  # fmt: skip
         if not weight.is_meta:
             layer.load(block)
+        layer.deepep_scope = scope
         model.set_submodule(name, layer)
         layers.append(layer)
     return layers
+
+
+def describe(layers: Sequence[ExpertParallelMoe]) -> str:
+    """Say in one line what was chosen for the replaced blocks, by the user and by us."""
+    one = layers[0]
+    lora = f" r {one.options.lora.r}" if one.options.lora is not None else ""
+    held = "resident" if one.options.resident else "partitioned by ZeRO-3"
+    return (
+        f"{len(layers)} sparse blocks: {one.num_experts} experts, {one.num_local_experts} a rank (ep {one.ep_size}), "
+        f"{one.options.experts}{lora}, router {one.options.router.mode}, frozen weights {held}, "
+        f"rows by {one.options.dispatch}, grouped_mm"
+    )
 
 
 def _find_blocks(model: Any) -> dict[str, Any]:
@@ -193,7 +204,7 @@ def sparse_layers(config: Any) -> list[int]:
     return [number for number in numbers if number not in dense and (number + 1) % step == 0]
 
 
-def _check_layout(config: Any, ep_size: int, options: LayerOptions) -> None:
+def _check_layout(config: Any, ep_size: int, options: LayerOptions, *, dtype: torch.dtype) -> None:
     world = dist.get_world_size() if dist.is_initialized() else 1
     check_ep(num_experts=config.num_experts, world_size=world, ep=ep_size)
     if config.hidden_act != "silu":
@@ -201,10 +212,10 @@ def _check_layout(config: Any, ep_size: int, options: LayerOptions) -> None:
     if options.dispatch not in ("all_to_all", "deepep"):
         raise ValueError(f"moe.dispatch: {options.dispatch!r} is not one of all_to_all, deepep")
     if options.dispatch == "deepep":
-        _check_deepep(ep_size, options.deepep_max_tokens)
+        _check_deepep(ep_size, options.deepep_max_tokens, dtype)
 
 
-def _check_deepep(ep_size: int, max_tokens: int) -> None:
+def _check_deepep(ep_size: int, max_tokens: int, dtype: torch.dtype) -> None:
     """Refuse DeepEP at start, in one sentence, where it cannot work."""
     missing = []
     if importlib.util.find_spec("deep_ep") is None:
@@ -213,6 +224,8 @@ def _check_deepep(ep_size: int, max_tokens: int) -> None:
         missing.append("no CUDA device is visible")
     if ep_size == 1:
         missing.append("parallel.ep is 1, so there is nothing to exchange")
+    if dtype != torch.bfloat16:
+        missing.append(f"the model is {str(dtype).removeprefix('torch.')}, DeepEP moves bfloat16 only")
     if max_tokens < 1:
         missing.append("the most tokens of a micro-batch are not known (data.tokens_per_pack)")
     if missing:

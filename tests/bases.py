@@ -1,5 +1,7 @@
 """Folders of tiny base models for tests, written once in a test process, and a thinking model's chat template."""
 
+import atexit
+import shutil
 import tempfile
 from functools import cache
 from importlib.util import find_spec
@@ -58,6 +60,7 @@ def find_qwen3(file):
 def base(tokenizer="tiny", template=None):
     """The folder of a tiny mixture-of-experts model; with `template`, of one with another chat template."""
     folder = Path(tempfile.mkdtemp(prefix="moetune-base-"))
+    atexit.register(shutil.rmtree, folder)
     write_tiny(folder / "base", TinyModel(tokenizer=tokenizer))
     if template is not None:
         (folder / "base" / "chat_template.jinja").write_text(template)

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import simplejpeg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from media_files import encode, picture
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.config import ImageConfig
 from data.facts import ImageFacts
@@ -125,6 +126,32 @@ def test_exif_orientation_is_applied_and_probed(orientation):
         data = encode(Image.fromarray(array), kind, exif=exif)
         np.testing.assert_array_equal(decode_image(data, name="a").numpy(), upright)
         assert probe_image(data) == ImageFacts(height=upright.shape[0], width=upright.shape[1])
+
+
+JPEGS = [{"subsampling": kind, "progressive": late} for kind in (0, 1, 2) for late in (False, True)]
+
+
+@pytest.mark.parametrize("options", [*JPEGS, {"quality": 5}, {"grey": True}, {"kind": "MPO"}], ids=str)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_fast_jpeg_decoder_gives_pillows_pixels(options, orientation, monkeypatch):
+    asked, original = [], simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: asked.append(1) or original(*a, **k))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(picture(41, 63))
+    image = image.convert("L") if options.get("grey") else image
+    more = {name: value for name, value in options.items() if name not in ("grey", "kind")}
+    data = encode(image, options.get("kind", "JPEG"), exif=exif, **more)
+    wanted = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, name="a").numpy(), wanted)
+    assert asked
+    assert probe_image(data) == ImageFacts(height=wanted.shape[0], width=wanted.shape[1])
+
+
+def test_a_jpeg_cut_short_is_judged_by_pillow():
+    data = encode(Image.fromarray(picture(41, 63)), "JPEG")
+    with pytest.raises(ValueError, match="a.jpg: not a readable image .OSError: .*runcated"):
+        decode_image(data[: len(data) // 2], name="a.jpg")
 
 
 def transparent(mode):

@@ -24,7 +24,7 @@ from expert_cases import (
     same,
     wanted,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -219,12 +219,15 @@ def test_built_on_meta_and_filled_later(mode: str, resident: bool) -> None:
     late = made(mode, resident, device="meta")
     assert all(t.is_meta for t in [*late.parameters(), *late.buffers()])
     late.to_empty(device="cpu")
-    with torch.no_grad():
-        late.gate_up.copy_(direct.gate_up)
-        late.down.copy_(direct.down)
+    for key in ("gate_up", "down"):  # as a loader does: a new tensor in place of the one on meta
+        filled = getattr(direct, key).detach().clone(memory_format=torch.contiguous_format)
+        setattr(late, key, filled if resident else nn.Parameter(filled, requires_grad=mode == "full"))
+        late.make_room()
     late.init_lora(b_std=0.3)
+    settled = dict(late.named_buffers())
     arguments = rows_for(direct, COUNTS["gaps"])
     same(run(late, *arguments), run(direct, *arguments), 0)
+    assert all(getattr(late, name) is buffer for name, buffer in settled.items()), "forward made room once more"
     names = {"gate_up", "down"} | (set(FACTORS) if mode == "lora" else set())
     assert set(late.state_dict()) == names
     frozen = {name for name, _ in late.named_buffers()}

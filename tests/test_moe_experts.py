@@ -188,7 +188,7 @@ class OneRank(nn.Module):
 
 
 def test_parity_with_peft_through_a_whole_model() -> None:
-    base, ours = vl_model(), vl_model()
+    base, ours = vl_model(experts=8), vl_model(experts=8)
     config = LoraConfig(
         r=R_LORA, lora_alpha=6, target_modules=[],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],

@@ -90,7 +90,7 @@ def ours_of(model: torch.nn.Module, prefix: str) -> tuple[torch.Tensor, torch.Te
 
 
 def test_hub_layout_is_what_transformers_reads(tmp_path) -> None:
-    model = vl_model()
+    model = vl_model(experts=8)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     for key in [key for key in state if key.endswith("gate_up_proj")]:
@@ -114,7 +114,7 @@ SIZES = layout.ExpertShape(experts=8, hidden=48, intermediate=40)
 
 
 def test_per_expert_tensors_are_what_transformers_reads(tmp_path) -> None:
-    model = text_model()
+    model = text_model(num_experts=8)
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     fused = {key: value for key, value in model.state_dict().items() if key.endswith(("gate_up_proj", "down_proj"))}
@@ -145,7 +145,7 @@ OURS = [
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_moe"])
 def test_names_are_those_of_transformers_and_peft(kind: str) -> None:
-    model = vl_model() if kind == "qwen3_vl_moe" else text_model()
+    model = vl_model(experts=8) if kind == "qwen3_vl_moe" else text_model(num_experts=8)
     prefix = names.LAYERS[kind]
     blocks = [f"{prefix}{number}.mlp." for number in range(model.config.get_text_config().num_hidden_layers)]
     base_keys = set(model.state_dict())
@@ -194,7 +194,7 @@ def test_names_refuse_what_they_do_not_know() -> None:
 def test_lora_packing_gives_the_delta_that_peft_computes() -> None:
     experts, r = 8, 4
     model = get_peft_model(
-        vl_model(), LoraConfig(r=r, lora_alpha=12, target_modules=[], target_parameters=PARAMETERS[:2])
+        vl_model(experts=8), LoraConfig(r=r, lora_alpha=12, target_modules=[], target_parameters=PARAMETERS[:2])
     )
     wrapper = model.base_model.model.model.language_model.layers[1].mlp.experts
     generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from finetune.recompute import set_recompute
 from finetune.resident import choose_resident, frozen_bytes, make_resident
 from moe.dispatch import _orders
-from moe.parallel import ExpertParallelMoe, LayerOptions, replace_moe_blocks, sparse_layers
+from moe.parallel import ExpertParallelMoe, LayerOptions, describe, replace_moe_blocks, sparse_layers
 from moe.router import RouterOptions
 
 VL_LAYERS = [f"model.language_model.layers.{n}.mlp" for n in range(2)]
@@ -69,6 +69,10 @@ def test_on_meta_only_shapes_are_made() -> None:
         model = vl_model()
     layers = replace_moe_blocks(model, ep_size=1, options=LayerOptions(experts="lora", lora=LORA))
     assert [layer.name for layer in layers] == VL_LAYERS
+    assert describe(layers) == (
+        "2 sparse blocks: 12 experts, 12 a rank (ep 1), lora r 8, router frozen, frozen weights resident, "
+        "rows by all_to_all, grouped_mm"
+    )
     assert all(tensor.is_meta for layer in layers for tensor in [*layer.parameters(), *layer.buffers()])
     assert [tuple(p.shape) for p in layers[0].parameters()] == [(12, 8, 48), (12, 80, 8), (12, 8, 40), (12, 48, 8)]
 
@@ -138,7 +142,8 @@ def test_a_model_that_is_not_as_expected_is_refused(make: Any, message: str) -> 
             1,
             {"dispatch": "deepep"},
             "moe.dispatch: deepep cannot be used: the package deep_ep is not installed; no CUDA device is visible; "
-            "parallel.ep is 1, so there is nothing to exchange; the most tokens of a micro-batch are not known",
+            "parallel.ep is 1, so there is nothing to exchange; the model is float32, DeepEP moves bfloat16 only; "
+            "the most tokens of a micro-batch are not known",
         ),
     ],
 )

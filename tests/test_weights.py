@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from finetune.basefiles import open_base
+from finetune.gather import save
 from finetune.layouts import single_expert
 from finetune.model import ModelOptions, build
 from finetune.reading import rank_shares
-from finetune.weights import check_rows, load, save
+from finetune.weights import check_rows, load
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions

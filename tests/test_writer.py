@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from finetune.hubconfig import load_json, read_family
+from finetune.hubconfig import read_family
+from finetune.jsonblock import load_json
 from finetune.layouts import is_expert_stack
 from finetune.shapes import parameter_shapes
 from finetune.tiny import random_weights, write_tiny
@@ -283,9 +284,9 @@ print(peak() - before)
 
 
 def test_memory_is_one_tensor_whatever_the_model(tmp_path):
-    """16 tensors of 21 MB each, 335 MB in all: two of them (the one at work and the next) and some slack."""
+    """16 tensors of 21 MB each, 335 MB in all: one of them, one transposed expert, and what the allocator keeps."""
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 3 * 16 * 640 * 512 * 4
+    assert int(done.stdout) < 4 * 16 * 640 * 512 * 4
     assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 335_000_000
 
 

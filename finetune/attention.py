@@ -1,0 +1,74 @@
+"""Which attention serves packed rows, and why. Loads no torch: what the machine offers is handed in.
+
+In a packed row attention must stay inside each sample. A kernel that takes the samples' borders does that for nothing;
+a mask of the whole row grows with the square of its tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+AttentionName = Literal["flash_attention_2", "varlen", "segments", "sdpa"]
+"""Flash-attention's kernel, torch's own kernel of variable lengths, torch's sdpa sample by sample, sdpa with a mask."""
+
+MASK_TOKENS = 8192
+"""Longest row that `sdpa` is allowed: its mask of this many tokens squared takes 64 MiB, and is read in every layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What decides: where tensors live, in what type, and which kernels are there."""
+
+    cuda: bool
+    half: bool  # bfloat16 or float16, the only types of both kernels
+    capability: tuple[int, int] = (0, 0)
+    flash_attention_2: bool = False  # the package can be imported
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionChoice:
+    """The attention of the text model, and the sentence that is printed at start."""
+
+    name: AttentionName
+    reason: str
+
+
+def choose_attention(choice: str, *, tokens: int, machine: Machine) -> AttentionChoice:
+    """Decide `model.attention` for rows of so many tokens; refuse what the machine lacks or what needs a wide mask."""
+    missing = {name: _missing(name, machine) for name in get_args(AttentionName)}
+    usable = [name for name in get_args(AttentionName) if not missing[name] and not _too_wide(name, tokens)]
+    best: AttentionName = usable[0]  # `segments` needs nothing, so there always is one
+    if choice == "auto":
+        without = "; ".join(f"{name}: {why}" for name, why in missing.items() if why)
+        return AttentionChoice(name=best, reason=f"auto: {best}" + (f" ({without})" if without else ""))
+    if choice not in missing:
+        raise ValueError(f"model.attention: {choice!r} is not one of auto, {', '.join(missing)}")
+    name: AttentionName = choice  # type: ignore[assignment]  # checked the line before
+    if missing[name]:
+        raise ValueError(f"model.attention: {name} cannot be used: {missing[name]}. Use auto, which is {best} here")
+    if _too_wide(name, tokens):
+        raise ValueError(
+            f"model.attention: {name} builds a mask of {tokens:,} x {tokens:,} for a packed row "
+            f"({tokens**2 / 2**20:,.0f} MiB); the limit is {MASK_TOKENS:,} tokens. Use model.attention: {best}, which "
+            f"builds none, or data.tokens_per_pack: {MASK_TOKENS}"
+        )
+    return AttentionChoice(name=name, reason=f"model.attention: {name}")
+
+
+def _too_wide(name: str, tokens: int) -> bool:
+    return name == "sdpa" and tokens > MASK_TOKENS
+
+
+def _missing(name: AttentionName, machine: Machine) -> str:
+    """Return what the machine lacks for it, or nothing."""
+    if name in ("segments", "sdpa"):
+        return ""
+    if not machine.cuda:
+        return "no CUDA device"
+    if not machine.half:
+        return "float32 is computed, the kernel takes bfloat16"
+    if machine.capability < (8, 0):
+        major, minor = machine.capability
+        return f"the device has compute capability {major}.{minor}, the kernel needs 8.0"
+    if name == "flash_attention_2" and not machine.flash_attention_2:
+        return "the package flash-attn is not installed"
+    return ""

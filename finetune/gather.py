@@ -1,0 +1,37 @@
+"""From partitioned ranks to a model folder: one tensor at a time is whole; experts come to rank 0 by global id."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from finetune.engine import gathered
+from finetune.jsonblock import load_json
+from finetune.model import EmptyModel
+from finetune.ranks import at_rank_zero, barrier, rank_and_world
+from finetune.weights import base_slots
+from finetune.writer import model_writer, side_files_of
+
+_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def save(empty: EmptyModel, folder: Path, base: Path) -> None:
+    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
+
+    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
+    writer refuses to finish while one is missing. Adapters are not in it.
+    """
+    with ExitStack() as stack:
+        writer = None
+        if rank_and_world()[0] == 0:
+            config = load_json(base / "config.json")
+            kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in base_slots(empty)}
+            writer = stack.enter_context(
+                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
+            )
+        for slot in base_slots(empty):
+            with gathered(slot.tensor):
+                for first_row, tensor in at_rank_zero(slot.tensor, slot.owners[0][0]):
+                    if writer is not None:
+                        writer.write(slot.canonical, tensor, first_row=first_row)
+    barrier()

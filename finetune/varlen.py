@@ -1,0 +1,88 @@
+"""Attention inside the samples of a packed row, as functions that transformers' models call by name.
+
+Both take the samples' borders from the four variable-length arguments and build no mask. A model whose attention is
+named by a function registered here is not given a mask either. The vision tower calls them once a frame, without
+borders and not causal.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.attention import Machine
+
+NO_BORDERS = "a packed row's attention was called without the borders of its samples"
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Return what this machine offers to attention on `device` in `dtype`."""
+    cuda = device.type == "cuda"
+    return Machine(
+        cuda=cuda,
+        half=dtype in (torch.bfloat16, torch.float16),
+        capability=torch.cuda.get_device_capability(device) if cuda else (0, 0),
+        flash_attention_2=importlib.util.find_spec("flash_attn") is not None,
+    )
+
+
+def register() -> None:
+    """Make `varlen` and `segments` names that transformers knows; calling it again changes nothing."""
+    ALL_ATTENTION_FUNCTIONS.register("varlen", _varlen)
+    ALL_ATTENTION_FUNCTIONS.register("segments", _segments)
+
+
+def _segments(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Call torch's sdpa on one sample after the other; works on every device and in every type."""
+    causal = _is_causal(module, attention_mask, cu_seq_lens_q)
+    parts = [slice(None)]
+    if cu_seq_lens_q is not None:
+        cuts = cu_seq_lens_q.tolist()
+        parts = [slice(first, last) for first, last in zip(cuts, cuts[1:], strict=False) if last > first]
+    outputs = [
+        nn.functional.scaled_dot_product_attention(
+            query[:, :, part], key[:, :, part], value[:, :, part], dropout_p=dropout, is_causal=causal, scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for part in parts
+    ]  # fmt: skip
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Call torch's kernel of variable lengths once for all samples; CUDA, bfloat16."""
+    if cu_seq_lens_q is None or dropout:
+        return _segments(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, cu_seq_lens_q=cu_seq_lens_q,
+            **others,
+        )  # fmt: skip
+    _is_causal(module, attention_mask, cu_seq_lens_q)
+    q_THd, k_THd, v_THd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(
+        q_THd, k_THd, v_THd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+        window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out[None], None
+
+
+def _is_causal(module: nn.Module, mask: Tensor | None, cuts: Tensor | None) -> bool:
+    """Say whether this attention looks back only; a causal one without borders would leak between samples."""
+    assert mask is None, "a mask beside the borders: one of the two would be ignored"
+    causal = bool(getattr(module, "is_causal", True))
+    if causal and cuts is None:
+        raise ValueError(
+            f"{NO_BORDERS}: its samples would see each other. Hand the model all of Batch.attention, or build it with "
+            f"model.attention: sdpa for rows of one sample"
+        )
+    return causal

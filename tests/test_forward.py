@@ -1,0 +1,106 @@
+"""The wrapper against transformers alone: every mix of media, every attention, and ranks that see different things."""
+
+from typing import Any
+
+import pytest
+import torch
+from base_folders import dense_model
+from packed_rows import SPEC, alone, row
+from tiny_moe import text_model, vl_model
+
+from finetune.attention import MASK_TOKENS, Machine, choose_attention
+from finetune.forward import PackedModel
+from finetune.varlen import machine, register
+from moe.parallel import LayerOptions, replace_moe_blocks
+
+ROWS = (("", "i", "ji"), ("v", "", "wv"), ("vi", "iw", ""), ("", ""), ())
+"""Packed rows by their samples' media: i and j are images, v and w videos; the last is a rank's dummy."""
+
+
+def packed(
+    model: Any,
+    *,
+    attention: str = "segments",
+) -> PackedModel:
+    register()
+    model.set_attn_implementation({"text_config": attention, "vision_config": attention})
+    return PackedModel(model, spec=SPEC)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[list[float]]]:
+    """The loss of each sample by transformers, of the plain models."""
+    models = {"moe": vl_model(), "dense": dense_model()}
+    with torch.no_grad():
+        return {kind: [[float(x) for x in alone(m, row(*mixes))] for mixes in ROWS] for kind, m in models.items()}
+
+
+@pytest.mark.parametrize("attention", ["segments", "sdpa"])
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_a_packed_row_is_its_samples_alone(kind, attention, expected):
+    model = vl_model() if kind == "moe" else dense_model()
+    if kind == "moe":
+        replace_moe_blocks(model, ep_size=1, options=LayerOptions())
+    wrapped, calls = packed(model, attention=attention), []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for mixes, wanted in zip(ROWS, expected[kind], strict=True):
+            losses = wrapped(batch=row(*mixes))
+            assert losses.ce_S.tolist() == pytest.approx(wanted, rel=1e-5)
+            assert float(losses.objective) == pytest.approx(sum(wanted), rel=1e-5)
+    assert len(calls) == len(ROWS)
+
+
+def test_attention_without_borders_is_refused():
+    model = dense_model()
+    packed(model)
+    batch = row("", "i")
+    with pytest.raises(ValueError, match="called without the borders of its samples.*model.attention: sdpa"):
+        model.model.language_model(input_ids=batch.input_ids, position_ids=batch.positions, use_cache=False)
+
+
+def test_a_text_only_model_needs_no_tower_and_takes_no_media():
+    model = text_model()
+    register()
+    model.set_attn_implementation("segments")
+    with pytest.raises(ValueError, match=r"the model has no vision tower, but spec is VisionSpec.*else None"):
+        PackedModel(model, spec=SPEC)
+    wrapped = PackedModel(model, spec=None)
+    with torch.no_grad():
+        batch, plain = row("", ""), text_model()
+        cuts = batch.cu_seq_lens.tolist()
+        for number, loss in enumerate(wrapped(batch=batch).ce_S.tolist()):
+            part = slice(cuts[number], cuts[number + 1])
+            ids, weights = batch.input_ids[:, part], batch.loss_weights[0, part]
+            logits = plain(input_ids=ids, use_cache=False).logits[0, :-1]
+            ce = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+            assert loss == pytest.approx(float((ce * weights[1:]).sum()), rel=1e-5)
+    with pytest.raises(ValueError, match="images or videos, but the model has no vision tower: s/i"):
+        wrapped(batch=row("i"))
+    with pytest.raises(ValueError, match="the model has a vision tower, but spec is None"):
+        PackedModel(dense_model(), spec=None)
+
+
+def test_choice_of_attention():
+    h100 = Machine(cuda=True, half=True, capability=(9, 0), flash_attention_2=True)
+    bare = Machine(cuda=True, half=True, capability=(9, 0))
+    old = Machine(cuda=True, half=True, capability=(7, 5), flash_attention_2=True)
+    wide = Machine(cuda=True, half=False, capability=(9, 0))
+    cpu = Machine(cuda=False, half=True)
+    names = [choose_attention("auto", tokens=10**6, machine=m).name for m in (h100, bare, old, wide, cpu)]
+    assert names == ["flash_attention_2", "varlen", "segments", "segments", "segments"]
+    assert "flash-attn is not installed" in choose_attention("auto", tokens=9, machine=bare).reason
+    assert choose_attention("sdpa", tokens=MASK_TOKENS, machine=cpu).name == "sdpa"
+    with pytest.raises(
+        ValueError, match=r"sdpa builds a mask of 16,384 x 16,384 .*256 MiB\); the limit is 8,192 .*varl"
+    ):
+        choose_attention("sdpa", tokens=16384, machine=bare)
+    with pytest.raises(ValueError, match=r"varlen cannot be used: no CUDA device\. Use auto, which is segments here"):
+        choose_attention("varlen", tokens=9, machine=cpu)
+    with pytest.raises(ValueError, match="capability 7.5, the kernel needs 8.0"):
+        choose_attention("flash_attention_2", tokens=9, machine=old)
+    with pytest.raises(ValueError, match="varlen cannot be used: float32 is computed"):
+        choose_attention("varlen", tokens=9, machine=wide)
+    with pytest.raises(ValueError, match=r"model.attention: 'eager' is not one of auto, flash_attention_2, varlen"):
+        choose_attention("eager", tokens=9, machine=cpu)
+    assert machine(torch.device("cpu"), torch.bfloat16) == cpu

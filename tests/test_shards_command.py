@@ -1,0 +1,241 @@
+"""`moetune shards`: each action on real shards, its exit codes, its messages."""
+
+import json
+
+import numpy as np
+import pytest
+from bases import base
+from corpora import media, sample_json, write_sample, write_shards
+from media_files import clip, encode, moving, picture
+from PIL import Image
+
+from data.index import load_index
+from data.reader import SampleReader
+from data.show import contact_sheet, unpatch
+from data.split import side_of
+from data.tar import TarWriter
+from data.vision import image_patches, read_spec
+from launchers.cli import main
+
+
+def shards(capsys, *words, code=0):
+    """Runs the command, returns its JSON answer."""
+    assert main(["shards", *map(str, words), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *words):
+    assert main(["shards", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+def write_rows(path, count=12):
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}], "channel": n}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"bad": 1}]))
+    return path
+
+
+def test_build_then_index_then_build_again(tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    out = tmp_path / "out"
+    words = ("build", rows, "--out", out, "--samples-per-shard", 5, "--name", "x", "--jobs", 2)
+    report = shards(capsys, *words, code=3)  # one refused row, none allowed
+    assert (report["written"], report["rejected"], report["ignored"]) == (12, 1, {"channel": 12})
+    again = shards(capsys, *words, "--max-rejects", 1)
+    assert again["reused"] == 3
+    assert main(["shards", *map(str, words)]) == 3
+    assert "1 rows refused, reasons in" in capsys.readouterr().out
+    answer = shards(capsys, "index", out, "--force", "--jobs", 2)
+    assert answer == {"shards": 3, "samples": 12, "problems": []}
+    assert shards(capsys, "index", out, "--base", base("tiny", None)) == answer
+    assert len(list(out.glob("*.len"))) == 3
+    with TarWriter(out / "broken.tar") as tar:
+        tar.add("k.json", b"{")
+    assert "sample k: Expecting" in shards(capsys, "index", out, code=3)["problems"][0]
+
+
+def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
+    write_shards(tmp_path, 12, per_shard=12)
+    assert shards(capsys, "check", tmp_path) == {"findings": []}
+    text = {"v": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    wide = encode(Image.fromarray(np.zeros((2, 500, 3), dtype=np.uint8)))
+    half = media()["1.jpg"][: len(media()["1.jpg"]) // 2]
+    one = {"v": 1, "messages": [{"role": "assistant", "content": "<image>"}]}
+    film = {"v": 1, "messages": [{"role": "assistant", "content": "<video>x"}], "videos": ["0.mp4"]}
+    with TarWriter(tmp_path / "wrong.tar") as tar:
+        tar.add("00001.json", json.dumps(text).encode())  # the key is in the first shard too
+        tar.add("Upper.json", json.dumps(text).encode())
+        tar.add("dot.v2.json", json.dumps(text).encode())
+        tar.add("half.json", json.dumps(one | {"images": ["0.png"]}).encode())
+        tar.add("marks.json", json.dumps(one).encode())
+        tar.add("wide.json", json.dumps(one | {"images": ["0.png"]}).encode())
+        tar.add("wide.0.png", wide)
+        tar.add("cut.json", json.dumps(one | {"images": ["0.jpg"]}).encode())
+        tar.add("cut.0.jpg", half)
+        tar.add("still.json", json.dumps(film).encode())
+        tar.add("still.0.mp4", clip(moving(1)))
+        tar.add("silent.json", json.dumps({"v": 1, "messages": [{"role": "user", "content": "a"}]}).encode())
+        long = {"v": 1, "messages": [{"role": "assistant", "content": "word " * 900}]}
+        tar.add("long.json", json.dumps(long).encode())
+    with TarWriter(tmp_path / "empty.tar"):
+        pass
+    whole = (tmp_path / "wrong.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:3000])
+    expected = {
+        "00001": "the key is used in",
+        "Upper": "the key should match",
+        "dot": "a dot in the key?",
+        "half": "half a sample?",
+        "marks": "images has 0 entries but the messages hold 1",
+        "wide": "factor of 200",
+        "cut": "1.jpg|0.jpg|truncated",
+        "still": "single frame",
+        "silent": "nothing supervised",
+    }
+    found = shards(capsys, "check", tmp_path, code=3)["findings"]
+    reasons = {}
+    for finding in found:
+        reasons.setdefault(finding["key"], []).append(finding["reason"])
+    assert set(reasons) == {"", *expected}
+    for key, reason in expected.items():
+        assert any(word in why for word in reason.split("|") for why in reasons[key]), (key, reasons[key])
+    assert sorted(why.split(":")[0] for why in reasons[""]) == ["holds no sample", "truncated"]
+    fast = shards(capsys, "check", tmp_path, "--fast", code=3)["findings"]
+    assert "cut" not in {finding["key"] for finding in fast}
+    deep = shards(capsys, "check", tmp_path, "--base", base("tiny", None), "--tokens-per-pack", 700, code=3)["findings"]
+    assert any(finding["key"] == "long" and "more than the 700 of a pack" in finding["reason"] for finding in deep)
+    assert "--tokens-per-pack needs --base" in refused(capsys, "check", tmp_path, "--tokens-per-pack", 5)
+    assert main(["shards", "check", str(tmp_path / "cut.tar")]) == 3
+    assert "1 problems in 1 shards" in capsys.readouterr().out
+
+
+def test_show_marks_what_is_supervised_and_draws_what_the_model_sees(tmp_path, capsys):
+    (shard,) = write_shards(tmp_path, 6, per_shard=6)
+    answer = shards(
+        capsys, "show", shard, "--key", "00002", "--base", base("tiny", None), "--sheet", tmp_path / "a.png"
+    )
+    before, marked = answer["text"].split("⟦")
+    assert "<|image_pad|>×" in before
+    assert "2?" in before
+    assert marked.startswith("w14 w15")
+    assert answer["supervised"] > 10
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.size[0] == 4 * 224
+    shards(capsys, "show", shard, "--key", "00004", "--base", base("tiny", None), "--sheet", tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as sheet:
+        assert sheet.size[1] >= 238
+    assert main(["shards", "show", str(shard), "--base", str(base("tiny", None))]) == 0
+    assert "part-000.tar 00000: " in capsys.readouterr().out
+    assert "has no sample 'x'; its keys run from '00000'" in refused(
+        capsys, "show", shard, "--key", "x", "--base", base("tiny", None)
+    )
+    with TarWriter(tmp_path / "none.tar"):
+        pass
+    assert "holds no sample" in refused(capsys, "show", tmp_path / "none.tar", "--base", base("tiny", None))
+
+
+def test_patches_go_back_to_the_picture_they_came_from():
+    import torch
+
+    spec = read_spec(base("tiny", None))
+    side = spec.factor * 2
+    pixels = picture(side, 2 * side)
+    grid = (1, side // spec.patch, 2 * side // spec.patch)
+    patches = image_patches(torch.from_numpy(pixels), grid=grid, spec=spec).numpy()
+    assert np.array_equal(unpatch(patches, grid, spec, 1)[0], pixels)
+
+
+def test_boxes_are_drawn_where_they_are(tmp_path, capsys):
+    raw = {
+        "v": 1,
+        "messages": [{"role": "assistant", "content": "<image><bbox><point>"}],
+        "images": ["0.png"],
+        "objects": {"bbox": [[100, 100, 900, 500], [500, 800]], "bbox_type": "norm1000"},
+    }
+    blank = encode(Image.new("RGB", (128, 128), "black"))
+    with TarWriter(tmp_path / "x.tar") as tar:
+        tar.add("k.json", json.dumps(raw).encode())
+        tar.add("k.0.png", blank)
+    shards(capsys, "show", tmp_path / "x.tar", "--base", base("tiny", None), "--sheet", tmp_path / "a.png")
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    red = np.argwhere((sheet[:, :, 0] > 150) & (sheet[:, :, 1] < 90) & (sheet[:, :, 2] < 90))
+    assert len(red) > 100
+    assert contact_sheet([]).size[1] > 0
+
+
+def test_stats_count_tokens_sizes_and_what_is_too_long(tmp_path, capsys):
+    write_shards(tmp_path, 60)
+    answer = shards(capsys, "stats", tmp_path, "--base", base("tiny", None), "--context", 150)
+    assert (answer["samples"], answer["unusable"], answer["images"], answer["videos"]) == (60, 0, 30, 10)
+    tokens = answer["histograms"][0]
+    assert sum(tokens["counts"]) == 60
+    assert 0 < answer["above_context"] < 1
+    assert answer["tokens_above_context"] > answer["above_context"]
+    assert answer["histograms"][3]["median"] == 2.0
+    assert main(["shards", "stats", str(tmp_path), "--base", str(base("tiny", None))]) == 0
+    printed = capsys.readouterr().out
+    assert "60 samples (0 unusable), 30 images, 10 videos" in printed
+    assert "####" in printed
+
+
+def grouped(folder, count=60):
+    return write_shards(folder, count, make=lambda n: sample_json(n, group=f"patient-{n // 4}"))
+
+
+def test_split_keeps_groups_whole_and_loses_nothing(tmp_path, capsys):
+    grouped(tmp_path / "all")
+    words = ("split", tmp_path / "all", "--out", tmp_path / "parts", "--part", "train=0.7", "--part", "held-out=0.3")
+    report = shards(capsys, *words)
+    assert sum(report["samples"].values()) == 60
+    sides = {}
+    reader = SampleReader()
+    for name in ("train", "held-out"):
+        for shard in sorted((tmp_path / "parts" / name).glob("*.tar")):
+            index = load_index(shard)
+            assert not index.problems
+            for number in range(len(index)):
+                sides.setdefault(reader.record(shard, number).group, set()).add(name)
+    assert len(sides) == 15
+    assert all(len(names) == 1 for names in sides.values())
+    assert all(sides[group] == {side_of(group, {"train": 0.7, "held-out": 0.3}, 0)} for group in sides)
+    assert "parts/train exists already" in refused(capsys, *words)
+
+
+def test_split_moves_paths_of_shared_media_along(tmp_path, capsys):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/x.png").write_bytes(media()["0.png"])
+    with TarWriter(tmp_path / "all/a.tar") as tar:
+        for number in range(20):
+            write_sample(tar, f"{number:03d}", sample_json(number * 6))
+        raw = {"v": 1, "messages": [{"role": "assistant", "content": "<image>"}], "images": [{"path": "x.png"}]}
+        tar.add("shared.json", json.dumps(raw).encode())
+    parts = ("--part", "a=0.5", "--part", "b=0.5", "--by", "key")
+    shards(capsys, "split", tmp_path / "all", "--out", tmp_path / "deep/parts", *parts)
+    found = [index for part in "ab" for index in map(load_index, (tmp_path / "deep/parts" / part).glob("*.tar"))]
+    assert sum(map(len, found)) == 21
+    assert not any(index.problems for index in found)
+
+
+def test_split_refuses_what_cannot_be_split(tmp_path, capsys):
+    grouped(tmp_path / "all", 8)
+    write_shards(tmp_path / "plain", 4)
+    split = ("split", tmp_path / "all", "--out", tmp_path / "parts", "--part")
+    assert "--part is 'train'; write NAME=SHARE" in refused(capsys, *split, "train")
+    assert "write two or more parts that sum to 1" in refused(capsys, *split, "train=0.9")
+    both = ("--part", "a=0.5", "--part", "b=0.5")
+    assert "--by is 'id'; split by group or by key" in refused(capsys, *split[:-1], *both, "--by", "id")
+    plain = ("split", tmp_path / "plain", "--out", tmp_path / "parts", *both)
+    assert "sample 00000: has no group; add one, or split with --by key" in refused(capsys, *plain)
+    tiny = ("--part", "a=0.999999", "--part", "b=0.000001")
+    assert "part b gets none of the 2 groups; change --seed" in refused(capsys, *split[:-1], *tiny)
+
+
+def test_arguments_are_checked(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["shards", "build", "x.jsonl", "--out", "y", "--jobs", "0"])
+    assert caught.value.code == 2
+    assert "a whole number from 1 is wanted, found '0'" in capsys.readouterr().err
+    assert "PATH names 'nowhere', which does not exist" in refused(capsys, "index", "nowhere")
