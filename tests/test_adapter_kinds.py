@@ -1,5 +1,7 @@
 """Adapter files of other models and types, and what keeps a file from being half written; without ranks."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +79,17 @@ def test_bfloat16_stays_bfloat16(base: Path, tmp_path: Path) -> None:
     load(empty, open_base(base, empty.expected))
     write_adapter(empty, tmp_path / "adapter", base="")
     assert {tensor.dtype for tensor in tensors(tmp_path / "adapter").values()} == {torch.bfloat16}
+
+
+def test_a_full_disk_is_known_before_the_first_tensor(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, begin: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    empty = made(base, WIDE)
+    load(empty, open_base(base, empty.expected))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"the disk that holds .* is full"):
+        write_adapter(empty, tmp_path / "out", base="")
+    assert list(tmp_path.iterdir()) == []
