@@ -15,6 +15,7 @@ COMMANDS = {
     "shards": "build, index, check, show, count and split webdataset shards",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
+    "demo": "every part once on a CPU: base, shards, two-rank training, adapter",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
 }
