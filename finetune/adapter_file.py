@@ -18,13 +18,14 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from finetune.adapters import Lora, adapted_part, lora_targets, peft_config, sparse_lora
+from finetune.adapter_layout import Held, file_config, held_tensors, trained_families
+from finetune.adapters import Lora, adapted_part
 from finetune.atomic import whole_folder, write_file
 from finetune.engine import gathered
 from finetune.model import EmptyModel
 from finetune.parts import FAMILIES
 from finetune.ranks import at_rank_zero, raise_together, rank_and_world
-from finetune.shapes import Shape, part_of
+from finetune.shapes import Shape
 from finetune.tensorfile import ITEM_SIZES, Stored, make_header, read_header, read_rows
 from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
@@ -33,24 +34,6 @@ from moe.packing import pack_lora, unpack_lora
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FAMILIES, _TYPE = "moetune.families", "moetune.model_type"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-_SPARSE = ("experts", "router")
-_NO_MODULES = "dummy-target-modules"
-"""PEFT's word for an adapter that holds full modules only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    """A tensor that training changes: its canonical name, where it lives, and its shape in the file."""
-
-    name: str
-    parameter: Tensor
-    owner: nn.Module
-    shape: Shape
-
-    @property
-    def is_packed(self) -> bool:
-        """Experts' factors lie in the file side by side in two dims."""
-        return isinstance(self.owner, GroupedExperts) and ".lora_" in self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +91,7 @@ class AdapterFile:
                     f"{self.folder} holds {part} as {_words(theirs, True)}; {key[part]} says "
                     f"{_words(ours.get(part), part in ours)}. Set {key[part]} to what the adapter has"
                 )
-        shapes = {held.name: held.shape for held in _held(empty) if adapted_part(held.name) in self.families}
+        shapes = {held.name: held.shape for held in held_tensors(empty) if adapted_part(held.name) in self.families}
         for name in {**shapes, **self.stored}:
             found = self.stored[name].shape if name in self.stored else None
             if found != shapes.get(name):
@@ -146,36 +129,13 @@ def open_adapter(folder: Path) -> AdapterFile:
     )  # fmt: skip
 
 
-def trained_families(empty: EmptyModel) -> dict[str, Lora | None]:
-    """Return the parts that a model trains, with their LoRA, or None for those trained in full."""
-    lora = {**empty.lora, **sparse_lora(empty.module)}
-    parts = dict.fromkeys(adapted_part(empty.canonical(name)) for name in empty.trained)
-    return {part: lora.get(part) for part in FAMILIES.values() if part in parts}
-
-
-def file_config(empty: EmptyModel, base: str) -> LoraConfig:
-    """Return PEFT's config of everything that the model trains; targets by full path, in the model's own names."""
-    families = trained_families(empty)
-    lora = {part: options for part, options in families.items() if options is not None}
-    names: dict[str, list[str]] = {part: [] for part in families}
-    for name in empty.expected:
-        names.get(part_of(name), []).append(name)
-    targets = {part: lora_targets(empty.expected.items(), part) for part in lora if part not in _SPARSE}
-    bare = {part: names[part] for part in _SPARSE if part in lora}
-    config = peft_config(targets, lora, parameters=bare) if lora else LoraConfig(target_modules=_NO_MODULES)
-    full = [name.rpartition(".")[0] for part in families if part not in lora for name in names[part]]
-    config.modules_to_save = list(dict.fromkeys(full)) or None
-    config.base_model_name_or_path, config.inference_mode = base, True
-    return config
-
-
 def write_adapter(empty: EmptyModel, folder: Path, *, base: str, extra: Mapping[str, str] | None = None) -> None:
     """Write what the model trains as an adapter folder, of rank 0's making; every rank must call this.
 
     One tensor is whole on the ranks at a time; experts come to rank 0 under their global ids, and the folder is not
     finished while one is missing. `base` is what PEFT shall load it onto; `extra` goes into the metadata.
     """
-    held = list(_held(empty))
+    held = list(held_tensors(empty))
     pieces = _pieces(held)
     error: Exception | None = None
     if rank_and_world()[0] == 0:
@@ -189,24 +149,7 @@ def write_adapter(empty: EmptyModel, folder: Path, *, base: str, extra: Mapping[
     raise_together(f"writing {folder}", error)
 
 
-def _held(empty: EmptyModel) -> Iterator[_Held]:
-    """Everything that trains, in the model's order."""
-    for name in empty.trained:
-        parameter, owner = empty.module.get_parameter(name), empty.module.get_submodule(name.rpartition(".")[0])
-        canonical = empty.canonical(name)
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if isinstance(owner, GroupedExperts):
-            experts = owner.num_experts
-            if canonical.endswith(".lora_A.weight"):
-                shape = (experts * shape[1], shape[2])
-            elif canonical.endswith(".lora_B.weight"):
-                shape = (shape[1], shape[2] * experts)
-            else:
-                shape = (experts, *shape[1:])
-        yield _Held(name=canonical, parameter=parameter, owner=owner, shape=shape)
-
-
-def _pieces(held: Iterable[_Held]) -> Iterator[tuple[_Held, int, Tensor]]:
+def _pieces(held: Iterable[Held]) -> Iterator[tuple[Held, int, Tensor]]:
     """Each tensor whole, or its rows from rank after rank, at rank 0; every rank must exhaust this."""
     for tensor in held:
         with gathered(tensor.parameter):
@@ -216,22 +159,22 @@ def _pieces(held: Iterable[_Held]) -> Iterator[tuple[_Held, int, Tensor]]:
 
 def _write_folder(
     folder: Path,
-    held: list[_Held],
-    pieces: Iterable[tuple[_Held, int, Tensor]],
+    held: list[Held],
+    pieces: Iterable[tuple[Held, int, Tensor]],
     metadata: Mapping[str, str],
     config: bytes,
 ) -> None:
     """The file has its full size before the first tensor comes: a disk too small is known at once."""
-    kinds = {_file_name(tensor): (_DTYPES[tensor.parameter.dtype], tensor.shape) for tensor in held}
+    kinds = {tensor.file_name: (_DTYPES[tensor.parameter.dtype], tensor.shape) for tensor in held}
     header, offsets = make_header(kinds, metadata)
     total = len(header) + sum(math.prod(shape) * ITEM_SIZES[kind] for kind, shape in kinds.values())
-    left = {tensor.name: set(range(_units(tensor))) for tensor in held}
+    left = {tensor.name: set(range(tensor.experts)) for tensor in held}
     with whole_folder(folder) as beside, (beside / WEIGHTS).open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, total)
         file.write(header)
         file.flush()
         for tensor, begin, rows in _packed(pieces, left):
-            _put(file.fileno(), offsets[_file_name(tensor)] + begin, rows)
+            _put(file.fileno(), offsets[tensor.file_name] + begin, rows)
         missing = {name: sorted(units) for name, units in left.items() if units}
         if missing:
             name, units = next(iter(missing.items()))
@@ -249,17 +192,12 @@ def _put(handle: int, begin: int, tensor: Tensor) -> None:
         done += os.pwrite(handle, view[done:], begin + done)
 
 
-def _units(tensor: _Held) -> int:
-    """Experts of a stack; 1 for a dense tensor, which comes whole."""
-    return tensor.owner.num_experts if isinstance(tensor.owner, GroupedExperts) else 1
-
-
 def _packed(
-    pieces: Iterable[tuple[_Held, int, Tensor]], left: Mapping[str, set[int]]
-) -> Iterator[tuple[_Held, int, Tensor]]:
+    pieces: Iterable[tuple[Held, int, Tensor]], left: Mapping[str, set[int]]
+) -> Iterator[tuple[Held, int, Tensor]]:
     """Tensors as the file has them, with their first byte; of experts' factors, A waits for its B."""
     parts: dict[str, list[Tensor]] = {}
-    waiting: dict[str, _Held] = {}
+    waiting: dict[str, Held] = {}
     for tensor, first, rows in pieces:
         if not isinstance(tensor.owner, GroupedExperts):
             left[tensor.name].clear()
@@ -277,10 +215,6 @@ def _packed(
             a = waiting.pop(tensor.name.replace(".lora_B.", ".lora_A."))
             packed = pack_lora(*(torch.cat(parts.pop(name)) for name in (a.name, tensor.name)))
             yield from ((one, 0, data) for one, data in zip((a, waiting.pop(tensor.name)), packed, strict=True))
-
-
-def _file_name(tensor: _Held) -> str:
-    return tensor.name if tensor.name.startswith(PEFT_PREFIX) else PEFT_PREFIX + tensor.name
 
 
 def _metadata(empty: EmptyModel) -> dict[str, str]:

@@ -23,7 +23,7 @@ from data.open import open_corpus, open_stream
 from data.sample import Renderer
 from data.stream import DataStream
 from data.vision import read_spec
-from finetune.adapter_file import write_adapter
+from finetune.adapter_file import open_adapter, write_adapter
 from finetune.adapters import table_lines, trainable_table
 from finetune.basefiles import open_base
 from finetune.checks import require
@@ -71,7 +71,8 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     # --- weights to ranks, engine
     options = engine_options(config, micro_batches(config.data, world))
     files = open_base(base_folder, empty.expected, layout=config.model.layout)
-    loaded = load_weights(empty, files, engine_config=engine_config(options))
+    start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
+    loaded = load_weights(empty, files, engine_config=engine_config(options), start=start)
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
     set_recompute(empty.module, config.parallel.recompute)
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)

@@ -76,10 +76,11 @@ def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) 
     results = []
     for ep, resident in cases:
         moe = "moe" in folder.name
-        layer = _full()
+        layer = _full() if moe else LayerOptions()
         train = EVERYTHING if moe else (*EVERYTHING, "mlp")
         if resident:
-            layer, train = LayerOptions(experts="lora", lora=ExpertLora(r=4, alpha=8), resident=True), ("attention",)
+            train = ("attention",)
+            layer = LayerOptions(experts="lora", lora=ExpertLora(r=4, alpha=8)) if moe else layer
         options = ModelOptions(ep_size=ep, layer=layer, train=train, resident=resident, dtype=torch.float32)
         empty = build(folder, options)
         files = open_base(folder, empty.expected)
