@@ -57,9 +57,9 @@ class Run:
         everything = batch(8 * ROWS)
         share = ROWS // self.world
         for step in range(self.step, self.step + steps):
-            rows = rows_of(everything, slice(step * ROWS, (step + 1) * ROWS))
-            total = token_count(rows["input_ids"])
-            mine = rows_of(rows, slice(self.rank * share, (self.rank + 1) * share))
+            first = step * ROWS + self.rank * share
+            total = token_count(everything["input_ids"][step * ROWS : (step + 1) * ROWS])
+            mine = rows_of(everything, slice(first, first + share))
             mine["pixel_values"] = mine["pixel_values"].to(self.engine.module.dtype)
             loss = token_loss(self.engine(**mine, use_cache=False).logits, mine["input_ids"])
             backward(self.engine, loss, total)
@@ -84,7 +84,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     """Build, load and start the engine: expert LoRA, full attention (with its vectors), full router."""
     start_distributed()
     layer = LayerOptions(
-        experts="lora", lora=ExpertLora(r=4, alpha=8, dropout=job.dropout), router=RouterOptions(mode="full"),
+        experts="lora", lora=ExpertLora(r=8, alpha=12, dropout=job.dropout), router=RouterOptions(mode="full"),
         resident=job.resident,
     )  # fmt: skip
     dtype = getattr(torch, job.dtype)
