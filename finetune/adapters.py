@@ -113,7 +113,7 @@ def inject(module: nn.Module, expected: Mapping[str, Shape], lora: Mapping[str, 
             _finish(wrapped[name], lora[part])
 
 
-def _finish(layer: nn.Module, lora: Lora) -> None:
+def _finish(layer: Any, lora: Lora) -> None:
     """Give a layer its family's dropout, of which PEFT's config has only one, and its weight's dtype."""
     assert layer.scaling[ADAPTER] == lora.scale
     assert layer.r[ADAPTER] == lora.r

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from finetune.adapter_checks import adapter_problems
 from finetune.config import RunConfig
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
@@ -171,6 +172,14 @@ def _balance(facts: Facts) -> list[Problem]:
     return problems
 
 
+def _adapters(facts: Facts) -> list[Problem]:
+    """What trains is in the base; a loss on a router that does not train is worth a warning."""
+    problems = adapter_problems(facts.config.adapters, facts.base)
+    if facts.base is not None and facts.base.text.experts is not None:
+        problems += frozen_router(facts.config.moe, router_trains=facts.config.adapters.router.mode != "frozen")
+    return problems
+
+
 def frozen_router(moe: MoeConfig, *, router_trains: bool) -> list[Problem]:
     """Warnings for losses on a router that does not train."""
     allowed = "the router is frozen, so its gradient can only move the hidden states that the router sees"
@@ -191,6 +200,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _expert_ranks,
     _context,
     _balance,
+    _adapters,
 )
 
 

@@ -72,7 +72,8 @@ class ExpertFamilyConfig:
 class AdaptersConfig:
     """What is frozen, adapted or trained in full, by family of parameters."""
 
-    attention: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # with the norms of queries and keys
+    # with the norms of queries and keys, in mode full; the one family that trains unless told otherwise
+    attention: DenseFamilyConfig = field(default_factory=lambda: DenseFamilyConfig(mode="lora"))
     experts: ExpertFamilyConfig = field(default_factory=ExpertFamilyConfig)
     router: RouterFamilyConfig = field(default_factory=RouterFamilyConfig)
     mlp: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # of dense decoder layers

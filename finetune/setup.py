@@ -30,7 +30,7 @@ def fetch_base(path: str) -> Path:
     """The base's folder; a hub id is fetched by rank 0 first. Every rank must call this."""
     if not path:
         raise ValueError(
-            "model.path: training needs a base model. Set it to a folder or a hub id (`moetune tiny` writes a small one)"
+            "model.path: training needs a base model. Set it to a folder (`moetune tiny` makes a small one) or a hub id"
         )
     if rank_and_world()[0] == 0:
         model_folder(path)

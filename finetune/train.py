@@ -4,8 +4,11 @@ There are no checkpoints yet: a run that ends early starts anew. What it learned
 """
 
 import json
+import logging
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from math import isfinite
@@ -45,8 +48,8 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this."""
     rank, world = rank_and_world()
     device = engine_device()
-    for line in derive(config, ranks=world):
-        say(line.text)
+    for number in derive(config, ranks=world):
+        say(number.text)
 
     # --- the base, and the model on meta
     base_folder = fetch_base(config.model.path)
@@ -77,12 +80,12 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
 
     # --- steps
     with (folder / "metrics.jsonl").open("a") if rank == 0 else nullcontext() as metrics:
-        for number, step in enumerate(_steps(stream, config.schedule.steps)):
+        for at, step in enumerate(_steps(stream, config.schedule.steps)):
             began = time.perf_counter()
-            rate = learning_rate(number, peak=config.optim.lr, schedule=config.schedule)
-            found = _step(engine, step, config, balance, rate, number, device)
+            rate = learning_rate(at, peak=config.optim.lr, schedule=config.schedule)
+            found = _step(engine, step, config, balance, rate, at, device)
             _settle_bad_samples(stream, step, say)
-            found = {"step": number, "epoch": step.epoch, **found, "lr": rate, "seconds_data": step.wait_seconds}
+            found = {"step": at, "epoch": step.epoch, **found, "lr": rate, "seconds_data": step.wait_seconds}
             found["seconds"] = time.perf_counter() - began + step.wait_seconds
             found["tokens_per_second"] = found["tokens"] / found["seconds"]
             if metrics is not None:
@@ -103,7 +106,7 @@ def _step(
     tokens = int(sum_over_ranks([step.tokens], device)[0])
     if balance is not None:
         balance.start_step(tokens)
-    objectives = []
+    objectives: list[torch.Tensor] = []
     for batch in step.batches:
         if objectives:
             engine.step()  # only counts: the update comes with the last micro-batch
@@ -164,8 +167,8 @@ def _line(found: dict[str, Any]) -> str:
     """One step for people."""
     balance = f", balance {found['loss_balance']:.4f}" if found.get("loss_balance") else ""
     return (
-        f"step {found['step']}: loss {found['loss']:.4f}{balance}, norm {found['grad_norm']:.3g}, lr {found['lr']:.2e}, "
-        f"{found['tokens']:,} tokens in {found['seconds']:.2f} s"
+        f"step {found['step']}: loss {found['loss']:.4f}{balance}, norm {found['grad_norm']:.3g}, "
+        f"lr {found['lr']:.2e}, {found['tokens']:,} tokens in {found['seconds']:.2f} s"
     )
 
 
@@ -175,17 +178,20 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0].startswith("-"):
         print("usage: torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]", file=sys.stderr)
         return 2
+    # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         config, problems = load(words[0], words[1:])
-        start_distributed()
-        rank, world = rank_and_world()
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         require(config, problems, ranks=world)
         folder = Path("runs") / config.run.name
         if rank == 0:
             _make_run_folder(folder, config)
+        start_distributed()
         train(config, folder, (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None))
     except ValueError as error:
-        print(f"moetune train: rank {rank_and_world()[0]}: {error}", file=sys.stderr, flush=True)
+        print(f"moetune train, rank {rank_and_world()[0]}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
