@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -40,7 +42,7 @@ from finetune.model import EmptyModel
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=1)
-"""A rank waits so long for the slowest writer, in a group of its own: the engine's collectives never wait for a disk."""
+"""So long a rank waits for the slowest writer, in a group of its own: no collective of the engine waits for a disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,8 @@ class Checkpoints:
         try:
             with ExitStack() as stack:
                 partial = self._first(lambda: self._open(stack, final))
-                writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-                dcp.save(self._tensors(held) | _random_states(), storage_writer=writer, process_group=self._group)
+                writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+                save_tensors(self._tensors(held) | _random_states(), storage_writer=writer, process_group=self._group)
                 manifest = self._manifest(step, held, state, config)
                 self._first(lambda: _close(stack, partial, manifest))
             self._first(lambda: point_and_prune(final, self.keep))
@@ -98,9 +100,9 @@ class Checkpoints:
         saved = self._first(lambda: self._judge(path, held, config))
         random = _random_states() if dist.get_rank() < saved.ranks else {}
         random = {name: state for name, state in random.items() if name.split("/")[1] in saved.random}
-        reader = dcp.HuggingFaceStorageReader(str(path))
+        reader = HuggingFaceStorageReader(str(path))
         try:
-            dcp.load(self._tensors(held) | random, storage_reader=reader, process_group=self._group)
+            load_tensors(self._tensors(held) | random, storage_reader=reader, process_group=self._group)
         except CheckpointException as failed:
             raise RuntimeError(
                 f"{path} could not be read: {_reason(failed)}. Resume from another checkpoint: checkpoint.resume=PATH"
@@ -124,14 +126,13 @@ class Checkpoints:
         make_room(final)
         return stack.enter_context(whole_folder(final))
 
-    def _manifest(
-        self, step: int, held: list[Slice], state: Mapping[str, Any], config: Mapping[str, Any]
-    ) -> Manifest:
+    def _manifest(self, step: int, held: list[Slice], state: Mapping[str, Any], config: Mapping[str, Any]) -> Manifest:
         return Manifest(
             step=step, ranks=dist.get_world_size(), ep=max((s.ep or 1 for s in held), default=1),
             base=str(self.base.folder), base_fingerprint=self._fingerprint,
             trained={s.canonical: Trained(shape=s.shape, updates=s.updates) for s in held},
-            random=tuple(name.split("/")[1] for name in _random_states()), files={}, state=state, config=config, config_hash=config_hash(config),
+            random=tuple(name.split("/")[1] for name in _random_states()),
+            files={}, state=state, config=config, config_hash=config_hash(config),
         )  # fmt: skip
 
     def _tensors(self, held: list[Slice]) -> dict[str, Any]:

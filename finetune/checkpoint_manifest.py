@@ -5,7 +5,6 @@ No torch: a folder is found, read and judged here, before any tensor of it is to
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -65,7 +64,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and see that its files are there and whole; one ValueError names all that are not."""
+    """Read a checkpoint's manifest and see that its files are whole; one ValueError names all that are not."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is not a finished checkpoint: it has no {MANIFEST}. Name a step-* folder that has one in "
@@ -168,7 +167,7 @@ def base_fingerprint(stored: Iterable[Stored]) -> str:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Return the checkpoint to continue from: the one LATEST names, else the newest whole one; unfinished ones never."""
+    """Return the checkpoint to continue from: the one LATEST names, else the newest whole one; None without any."""
     named = folder / LATEST
     if named.is_file():
         found = folder / named.read_text().strip()
@@ -203,7 +202,7 @@ def point_and_prune(final: Path, keep: int) -> None:
     """Name `final` in LATEST, then remove all but the newest `keep`, and what interrupted saves left."""
     folder = final.parent
     write_file(folder / f"{LATEST}.partial", f"{final.name}\n".encode())
-    os.replace(folder / f"{LATEST}.partial", folder / LATEST)
+    (folder / f"{LATEST}.partial").replace(folder / LATEST)
     sync_folder(folder)
     by_age = sorted(_finished(folder), key=_age, reverse=True)
     left = [path for path in folder.glob("step-*.partial") if path.is_dir()]

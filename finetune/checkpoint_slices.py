@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.model import EmptyModel
 from moe.experts import GroupedExperts
@@ -56,7 +56,7 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
         held = _elements(zero, parameter, padded)
         flats = {"master": flat, **{kind: moments[kind] for kind in MOMENTS}}
         ep = spread.get(id(parameter))
-        first, *rest = parameter.ds_shape
+        first, *rest = parameter.ds_shape  # type: ignore[attr-defined]  # the engine's
         yield Slice(
             canonical=empty.canonical(name),
             shape=(first * (ep or 1), *rest),
@@ -66,10 +66,11 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
         )
 
 
-def _elements(zero: Any, parameter: nn.Parameter, padded: int) -> int:
+def _elements(zero: Any, parameter: Any, padded: int) -> int:
     """How many of a slice's places hold elements of the tensor; in the last slices some or all are padding."""
-    rank, pieces = zero._get_param_partition_rank(parameter), zero._get_param_partition_world_size(parameter)
-    total: int = parameter.ds_numel  # type: ignore[attr-defined]
+    pieces: int = zero._get_param_partition_world_size(parameter)
+    rank: int = zero._get_param_partition_rank(parameter)
+    total: int = parameter.ds_numel
     assert padded == -(-total // pieces), "ZeRO-3 cuts a tensor into slices of one size, the last ones padded"
     return min(padded, max(0, total - rank * padded))
 

@@ -84,6 +84,8 @@ def _ranges(facts: Facts) -> list[Problem]:
         "data.packs_per_step": (config.data.packs_per_step, 1),
         "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
         "parallel.ep": (config.parallel.ep, 1),
+        "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
         "run.seed": (config.run.seed, 0),
     }
     problems = [

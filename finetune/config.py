@@ -153,6 +153,10 @@ class EvalConfig:
 class CheckpointConfig:
     """When state is saved, and what a start resumes from."""
 
+    every_steps: int = 200  # 0: only when the run ends
+    keep: int = 3  # the newest so many
+    resume: str = "auto"  # the newest of this run, if any; never; or a checkpoint's folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:

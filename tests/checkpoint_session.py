@@ -1,5 +1,10 @@
-"""What ranks do for the checkpoint tests: train a tiny model, save, restore, and tell losses, norms, and what failed."""
+"""What ranks do for the checkpoint tests: train a tiny model, save, restore, tell losses and what failed."""
 
+import json
+import os
+import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +18,8 @@ from torch import Tensor
 
 from finetune.basefiles import open_base
 from finetune.checkpoint import Checkpoints
+from finetune.checkpoint_manifest import find_latest
+from finetune.checkpoint_slices import slices
 from finetune.engine import EngineOptions, backward, engine_config, initialize, require_step_applied, start_distributed
 from finetune.model import EmptyModel, ModelOptions, build
 from finetune.weights import load
@@ -119,6 +126,112 @@ def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str
     return found
 
 
+def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, full: Path | None) -> dict[str, str]:
+    """What this rank is told about checkpoints that it cannot continue from, and about a full disk."""
+    run = start(rank, world, base, Job(folder=folder, ep=2))
+    run.train(SAVED_AT)
+    good = run.save()
+    before = masters(run)
+    changed = {"optim": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-6}, "parallel": {"ep": 4}, "run": {"seed": 3}}
+    told = {"config": message(lambda: run.restore(good, config=changed))}
+    for name, damage in DAMAGES.items():
+        if rank == 0:
+            damage(shutil.copytree(good, folder / name))
+        dist.barrier()
+        told[name] = message(lambda name=name: run.restore(folder / name))
+    if full is not None:
+        run.checkpoints.folder = full
+        first = run.save()
+        for step in (3, 4, 5):
+            told[f"full {step}"] = message(lambda step=step: run.save(step=step))
+        told["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
+        run.checkpoints.folder = folder
+    unchanged = all(torch.equal(before[name], now) for name, now in masters(run).items())
+    told["kept"] = f"{unchanged} {find_latest(folder) == good}"
+    run.engine.destroy()
+    for name, where, train in (("base", other_base, ("attention",)), ("trained", base, ("attention", "norms"))):
+        other = start(rank, world, where, Job(folder=folder, ep=2), train=train)
+        told[name] = message(lambda other=other: other.restore(good))
+        other.engine.destroy()
+    return told
+
+
+def masters(run: Run) -> dict[str, Tensor]:
+    return {s.canonical: s.views["master"].clone() for s in slices(run.engine, run.empty)}
+
+
+def _cut(folder: Path) -> None:
+    file = min(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _header(folder: Path) -> None:
+    with min(folder.glob("*.safetensors")).open("r+b") as file:
+        file.seek(8)
+        file.write(b"!" * 64)
+
+
+def _version(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"version": 1', '"version": 99'))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "cut": _cut,
+    "missing": lambda folder: max(folder.glob("*.safetensors")).unlink(),
+    "header": _header,
+    "unfinished": lambda folder: (folder / "manifest.json").unlink(),
+    "version": _version,
+}
+
+
+def killed(rank: int, world: int, base: Path, folder: Path, victim: int, event: str, ending: str) -> None:
+    """Save once, then again with a SIGKILL to `victim` at the moment when it opens or renames to such a path."""
+    run = start(rank, world, base, Job(folder=folder, ep=2))
+    run.train(1)
+    run.save()
+    run.train(1)
+
+    def watch(what: str, arguments: tuple[Any, ...]) -> None:
+        if what == event and any(isinstance(a, (str, Path)) and str(a).endswith(ending) for a in arguments[:2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == victim:
+        sys.addaudithook(watch)
+    run.save()
+
+
+def saves_again(rank: int, world: int, base: Path, folder: Path, at: int) -> list[str]:
+    """Continue where the killed run can, save the same steps, and tell what is in the folder."""
+    run = start(rank, world, base, Job(folder=folder, ep=2))
+    latest = find_latest(folder)
+    assert latest is not None
+    run.restore(latest)
+    assert run.step == at
+    for _ in range(3):
+        run.train(1)
+        run.save()
+    run.save()  # the same step once more takes its place
+    return sorted(path.name for path in folder.iterdir())
+
+
+def with_dropout(rank: int, world: int, base: Path, folder: Path) -> list[list[float]]:
+    """Losses of two steps after a save, and again after a resume."""
+    losses = []
+    for resume in (None, folder / "step-000001"):
+        run = start(rank, world, base, Job(folder=folder, ep=2, dropout=0.5))
+        if resume is None:
+            run.train(1)
+            run.save()
+        else:
+            torch.manual_seed(1234 + rank)
+            run.restore(resume)
+        run.train(2)
+        losses.append(run.losses[-2:])
+        run.engine.destroy()
+    return losses
+
+
 def whole_tensors(folder: Path) -> dict[str, Tensor]:
     """Put a checkpoint's tensors together by the offsets that its files give, without torch.distributed."""
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
@@ -128,12 +241,10 @@ def whole_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _pieces(folder: Path) -> Iterator[tuple[str, int, Tensor]]:
-    import json
-
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-            for key in file.keys():
+            for key in file.offset_keys():
                 yield key, offsets[key]["saved_offsets"][0], file.get_tensor(key)
 
 
