@@ -17,7 +17,7 @@ from benchmarks.outputs import same_tensors
 from finetune.tiny import TinyModel, write_tiny
 
 ROUNDS = 3
-MODEL = TinyModel(hidden=1024, experts=32, expert_hidden=320, layers=8, shard_bytes=150_000_000)
+MODEL = TinyModel(hidden=1024, experts=32, expert_hidden=640, layers=4, shard_bytes=150_000_000)
 
 
 def run() -> Iterator[Figure]:

@@ -1,6 +1,7 @@
 """The training loop, as one story: `torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]`.
 
-There are no checkpoints yet: a run that ends early starts anew. What it learned is written when its last step is done.
+The same command starts a run and resumes it, on this number of ranks or another, from the newest checkpoint in its
+folder. What it learned is written when the last step is done.
 """
 
 import json
@@ -26,6 +27,8 @@ from data.vision import read_spec
 from finetune.adapter_file import open_adapter, write_adapter
 from finetune.adapters import table_lines, trainable_table
 from finetune.basefiles import open_base
+from finetune.checkpoint import Checkpoints
+from finetune.checkpoint_manifest import starting_point
 from finetune.checks import require
 from finetune.config import RunConfig
 from finetune.derive import derive
@@ -79,9 +82,20 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     engine = initialize(packed, options)
     engine.train()
 
+    # --- where an earlier start of this run left off
+    checkpoints = Checkpoints(engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep)
+    found_path, done = starting_point(folder / "checkpoints", config.checkpoint.resume), 0
+    if found_path is not None:
+        resumed = checkpoints.restore(found_path, config=effective(config))
+        stream.load_state_dict(resumed.state["data"])
+        done = resumed.step
+        say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
+    if rank == 0:
+        _forget_after(folder / "metrics.jsonl", done)
+
     # --- steps
     with (folder / "metrics.jsonl").open("a") if rank == 0 else nullcontext() as metrics:
-        for at, step in enumerate(_steps(stream, config.schedule.steps)):
+        for at, step in enumerate(_steps(stream, config.schedule.steps - done), done):
             began = time.perf_counter()
             rate = learning_rate(at, peak=config.optim.lr, schedule=config.schedule)
             found = _step(engine, step, config, balance, rate, at, device)
@@ -93,6 +107,10 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
                 metrics.write(json.dumps(found) + "\n")
                 metrics.flush()
             say(_line(found))
+            every = config.checkpoint.every_steps
+            if at + 1 == config.schedule.steps or (every and (at + 1) % every == 0):
+                state = {"data": stream.state_dict()}
+                say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
     _write(empty, config, folder, base_folder, say)
 
 
@@ -132,18 +150,24 @@ def _steps(stream: DataStream, wanted: int) -> Iterator[Step]:
     """So many steps, over as many epochs as they take."""
     done = 0
     while done < wanted:
-        before = done
         for step in stream:
             yield step
             done += 1
             if done == wanted:
                 return
-        if done == before:
+        if not stream.plan.steps:
             raise ValueError(
                 "data: an epoch has not one step: fewer packs than data.packs_per_step. Give more data, set "
                 "data.packs_per_step lower, or data.remainder=keep"
             )
         stream.next_epoch()
+
+
+def _forget_after(metrics: Path, steps: int) -> None:
+    """Drop lines of steps that an earlier start took after its last checkpoint: they are taken again."""
+    if metrics.exists():
+        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < steps]
+        metrics.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _settle_bad_samples(stream: DataStream, step: Step, say: Callable[[str], None]) -> None:
@@ -198,8 +222,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _make_run_folder(folder: Path, config: RunConfig) -> None:
-    if (folder / "metrics.jsonl").exists():
-        raise ValueError(f"run.name: {folder} holds a run already. Set another run.name, or remove that folder")
+    if (folder / "metrics.jsonl").exists() and starting_point(folder / "checkpoints", config.checkpoint.resume) is None:
+        raise ValueError(
+            f"run.name: {folder} holds a run already, and no checkpoint to resume from. Set another run.name, or "
+            f"remove that folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(effective(config))))
 

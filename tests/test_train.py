@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(
-    place: Path, name: str, *words: str, ranks: int = 2, command: list[str] | None = None
+    place: Path, name: str, *words: str, ranks: int = 2, command: list[str] | None = None, kill_after: str = ""
 ) -> subprocess.CompletedProcess:
+    """Run to the end, or until a line of standard output begins with `kill_after`: then kill every process."""
     start = command or [sys.executable, "-m", "launchers.cli", "train"]
     setting = ["model.path=base", "model.dtype=float32", "data.sources.general.path=rows.jsonl", "data.workers=0"]
     line = [*start, "tiny-cpu", *([] if command else ["--ranks", str(ranks)]), f"run.name={name}", *setting, *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
+    if not kill_after:
+        return subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
+    with subprocess.Popen(
+        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert any(text.startswith(kill_after) for text in process.stdout)
+        os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(line, process.wait())
 
 
 def _metrics(place: Path, name: str) -> list[dict]:
@@ -89,12 +100,25 @@ def test_one_rank_takes_the_same_steps_as_two(place: Path) -> None:
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
+def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path) -> None:
+    words = [*LORA, "schedule.steps=6", "optim.eps=1e-6", "checkpoint.every_steps=2", "moe.balance=off"]
+    assert _train(place, "whole", *words).returncode == 0
+    first = _train(place, "cut", *words, kill_after="step 4:")
+    assert first.returncode != 0
+    again = _train(place, "cut", *words, "parallel.ep=1", ranks=1)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "resumed: runs/cut/checkpoints/step-000004, saved by 2 ranks; 2 steps to go" in again.stdout
+    for whole, cut in zip(_metrics(place, "whole"), _metrics(place, "cut"), strict=True):
+        assert cut["step"] == whole["step"]
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (["optim.lr=abc", "data.sourcez=1"], r"2 problems in the configuration:\n  optim.lr = 'abc'"),
         (["adapters.embeddings.mode=lora"], r"adapters.embeddings.mode"),
-        (["run.name=old"], r"runs/old holds a run already. Set another run.name, or remove that folder"),
+        (["run.name=old"], r"runs/old holds a run already, and no checkpoint to resume from. Set another run.name"),
     ],
 )
 def test_wrong_input_is_found_before_anything_starts(
