@@ -104,33 +104,48 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = ()) -> None:
-    """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
+    """Compare some rows that this rank keeps of some experts with the file, by the layout's definition.
 
     A transposed or shifted load changes no shape and no norm: only the numbers tell. Names in `leave` are passed over.
     """
     layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
     for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
         for key in ("gate_up", "down"):
-            weight = getattr(experts, key)
             canonical = empty.canonical(f"{name}.{key}")
-            if canonical in leave:
-                continue
-            with gathered(weight):
-                for local, expert in {0: experts.local_experts[0], -1: experts.local_experts[-1]}.items():
-                    _check_expert(weight[local].detach().cpu(), files, canonical, expert)
+            if canonical not in leave:
+                for local, row, ours in _held_rows(getattr(experts, key)):
+                    _check_row(ours, files, canonical, experts.local_experts[local], row)
 
 
-def _check_expert(ours: Tensor, files: BaseFiles, canonical: str, expert: int) -> None:
-    """Rows by out-feature: in the hub's layout they are columns of the stored matrix."""
-    for row in (0, ours.shape[0] // 2, ours.shape[0] - 1):
-        wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
-        if not torch.equal(ours[row], wanted):
-            apart = (ours[row].float() - wanted.float()).abs().max().item()
-            raise ValueError(
-                f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
-                f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
-                f"check model.layout"
-            )
+def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Some (local expert, row, values) of a stack that this rank keeps: of its slice, where it is partitioned."""
+    piece = getattr(weight, "ds_tensor", None)
+    experts, height, width = getattr(weight, "ds_shape", weight.shape)
+    start, stop = 0, experts * height * width
+    if piece is not None:
+        start = weight.ds_zero_partition_rank * piece.numel()  # type: ignore[attr-defined]  # DeepSpeed's
+        stop = min(start + piece.numel(), stop)
+    first, last = -(-start // width), stop // width - 1  # whole rows only
+    for row in sorted({first, (first + last) // 2, last} if first <= last else ()):
+        at = row * width - start
+        yield (
+            row // height,
+            row % height,
+            weight[row // height, row % height] if piece is None else piece[at : at + width],
+        )
+
+
+def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int) -> None:
+    """One output feature: in the hub's layout a column of the stored matrix."""
+    ours = ours.detach().cpu()
+    wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
+    if not torch.equal(ours, wanted):
+        apart = (ours.float() - wanted.float()).abs().max().item()
+        raise ValueError(
+            f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
+            f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
+            f"check model.layout"
+        )
 
 
 class _Partitioner:

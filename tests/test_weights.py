@@ -243,8 +243,8 @@ def test_a_wrong_word_about_the_layout_is_caught_by_the_rows(folders: dict[str, 
     load(empty, files)
     check_rows(empty, files)
     with torch.no_grad():
-        empty.module.model.language_model.layers[-1].mlp.experts.down[-1, 0, 3] += 1e-3
-    with pytest.raises(ValueError, match=r"layers.2.mlp.*down_proj, expert 11: row 0 .* by up to 0.001.*model.layout"):
+        empty.module.model.language_model.layers[-1].mlp.experts.down[-1, -1, 3] += 1e-3
+    with pytest.raises(ValueError, match=r"layers.2.mlp.*down_proj, expert 11: row 47 .* by up to 0.001.*model.layout"):
         check_rows(empty, files)
 
 
