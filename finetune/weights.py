@@ -27,7 +27,7 @@ from moe.router import Router
 if TYPE_CHECKING:
     from finetune.adapter_file import AdapterFile
 
-BLOCK_BYTES = 33 * 2**20
+BLOCK_BYTES = 40 * 2**20
 """So much of a file is in memory at once. Just above what the C library keeps for itself when it is freed (32 MiB)."""
 
 
