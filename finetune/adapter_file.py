@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from finetune.adapter_layout import Held, file_config, held_tensors, trained_families
-from finetune.adapters import Lora, adapted_part
+from finetune.adapters import adapted_part
 from finetune.atomic import whole_folder, write_file
 from finetune.engine import gathered
 from finetune.model import EmptyModel
@@ -27,6 +27,7 @@ from finetune.parts import FAMILIES
 from finetune.ranks import at_rank_zero, raise_together, rank_and_world
 from finetune.shapes import Shape
 from finetune.tensorfile import ITEM_SIZES, Stored, make_header, read_header, read_rows
+from moe.experts import ExpertLora as Lora
 from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
 from moe.packing import pack_lora, unpack_lora

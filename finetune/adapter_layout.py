@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from finetune.adapters import Lora, adapted_part, lora_targets, peft_config, sparse_lora
+from finetune.adapters import adapted_part, lora_targets, peft_config, sparse_lora
 from finetune.model import EmptyModel
 from finetune.parts import FAMILIES
 from finetune.shapes import Shape, part_of
+from moe.experts import ExpertLora as Lora
 from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
 

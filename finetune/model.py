@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from finetune.adapters import Lora, inject
+from finetune.adapters import inject
 from finetune.attention import AttentionName
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
 from finetune.varlen import register
+from moe.experts import ExpertLora as Lora
 from moe.names import LAYERS as KNOWN
 from moe.names import canonical_name, dense_name
 from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks

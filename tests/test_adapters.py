@@ -13,7 +13,7 @@ from test_weights import batch
 from tiny_moe import vl_model
 
 from finetune.adapter_checks import adapter_problems
-from finetune.adapters import Lora, inject, pattern, settle, table_lines, trainable_table
+from finetune.adapters import inject, pattern, settle, table_lines, trainable_table
 from finetune.basefiles import open_base
 from finetune.checks import cross_check
 from finetune.config import (
@@ -31,6 +31,7 @@ from finetune.parts import FAMILIES, NO_LORA
 from finetune.shapes import part_of
 from finetune.weights import load
 from moe.config import MoeConfig
+from moe.experts import ExpertLora as Lora
 from moe.parallel import LayerOptions
 
 OFF = AdaptersConfig(attention=DenseFamilyConfig())
