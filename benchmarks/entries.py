@@ -93,4 +93,16 @@ ENTRIES = (
         module="benchmarks.data_throughput",
         about="shard to samples, images and video, beside webdataset and transformers' processors",
     ),
+    Entry(
+        name="loss-memory",
+        suite="cpu",
+        module="benchmarks.loss_memory",
+        about="memory of head and loss at the real vocabulary, beside transformers' full logits",
+    ),
+    Entry(
+        name="flop-meter",
+        suite="cpu",
+        module="benchmarks.flop_meter",
+        about="the FLOP meter beside published pairs of tokens/s and TFLOP/s",
+    ),
 )
