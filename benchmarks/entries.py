@@ -99,4 +99,16 @@ ENTRIES = (
         module="benchmarks.gather_per_step",
         about="frozen weights gathered in one step by its number of micro-batches, resident and partitioned",
     ),
+    Entry(
+        name="loss-memory",
+        suite="cpu",
+        module="benchmarks.loss_memory",
+        about="memory of head and loss at the real vocabulary, beside transformers' full logits",
+    ),
+    Entry(
+        name="flop-meter",
+        suite="cpu",
+        module="benchmarks.flop_meter",
+        about="the FLOP meter beside published pairs of tokens/s and TFLOP/s",
+    ),
 )

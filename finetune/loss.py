@@ -24,8 +24,11 @@ from moe.load import StepLoad
 
 Normalise = Literal["token", "sample", "sqrt"]
 
-TILE_BYTES = 256 * 2**20
-"""Float32 logits that exist at once: 441 tokens of a vocabulary of 151,936."""
+TILE_BYTES = 160 * 2**20
+"""Float32 logits that exist at once: 276 tokens of a vocabulary of 151,936."""
+
+SLICES = 8
+"""In so many slices a tile's part of the head's gradient is added up, so that no second one of full size exists."""
 
 
 class Losses(NamedTuple):
@@ -103,6 +106,13 @@ def tile_head(model: Any, *, tile_bytes: int = TILE_BYTES) -> None:
     head.tile_bytes = tile_bytes
 
 
+def _to_exponentials(logits_nV: Tensor, label_n1: Tensor) -> Tensor:
+    """Turn float32 logits into exponentials of their distance to the row's largest; return the cross entropies."""
+    logits_nV -= logits_nV.amax(-1, keepdim=True)
+    picked_n1 = logits_nV.gather(1, label_n1)
+    return (logits_nV.exp_().sum(-1, keepdim=True).log() - picked_n1)[:, 0]
+
+
 class TiledHead(nn.Linear):
     """The vocabulary head. With labels it returns the weighted sum of cross entropies, and each one's own value."""
 
@@ -133,26 +143,30 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND) if needed[0] else None
         # of a frozen head nothing is made; a trained one's tiles are added up in float32
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
-        rows = max(1, tile_bytes // (4 * weight_VD.shape[0]))
-        for first in range(0, len(labels_N), rows):
-            tile = slice(first, first + rows)
-            # one buffer a tile, changed in place: logits, then exponentials, then gradients of the logits
-            logits_nV = (hidden_ND[tile] @ weight_VD.T).float()
-            logits_nV -= logits_nV.amax(-1, keepdim=True)
-            label_n1 = labels_N[tile, None]
-            picked_n1 = logits_nV.gather(1, label_n1)
-            sums_n1 = logits_nV.exp_().sum(-1, keepdim=True)
-            ce_N[tile] = (sums_n1.log() - picked_n1)[:, 0]
+        count, vocab = len(labels_N), weight_VD.shape[0]
+        rows = min(max(1, tile_bytes // (4 * vocab)), count)
+        # One buffer for all tiles, changed in place: logits, then exponentials, then gradients of the logits. A second
+        # one in the type of the products, where that is not float32.
+        wide = torch.empty(rows, vocab, dtype=torch.float32, device=hidden_ND.device)
+        narrow = wide if weight_VD.dtype == torch.float32 else torch.empty_like(wide, dtype=weight_VD.dtype)
+        for first in range(0, count, max(rows, 1)):
+            tile = slice(first, min(first + rows, count))
+            logits_nV, product_nV = (buffer[: tile.stop - first] for buffer in (wide, narrow))
+            torch.mm(hidden_ND[tile], weight_VD.T, out=product_nV)
+            logits_nV.copy_(product_nV)
+            ce_N[tile] = _to_exponentials(logits_nV, labels_N[tile, None])
             if not any(needed):
                 continue
-            weights_n1 = weights_N[tile, None]
-            logits_nV *= weights_n1 / sums_n1
-            logits_nV.scatter_add_(1, label_n1, -weights_n1)
-            grad_nV = logits_nV.to(weight_VD.dtype)
+            logits_nV *= weights_N[tile, None] / logits_nV.sum(-1, keepdim=True)
+            logits_nV.scatter_add_(1, labels_N[tile, None], -weights_N[tile, None])
+            product_nV.copy_(logits_nV)
             if grad_ND is not None:
-                torch.mm(grad_nV, weight_VD, out=grad_ND[tile])
+                torch.mm(product_nV, weight_VD, out=grad_ND[tile])
             if grad_VD is not None:
-                grad_VD += grad_nV.T @ hidden_ND[tile]
+                for sum_vD, part_nv in zip(grad_VD.chunk(SLICES), product_nV.chunk(SLICES, 1), strict=True):
+                    sum_vD += part_nv.T @ hidden_ND[tile]
+        del wide, narrow
+        ctx.scaled = False
         ctx.save_for_backward(grad_ND, None if grad_VD is None else grad_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(ce_N)
         return (weights_N.double() @ ce_N.double()).float(), ce_N
@@ -160,6 +174,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        grad_ND, grad_VD = ctx.saved_tensors
-        hidden = None if grad_ND is None else grad_ND * grad
-        return hidden, None if grad_VD is None else grad_VD * grad, None, None, None, None
+        assert not ctx.scaled, "the gradients made in forward are scaled in place: one backward a forward"
+        ctx.scaled = True
+        grad_ND, grad_VD = (made if made is None else made.mul_(grad) for made in ctx.saved_tensors)
+        return grad_ND, grad_VD, None, None, None, None
