@@ -254,7 +254,10 @@ def meets_a_damaged_file(rank: int, world: int, folder: Path) -> None:
     start_distributed()
     empty = build(folder, ModelOptions(ep_size=2, dtype=torch.float32))
     files = open_base(folder, empty.expected)
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:200_000])
+    torch.distributed.barrier()  # both have seen it whole
+    if rank == 0:
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:200_000])
+    torch.distributed.barrier()
     load(empty, files, engine_config=engine_config(EngineOptions(dtype="float32")))
 
 
