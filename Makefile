@@ -23,13 +23,11 @@ check: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
 
-# What there is to see today: a recipe and what follows from it, a base model written and then proved, layer by layer.
+# What there is to see today, each command printed before it runs; then the base it used, proved layer by layer.
 demo: .venv/installed
 	rm -rf runs/demo
-	$(BIN)/moetune check tiny-cpu --ranks 2
-	$(BIN)/moetune tiny runs/demo/base
+	$(BIN)/moetune demo runs/demo
 	$(BIN)/moetune verify-base runs/demo/base
-	@echo "demo: done. runs/demo/base is a base model of the real one's shape with random weights; nothing was trained."
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"moetune needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'

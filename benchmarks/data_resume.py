@@ -31,7 +31,7 @@ def run() -> Iterator[Figure]:
         renderer = Renderer(folder / "base", image=ImageConfig(max_tokens=64), video=VideoConfig(), chat=ChatConfig())
         shards = build_shards(write_rows(folder, SAMPLES, pictures=0), folder / "shards", BuildOptions(name="x")).shards
         sources = {"x": SourceConfig(path=str(folder / "shards"))}
-        config = DataConfig(packs_per_step=4, tokens_per_pack=2048, workers=0, sources=sources)
+        config = DataConfig(packs_per_step=4, tokens_per_pack=2048, balance_steps=0, workers=0, sources=sources)
         corpus = open_corpus(config, renderer)
         states = list(_states(config, corpus, renderer))
         early, late = states[1], states[-2]

@@ -105,4 +105,10 @@ ENTRIES = (
         module="benchmarks.flop_meter",
         about="the FLOP meter beside published pairs of tokens/s and TFLOP/s",
     ),
+    Entry(
+        name="gather-per-step",
+        suite="cpu",
+        module="benchmarks.gather_per_step",
+        about="frozen weights gathered in one step by its number of micro-batches, resident and partitioned",
+    ),
 )

@@ -97,6 +97,10 @@ class Pair:
         y_TD: Tensor = self.peer.experts(inputs.x_TD, inputs.topk_TK, inputs.scores_TK)
         return y_TD
 
+    def experts_of_peer(self) -> Qwen3VLMoeTextExperts:
+        """Return transformers' experts inside PEFT's wrappers: the frozen weights, dense."""
+        return self.peer.experts.base_layer.base_layer
+
     def sides(self, inputs: Inputs) -> tuple[Side, Side]:
         """Return both sides' step: forward and backward, from no gradients to all of them, named as ours are."""
         return (

@@ -24,6 +24,7 @@ class Setup:
     side: Literal["ours", "plain"]
     resident: bool = False
     recompute: Literal["none", "layer", "selective"] = "none"
+    micro_batches: int = 1
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,8 @@ class Counted:
     experts: int = 0
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     micro_batch: dict[Kind, int] = field(default_factory=dict)
+    step_gathers: int = 0
+    """Bytes gathered in all micro-batches of one step, without the update."""
     update: dict[Kind, int] = field(default_factory=dict)
 
 
@@ -110,19 +113,26 @@ def _train(setup: Setup, rank: int, world: int) -> Counted:
             make_resident(model)
     # a small model stands for a large one: no weight is too small to partition, or stays from forward to backward
     options = EngineOptions(
-        dtype="float32", persistence_threshold=1_000_000 if setup.resident else 0, lr=0.0, prefetch_elements=0,
+        dtype="float32",
+        micro_batches_per_step=setup.micro_batches,
+        persistence_threshold=1_000_000 if setup.resident else 0,
+        lr=0.0,
+        prefetch_elements=0,
         extra={"zero_optimization": {"stage3_max_reuse_distance": 0}},
-    )  # fmt: skip
+    )
     engine = initialize(model, options)
     set_recompute(model, setup.recompute)
     model.train()
     ids = torch.randint(0, 160, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
     for _ in range(3):
-        with CollectiveCounter() as micro_batch:
-            logits = engine(input_ids=ids, use_cache=False).logits
-            backward(engine, logits.square().sum(), ROWS * LENGTH)
-        with CollectiveCounter() as update:
-            engine.step()
+        found.step_gathers = 0
+        for _ in range(setup.micro_batches):
+            with CollectiveCounter() as micro_batch:
+                logits = engine(input_ids=ids, use_cache=False).logits
+                backward(engine, logits.square().sum(), ROWS * LENGTH)
+            found.step_gathers += gathered(dict(micro_batch.bytes))
+            with CollectiveCounter() as update:
+                engine.step()
     found.logits = logits.detach()
     found.micro_batch, found.update = dict(micro_batch.bytes), dict(update.bytes)
     engine.destroy()

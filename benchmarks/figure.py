@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
 
@@ -95,7 +96,7 @@ class Figure:
             "spread": dict(self.spread),
             "peer": self.peer,
             "peer_value": self.peer_value,
-            "ratio": self.ratio,
+            "ratio": self.ratio if self.ratio is None or isfinite(self.ratio) else None,  # JSON has no infinity
             "target": None if self.target is None else dataclasses.asdict(self.target),
             "pass": self.passed,
         }

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401
 from benchmarks.memory import AnonymousPeak
 from finetune.basefiles import open_base
 from finetune.engine import EngineOptions, engine_config, start_distributed
+from finetune.layouts import is_expert_stack
 from finetune.model import ModelOptions, build
 from finetune.weights import load
 from moe.parallel import LayerOptions
@@ -65,7 +67,8 @@ def _load(args: argparse.Namespace, config: dict[str, Any], found: dict[str, Any
     layer = LayerOptions(resident=args.resident)
     empty = build(args.folder, ModelOptions(ep_size=args.ep, layer=layer, resident=args.resident, dtype=torch.float32))
     report = load(empty, open_base(args.folder, empty.expected), engine_config=config)
-    found |= {"read": report.bytes_read, "held": report.bytes_held}
+    largest = max(prod(shape) // (args.ep if is_expert_stack(name) else 1) for name, shape in empty.expected.items())
+    found |= {"read": report.bytes_read, "held": report.bytes_held, "largest": 4 * largest}
     return empty.module
 
 

@@ -43,7 +43,7 @@ def _figures(pair: Pair, tokens: int) -> Iterator[Figure]:
     mine, theirs = (_measure(pair, inputs, forward) for forward in (pair.forward_ours, pair.forward_peer))
     no_more = Target(of="ratio", rule="at least", floor=1.0)
     stack = shape.smaller_stack_bytes
-    widest = 4 * tokens * shape.top_k * max(shape.hidden, 2 * shape.intermediate)
+    widest = 4 * tokens * shape.top_k * max(shape.hidden, 2 * shape.intermediate + shape.r)
     # narrow blocks with many tokens have activations above the stack: then these are the bound
     below_a_stack = Target(of="value", rule="at most", floor=max(stack - 1, widest) / MIB, goal=widest / MIB)
     config = pair.config(tokens) | {

@@ -37,15 +37,13 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Any) -> "Batch":
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+        found = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in found.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +85,8 @@ class Step:
     bad: tuple[BadSample, ...]  # left out of this rank's packs; to be told to every rank's `quarantine`
     notes: tuple[str, ...]  # what samples say about themselves: a video with fewer frames than asked
     tokens: int  # without padding and dummies
+    images: int
+    video_seconds: float  # of the ranges that were looked at
     wait_seconds: float  # how long the trainer waited for data
 
 

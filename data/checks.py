@@ -39,6 +39,11 @@ def data_problems(config: DataConfig) -> list[DataProblem]:
         for name, bound in least.items()
         if (value := getattr(config, name)) is not None and not value >= bound
     ]
+    if not config.sources:
+        remedy = "Add data.sources.<name>.path=... (shards or a JSONL file)"
+        problems.append(
+            DataProblem(key="data.sources", value={}, allowed="there is nothing to train on", remedy=remedy)
+        )
     for name, source in config.sources.items():
         key, weight = f"data.sources.{name}.weight", source.weight
         if not (isfinite(weight) and weight > 0):

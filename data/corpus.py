@@ -106,7 +106,7 @@ def load_corpus(
 ) -> Corpus:
     """Indexes and measures what is not yet, and applies the policy for samples over the budgets."""
     shards = tuple(shard for paths in sources.values() for shard in paths)
-    lengths = _measure_all(shards, measure, cache_dir, jobs)
+    lengths = measure_all(shards, measure, cache_dir, jobs)
     reader = SampleReader(cache_dir=cache_dir)
     digest = blake2b(digest_size=16)
     units: list[Units] = []
@@ -122,6 +122,11 @@ def load_corpus(
             tables += scan.rows(measure, reader, overlong)
             unusable += [scan.unused(reader, sample, reason) for sample, reason in found.problems.items()]
         first += len(paths)
+        if not sum(map(len, tables)):
+            shown = "; ".join(
+                f"sample {item.key}: {item.reason}" for item in (unusable + overlong)[-3:] if item.source == name
+            )
+            raise ValueError(f"data.sources.{name} has no sample that can be used: {shown or 'its shards are empty'}")
         shard_column, sample, part, tokens, patches = np.concatenate(tables).T
         units.append(Units(name=name, shard=shard_column, sample=sample, part=part, tokens=tokens, patches=patches))
     reader.bytes.close()
@@ -197,7 +202,8 @@ class _ShardUnits:
         return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
 
-def _measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:
+def measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:
+    """Lengths of every shard, from the files beside them where they fit."""
     count = partial(_measure_one, measure=measure, cache_dir=cache_dir)
     if jobs <= 1:
         return [count(shard) for shard in shards]

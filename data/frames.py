@@ -90,7 +90,7 @@ class Clip:
         for wanted in numbers:
             key = index.keys[bisect.bisect_right(index.keys, wanted) - 1] if index.keys else 0
             if here < 0 or key > here + 1:
-                walk = self._walk(key)
+                walk = self._walk(key, set(numbers))
             while here != wanted or frame is None:
                 self._deadline.check()
                 try:
@@ -101,16 +101,23 @@ class Clip:
                     raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
             yield frame
 
-    def _walk(self, key: int) -> Iterator[tuple[int, Any]]:
-        """(number, frame) from this keyframe on; frames that the index does not know are passed over."""
+    def _walk(self, key: int, wanted: set[int]) -> Iterator[tuple[int, Any]]:
+        """(number, frame) from this keyframe on, perhaps without some that are not wanted."""
         if key == 0:
             self._container.seek(0, backward=True)
         else:
             self._container.seek(self._index.pts[key], stream=self._stream, backward=True)
-        for place, frame in enumerate(self._container.decode(self._stream)):
-            number = place if self._index.by_arrival else self._number_of.get(-1 if frame.pts is None else frame.pts)
-            if number is not None:
-                yield number, frame
+        if self._index.by_arrival:
+            yield from enumerate(self._container.decode(self._stream))
+            return
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            if context.name == "h264":  # its B pictures say that nothing is built on them: not decoded unless wanted
+                is_wanted = packet.pts is None or self._number_of.get(packet.pts) in wanted
+                context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            for frame in packet.decode():
+                if frame.pts in self._number_of:
+                    yield self._number_of[frame.pts], frame
 
 
 @contextmanager

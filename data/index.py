@@ -148,4 +148,5 @@ def load_index(shard: Path, *, cache_dir: Path | None = None, force: bool = Fals
 
     index = scan_shard(shard, stamp)
     save_index(index, places[-1])
+    sidecar(shard, ".len", cache_dir).unlink(missing_ok=True)  # lengths are of the content that was indexed before
     return index

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.facts import ImageFacts, VideoFacts, VisionCount
-from data.index import read_arrays, sidecar, write_beside
+from data.index import read_arrays, sidecar, stamp_of, write_beside
 from data.reader import SampleReader
 from data.record import Record
 
@@ -46,14 +46,14 @@ class Lengths:
 
 def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_dir: Path | None) -> Lengths:
     """Stored lengths where they fit index and settings; else counted (text only if its settings changed) and stored."""
-    index = reader.index(shard)
+    stamp = stamp_of(shard)
     path = sidecar(shard, ".len", cache_dir)
-    stored = _read(path, index.digest)
+    stored = _read(path, stamp)
     if stored is not None and stored[1] == measure.fingerprint:
         return stored[2]
     text = stored[2].text if stored is not None and stored[0] == measure.text_fingerprint else None
     lengths = _count(shard, measure, reader, text)
-    head = [index.digest, measure.text_fingerprint, measure.fingerprint, sorted(lengths.problems.items())]
+    head = [stamp, lengths.digest, measure.text_fingerprint, measure.fingerprint, sorted(lengths.problems.items())]
     write_beside(
         path,
         {
@@ -66,12 +66,12 @@ def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_d
     return lengths
 
 
-def _read(path: Path, digest: str) -> tuple[str, str, Lengths] | None:
+def _read(path: Path, stamp: str) -> tuple[str, str, Lengths] | None:
     arrays = read_arrays(path)
     if arrays is None or set(arrays) != {"head", "text", "vision", "patches"}:
         return None
-    stored, text, full, problems = json.loads(arrays.pop("head").tobytes())
-    if stored != digest:
+    stored, digest, text, full, problems = json.loads(arrays.pop("head").tobytes())
+    if stored != stamp:
         return None
     return text, full, Lengths(digest=digest, problems={number: why for number, why in problems}, **arrays)
 

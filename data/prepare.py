@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from data.convert import read_rows
 from data.index import load_index, sidecar
+from data.progress import Progress, count_rows
 from data.rows import RowBuilder
 from data.tar import TarWriter
 
@@ -194,7 +195,8 @@ def shards_of_rows(source: Path, name: str, *, cache_dir: Path | None, jobs: int
         raise ValueError(f"data.sources.{name}.path is {str(source)!r}, which does not exist")
     stamp = _stamp(source)
     place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
-    report = build_shards(source, place, BuildOptions(name=name), jobs=jobs)
+    shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
+    report = build_shards(source, place, BuildOptions(name=name), jobs=jobs, progress=shown)
     if report.rejected > limit:
         raise ValueError(
             f"data.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} were "

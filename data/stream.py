@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from data.batch import BadSample, Batch, LossSums, Step, collate, loss_sums
-from data.corpus import Corpus, unpack_part
+from data.batch import BadSample, LossSums, Step
+from data.corpus import Corpus
+from data.pack_reader import PackReader, PackResult, Wanted
 from data.plan import Plan, PlanSettings, make_plan
-from data.reader import SampleReader
-from data.record import RecordError
-from data.sample import Renderer, Sample
-from data.turns import cut_record
+from data.sample import Renderer
 
 STATE_VERSION = 1
 
@@ -40,86 +38,13 @@ class StreamSettings:
     cache_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    unit: int
-    source: str
-    shard: Path
-    sample: int
-    part: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class _Result:
-    batch: Batch
-    sums: LossSums
-    bad: tuple[BadSample, ...]
-    notes: tuple[str, ...]
-    tokens: int
-
-
-class _PackReader(Dataset[_Result]):
-    """Lives in a worker: turns the units of a pack into a batch; samples that fail are left out and named."""
-
-    def __init__(self, renderer: Renderer, settings: StreamSettings) -> None:
-        self._renderer, self._settings = renderer, settings
-        self._reader: SampleReader | None = None
-
-    def __getitem__(self, wanted: tuple[_Wanted, ...]) -> _Result:
-        samples, keys, notes = list[Sample](), list[str](), list[str]()
-        bad: list[BadSample] = []
-        for unit in wanted:
-            try:
-                key, sample = self._build(unit)
-            except RecordError as error:
-                bad.append(_bad(unit, error.key, error.reason))
-                continue
-            samples.append(sample)
-            keys.append(f"{unit.source}/{unit.shard.name}/{key}")
-            notes += [f"{keys[-1]}: {note}" for note in sample.notes]
-        batch = collate(
-            samples,
-            keys=keys,
-            pad_id=self._renderer.pad_id,
-            multiple=self._settings.pad_multiple,
-            widths=self._renderer.patch_widths,
-        )
-        tokens = sum(len(sample.input_ids) for sample in samples)
-        return _Result(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens)
-
-    def _build(self, unit: _Wanted) -> tuple[str, Sample]:
-        if self._reader is None:  # made here, so that no open file crosses into a worker
-            self._reader = SampleReader(cache_dir=self._settings.cache_dir)
-        record, members = self._reader.sample(unit.shard, unit.sample)
-        key = self._reader.index(unit.shard).keys[unit.sample]
-        try:
-            images, videos = self._reader.media(record, members, unit.shard.parent)
-            if part := unpack_part(unit.part):
-                cut = cut_record(record, *part)
-                record = cut.record
-                images = [images[number] for number in cut.images]
-                videos = [videos[number] for number in cut.videos]
-            sample = self._renderer.build(record, images, videos, key=key, shard=unit.shard.name)
-        except ValueError as error:
-            raise RecordError(shard=unit.shard.name, key=key, reason=str(error)) from error
-        if len(sample.input_ids) != unit.tokens:
-            reason = f"became {len(sample.input_ids)} tokens where {unit.tokens} were planned; did a file change?"
-            raise RecordError(shard=unit.shard.name, key=key, reason=reason)
-        return key, sample
-
-
-def _bad(unit: _Wanted, key: str, reason: str) -> BadSample:
-    return BadSample(unit=unit.unit, source=unit.source, shard=unit.shard.name, key=key, reason=reason)
-
-
-class _Order(Sampler[tuple[_Wanted, ...]]):
+class _Order(Sampler[tuple[Wanted, ...]]):
     """The packs of the rest of an epoch, in the order this rank takes them."""
 
-    def __init__(self, packs: Iterator[tuple[_Wanted, ...]]) -> None:
+    def __init__(self, packs: Iterator[tuple[Wanted, ...]]) -> None:
         self._packs = packs
 
-    def __iter__(self) -> Iterator[tuple[_Wanted, ...]]:
+    def __iter__(self) -> Iterator[tuple[Wanted, ...]]:
         return self._packs
 
 
@@ -177,13 +102,15 @@ class DataStream:
                 bad=tuple(bad for result in found for bad in result.bad),
                 notes=tuple(note for result in found for note in result.notes),
                 tokens=sum(result.tokens for result in found),
+                images=sum(len(result.batch.image_grids) for result in found),
+                video_seconds=sum(result.video_seconds for result in found),
                 wait_seconds=time.perf_counter() - began,
             )
 
-    def _loader(self, packs: Iterator[int | None]) -> DataLoader[_Result]:
+    def _loader(self, packs: Iterator[int | None]) -> DataLoader[PackResult]:
         workers = self._settings.workers
         return DataLoader(
-            _PackReader(self._renderer, self._settings),
+            PackReader(self._renderer, pad_multiple=self._settings.pad_multiple, cache_dir=self._settings.cache_dir),
             batch_size=None,
             sampler=_Order(self._wanted(pack) for pack in packs),
             num_workers=workers,
@@ -192,16 +119,16 @@ class DataStream:
             timeout=self._settings.stall_seconds if workers else 0,
         )
 
-    def _wanted(self, pack: int | None) -> tuple[_Wanted, ...]:
+    def _wanted(self, pack: int | None) -> tuple[Wanted, ...]:
         return () if pack is None else tuple(self._unit(unit) for unit in self.plan.units(pack))
 
-    def _unit(self, unit: int) -> _Wanted:
+    def _unit(self, unit: int) -> Wanted:
         source = int(np.searchsorted(self._bases, unit, side="right")) - 1
         units, row = self._corpus.sources[source], unit - int(self._bases[source])
         shard = self._corpus.shards[int(units.shard[row])]
-        return _Wanted(unit, units.name, shard, int(units.sample[row]), int(units.part[row]), int(units.tokens[row]))
+        return Wanted(unit, units.name, shard, int(units.sample[row]), int(units.part[row]), int(units.tokens[row]))
 
-    def _take(self, results: Iterator[_Result], step: int) -> _Result:
+    def _take(self, results: Iterator[PackResult], step: int) -> PackResult:
         try:
             return next(results)
         except RuntimeError as error:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from finetune.config import AdaptersConfig
 from finetune.parts import FAMILIES, NO_LORA
 from finetune.shapes import Shape, part_of
-from moe.experts import ExpertLora, GroupedExperts
+from moe.experts import ExpertLora as Lora
+from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
 from moe.router import Router
 
@@ -29,21 +30,6 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 """PEFT's name of the adapter that trains."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Rank, strength and dropout of one family's adapters."""
-
-    r: int
-    alpha: float
-    rslora: bool = False
-    dropout: float = 0.0
-
-    @property
-    def scale(self) -> float:
-        """The factor of the low-rank part: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +56,7 @@ def settle(config: AdaptersConfig, options: "ModelOptions") -> "ModelOptions":
     layer = replace(
         options.layer,
         experts=families["experts"].mode,
-        lora=ExpertLora(**asdict(experts)) if experts else None,
+        lora=experts,
         router=replace(options.layer.router, **sparse),
     )
     full = [part for part, family in families.items() if family.mode == "full" and part not in ("experts", "router")]
@@ -113,7 +99,7 @@ def inject(module: nn.Module, expected: Mapping[str, Shape], lora: Mapping[str, 
             _finish(wrapped[name], lora[part])
 
 
-def _finish(layer: nn.Module, lora: Lora) -> None:
+def _finish(layer: Any, lora: Lora) -> None:
     """Give a layer its family's dropout, of which PEFT's config has only one, and its weight's dtype."""
     assert layer.scaling[ADAPTER] == lora.scale
     assert layer.r[ADAPTER] == lora.r

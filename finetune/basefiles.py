@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.hubconfig import load_json, read_family
+from finetune.hubconfig import read_family
+from finetune.jsonblock import load_json
 from finetune.keycheck import check_keys
 from finetune.layouts import LAYOUT_KEY, Layout, is_expert_stack, recognise, single_expert
 from finetune.shapes import Shape, parameter_shapes

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from finetune.adapter_checks import adapter_problems
 from finetune.attention import MASK_TOKENS
 from finetune.config import RunConfig
 from finetune.families import Family, family, family_names
@@ -83,6 +84,8 @@ def _ranges(facts: Facts) -> list[Problem]:
         "data.packs_per_step": (config.data.packs_per_step, 1),
         "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
         "parallel.ep": (config.parallel.ep, 1),
+        "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
+        "checkpoint.keep": (config.checkpoint.keep, 1),
         "run.seed": (config.run.seed, 0),
     }
     problems = [
@@ -172,6 +175,14 @@ def _balance(facts: Facts) -> list[Problem]:
     return problems
 
 
+def _adapters(facts: Facts) -> list[Problem]:
+    """What trains is in the base; a loss on a router that does not train is worth a warning."""
+    problems = adapter_problems(facts.config.adapters, facts.base)
+    if facts.base is not None and facts.base.text.experts is not None:
+        problems += frozen_router(facts.config.moe, router_trains=facts.config.adapters.router.mode != "frozen")
+    return problems
+
+
 def frozen_router(moe: MoeConfig, *, router_trains: bool) -> list[Problem]:
     """Warnings for losses on a router that does not train."""
     allowed = "the router is frozen, so its gradient can only move the hidden states that the router sees"
@@ -201,6 +212,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _expert_ranks,
     _context,
     _balance,
+    _adapters,
     _attention,
 )
 

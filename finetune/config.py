@@ -5,7 +5,7 @@ A key enters here in the commit that makes it work; a section without keys is a 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from data.config import DataConfig
 from moe.config import MoeConfig
@@ -21,7 +21,9 @@ class ModelConfig:
     """The base model: a family from our table, a local folder with a config.json, or both (then they must agree)."""
 
     family: str = ""
-    path: str = ""
+    path: str = ""  # a local folder or a hub id; training needs it
+    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: they say it
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are float32 in any case
     # how packed rows attend inside their samples; auto is the fastest that the machine has
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
 
@@ -71,7 +73,8 @@ class ExpertFamilyConfig:
 class AdaptersConfig:
     """What is frozen, adapted or trained in full, by family of parameters."""
 
-    attention: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # with the norms of queries and keys
+    # with the norms of queries and keys, in mode full; the one family that trains unless told otherwise
+    attention: DenseFamilyConfig = field(default_factory=lambda: DenseFamilyConfig(mode="lora"))
     experts: ExpertFamilyConfig = field(default_factory=ExpertFamilyConfig)
     router: RouterFamilyConfig = field(default_factory=RouterFamilyConfig)
     mlp: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # of dense decoder layers
@@ -91,6 +94,8 @@ class ParallelConfig:
     """How ranks share the model."""
 
     ep: int = 1
+    resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
+    recompute: Literal["none", "layer", "selective"] = "selective"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +111,20 @@ class OptimConfig:
     """The optimiser."""
 
     lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # never of vectors
+    clip_norm: float = 1.0  # of all gradients together; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """How the learning rate moves."""
+
+    steps: int = 1000
+    warmup_steps: int = 0
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    final_share: float = 0.0  # of optim.lr, where linear and cosine end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +141,8 @@ class ContextConfig:
 class EngineConfig:
     """What the engine is told beyond the typed fields."""
 
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's config; none that we make
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -136,6 +152,10 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When state is saved, and what a start resumes from."""
+
+    every_steps: int = 200  # 0: only when the run ends
+    keep: int = 3  # the newest so many
+    resume: str = "auto"  # the newest of this run, if any; never; or a checkpoint's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +167,7 @@ class TrackConfig:
 class RunSectionConfig:
     """The run itself."""
 
+    name: str = "run"  # its folder is runs/<name>
     seed: int = 0
 
 

@@ -4,6 +4,8 @@ Scale contract: every loss term hands `local_sum * world / N_step` to `backward`
 nothing divides by the accumulation count, so N_step alone decides. A gradient injected in backward obeys the same rule.
 """
 
+import os
+import socket
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -91,7 +93,7 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
     """
     _check(module, options)
     start_distributed()
-    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+    device = engine_device()
     require_equal_tables("Parameters and buffers", parameter_table(module), device)
     trained = [p for p in module.parameters() if p.requires_grad]
     config = engine_config(
@@ -113,7 +115,17 @@ def start_distributed() -> None:
     # compiler, for a kernel that training never calls
     if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:  # started by hand, without a launcher: a world of one
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
     deepspeed.init_distributed()
+
+
+def engine_device() -> torch.device:
+    """Return the device that the engine computes on."""
+    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
 
 
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:

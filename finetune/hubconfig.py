@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.families import Experts, Family, Rope, Text, Vision, family_names
 from finetune.families import family as known_family
 from finetune.family_problems import family_problems
+from finetune.jsonblock import Block, as_count, as_flag, as_indexes, as_number, as_token, as_word, load_json
 
 TRANSFORMERS_VERSION = "4.57.0.dev0"  # what the published files carry; it is no key that changes how they are read
 
@@ -31,26 +31,13 @@ def family_of(name_or_folder: str) -> Family:
 def read_family(path: Path) -> Family:
     """The family described by a folder's config.json. Named as in the table where it equals an entry of it."""
     file = path / "config.json" if path.suffix != ".json" else path
-    found = _family(_Block(file=file, key="", values=load_json(file)))
+    found = _family(Block(file=file, key="", values=load_json(file)))
     problems = family_problems(found)
     if problems:
         raise ValueError(f"{file} contradicts itself: {'; '.join(problems)}")
     for name in family_names():
         if hub_config(known_family(name)) == hub_config(found):
             return known_family(name)
-    return found
-
-
-def load_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; one clear error for a missing, unreadable or non-object file."""
-    if not file.is_file():
-        raise ValueError(f"{file} is not there; a model folder needs it")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a JSON {type(found).__name__}, not an object")
     return found
 
 
@@ -114,76 +101,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Block:
-    """One object of a config.json, which knows its file and key for error messages."""
-
-    file: Path
-    key: str
-    values: dict[str, Any]
-
-    def get(self, key: str, kind: Callable[[Any], Any], *, instead: str = "", default: Any = None) -> Any:
-        """The value at `key` (or at its other spelling `instead`), checked to be of `kind`."""
-        for name in (key, instead):
-            if name and self.values.get(name) is not None:
-                try:
-                    return kind(self.values[name])
-                except TypeError as error:
-                    raise ValueError(f"{self.file}: {self.key}{name} is {self.values[name]!r}, not {error}") from None
-        if default is not None:
-            return default
-        spelt = f"{self.key}{key}" + (f" (or {instead})" if instead else "")
-        raise ValueError(f"{self.file} lacks {spelt}; it decides the model and no default is safe")
-
-    def block(self, key: str) -> _Block:
-        """The object at `key`."""
-        return _Block(file=self.file, key=f"{self.key}{key}.", values=self.get(key, _object))
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError("an object")
-    return value
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TypeError("a whole number above 0")
-    return value
-
-
-def _token(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise TypeError("a token id")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError("a number")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false")
-    return value
-
-
-def _word(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a string")
-    return value
-
-
-def _indexes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(isinstance(each, int) and each >= 0 for each in value):
-        raise TypeError("a list of whole numbers")
-    return tuple(value)
-
-
-def _family(root: _Block) -> Family:
-    model_type = root.get("model_type", _word)
+def _family(root: Block) -> Family:
+    model_type = root.get("model_type", as_word)
     if model_type not in ("qwen3_vl", "qwen3_vl_moe"):
         raise ValueError(f"{root.file}: model_type is {model_type!r}; this package knows qwen3_vl and qwen3_vl_moe")
     text = root.block("text_config")
@@ -192,43 +111,43 @@ def _family(root: _Block) -> Family:
         text=_text(text, moe=model_type == "qwen3_vl_moe"),
         vision=_vision(root.block("vision_config")),
         # The root's word counts, as in transformers; the class default of the text block would tie every MoE head.
-        tie_word_embeddings=root.get("tie_word_embeddings", _flag, default=False),
-        **{key: root.get(key, _token, default=default) for key, default in _TOKENS.items()},
+        tie_word_embeddings=root.get("tie_word_embeddings", as_flag, default=False),
+        **{key: root.get(key, as_token, default=default) for key, default in _TOKENS.items()},
     )
 
 
-def _text(text: _Block, *, moe: bool) -> Text:
+def _text(text: Block, *, moe: bool) -> Text:
     defaults: dict[str, tuple[Callable[[Any], Any], Any]] = {
-        "hidden_act": (_word, "silu"),
-        "attention_bias": (_flag, False),
-        "attention_dropout": (_number, 0.0),
-        "initializer_range": (_number, 0.02),
-        "bos_token_id": (_token, 151_643),
-        "eos_token_id": (_token, 151_645),
-        "use_cache": (_flag, True),
-        "dtype": (_word, "bfloat16"),
+        "hidden_act": (as_word, "silu"),
+        "attention_bias": (as_flag, False),
+        "attention_dropout": (as_number, 0.0),
+        "initializer_range": (as_number, 0.02),
+        "bos_token_id": (as_token, 151_643),
+        "eos_token_id": (as_token, 151_645),
+        "use_cache": (as_flag, True),
+        "dtype": (as_word, "bfloat16"),
     }
     return Text(
         rope=_rope(text),
         experts=_experts(text) if moe else None,
-        rms_norm_eps=text.get("rms_norm_eps", _number),
-        **{key: text.get(key, _count) for key in _TEXT_SIZES},
+        rms_norm_eps=text.get("rms_norm_eps", as_number),
+        **{key: text.get(key, as_count) for key in _TEXT_SIZES},
         **{key: text.get(key, kind, default=default) for key, (kind, default) in defaults.items()},
     )
 
 
-def _experts(text: _Block) -> Experts:
+def _experts(text: Block) -> Experts:
     return Experts(
-        num_experts=text.get("num_experts", _count, instead="num_local_experts"),
-        num_experts_per_tok=text.get("num_experts_per_tok", _count),
-        moe_intermediate_size=text.get("moe_intermediate_size", _count),
-        norm_topk_prob=text.get("norm_topk_prob", _flag, default=True),  # transformers 5 drops it when it saves
-        decoder_sparse_step=text.get("decoder_sparse_step", _count, default=1),
-        mlp_only_layers=text.get("mlp_only_layers", _indexes, default=()),
+        num_experts=text.get("num_experts", as_count, instead="num_local_experts"),
+        num_experts_per_tok=text.get("num_experts_per_tok", as_count),
+        moe_intermediate_size=text.get("moe_intermediate_size", as_count),
+        norm_topk_prob=text.get("norm_topk_prob", as_flag, default=True),  # transformers 5 drops it when it saves
+        decoder_sparse_step=text.get("decoder_sparse_step", as_count, default=1),
+        mlp_only_layers=text.get("mlp_only_layers", as_indexes, default=()),
     )
 
 
-def _rope(text: _Block) -> Rope:
+def _rope(text: Block) -> Rope:
     block = text.block("rope_parameters" if "rope_parameters" in text.values else "rope_scaling")
     unknown = sorted(set(block.values) - set(_ROPE_KEYS))
     if unknown:
@@ -237,26 +156,26 @@ def _rope(text: _Block) -> Rope:
         )
     holder = block if "rope_theta" in block.values else text
     yarn = {
-        "factor": block.get("factor", _number) if "factor" in block.values else None,
-        "original_max_position_embeddings": block.get("original_max_position_embeddings", _count)
+        "factor": block.get("factor", as_number) if "factor" in block.values else None,
+        "original_max_position_embeddings": block.get("original_max_position_embeddings", as_count)
         if "original_max_position_embeddings" in block.values
         else None,
     }
     return Rope(
-        theta=holder.get("rope_theta", _number),
-        mrope_section=block.get("mrope_section", _indexes),
-        mrope_interleaved=block.get("mrope_interleaved", _flag),
-        type=block.get("rope_type", _word, instead="type"),
+        theta=holder.get("rope_theta", as_number),
+        mrope_section=block.get("mrope_section", as_indexes),
+        mrope_interleaved=block.get("mrope_interleaved", as_flag),
+        type=block.get("rope_type", as_word, instead="type"),
         **yarn,
     )
 
 
-def _vision(vision: _Block) -> Vision:
+def _vision(vision: Block) -> Vision:
     return Vision(
-        deepstack_visual_indexes=vision.get("deepstack_visual_indexes", _indexes),
-        hidden_act=vision.get("hidden_act", _word, default="gelu_pytorch_tanh"),
-        initializer_range=vision.get("initializer_range", _number, default=0.02),
-        **{key: vision.get(key, _count) for key in _VISION_SIZES},
+        deepstack_visual_indexes=vision.get("deepstack_visual_indexes", as_indexes),
+        hidden_act=vision.get("hidden_act", as_word, default="gelu_pytorch_tanh"),
+        initializer_range=vision.get("initializer_range", as_number, default=0.02),
+        **{key: vision.get(key, as_count) for key in _VISION_SIZES},
     )
 
 

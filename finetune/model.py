@@ -4,19 +4,19 @@ Nothing here allocates a weight, so 235B is built on a laptop; `finetune.weights
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from finetune.adapters import Lora, inject
+from finetune.adapters import inject
 from finetune.attention import AttentionName
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
 from finetune.varlen import register
+from moe.experts import ExpertLora as Lora
 from moe.names import LAYERS as KNOWN
 from moe.names import canonical_name, dense_name
 from moe.parallel import BalanceCall, LayerOptions, replace_moe_blocks
@@ -35,7 +35,7 @@ class ModelOptions:
     """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
-    attention: AttentionName | Literal["eager"] = "sdpa"
+    attention: AttentionName = "sdpa"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class EmptyModel:
     tied_head: bool
     seed: int
     lora: Mapping[str, Lora]
+    trained: tuple[str, ...]
+    """Our names of the parameters that were settled to train; a stage may pause some."""
 
     def canonical(self, name: str) -> str:
         """Return the canonical name of one of our parameters or persistent buffers."""
@@ -76,12 +78,13 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
     empty = EmptyModel(
         module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
-        lora=options.lora,
+        lora=options.lora, trained=(),
     )  # fmt: skip
     _settle_training(empty, options.train)
     if options.resident:
         make_resident(module)
-    return empty
+    trained = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return replace(empty, trained=trained)
 
 
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:

@@ -1,12 +1,16 @@
 """What ranks say to each other outside the model: sums, and whether they agree on what they are about to do."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.experts import GroupedExperts
+
+T = TypeVar("T")
 SHOWN = 8
 """So many differences are printed."""
 
@@ -24,11 +28,25 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
+def barrier() -> None:
+    """Wait for every rank; every rank must call this."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_lists(mine: list[T]) -> list[T]:
+    """Return the lists of all ranks, one after the other, the same on each; every rank must call this."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return mine
+    everyone: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return [item for items in everyone for item in items]
+
+
 def parameter_table(module: nn.Module) -> dict[str, str]:
-    """Describe parameters and buffers by shape, dtype, and whether they train; partitioned ones by the whole shape."""
-    tensors: list[tuple[str, Tensor, str]] = [
-        (name, p, "trained" if p.requires_grad else "frozen") for name, p in module.named_parameters()
-    ]
+    """Describe each parameter and buffer by shape, dtype and whether it trains; a partitioned one by its full shape."""
+    tensors: list[tuple[str, torch.Tensor, str]]
+    tensors = [(name, p, "trained" if p.requires_grad else "frozen") for name, p in module.named_parameters()]
     tensors += [(name, b, "buffer") for name, b in module.named_buffers()]
     return {
         name: f"{tuple(getattr(tensor, 'ds_shape', tensor.shape))} {str(tensor.dtype).removeprefix('torch.')} {kind}"
@@ -76,3 +94,38 @@ def _differences(zero: Mapping[str, str], one: Mapping[str, str], rank: int) -> 
         first = next(i for i, (a, b) in enumerate(zip(zero, one, strict=True)) if a != b)
         lines = [f"entry {first} is {list(zero)[first]} on rank 0, {list(one)[first]} on rank {rank}: another order"]
     return lines
+
+
+def at_rank_zero(tensor: Tensor, owner: nn.Module) -> Iterator[tuple[int, Tensor]]:
+    """Yield (0, the whole tensor), or a stack's rows from each rank of the first expert-parallel group.
+
+    Rank 0 sees all experts, by the first global id of each piece; other ranks their own at most. Every rank must
+    exhaust this.
+    """
+    rank, _ = rank_and_world()
+    whole = tensor.detach()
+    if not isinstance(owner, GroupedExperts):
+        yield 0, whole
+        return
+    rows = len(owner.local_experts)
+    for source in range(owner.num_experts // rows):
+        if source == rank == 0:
+            yield 0, whole
+        elif rank == source:
+            dist.send(whole.contiguous(), dst=0)
+        elif rank == 0:
+            arrived = torch.empty_like(whole)
+            dist.recv(arrived, src=source)
+            yield source * rows, arrived
+
+
+def raise_together(what: str, error: Exception | None) -> None:
+    """Raise on every rank when rank 0 has an error, and not wait for each other forever; every rank must call this."""
+    rank, world = rank_and_world()
+    said = [f"{type(error).__name__}: {error}" if error is not None else ""]
+    if world > 1:
+        dist.broadcast_object_list(said, src=0)
+    if error is not None:
+        raise error
+    if said[0]:
+        raise RuntimeError(f"rank {rank} stops, as {what} failed on rank 0: {said[0]}")

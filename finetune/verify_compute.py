@@ -30,9 +30,25 @@ from finetune.verify_samples import LAYOUTS, Trial, trials
 from finetune.weights import rebuild_tables
 
 _SPREAD = 12  # positions of each sample that are compared, beside those that predict its answer
-# Largest difference of a logit, in standard deviations of the logits. In bfloat16 two close experts may change places.
-_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5}
 _PREFERENCE = 0.05  # nats per token, and every video on the same side; random weights stay below
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far logits may lie apart, in standard deviations of the logits, and how many next tokens must be equal.
+
+    Rounding to bfloat16 lets experts of nearly equal score change places, which moves single positions by any amount.
+    """
+
+    worst: float
+    typical: float
+    equal: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(worst=2e-3, typical=1e-4, equal=0.99),
+    "bfloat16": Tolerance(worst=float("inf"), typical=0.1, equal=0.9),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,30 +89,30 @@ def compute_checks(
     row = _row(folder, place, dtype)
     ours = _run_ours(folder, weights, row, place, dtype)
     theirs = _run_theirs(folder, weights, row, place, dtype)
-    yield compare(row.chosen, [trial.name for trial in row.trials], ours, theirs, _TOLERANCE[dtype_name])
+    yield compare(row.chosen, [trial.name for trial in row.trials], ours, theirs, TOLERANCES[dtype_name])
     yield video_preference(row.trials, row.chosen, ours.logits)
 
 
 def compare(
-    chosen: Sequence[list[int]], names: Sequence[str], ours: _Outcome, theirs: _Outcome, tolerance: float
+    chosen: Sequence[list[int]], names: Sequence[str], ours: _Outcome, theirs: _Outcome, allowed: Tolerance
 ) -> Check:
-    """Equal next tokens and close logits at every chosen position; a failure names the sample and the first layer."""
-    scale = theirs.logits.float().std()
-    apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / scale
-    other = ours.logits.argmax(-1) != theirs.logits.argmax(-1)
-    ends = np.cumsum([len(places) for places in chosen])
-    worst = int(apart.argmax())
+    """Close logits and equal next tokens at the chosen positions; a failure names the sample and the first layer."""
+    apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / theirs.logits.float().std()
+    equal = ours.logits.argmax(-1) == theirs.logits.argmax(-1)
     detail = (
-        f"{len(apart)} positions of {len(names)} samples, largest difference {apart.max():.1e} of the logits' spread, "
-        f"next token equal at {int((~other).sum())}; held {max(ours.bytes_peak, theirs.bytes_peak):,} bytes of weights "
-        f"at most"
+        f"{len(apart)} positions of {len(names)} samples: largest difference {apart.max():.1e} of the logits' spread, "
+        f"typical {apart.median():.1e}, next token equal at {int(equal.sum())}; held "
+        f"{max(ours.bytes_peak, theirs.bytes_peak):,} bytes of weights at most"
     )
-    if not apart.max() <= tolerance or (other & (apart > tolerance)).any():
-        sample = names[int(np.searchsorted(ends, worst, side="right"))]
-        return Check(
-            name="logits", status="fail", detail=f"{detail}; worst in {sample}; {_parting(ours, theirs, tolerance)}"
-        )
-    return Check(name="logits", status="pass", detail=detail)
+    # written so that a NaN, which compares false to everything, fails
+    sound = apart.max() <= allowed.worst and apart.median() <= allowed.typical and equal.float().mean() >= allowed.equal
+    if sound:
+        return Check(name="logits", status="pass", detail=detail)
+    ends = np.cumsum([len(places) for places in chosen])
+    sample = names[int(np.searchsorted(ends, int(apart.argmax()), side="right"))]
+    return Check(
+        name="logits", status="fail", detail=f"{detail}; worst in {sample}; {_parting(ours, theirs, allowed.typical)}"
+    )
 
 
 def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logits: Tensor) -> Check:
@@ -121,9 +137,10 @@ def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logit
     return Check(name="video layout", status="note", detail=f"answers cost {shown} nats per token: {verdict}")
 
 
-def _parting(ours: _Outcome, theirs: _Outcome, tolerance: float) -> str:
+def _parting(ours: _Outcome, theirs: _Outcome, typical: float) -> str:
+    """The first layer after which the two differ by more than ten times what is typical."""
     for name, output in theirs.layers.items():
-        if ((ours.layers[name] - output).abs().max() / output.float().std()) > tolerance:
+        if not (ours.layers[name] - output).abs().max() / output.float().std() <= 10 * typical:
             return f"the models part at {name}"
     return "the layers agree, the head differs"
 

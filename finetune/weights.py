@@ -1,4 +1,4 @@
-"""From files to partitioned ranks: each tensor is read by one rank, handed on, and freed before the next.
+"""From files to partitioned ranks, and back: each tensor is read by one rank, handed on, and freed before the next.
 
 The reader of a tensor is the first rank of its group: the world for dense weights, the expert-data group (the ranks
 that hold the same experts) for expert stacks, of which a rank sees its own experts only. A frozen resident weight goes
@@ -6,9 +6,9 @@ into its buffer, any other parameter straight into ZeRO's partitioning. In memor
 tensor and one block of bytes from the file, whatever the model's size.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -18,18 +18,17 @@ from torch import Tensor, nn
 
 from finetune.adapters import initial_factor
 from finetune.basefiles import BaseFiles
-from finetune.engine import gathered
+from finetune.engine import engine_device, gathered
 from finetune.model import EmptyModel
 from finetune.ranks import rank_and_world
 from moe.experts import GroupedExperts
 from moe.router import Router
 
-BLOCK_BYTES = 16 * 2**20
-"""So much of a file is in memory at once."""
+if TYPE_CHECKING:
+    from finetune.adapter_file import AdapterFile
 
-
-Read: TypeAlias = Callable[[str, range | None], Tensor]
-Blocks: TypeAlias = Iterator[tuple[slice, range]]
+BLOCK_BYTES = 40 * 2**20
+"""So much of a file is in memory at once. Just above what the C library keeps for itself when it is freed (32 MiB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +38,6 @@ class LoadReport:
     bytes_read: int
     bytes_held: int
     tensors_read: int
-
-
-class StartValues(Protocol):
-    """Tensors that training begins with in place of the base's or of fresh ones."""
-
-    @property
-    def names(self) -> Collection[str]:
-        """Canonical names."""
-
-    def read(self, canonical: str, experts: range | None) -> Tensor:
-        """Return one tensor as it lies in memory, of a stack the experts asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,39 +61,39 @@ def load(
     files: BaseFiles,
     *,
     engine_config: Mapping[str, Any] | None = None,
-    start: StartValues | None = None,
+    start: "AdapterFile | None" = None,
 ) -> LoadReport:
     """Fill a meta model in place; every rank must call this, with one file table and one engine config.
 
     With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
-    `start` names comes from there; of each other adapter the start value is the same whatever the layout.
+    `start` holds comes from there; any other adapter begins with values that the layout has no part in.
     """
-    given = frozenset(start.names) if start is not None else frozenset()
+    if start is not None:
+        start.check_fits(empty)
     module = empty.module
     zero = _Partitioner(engine_config) if engine_config is not None else None
-    device = _device()
+    device = engine_device()
     read = count = 0
     for slot in base_slots(empty):
         group, reader = _group(slot)
         is_reader = rank_and_world()[0] == reader
-        from_start = start is not None and slot.canonical in given
-        source = start.read if start is not None and from_start else files.read
+        source = start if start is not None and slot.canonical in start.shapes else files
         made = _put(slot, torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device))
         if zero is not None and isinstance(made, nn.Parameter):
             if is_reader:
-                _fill(made.data, source, _blocks(files, slot), slot.canonical)
+                _fill(made.data, source, slot)
             zero.partition(made)  # broadcasts by itself
         else:
-            _share(_place(slot), source, _blocks(files, slot), slot.canonical, group, reader)
-        if is_reader and not from_start:
-            read += files.size(slot.canonical, slot.rows)
+            _share(_place(slot), source, slot, group, reader)
+        if is_reader:
+            read += source.size(slot.canonical, slot.rows)
             count += 1
         del made  # or the next tensor is made while this one still is
     rebuild_tables(module, device)
     _start_adapters(empty, device, zero, start)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
     assert not left, f"still on meta: {left[:4]}"
-    check_rows(empty, files, given)
+    check_rows(empty, files, leave=start.shapes if start is not None else ())
     return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
 
 
@@ -115,36 +103,49 @@ def held_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
 
 
-def check_rows(empty: EmptyModel, files: BaseFiles, leave: Collection[str] = ()) -> None:
-    """Compare some rows of some experts with the file, by the layout's definition; every rank must call this.
+def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = ()) -> None:
+    """Compare some rows that this rank keeps of some experts with the file, by the layout's definition.
 
-    Canonical names in `leave` came from elsewhere.
-
-    A transposed or shifted load changes no shape and no norm: only the numbers tell.
+    A transposed or shifted load changes no shape and no norm: only the numbers tell. Names in `leave` are passed over.
     """
     layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
     for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
         for key in ("gate_up", "down"):
-            weight = getattr(experts, key)
             canonical = empty.canonical(f"{name}.{key}")
-            if canonical in leave:
-                continue
-            with gathered(weight):
-                for local, expert in {0: experts.local_experts[0], -1: experts.local_experts[-1]}.items():
-                    _check_expert(weight[local].detach().cpu(), files, canonical, expert)
+            if canonical not in leave:
+                for local, row, ours in _held_rows(getattr(experts, key)):
+                    _check_row(ours, files, canonical, experts.local_experts[local], row)
 
 
-def _check_expert(ours: Tensor, files: BaseFiles, canonical: str, expert: int) -> None:
-    """Rows by out-feature: in the hub's layout they are columns of the stored matrix."""
-    for row in (0, ours.shape[0] // 2, ours.shape[0] - 1):
-        wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
-        if not torch.equal(ours[row], wanted):
-            apart = (ours[row].float() - wanted.float()).abs().max().item()
-            raise ValueError(
-                f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
-                f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
-                f"check model.layout"
-            )
+def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Some (local expert, row, values) of a stack that this rank keeps: of its slice, where it is partitioned."""
+    piece = getattr(weight, "ds_tensor", None)
+    experts, height, width = getattr(weight, "ds_shape", weight.shape)
+    start, stop = 0, experts * height * width
+    if piece is not None:
+        start = weight.ds_zero_partition_rank * piece.numel()  # type: ignore[attr-defined]  # DeepSpeed's
+        stop = min(start + piece.numel(), stop)
+    first, last = -(-start // width), stop // width - 1  # whole rows only
+    for row in sorted({first, (first + last) // 2, last} if first <= last else ()):
+        at = row * width - start
+        yield (
+            row // height,
+            row % height,
+            weight[row // height, row % height] if piece is None else piece[at : at + width],
+        )
+
+
+def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int) -> None:
+    """One output feature: in the hub's layout a column of the stored matrix."""
+    ours = ours.detach().cpu()
+    wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
+    if not torch.equal(ours, wanted):
+        apart = (ours.float() - wanted.float()).abs().max().item()
+        raise ValueError(
+            f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
+            f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
+            f"check model.layout"
+        )
 
 
 class _Partitioner:
@@ -170,7 +171,7 @@ def base_slots(empty: EmptyModel) -> Iterator[Slot]:
                 owners.setdefault(id(tensor), []).append((owner, name))
     for name, tensor in list(_tensors(empty.module)):
         place, _, last = name.rpartition(".")
-        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or "lora_" in last:
+        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or ".lora_" in empty.canonical(name):
             continue
         yield Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
 
@@ -194,30 +195,30 @@ def _group(slot: Slot) -> tuple[Any, int]:
 def _place(slot: Slot) -> Tensor:
     """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
     owner, name = slot.owners[0]
-    if isinstance(owner, GroupedExperts):
+    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
         owner.make_room()
     tensor: Tensor = getattr(owner, name)
     return tensor.data
 
 
-def _fill(target: Tensor, read: Read, blocks: Blocks, name: str) -> None:
+def _fill(target: Tensor, files: "BaseFiles | AdapterFile", slot: Slot) -> None:
     """Read a tensor block by block into its place."""
-    for place, block in blocks:
-        target[place].copy_(read(name, block))
+    for place, block in _blocks(files, slot):
+        target[place].copy_(files.read(slot.canonical, block))
 
 
-def _share(target: Tensor, read: Read, blocks: Blocks, name: str, group: Any, reader: int) -> None:
+def _share(target: Tensor, files: "BaseFiles | AdapterFile", slot: Slot, group: Any, reader: int) -> None:
     """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
-    for place, block in blocks:
+    for place, block in _blocks(files, slot):
         piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
         if rank_and_world()[0] == reader:
-            piece.copy_(read(name, block))
+            piece.copy_(files.read(slot.canonical, block))
         if dist.is_initialized():
             dist.broadcast(piece, src=reader, group=group)
         target[place].copy_(piece)
 
 
-def _blocks(files: BaseFiles, slot: Slot) -> Blocks:
+def _blocks(files: "BaseFiles | AdapterFile", slot: Slot) -> Iterator[tuple[slice, range]]:
     """Where each block of this rank's rows goes, and which rows of the file it is."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
     step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
@@ -251,18 +252,17 @@ def rebuild_tables(module: nn.Module, device: torch.device) -> None:
 
 
 def _start_adapters(
-    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: StartValues | None
+    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: "AdapterFile | None"
 ) -> None:
     """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
     for place, owner in empty.module.named_modules():
-        fresh = [name for name, p in owner._parameters.items() if p is not None and p.is_meta]
-        for name in fresh:
-            parameter, canonical = owner._parameters[name], empty.canonical(f"{place}.{name}")
-            assert parameter is not None
+        fresh = {f"{place}.{name}": p for name, p in owner._parameters.items() if p is not None and p.is_meta}
+        for name, parameter in fresh.items():
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            if not isinstance(owner, (GroupedExperts, Router)):  # those start their own, just below
-                values.copy_(initial_factor(canonical, tuple(parameter.shape), seed=empty.seed))
-            _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, name)]), values)
+            canonical, last = empty.canonical(name), name.rpartition(".")[2]
+            if not isinstance(owner, (GroupedExperts, Router)):  # those have values of their own, just below
+                values.copy_(initial_factor(canonical, tuple(values.shape), seed=empty.seed))
+            _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
         if isinstance(owner, (GroupedExperts, Router)):
             owner.init_lora()
         if isinstance(owner, Router) and owner.base_weight is not None:
@@ -270,14 +270,8 @@ def _start_adapters(
             with gathered(owner.weight):
                 owner.keep_base()
         for name in fresh:
-            parameter = owner.get_parameter(name)
-            canonical = empty.canonical(f"{place}.{name}")
-            if start is not None and canonical in start.names:
-                rows = owner.local_experts if isinstance(owner, GroupedExperts) else None
-                parameter.data.copy_(start.read(canonical, rows))
+            made = empty.module.get_parameter(name)
+            if start is not None and empty.canonical(name) in start.factors:
+                made.data.copy_(start.factor(empty.canonical(name), owner))
             if zero is not None:
-                zero.partition(parameter)
-
-
-def _device() -> torch.device:
-    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+                zero.partition(made)

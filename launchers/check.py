@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
-    parser.add_argument("--ranks", type=_positive, metavar="N", help="GPUs of the run (default: as few as it allows)")
+    parser.add_argument("--ranks", type=positive, metavar="N", help="GPUs of the run (default: as few as it allows)")
     parser.add_argument("--diff", metavar="CONFIG", help="print only what differs from this recipe")
     parser.add_argument("--reads", action="store_true", help="also: what each rank reads and keeps when loading")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -64,7 +64,8 @@ def _print_problems(problems: list[Problem]) -> None:
                 print(f"{level}: {problem}", file=sys.stderr)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a count from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, found {text!r}")
     return int(text)

@@ -14,6 +14,8 @@ from typing import NoReturn
 COMMANDS = {
     "shards": "build, index, check, show, count and split webdataset shards",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
+    "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
+    "demo": "every part once on a CPU: base, shards, two-rank training, adapter",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
 }
@@ -43,7 +45,12 @@ def main(argv: Sequence[str]) -> int:
         command.add_argument("--debug", action="store_true", help="show the traceback of an input error")
         module.arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional words in one run only; a key=value after an option is one all the same
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         code: int = args.run(args)
     except ValueError as error:
@@ -51,6 +58,11 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"moetune {args.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written: the run failed, the input is not wrong
+        if args.debug:
+            raise
+        print(f"moetune {args.command}: {error}", file=sys.stderr)
+        return 1
     return code
 
 

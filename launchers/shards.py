@@ -2,13 +2,15 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from data.lengths import Lengths
     from data.sample import Renderer
     from data.stats import Histogram
 
@@ -40,6 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--media-root", default="", metavar="DIR", help="of relative paths (default: the file's folder)")
     build.add_argument("--max-rejects", type=int, default=0, metavar="N", help="more refused rows give exit code 3")
     index = action("index", "write the index beside each shard")
+    index.add_argument("--base", type=Path, metavar="DIR", help="base model: tokens are counted and kept too")
     index.add_argument("--force", action="store_true", help="even where there is one already")
     check = action("check", "find everything that is wrong with shards; exit code 3 when there is something")
     check.add_argument("--base", type=Path, metavar="DIR", help="base model: samples are rendered as in training")
@@ -93,24 +96,20 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 
 def _build(args: argparse.Namespace) -> int:
     from data.prepare import REJECTS, BuildOptions, build_shards
+    from data.progress import Progress, count_rows
 
     options = BuildOptions(
         name=args.name, samples_per_shard=args.samples_per_shard, media=args.media, media_root=args.media_root
     )
-    report = build_shards(Path(args.path), args.out, options, jobs=args.jobs, progress=_progress)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+    source = Path(args.path)
+    progress = Progress(source.name, count_rows(source)) if source.is_file() else None
+    report = build_shards(source, args.out, options, jobs=args.jobs, progress=progress)
     lines = [f"{report.written} samples in {len(report.shards)} shards under {args.out}, {report.reused} of them kept"]
     if report.rejected:
         lines.append(f"{report.rejected} rows refused, reasons in {args.out / REJECTS}")
     lines += [f"column {name!r} of {rows} rows is not read" for name, rows in sorted(report.ignored.items())]
     _print(args, asdict(report), *lines)
     return 3 if report.rejected > args.max_rejects else 0
-
-
-def _progress(rows: int, rejected: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{rows} rows, {rejected} refused", end="", file=sys.stderr, flush=True)
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -131,10 +130,23 @@ def _index(args: argparse.Namespace) -> int:
         for shard, index in zip(shards, indexes, strict=True)
         for number, reason in index.problems.items()
     ]
+    if args.base:
+        problems += [
+            f"shard {shard}, sample {index.keys[number]}: {reason}"
+            for shard, index, lengths in zip(shards, indexes, _lengths(args, shards), strict=True)
+            for number, reason in lengths.problems.items()
+            if number not in index.problems
+        ]
     samples = sum(map(len, indexes))
     lines = [f"{samples} samples in {len(shards)} shards indexed, {len(problems)} of them cannot be used", *problems]
     _print(args, {"shards": len(shards), "samples": samples, "problems": problems}, *lines)
     return 3 if problems else 0
+
+
+def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Lengths]":
+    from data.corpus import measure_all
+
+    return measure_all(shards, _renderer(args.base), args.cache_dir, args.jobs)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -10,6 +10,8 @@ BalanceMode = Literal["off", "micro", "global"]
 class MoeConfig:
     """Routing, dispatch and balance of the mixture-of-experts layers."""
 
+    dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
+    router_float32: bool = False  # score in float32 whatever model.dtype is
     # the load is balanced within each rank's micro-batch, or within the micro-batches of all ranks together
     balance: BalanceMode = "off"
     balance_coefficient: float = 1e-3  # times the balance value, which is 1 for an even load at any top-k

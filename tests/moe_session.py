@@ -210,7 +210,7 @@ def _train(rank: int, world: int, plan: Plan) -> Outcome:
         dist.all_reduce(losses)
         out.losses.append(float(losses) / total)
         out.norms.append(float(engine.get_global_grad_norm()))
-        if plan.steps > 10:
+        if plan.steps > 10 and step % 10 == 9:
             out.live.append(_live_tensors())
     out.input_grads = [grad / world for grad in out.input_grads]
     out.trace_complete = engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()

@@ -98,6 +98,15 @@ def test_ranks_must_be_a_count(ranks: str, capsys: pytest.CaptureFixture[str]) -
     assert "a whole number from 1 is wanted" in capsys.readouterr().err
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    code, answer = _json(capsys, "check", "tiny-cpu", "run.seed=4", "--ranks", "4", "optim.lr=0.5")
+    assert (code, answer["config"]["run"]["seed"], answer["config"]["optim"]["lr"]) == (0, 4, 0.5)
+    for wrong in (["--rank", "4"], ["--ranks", "4", "stray"], ["--ranks=2", "--x=1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["check", "tiny-cpu", *wrong])
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_unknown_commands_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["chekc"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from data.checks import data_problems
 from data.config import DataConfig, SourceConfig
 from data.corpus import Limits, find_shards, pack_part, unpack_part
+from data.index import load_index
 from data.lengths import load_lengths
 from data.open import open_corpus, open_stream, plan_settings
 from data.reader import SampleReader
@@ -83,6 +84,8 @@ def test_problems_of_the_section_are_raised_together(tmp_path):
         ValueError, match="(?s)data.packs_per_step=0: at least 1 is wanted.*no effect with data.mixture=natural"
     ):
         open_corpus(config, renderer())
+    with pytest.raises(ValueError, match="data.sources={}: there is nothing to train on. Add data.sources"):
+        open_corpus(DataConfig(), renderer())
     assert not data_problems(DataConfig(mixture="tokens", sources={"a": SourceConfig(path="x", weight=2.0)}))
 
 
@@ -113,6 +116,17 @@ def test_unusable_samples_are_named_counted_and_limited(tmp_path, caplog):
         ValueError, match="3 samples cannot be used, data.max_bad_samples=2: source a, shard x.tar, sample 000"
     ):
         open_corpus(config_of(folder, max_bad_samples=2), renderer())
+
+
+def test_a_source_without_a_usable_sample_is_refused(tmp_path):
+    with TarWriter(tmp_path / "x.tar") as tar:
+        tar.add("k.json", b"{")
+    with pytest.raises(ValueError, match="data.sources.a has no sample that can be used: sample k: Expecting"):
+        open_corpus(config_of(tmp_path), renderer())
+    with TarWriter(tmp_path / "x.tar"):
+        pass
+    with pytest.raises(ValueError, match="data.sources.a has no sample that can be used: its shards are empty"):
+        open_corpus(config_of(tmp_path), renderer())
 
 
 def long_talk(turns, system=True):
@@ -225,6 +239,9 @@ def test_lengths_are_exact_and_kept(tmp_path):
     limits = Counting(renderer().text_fingerprint, "other limits")
     assert np.array_equal(load_lengths(path, limits, reader=reader, cache_dir=None).tokens, found.tokens)
     assert set(limits.counted) == {"vision"}  # other limits on images do not tokenise again
+    load_index(path, force=True)
+    load_lengths(path, same, reader=reader, cache_dir=None)
+    assert same.counted.count("text") == 12  # indexed anew, counted anew
     words = Counting("other words", "other")
     load_lengths(path, words, reader=reader, cache_dir=None)
     assert words.counted.count("text") == 12

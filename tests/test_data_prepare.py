@@ -13,6 +13,7 @@ from data.clean import clean_image, clean_video
 from data.convert import convert_row, read_rows
 from data.index import load_index
 from data.prepare import BuildOptions, build_shards, shards_of_rows
+from data.progress import Progress, count_rows
 from data.reader import SampleReader
 from data.record import parse_record
 from data.vision import decode_image
@@ -329,3 +330,32 @@ def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path):
     assert shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
     with pytest.raises(ValueError, match="data.sources.s.path is .*, which does not exist"):
         shards_of_rows(tmp_path / "no.jsonl", "s", cache_dir=None, jobs=1, limit=0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_in_a_file(tmp_path):
+    source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(4)])
+    assert (count_rows(source), count_rows(tmp_path / "x.json")) == (4, 0)
+    screen, file = Terminal(), io.StringIO()
+    for out in (screen, file):
+        show = Progress("rows", count_rows(source), out=out)
+        show(2, 1)
+        show(4, 1)
+    half = "rows: [" + "#" * 15 + " " * 15 + "] 2/4 rows, 1 refused"
+    assert screen.getvalue().split("\r")[1] == half
+    assert screen.getvalue().endswith("] 4/4 rows, 1 refused\n")
+    assert file.getvalue() == "rows: [" + "#" * 30 + "] 4/4 rows, 1 refused\n"
+    Progress("rows", 0, out=screen)(7, 0)
+    assert screen.getvalue().endswith("rows: 7 rows, 0 refused")
+
+
+def test_converting_a_source_shows_progress_once(tmp_path, capsys):
+    source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(4)])
+    shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)
+    assert "converting rows.jsonl: [" in capsys.readouterr().err
+    shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)
+    assert capsys.readouterr().err == ""

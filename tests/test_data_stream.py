@@ -146,6 +146,8 @@ def test_batches_hold_what_the_model_needs(corpus):
             assert set(batch.attention) == {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
         assert vars(step.sums) == pytest.approx(vars(sums))
         assert step.tokens == sum(int((batch.sample_ids >= 0).sum()) for batch in step.batches)
+        assert step.images == sum(len(batch.image_grids) for batch in step.batches)
+        assert step.video_seconds == pytest.approx(2.0 * sum(len(batch.video_grids) for batch in step.batches))
         assert step.wait_seconds > 0
 
 
@@ -247,6 +249,18 @@ def test_a_file_that_changed_under_the_plan_is_a_bad_sample(tmp_path):
     mine = stream(corpus, plan=PlanSettings(**{**vars(PLAN), "packs_per_step": 1, "remainder": "keep"}), workers=1)
     bad = [item for step in mine for item in step.bad]
     assert len(bad) == 20 or [item.key for item in bad] == ["00000"]
+
+
+def test_a_shard_that_is_gone_makes_bad_samples_not_a_dead_rank(tmp_path):
+    paths = write_shards(tmp_path, 20, per_shard=10)
+    corpus = corpus_of({"one": paths})
+    paths[0].unlink()
+    mine = stream(corpus, plan=PlanSettings(**{**vars(PLAN), "packs_per_step": 1, "remainder": "keep"}))
+    steps = list(mine)
+    bad = [item for step in steps for item in step.bad]
+    assert len(bad) == 10
+    assert all("part-000.tar" in str(item) and "does not exist" in str(item) for item in bad)
+    assert sum(len(batch.keys) for step in steps for batch in step.batches) == 10
 
 
 def test_a_changed_corpus_or_plan_is_refused_unless_allowed(corpus, tmp_path):

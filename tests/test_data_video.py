@@ -197,14 +197,15 @@ def test_only_the_frames_behind_a_keyframe_are_decoded(monkeypatch):
     """Counted, because a clip of a long film must not cost the film."""
     data, walked, walk = clip(moving(70), gop=12), [], Clip._walk
 
-    def counted(self, key):
-        for number, frame in walk(self, key):
+    def counted(self, *arguments):
+        for number, frame in walk(self, *arguments):
             walked.append(number)
             yield number, frame
 
     monkeypatch.setattr(Clip, "_walk", counted)
     decoded(data, [40, 66])
-    assert walked == [*range(36, 41), *range(60, 67)]
+    assert {40, 66} < set(walked) <= {*range(36, 41), *range(60, 67)}
+    assert len(walked) < 5 + 7, "pictures that nothing is built on are left out"
 
 
 def test_real_times_of_a_varying_frame_rate():

@@ -12,7 +12,8 @@ import pytest
 
 from finetune.families import Family, Rope, family, family_names
 from finetune.family_problems import family_problems
-from finetune.hubconfig import config_text, family_of, hub_config, load_json, read_family, to_hub_spelling
+from finetune.hubconfig import config_text, family_of, hub_config, read_family, to_hub_spelling
+from finetune.jsonblock import load_json
 from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
 
 TOTALS = {

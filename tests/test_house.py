@@ -10,12 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COLLECTIVES_LIVE_IN = {f"finetune/{name}.py" for name in ("ranks", "weights", "gather", "sequence", "checkpoint")}
-    "finetune/ranks.py",
-    "finetune/weights.py",
-    "finetune/gather.py",
-    "finetune/sequence.py",
-    "finetune/checkpoint.py",
-}
 ENGINE_LIVES_IN = {"finetune/engine.py", "finetune/checkpoint.py", "finetune/weights.py", "moe/parallel.py"}
 
 

@@ -5,7 +5,7 @@ import torch
 from router_stack import EXPERTS, HIDDEN, LAYERS, Stack, make_balance, route
 
 from finetune.checks import cross_check, frozen_router
-from finetune.config import ModelConfig, RunConfig
+from finetune.config import AdaptersConfig, ModelConfig, RouterFamilyConfig, RunConfig
 from finetune.problems import Problem
 from finetune.typed import TypedTree
 from moe.balance import Balance
@@ -118,7 +118,8 @@ def test_probabilities_that_are_not_finite_are_refused():
 
 
 def moe_problems(family: str = "qwen3-vl-30b-a3b", **moe) -> list[Problem]:
-    config = RunConfig(model=ModelConfig(family=family), moe=MoeConfig(**moe))
+    adapters = AdaptersConfig(router=RouterFamilyConfig(mode="full"))
+    config = RunConfig(model=ModelConfig(family=family), moe=MoeConfig(**moe), adapters=adapters)
     return [problem for problem in cross_check(config, ranks=1) if problem.key.startswith("moe.")]
 
 

@@ -143,8 +143,8 @@ def _rows(kind: Kind) -> bool:
 
 def test_memory_is_flat_over_fifty_steps() -> None:
     for outcome in outcomes(2)["fifty steps"]:
-        assert len(outcome.live) == 50
-        assert len(set(outcome.live[5:])) == 1
+        assert len(outcome.live) == 5, "the tensors alive, number and bytes, after every tenth step"
+        assert len(set(outcome.live)) == 1
 
 
 @pytest.mark.parametrize(("world", "name"), PARITY)

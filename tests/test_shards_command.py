@@ -50,6 +50,8 @@ def test_build_then_index_then_build_again(tmp_path, capsys):
     assert "1 rows refused, reasons in" in capsys.readouterr().out
     answer = shards(capsys, "index", out, "--force", "--jobs", 2)
     assert answer == {"shards": 3, "samples": 12, "problems": []}
+    assert shards(capsys, "index", out, "--base", base("tiny", None)) == answer
+    assert len(list(out.glob("*.len"))) == 3
     with TarWriter(out / "broken.tar") as tar:
         tar.add("k.json", b"{")
     assert "sample k: Expecting" in shards(capsys, "index", out, code=3)["problems"][0]

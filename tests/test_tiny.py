@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 import launchers.tiny
 from finetune import vocabulary
 from finetune.families import family
-from finetune.hubconfig import load_json, read_family
+from finetune.hubconfig import read_family
 from finetune.hubfiles import added_token_ids, chat_template, side_files
+from finetune.jsonblock import load_json
 from finetune.shapes import parameter_shapes
 from finetune.tiny import TinyModel, random_weights, write_tiny
 

@@ -19,7 +19,7 @@ from finetune.shapes import parameter_shapes
 from finetune.streaming import streamed
 from finetune.tiny import TinyModel, write_tiny
 from finetune.verify import Check, Options, verify_base
-from finetune.verify_compute import _Outcome, compare, library_reader, video_preference
+from finetune.verify_compute import TOLERANCES, _Outcome, compare, library_reader, video_preference
 from finetune.verify_samples import trials
 from finetune.weights import rebuild_tables
 
@@ -68,6 +68,10 @@ def test_a_sound_base_passes_every_check(bases, name, config):
     assert statuses(found) == expected, found
     assert "next token equal at" in found["logits"].detail
     assert "no clear preference" in found["video layout"].detail, "random weights know no layout"
+
+
+def test_bfloat16_may_move_single_positions(bases):
+    assert card(bases["bfloat16"], dtype="bfloat16")["logits"].status == "pass"
 
 
 @pytest.mark.parametrize("layout", ["memory", "per_expert"])
@@ -193,14 +197,18 @@ def test_compare_names_sample_and_place():
     torch.manual_seed(0)
     logits, layer = torch.randn(6, 9), torch.randn(6, 4)
     chosen, names = [[0, 3], [1], [0, 1, 2]], ["a", "b", "c"]
-    same = compare(chosen, names, outcome(logits, x=layer), outcome(logits.clone(), x=layer), 1e-3)
+    strict, loose = TOLERANCES["float32"], TOLERANCES["bfloat16"]
+    same = compare(chosen, names, outcome(logits, x=layer), outcome(logits.clone(), x=layer), strict)
     assert (same.status, "6 positions of 3 samples" in same.detail) == ("pass", True)
     spoiled = logits.clone()
     spoiled[2, 4] += 0.1
-    head = compare(chosen, names, outcome(spoiled, x=layer), outcome(logits, x=layer), 1e-3)
+    head = compare(chosen, names, outcome(spoiled, x=layer), outcome(logits, x=layer), strict)
     assert head.status == "fail"
     assert head.detail.endswith("worst in b; the layers agree, the head differs")
-    broken = compare(chosen, names, outcome(logits * float("nan"), x=layer), outcome(logits, x=layer), 1e-3)
+    assert compare(chosen, names, outcome(spoiled, x=layer), outcome(logits, x=layer), loose).status == "pass"
+    parted = compare(chosen, names, outcome(spoiled, w=layer, x=layer), outcome(logits, w=layer, x=layer + 1), strict)
+    assert parted.detail.endswith("the models part at x")
+    broken = compare(chosen, names, outcome(logits * float("nan"), x=layer), outcome(logits, x=layer), strict)
     assert broken.status == "fail", "a model that gives no numbers has not passed"
 
 

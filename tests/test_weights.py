@@ -76,10 +76,11 @@ def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) 
     results = []
     for ep, resident in cases:
         moe = "moe" in folder.name
-        layer = _full()
+        layer = _full() if moe else LayerOptions()
         train = EVERYTHING if moe else (*EVERYTHING, "mlp")
         if resident:
-            layer, train = LayerOptions(experts="lora", lora=ExpertLora(r=4, alpha=8), resident=True), ("attention",)
+            train = ("attention",)
+            layer = LayerOptions(experts="lora", lora=ExpertLora(r=4, alpha=8)) if moe else layer
         options = ModelOptions(ep_size=ep, layer=layer, train=train, resident=resident, dtype=torch.float32)
         empty = build(folder, options)
         files = open_base(folder, empty.expected)
@@ -128,7 +129,11 @@ def _check(folder: Path, world: int, cases: list[tuple[int, bool]]) -> None:
             assert resident or len(result["worst"]) == len(reference["gradients"])
 
 
-WORLDS = [(1, [(1, False), (1, True)]), (2, [(2, False), (2, True)]), (4, [(2, False), (4, True), (4, False)])]
+WORLDS = [
+    (1, [(1, False), (1, True)]),
+    (2, [(2, False), (2, True)]),
+    (4, [(2, False), (2, True), (4, True), (4, False)]),
+]
 
 
 @pytest.mark.parametrize(("world", "cases"), WORLDS)
@@ -238,8 +243,8 @@ def test_a_wrong_word_about_the_layout_is_caught_by_the_rows(folders: dict[str, 
     load(empty, files)
     check_rows(empty, files)
     with torch.no_grad():
-        empty.module.model.language_model.layers[-1].mlp.experts.down[-1, 0, 3] += 1e-3
-    with pytest.raises(ValueError, match=r"layers.2.mlp.*down_proj, expert 11: row 0 .* by up to 0.001.*model.layout"):
+        empty.module.model.language_model.layers[-1].mlp.experts.down[-1, -1, 3] += 1e-3
+    with pytest.raises(ValueError, match=r"layers.2.mlp.*down_proj, expert 11: row 47 .* by up to 0.001.*model.layout"):
         check_rows(empty, files)
 
 

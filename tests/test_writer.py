@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from finetune.hubconfig import load_json, read_family
+from finetune.hubconfig import read_family
+from finetune.jsonblock import load_json
 from finetune.layouts import is_expert_stack
 from finetune.shapes import parameter_shapes
 from finetune.tiny import random_weights, write_tiny

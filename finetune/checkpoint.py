@@ -1,0 +1,195 @@
+"""Checkpoints: each rank writes the slices it keeps, nothing is gathered, any other layout reads them back.
+
+Tensors go through torch.distributed.checkpoint into safetensors files, everything else into a JSON manifest. A save is
+written beside, through to the disk, then renamed, and LATEST names it last: what was interrupted is never picked up.
+Only what trains is in it; the frozen base is known by name and fingerprint.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from finetune.atomic import whole_folder
+from finetune.basefiles import BaseFiles
+from finetune.checkpoint_manifest import (
+    Manifest,
+    Trained,
+    base_fingerprint,
+    config_hash,
+    find_latest,
+    make_room,
+    point_and_prune,
+    read_manifest,
+    require_same_run,
+    write_manifest,
+)
+from finetune.checkpoint_slices import Slice, put_in_service, slices
+from finetune.model import EmptyModel
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)
+"""So long a rank waits for the slowest writer, in a group of its own: no collective of the engine waits for a disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a restored run continues; `state` is what was handed to `save`."""
+
+    path: Path
+    step: int
+    ranks: int
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder`: `step-000120` and the like, the newest `keep` of them, and LATEST.
+
+    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks.
+    """
+
+    def __init__(self, engine: Any, empty: EmptyModel, folder: Path, *, base: BaseFiles, keep: int = 3) -> None:
+        assert keep >= 1
+        self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
+        self._meshes: dict[int | None, DeviceMesh] = {}
+
+    def save(self, *, step: int, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+        """Write masters, moments, random state, and what is handed in (JSON); returns the finished folder.
+
+        A save that fails, on whatever rank, is a RuntimeError on all, and leaves the checkpoints of before.
+        """
+        final = self.folder / f"step-{step:06d}"
+        held = slices(self.engine, self.empty)
+        try:
+            with ExitStack() as stack:
+                partial = self._first(lambda: self._open(stack, final))
+                writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+                save_tensors(self._tensors(held) | _random_states(), storage_writer=writer, process_group=self._group)
+                manifest = self._manifest(step, held, state, config)
+                self._first(lambda: _close(stack, partial, manifest))
+            self._first(lambda: point_and_prune(final, self.keep))
+        except (OSError, CheckpointException) as failed:
+            last = find_latest(self.folder)
+            raise RuntimeError(
+                f"step {step}: the checkpoint was not saved: {_reason(failed)}. "
+                + (f"The last good one is {last}" if last else "There is none yet")
+            ) from failed
+        return final
+
+    def restore(self, path: Path, *, config: Mapping[str, Any]) -> Resumed:
+        """Continue at a checkpoint saved under the same config, on any number of ranks and any ep.
+
+        A checkpoint of another run, or a damaged one, is a ValueError before anything is changed.
+        """
+        held = slices(self.engine, self.empty)
+        saved = self._first(lambda: self._judge(path, held, config))
+        random = _random_states() if dist.get_rank() < saved.ranks else {}
+        random = {name: state for name, state in random.items() if name.split("/")[1] in saved.random}
+        reader = HuggingFaceStorageReader(str(path))
+        try:
+            load_tensors(self._tensors(held) | random, storage_reader=reader, process_group=self._group)
+        except CheckpointException as failed:
+            raise RuntimeError(
+                f"{path} could not be read: {_reason(failed)}. Resume from another checkpoint: checkpoint.resume=PATH"
+            ) from failed
+        for slice_ in held:
+            slice_.steps.fill_(saved.trained[slice_.canonical].updates)
+        self._first(lambda: None)  # the engine's collectives start when every rank has read its part
+        put_in_service(self.engine)
+        _reseed(random)
+        return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state))
+
+    def _judge(self, path: Path, held: list[Slice], config: Mapping[str, Any]) -> Manifest:
+        saved = read_manifest(path)
+        require_same_run(
+            path, saved, config=config, base=str(self.base.folder), fingerprint=self._fingerprint,
+            shapes={slice_.canonical: slice_.shape for slice_ in held},
+        )  # fmt: skip
+        return saved
+
+    def _open(self, stack: ExitStack, final: Path) -> Path:
+        make_room(final)
+        return stack.enter_context(whole_folder(final))
+
+    def _manifest(self, step: int, held: list[Slice], state: Mapping[str, Any], config: Mapping[str, Any]) -> Manifest:
+        return Manifest(
+            step=step, ranks=dist.get_world_size(), ep=max((s.ep or 1 for s in held), default=1),
+            base=str(self.base.folder), base_fingerprint=self._fingerprint,
+            trained={s.canonical: Trained(shape=s.shape, updates=s.updates) for s in held},
+            random=tuple(name.split("/")[1] for name in _random_states()),
+            files={}, state=state, config=config, config_hash=config_hash(config),
+        )  # fmt: skip
+
+    def _tensors(self, held: list[Slice]) -> dict[str, Any]:
+        """The slices as flat tensors that are spread over the ranks; the memory stays the engine's own."""
+        return {f"{kind}/{s.canonical}": self._spread(s, view) for s in held for kind, view in s.views.items()}
+
+    def _spread(self, slice_: Slice, view: Tensor) -> DTensor:
+        mesh = self._mesh(slice_.ep, view.device.type)
+        count = prod(slice_.shape)
+        return DTensor.from_local(
+            view, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=torch.Size([count]), stride=(1,)
+        )
+
+    def _mesh(self, ep: int | None, device: str) -> DeviceMesh:
+        """All ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
+        if ep not in self._meshes:
+            ranks = torch.arange(dist.get_world_size())
+            self._meshes[ep] = DeviceMesh(device, ranks if ep is None else ranks.view(-1, ep).T)
+        return self._meshes[ep]
+
+    def _first(self, do: Callable[[], T]) -> T:
+        """Do it on rank 0 alone, and return or raise on every rank what came of it."""
+        said: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                said[0] = do()
+            except (OSError, ValueError) as error:
+                said[1] = error
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        if said[1] is not None:
+            raise said[1]
+        result: T = said[0]
+        return result
+
+
+def _random_states() -> dict[str, Tensor]:
+    """This rank's random states, of each kind of device that it computes on."""
+    rank = f"{dist.get_rank():05d}"
+    states = {f"random/cpu/{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _reseed(states: Mapping[str, Tensor]) -> None:
+    for name, state in states.items():
+        (torch.set_rng_state if name.startswith("random/cpu/") else torch.cuda.set_rng_state)(state)
+
+
+def _close(stack: ExitStack, partial: Path, manifest: Manifest) -> None:
+    """Write the manifest, which makes the checkpoint whole, and give the folder its name."""
+    sizes = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
+    write_manifest(partial, Manifest(**(vars(manifest) | {"files": sizes})))
+    stack.close()
+
+
+def _reason(failed: OSError | CheckpointException) -> str:
+    if isinstance(failed, OSError):
+        return str(failed)
+    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(failed.failures.items()))

@@ -1,0 +1,222 @@
+"""What a checkpoint says of itself, in JSON: its files, what trained, on which base, under which configuration.
+
+No torch: a folder is found, read and judged here, before any tensor of it is touched.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from finetune.atomic import sync_folder, write_file
+from finetune.jsonblock import load_json
+from finetune.tensorfile import Stored
+from finetune.typed import leaves
+
+MANIFEST, LATEST, VERSION = "manifest.json", "LATEST", 1
+FREE = (
+    "checkpoint.*", "track.*", "parallel.*", "run.name",
+    "model.path",  # the base's bytes are compared instead
+    "data.sources.*.path", "data.cache_dir",  # the data's own state knows what it read
+    "data.workers", "data.prefetch", "data.stall_seconds", "data.video.timeout_seconds",
+)  # fmt: skip
+"""Keys that may change between save and resume: they do not change what is computed."""
+SHOWN = 8
+SAMPLE_BYTES = 4096
+_STEP = re.compile(r"step-(\d+)(?:\.replaced)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One tensor that trains: its whole shape, and how often the optimiser has moved it."""
+
+    shape: tuple[int, ...]
+    updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of a checkpoint that is not a tensor."""
+
+    step: int
+    ranks: int
+    ep: int
+    base: str
+    base_fingerprint: str
+    trained: Mapping[str, Trained]
+    random: tuple[str, ...]
+    """The kinds of devices whose random state each of the ranks saved."""
+    files: Mapping[str, int]
+    state: Mapping[str, Any]
+    config: Mapping[str, Any]
+    config_hash: str
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it through to the disk."""
+    content = {"version": VERSION, **asdict(manifest)}
+    write_file(folder / MANIFEST, json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and see that its files are whole; one ValueError names all that are not."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is not a finished checkpoint: it has no {MANIFEST}. Name a step-* folder that has one in "
+            f"checkpoint.resume, or use auto"
+        )
+    content = load_json(folder / MANIFEST)
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise ValueError(f"{folder / MANIFEST} has version {version}; this moetune reads {VERSION}")
+    damaged = []
+    for name, size in content["files"].items():
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            damaged.append(f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}")
+    if damaged:
+        raise ValueError(
+            f"{folder} is damaged: {_some(damaged, '; ')}. Resume from another checkpoint: checkpoint.resume=PATH"
+        )
+    trained = {name: Trained(shape=tuple(t["shape"]), updates=t["updates"]) for name, t in content["trained"].items()}
+    return Manifest(**(content | {"trained": trained}))
+
+
+def require_same_run(
+    folder: Path, saved: Manifest, *, config: Mapping[str, Any], base: str, fingerprint: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:  # fmt: skip
+    """Raise one ValueError that says what differs, unless a run of this kind can continue there exactly."""
+    different = config_difference(saved.config, config)
+    if different:
+        raise ValueError(
+            f"{folder} was saved under another configuration:\n  {_some(different, chr(10) + '  ')}\n"
+            f"Restore these values to continue it; or start anew with another run.name or checkpoint.resume=never"
+        )
+    if saved.base_fingerprint != fingerprint:
+        raise ValueError(
+            f"{folder} was trained on another base: {saved.base} ({saved.base_fingerprint[:12]}), but model.path is "
+            f"{base} ({fingerprint[:12]}). Set model.path to the same weights"
+        )
+    theirs = {name: trained.shape for name, trained in saved.trained.items()}
+    names = [name for name in {**theirs, **shapes} if theirs.get(name) != shapes.get(name)]
+    if names:
+        lines = [f"{n}: {_shape(theirs.get(n))} in the checkpoint, {_shape(shapes.get(n))} now" for n in names]
+        raise ValueError(
+            f"{folder} trained other parameters:\n  {_some(lines, chr(10) + '  ')}\n"
+            f"Adapt and train what it did (adapters.*), or start anew with another run.name"
+        )
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return a hash of what decides the training; keys of `FREE` do not count."""
+    return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
+
+
+def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each leaf that decides the training and differs."""
+    old, new = _binding(saved), _binding(now)
+    absent = object()
+    keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
+    return [f"{key}: {_value(old, key)} in the checkpoint, {_value(new, key)} now" for key in keys]
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = leaves(json.loads(json.dumps(config)))  # tuples become lists, as in a file
+    return {key: value for key, value in flat.items() if not any(fnmatchcase(key, free) for free in FREE)}
+
+
+def _value(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _some(lines: list[str], between: str) -> str:
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return between.join([*lines[:SHOWN], *more])
+
+
+def base_fingerprint(stored: Iterable[Stored]) -> str:
+    """Return a hash of the headers of a base's files, and of some of their bytes: other weights of one shape differ."""
+    files: dict[Path, list[Stored]] = {}
+    for tensor in stored:
+        files.setdefault(tensor.file, []).append(tensor)
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda path: path.name):
+        size = file.stat().st_size
+        rows = sorted((t.name, t.dtype, t.shape, t.begin) for t in files[file])
+        digest.update(repr((file.name, size, rows)).encode())
+        first = min(tensor.begin for tensor in files[file])
+        with file.open("rb") as handle:
+            for at in (first, (first + size) // 2, max(first, size - SAMPLE_BYTES)):
+                handle.seek(at)
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# --- the folder of a run's checkpoints
+
+
+def find_latest(folder: Path) -> Path | None:
+    """Return the checkpoint to continue from: the one LATEST names, else the newest whole one; None without any."""
+    named = folder / LATEST
+    if named.is_file():
+        found = folder / named.read_text().strip()
+        if (found / MANIFEST).is_file():
+            return found
+    return max(_finished(folder), key=_age, default=None)
+
+
+def starting_point(folder: Path, resume: str) -> Path | None:
+    """Return what `checkpoint.resume` (auto, never, or a path) means for a run whose checkpoints are in `folder`."""
+    if resume in ("auto", "never"):
+        return find_latest(folder) if resume == "auto" else None
+    path = Path(resume)
+    found = path if (path / MANIFEST).is_file() else find_latest(path)
+    if found is None:
+        raise ValueError(
+            f"checkpoint.resume: {resume} is neither a checkpoint nor a folder of checkpoints; auto, never and a path "
+            f"are allowed"
+        )
+    return found
+
+
+def make_room(final: Path) -> None:
+    """Move aside a checkpoint of the same step: it still counts until the new one is whole."""
+    if final.exists():
+        aside = final.with_name(f"{final.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+
+
+def point_and_prune(final: Path, keep: int) -> None:
+    """Name `final` in LATEST, then remove all but the newest `keep`, and what interrupted saves left."""
+    folder = final.parent
+    write_file(folder / f"{LATEST}.partial", f"{final.name}\n".encode())
+    (folder / f"{LATEST}.partial").replace(folder / LATEST)
+    sync_folder(folder)
+    by_age = sorted(_finished(folder), key=_age, reverse=True)
+    left = [path for path in folder.glob("step-*.partial") if path.is_dir()]
+    replaced = [path for path in by_age if path.name == f"{final.name}.replaced"]
+    for path in [*left, *replaced, *[p for p in by_age if p not in replaced][keep:]]:
+        (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look whole
+        shutil.rmtree(path)
+
+
+def _finished(folder: Path) -> Iterator[Path]:
+    for path in folder.glob("step-*"):
+        if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file():
+            yield path
+
+
+def _age(path: Path) -> tuple[int, str]:
+    return (path / MANIFEST).stat().st_mtime_ns, path.name

@@ -1,0 +1,97 @@
+"""Reading JSON files whose every value is checked, and every complaint about which names file and key. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; one clear error for a missing, unreadable or non-object file."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not there; a model folder needs it")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a JSON {type(found).__name__}, not an object")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One object of a config.json, which knows its file and key for error messages."""
+
+    file: Path
+    key: str
+    values: dict[str, Any]
+
+    def get(self, key: str, kind: Callable[[Any], Any], *, instead: str = "", default: Any = None) -> Any:
+        """The value at `key` (or at its other spelling `instead`), checked to be of `kind`."""
+        for name in (key, instead):
+            if name and self.values.get(name) is not None:
+                try:
+                    return kind(self.values[name])
+                except TypeError as error:
+                    raise ValueError(f"{self.file}: {self.key}{name} is {self.values[name]!r}, not {error}") from None
+        if default is not None:
+            return default
+        spelt = f"{self.key}{key}" + (f" (or {instead})" if instead else "")
+        raise ValueError(f"{self.file} lacks {spelt}; it decides the model and no default is safe")
+
+    def block(self, key: str) -> Block:
+        """The object at `key`."""
+        return Block(file=self.file, key=f"{self.key}{key}.", values=self.get(key, as_object))
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise TypeError("an object")
+    return value
+
+
+def as_count(value: Any) -> int:
+    """A whole number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TypeError("a whole number above 0")
+    return value
+
+
+def as_token(value: Any) -> int:
+    """A token id."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError("a token id")
+    return value
+
+
+def as_number(value: Any) -> float:
+    """A number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError("a number")
+    return value
+
+
+def as_flag(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise TypeError("true or false")
+    return value
+
+
+def as_word(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise TypeError("a string")
+    return value
+
+
+def as_indexes(value: Any) -> tuple[int, ...]:
+    """A list of whole numbers from 0 on."""
+    if not isinstance(value, list) or not all(isinstance(each, int) and each >= 0 for each in value):
+        raise TypeError("a list of whole numbers")
+    return tuple(value)

@@ -1,0 +1,109 @@
+"""From a configuration to the options of model, engine and balance; what was chosen is said in sentences."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.config import DataConfig
+from finetune.adapters import settle
+from finetune.attention import choose_attention
+from finetune.config import RunConfig
+from finetune.engine import EngineOptions
+from finetune.families import Family
+from finetune.hub import model_folder
+from finetune.model import ModelOptions
+from finetune.ranks import barrier, rank_and_world
+from finetune.reading import rank_shares
+from finetune.resident import choose_resident
+from finetune.shapes import parameter_shapes
+from finetune.varlen import machine, register
+from moe.balance import Balance
+from moe.parallel import LayerOptions
+from moe.router import RouterOptions
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def fetch_base(path: str) -> Path:
+    """The base's folder; a hub id is fetched by rank 0 first. Every rank must call this."""
+    if not path:
+        raise ValueError(
+            "model.path: training needs a base model. Set it to a folder (`moetune tiny` makes a small one) or a hub id"
+        )
+    if rank_and_world()[0] == 0:
+        model_folder(path)
+    barrier()
+    return model_folder(path)
+
+
+def model_options(config: RunConfig, base: Family, device: torch.device, say: Callable[[str], None]) -> ModelOptions:
+    """What is built, trained and kept where."""
+    dtype = DTYPES[config.model.dtype]
+    register()
+    attention = choose_attention(
+        config.model.attention, tokens=config.data.tokens_per_pack, machine=machine(device, dtype)
+    )
+    say(f"attention: {attention.reason}")
+    shares = rank_shares(
+        parameter_shapes(base), world_size=rank_and_world()[1], ep_size=config.parallel.ep, itemsize=dtype.itemsize,
+        resident=True,
+    )  # fmt: skip
+    resident = choose_resident(config.parallel.resident, frozen_bytes=shares[0].held, room_bytes=_room(device))
+    say(f"frozen weights {'resident' if resident.resident else 'partitioned'}: {resident.reason}")
+    layer = LayerOptions(
+        router=RouterOptions(float32=config.moe.router_float32),
+        resident=resident.resident,
+        dispatch=config.moe.dispatch,
+        deepep_max_tokens=config.data.tokens_per_pack,
+        seed=config.run.seed,
+    )
+    options = ModelOptions(
+        ep_size=config.parallel.ep, layer=layer, resident=resident.resident, dtype=dtype, attention=attention.name
+    )
+    return settle(config.adapters, options)
+
+
+def engine_options(config: RunConfig, micro_batches: int) -> EngineOptions:
+    """What decides a step."""
+    optim = config.optim
+    return EngineOptions(
+        micro_batches_per_step=micro_batches,
+        clip_norm=optim.clip_norm,
+        dtype=config.model.dtype,
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        extra=config.engine.extra,
+    )
+
+
+def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balance | None:
+    """Balance loss and load statistics of the sparse layers; None for a dense base."""
+    experts = base.text.experts
+    if experts is None:
+        return None
+    return Balance(
+        mode=config.moe.balance,
+        coefficient=config.moe.balance_coefficient,
+        z_coefficient=config.moe.z_coefficient,
+        layers=len(base.moe_layers),
+        experts=experts.num_experts,
+        top_k=experts.num_experts_per_tok,
+        device=device,
+    )
+
+
+def micro_batches(data: DataConfig, world: int) -> int:
+    """Packs that each rank takes in a step; where they do not divide, some ranks get a dummy for the last."""
+    return -(-data.packs_per_step // world)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes of memory that one rank has for itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here

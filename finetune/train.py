@@ -1,0 +1,235 @@
+"""The training loop, as one story: `torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]`.
+
+The same command starts a run and resumes it, on this number of ranks or another, from the newest checkpoint in its
+folder. What it learned is written when the last step is done.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from data.batch import Step
+from data.open import open_corpus, open_stream
+from data.sample import Renderer
+from data.stream import DataStream
+from data.vision import read_spec
+from finetune.adapter_file import open_adapter, write_adapter
+from finetune.adapters import table_lines, trainable_table
+from finetune.basefiles import open_base
+from finetune.checkpoint import Checkpoints
+from finetune.checkpoint_manifest import starting_point
+from finetune.checks import require
+from finetune.config import RunConfig
+from finetune.derive import derive
+from finetune.engine import backward, engine_config, engine_device, initialize, require_step_applied, start_distributed
+from finetune.forward import PackedModel
+from finetune.gather import save
+from finetune.hubconfig import read_family
+from finetune.loss import normaliser, report, step_sums
+from finetune.model import EmptyModel, build
+from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
+from finetune.recipes import effective, load
+from finetune.recompute import set_recompute
+from finetune.schedule import learning_rate
+from finetune.setup import engine_options, fetch_base, make_balance, micro_batches, model_options
+from finetune.weights import load as load_weights
+from moe.balance import Balance
+
+
+def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+    """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this."""
+    rank, world = rank_and_world()
+    device = engine_device()
+    for number in derive(config, ranks=world):
+        say(number.text)
+
+    # --- the base, and the model on meta
+    base_folder = fetch_base(config.model.path)
+    base = read_family(base_folder)
+    balance = make_balance(config, base, device)
+    empty = build(base_folder, model_options(config, base, device, say), balance=balance)
+    for line in table_lines(trainable_table(empty)):
+        say(line)
+
+    # --- the data: rank 0 indexes and converts what is new, the others then find it done
+    renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
+    if rank == 0:
+        open_corpus(config.data, renderer)
+    barrier()
+    corpus = open_corpus(config.data, renderer)
+    stream = open_stream(config.data, corpus, renderer, seed=config.run.seed, rank=rank, size=world)
+    say(f"data: {stream.plan.steps} steps an epoch of {config.data.packs_per_step} packs")
+
+    # --- weights to ranks, engine
+    options = engine_options(config, micro_batches(config.data, world))
+    files = open_base(base_folder, empty.expected, layout=config.model.layout)
+    start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
+    loaded = load_weights(empty, files, engine_config=engine_config(options), start=start)
+    say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
+    set_recompute(empty.module, config.parallel.recompute)
+    packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
+    engine = initialize(packed, options)
+    engine.train()
+
+    # --- where an earlier start of this run left off
+    checkpoints = Checkpoints(engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep)
+    found_path, done = starting_point(folder / "checkpoints", config.checkpoint.resume), 0
+    if found_path is not None:
+        resumed = checkpoints.restore(found_path, config=effective(config))
+        stream.load_state_dict(resumed.state["data"])
+        done = resumed.step
+        say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
+    if rank == 0:
+        _forget_after(folder / "metrics.jsonl", done)
+
+    # --- steps
+    with (folder / "metrics.jsonl").open("a") if rank == 0 else nullcontext() as metrics:
+        for at, step in enumerate(_steps(stream, config.schedule.steps - done), done):
+            began = time.perf_counter()
+            rate = learning_rate(at, peak=config.optim.lr, schedule=config.schedule)
+            found = _step(engine, step, config, balance, rate, at, device)
+            _settle_bad_samples(stream, step, say)
+            found = {"step": at, "epoch": step.epoch, **found, "lr": rate, "seconds_data": step.wait_seconds}
+            found["seconds"] = time.perf_counter() - began + step.wait_seconds
+            found["tokens_per_second"] = found["tokens"] / found["seconds"]
+            if metrics is not None:
+                metrics.write(json.dumps(found) + "\n")
+                metrics.flush()
+            say(_line(found))
+            every = config.checkpoint.every_steps
+            if at + 1 == config.schedule.steps or (every and (at + 1) % every == 0):
+                state = {"data": stream.state_dict()}
+                say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
+    _write(empty, config, folder, base_folder, say)
+
+
+def _step(
+    engine: Any, step: Step, config: RunConfig, balance: Balance | None, rate: float, number: int, device: torch.device
+) -> dict[str, Any]:
+    """One update; every rank must call this with its share of the same step."""
+    sums = step_sums(step.sums, device)
+    total = normaliser(sums, config.loss.normalise)
+    if not total:
+        raise ValueError(f"step {number}: not one token is supervised; look at the data with `moetune shards show`")
+    tokens = int(sum_over_ranks([step.tokens], device)[0])
+    if balance is not None:
+        balance.start_step(tokens)
+    objectives: list[torch.Tensor] = []
+    for batch in step.batches:
+        if objectives:
+            engine.step()  # only counts: the update comes with the last micro-batch
+        on_device = batch.to(device)
+        if balance is not None:
+            balance.start_micro_batch(on_device.sample_ids[0] >= 0)
+        losses = engine(batch=on_device)
+        backward(engine, losses.objective, total)
+        objectives.append(losses.objective.detach())
+    found = dict(report(objectives, total, balance.finish_step() if balance is not None else None))
+    if not all(isfinite(value) for value in found.values()):
+        raise RuntimeError(f"step {number}: the loss is not finite ({found}); the weights are those of the step before")
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    engine.step()
+    require_step_applied(engine, number)
+    norm = float(engine.get_global_grad_norm())
+    return {"tokens": tokens, "tokens_supervised": sums.tokens, **found, "grad_norm": norm}
+
+
+def _steps(stream: DataStream, wanted: int) -> Iterator[Step]:
+    """So many steps, over as many epochs as they take."""
+    done = 0
+    while done < wanted:
+        for step in stream:
+            yield step
+            done += 1
+            if done == wanted:
+                return
+        if not stream.plan.steps:
+            raise ValueError(
+                "data: an epoch has not one step: fewer packs than data.packs_per_step. Give more data, set "
+                "data.packs_per_step lower, or data.remainder=keep"
+            )
+        stream.next_epoch()
+
+
+def _forget_after(metrics: Path, steps: int) -> None:
+    """Drop lines of steps that an earlier start took after its last checkpoint: they are taken again."""
+    if metrics.exists():
+        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < steps]
+        metrics.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _settle_bad_samples(stream: DataStream, step: Step, say: Callable[[str], None]) -> None:
+    """Tell every rank what any rank could not read; it is left out from the next epoch on."""
+    bad = gather_lists(list(step.bad))
+    for item in bad:
+        say(f"left out: {item}")
+    stream.quarantine(bad)
+
+
+def _write(empty: EmptyModel, config: RunConfig, folder: Path, base: Path, say: Callable[[str], None]) -> None:
+    """What was learned: an adapter, or the whole model where nothing was adapted."""
+    if any(row.lora is not None for row in trainable_table(empty)):
+        write_adapter(empty, folder / "adapter", base=config.model.path)
+        say(f"adapter: {folder / 'adapter'}")
+    else:
+        save(empty, folder / "model", base)
+        say(f"model: {folder / 'model'}")
+
+
+def _line(found: dict[str, Any]) -> str:
+    """One step for people."""
+    balance = f", balance {found['loss_balance']:.4f}" if found.get("loss_balance") else ""
+    return (
+        f"step {found['step']}: loss {found['loss']:.4f}{balance}, norm {found['grad_norm']:.3g}, "
+        f"lr {found['lr']:.2e}, {found['tokens']:,} tokens in {found['seconds']:.2f} s"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one rank: CONFIG [key=value ...], in the environment that torchrun or deepspeed made."""
+    words = [word for word in argv if not word.startswith("--local_rank")]  # the deepspeed launcher puts it first
+    if not words or words[0].startswith("-"):
+        print("usage: torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]", file=sys.stderr)
+        return 2
+    # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        config, problems = load(words[0], words[1:])
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        require(config, problems, ranks=world)
+        folder = Path("runs") / config.run.name
+        if rank == 0:
+            _make_run_folder(folder, config)
+        start_distributed()
+        train(config, folder, (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None))
+    except ValueError as error:
+        print(f"moetune train, rank {rank_and_world()[0]}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _make_run_folder(folder: Path, config: RunConfig) -> None:
+    if (folder / "metrics.jsonl").exists() and starting_point(folder / "checkpoints", config.checkpoint.resume) is None:
+        raise ValueError(
+            f"run.name: {folder} holds a run already, and no checkpoint to resume from. Set another run.name, or "
+            f"remove that folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(effective(config))))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,257 @@
+"""What ranks do for the checkpoint tests: train a tiny model, save, restore, tell losses and what failed."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from tiny_moe import batch, rows_of, token_count, token_loss
+from torch import Tensor
+
+from finetune.basefiles import open_base
+from finetune.checkpoint import Checkpoints
+from finetune.checkpoint_manifest import find_latest
+from finetune.checkpoint_slices import slices
+from finetune.engine import EngineOptions, backward, engine_config, initialize, require_step_applied, start_distributed
+from finetune.model import EmptyModel, ModelOptions, build
+from finetune.weights import load
+from moe.experts import ExpertLora
+from moe.parallel import LayerOptions
+from moe.router import RouterOptions
+
+ROWS, SAVED_AT, AFTER = 4, 2, 3
+CONFIG = {"optim": {"lr": 1e-3, "betas": (0.9, 0.95)}, "parallel": {"ep": 1}, "run": {"name": "one", "seed": 3}}
+STATE = {"data": {"epoch": 1, "step": 4, "quarantine": [[0, {"unit": 7}]]}, "note": "é"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One engine: where it starts from, where it saves, and for how many steps it trains."""
+
+    folder: Path
+    """Of the checkpoints that it writes."""
+    ep: int
+    dtype: str = "float32"
+    resume: Path | None = None
+    save: bool = False
+    resident: bool = True
+    dropout: float = 0.0
+    after: int = AFTER
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An engine with its model, its checkpoints and its place in the data."""
+
+    engine: Any
+    empty: EmptyModel
+    checkpoints: Checkpoints
+    rank: int
+    world: int
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def train(self, steps: int) -> None:
+        everything = batch(8 * ROWS)
+        share = ROWS // self.world
+        for step in range(self.step, self.step + steps):
+            first = step * ROWS + self.rank * share
+            total = token_count(everything["input_ids"][step * ROWS : (step + 1) * ROWS])
+            mine = rows_of(everything, slice(first, first + share))
+            mine["pixel_values"] = mine["pixel_values"].to(self.engine.module.dtype)
+            loss = token_loss(self.engine(**mine, use_cache=False).logits, mine["input_ids"])
+            backward(self.engine, loss, total)
+            self.engine.step()
+            require_step_applied(self.engine, step)
+            summed = loss.detach().double()
+            dist.all_reduce(summed)
+            self.losses.append(summed.item() / total)
+            self.norms.append(float(self.engine.get_global_grad_norm()))
+        self.step += steps
+
+    def save(self, **changes: Any) -> Path:
+        return self.checkpoints.save(**({"step": self.step, "state": STATE, "config": CONFIG} | changes))
+
+    def restore(self, path: Path, **changes: Any) -> None:
+        resumed = self.checkpoints.restore(path, **({"config": CONFIG} | changes))
+        assert resumed.state == STATE
+        self.step = resumed.step
+
+
+def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...] = ("attention",)) -> Run:
+    """Build, load and start the engine: expert LoRA, full attention (with its vectors), full router."""
+    start_distributed()
+    layer = LayerOptions(
+        experts="lora", lora=ExpertLora(r=8, alpha=12, dropout=job.dropout), router=RouterOptions(mode="full"),
+        resident=job.resident,
+    )  # fmt: skip
+    dtype = getattr(torch, job.dtype)
+    empty = build(base, ModelOptions(ep_size=job.ep, layer=layer, train=train, resident=job.resident, dtype=dtype))
+    options = EngineOptions(dtype=job.dtype, lr=1e-3, eps=1e-6, clip_norm=0.05, weight_decay=0.1)
+    files = open_base(base, empty.expected)
+    load(empty, files, engine_config=engine_config(options))
+    engine = initialize(empty.module, options)
+    engine.train()
+    checkpoints = Checkpoints(engine, empty, job.folder, base=files, keep=2)
+    torch.manual_seed(rank)
+    return Run(engine=engine, empty=empty, checkpoints=checkpoints, rank=rank, world=world)
+
+
+def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str, list[float]]]:
+    """Run one engine after the other; the losses and norms of the steps after the save, or after the resume."""
+    found = []
+    for job in jobs:
+        run = start(rank, world, base, job)
+        if job.resume is not None:
+            torch.manual_seed(100 + rank)
+            run.restore(job.resume)
+        else:
+            run.train(SAVED_AT)
+        if job.save:
+            run.save()
+        run.losses.clear()
+        run.norms.clear()
+        run.train(job.after)
+        found.append({"losses": run.losses, "norms": run.norms})
+        run.engine.destroy()
+    return found
+
+
+def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, full: Path | None) -> dict[str, str]:
+    """What this rank is told about checkpoints that it cannot continue from, and about a full disk."""
+    run = start(rank, world, base, Job(folder=folder, ep=2))
+    run.train(SAVED_AT)
+    good = run.save()
+    before = masters(run)
+    changed = {"optim": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-6}, "parallel": {"ep": 4}, "run": {"seed": 3}}
+    told = {"config": message(lambda: run.restore(good, config=changed))}
+    for name, damage in DAMAGES.items():
+        if rank == 0:
+            damage(shutil.copytree(good, folder / name))
+        dist.barrier()
+        told[name] = message(lambda name=name: run.restore(folder / name))
+    if full is not None:
+        run.checkpoints.folder = full
+        first = run.save()
+        for step in (3, 4, 5):
+            told[f"full {step}"] = message(lambda step=step: run.save(step=step))
+        told["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
+        run.checkpoints.folder = folder
+    unchanged = all(torch.equal(before[name], now) for name, now in masters(run).items())
+    told["kept"] = f"{unchanged} {find_latest(folder) == good}"
+    run.engine.destroy()
+    for name, where, train in (("base", other_base, ("attention",)), ("trained", base, ("attention", "norms"))):
+        other = start(rank, world, where, Job(folder=folder, ep=2), train=train)
+        told[name] = message(lambda other=other: other.restore(good))
+        other.engine.destroy()
+    return told
+
+
+def masters(run: Run) -> dict[str, Tensor]:
+    return {s.canonical: s.views["master"].clone() for s in slices(run.engine, run.empty)}
+
+
+def _cut(folder: Path) -> None:
+    file = min(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _header(folder: Path) -> None:
+    with min(folder.glob("*.safetensors")).open("r+b") as file:
+        file.seek(8)
+        file.write(b"!" * 64)
+
+
+def _version(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"version": 1', '"version": 99'))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "cut": _cut,
+    "missing": lambda folder: max(folder.glob("*.safetensors")).unlink(),
+    "header": _header,
+    "unfinished": lambda folder: (folder / "manifest.json").unlink(),
+    "version": _version,
+}
+
+
+def killed(rank: int, world: int, base: Path, folder: Path, victim: int, event: str, ending: str) -> None:
+    """Save once, then again with a SIGKILL to `victim` at the moment when it opens or renames to such a path."""
+    run = start(rank, world, base, Job(folder=folder, ep=2))
+    run.train(1)
+    run.save()
+    run.train(1)
+
+    def watch(what: str, arguments: tuple[Any, ...]) -> None:
+        if what == event and any(isinstance(a, (str, Path)) and str(a).endswith(ending) for a in arguments[:2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == victim:
+        sys.addaudithook(watch)
+    run.save()
+
+
+def saves_again(rank: int, world: int, base: Path, folder: Path, at: int) -> list[str]:
+    """Continue where the killed run can, save the same steps, and tell what is in the folder."""
+    run = start(rank, world, base, Job(folder=folder, ep=2))
+    latest = find_latest(folder)
+    assert latest is not None
+    run.restore(latest)
+    assert run.step == at
+    for _ in range(3):
+        run.train(1)
+        run.save()
+    run.save()  # the same step once more takes its place
+    return sorted(path.name for path in folder.iterdir())
+
+
+def with_dropout(rank: int, world: int, base: Path, folder: Path) -> list[list[float]]:
+    """Losses of two steps after a save, and again after a resume."""
+    losses = []
+    for resume in (None, folder / "step-000001"):
+        run = start(rank, world, base, Job(folder=folder, ep=2, dropout=0.5))
+        if resume is None:
+            run.train(1)
+            run.save()
+        else:
+            torch.manual_seed(1234 + rank)
+            run.restore(resume)
+        run.train(2)
+        losses.append(run.losses[-2:])
+        run.engine.destroy()
+    return losses
+
+
+def whole_tensors(folder: Path) -> dict[str, Tensor]:
+    """Put a checkpoint's tensors together by the offsets that its files give, without torch.distributed."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for key, offset, tensor in _pieces(folder):
+        pieces.setdefault(key, []).append((offset, tensor))
+    return {key: torch.cat([t for _, t in sorted(found, key=lambda f: f[0])]) for key, found in pieces.items()}
+
+
+def _pieces(folder: Path) -> Iterator[tuple[str, int, Tensor]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for key in file.offset_keys():
+                yield key, offsets[key]["saved_offsets"][0], file.get_tensor(key)
+
+
+def message(do: Callable[[], Any]) -> str:
+    """What it says when it fails."""
+    try:
+        do()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"

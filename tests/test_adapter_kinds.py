@@ -1,0 +1,95 @@
+"""Adapter files of other models and types, and what keeps a file from being half written; without ranks."""
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_cases import WIDE, close, made, tensors
+from base_folders import write_base
+from peft import PeftModel
+from safetensors.torch import save_file
+from tiny_moe import text_model, vl_model
+
+from finetune import adapter_file
+from finetune.adapter_file import write_adapter
+from finetune.adapter_layout import held_tensors
+from finetune.adapters import settle
+from finetune.basefiles import open_base
+from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
+from finetune.model import ModelOptions, build
+from finetune.weights import load
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(vl_model(layers=3), tmp_path_factory.mktemp("base") / "moe")
+
+
+def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) -> None:
+    empty = made(base, WIDE)
+    load(empty, open_base(base, empty.expected))
+    held = list(held_tensors(empty))
+    part = [(tensor, first, rows[: len(rows) // 2] if tensor.is_packed else rows)
+            for tensor, first, rows in adapter_file._pieces(held)]  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"12 of \d+ tensors came to rank 0 only in part, .*experts or rows \[6, 7, 8,"
+    ):
+        adapter_file._write_folder(tmp_path / "out", held, part, {}, b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+TEXT = AdaptersConfig(
+    attention=DenseFamilyConfig(mode="lora", r=5, alpha=12.0),
+    experts=ExpertFamilyConfig(mode="lora", r=8),
+    router=RouterFamilyConfig(mode="lora", r=3),
+)
+
+
+@pytest.mark.parametrize("config", [TEXT, replace(TEXT, experts=ExpertFamilyConfig(mode="full"))], ids=["lora", "full"])
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
+    """Its layers have another prefix, and PEFT has rules of its own for it."""
+    model = text_model().eval()
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(tmp_path)
+    empty = made(tmp_path, config)
+    load(empty, open_base(tmp_path, empty.expected))
+    with torch.no_grad():
+        for name in empty.trained:
+            parameter = empty.module.get_parameter(name)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    write_adapter(empty, tmp_path / "adapter", base=str(tmp_path))
+    ids = torch.randint(0, 160, (2, 11), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before = model(ids).logits
+        ours, theirs = (
+            empty.module.eval()(ids).logits,
+            PeftModel.from_pretrained(model, tmp_path / "adapter")(ids).logits,
+        )
+    assert not close(before, ours, 1e-2)
+    assert close(ours, theirs, 1e-5)
+
+
+def test_bfloat16_stays_bfloat16(base: Path, tmp_path: Path) -> None:
+    config = replace(WIDE, experts=ExpertFamilyConfig(mode="lora", r=8))
+    empty = build(base, settle(config, ModelOptions()))
+    load(empty, open_base(base, empty.expected))
+    write_adapter(empty, tmp_path / "adapter", base="")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "adapter").values()} == {torch.bfloat16}
+
+
+def test_a_full_disk_is_known_before_the_first_tensor(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, begin: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    empty = made(base, WIDE)
+    load(empty, open_base(base, empty.expected))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"the disk that holds .* is full"):
+        write_adapter(empty, tmp_path / "out", base="")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,115 @@
+"""Checkpoints: resumed runs equal uninterrupted ones, at the same layout bit for bit; what is broken is refused."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from base_folders import write_base
+from checkpoint_session import AFTER, Job, killed, saves_again, session, troubles, whole_tensors, with_dropout
+from ranks import RankError, run_ranks
+from tiny_moe import vl_model
+
+from finetune.checkpoint_manifest import (
+    find_latest,
+    read_manifest,
+)
+
+DTYPES = ("float32", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(vl_model(), tmp_path_factory.mktemp("base") / "base")
+
+
+def test_any_layout_continues_exactly(base: Path, tmp_path: Path) -> None:
+    step = {(world, dtype): tmp_path / f"{world}-{dtype}" / "step-000002" for world in (2, 4) for dtype in DTYPES}
+    wanted = {}
+    for world in (2, 4):
+        jobs = [Job(folder=step[world, dtype].parent, ep=2, dtype=dtype, save=True) for dtype in DTYPES]
+        jobs += [Job(folder=tmp_path / "x", ep=2, dtype=dtype, resume=step[world, dtype]) for dtype in DTYPES]
+        found = run_ranks(session, world, base, jobs)
+        assert all(rank == found[0] for rank in found)
+        assert found[0][:2] == found[0][2:], "the same layout, bit for bit"
+        wanted |= {(world, dtype): run for dtype, run in zip(DTYPES, found[0], strict=False)}
+    for world, ep in ((1, 1), (2, 1), (4, 4)):
+        again = {key: tmp_path / f"{world}-{ep}-of-{key}" for key in wanted}
+        jobs = [
+            Job(folder=again[key], ep=ep, dtype=key[1], resume=step[key], save=True, resident=key[1] == "float32")
+            for key in wanted
+        ]
+        for key, run in zip(wanted, run_ranks(session, world, base, jobs)[0], strict=True):
+            close = 1e-5 if key[1] == "float32" else 1e-3  # bfloat16 rounds by the shape of a product
+            for what in ("losses", "norms"):
+                assert len(run[what]) == AFTER
+                assert run[what] == pytest.approx(wanted[key][what], rel=close)
+            before, after = (whole_tensors(folder) for folder in (step[key], again[key] / "step-000002"))
+            names = [name for name in before if not name.startswith("random/")]
+            assert all(torch.equal(before[name], after[name]) for name in names), "not a bit of the state changed"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path | None]:
+    """A disk with room for one checkpoint and a half; None where mounting is not allowed."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], capture_output=True)
+    yield place if mounted.returncode == 0 else None
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+TOLD = {
+    "config": r"^ValueError: .*step-000002 was saved under another configuration:\n"
+    r"  optim.lr: 0.001 in the checkpoint, 0.002 now\n  optim.eps: absent in the checkpoint, 1e-06 now\nRestore these",
+    "cut": r"^ValueError: .*/cut is damaged: shard-00001-\S+ has \d+ bytes, not \d+. Resume from another checkpoint",
+    "missing": r"^ValueError: .*/missing is damaged: shard-00002-\S+ is missing. Resume",
+    "header": r"^RuntimeError: .*/header could not be read: rank 0: .*; rank 1: .*Resume from another checkpoint",
+    "unfinished": r"^ValueError: .*/unfinished is not a finished checkpoint: it has no manifest.json",
+    "version": r"^ValueError: .*manifest.json has version 99; this moetune reads 1",
+    "base": r"^ValueError: .*step-000002 was trained on another base: .*/base \(.*, but model.path is .*/other \(",
+    "trained": r"^ValueError: .* trained other parameters:\n  model.*norm.weight: absent in the checkpoint, \[48\]",
+}
+
+
+def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
+    base: Path, tmp_path: Path, small_disk: Path | None
+) -> None:
+    other = write_base(vl_model(seed=1), tmp_path / "other")
+    found = run_ranks(troubles, 2, base, other, tmp_path / "saves", small_disk)
+    for told in found:
+        for name, words in TOLD.items():
+            assert re.search(words, told[name]), told[name]
+        assert told["kept"] == "True True"
+    assert {name: told for name, told in found[0].items() if name != "header"} == {
+        name: told for name, told in found[1].items() if name != "header"
+    }
+
+
+MOMENTS = {
+    "rank 1 opens its file": (1, "open", ".safetensors", 1),
+    "rank 0 opens the manifest": (0, "open", "manifest.json", 1),
+    "rank 0 renames the folder": (0, "os.rename", "step-000002", 1),
+    "rank 0 names the new one": (0, "os.rename", "LATEST", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_save_that_is_killed_leaves_the_last_good_checkpoint(base: Path, tmp_path: Path, moment: str) -> None:
+    victim, event, ending, at = MOMENTS[moment]
+    with pytest.raises(RankError, match=f"rank {victim} of 2 .*(SIGKILL|-9|vanished)"):
+        run_ranks(killed, 2, base, tmp_path, victim, event, ending)
+    latest = find_latest(tmp_path)
+    assert latest == tmp_path / f"step-{at:06d}"
+    assert read_manifest(latest).step == at
+    if victim == 0:
+        names = run_ranks(saves_again, 2, base, tmp_path, at)[0]
+        assert names == ["LATEST", f"step-{at + 2:06d}", f"step-{at + 3:06d}"]
+
+
+def test_dropout_goes_on_as_it_would_have(base: Path, tmp_path: Path) -> None:
+    for before, after in run_ranks(with_dropout, 2, base, tmp_path):
+        assert before == after

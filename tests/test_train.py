@@ -1,0 +1,155 @@
+"""The loop as a user starts it: a base and a JSONL file in, metrics and an adapter out that stock PEFT reads."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from finetune.config import ScheduleConfig
+from finetune.schedule import learning_rate
+from finetune.tiny import write_tiny
+from finetune.train import main
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and rows of which every fourth has no image."""
+    folder = tmp_path_factory.mktemp("user")
+    write_tiny(folder / "base")
+    (folder / "img").mkdir()
+    rows = []
+    for number in range(48):
+        name, colour = list(COLOURS.items())[number % 3]
+        Image.new("RGB", (48, 64), colour).save(folder / "img" / f"{number}.png")
+        seen = number % 4 != 3
+        asked = {"role": "user", "content": "<image>Which colour?" if seen else f"Say {name}."}
+        row = {"messages": [asked, {"role": "assistant", "content": f"It is {name}."}]}
+        rows.append(row | ({"images": [f"img/{number}.png"]} if seen else {}))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _train(
+    place: Path, name: str, *words: str, ranks: int = 2, command: list[str] | None = None, kill_after: str = ""
+) -> subprocess.CompletedProcess:
+    """Run to the end, or until a line of standard output begins with `kill_after`: then kill every process."""
+    start = command or [sys.executable, "-m", "launchers.cli", "train"]
+    setting = ["model.path=base", "model.dtype=float32", "data.sources.general.path=rows.jsonl", "data.workers=0"]
+    line = [*start, "tiny-cpu", *([] if command else ["--ranks", str(ranks)]), f"run.name={name}", *setting, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if not kill_after:
+        return subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
+    with subprocess.Popen(
+        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert any(text.startswith(kill_after) for text in process.stdout)
+        os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(line, process.wait())
+
+
+def _metrics(place: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_learn_and_stock_peft_reads_the_adapter(place: Path) -> None:
+    done = _train(place, "two", *LORA, "schedule.steps=8", "schedule.warmup_steps=2", "optim.lr=5e-3")
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = _metrics(place, "two")
+    assert [step["step"] for step in steps] == list(range(8))
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+    assert all(step["loss_balance"] >= 1 and step["grad_norm"] > 0 for step in steps)
+    assert steps[0]["lr"] == pytest.approx(2.5e-3)
+    for said in (
+        "tokens per step = 8 packs x 512",
+        "attention: auto",
+        "frozen weights resident",
+        "adapter: runs/two/adapter",
+    ):
+        assert said in done.stdout
+    ids = torch.arange(40)[None]
+    base = AutoModelForImageTextToText.from_pretrained(place / "base", dtype=torch.float32).eval()
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        after = PeftModel.from_pretrained(base, place / "runs" / "two" / "adapter").eval()(input_ids=ids).logits
+    assert (after - before).abs().max() > 0.1
+
+
+def test_one_rank_takes_the_same_steps_as_two(place: Path) -> None:
+    """Also by the second way in: the raw module under torchrun, as a cluster starts it."""
+    raw = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "finetune.train"]
+    words = [*LORA, "schedule.steps=3", "optim.eps=1e-6", "moe.balance=off"]
+    assert _train(place, "a", *words).returncode == 0
+    assert _train(place, "b", *words, "parallel.ep=1", "parallel.resident=none", command=raw).returncode == 0
+    for two, one in zip(_metrics(place, "a"), _metrics(place, "b"), strict=True):
+        for key in ("loss", "grad_norm", "tokens", "tokens_supervised"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+
+
+def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path) -> None:
+    words = [*LORA, "schedule.steps=6", "optim.eps=1e-6", "checkpoint.every_steps=2", "moe.balance=off"]
+    assert _train(place, "whole", *words).returncode == 0
+    first = _train(place, "cut", *words, kill_after="step 4:")
+    assert first.returncode != 0
+    again = _train(place, "cut", *words, "parallel.ep=1", ranks=1)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "resumed: runs/cut/checkpoints/step-000004, saved by 2 ranks; 2 steps to go" in again.stdout
+    for whole, cut in zip(_metrics(place, "whole"), _metrics(place, "cut"), strict=True):
+        assert cut["step"] == whole["step"]
+        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["optim.lr=abc", "data.sourcez=1"], r"2 problems in the configuration:\n  optim.lr = 'abc'"),
+        (["adapters.embeddings.mode=lora"], r"adapters.embeddings.mode"),
+        (["run.name=old"], r"runs/old holds a run already, and no checkpoint to resume from. Set another run.name"),
+    ],
+)
+def test_wrong_input_is_found_before_anything_starts(
+    place: Path, words: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "runs" / "old").mkdir(parents=True, exist_ok=True)
+    (place / "runs" / "old" / "metrics.jsonl").write_text("")
+    assert main(["--local_rank=0", "tiny-cpu", "parallel.ep=1", *words]) == 2
+    assert re.search(text, capsys.readouterr().err)
+
+
+def test_the_usage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: torchrun" in capsys.readouterr().err
+
+
+def test_what_only_the_ranks_can_see_is_one_message_too(place: Path) -> None:
+    done = _train(place, "wrong", "data.sources.general.path=nowhere.jsonl", *LORA)
+    assert done.returncode != 0
+    assert re.search(r"moetune train, rank 0: .*nowhere.jsonl", done.stderr)
+    assert [path.name for path in (place / "runs" / "wrong").iterdir()] == ["config.yaml"]
+
+
+def test_the_learning_rate_warms_up_and_comes_down() -> None:
+    schedule = ScheduleConfig(steps=10, warmup_steps=4, shape="linear", final_share=0.1)
+    rates = [learning_rate(step, peak=2.0, schedule=schedule) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4] == pytest.approx(2.0)
+    assert rates[9:] == pytest.approx([0.2, 0.2, 0.2])
+    cosine = ScheduleConfig(steps=5, shape="cosine")
+    assert [learning_rate(s, peak=1.0, schedule=cosine) for s in (0, 2, 4)] == pytest.approx([1.0, 0.5, 0.0])
+    flat = ScheduleConfig(steps=5, shape="constant", warmup_steps=1)
+    assert {learning_rate(s, peak=3.0, schedule=flat) for s in range(9)} == {3.0}
