@@ -84,6 +84,15 @@ def test_warnings_do_not_fail(capsys: pytest.CaptureFixture[str]) -> None:
     assert "warning: data.tokens_per_pack" in capsys.readouterr().err
 
 
+def test_a_mask_that_is_too_wide_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "tiny-cpu", "model.attention=sdpa"]) == 0
+    assert main(["check", "tiny-cpu", "model.attention=sdpa", "data.tokens_per_pack=16384"]) == 2
+    error = capsys.readouterr().err
+    assert "model.attention" in error
+    assert "a mask of 16,384 x 16,384 for a packed row, and the limit is 8,192 tokens" in error
+    assert "model.attention=auto" in error
+
+
 def test_an_unreadable_recipe_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "tiny-cpuu"]) == 2
     assert capsys.readouterr().err.startswith("moetune check: recipe 'tiny-cpuu': neither a file")
