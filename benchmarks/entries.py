@@ -34,6 +34,12 @@ ENTRIES = (
         about="weights that a rank keeps at several layouts beside the formula",
     ),
     Entry(
+        name="ckpt-save",
+        suite="cpu",
+        module="benchmarks.ckpt_save",
+        about="bytes of a checkpoint beside the trained state, seconds of a save beside torch.save's",
+    ),
+    Entry(
         name="moe-lora-step",
         suite="cpu",
         module="benchmarks.moe_lora_step",

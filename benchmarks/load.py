@@ -56,12 +56,14 @@ def run() -> Iterator[Figure]:
         )  # fmt: skip
 
 
-def start_ranks(ranks: int, side: str, folder: Path, *words: str) -> list[dict[str, Any]]:
-    """Start `benchmarks.load_ranks` on N ranks of this machine and return what each found."""
+def start_ranks(
+    ranks: int, side: str, folder: Path, *words: str, module: str = "benchmarks.load_ranks"
+) -> list[dict[str, Any]]:
+    """Start a module on N ranks of this machine and return what each found."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "rank"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [*launch, "-m", "benchmarks.load_ranks", side, str(folder), str(out), *words]
+        command = [*launch, "-m", module, side, str(folder), str(out), *words]
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -147,6 +147,7 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
             (full / "others").write_bytes(b"x" * (shutil.disk_usage(full).free - size // 2))
         dist.barrier()
         told["full"] = message(lambda: run.save(step=3))
+        dist.barrier()  # rank 0 tidies up after it has told the others
         told["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
         run.checkpoints.folder = folder
     unchanged = all(torch.equal(before[name], now) for name, now in masters(run).items())
