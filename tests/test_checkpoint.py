@@ -95,6 +95,8 @@ def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
         words = r"^RuntimeError: step 3: the checkpoint was not saved: .*[Nn]o space left.*good one is .*step-000002$"
         assert re.search(words, found[0]["full"]), found[0]["full"]
         assert found[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
+    else:
+        pytest.skip("all else held; the full disk was not tried: mounting a small one is not permitted here")
 
 
 MOMENTS = {
