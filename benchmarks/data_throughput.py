@@ -62,8 +62,8 @@ def run() -> Iterator[Figure]:
             with _peer(folder / "base", shards[kind], backend) as ask:
                 _compare(list(_ours(renderer, shards[kind])), ask("outputs"), folder / "base", backend)
                 measured = race(
-                    Side(name="moetune", run=lambda kind=kind: len(list(_ours(renderer, shards[kind])))),  # type: ignore[misc]
-                    Side(name=f"webdataset + transformers ({backend})", run=lambda ask=ask: ask("run")),  # type: ignore[misc]
+                    Side(name="moetune", run=lambda kind=kind: len(list(_ours(renderer, shards[kind])))),  # type: ignore[misc]  # a default of a lambda has no type
+                    Side(name=f"webdataset + transformers ({backend})", run=lambda ask=ask: ask("run")),  # type: ignore[misc]  # a default of a lambda has no type
                     same=_same_number,
                     rounds=5,
                 )

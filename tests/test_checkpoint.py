@@ -48,7 +48,7 @@ def test_any_layout_continues_exactly(base: Path, tmp_path: Path) -> None:
         for key, run in zip(wanted, run_ranks(session, world, base, jobs)[0], strict=True):
             # bfloat16 rounds by the shape of a product, and a token in a hundred may then take another expert:
             # 1.4e-3 was seen. What says that nothing was lost is the state, compared bit for bit below.
-            close = 1e-5 if key[1] == "float32" else 1e-2
+            close = 1e-5 if key[1] == "float32" else 5e-3
             for what in ("losses", "norms"):
                 assert len(run[what]) == AFTER
                 assert run[what] == pytest.approx(wanted[key][what], rel=close)
