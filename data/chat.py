@@ -31,9 +31,18 @@ class Rendered:
 
 
 def render_record(
-    record: Record, media: Sequence[str], boxes: Sequence[str], *, template: Template, config: ChatConfig
+    record: Record,
+    media: Sequence[str],
+    boxes: Sequence[str],
+    *,
+    template: Template,
+    config: ChatConfig,
+    prompt: bool = False,
 ) -> Rendered:
-    """The whole conversation as text; `media` and `boxes` are the texts of its media and boxes, in order of marks."""
+    """The whole conversation as text; `media` and `boxes` are the texts of its media and boxes, in order of marks.
+
+    With `prompt` the assistant's next turn is opened behind it, as a server does, and nothing carries loss.
+    """
     contents = _Contents(record, iter(media), iter(boxes), template)
     turns = [contents.of(message) for message in record.messages]
     last_question = max((at for at, message in enumerate(record.messages) if message.role == "user"), default=-1)
@@ -41,12 +50,13 @@ def render_record(
     for at, (message, (content, thinking)) in enumerate(zip(record.messages, turns, strict=True)):
         thinking = "" if config.thinking == "drop" else thinking.strip("\n")
         messages.append(_turn(message, content, thinking, template, is_history=at < last_question))
-    marked = render(template, messages, record.tools)
+    marked = render(template, messages, record.tools, prompt=prompt)
     text, plain, shown = unmark(marked)
     if len(shown) != len(media):
         raise ValueError(f"the base's chat template shows {len(shown)} of the {len(media)} images and videos")
     weights = np.zeros(len(text), dtype=np.float32)
-    _weigh(weights, blank(text, plain), record.messages, template=template, config=config)
+    if not prompt:
+        _weigh(weights, blank(text, plain), record.messages, template=template, config=config)
     for start, end in shown:
         weights[start:end] = 0
     return Rendered(text=text, weights=weights, plain=tuple(plain))

@@ -99,13 +99,17 @@ class Renderer:
         *,
         key: str,
         shard: str = "",
+        prompt: bool = False,
     ) -> Sample:
-        """The sample. ValueError, naming the image or video, where the record or its media cannot be used."""
+        """The sample. ValueError, naming the image or video, where the record or its media cannot be used.
+
+        With `prompt` the assistant's next turn is opened behind the conversation, for a model to write.
+        """
         image_facts, image_patches_of = self._read_images(record, images)
         plans, video_patches_of = self._read_videos(record, videos)
         grids = self._grids(record, image_facts)
         tokens = widen(
-            self._tokens(record, image_facts, plans),
+            self._tokens(record, image_facts, plans, prompt=prompt),
             images=[grid_tokens(grid, self._spec) for grid in grids],
             frame_pairs=[grid_tokens((1, *plan.grid[1:]), self._spec) for plan in plans for _ in plan.stamps],
         )
@@ -129,7 +133,18 @@ class Renderer:
             ),
         )
 
-    def _tokens(self, record: Record, images: Sequence[ImageFacts], plans: Sequence[VideoPlan]) -> Tokens:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens that a model wrote, without special ones."""
+        text: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that is no conversation."""
+        return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _tokens(
+        self, record: Record, images: Sequence[ImageFacts], plans: Sequence[VideoPlan], *, prompt: bool = False
+    ) -> Tokens:
         videos = iter(enumerate(plans))
         media = []
         for part in (part for message in record.messages for part in message.parts):
@@ -139,7 +154,7 @@ class Renderer:
                 at, plan = next(videos)
                 media.append(video_text(plan.stamps, config=self._video, hms=_is_odd(f"{record.id}/{at}")))
         boxes = box_texts(record, images)
-        rendered = render_record(record, media, boxes, template=self._template, config=self._chat)
+        rendered = render_record(record, media, boxes, template=self._template, config=self._chat, prompt=prompt)
         return tokenise(rendered, self._tokenizer, image_pad=self._image_pad, video_pad=self._video_pad)
 
     def _plans(self, record: Record, videos: Sequence[VideoFacts]) -> list[VideoPlan]:

@@ -82,10 +82,10 @@ def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=
     return processor.sample_frames(metadata, num_frames=num_frames, fps=fps).tolist()
 
 
-def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True):
+def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True, prompt=False):
     """Everything the model's own processor makes of a conversation whose frames are chosen already."""
     processor = _processor(folder)
-    text = processor.apply_chat_template(messages, tools=tools, tokenize=False)
+    text = processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     found = processor(
         text=[text],
         images=list(images) or None,

@@ -1,0 +1,249 @@
+"""A model that answers: base, base with adapter, or merged, in one process, on our loader and our preprocessing.
+
+Nothing of an adapter's delta is ever built: the model computes as it did in training. Prompts of a batch stand padded
+on their left side; a prompt alone has neither padding nor mask. Greedy unless a temperature is given; then every prompt
+has a generator of its own, so that an answer does not depend on what stands beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from data.config import DataConfig
+from data.sample import Renderer, Sample
+from data.vision import VisionSpec, normalise, read_spec
+from finetune.adapter_file import AdapterFile, open_adapter
+from finetune.basefiles import open_base
+from finetune.hub import model_folder
+from finetune.jsonblock import load_json
+from finetune.model import ModelOptions, build
+from finetune.weights import load
+from moe.experts import ExpertLora as Lora
+from moe.parallel import LayerOptions
+from moe.router import RouterOptions
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"--max-tokens is {self.max_tokens}; an answer has at least 1")
+        if not 0 <= self.temperature < 100:
+            raise ValueError(f"--temperature is {self.temperature}; 0 is greedy, 1 is the model's own distribution")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model wrote. `finished`: it ended by itself, not at max_tokens."""
+
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+class Speaker:
+    """A loaded model, and all it takes to ask it."""
+
+    def __init__(
+        self, module: Any, *, renderer: Renderer, spec: VisionSpec | None, stops: frozenset[int], device: torch.device
+    ) -> None:
+        self.module, self.renderer, self.spec = module.eval(), renderer, spec
+        self.stops, self.device = stops, device
+
+    def stream(self, prompt: Sample, sampling: Sampling) -> Iterator[str]:
+        """Text of one answer, piece by piece; a character that is not whole yet waits for its next token."""
+        ids: list[int] = []
+        shown = ""
+        for (token,) in self._tokens([prompt], sampling, [0]):
+            ids += [token] if token not in self.stops else []
+            text = self.renderer.decode(ids)
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+        if ids:
+            yield self.renderer.decode(ids)[len(shown) :]
+
+    def answer(self, prompts: Sequence[Sample], sampling: Sampling, *, numbers: Sequence[int] = ()) -> list[Answer]:
+        """Answers to prompts, computed side by side; `numbers` names each prompt's random generator."""
+        written: list[list[int]] = [[] for _ in prompts]
+        finished = [False] * len(prompts)
+        for tokens in self._tokens(prompts, sampling, numbers or range(len(prompts))):
+            for at, token in enumerate(tokens):
+                if token in self.stops:
+                    finished[at] = True
+                elif not finished[at]:
+                    written[at].append(token)
+        texts = [self.renderer.decode(ids) for ids in written]
+        return [Answer(ids=tuple(i), text=t, finished=f) for i, t, f in zip(written, texts, finished, strict=True)]
+
+    @torch.inference_mode()
+    def log_probabilities(self, prompt: Sample, continuation: Sequence[int]) -> list[float]:
+        """Log-probability of each token of a continuation, given the prompt and those before it."""
+        both = replace(
+            prompt,
+            input_ids=torch.cat([torch.from_numpy(prompt.input_ids), torch.tensor(continuation[:-1])]).int().numpy(),
+            positions=_continued(torch.from_numpy(prompt.positions), len(continuation) - 1).int().numpy(),
+        )
+        hidden_TD = self.module.model(**self._inputs([both]), use_cache=False).last_hidden_state[0]
+        logits_TV = self.module.lm_head(hidden_TD[-len(continuation) :]).float()
+        wanted = torch.tensor(continuation, device=logits_TV.device)
+        found: list[float] = logits_TV.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
+        return found
+
+    def _tokens(self, prompts: Sequence[Sample], sampling: Sampling, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """The next token of every prompt, until all have ended; what an ended one still writes is no answer."""
+        generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in numbers]
+        ended = [False] * len(prompts)
+        with torch.inference_mode():
+            cache = DynamicCache(config=self.module.config)
+            inputs = self._inputs(prompts)
+            hidden_BTD = self.module.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            mask, positions = inputs["attention_mask"], inputs["position_ids"]
+            for step in range(sampling.max_tokens):
+                logits_BV = self.module.lm_head(hidden_BTD[:, -1]).float()
+                tokens = _choose(logits_BV, sampling.temperature, generators)
+                ended = [done or token in self.stops for done, token in zip(ended, tokens, strict=True)]
+                yield tokens
+                if all(ended) or step + 1 == sampling.max_tokens:
+                    return
+                positions = _next(positions)
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
+                hidden_BTD = self.module.model(
+                    input_ids=torch.tensor(tokens, device=self.device)[:, None], attention_mask=mask,
+                    position_ids=positions, past_key_values=cache, use_cache=True,
+                ).last_hidden_state  # fmt: skip
+
+    def _inputs(self, prompts: Sequence[Sample]) -> dict[str, Any]:
+        """Rows padded on the left, and the pixels of all of them, in the order of the rows."""
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), self.renderer.pad_id)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        positions = torch.zeros(4, len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            begin = longest - len(prompt.input_ids)
+            ids[row, begin:], mask[row, begin:] = torch.from_numpy(prompt.input_ids), 1
+            positions[:, row, begin:] = torch.from_numpy(prompt.positions)
+        padded = not bool(mask.all())
+        found: dict[str, Any] = {
+            "input_ids": ids.to(self.device),
+            "attention_mask": mask.to(self.device) if padded else None,  # none, so that no mask of T x T is built
+            "position_ids": (positions if self.spec is not None else positions[0]).to(self.device),
+        }
+        return found | self._pixels(prompts)
+
+    def _pixels(self, prompts: Sequence[Sample]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            patches = [torch.from_numpy(getattr(prompt, f"{kind}_patches")) for prompt in prompts]
+            grids = [torch.from_numpy(getattr(prompt, f"{kind}_grids")).long() for prompt in prompts]
+            if not sum(map(len, patches)):
+                continue
+            if self.spec is None:
+                raise ValueError(f"an {kind} was given, but this model has no vision tower; ask it about text")
+            joined = torch.cat(patches).to(self.device)
+            found[name] = normalise(joined, spec=self.spec, dtype=self.module.model.visual.dtype)
+            found[f"{kind}_grid_thw"] = torch.cat(grids).to(self.device)
+        return found
+
+
+def open_speaker(
+    model: str,
+    *,
+    adapter: Path | None = None,
+    data: DataConfig | None = None,
+    device: str = "cpu",
+    dtype: Dtype = "auto",
+    layout: str = "auto",
+) -> Speaker:
+    """Load a base or merged model, with an adapter on it or without; one process holds it whole."""
+    place = torch.device(device)
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device is {device}, but torch sees no GPU here; use --device cpu")
+        torch.cuda.set_device(place)
+    folder, data = model_folder(model), data or DataConfig()
+    start = open_adapter(adapter) if adapter is not None else None
+    held = torch.float32 if dtype == "float32" or (dtype == "auto" and place.type == "cpu") else torch.bfloat16
+    empty = build(folder, _options(start, held))
+    load(empty, open_base(folder, empty.expected, layout=layout), start=start)
+    has_tower = getattr(empty.module.model, "visual", None) is not None
+    renderer = Renderer(folder, image=data.image, video=data.video, chat=data.chat)
+    return Speaker(
+        empty.module, renderer=renderer, spec=read_spec(folder) if has_tower else None, stops=_stops(folder),
+        device=next(t for t in (*empty.module.parameters(), *empty.module.buffers())).device,
+    )  # fmt: skip
+
+
+def _options(adapter: AdapterFile | None, dtype: torch.dtype) -> ModelOptions:
+    """The layout that holds what the adapter changes; without one, everything is frozen."""
+    families = dict(adapter.families) if adapter is not None else {}
+    modes: dict[str, Any] = {part: "lora" if lora else "full" for part, lora in families.items()}
+    router: Lora | None = families.get("router")
+    own = RouterOptions(mode=modes.get("router", "frozen"))
+    layer = LayerOptions(
+        experts=modes.get("experts", "frozen"),
+        lora=families.get("experts"),
+        router=replace(own, r=router.r, alpha=router.alpha) if router else own,
+    )
+    dense = {part: lora for part, lora in families.items() if part not in ("experts", "router")}
+    return ModelOptions(
+        layer=layer,
+        lora={part: lora for part, lora in dense.items() if lora},
+        train=tuple(part for part, lora in dense.items() if not lora),
+        dtype=dtype,
+        attention="sdpa",
+    )
+
+
+def _stops(folder: Path) -> frozenset[int]:
+    """The tokens that end an answer, as the base's own generation settings name them."""
+    found: Any = None
+    if (folder / "generation_config.json").is_file():
+        found = load_json(folder / "generation_config.json").get("eos_token_id")
+    if found is None:
+        config = load_json(folder / "config.json")
+        found = config.get("text_config", config).get("eos_token_id")
+    if found is None:
+        raise ValueError(
+            f"{folder}: neither generation_config.json nor config.json says which token ends an answer "
+            f"(eos_token_id). Copy generation_config.json from the release the weights came from"
+        )
+    return frozenset(found if isinstance(found, list) else [found])
+
+
+def _choose(logits_BV: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> list[int]:
+    if not temperature:
+        best: list[int] = logits_BV.argmax(-1).tolist()
+        return best
+    chances_BV = (logits_BV.cpu() / temperature).softmax(-1)
+    return [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(chances_BV, generators, strict=True)]
+
+
+def _next(positions: Tensor) -> Tensor:
+    """The position behind each row: tokens count on in row 0, the rotary ones go on from the farthest of the three."""
+    if positions.ndim == 2:
+        return positions[:, -1:] + 1
+    first = positions[:1, :, -1:] + 1
+    farthest = positions[1:].amax(dim=(0, 2))[None, :, None] + 1
+    return torch.cat([first, farthest.expand(3, -1, -1)])
+
+
+def _continued(positions: Tensor, count: int) -> Tensor:
+    """Positions of a prompt with so many tokens of text behind it."""
+    more = torch.arange(1, count + 1)
+    first = positions[:1, -1:] + more
+    return torch.cat([positions, torch.cat([first, (positions[1:].max() + more).expand(3, -1)])], dim=1)

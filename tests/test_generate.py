@@ -1,0 +1,146 @@
+"""Answers of a loaded model: equal to transformers' own pipeline from the media on, alone and in a batch."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from adapter_cases import WIDE, made
+from bases import base
+from mixes import files, record
+from peft import PeftModel
+from test_data_sample import asked
+from transformers import AutoModelForImageTextToText
+
+from data.config import DataConfig, ImageConfig
+from finetune.adapter_file import write_adapter
+from finetune.basefiles import open_base
+from finetune.generate import Sampling, Speaker, open_speaker
+from finetune.tiny import TinyModel, write_tiny
+from finetune.weights import load
+
+SHORT = Sampling(max_tokens=10)
+ASKED = ["text", "image", "images in between", "range", "image and videos"]
+
+
+@cache
+def speaker() -> Speaker:
+    return open_speaker(str(base()))
+
+
+@cache
+def stock() -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32).eval()
+
+
+def prompt(name, by=None):
+    """The mix without its last answer, as a server is asked."""
+    of = record(name)
+    assert of.messages[-1].role == "assistant"
+    return (by or speaker()).renderer.build(replace(of, messages=of.messages[:-1]), *files(of), key=name, prompt=True)
+
+
+def theirs(name):
+    """transformers' inputs, from the same media."""
+    question = asked(name)
+    question["messages"] = question["messages"][:-1]
+    found = oracle.ask(oracle.conversation, folder=str(base()), prompt=True, **question)
+    return {name: torch.from_numpy(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_ids_pixels_and_greedy_text_are_transformers_own(name):
+    inputs, ours = theirs(name), prompt(name)
+    np.testing.assert_array_equal(ours.input_ids, inputs["input_ids"][0])
+    fed = speaker()._inputs([ours])
+    for key in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"):
+        assert (key in fed) == (key in inputs), key
+        assert key not in fed or torch.equal(fed[key], inputs[key].to(fed[key].dtype)), key
+    with torch.no_grad():
+        written = stock().generate(
+            **inputs, do_sample=False, max_new_tokens=10, top_k=None, top_p=None, temperature=None
+        )
+    (answer,) = speaker().answer([ours], SHORT)
+    wanted = [token for token in written[0, inputs["input_ids"].shape[1] :].tolist() if token not in speaker().stops]
+    assert list(answer.ids) == wanted
+    assert answer.text == speaker().renderer.decode(wanted) == "".join(speaker().stream(ours, SHORT))
+
+
+def test_a_batch_answers_as_each_prompt_alone():
+    prompts = [prompt(name) for name in (*ASKED, "tools")]
+    together = speaker().answer(prompts, SHORT)
+    alone = [speaker().answer([one], SHORT)[0] for one in prompts]
+    assert together == alone
+    assert len({answer.ids for answer in alone}) > 3  # they do look at their prompts
+    hot = Sampling(max_tokens=6, temperature=1.5, seed=3)
+    sampled = speaker().answer(prompts, hot)
+    assert sampled[2] == speaker().answer(prompts[2:3], hot, numbers=[2])[0]
+    assert sampled != speaker().answer(prompts, replace(hot, seed=4))
+    assert {len(answer.ids) for answer in sampled} == {6}
+
+
+def test_log_probabilities_are_those_of_a_whole_forward():
+    inputs, ours = theirs("image and videos"), prompt("image and videos")
+    continuation = [5, 300, 17, 41]
+    found = speaker().log_probabilities(ours, continuation)
+    more = {
+        "input_ids": torch.cat([inputs["input_ids"], torch.tensor([continuation])], dim=1),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, 4, dtype=torch.int64)], dim=1),
+        "attention_mask": torch.ones(1, inputs["input_ids"].shape[1] + 4, dtype=torch.int64),
+    }
+    with torch.no_grad():
+        logits = stock()(**inputs | more).logits[0, -5:-1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
+    assert found == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
+    """Dense, expert and full parts at once; the file is one that training would write."""
+    empty = made(base(), WIDE)
+    load(empty, open_base(base(), empty.expected, layout="auto"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in empty.module.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    write_adapter(empty, tmp_path / "adapter", base=str(base()))
+    ours = open_speaker(str(base()), adapter=tmp_path / "adapter")
+    plain = AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32)
+    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    inputs = theirs("image")
+    with torch.no_grad():
+        wanted = peft(**inputs).logits[0, -1].log_softmax(-1)
+    best = wanted.topk(5)
+    (found,) = [[ours.log_probabilities(prompt("image", ours), [token])[0] for token in best.indices.tolist()]]
+    assert found == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert ours.answer([prompt("image", ours)], SHORT) != speaker().answer([prompt("image")], SHORT)
+
+
+def test_image_settings_reach_the_prompt():
+    small = open_speaker(str(base()), data=DataConfig(image=ImageConfig(min_tokens=4, max_tokens=20)))
+    assert len(prompt("image", small).input_ids) < len(prompt("image").input_ids)
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="--max-tokens is 0; an answer has at least 1"):
+        Sampling(max_tokens=0)
+    with pytest.raises(ValueError, match="--temperature is -1; 0 is greedy"):
+        Sampling(temperature=-1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device is cuda:1, but torch sees no GPU here"):
+        open_speaker(str(base()), device="cuda:1")
+    ours = prompt("image")
+    blind = Speaker(
+        speaker().module, renderer=speaker().renderer, spec=None, stops=speaker().stops, device=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="an image was given, but this model has no vision tower"):
+        blind.answer([ours], SHORT)
+    write_tiny(tmp_path / "mute", TinyModel(layers=1))
+    (tmp_path / "mute" / "generation_config.json").unlink()
+    config = (tmp_path / "mute" / "config.json").read_text()
+    (tmp_path / "mute" / "config.json").write_text(config.replace('"eos_token_id"', '"no_eos"'))
+    with pytest.raises(ValueError, match="says which token ends an answer"):
+        open_speaker(str(tmp_path / "mute"))
