@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from finetune.adapter_card import FamilyLine, card
 from finetune.adapter_layout import Held, file_config, held_tensors, trained_families
+from finetune.adapter_proof import Expected, reopened
 from finetune.adapters import adapted_part
 from finetune.atomic import whole_folder, write_file
 from finetune.engine import gathered
 from finetune.model import EmptyModel
 from finetune.parts import FAMILIES
+from finetune.provenance import Provenance, versions
 from finetune.ranks import at_rank_zero, raise_together, rank_and_world
 from finetune.shapes import Shape
 from finetune.tensorfile import ITEM_SIZES, Stored, make_header, read_header, read_rows
@@ -32,8 +34,9 @@ from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
 from moe.packing import pack_lora, unpack_lora
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _FAMILIES, _TYPE = "moetune.families", "moetune.model_type"
+ORIENTATION = "moetune.orientation"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -130,24 +133,37 @@ def open_adapter(folder: Path) -> AdapterFile:
     )  # fmt: skip
 
 
-def write_adapter(empty: EmptyModel, folder: Path, *, base: str, extra: Mapping[str, str] | None = None) -> None:
+def write_adapter(
+    empty: EmptyModel,
+    folder: Path,
+    *,
+    base: str,
+    provenance: Provenance | None = None,
+    extra: Mapping[str, str] | None = None,
+    trained: bool = True,
+) -> list[str]:
     """Write what the model trains as an adapter folder, of rank 0's making; every rank must call this.
 
     One tensor is whole on the ranks at a time; experts come to rank 0 under their global ids, and the folder is not
-    finished while one is missing. `base` is what PEFT shall load it onto; `extra` goes into the metadata.
+    finished while one is missing, or before its file was opened again and checked. `base` is what PEFT shall load it
+    onto; `extra` goes into the metadata. Returns warnings, at rank 0: factors that `trained`, yet are zero.
     """
     held = list(held_tensors(empty))
     pieces = _pieces(held)
     error: Exception | None = None
+    warnings: list[str] = []
     if rank_and_world()[0] == 0:
-        texts = _metadata(empty) | {f"moetune.{key}": value for key, value in (extra or {}).items()}
         try:
-            _write_folder(folder, held, pieces, texts, _config_text(file_config(empty, base)))
+            texts = _metadata(empty) | (provenance.metadata() if provenance is not None else {})
+            texts |= {f"moetune.{key}": value for key, value in (extra or {}).items()}
+            small = {CONFIG: _config_text(file_config(empty, base)), CARD: card(base, texts, _card_lines(empty, held))}
+            warnings = _write_folder(folder, held, pieces, texts, small, trained=trained)
         except (OSError, ValueError) as found:
             error = found
     for _ in pieces:  # the other ranks' part; and rank 0's after an error, so that nobody waits for it
         pass
     raise_together(f"writing {folder}", error)
+    return warnings
 
 
 def _pieces(held: Iterable[Held]) -> Iterator[tuple[Held, int, Tensor]]:
@@ -163,12 +179,19 @@ def _write_folder(
     held: list[Held],
     pieces: Iterable[tuple[Held, int, Tensor]],
     metadata: Mapping[str, str],
-    config: bytes,
-) -> None:
+    small: Mapping[str, bytes],
+    *,
+    trained: bool,
+) -> list[str]:
     """The file has its full size before the first tensor comes: a disk too small is known at once."""
-    kinds = {tensor.file_name: (_DTYPES[tensor.parameter.dtype], tensor.shape) for tensor in held}
-    header, offsets = make_header(kinds, metadata)
-    total = len(header) + sum(math.prod(shape) * ITEM_SIZES[kind] for kind, shape in kinds.values())
+    expected = {
+        tensor.file_name: Expected(
+            dtype=_DTYPES[tensor.parameter.dtype], shape=tensor.shape, experts=tensor.experts if tensor.is_packed else 1
+        )
+        for tensor in held
+    }
+    header, offsets = make_header({name: (want.dtype, want.shape) for name, want in expected.items()}, metadata)
+    total = len(header) + sum(math.prod(want.shape) * ITEM_SIZES[want.dtype] for want in expected.values())
     left = {tensor.name: set(range(tensor.experts)) for tensor in held}
     with whole_folder(folder) as beside, (beside / WEIGHTS).open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, total)
@@ -184,7 +207,10 @@ def _write_folder(
                 f"rows {units[:8]}; nothing was written to {folder}"
             )
         os.fsync(file.fileno())
-        write_file(beside / CONFIG, config)
+        warnings = reopened(beside / WEIGHTS, expected, trained=trained)
+        for name, content in small.items():
+            write_file(beside / name, content)
+    return warnings
 
 
 def _put(handle: int, begin: int, tensor: Tensor) -> None:
@@ -221,15 +247,24 @@ def _packed(
 def _metadata(empty: EmptyModel) -> dict[str, str]:
     """How it was trained and by what; nothing of the ranks, so that any layout writes the same file."""
     families = {part: asdict(lora) if lora else {} for part, lora in trained_families(empty).items()}
-    versions = {name: version(name) for name in ("peft", "torch", "transformers")}
     return {
         "format": "pt",
         _FAMILIES: json.dumps(families),
         _TYPE: empty.model_type,
-        "moetune.orientation": "experts [out, in], lora_A expert by expert, lora_B rank by rank",
+        ORIENTATION: "experts [out, in], lora_A expert by expert, lora_B rank by rank",
         "moetune.seed": str(empty.seed),
-        "moetune.versions": json.dumps(versions),
+        "moetune.versions": versions(),
     }
+
+
+def _card_lines(empty: EmptyModel, held: Iterable[Held]) -> list[FamilyLine]:
+    sizes: dict[str, list[int]] = {}
+    for tensor in held:
+        sizes.setdefault(adapted_part(tensor.name), []).append(math.prod(tensor.shape))
+    return [
+        FamilyLine(part=part, how=_words(lora, True), tensors=len(sizes[part]), parameters=sum(sizes[part]))
+        for part, lora in trained_families(empty).items()
+    ]
 
 
 def _config_text(config: LoraConfig) -> bytes:

@@ -38,6 +38,7 @@ from finetune.gather import save
 from finetune.hubconfig import read_family
 from finetune.loss import normaliser, report, step_sums
 from finetune.model import EmptyModel, build
+from finetune.provenance import Provenance
 from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
@@ -111,7 +112,11 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
             if at + 1 == config.schedule.steps or (every and (at + 1) % every == 0):
                 state = {"data": stream.state_dict()}
                 say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
-    _write(empty, config, folder, base_folder, say)
+    origin = Provenance(
+        base=files, base_name=config.model.path, data=stream.state_dict()["identity"], config=effective(config),
+        parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
+    )  # fmt: skip
+    _write(empty, config, folder, origin, say)
 
 
 def _step(
@@ -178,13 +183,16 @@ def _settle_bad_samples(stream: DataStream, step: Step, say: Callable[[str], Non
     stream.quarantine(bad)
 
 
-def _write(empty: EmptyModel, config: RunConfig, folder: Path, base: Path, say: Callable[[str], None]) -> None:
+def _write(empty: EmptyModel, config: RunConfig, folder: Path, origin: Provenance, say: Callable[[str], None]) -> None:
     """What was learned: an adapter, or the whole model where nothing was adapted."""
     if any(row.lora is not None for row in trainable_table(empty)):
-        write_adapter(empty, folder / "adapter", base=config.model.path)
+        steps = {"step": str(config.schedule.steps)}
+        warned = write_adapter(empty, folder / "adapter", base=config.model.path, provenance=origin, extra=steps)
+        for line in warned:
+            say(f"warning: {line}")
         say(f"adapter: {folder / 'adapter'}")
     else:
-        save(empty, folder / "model", base)
+        save(empty, folder / "model", origin.base.folder)
         say(f"model: {folder / 'model'}")
 
 

@@ -1,6 +1,7 @@
 """Adapters out and in: PEFT's own file, from any layout, read by stock PEFT and by us."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from finetune.config import (
     FamilyConfig,
     RouterFamilyConfig,
 )
+from finetune.fingerprint import fingerprint
 from finetune.model import EmptyModel
+from finetune.provenance import Provenance, base_of
 from finetune.weights import load
 
 
@@ -57,9 +60,11 @@ def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> li
         empty = made(base, case["config"], ep=case["ep"], resident=case["resident"])
         options = EngineOptions(dtype="float32", lr=1e-3, eps=1e-4, micro_batches_per_step=4 // world)
         start = open_adapter(case["start"]) if "start" in case else None
-        load(empty, open_base(base, empty.expected), engine_config=engine_config(options), start=start)
+        files = open_base(base, empty.expected)
+        load(empty, files, engine_config=engine_config(options), start=start)
+        origin = Provenance(base=files, base_name=str(base), config={"run": {"seed": 3}, "parallel": {"ep": world}})
         try:
-            write_adapter(empty, out / case["name"] / "before", base=str(base))
+            warned = write_adapter(empty, out / case["name"] / "before", base=str(base), provenance=origin)
         except (RuntimeError, ValueError) as error:
             results.append({"error": f"{type(error).__name__}: {error}"})
             continue
@@ -74,7 +79,7 @@ def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> li
         write_adapter(empty, out / case["name"] / "after", base=str(base), extra={"step": "2"})
         changed = [name for name, value in frozen_sums(empty).items() if value != before[name]]
         asked = {name for name, parameter in empty.module.named_parameters() if parameter.requires_grad}
-        results.append({"first": first, "logits": logits(engine), "changed": changed})
+        results.append({"first": first, "logits": logits(engine), "changed": changed, "warned": warned})
         assert asked == set(empty.trained)
         table = trainable_table(empty)  # ZeRO and ep change nothing in it
         assert sum(row.trained for row in table) == sum(load_sizes(out / case["name"] / "after").values())
@@ -156,6 +161,29 @@ def test_one_seed_is_one_adapter_at_any_ep(trained: tuple[Path, dict[str, Any]])
         assert apart(out / "w1/after", out / name / "after") < 1e-4
     configs = {(out / name / "after/adapter_config.json").read_text() for name in ("w1", "w2", "w2-zero", "w4")}
     assert len(configs) == 1
+
+
+def test_a_file_is_opened_again_and_what_learned_nothing_is_named(trained: tuple[Path, dict[str, Any]]) -> None:
+    _, results = trained
+    first, second = (rank["warned"] for rank in results["w2"])
+    assert len(first) == 1
+    assert re.search(
+        r"^\d+ tensors learned nothing, their lora_B is still zero: .*lora_B.weight.* and \d+ more", first[0]
+    )
+    assert second == [], "only rank 0 writes"
+
+
+def test_the_file_knows_its_base_and_says_so(folders: dict[str, Path], trained: tuple[Path, dict[str, Any]]) -> None:
+    folder = trained[0] / "w2/before"
+    found = open_adapter(folder)
+    told = base_of(found.metadata)
+    assert told is not None
+    assert (told.name, told.fingerprint) == (str(folders["moe"]), fingerprint(open_base(folders["moe"])))
+    assert json.loads(found.metadata["moetune.config"]) == {"run": {"seed": 3}}
+    assert set(json.loads(found.metadata["moetune.versions"])) >= {"peft", "torch", "transformers"}
+    text = (folder / "README.md").read_text()
+    for said in (f"fingerprint `{told.fingerprint}`", "| experts | lora of r 4, scale 3 | 12 |", "moetune merge"):
+        assert said in text
 
 
 def test_everything_asked_for_changed(trained: tuple[Path, dict[str, Any]]) -> None:
