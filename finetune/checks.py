@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, lcm
 from pathlib import Path
 
 from finetune.adapter_checks import adapter_problems
@@ -26,7 +26,7 @@ class Facts:
 
 def fewest_ranks(config: RunConfig) -> int:
     """The smallest world that the recipe's layout allows."""
-    return config.parallel.ep
+    return lcm(config.parallel.ep, max(1, config.parallel.sp))
 
 
 def base_family(config: RunConfig) -> Family:
@@ -84,6 +84,7 @@ def _ranges(facts: Facts) -> list[Problem]:
         "data.packs_per_step": (config.data.packs_per_step, 1),
         "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
         "parallel.ep": (config.parallel.ep, 1),
+        "parallel.sp": (config.parallel.sp, 1),
         "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "run.seed": (config.run.seed, 0),
@@ -112,8 +113,11 @@ def _sources(facts: Facts) -> list[Problem]:
 
 def _steps_divide(facts: Facts) -> list[Problem]:
     """A micro-batch is one packed row, so the packs of a step must divide by the data ranks."""
-    packs, ranks = facts.config.data.packs_per_step, facts.ranks
-    if packs < 1 or packs % ranks == 0:
+    packs, sp = facts.config.data.packs_per_step, facts.config.parallel.sp
+    if packs < 1 or sp < 1 or facts.ranks % sp:
+        return []
+    ranks = facts.ranks // sp
+    if packs % ranks == 0:
         return []
     below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
     nearest = " or ".join(f"data.packs_per_step={n}" for n in (below, above) if n)
@@ -141,6 +145,22 @@ def _expert_ranks(facts: Facts) -> list[Problem]:
         fits = ", ".join(str(n) for n in _divisors(base.text.experts.num_experts))
         allowed = f"it must divide the {base.text.experts.num_experts} experts of {base.name}"
         problems.append(_problem("parallel.ep", ep, allowed, f"One of {fits} does"))
+    return problems
+
+
+def _sequence_ranks(facts: Facts) -> list[Problem]:
+    """A row's slices need whole groups of ranks, and each rank of a group some heads of its own."""
+    sp, base = facts.config.parallel.sp, facts.base
+    problems = []
+    if sp > 1 and facts.ranks % sp:
+        fits = ", ".join(str(n) for n in _divisors(facts.ranks))
+        allowed = f"it must divide the {facts.ranks} ranks, as each group of so many holds one row"
+        problems.append(_problem("parallel.sp", sp, allowed, f"One of {fits} does"))
+    if sp > 1 and base is not None and base.text.num_attention_heads % sp:
+        heads = base.text.num_attention_heads
+        fits = ", ".join(str(n) for n in _divisors(heads))
+        allowed = f"it must divide the {heads} attention heads of {base.name}, of which each rank takes its share"
+        problems.append(_problem("parallel.sp", sp, allowed, f"One of {fits} does"))
     return problems
 
 
@@ -210,6 +230,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _sources,
     _steps_divide,
     _expert_ranks,
+    _sequence_ranks,
     _context,
     _balance,
     _adapters,

@@ -91,9 +91,10 @@ class AdaptersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How ranks share the model."""
+    """How ranks share the model and the rows."""
 
     ep: int = 1
+    sp: int = 1  # ranks that hold slices of one packed row; with it a row may be longer than one rank can hold
     resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
     recompute: Literal["none", "layer", "selective"] = "selective"
 

@@ -29,11 +29,18 @@ def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
     count, ep = ranks or fewest_ranks(config), config.parallel.ep
     origin = "--ranks" if ranks else "the fewest this recipe allows; --ranks N for another number"
     groups = f"{count} ranks ({origin}): {count // ep} expert-parallel group(s) of {ep}"
-    return [Derived(name="data_ranks", value=count, text=groups)]
+    sp, tokens = config.parallel.sp, config.data.tokens_per_pack
+    lines = [Derived(name="data_ranks", value=count // sp, text=groups)]
+    if sp > 1:
+        each = -(-tokens // sp)
+        text = f"{count // sp} sequence group(s) of {sp}: a row of {tokens:,} tokens is {each:,} on each rank"
+        lines.append(Derived(name="tokens_per_rank", value=each, text=text))
+    return lines
 
 
 def _step(config: RunConfig, ranks: int) -> list[Derived]:
     packs, tokens = config.data.packs_per_step, config.data.tokens_per_pack
+    ranks //= config.parallel.sp
     micro = packs // ranks
     return [
         Derived(

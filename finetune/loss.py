@@ -35,6 +35,7 @@ class Losses(NamedTuple):
     """What one micro-batch lost. `objective` is this rank's sum to back-propagate; the rest is for reports."""
 
     objective: Tensor  # scalar: sum over supervised tokens of weight x normalisation factor x cross entropy
+    # of a row in slices both hold this rank's labels: their sums over the group are those of the row
     ce_S: Tensor  # sum over a sample's tokens of weight x cross entropy
     weights_S: Tensor  # sum of a sample's weights: ce_S / weights_S is its mean loss
 
@@ -63,13 +64,24 @@ def factors(weights_T: Tensor, sample_ids_T: Tensor, samples: int, how: Normalis
     return (weights_T * factors_S[owner_T]).float(), n_S[:samples].float()
 
 
-def row_losses(head: nn.Module, hidden_TD: Tensor, batch: Batch, how: Normalise) -> Losses:
-    """Return the losses of one packed row from its last hidden states; calls the head exactly once."""
+def row_losses(
+    head: nn.Module, hidden_TD: Tensor, batch: Batch, how: Normalise, *, part: slice | None = None
+) -> Losses:
+    """Return the losses of one packed row from its last hidden states; calls the head exactly once.
+
+    With `part` the hidden states are those of these tokens of the row, and the losses those of the labels that they
+    predict: the first label behind a slice is its last token's. Factors are made from the whole row's weights.
+    """
     weights_T, ids_T, owners_T = batch.loss_weights[0], batch.input_ids[0], batch.sample_ids[0]
     scaled_T, n_S = factors(weights_T, owners_T, len(batch.keys), how)
-    labels_N = scaled_T[1:].nonzero()[:, 0] + 1  # a label is predicted by the token before it
-    objective, ce_N = head(hidden_TD[labels_N - 1], ids_T[labels_N], scaled_T[labels_N])
-    ce_S = torch.zeros_like(n_S).index_add(0, owners_T[labels_N].long(), weights_T[labels_N] * ce_N)
+    first = 0 if part is None else part.start
+    predicted = slice(first + 1, None if part is None else part.stop + 1)  # a label is predicted by the token before it
+    labels_N = scaled_T[predicted].nonzero()[:, 0] + first + 1
+    objective, ce_N = head(hidden_TD[labels_N - 1 - first], ids_T[labels_N], scaled_T[labels_N])
+    owners_N = owners_T[labels_N].long()
+    ce_S = torch.zeros_like(n_S).index_add(0, owners_N, weights_T[labels_N] * ce_N)
+    if part is not None:
+        n_S = torch.zeros_like(n_S).index_add(0, owners_N, weights_T[labels_N])
     return Losses(objective=objective, ce_S=ce_S, weights_S=n_S)
 
 

@@ -17,6 +17,7 @@ from finetune.model import ModelOptions
 from finetune.ranks import barrier, rank_and_world
 from finetune.reading import rank_shares
 from finetune.resident import choose_resident
+from finetune.sequence import SequenceGroup
 from finetune.shapes import parameter_shapes
 from finetune.varlen import machine, register
 from moe.balance import Balance
@@ -56,7 +57,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         router=RouterOptions(float32=config.moe.router_float32),
         resident=resident.resident,
         dispatch=config.moe.dispatch,
-        deepep_max_tokens=config.data.tokens_per_pack,
+        deepep_max_tokens=-(-config.data.tokens_per_pack // config.parallel.sp),
         seed=config.run.seed,
     )
     options = ModelOptions(
@@ -80,7 +81,9 @@ def engine_options(config: RunConfig, micro_batches: int) -> EngineOptions:
     )
 
 
-def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balance | None:
+def make_balance(
+    config: RunConfig, base: Family, device: torch.device, sequence: SequenceGroup | None
+) -> Balance | None:
     """Balance loss and load statistics of the sparse layers; None for a dense base."""
     experts = base.text.experts
     if experts is None:
@@ -93,12 +96,13 @@ def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balan
         experts=experts.num_experts,
         top_k=experts.num_experts_per_tok,
         device=device,
+        row_group=sequence.ranks if sequence else None,
     )
 
 
-def micro_batches(data: DataConfig, world: int) -> int:
-    """Packs that each rank takes in a step; where they do not divide, some ranks get a dummy for the last."""
-    return -(-data.packs_per_step // world)
+def micro_batches(data: DataConfig, data_size: int) -> int:
+    """Packs that each data rank takes in a step; where they do not divide, some get a dummy for the last."""
+    return -(-data.packs_per_step // data_size)
 
 
 def _room(device: torch.device) -> int:

@@ -43,6 +43,8 @@ from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
 from finetune.schedule import learning_rate
+from finetune.sequence import counted_once, sequence_group
+from finetune.sequence_attention import use_sequence
 from finetune.setup import engine_options, fetch_base, make_balance, micro_batches, model_options
 from finetune.weights import load as load_weights
 from moe.balance import Balance
@@ -51,6 +53,7 @@ from moe.balance import Balance
 def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this."""
     rank, world = rank_and_world()
+    data_size = world // config.parallel.sp
     device = engine_device()
     for number in derive(config, ranks=world):
         say(number.text)
@@ -58,8 +61,12 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     # --- the base, and the model on meta
     base_folder = fetch_base(config.model.path)
     base = read_family(base_folder)
-    balance = make_balance(config, base, device)
-    empty = build(base_folder, model_options(config, base, device, say), balance=balance)
+    sequence = sequence_group(config.parallel.sp)
+    balance = make_balance(config, base, device, sequence)
+    chosen = model_options(config, base, device, say)
+    empty = build(base_folder, chosen, balance=balance)
+    if sequence is not None:
+        use_sequence(empty.module, sequence, chosen.attention)
     for line in table_lines(trainable_table(empty)):
         say(line)
 
@@ -69,17 +76,18 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
         open_corpus(config.data, renderer)
     barrier()
     corpus = open_corpus(config.data, renderer)
-    stream = open_stream(config.data, corpus, renderer, seed=config.run.seed, rank=rank, size=world)
+    data_rank = rank // config.parallel.sp
+    stream = open_stream(config.data, corpus, renderer, seed=config.run.seed, rank=data_rank, size=data_size)
     say(f"data: {stream.plan.steps} steps an epoch of {config.data.packs_per_step} packs")
 
     # --- weights to ranks, engine
-    options = engine_options(config, micro_batches(config.data, world))
+    options = engine_options(config, micro_batches(config.data, data_size))
     files = open_base(base_folder, empty.expected, layout=config.model.layout)
     start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
     loaded = load_weights(empty, files, engine_config=engine_config(options), start=start)
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
     set_recompute(empty.module, config.parallel.recompute)
-    packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
+    packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise, sequence=sequence)
     engine = initialize(packed, options)
     engine.train()
 
@@ -98,6 +106,7 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
     with (folder / "metrics.jsonl").open("a") if rank == 0 else nullcontext() as metrics:
         for at, step in enumerate(_steps(stream, config.schedule.steps - done), done):
             began = time.perf_counter()
+            step = counted_once(step, sequence)
             rate = learning_rate(at, peak=config.optim.lr, schedule=config.schedule)
             found = _step(engine, step, config, balance, rate, at, device)
             _settle_bad_samples(stream, step, say)
@@ -136,7 +145,7 @@ def _step(
             engine.step()  # only counts: the update comes with the last micro-batch
         on_device = batch.to(device)
         if balance is not None:
-            balance.start_micro_batch(on_device.sample_ids[0] >= 0)
+            balance.start_micro_batch(engine.module.valid(on_device))
         losses = engine(batch=on_device)
         backward(engine, losses.objective, total)
         objectives.append(losses.objective.detach())

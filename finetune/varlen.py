@@ -31,11 +31,11 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 def register() -> None:
     """Make `varlen` and `segments` names that transformers knows; calling it again changes nothing."""
-    ALL_ATTENTION_FUNCTIONS.register("varlen", _varlen)
-    ALL_ATTENTION_FUNCTIONS.register("segments", _segments)
+    ALL_ATTENTION_FUNCTIONS.register("varlen", varlen)
+    ALL_ATTENTION_FUNCTIONS.register("segments", segments)
 
 
-def _segments(
+def segments(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
     dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -55,14 +55,14 @@ def _segments(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _varlen(
+def varlen(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
     dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Call torch's kernel of variable lengths once for all samples; CUDA, bfloat16."""
     if cu_seq_lens_q is None or dropout:
-        return _segments(
+        return segments(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, cu_seq_lens_q=cu_seq_lens_q,
             **others,
         )  # fmt: skip

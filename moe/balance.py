@@ -7,7 +7,8 @@ An optimiser step has the mean over the layers of the mean over the micro-batche
     value = 1/L sum_l sum_m N_m / N_step * E sum_e f_e P_e        z = 1/L sum_l 1/N_step sum_t logsumexp(logits_t)^2
 
 In mode `global` a micro-batch is the m-th of every rank together, and its counts are summed over the ranks. In `micro`
-every rank's micro-batch stands alone, with the f of its own tokens; the mean over m then runs over those of all ranks.
+every rank's micro-batch stands alone, with the f of its own tokens (a row in slices: of all its slices); the mean over
+m then runs over those of all ranks.
 f has no gradient, so N_m cancels, and every valid token gets the same:
 
     d value / d p_te = E f_e / (N_step L)                          d z / d logit_te = 2 logsumexp_t p_te / (N_step L)
@@ -123,6 +124,7 @@ class Balance:
     Outside of that, and where no gradient is recorded, a call does nothing. The ranks of `group` (None: all) hold
     different tokens and must go through the same micro-batches and layers in the same order: every micro-batch and
     layer is a collective in mode `global`, every `finish_step` in all modes. Recompute must be non-reentrant.
+    The ranks of `row_group` hold slices of one row: their micro-batches are one in mode `micro` too.
     """
 
     def __init__(
@@ -136,12 +138,15 @@ class Balance:
         top_k: int,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
+        row_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.mode = mode
         self.coefficient, self.z_coefficient = coefficient, z_coefficient
         self.layers, self.experts, self.top_k = layers, experts, top_k
         self._device = device
         self._group = group
+        # whose counts are one micro-batch's; None: this rank's own
+        self._counted_over = (group or dist.group.WORLD) if mode == "global" else row_group
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
         self._step_tokens: int | None = None
         self._micro: _MicroBatch | None = None
@@ -230,8 +235,8 @@ class Balance:
                 totals.compared_L[layer] += counts_E.sum()
             micro.counts_LE[layer] = counts_E
             micro.probs_sum_LE[layer] = probs_TE.masked_fill(~valid_T[:, None], 0).sum(0)
-        if self.mode == "global" and self._world > 1:
-            work = dist.all_reduce(micro.counts_LE[layer], group=self._group, async_op=True)
+        if self.mode != "off" and self._world > 1 and self._counted_over is not None:
+            work = dist.all_reduce(micro.counts_LE[layer], group=self._counted_over, async_op=True)
             assert work is not None
             micro.under_way[layer] = work
 

@@ -1,0 +1,164 @@
+"""Rows in slices over sequence groups: losses, gradients, load and norms of whole rows, at every layout of ranks."""
+
+import functools
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from packed_rows import row
+from ranks import run_ranks
+from sequence_session import Case, Outcome, adapted_model, session
+from tiny_moe import IMAGE, VIDEO
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.sequence import SequenceGroup, divisible, own_part, own_valid, sequence_group
+from finetune.sequence_attention import NAMES, key_copies, use_sequence
+from finetune.sequence_vision import delivery, shares
+
+CASES = {
+    (2, "sp 2, ep 1"): Case(sp=2, how="sqrt"),
+    (2, "sp 2, ep 2, recompute selective"): Case(sp=2, ep=2, recompute="selective", length=10),
+    (2, "sp 2, partitioned, sdpa, recompute by layer"): Case(
+        sp=2, ep=2, resident=False, backend="sdpa", recompute="layer", balance="micro"
+    ),
+    (4, "sp 2, ep 2"): Case(sp=2, ep=2, how="sample"),
+    (4, "sp 4, ep 4, more slices than key heads"): Case(sp=4, ep=4, recompute="selective"),
+    (4, "sp 2, ep 4"): Case(sp=2, ep=4, recompute="selective", length=10),
+    (4, "sp 4, ep 2, partitioned"): Case(sp=4, ep=2, resident=False, balance="micro"),
+}
+
+
+@functools.cache
+def outcomes(world: int) -> dict[str, list[Outcome]]:
+    """One start of `world` ranks for all its cases."""
+    cases = {name: case for (size, name), case in CASES.items() if size == world}
+    results = run_ranks(session, world, list(cases.values()), timeout=300)
+    return {name: [rank[number] for rank in results] for number, name in enumerate(cases)}
+
+
+@functools.cache
+def whole(world: int, sp: int, how: str, balance: str, length: int) -> Outcome:
+    """The same steps with whole rows: as many data ranks, no sequence groups, no expert parallelism."""
+    case = Case(how=how, balance=balance, length=length)
+    return run_ranks(session, world // sp, [case], timeout=120)[0][0]
+
+
+def full_grads(ranks: list[Outcome], step: int, ep: int) -> dict[str, torch.Tensor]:
+    """One rank's gradients, the experts' of an expert-parallel group put together."""
+    names = ranks[0].grads[step]
+    return {n: torch.cat([r.grads[step][n] for r in ranks[:ep]]) if ".experts." in n else names[n] for n in names}
+
+
+SLOW = [pytest.param(*key, marks=[pytest.mark.slow] if key[0] == 4 else []) for key in CASES]
+
+
+@pytest.mark.parametrize(("world", "name"), SLOW)
+def test_slices_train_as_whole_rows_do(world: int, name: str) -> None:
+    case, ranks = CASES[world, name], outcomes(world)[name]
+    expected = whole(world, case.sp, case.how, case.balance, case.length)
+    for rank in ranks:
+        assert rank.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert rank.balance == pytest.approx(expected.balance, rel=1e-5)
+        assert rank.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert rank.counts == expected.counts
+        assert rank.ce == pytest.approx(expected.ce, rel=1e-5) if world == case.sp else rank.ce == []
+        assert rank.tower_calls == 3 * (2 // (world // case.sp)), "one call of the tower a micro-batch, on every rank"
+    for step in range(3):
+        found = full_grads(ranks, step, case.ep)
+        assert found.keys() == expected.grads[step].keys()
+        for key, grad in found.items():
+            wanted = expected.grads[step][key]
+            assert grad.shape == wanted.shape
+            assert (grad - wanted).abs().max() <= 1e-5 * wanted.abs().max(), (key, step)
+
+
+def group(size: int, rank: int = 0) -> SequenceGroup:
+    return SequenceGroup(size=size, rank=rank, ranks=None)
+
+
+def test_a_row_is_padded_until_it_divides_and_loses_nothing() -> None:
+    batch = row("i", "v", length=10)
+    tokens = batch.input_ids.shape[1]
+    for size in (1, 2, 3, 5, 7):
+        longer = divisible(batch, group(size))
+        assert longer.input_ids.shape[1] == -(-tokens // size) * size
+        assert all(longer.sample_ids[0, tokens:] == -1)
+        assert not longer.loss_weights[0, tokens:].any()
+        assert int(longer.cu_seq_lens[-1]) == longer.input_ids.shape[1]
+        assert torch.equal(longer.positions[..., :tokens], batch.positions)
+        parts = [own_part(longer, group(size, rank)) for rank in range(size)]
+        assert len({part.stop - part.start for part in parts}) == 1
+        valid = torch.cat([own_valid(batch, group(size, rank)) for rank in range(size)])
+        assert torch.equal(valid[:tokens], batch.sample_ids[0] >= 0)
+    assert divisible(batch, None) is batch
+
+
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([2, 4, 6]), st.sampled_from([2, 8])), max_size=6),
+    size=st.integers(1, 5),
+)
+def test_frames_are_shared_out_in_order_and_evenly(grids: list[tuple[int, int, int]], size: int) -> None:
+    runs = shares(grids, size)
+    frames = [(h, w) for t, h, w in grids for _ in range(t)]
+    assert [(h, w) for run in runs for t, h, w in run.grids for _ in range(t)] == frames
+    total, largest = sum(h * w for h, w in frames), max((h * w for h, w in frames), default=0)
+    assert [run.first for run in runs] == [0, *(run.last for run in runs[:-1])]
+    assert all(run.last - run.first == sum(t * h * w for t, h, w in run.grids) for run in runs)
+    assert all(run.last - run.first <= total / size + largest for run in runs)
+
+
+def test_keys_are_repeated_only_where_slices_outnumber_them() -> None:
+    assert [key_copies(kv, slices) for kv, slices in ((4, 2), (4, 4), (4, 8), (2, 4), (8, 12), (1, 3))] == [
+        1, 1, 2, 2, 3, 3
+    ]  # fmt: skip
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.sp: 2 must divide the 1 ranks"):
+        sequence_group(2)
+    model = adapted_model()
+    with pytest.raises(ValueError, match=r"parallel\.sp: 3 must divide the 4 attention heads"):
+        use_sequence(model, group(3), "segments")
+    use_sequence(model, group(2), "segments")
+    assert model.model.visual.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=r"called with whole ones: call it through PackedModel"):
+        model.model(input_ids=torch.arange(8)[None])
+    batch = row("i")
+    wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
+    with pytest.raises(ValueError, match=r"s/i: the row has 0 tokens for images and videos, their patches make 6"):
+        delivery(wrong, shares([(1, 4, 6)], 2), group(2), merge=2, image_id=IMAGE, video_id=VIDEO)
+
+
+def test_each_attention_computes_the_same_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank, as a group of one: what each makes of the borders. flash-attention's own kernel is stood in for."""
+    use_sequence(adapted_model(), group(1), "segments")
+    monkeypatch.setattr("finetune.sequence_attention.exchange", lambda x, *_: x)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=_by_hand))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 21, 8, generator=generator) for heads in (4, 2, 2))
+    cuts = torch.tensor([0, 6, 7, 21], dtype=torch.int32)
+    module = SimpleNamespace(is_causal=True)
+    found = {
+        name: ALL_ATTENTION_FUNCTIONS[NAMES[name]](
+            module, query, key, value, None, sequence=group(1), scaling=0.3, cu_seq_lens_q=cuts, max_length_q=14
+        )[0]
+        for name in ("segments", "sdpa", "flash_attention_2")
+    }
+    for name, out in found.items():
+        torch.testing.assert_close(out, found["segments"], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def _by_hand(q, k, v, cuts, _cuts, longest, _longest, *, dropout_p, softmax_scale, causal):  # type: ignore[no-untyped-def]
+    """Softmax attention by its definition, with the arguments of flash-attention's function."""
+    assert (dropout_p, causal, longest) == (0.0, True, 14)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out = torch.empty_like(q)
+    for first, last in zip(cuts.tolist(), cuts.tolist()[1:], strict=False):
+        scores = torch.einsum("qhd,khd->hqk", q[first:last], k[first:last]) * softmax_scale
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[first:last])
+    return out
