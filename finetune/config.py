@@ -161,7 +161,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where metrics go."""
+    """Where metrics go. metrics.jsonl in the run folder is written in any case."""
+
+    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; what goes wrong with it never stops a run
+    project: str = "moetune"
+    entity: str = ""  # the team; empty: the account's own
+    group: str = ""
+    tags: tuple[str, ...] = ()
+    load_every: int = 20  # steps between two records of each layer's expert load; 0: none
+    media: Literal["local", "wandb"] = "local"  # pictures out of the data stay in the run folder, or go to W&B as well
+    media_samples: int = 4  # pictures of the first step that are kept, as the model sees them
 
 
 @dataclass(frozen=True, kw_only=True)

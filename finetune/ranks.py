@@ -28,6 +28,16 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
+def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Return every rank's values, in float64, by rank; every rank must call this with as many values."""
+    mine = torch.tensor(values, dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(rank_and_world()[1])]
+    if len(everyone) == 1:
+        return [mine.tolist()]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
+
+
 def barrier() -> None:
     """Wait for every rank; every rank must call this."""
     if dist.is_initialized():

@@ -4,14 +4,12 @@ The same command starts a run and resumes it, on this number of ranks or another
 folder. What it learned is written when the last step is done.
 """
 
-import json
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from finetune.hubconfig import read_family
 from finetune.loss import normaliser, report, step_sums
 from finetune.model import EmptyModel, build
 from finetune.provenance import Provenance
+from finetune.rank_log import RankLog
 from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
@@ -46,11 +45,13 @@ from finetune.schedule import learning_rate
 from finetune.sequence import counted_once, sequence_group
 from finetune.sequence_attention import use_sequence
 from finetune.setup import engine_options, fetch_base, make_balance, micro_batches, model_options
+from finetune.track import Tracker
 from finetune.weights import load as load_weights
 from moe.balance import Balance
+from moe.load import StepLoad
 
 
-def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
+def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this."""
     rank, world = rank_and_world()
     data_size = world // config.parallel.sp
@@ -99,38 +100,35 @@ def train(config: RunConfig, folder: Path, say: Callable[[str], None]) -> None:
         stream.load_state_dict(resumed.state["data"])
         done = resumed.step
         say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
-    if rank == 0:
-        _forget_after(folder / "metrics.jsonl", done)
 
     # --- steps
-    with (folder / "metrics.jsonl").open("a") if rank == 0 else nullcontext() as metrics:
+    with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
         for at, step in enumerate(_steps(stream, config.schedule.steps - done), done):
             began = time.perf_counter()
             step = counted_once(step, sequence)
             rate = learning_rate(at, peak=config.optim.lr, schedule=config.schedule)
-            found = _step(engine, step, config, balance, rate, at, device)
+            if at == 0:
+                tracker.look(at, step.batches, packed.spec)
+            found, load = _step(engine, step, config, balance, rate, at, device)
             _settle_bad_samples(stream, step, say)
-            found = {"step": at, "epoch": step.epoch, **found, "lr": rate, "seconds_data": step.wait_seconds}
-            found["seconds"] = time.perf_counter() - began + step.wait_seconds
-            found["tokens_per_second"] = found["tokens"] / found["seconds"]
-            if metrics is not None:
-                metrics.write(json.dumps(found) + "\n")
-                metrics.flush()
-            say(_line(found))
+            seconds = time.perf_counter() - began + step.wait_seconds
+            tracker.step(at, step, {**found, "lr": rate}, load=load, seconds=seconds)
             every = config.checkpoint.every_steps
             if at + 1 == config.schedule.steps or (every and (at + 1) % every == 0):
                 state = {"data": stream.state_dict()}
                 say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
-    origin = Provenance(
-        base=files, base_name=config.model.path, data=stream.state_dict()["identity"], config=effective(config),
-        parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
-    )  # fmt: skip
-    _write(empty, config, folder, origin, say)
+        origin = Provenance(
+            base=files, base_name=config.model.path, data=stream.state_dict()["identity"], config=effective(config),
+            parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
+        )  # fmt: skip
+        _write(empty, config, folder, origin, say)
+        if (folder / "adapter").exists():
+            tracker.adapter(config.schedule.steps, folder / "adapter", aliases=["last"])
 
 
 def _step(
     engine: Any, step: Step, config: RunConfig, balance: Balance | None, rate: float, number: int, device: torch.device
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], StepLoad | None]:
     """One update; every rank must call this with its share of the same step."""
     sums = step_sums(step.sums, device)
     total = normaliser(sums, config.loss.normalise)
@@ -149,15 +147,15 @@ def _step(
         losses = engine(batch=on_device)
         backward(engine, losses.objective, total)
         objectives.append(losses.objective.detach())
-    found = dict(report(objectives, total, balance.finish_step() if balance is not None else None))
+    load = balance.finish_step() if balance is not None else None
+    found = dict(report(objectives, total, load))
     if not all(isfinite(value) for value in found.values()):
         raise RuntimeError(f"step {number}: the loss is not finite ({found}); the weights are those of the step before")
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     engine.step()
     require_step_applied(engine, number)
-    norm = float(engine.get_global_grad_norm())
-    return {"tokens": tokens, "tokens_supervised": sums.tokens, **found, "grad_norm": norm}
+    return {**found, "grad_norm": float(engine.get_global_grad_norm())}, load
 
 
 def _steps(stream: DataStream, wanted: int) -> Iterator[Step]:
@@ -175,13 +173,6 @@ def _steps(stream: DataStream, wanted: int) -> Iterator[Step]:
                 "data.packs_per_step lower, or data.remainder=keep"
             )
         stream.next_epoch()
-
-
-def _forget_after(metrics: Path, steps: int) -> None:
-    """Drop lines of steps that an earlier start took after its last checkpoint: they are taken again."""
-    if metrics.exists():
-        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] < steps]
-        metrics.write_text("".join(f"{line}\n" for line in kept))
 
 
 def _settle_bad_samples(stream: DataStream, step: Step, say: Callable[[str], None]) -> None:
@@ -205,15 +196,6 @@ def _write(empty: EmptyModel, config: RunConfig, folder: Path, origin: Provenanc
         say(f"model: {folder / 'model'}")
 
 
-def _line(found: dict[str, Any]) -> str:
-    """One step for people."""
-    balance = f", balance {found['loss_balance']:.4f}" if found.get("loss_balance") else ""
-    return (
-        f"step {found['step']}: loss {found['loss']:.4f}{balance}, norm {found['grad_norm']:.3g}, "
-        f"lr {found['lr']:.2e}, {found['tokens']:,} tokens in {found['seconds']:.2f} s"
-    )
-
-
 def main(argv: Sequence[str]) -> int:
     """Run one rank: CONFIG [key=value ...], in the environment that torchrun or deepspeed made."""
     words = [word for word in argv if not word.startswith("--local_rank")]  # the deepspeed launcher puts it first
@@ -231,7 +213,9 @@ def main(argv: Sequence[str]) -> int:
         if rank == 0:
             _make_run_folder(folder, config)
         start_distributed()
-        train(config, folder, (lambda text: print(text, flush=True)) if rank == 0 else (lambda text: None))
+        log = RankLog(folder / "logs", rank)
+        log.take_streams()
+        train(config, folder, log)
     except ValueError as error:
         print(f"moetune train, rank {rank_and_world()[0]}: {error}", file=sys.stderr, flush=True)
         return 2

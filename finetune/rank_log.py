@@ -1,0 +1,60 @@
+"""One rank's log, runs/<name>/logs/rank-0007.log: what it said, its stages, and whatever it writes to its streams.
+
+On the terminal stands rank 0 alone: the standard streams of all others go into their logs.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+
+def print_line(text: str) -> None:
+    """Print at once, not when a buffer is full."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+class RankLog:
+    """Call it to say something: it goes into the log, and from rank 0 to the terminal as well."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.rank, self.folder = rank, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank-{rank:04d}.log"
+        self.show: Callable[[str], None] = print_line
+        self.terminal = sys.stderr
+        self._lock = threading.Lock()  # the watch and W&B speak from threads of their own
+        self._file = self.path.open("a", buffering=1)
+
+    def __call__(self, text: str) -> None:
+        """Say it."""
+        self.note(text)
+        if self.rank == 0:
+            self.show(text)
+
+    def note(self, text: str) -> None:
+        """Write into the log alone."""
+        with self._lock:
+            self._file.write(f"{datetime.now().isoformat(timespec='milliseconds')} {text}\n")
+
+    def shout(self, text: str) -> None:
+        """Write into the log and to the terminal, from any rank."""
+        self.note(text)
+        self.terminal.write(text + "\n")
+        self.terminal.flush()
+
+    def close(self) -> None:
+        """Nothing is said after this."""
+        self._file.close()
+
+    def take_streams(self) -> None:
+        """Send what this process, and the libraries in it, write to its streams into the log; not on rank 0."""
+        if self.rank == 0:
+            return
+        self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
+        sys.stdout.flush()
+        for number in (1, 2):
+            os.dup2(self._file.fileno(), number)

@@ -1,0 +1,152 @@
+"""Following a run: metrics.jsonl always, W&B where asked, a bar or lines for people; written by global rank 0.
+
+Every rank has a Tracker, because the figures are over all ranks: `step` is the one exchange at the end of a step, and
+carries the wish to stop as well. Files of the run folder, one JSON object a line: `metrics.jsonl` a step,
+`evaluations.jsonl` an evaluation, `expert_load.jsonl` tokens of each expert of each layer, `predictions.jsonl`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data.batch import Batch, Step
+from data.vision import VisionSpec
+from finetune.config import RunConfig
+from finetune.families import Family
+from finetune.flops import FlopMeter, peak_flops, trainings
+from finetune.metrics import Device, figures, gather_shares, load_figures, share_of
+from finetune.pictures import pictures
+from finetune.progress import Follower
+from finetune.rank_log import RankLog, print_line
+from finetune.ranks import rank_and_world
+from finetune.recipes import effective
+from finetune.wandb_link import WandbLink
+from moe.load import StepLoad
+
+
+class Tracker:
+    """What is told of one start of a run, from its step `done` on; use it as a context, so that it ends in any case."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, *, base: Family, device: torch.device, log: RankLog, done: int
+    ) -> None:
+        rank, world = rank_and_world()
+        self._config, self._folder, self._device, self._log = config, folder, device, log
+        self._meter = FlopMeter(base, trainings(config.adapters), recompute=config.parallel.recompute)
+        peak, reason = _peak(config, device)
+        self._ranks = Device(world=world, peak_flops=peak)
+        self._writes = rank == 0
+        self._moe_layers = list(base.moe_layers) if base.text.experts is not None else []
+        self._preempted = False
+        self._link: WandbLink | None = None
+        if not self._writes:
+            return
+        if peak is None:
+            log(f"mfu: null in metrics.jsonl, {reason}")
+        _forget(folder / "metrics.jsonl", done)
+        _forget(folder / "expert_load.jsonl", done)
+        _forget(folder / "evaluations.jsonl", done + 1)  # these are numbered by the steps that are done
+        _forget(folder / "predictions.jsonl", done + 1)
+        if config.track.wandb != "off":
+            self._link = WandbLink(
+                config.track, folder, name=config.run.name, settings=effective(config) | {"ranks": world},
+                done=done, warn=log,
+            )  # fmt: skip
+        self._follower = Follower(log, done=done, steps=config.schedule.steps)
+        log.show = self._follower.print
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writes:
+            self._follower.close()
+            self._log.show = print_line
+            if self._link is not None:
+                self._link.close(code=0 if kind is None and not self._preempted else 1, preempted=self._preempted)
+
+    def step(
+        self, at: int, step: Step, found: Mapping[str, Any], *, load: StepLoad | None, seconds: float, stop: int = 0
+    ) -> int:
+        """Bring one step together, write and show it; every rank must call this, with the step as the stream gave it.
+
+        `found` is the same on all ranks. Returns the signal that any rank got, on every rank alike; 0 for none.
+        """
+        shares = gather_shares(share_of(step, seconds=seconds, stop=stop), self._device)
+        if self._writes:
+            values = {"step": at, "epoch": step.epoch}
+            values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **found}
+            self._write("metrics", values)
+            self._log.note(self._follower.step(values))
+            every = self._config.track.load_every
+            if load is not None and every and at % every == 0:
+                self._write("expert_load", {"step": at, "layers": self._moe_layers, "counts": load.counts})
+        return max(share.stop for share in shares)
+
+    def evaluation(self, found: Mapping[str, Any]) -> None:
+        """Write what an evaluation found: names with numbers, and as `step` how many steps were done."""
+        if self._writes:
+            self._write("evaluations", found)
+
+    def predictions(self, steps: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the model answers after so many steps: rows of texts and numbers with the same names."""
+        if self._writes and rows:
+            self._write("predictions", {"step": steps, "rows": [dict(row) for row in rows]})
+
+    def adapter(self, steps: int, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Hand a finished adapter folder to W&B, under aliases like `last` and `best`."""
+        if self._link is not None:
+            self._link.send("adapter", {"step": steps, "folder": str(folder.absolute()), "aliases": list(aliases)})
+
+    def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None) -> None:
+        """Keep the first pictures of some rows as the model sees them, in the run folder's media/."""
+        wanted = self._config.track.media_samples
+        if not self._writes or spec is None or not wanted:
+            return
+        place = self._folder / "media"
+        kept: list[tuple[str, str]] = []
+        place.mkdir(exist_ok=True)
+        for batch in batches:
+            keys = ", ".join(batch.keys)
+            for pixels in islice(pictures(batch, spec), wanted - len(kept)):
+                file = place / f"step-{at:06d}-{len(kept)}.png"
+                Image.fromarray(pixels).save(file)
+                kept.append((str(file.absolute()), keys))
+        if self._link is not None and self._config.track.media == "wandb" and kept:
+            self._link.send("pictures", {"step": at, "files": kept})
+
+    def preempted(self) -> None:
+        """Say that this start ends before the run does."""
+        self._preempted = True
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        with (self._folder / f"{kind}.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._link is not None:
+            self._link.send(kind, values)
+
+
+def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
+    """What one device can do at most, or why that is not known."""
+    if device.type != "cuda":
+        return None, "as the peak of a CPU is not known"
+    if config.model.dtype != "bfloat16":
+        return None, f"as the peaks that are known are of bfloat16, and model.dtype={config.model.dtype}"
+    name = torch.cuda.get_device_name(device)
+    return peak_flops(name), f"as the peak of {name!r} is not known"
+
+
+def _forget(path: Path, steps: int) -> None:
+    """Drop lines of steps that an earlier start took after its last checkpoint, and one that it was killed in."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line.rstrip("\n") for line in whole if json.loads(line)["step"] < steps]
+        path.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,185 @@
+"""The trainer's end of Weights & Biases: messages go to a process of its own, and nothing ever waits for it.
+
+Whatever goes wrong is one warning, and the run goes on: metrics.jsonl has everything. A run that cannot be opened
+online is recorded offline, to be uploaded later with `wandb sync`.
+"""
+
+import json
+import os
+import queue
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from finetune.config import TrackConfig
+
+START_S = 12.0
+"""So long the client may take to open a run, online or offline."""
+FINISH_S = 12.0
+"""So long the end of a run waits for the rest to be written or uploaded."""
+WAITING = 10_000
+"""Messages that may wait for a slow client; one that is further behind is given up."""
+
+
+def run_id(folder: Path) -> str:
+    """Return the run's id at W&B, the same at every start: it is kept in the run folder."""
+    path = folder / "wandb" / "run-id"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
+
+
+class WandbLink:
+    """One run's way to W&B, from global rank 0. Only `close` takes time, and never more than FINISH_S and a little."""
+
+    def __init__(
+        self, config: TrackConfig, folder: Path, *, name: str, settings: Mapping[str, Any], done: int,
+        warn: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._config, self._folder, self._warn = config, folder, warn
+        self._start = {
+            "folder": str(folder.absolute()), "name": name, "project": config.project, "entity": config.entity,
+            "group": config.group, "tags": list(config.tags), "config": settings, "done": done,
+            "timeout": START_S - 2,
+        }  # fmt: skip
+        self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue(WAITING)
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+        self._over = False
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="wandb")
+        self._thread.start()
+
+    def send(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Hand over a message, which is on its way or dropped; never waits."""
+        if self._over:
+            return
+        try:
+            self._messages.put_nowait({"kind": kind, "values": values})
+        except queue.Full:
+            self._give_up(f"it is {WAITING:,} messages behind")
+
+    def close(self, *, code: int, preempted: bool = False) -> None:
+        """Let it finish, within bounds."""
+        if not self._over:
+            self.send("finish", {"code": code, "preempted": preempted})
+            self._thread.join(FINISH_S)
+            if self._thread.is_alive():
+                self._give_up(f"it did not finish within {FINISH_S:g} s; `wandb sync` uploads what is left")
+        self._kill()
+        self._thread.join(1.5)  # it closes its end
+
+    def _serve(self) -> None:
+        """The thread: opens the run, then hands over message by message, waiting as long as it takes."""
+        reason = self._open(self._config.wandb)
+        if reason and self._config.wandb == "online" and not self._over:
+            offline = self._open("offline")
+            if not offline:
+                self._say(
+                    f"no run online ({reason}); recorded offline, upload it with: wandb sync {self._folder}/wandb"
+                )
+            reason = offline and f"{reason}; and offline: {offline}"
+        if reason:
+            self._give_up(reason)
+            return
+        process = self._process
+        assert process is not None
+        try:
+            self._hand_over(process)
+        except OSError:
+            self._give_up("its process died" + self._log_tail())
+        finally:
+            self._kill()
+            _close(process)
+
+    def _hand_over(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        while not self._over:
+            try:
+                message = self._messages.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+            if message["kind"] == "finish":
+                if "finished" not in _answer(process.stdout, FINISH_S):
+                    self._give_up("its process ended before all was written" + self._log_tail())
+                return
+
+    def _open(self, mode: str) -> str:
+        """Start the process and open a run; returns why it failed, or nothing."""
+        if find_spec("wandb") is None:
+            return "it is not installed: pip install 'moetune[wandb]'"
+        try:
+            start = {**self._start, "mode": mode, "id": run_id(self._folder)}
+            with self._log_path().open("a") as log:
+                process = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("wandb_writer.py"))], stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                    env=os.environ | {"PYTHONSAFEPATH": "1"},
+                )  # fmt: skip
+            self._process = process
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(start) + "\n")
+            process.stdin.flush()
+            began = time.monotonic()
+            answer = _answer(process.stdout, START_S)
+        except OSError as error:
+            return str(error)
+        if "run" in answer:
+            return ""
+        late = time.monotonic() - began >= START_S
+        self._kill()
+        _close(process)
+        return f"no answer within {START_S:g} s" if late else "it could not start" + self._log_tail()
+
+    def _give_up(self, reason: str) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+        self._kill()
+        self._say(f"{reason}. The run goes on without it; metrics.jsonl has everything")
+
+    def _say(self, text: str) -> None:
+        self._warn(f"warning: W&B: {text}")
+
+    def _kill(self) -> None:
+        """End the process and its own helper."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def _log_path(self) -> Path:
+        return self._folder / "logs" / "wandb.log"
+
+    def _log_tail(self) -> str:
+        lines = self._log_path().read_text(errors="replace").split("\n") if self._log_path().exists() else []
+        said = [line.strip() for line in lines if line.strip()]
+        return f": {said[-1][:300]}" if said else ""
+
+
+def _close(process: "subprocess.Popen[str]") -> None:
+    """Close our ends of a process that is over."""
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()
+
+
+def _answer(stream: IO[str], seconds: float) -> str:
+    """Return the next line of a process, or nothing when there is none in time."""
+    ready, _, _ = select.select([stream], [], [], seconds)
+    return stream.readline() if ready else ""

@@ -1,0 +1,216 @@
+"""What is told of a run: figures by hand, files, pictures, the bar, and W&B going wrong in every way."""
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb_file
+from rich.console import Console
+
+from data.vision import VisionSpec, image_patches
+from finetune.config import TrackConfig
+from finetune.families import family
+from finetune.flops import FlopMeter, Training, Work
+from finetune.metrics import Device, Share, figures, gather_shares
+from finetune.pictures import unpatch
+from finetune.progress import Follower, duration
+from finetune.rank_log import RankLog
+from finetune.wandb_link import FINISH_S, START_S, WandbLink
+from finetune.wandb_writer import heatmap
+
+SHOWN = {"loss": 2.5, "grad_norm": 1.0, "lr": 1e-4, "tokens_nonpad": 900, "seconds": 2.0, "tokens_per_second": 450.0}
+
+
+def test_figures_are_sums_over_ranks_and_the_slowest_rank() -> None:
+    work = Work(tokens=1000, supervised=300, squares=400_000)
+    shares = [
+        Share(work=work, row_tokens=1024, images=3, seconds=2.0, seconds_data=0.5, memory_gb=7.0),
+        Share(work=work + Work(tokens=200), row_tokens=1280, video_seconds=4.5, seconds=4.0, memory_gb=9.0, stop=15),
+    ]
+    assert gather_shares(shares[0], torch.device("cpu")) == [shares[0]]
+    meter = FlopMeter(family("qwen3-vl-30b-a3b"), {"attention": Training(mode="lora", r=8)})
+    found = figures(shares, meter, Device(world=2, peak_flops=1e15))
+    assert {name: found[name] for name in ("tokens", "tokens_nonpad", "tokens_supervised", "images")} == {
+        "tokens": 2304, "tokens_nonpad": 2200, "tokens_supervised": 600, "images": 3,
+    }  # fmt: skip
+    assert (found["seconds"], found["seconds_data"], found["memory_gb"]) == (4.0, 0.5, 9.0)
+    assert (found["tokens_per_second"], found["video_seconds"]) == (550.0, 4.5)
+    rate = meter.model(Work(tokens=2200, supervised=600, squares=800_000)) / 4.0 / 2
+    assert found["tflops_model"] == pytest.approx(rate / 1e12)
+    assert found["mfu"] == pytest.approx(rate / 1e15)
+    assert figures(shares, meter, Device(world=2, peak_flops=None))["mfu"] is None
+
+
+@pytest.mark.parametrize("temporal", [1, 2])
+def test_patches_become_the_picture_again(temporal: int) -> None:
+    spec = VisionSpec(patch=4, merge=2)
+    picture = torch.randint(0, 256, (16, 24, 3), dtype=torch.uint8)
+    patches = image_patches(picture, grid=(1, 4, 6), spec=spec)
+    if temporal == 2:  # a video's row: the second frame lies behind the first, channel by channel
+        patches = torch.stack([patches.view(-1, 3, 16), torch.zeros(24, 3, 16, dtype=torch.uint8)], 2).reshape(24, -1)
+    assert np.array_equal(unpatch(patches, grid=(1, 4, 6), spec=spec), picture.numpy())
+
+
+def test_the_heatmap_is_white_blue_red() -> None:
+    drawn = np.asarray(heatmap([[0, 10, 20, 10], [5, 5, 5, 5]]))
+    assert drawn.shape == (12, 16, 3)
+    assert drawn[0, 0].tolist() == [255, 255, 255]
+    assert drawn[0, 4].tolist() == drawn[6, 0].tolist() == [33, 102, 172]
+    assert drawn[0, 8].tolist() == [178, 24, 43]
+
+
+def test_a_terminal_gets_a_bar_and_everything_else_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    follower = Follower(said.append, done=0, steps=10, console=Console(file=io.StringIO()))
+    for at, seconds in enumerate((90.0, 2.0, 2.0)):
+        follower.step({**SHOWN, "step": at, "seconds": seconds, "mfu": 0.25})
+    follower.close()
+    assert said[2].startswith("step 2: loss 2.5000, norm 1, ")
+    assert said[2].endswith("450 useful tokens/s, MFU 25.0%, 0:00:14 left")  # the slow first step is forgotten
+    assert duration(3725.4) == "1:02:05"
+
+    screen, lines = io.StringIO(), list[str]()
+    terminal = Console(file=screen, force_terminal=True, width=120, color_system=None)
+    follower = Follower(lines.append, done=0, steps=10, console=terminal)
+    follower.step({**SHOWN, "step": 4, "mfu": 0.25})
+    follower.print("checkpoint: here [not markup]")
+    follower.close()
+    assert not lines
+    for text in ("5/10", "loss 2.5000", "450 tokens/s", "MFU 25.0%", "0:00:10 left", "checkpoint: here [not markup]"):
+        assert text in screen.getvalue()
+    follower.print("after")
+    assert capsys.readouterr().out == "after\n"
+
+
+def test_a_rank_log_has_what_was_said_and_rank_0_says_it_aloud(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (0, 7):
+        log = RankLog(tmp_path, rank)
+        log(f"from {rank}")
+        log.close()
+    assert capsys.readouterr().out == "from 0\n"
+    assert (tmp_path / "rank-0007.log").read_text().endswith(" from 7\n")
+
+
+# --- W&B --------------------------------------------------------------------------------------------------------------
+
+
+def _run_folder(folder: Path) -> Path:
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _link(folder: Path, said: list[str], mode: Any = "offline", done: int = 0) -> WandbLink:
+    settings = {"optim": {"lr": 0.5}}
+    config = TrackConfig(wandb=mode, project="ours", tags=("a",))
+    return WandbLink(config, folder, name="mine", settings=settings, done=done, warn=said.append)
+
+
+def _step(folder: Path, link: WandbLink, at: int) -> None:
+    values = {"step": at, "loss": 3.0 - at, "mfu": None}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(values) + "\n")
+    link.send("metrics", values)
+
+
+def _offline_runs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*"))
+
+
+def test_an_offline_run_is_one_folder_also_when_it_is_resumed(tmp_path: Path) -> None:
+    folder, said = _run_folder(tmp_path / "runs" / "mine"), list[str]()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "file").write_text("x")
+    link = _link(folder, said)
+    for at in range(2):
+        _step(folder, link, at)
+    link.close(code=1, preempted=True)
+    (first,) = _offline_runs(folder)
+
+    time.sleep(1.1)  # the client names a folder by the second
+    link = _link(folder, said, done=2)
+    _step(folder, link, 2)
+    link.send("expert_load", {"step": 2, "layers": [0, 1], "counts": [[1, 2], [3, 0]]})
+    link.send("evaluations", {"step": 3, "general/loss": 0.5})
+    link.send("predictions", {"step": 3, "rows": [{"key": "k", "answer": "red"}]})
+    link.send("adapter", {"step": 3, "folder": str(tmp_path / "adapter"), "aliases": ["last", "best"]})
+    link.close(code=0)
+    assert not said, said
+    (second,) = _offline_runs(folder)
+    assert first != second
+    assert (folder / "wandb" / "run-id").read_text() == first.name.split("-")[-1] == second.name.split("-")[-1]
+
+    rows = wandb_file.history(second)
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert [row["expert_load._type"] for row in rows if "expert_load._type" in row] == ["image-file"]
+    assert [row["eval/general/loss"] for row in rows if "eval/general/loss" in row] == [0.5]
+    assert [row["predictions.nrows"] for row in rows if "predictions.nrows" in row] == [1]
+    kept = {record.WhichOneof("record_type"): record for record in wandb_file.records(second)}
+    assert kept["run"].run.project == "ours"
+    assert json.loads(next(u.value_json for u in kept["run"].run.config.update if u.key == "optim")) == {"lr": 0.5}
+    adapters = [r.artifact for r in wandb_file.records(second) if r.WhichOneof("record_type") == "artifact"]
+    (adapter,) = [artifact for artifact in adapters if artifact.type == "model"]
+    assert {"last", "best"} <= set(adapter.aliases)
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+    folder, said = _run_folder(tmp_path), list[str]()
+    (folder / "wandb").write_text("a file where the client wants its folder")
+    link = _link(folder, said)
+    _step(folder, link, 0)
+    link.close(code=0)
+    _step(folder, link, 1)
+    assert len(said) == 1
+    assert said[0].startswith("warning: W&B: ")
+    assert "The run goes on without it; metrics.jsonl has everything" in said[0]
+
+
+def test_a_client_that_dies_midway_is_one_warning(tmp_path: Path) -> None:
+    folder, said = _run_folder(tmp_path), list[str]()
+    link = _link(folder, said)
+    _step(folder, link, 0)
+    deadline = time.monotonic() + START_S
+    while not link._messages.empty() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (process,) = [int(pid.name) for pid in Path("/proc").iterdir() if pid.name.isdigit() and _is_writer(pid)]
+    os.kill(process, signal.SIGKILL)
+    for at in range(1, 4):
+        _step(folder, link, at)
+    began = time.monotonic()
+    link.close(code=0)
+    assert time.monotonic() - began < FINISH_S
+    assert len(said) == 1
+    assert "W&B: its process" in said[0]
+
+
+def _is_writer(process: Path) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return parent == os.getpid() and any(word.endswith(b"wandb_writer.py") for word in words)
+
+
+def test_a_broken_key_records_offline_and_says_how_to_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "broken")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    folder, said = _run_folder(tmp_path), list[str]()
+    link = _link(folder, said, mode="online")
+    _step(folder, link, 0)
+    began = time.monotonic()
+    link.close(code=0)
+    assert time.monotonic() - began < START_S + FINISH_S
+    assert len(said) == 1, said
+    assert said[0].startswith("warning: W&B: no run online (")
+    assert f"wandb sync {folder}/wandb" in said[0]
+    (run,) = _offline_runs(folder)
+    assert [row["loss"] for row in wandb_file.history(run) if "loss" in row] == [3.0]

@@ -1,0 +1,46 @@
+"""Reads what an offline W&B run recorded: its file is a LevelDB log of protocol buffers, after 7 bytes of its own."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK = 32768
+
+
+def _payloads(data: bytes) -> list[bytes]:
+    whole, part, at = [], b"", 7
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:  # the end of a block too short for a header
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            whole.append(part)
+            part = b""
+    return whole
+
+
+def records(folder: Path) -> list[Any]:
+    """All records of an offline run's folder."""
+    (file,) = folder.glob("*.wandb")
+    found = []
+    for payload in _payloads(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        found.append(record)
+    return found
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, one entry a call."""
+    rows = [record.history for record in records(folder) if record.WhichOneof("record_type") == "history"]
+    return [
+        {".".join([item.key, *item.nested_key]).strip("."): json.loads(item.value_json) for item in row.item}
+        for row in rows
+    ]
