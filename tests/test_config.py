@@ -88,7 +88,7 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("data.sources.general=x", "data.sources.general", r"a section is wanted here, with the keys: path, weight"),
         ("data=5", "data", r"a section is wanted here, with the keys: packs_per_step"),
         ("dat.packs_per_step=4", "dat", r"no such key.*Did you mean `data`"),
-        ("track.wandb=true", "track.wandb", r"no such key. Remove it: track has no keys yet"),
+        ("objective.kind=sft", "objective.kind", r"no such key. Remove it: objective has no keys yet"),
         ("base=tiny-cpu", "base", r"no such key"),
         ("optim.lr", "optim.lr", r"an override reads section.key=value"),
         ("optim..lr=3", "optim..lr=3", r"an override reads section.key=value"),
