@@ -217,9 +217,11 @@ def video_patches(
     """
     pairs, rows, columns = grid
     p, m, t = spec.patch, spec.merge, spec.temporal
-    clip = torch.empty(pairs * t, 3, rows * p, columns * p, dtype=torch.uint8)
+    patches = torch.empty(pairs, rows // m, columns // m, m, m, t, p, p * 3, dtype=torch.uint8)
+    by_frame = patches.permute(0, 5, 1, 3, 6, 2, 4, 7)
     for at, frame in enumerate(frames):
-        clip[at] = resize(frame.permute(2, 0, 1).unsqueeze(0), rows * p, columns * p)[0]
-    clip[count:] = clip[count - 1]
-    blocks = clip.view(pairs, t, 3, rows // m, m, p, columns // m, m, p)
-    return blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(pairs * rows * columns, 3 * t * p * p)
+        resized = resize(frame, rows * p, columns * p)
+        by_frame[at // t, at % t] = resized.reshape(rows // m, m, p, columns // m, m, p * 3)
+    for at in range(count, pairs * t):
+        by_frame[at // t, at % t] = by_frame[(count - 1) // t, (count - 1) % t]
+    return patches.view(pairs * rows * columns, 3 * t * p * p)

@@ -46,11 +46,11 @@ def marked_text(sample: Sample, base: Path, *, before: str = "⟦", after: str =
 
 
 def unpatch(patches: np.ndarray[Any, Any], grid: Sequence[int], spec: VisionSpec, frames: int) -> np.ndarray[Any, Any]:
-    """uint8 [grid t * frames, H, W, 3] from patch rows: undoes the order of merge blocks."""
+    """uint8 [grid t * frames, H, W, 3] from patches: undoes the order of merge blocks."""
     t, rows, columns = (int(n) for n in grid)
     m, p = spec.merge, spec.patch
-    blocks = patches.reshape(t, rows // m, columns // m, m, m, 3, frames, p, p)
-    whole = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    blocks = patches.reshape(t, rows // m, columns // m, m, m, frames, p, p, 3)
+    whole = blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7, 8)
     found: np.ndarray[Any, Any] = whole.reshape(t * frames, rows * p, columns * p, 3)
     return found
 
