@@ -20,6 +20,7 @@ from data.sample import Renderer
 from finetune.tiny import TinyModel, write_tiny
 
 SAMPLES = 4000
+PLACES = 12  # positions at each end of an epoch: a step's own contents differ more than resuming could
 CONSTANT = Target(of="value", rule="at most", floor=1.5, goal=1.1)
 
 
@@ -29,39 +30,44 @@ def run() -> Iterator[Figure]:
         folder = Path(name)
         write_tiny(folder / "base", TinyModel())
         renderer = Renderer(folder / "base", image=ImageConfig(max_tokens=64), video=VideoConfig(), chat=ChatConfig())
-        shards = build_shards(write_rows(folder, SAMPLES, pictures=0), folder / "shards", BuildOptions(name="x")).shards
-        sources = {"x": SourceConfig(path=str(folder / "shards"))}
-        config = DataConfig(packs_per_step=4, tokens_per_pack=2048, balance_steps=0, workers=0, sources=sources)
-        corpus = open_corpus(config, renderer)
-        states = list(_states(config, corpus, renderer))
-        early, late = states[1], states[-2]
-        resume = partial(_first_step, config, corpus, renderer)
-        consumed = SAMPLES * late["step"] // len(states)
-        shown: dict[str, object] = {
-            "samples": SAMPLES,
-            "consumed before": consumed,
-            "workers": 0,
-            "samples are": "text",
-        }
-        against = race(
-            Side(name="ours", run=partial(resume, late)),
-            Side(name="webdataset, reading up to there", run=partial(_read_up_to, shards, consumed)),
-            same=partial(_same_twice, late, resume),
-            rounds=5,
-        )
-        yield against.figure(metric="resume late in an epoch", config=shown)
-        first, last = take_turns(
-            [Side(name="early", run=partial(resume, early)), Side(name="late", run=partial(resume, late))], rounds=9
-        )
-        yield Figure(
-            metric="late over early",
-            value=min(last) / min(first),
-            unit="",
-            n=len(last),
-            spread={"ours": spread(last)},
-            config=shown,
-            target=CONSTANT,
-        )
+        for pictures in (0, 20):
+            here = folder / f"with {pictures}"
+            here.mkdir()
+            yield from _measure(here, renderer, pictures)
+
+
+def _measure(folder: Path, renderer: Renderer, pictures: int) -> Iterator[Figure]:
+    rows = write_rows(folder, SAMPLES, pictures=pictures)
+    shards = build_shards(rows, folder / "shards", BuildOptions(name="x")).shards
+    sources = {"x": SourceConfig(path=str(folder / "shards"))}
+    config = DataConfig(packs_per_step=2, tokens_per_pack=2048, workers=0, sources=sources)
+    corpus = open_corpus(config, renderer)
+    states = list(_states(config, corpus, renderer))
+    resume = partial(_first_steps, config, corpus, renderer)
+    consumed = SAMPLES * states[-1]["step"] // len(states)
+    samples_are = "text, half of them with a photo" if pictures else "text"
+    shown: dict[str, object] = {"samples": SAMPLES, "consumed before": consumed, "workers": 0, "are": samples_are}
+    against = race(
+        Side(name="ours", run=partial(resume, states[-1:])),
+        Side(name="webdataset, reading up to there", run=partial(_read_up_to, shards, consumed)),
+        same=partial(_same_twice, states[-1:], resume),
+        rounds=5,
+    )
+    yield against.figure(metric=f"resume late in an epoch, {samples_are}", config=shown)
+    ends = [
+        Side(name="early", run=partial(resume, states[:PLACES])),
+        Side(name="late", run=partial(resume, states[-PLACES:])),
+    ]
+    first, last = take_turns(ends, rounds=9)
+    yield Figure(
+        metric=f"late over early, {samples_are}",
+        value=min(last) / min(first),
+        unit="",
+        n=len(last),
+        spread={"ours": spread(last)},
+        config={**shown, "positions": PLACES},
+        target=CONSTANT,
+    )
 
 
 def _states(config: DataConfig, corpus: Corpus, renderer: Renderer) -> Iterator[dict[str, Any]]:
@@ -72,11 +78,17 @@ def _states(config: DataConfig, corpus: Corpus, renderer: Renderer) -> Iterator[
         yield stream.state_dict()
 
 
-def _first_step(config: DataConfig, corpus: Corpus, renderer: Renderer, state: dict[str, Any]) -> tuple[str, ...]:
-    stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
-    stream.load_state_dict(state)
-    step = next(iter(stream))
-    return tuple(key for batch in step.batches for key in batch.keys)
+def _first_steps(
+    config: DataConfig, corpus: Corpus, renderer: Renderer, states: list[dict[str, Any]]
+) -> list[tuple[str, ...]]:
+    """Resume at each of these positions, and read one step there."""
+    found = []
+    for state in states:
+        stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
+        stream.load_state_dict(state)
+        step = next(iter(stream))
+        found.append(tuple(key for batch in step.batches for key in batch.keys))
+    return found
 
 
 def _read_up_to(shards: tuple[Path, ...], consumed: int) -> str:
@@ -84,8 +96,8 @@ def _read_up_to(shards: tuple[Path, ...], consumed: int) -> str:
     return str(next(islice(samples, consumed, None))["__key__"])
 
 
-def _same_twice(late: dict[str, Any], resume: Any, ours: tuple[str, ...], theirs: str) -> None:
-    if not ours or resume(late) != ours:
+def _same_twice(late: list[dict[str, Any]], resume: Any, ours: list[tuple[str, ...]], theirs: str) -> None:
+    if not ours[0] or resume(late) != ours:
         raise OutputsDiffer("resuming twice at one place gives two different steps")
     if not theirs:
         raise OutputsDiffer("webdataset found no sample there")
