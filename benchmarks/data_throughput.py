@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from benchmarks.data_workers import two_workers_beside_one
 from benchmarks.figure import Figure, Target
 from benchmarks.machine import ROOT
 from benchmarks.measure import OutputsDiffer, Side, race
@@ -45,7 +46,7 @@ TARGETS = {
 
 
 def run() -> Iterator[Figure]:
-    """Yield the time of one pass over a shard of images and one of videos."""
+    """Yield the time of one pass over a shard of images and one of videos; then how two workers scale."""
     if not (ORACLE / "torchvision").is_dir():
         raise OutputsDiffer(
             f"the peer needs torchvision in {ORACLE}: pip install --no-deps --target {ORACLE} torchvision"
@@ -69,6 +70,7 @@ def run() -> Iterator[Figure]:
                 )
             config = {"samples": len(IMAGES) if kind == "images" else CLIPS, "threads": 1, "image_tokens": IMAGE_TOKENS}
             yield measured.figure(metric=f"{kind} beside {backend}", config=config, target=target)
+        yield from two_workers_beside_one(renderer, _write_images(folder / "many" / "images.tar", IMAGES * 12))
 
 
 def _ours(renderer: Renderer, shard: Path) -> Iterator[Sample]:
@@ -126,9 +128,10 @@ def _record(mark: str, media: str, member: str) -> bytes:
     return json.dumps({"v": 1, "messages": turns, media: [member]}).encode()
 
 
-def _write_images(shard: Path) -> Path:
+def _write_images(shard: Path, sizes: Sequence[tuple[int, int]] = IMAGES) -> Path:
+    shard.parent.mkdir(exist_ok=True)
     with TarWriter(shard) as writer:
-        for number, (height, width) in enumerate(IMAGES):
+        for number, (height, width) in enumerate(sizes):
             picture = Image.fromarray(_pattern(height, width, number)).filter(ImageFilter.GaussianBlur(2))
             file = io.BytesIO()
             picture.save(file, "JPEG", quality=90)
