@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.corpus import Corpus
 from data.lengths import Measure, load_lengths
 from data.reader import SampleReader
 
@@ -57,6 +58,24 @@ def histogram(name: str, unit: str, values: np.ndarray[Any, Any], first: float) 
         p99=high,
         largest=largest,
     )
+
+
+def corpus_lines(corpus: Corpus, *, patches_per_token: int) -> list[str]:
+    """What a run is about to read, source by source: where limits on images and videos put their tokens."""
+    lines = []
+    for units in corpus.sources:
+        tokens = histogram("", "tokens", units.tokens, 64)
+        lines.append(
+            f"source {units.name}: {len(units):,} samples, {tokens.total:,.0f} tokens (median {tokens.median:,.0f}, "
+            f"99 % below {tokens.p99:,.0f}, longest {tokens.largest:,.0f})"
+        )
+        seeing = units.patches[units.patches > 0] // patches_per_token
+        if len(seeing):
+            found = histogram("", "tokens", seeing, 64)
+            bins = zip(found.edges, found.edges[1:], found.counts, strict=False)
+            shown = ", ".join(f"{low:,.0f} to {high:,.0f}: {count:,}" for low, high, count in bins if count)
+            lines.append(f"  vision tokens of its {len(seeing):,} samples with images or videos: {shown}")
+    return lines
 
 
 def shard_stats(shards: Sequence[Path], measure: Measure, *, context: int, cache_dir: Path | None = None) -> Stats:

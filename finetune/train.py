@@ -18,8 +18,9 @@ import torch
 from omegaconf import OmegaConf
 
 from data.batch import Step
-from data.open import open_corpus, open_stream
+from data.open import PATCHES_PER_TOKEN, open_corpus, open_stream
 from data.sample import Renderer
+from data.stats import corpus_lines
 from data.stream import DataStream
 from data.vision import read_spec
 from finetune.adapter_file import open_adapter, write_adapter
@@ -79,6 +80,8 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     corpus = open_corpus(config.data, renderer)
     data_rank = rank // config.parallel.sp
     stream = open_stream(config.data, corpus, renderer, seed=config.run.seed, rank=data_rank, size=data_size)
+    for line in corpus_lines(corpus, patches_per_token=PATCHES_PER_TOKEN):
+        say(line)
     say(f"data: {stream.plan.steps} steps an epoch of {config.data.packs_per_step} packs")
 
     # --- weights to ranks, engine

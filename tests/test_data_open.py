@@ -17,6 +17,7 @@ from data.lengths import load_lengths
 from data.open import open_corpus, open_stream, plan_settings
 from data.reader import SampleReader
 from data.record import parse_record
+from data.stats import corpus_lines
 from data.tar import TarWriter
 from data.turns import cut_record, split_turns
 
@@ -51,6 +52,19 @@ def test_shards_and_rows_open_alike(tmp_path):
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     from_shards = keys_of(config_of(folder, remainder="keep"))
     assert from_shards == from_rows
+
+
+def test_a_corpus_says_where_its_vision_tokens_lie(tmp_path):
+    write_shards(tmp_path / "x", 40)
+    corpus = open_corpus(config_of(tmp_path / "x"), renderer())
+    whole, vision = corpus_lines(corpus, patches_per_token=4)
+    (units,) = corpus.sources
+    assert whole.startswith(f"source a: 40 samples, {int(units.tokens.sum()):,} tokens (median ")
+    seeing = units.patches[units.patches > 0] // 4
+    assert vision.startswith(f"  vision tokens of its {len(seeing)} samples with images or videos: ")
+    below = int((seeing < 64).sum())
+    assert f" 0 to 64: {below}" in vision
+    assert f" 64 to 128: {int(((seeing >= 64) & (seeing < 128)).sum())}" in vision or (seeing < 64).all()
 
 
 def test_shards_are_found_by_file_folder_pattern_and_braces(tmp_path):
