@@ -18,6 +18,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from finetune.adapter_card import FamilyLine, card
+from finetune.adapter_forms import ORIENTATION
 from finetune.adapter_layout import Held, file_config, held_tensors, trained_families
 from finetune.adapter_proof import Expected, reopened
 from finetune.adapters import adapted_part
@@ -36,7 +37,6 @@ from moe.packing import pack_lora, unpack_lora
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _FAMILIES, _TYPE = "moetune.families", "moetune.model_type"
-ORIENTATION = "moetune.orientation"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 

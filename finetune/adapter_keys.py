@@ -1,0 +1,110 @@
+"""The names and settings of adapter files, ours and other tools': what a key changes, by how much. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moe.names import PEFT_PREFIX
+
+_FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.default)?\.weight$")
+_SINGLE = re.compile(r"^(?P<stem>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)$")
+_PARTS: Mapping[str, Part] = {
+    "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
+}  # fmt: skip
+_NOT_LOW_RANK = ("lora_magnitude_vector", "lora_embedding_", "lora_bias", "lora_A.bias", "lora_B.bias", "lora_E")
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
+_OTHER_FORMS = (
+    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
+    "trainable_token_indices",
+)  # fmt: skip
+
+Part = Literal["gate", "up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One factor: the module that PEFT says it belongs to, and for experts one by one which expert and part."""
+
+    module: str
+    factor: Literal["A", "B"]
+    stem: str = ""
+    expert: int = -1
+    part: Part | None = None
+
+    @property
+    def is_inner(self) -> bool:
+        """PEFT wraps gate_up_proj first: its factors lie inside the wrapper of down_proj."""
+        return self.module.endswith(".mlp.experts.base_layer")
+
+    @property
+    def is_outer(self) -> bool:
+        """Here down_proj's factors lie, or those of the only adapted stack, whichever it is."""
+        return self.module.endswith(".mlp.experts")
+
+
+def parse_key(name: str, where: Path) -> Key | str:
+    """Return what a tensor of an adapter file is: a factor, or the canonical name of a tensor that is kept in full."""
+    bare = name.removeprefix(PEFT_PREFIX)
+    found = _FACTOR.match(bare)
+    if found is None:
+        if any(word in bare for word in _NOT_LOW_RANK) or ".lora_" in bare:
+            raise ValueError(
+                f"{where}: {name} is no plain low-rank factor (DoRA, embeddings and biases of LoRA are not read here). "
+                f"Merge that adapter with the tool that made it"
+            )
+        return re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", bare)
+    factor: Literal["A", "B"] = "A" if found["factor"] == "A" else "B"
+    single = _SINGLE.match(found["module"])
+    if single is None:
+        return Key(module=found["module"], factor=factor)
+    part = _PARTS[single["part"]]
+    return Key(module=found["module"], factor=factor, stem=single["stem"], expert=int(single["expert"]), part=part)
+
+
+def check_config(config: Mapping[str, Any], where: Path) -> None:
+    """Raise unless the config describes plain LoRA on the base as it is."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(f"{where}: peft_type is {kind}; only LORA is read")
+    used = [key for key in _OTHER_FORMS if config.get(key)]
+    if used:
+        raise ValueError(f"{where}: {used[0]} is {config[used[0]]!r}; only plain LoRA, B times A, is read")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise ValueError(
+            f"{where}: init_lora_weights is {start!r}, which changed the base's own weights when training began; the "
+            f"adapter does not fit the base as it was published. Convert it first (PEFT: path_initial_model_for_weight_"
+            f"conversion)"
+        )
+
+
+def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
+    """Return the rank and scale that PEFT gives a module, or a parameter, of this full path."""
+    r = int(_by_pattern(config.get("rank_pattern") or {}, key, config["r"]))
+    alpha = float(_by_pattern(config.get("alpha_pattern") or {}, key, config["lora_alpha"]))
+    return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def only_stack(config: Mapping[str, Any]) -> str | None:
+    """Return gate_up_proj or down_proj where a config's target_parameters name one of the two only."""
+    named = config.get("target_parameters") or []
+    found = {stack for stack in ("gate_up_proj", "down_proj") if any(str(name).endswith(stack) for name in named)}
+    return found.pop() if len(found) == 1 else None
+
+
+def turns_parameters(config: Mapping[str, Any]) -> bool | None:
+    """Whether a PEFT of this version takes [E, out, in] for what it is, as 0.19.1 and newer do; None if not said."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    return None if found is None else tuple(map(int, found.groups())) >= (0, 19, 1)
+
+
+def _by_pattern(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return default
