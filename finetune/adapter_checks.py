@@ -53,7 +53,13 @@ def _absent(asked: dict[str, str], base: Family) -> list[Problem]:
 
 def _numbers(name: str, family: Any) -> list[Problem]:
     """Ranges; and numbers that were set where nothing reads them."""
-    values = {key: value for key, value in asdict(family).items() if key != "mode"}
+    values = {key: value for key, value in asdict(family).items() if key not in ("mode", "lr")}
+    if family.lr and not (isfinite(family.lr) and family.lr > 0):
+        allowed = "a finite number above 0 is wanted, or 0 for optim.lr"
+        return [_problem(f"adapters.{name}.lr", family.lr, allowed, "Set it to one")]
+    if family.lr and family.mode == "frozen":
+        remedy = f"Set adapters.{name}.mode to lora or full, or leave it out"
+        return [_problem(f"adapters.{name}.lr", family.lr, "the family is frozen", remedy, warning=True)]
     if family.mode != "lora":
         unlike = [key for key, value in values.items() if value != getattr(type(family), key)]
         allowed = f"it counts in mode lora only, and adapters.{name}.mode is {family.mode}"

@@ -64,7 +64,7 @@ def settle(config: AdaptersConfig, options: "ModelOptions") -> "ModelOptions":
 
 
 def _lora(family: Any) -> Lora:
-    return Lora(**{key: value for key, value in asdict(family).items() if key != "mode"})
+    return Lora(**{key: value for key, value in asdict(family).items() if key not in ("mode", "lr")})
 
 
 def lora_targets(expected: Iterable[tuple[str, Shape]], part: str) -> list[str]:

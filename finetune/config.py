@@ -36,6 +36,7 @@ class FamilyConfig:
     """Parameters that have no low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
 
     mode: Mode = "frozen"
+    lr: float = 0.0  # 0: optim.lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class RouterFamilyConfig:
     """The routers' score matrices."""
 
     mode: Mode = "frozen"
+    lr: float = 0.0  # 0: optim.lr
     r: int = 8
     alpha: float = 16.0
 
@@ -52,6 +54,7 @@ class DenseFamilyConfig:
     """Matrices that every token passes through. The low-rank part is scaled by alpha / r, with rslora by its root."""
 
     mode: Mode = "frozen"
+    lr: float = 0.0  # 0: optim.lr
     r: int = 16
     alpha: float = 32.0
     rslora: bool = False
@@ -63,6 +66,7 @@ class ExpertFamilyConfig:
     """The experts; r is that of each expert."""
 
     mode: Mode = "frozen"
+    lr: float = 0.0  # 0: optim.lr
     r: int = 8  # each expert sees a part of the tokens only, so it gets less than attention does
     alpha: float = 16.0
     rslora: bool = False
@@ -124,13 +128,33 @@ class ScheduleConfig:
 
     steps: int = 1000
     warmup_steps: int = 0
-    shape: Literal["constant", "linear", "cosine"] = "cosine"
-    final_share: float = 0.0  # of optim.lr, where linear and cosine end
+    # wsd: warm up, stay, and come down in a straight line over the last decay_steps
+    shape: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    decay_steps: int = 0  # of wsd
+    final_share: float = 0.0  # of the rate, where linear, cosine and wsd end
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageDataConfig:
+    """What a stage reads otherwise than `data:` says; what is left out stays."""
+
+    packs_per_step: int | None = None
+    tokens_per_pack: int | None = None
+    vision_tokens_per_pack: int | None = None
+    mixture: Literal["natural", "tokens", "samples"] | None = None
+    overlong: Literal["error", "skip", "split-turns"] | None = None
+    weights: dict[str, float] = field(default_factory=dict)  # of some of data.sources, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What changes at a given step: `stages.<name>`."""
+    """What changes at a given step: `stages.<name>`. Every stage builds on the rest of the configuration."""
+
+    from_step: int = 0
+    train: list[str] = field(default_factory=list)  # families of `adapters:` that train in it; empty: all that may
+    lr: float = 0.0  # instead of optim.lr, and families with a rate of their own keep their ratio to it; 0: the same
+    warmup_steps: int = 0  # of this stage, on top of the schedule
+    data: StageDataConfig = field(default_factory=StageDataConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

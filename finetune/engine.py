@@ -6,7 +6,7 @@ nothing divides by the accumulation count, so N_step alone decides. A gradient i
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -55,6 +55,15 @@ class EngineOptions:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that share a learning rate, and the numbers of the stages in which they train."""
+
+    parameters: Sequence[nn.Parameter]
+    lr: float
+    stages: frozenset[int] = frozenset((0,))
+
+
 def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: int = 0) -> dict[str, Any]:
     """Return the DeepSpeed dict; `largest_layer` and `trained` are the partitioned and trained elements of a rank."""
     ahead = (
@@ -86,9 +95,10 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
     return _merged(ours, options.extra)
 
 
-def initialize(module: nn.Module, options: EngineOptions) -> Any:
+def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group] | None = None) -> Any:
     """Start the engine on `module` and return it; every rank must call this with the same parameters.
 
+    `groups` hold every parameter that trains, each once; None: all of them at options.lr.
     The ranks compare names, shapes and dtypes first: a difference is a ValueError on all of them, not a hang.
     """
     _check(module, options)
@@ -100,9 +110,10 @@ def initialize(module: nn.Module, options: EngineOptions) -> Any:
         options, largest_layer=_largest_layer(module), trained=sum(getattr(p, "ds_numel", p.numel()) for p in trained)
     )
     # torch's fused AdamW, on the float32 masters: one kernel a group on CPU and CUDA, nothing compiled at start
-    optimizer = torch.optim.AdamW(
-        _decay_groups(trained, options.weight_decay), lr=options.lr, betas=options.betas, eps=options.eps, fused=True
-    )
+    groups = [Group(parameters=trained, lr=options.lr)] if groups is None else groups
+    assert {id(p) for group in groups for p in group.parameters} == {id(p) for p in trained}
+    made = [made for group in groups for made in _decay_groups(group, options.weight_decay)]
+    optimizer = torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     return engine
 
@@ -161,13 +172,14 @@ def _largest_layer(module: nn.Module) -> int:
     return max(sizes, default=0)
 
 
-def _decay_groups(trained: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _decay_groups(group: Group, weight_decay: float) -> list[dict[str, Any]]:
     """Split so that vectors (norms, biases) are never decayed."""
-    ndim = [len(getattr(p, "ds_shape", p.shape)) for p in trained]
-    matrices = [p for p, n in zip(trained, ndim, strict=True) if n > 1]
-    vectors = [p for p, n in zip(trained, ndim, strict=True) if n <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    ndim = [len(getattr(p, "ds_shape", p.shape)) for p in group.parameters]
+    matrices = [p for p, n in zip(group.parameters, ndim, strict=True) if n > 1]
+    vectors = [p for p, n in zip(group.parameters, ndim, strict=True) if n <= 1]
+    common = {"lr": group.lr, "peak": group.lr, "stages": group.stages}
+    split = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [common | part for part in split if part["params"]]
 
 
 def _has(config: Mapping[str, Any], dotted: str) -> bool:

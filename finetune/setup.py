@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from data.config import DataConfig
 from finetune.adapters import settle
 from finetune.attention import choose_attention
 from finetune.config import RunConfig
@@ -19,6 +18,7 @@ from finetune.reading import rank_shares
 from finetune.resident import choose_resident
 from finetune.sequence import SequenceGroup
 from finetune.shapes import parameter_shapes
+from finetune.stages import longest_pack, run_stages
 from finetune.varlen import machine, register
 from moe.balance import Balance
 from moe.parallel import LayerOptions
@@ -43,9 +43,8 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
     """What is built, trained and kept where."""
     dtype = DTYPES[config.model.dtype]
     register()
-    attention = choose_attention(
-        config.model.attention, tokens=config.data.tokens_per_pack, machine=machine(device, dtype)
-    )
+    longest = longest_pack(run_stages(config))
+    attention = choose_attention(config.model.attention, tokens=longest, machine=machine(device, dtype))
     say(f"attention: {attention.reason}")
     shares = rank_shares(
         parameter_shapes(base), world_size=rank_and_world()[1], ep_size=config.parallel.ep, itemsize=dtype.itemsize,
@@ -57,7 +56,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         router=RouterOptions(float32=config.moe.router_float32),
         resident=resident.resident,
         dispatch=config.moe.dispatch,
-        deepep_max_tokens=-(-config.data.tokens_per_pack // config.parallel.sp),
+        deepep_max_tokens=-(-longest // config.parallel.sp),
         seed=config.run.seed,
     )
     options = ModelOptions(
@@ -66,11 +65,10 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
     return settle(config.adapters, options)
 
 
-def engine_options(config: RunConfig, micro_batches: int) -> EngineOptions:
-    """What decides a step."""
+def engine_options(config: RunConfig) -> EngineOptions:
+    """What decides a step; of how many micro-batches it is, the loop says itself, as stages and last steps differ."""
     optim = config.optim
     return EngineOptions(
-        micro_batches_per_step=micro_batches,
         clip_norm=optim.clip_norm,
         dtype=config.model.dtype,
         lr=optim.lr,
@@ -98,11 +96,6 @@ def make_balance(
         device=device,
         row_group=sequence.ranks if sequence else None,
     )
-
-
-def micro_batches(data: DataConfig, data_size: int) -> int:
-    """Packs that each data rank takes in a step; where they do not divide, some get a dummy for the last."""
-    return -(-data.packs_per_step // data_size)
 
 
 def _room(device: torch.device) -> int:

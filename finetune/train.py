@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.batch import Step
-from data.open import PATCHES_PER_TOKEN, open_corpus, open_stream
 from data.sample import Renderer
-from data.stats import corpus_lines
-from data.stream import DataStream
 from data.vision import read_spec
 from finetune.adapter_file import open_adapter, write_adapter
 from finetune.adapters import table_lines, trainable_table
@@ -34,18 +31,20 @@ from finetune.derive import derive
 from finetune.engine import backward, engine_config, engine_device, initialize, require_step_applied, start_distributed
 from finetune.forward import PackedModel
 from finetune.gather import save
+from finetune.groups import enter, set_rates, trained_groups
 from finetune.hubconfig import read_family
 from finetune.loss import normaliser, report, step_sums
 from finetune.model import EmptyModel, build
 from finetune.provenance import Provenance
 from finetune.rank_log import RankLog
-from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
+from finetune.ranks import rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
-from finetune.schedule import learning_rate
-from finetune.sequence import counted_once, sequence_group
+from finetune.sequence import sequence_group
 from finetune.sequence_attention import use_sequence
-from finetune.setup import engine_options, fetch_base, make_balance, micro_batches, model_options
+from finetune.setup import engine_options, fetch_base, make_balance, model_options
+from finetune.stages import run_stages, stage_of
+from finetune.steps import RunData
 from finetune.track import Tracker
 from finetune.weights import load as load_weights
 from moe.balance import Balance
@@ -54,11 +53,9 @@ from moe.load import StepLoad
 
 def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this."""
-    rank, world = rank_and_world()
-    data_size = world // config.parallel.sp
     device = engine_device()
-    for number in derive(config, ranks=world):
-        say(number.text)
+    stages = run_stages(config)
+    say("\n".join(number.text for number in derive(config, ranks=rank_and_world()[1])))
 
     # --- the base, and the model on meta
     base_folder = fetch_base(config.model.path)
@@ -69,30 +66,22 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     empty = build(base_folder, chosen, balance=balance)
     if sequence is not None:
         use_sequence(empty.module, sequence, chosen.attention)
-    for line in table_lines(trainable_table(empty)):
-        say(line)
+    say("\n".join(table_lines(trainable_table(empty))))
 
-    # --- the data: rank 0 indexes and converts what is new, the others then find it done
+    # --- the data of every stage
     renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
-    if rank == 0:
-        open_corpus(config.data, renderer)
-    barrier()
-    corpus = open_corpus(config.data, renderer)
-    data_rank = rank // config.parallel.sp
-    stream = open_stream(config.data, corpus, renderer, seed=config.run.seed, rank=data_rank, size=data_size)
-    for line in corpus_lines(corpus, patches_per_token=PATCHES_PER_TOKEN):
-        say(line)
-    say(f"data: {stream.plan.steps} steps an epoch of {config.data.packs_per_step} packs")
+    data = RunData(stages, renderer, seed=config.run.seed, sequence=sequence)
+    say("\n".join(data.lines()))
 
     # --- weights to ranks, engine
-    options = engine_options(config, micro_batches(config.data, data_size))
+    options = engine_options(config)
     files = open_base(base_folder, empty.expected, layout=config.model.layout)
     start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
     loaded = load_weights(empty, files, engine_config=engine_config(options), start=start)
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
     set_recompute(empty.module, config.parallel.recompute)
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise, sequence=sequence)
-    engine = initialize(packed, options)
+    engine = initialize(packed, options, trained_groups(empty, config, stages))
     engine.train()
 
     # --- where an earlier start of this run left off
@@ -100,28 +89,31 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     found_path, done = starting_point(folder / "checkpoints", config.checkpoint.resume), 0
     if found_path is not None:
         resumed = checkpoints.restore(found_path, config=effective(config))
-        stream.load_state_dict(resumed.state["data"])
         done = resumed.step
+        data.load_state_dict(resumed.state["data"], done=done)
         say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
 
     # --- steps
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
-        for at, step in enumerate(_steps(stream, config.schedule.steps - done), done):
+        for at in range(done, config.schedule.steps):
+            stage = stage_of(stages, at)
+            if at in (done, stage.first):
+                say(enter(engine, stage, at=at))
+            step = data.take(at)
             began = time.perf_counter()
-            step = counted_once(step, sequence)
-            rate = learning_rate(at, peak=config.optim.lr, schedule=config.schedule)
             if at == 0:
                 tracker.look(at, step.batches, packed.spec)
-            found, load = _step(engine, step, config, balance, rate, at, device)
-            _settle_bad_samples(stream, step, say)
+            rates = set_rates(engine, at, stage, config)
+            found, load = _step(engine, step, config, balance, at, device)
+            data.settle_bad_samples(step, say)
             seconds = time.perf_counter() - began + step.wait_seconds
-            tracker.step(at, step, {**found, "lr": rate}, load=load, seconds=seconds)
+            tracker.step(at, step, {**found, **rates}, load=load, seconds=seconds)
             every = config.checkpoint.every_steps
             if at + 1 == config.schedule.steps or (every and (at + 1) % every == 0):
-                state = {"data": stream.state_dict()}
+                state = {"data": data.state_dict()}
                 say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
         origin = Provenance(
-            base=files, base_name=config.model.path, data=stream.state_dict()["identity"], config=effective(config),
+            base=files, base_name=config.model.path, data=data.state_dict()["identity"], config=effective(config),
             parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
         )  # fmt: skip
         _write(empty, config, folder, origin, say)
@@ -130,7 +122,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
 
 
 def _step(
-    engine: Any, step: Step, config: RunConfig, balance: Balance | None, rate: float, number: int, device: torch.device
+    engine: Any, step: Step, config: RunConfig, balance: Balance | None, number: int, device: torch.device
 ) -> tuple[dict[str, float], StepLoad | None]:
     """One update; every rank must call this with its share of the same step."""
     sums = step_sums(step.sums, device)
@@ -142,8 +134,7 @@ def _step(
         balance.start_step(tokens)
     objectives: list[torch.Tensor] = []
     for batch in step.batches:
-        if objectives:
-            engine.step()  # only counts: the update comes with the last micro-batch
+        engine.set_gradient_accumulation_boundary(len(objectives) == len(step.batches) - 1)
         on_device = batch.to(device)
         if balance is not None:
             balance.start_micro_batch(engine.module.valid(on_device))
@@ -154,36 +145,9 @@ def _step(
     found = dict(report(objectives, total, load))
     if not all(isfinite(value) for value in found.values()):
         raise RuntimeError(f"step {number}: the loss is not finite ({found}); the weights are those of the step before")
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
     engine.step()
     require_step_applied(engine, number)
     return {**found, "grad_norm": float(engine.get_global_grad_norm())}, load
-
-
-def _steps(stream: DataStream, wanted: int) -> Iterator[Step]:
-    """So many steps, over as many epochs as they take."""
-    done = 0
-    while done < wanted:
-        for step in stream:
-            yield step
-            done += 1
-            if done == wanted:
-                return
-        if not stream.plan.steps:
-            raise ValueError(
-                "data: an epoch has not one step: fewer packs than data.packs_per_step. Give more data, set "
-                "data.packs_per_step lower, or data.remainder=keep"
-            )
-        stream.next_epoch()
-
-
-def _settle_bad_samples(stream: DataStream, step: Step, say: Callable[[str], None]) -> None:
-    """Tell every rank what any rank could not read; it is left out from the next epoch on."""
-    bad = gather_lists(list(step.bad))
-    for item in bad:
-        say(f"left out: {item}")
-    stream.quarantine(bad)
 
 
 def _write(empty: EmptyModel, config: RunConfig, folder: Path, origin: Provenance, say: Callable[[str], None]) -> None:

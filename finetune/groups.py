@@ -1,0 +1,60 @@
+"""The optimiser's groups: what has one learning rate and trains in the same stages; and from stage to stage.
+
+All that may ever train has its masters and moments from the start. A stage pauses what it does not train: its
+parameters ask for no gradient, so that none is computed, and its groups' rate is 0, which leaves every bit as it is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from finetune.adapters import adapted_part
+from finetune.config import RunConfig
+from finetune.engine import Group
+from finetune.model import EmptyModel
+from finetune.parts import FAMILIES
+from finetune.schedule import learning_rate
+from finetune.stages import Stage
+
+
+def trained_groups(empty: EmptyModel, config: RunConfig, stages: Sequence[Stage]) -> list[Group]:
+    """Sort the parameters that train by learning rate and by the stages they train in; as few groups as that takes."""
+    families = {part: family for family, part in FAMILIES.items()}
+    found: dict[tuple[float, frozenset[int]], list[nn.Parameter]] = {}
+    for name in empty.trained:
+        family = families[adapted_part(empty.canonical(name))]
+        rate = getattr(config.adapters, family).lr or config.optim.lr
+        when = frozenset(stage.number for stage in stages if family in stage.train)
+        found.setdefault((rate, when), []).append(empty.module.get_parameter(name))
+    return [Group(parameters=tuple(these), lr=rate, stages=when) for (rate, when), these in found.items()]
+
+
+def enter(engine: Any, stage: Stage, *, at: int) -> str:
+    """Let train what the stage trains, and nothing else; every rank must call this before step `at` of the stage.
+
+    At its first step, what did not train in the stage before starts without moments. Returns what to say of it.
+    """
+    for group, parameters, flat in _groups(engine):
+        trains = stage.number in group["stages"]
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
+        if at == stage.first and trains and stage.number - 1 not in group["stages"]:
+            for moment in engine.optimizer.optimizer.state[flat].values():
+                moment.zero_()
+    return f"from step {at}{f', stage {stage.name}' if stage.name else ''}: {', '.join(sorted(stage.train))} train"
+
+
+def set_rates(engine: Any, step: int, stage: Stage, config: RunConfig) -> Mapping[str, float]:
+    """Give every group the rate of this step, 0 where the stage pauses it; returns that of `optim.lr` as `lr`."""
+    for group in engine.optimizer.param_groups:
+        rate = learning_rate(step, peak=group["peak"], schedule=config.schedule, stage=stage)
+        group["lr"] = rate if stage.number in group["stages"] else 0.0
+    return {"lr": learning_rate(step, peak=config.optim.lr, schedule=config.schedule, stage=stage)}
+
+
+def _groups(engine: Any) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Any]]:
+    """The optimiser's groups, with their parameters, and the flat tensor that ZeRO-3 made of this rank's slices."""
+    zero = engine.optimizer
+    for number, (parameters, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
+        yield zero.param_groups[zero.sub_group_to_group_id[number]], parameters, flat

@@ -1,0 +1,77 @@
+"""What trains on what, from which step on: the run cut at `stages:`. A pure function of the configuration, no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.config import DataConfig
+from finetune.config import RunConfig, StageConfig
+from finetune.parts import FAMILIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of the run. Nothing here depends on how far the run is, so that any step can be resumed."""
+
+    name: str
+    number: int
+    first: int
+    end: int
+    train: frozenset[str]
+    """Families of `adapters:` that train."""
+    rate: float
+    """Every learning rate of the configuration is multiplied by it."""
+    warmup_steps: int
+    data: DataConfig
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return self.end - self.first
+
+
+def run_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages in their order, from step 0 to the last; a run without `stages:` is one without a name."""
+    named = sorted(config.stages.items(), key=lambda item: item[1].from_step)
+    if not named or named[0][1].from_step > 0:
+        named.insert(0, ("", StageConfig()))
+    ends = [stage.from_step for _, stage in named[1:]] + [config.schedule.steps]
+    everything = frozenset(trained_families(config))
+    return tuple(
+        Stage(
+            name=name,
+            number=number,
+            first=stage.from_step,
+            end=end,
+            train=frozenset(stage.train) or everything,
+            rate=stage.lr / config.optim.lr if stage.lr else 1.0,
+            warmup_steps=stage.warmup_steps,
+            data=stage_data(config, stage),
+        )
+        for number, ((name, stage), end) in enumerate(zip(named, ends, strict=True))
+    )
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage that a step belongs to."""
+    return next(stage for stage in reversed(stages) if stage.first <= step or stage.number == 0)
+
+
+def trained_families(config: RunConfig) -> list[str]:
+    """Families that train in some stage, in the order of `adapters:`."""
+    return [family for family in FAMILIES if getattr(config.adapters, family).mode != "frozen"]
+
+
+def stage_data(config: RunConfig, stage: StageConfig) -> DataConfig:
+    """The `data:` section of a stage."""
+    mine: dict[str, Any] = {key: value for key, value in vars(stage.data).items() if value is not None}
+    weights = mine.pop("weights")
+    sources = {
+        name: replace(source, weight=weights.get(name, source.weight)) for name, source in config.data.sources.items()
+    }
+    return replace(config.data, sources=sources, **mine)
+
+
+def longest_pack(stages: Sequence[Stage]) -> int:
+    """Tokens of the longest packed row of the run."""
+    return max(stage.data.tokens_per_pack for stage in stages)
