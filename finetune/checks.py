@@ -22,6 +22,7 @@ class Facts:
     config: RunConfig
     ranks: int
     base: Family | None
+    resuming: bool = False  # the packs of a step are settled; ranks may have been lost or added
 
 
 def fewest_ranks(config: RunConfig) -> int:
@@ -37,21 +38,25 @@ def base_family(config: RunConfig) -> Family:
     return family(config.model.family)
 
 
-def cross_check(config: RunConfig, *, ranks: int | None, known: Collection[str] = ()) -> list[Problem]:
+def cross_check(
+    config: RunConfig, *, ranks: int | None, known: Collection[str] = (), resuming: bool = False
+) -> list[Problem]:
     """Every problem across sections, less those about keys (or sections of keys) already known to be wrong."""
     problems = _model(config)
     base = None if problems else base_family(config)
-    facts = Facts(config=config, ranks=ranks or max(1, fewest_ranks(config)), base=base)
+    facts = Facts(config=config, ranks=ranks or max(1, fewest_ranks(config)), base=base, resuming=resuming)
     for check in CHECKS:
         problems += check(facts)
     return [problem for problem in problems if not any(related(problem.key, key) for key in known)]
 
 
-def require(config: RunConfig, problems: list[Problem], *, ranks: int) -> None:
-    """Raise one ConfigError with every problem, those of reading and those across sections; warnings pass."""
-    problems = problems + cross_check(config, ranks=ranks, known=[problem.key for problem in problems])
+def require(config: RunConfig, problems: list[Problem], *, ranks: int, resuming: bool = False) -> list[Problem]:
+    """Raise one ConfigError with every problem, those of reading and those across sections; return mere warnings."""
+    known = [problem.key for problem in problems]
+    problems = problems + cross_check(config, ranks=ranks, known=known, resuming=resuming)
     if any(problem.level == "error" for problem in problems):
         raise ConfigError(problems)
+    return problems
 
 
 def _model(config: RunConfig) -> list[Problem]:
@@ -119,6 +124,11 @@ def _steps_divide(facts: Facts) -> list[Problem]:
     ranks = facts.ranks // sp
     if packs % ranks == 0:
         return []
+    if facts.resuming:
+        share, full = -(-packs // ranks), ranks - (-packs % ranks)
+        allowed = f"of {ranks} data ranks {full} take {share} packs a step, the others {share - 1} and an empty one"
+        remedy = "The steps are those of before, only slower; a number of ranks that divides them wastes nothing"
+        return [_problem("data.packs_per_step", packs, allowed, remedy, warning=True)]
     below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
     nearest = " or ".join(f"data.packs_per_step={n}" for n in (below, above) if n)
     allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"

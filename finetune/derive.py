@@ -41,7 +41,8 @@ def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
 def _step(config: RunConfig, ranks: int) -> list[Derived]:
     packs, tokens = config.data.packs_per_step, config.data.tokens_per_pack
     ranks //= config.parallel.sp
-    micro = packs // ranks
+    micro = -(-packs // ranks)  # uneven only where a run goes on with other ranks
+    rows = f"a packed row each ({micro * ranks - packs} of them empty)" if packs % ranks else "a packed row each"
     return [
         Derived(
             name="tokens_per_step",
@@ -51,7 +52,7 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
         Derived(
             name="micro_batches_per_rank",
             value=micro,
-            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, a packed row each",
+            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, {rows}",
         ),
     ]
 

@@ -175,10 +175,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         config, problems = load(words[0], words[1:])
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        require(config, problems, ranks=world)
         folder = Path("runs") / config.run.name
+        resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
+        warned = require(config, problems, ranks=world, resuming=resuming)
         if rank == 0:
             _make_run_folder(folder, config)
+            print("".join(f"warning: {problem}\n" for problem in warned), end="", file=sys.stderr, flush=True)
         start_distributed()
         log = RankLog(folder / "logs", rank)
         log.take_streams()

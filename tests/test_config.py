@@ -7,6 +7,7 @@ import pytest
 
 from finetune.checks import cross_check, require
 from finetune.config import RunConfig
+from finetune.derive import derive
 from finetune.problems import ConfigError, Problem
 from finetune.recipes import effective, find_recipe, load, recipe_names
 from finetune.typed import leaves
@@ -166,7 +167,18 @@ def test_require_raises_once_with_everything() -> None:
     with pytest.raises(ConfigError, match=r"(?s)3 problems.*optim.lr.*data.sourcez.*data.packs_per_step = 5"):
         require(config, problems, ranks=2)
     config, problems = load("tiny-cpu")
-    require(config, problems, ranks=2)
+    assert require(config, problems, ranks=2) == []
+
+
+def test_a_run_that_goes_on_may_have_lost_ranks() -> None:
+    config, problems = load("tiny-cpu", ["parallel.ep=1"])
+    with pytest.raises(ConfigError, match=r"data.packs_per_step = 8.*must divide by the 3 data ranks"):
+        require(config, problems, ranks=3)
+    (warned,) = require(config, problems, ranks=3, resuming=True)
+    assert "of 3 data ranks 2 take 3 packs a step, the others 2 and an empty one" in str(warned)
+    shown = {number.name: number for number in derive(config, ranks=3)}
+    assert shown["micro_batches_per_rank"].value == 3
+    assert "(1 of them empty)" in shown["micro_batches_per_rank"].text
 
 
 @pytest.mark.parametrize(
