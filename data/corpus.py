@@ -103,6 +103,7 @@ def load_corpus(
     *,
     cache_dir: Path | None = None,
     jobs: int = 1,
+    section: str = "data",
 ) -> Corpus:
     """Indexes and measures what is not yet, and applies the policy for samples over the budgets."""
     shards = tuple(shard for paths in sources.values() for shard in paths)
@@ -126,7 +127,9 @@ def load_corpus(
             shown = "; ".join(
                 f"sample {item.key}: {item.reason}" for item in (unusable + overlong)[-3:] if item.source == name
             )
-            raise ValueError(f"data.sources.{name} has no sample that can be used: {shown or 'its shards are empty'}")
+            raise ValueError(
+                f"{section}.sources.{name} has no sample that can be used: {shown or 'its shards are empty'}"
+            )
         shard_column, sample, part, tokens, patches = np.concatenate(tables).T
         units.append(Units(name=name, shard=shard_column, sample=sample, part=part, tokens=tokens, patches=patches))
     reader.bytes.close()

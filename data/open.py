@@ -33,26 +33,31 @@ def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
     )
 
 
-def find_sources(config: DataConfig, *, jobs: int = 1) -> Mapping[str, Sequence[Path]]:
-    """Shards of every source; a JSONL or JSON file is converted into shards of the cache the first time."""
+def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") -> Mapping[str, Sequence[Path]]:
+    """Shards of every source; a JSONL or JSON file is converted into shards of the cache the first time.
+
+    `section` is what errors call the configuration that names them.
+    """
     found: dict[str, Sequence[Path]] = {}
     for name, source in config.sources.items():
         if source.path.endswith((".jsonl", ".json")):
             found[name] = shards_of_rows(
-                Path(source.path), name, cache_dir=_cache(config), jobs=jobs, limit=config.max_bad_samples
-            )
+                Path(source.path), name, cache_dir=_cache(config), jobs=jobs, limit=config.max_bad_samples,
+                section=section,
+            )  # fmt: skip
         else:
-            found[name] = find_shards(source.path, f"data.sources.{name}.path")
+            found[name] = find_shards(source.path, f"{section}.sources.{name}.path")
     return found
 
 
-def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1) -> Corpus:
+def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, section: str = "data") -> Corpus:
     """Everything indexed and measured. The first caller does the work; let one rank of a node be first."""
     if problems := data_problems(config):
         raise ValueError("\n".join(map(str, problems)))
     settings = plan_settings(config, seed=0)
     limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
-    corpus = load_corpus(find_sources(config, jobs=jobs), renderer, limits, cache_dir=_cache(config), jobs=jobs)
+    sources = find_sources(config, jobs=jobs, section=section)
+    corpus = load_corpus(sources, renderer, limits, cache_dir=_cache(config), jobs=jobs, section=section)
     shown = [f"source {item.source}, shard {item.shard}, sample {item.key}: {item.reason}" for item in corpus.unusable]
     if len(shown) > config.max_bad_samples:
         raise ValueError(

@@ -185,21 +185,23 @@ def _close(folder: Path, parts: list[_Part], reused: int) -> BuildReport:
     )
 
 
-def shards_of_rows(source: Path, name: str, *, cache_dir: Path | None, jobs: int, limit: int) -> list[Path]:
+def shards_of_rows(
+    source: Path, name: str, *, cache_dir: Path | None, jobs: int, limit: int, section: str = "data"
+) -> list[Path]:
     """Shards of a JSONL or JSON file, converted the first time and found again after. ValueError above `limit` rejects.
 
     They lie beside the file, or in the cache folder, under a name made from the file's content: a changed file is
     converted anew.
     """
     if not source.is_file():
-        raise ValueError(f"data.sources.{name}.path is {str(source)!r}, which does not exist")
+        raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
     stamp = _stamp(source)
     place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
     shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
     report = build_shards(source, place, BuildOptions(name=name), jobs=jobs, progress=shown)
     if report.rejected > limit:
         raise ValueError(
-            f"data.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} were "
-            f"refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
+            f"{section}.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} "
+            f"were refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
         )
     return list(report.shards)

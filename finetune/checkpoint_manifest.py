@@ -20,10 +20,10 @@ from finetune.typed import leaves
 
 MANIFEST, LATEST, VERSION = "manifest.json", "LATEST", 1
 FREE = (
-    "checkpoint.*", "track.*", "parallel.*", "run.name",
+    "checkpoint.*", "eval.*", "track.*", "parallel.*", "run.name",
     "model.path",  # the base's bytes are compared instead
     "data.sources.*.path", "data.cache_dir",  # the data's own state knows what it read
-    "data.workers", "data.prefetch", "data.stall_seconds", "data.video.timeout_seconds",
+    "data.workers", "data.prefetch", "data.stall_seconds", "data.max_bad_samples", "data.video.timeout_seconds",
 )  # fmt: skip
 """Keys that may change between save and resume: they do not change what is computed."""
 SHOWN = 8

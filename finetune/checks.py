@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.adapter_checks import adapter_problems
 from finetune.attention import MASK_TOKENS
 from finetune.config import RunConfig
+from finetune.eval_checks import eval_problems
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
 from finetune.problems import ConfigError, Problem, did_you_mean
@@ -235,6 +236,10 @@ def _attention(facts: Facts) -> list[Problem]:
     return [_problem("model.attention", name, allowed, "Set model.attention=auto, which builds none")]
 
 
+def _evaluation(facts: Facts) -> list[Problem]:
+    return eval_problems(facts.config)
+
+
 CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _ranges,
     _sources,
@@ -245,6 +250,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _balance,
     _adapters,
     _attention,
+    _evaluation,
 )
 
 

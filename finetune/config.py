@@ -170,8 +170,23 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalSourceConfig:
+    """One set of held-out samples: `eval.sources.<name>`. A guard watches it, by the bounds that are given."""
+
+    path: str  # as data.sources.<name>.path
+    guard: Literal["none", "flag", "stop"] = "none"  # beyond a bound: say so, or end the run
+    max_kl: float | None = None  # of KL(base || tuned), in nats a supervised token
+    max_loss_rise: float | None = None  # of the loss above what it was before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation during training."""
+    """Evaluation during training: before the first step, every so many, and when the run ends."""
+
+    every_steps: int = 200  # 0: only before the first step and at the end
+    metric: str = ""  # <source>/loss, <source>/accuracy or <source>/kl: the checkpoint where it is best is kept too
+    patience: int = 0  # evaluations without a better metric before the run ends; 0: it never ends for that
+    sources: dict[str, EvalSourceConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

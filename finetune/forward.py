@@ -9,6 +9,7 @@ tower made of the blank stays in the graph: no token of it is taken, its pooled 
 zero gradients.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from data.vision import VisionSpec, normalise
 from finetune.loss import Losses, Normalise, row_losses, tile_head
 from finetune.sequence import SequenceGroup, divisible, own_part, own_valid
 from finetune.sequence_vision import deliver, delivery, shares
+
+Measure = Callable[["PackedModel", Batch, slice], Any]
+"""(model, divisible row, this rank's tokens of it) -> anything"""
 
 
 class PackedModel(nn.Module):
@@ -44,11 +48,17 @@ class PackedModel(nn.Module):
         tile_head(model)
         self.model, self.spec, self.normalise, self.sequence = model, spec, normalise, sequence
 
-    def forward(self, batch: Batch) -> Losses:
-        """Return the losses of one packed row, or of this rank's slice; every rank must call this equally often."""
+    def forward(self, batch: Batch, measure: Measure | None = None) -> Any:
+        """Return the losses of one packed row, or of this rank's slice; every rank must call this equally often.
+
+        With `measure`, return what that makes of the row: evaluation enters here too, where the engine's hooks are.
+        """
         batch = divisible(batch, self.sequence)
         part = own_part(batch, self.sequence)
-        return row_losses(self.model.lm_head, self.hidden(batch), batch, self.normalise, part=part)
+        if measure is not None:
+            return measure(self, batch, part)
+        losses: Losses = row_losses(self.model.lm_head, self.hidden(batch), batch, self.normalise, part=part)
+        return losses
 
     def valid(self, batch: Batch) -> Tensor:
         """Return which tokens that this rank routes belong to a sample."""

@@ -11,7 +11,7 @@ Normalisation, with n_i the loss weights of sample i summed, over all samples of
     sqrt    sum_i sqrt(n_i) mean_i / sum_i sqrt(n_i)  in between: a token of sample i weighs 1 / sqrt(n_i)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from finetune.ranks import sum_over_ranks
 from moe.load import StepLoad
 
 Normalise = Literal["token", "sample", "sqrt"]
+Compare = Callable[[Tensor, Tensor, int], Any]
 
 TILE_BYTES = 160 * 2**20
 """Float32 logits that exist at once: 276 tokens of a vocabulary of 151,936."""
@@ -130,10 +131,16 @@ class TiledHead(nn.Linear):
 
     tile_bytes: int
 
-    def forward(  # type: ignore[override]  # a head that is also a loss
-        self, hidden_ND: Tensor, labels_N: Tensor | None = None, weights_N: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits for hidden states alone, else (sum of weight x cross entropy, cross entropy of each)."""
+    def forward(  # a head that is also a loss
+        self, hidden_ND: Tensor, labels_N: Tensor | None = None, weights_N: Tensor | None = None,
+        *, compare: Compare | None = None,
+    ) -> Any:  # fmt: skip
+        """Return logits for hidden states alone, else (sum of weight x cross entropy, cross entropy of each).
+
+        `compare` takes its place where the weight is whole: it gets hidden states, weight and the bytes of a tile.
+        """
+        if compare is not None:
+            return compare(hidden_ND, self.weight, self.tile_bytes)
         if labels_N is None:
             return super().forward(hidden_ND)
         needed = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, self.weight)]

@@ -29,6 +29,7 @@ from finetune.checks import require
 from finetune.config import RunConfig
 from finetune.derive import derive
 from finetune.engine import backward, engine_config, engine_device, initialize, require_step_applied, start_distributed
+from finetune.evaluate import Evaluation
 from finetune.forward import PackedModel
 from finetune.gather import save
 from finetune.groups import enter, set_rates, trained_groups
@@ -72,6 +73,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
     data = RunData(stages, renderer, seed=config.run.seed, sequence=sequence)
     say("\n".join(data.lines()))
+    evaluation = Evaluation(config, renderer, families=trainable_table(empty), sequence=sequence, say=say)
 
     # --- weights to ranks, engine
     options = engine_options(config)
@@ -91,11 +93,13 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
         resumed = checkpoints.restore(found_path, config=effective(config))
         done = resumed.step
         data.load_state_dict(resumed.state["data"], done=done)
+        evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
         say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
 
     # --- steps
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
-        for at in range(done, config.schedule.steps):
+        is_over = evaluation.start(engine, done, record=tracker.evaluation)
+        for at in range(done, done if is_over else config.schedule.steps):
             stage = stage_of(stages, at)
             if at in (done, stage.first):
                 say(enter(engine, stage, at=at))
@@ -108,10 +112,13 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
             data.settle_bad_samples(step, say)
             seconds = time.perf_counter() - began + step.wait_seconds
             tracker.step(at, step, {**found, **rates}, load=load, seconds=seconds)
-            every = config.checkpoint.every_steps
-            if at + 1 == config.schedule.steps or (every and (at + 1) % every == 0):
-                state = {"data": data.state_dict()}
+            every, last = config.checkpoint.every_steps, at + 1 == config.schedule.steps
+            verdict = evaluation.after(engine, at + 1, last=last, record=tracker.evaluation)
+            if last or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
+                state = {"data": data.state_dict(), "eval": evaluation.judge.state_dict()}
                 say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
+            if verdict.stop:
+                break
         origin = Provenance(
             base=files, base_name=config.model.path, data=data.state_dict()["identity"], config=effective(config),
             parent=Path(config.adapters.start_from) if config.adapters.start_from else None,

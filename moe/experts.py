@@ -97,6 +97,7 @@ class GroupedExperts(nn.Module):
         self.name, self.num_experts, self.local_experts = name, num_experts, local_experts
         self.hidden, self.intermediate = hidden, intermediate
         self.mode, self.lora, self.resident, self.seed = mode, lora, resident, seed
+        self.is_adapted = True  # False leaves the factors out: the base's own answer, for comparison
         row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
         self.keep_rows = keep_bytes // (2 * intermediate * dtype.itemsize)
@@ -150,13 +151,14 @@ class GroupedExperts(nn.Module):
     def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
         """Return y_RD for rows sorted by local expert; counts_L [L] says how many each has and sums to R."""
         assert counts_L.shape == (len(self.local_experts),)
-        dropout = self.lora.dropout if self.lora is not None and self.training else 0.0
+        lora = self.lora if self.is_adapted else None
+        dropout = lora.dropout if lora is not None and self.training else 0.0
         # the mask of dropout falls on x before A only, so that A cannot share a GEMM with the frozen weight
-        inside = self.lora is not None and self.resident and not dropout
+        inside = lora is not None and self.resident and not dropout
         if inside:
             self.make_room()
         plan = Plan(
-            scale=self.lora.scale if self.lora is not None else 0.0,
+            scale=lora.scale if lora is not None else 0.0,
             dropout=dropout,
             # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
             dropout_seed=int(torch.randint(1 << 40, ())) if dropout else 0,
@@ -165,7 +167,7 @@ class GroupedExperts(nn.Module):
             keep_rows=self.keep_rows,
         )
         gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
-        factors = tuple(self.get_parameter(key) for key in self._factors)
+        factors = tuple(self.get_parameter(key) for key in self._factors if lora is not None)
         return grouped_experts(x_RD, counts_L, gate_up, down, factors, plan)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedExperts":

@@ -45,6 +45,7 @@ class Router(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.options, self.seed = name, options, seed
+        self.is_adapted = True  # False scores as the base does, for comparison
         trained = options.mode == "full"
         held = torch.float32 if options.float32 and not trained else dtype
         weight = torch.empty(num_experts, hidden, dtype=held, device=device)
@@ -81,6 +82,9 @@ class Router(nn.Module):
         """Return logits_TE, in float32 or the dtype of x, and the base's choice [T, K] while the router trains."""
         dtype = torch.float32 if self.options.float32 else x_TD.dtype
         x_TD = x_TD.to(dtype)
+        if not self.is_adapted:
+            weight = self.weight if self.base_weight is None else self.base_weight
+            return F.linear(x_TD, weight.to(dtype)), None
         logits_TE = F.linear(x_TD, self.weight.to(dtype))
         base_TE = logits_TE
         if self.options.mode == "lora":

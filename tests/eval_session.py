@@ -1,0 +1,41 @@
+"""What ranks do for the evaluation tests: whole runs of the loop, one after the other, in processes started once."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from finetune.checks import require
+from finetune.engine import start_distributed
+from finetune.rank_log import RankLog
+from finetune.recipes import load
+from finetune.train import train
+
+SETTING = (
+    "model.path=base", "model.dtype=float32", "data.workers=0", "data.sources.general.path=rows.jsonl",
+    "data.tokens_per_pack=128", "data.packs_per_step=2", "optim.eps=1e-6", "optim.lr=1e-3",
+)  # fmt: skip
+
+
+def runs(rank: int, world: int, place: Path, jobs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """By name of the run: what this rank's log says, every evaluation's numbers, and the metrics of its steps."""
+    start_distributed()
+    found: dict[str, dict[str, Any]] = {}
+    for name, words in jobs.items():
+        folder = place / "runs" / name.split("+")[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        config, problems = load("tiny-cpu", [*SETTING, *words])
+        require(config, problems, ranks=world)
+        torch.manual_seed(rank)  # the runs before this one have drawn from it
+        log = RankLog(folder / "logs" / name, rank)
+        train(config, folder, log)
+        dist.barrier()  # rank 0 writes what all read
+        lines = {kind: folder / f"{kind}.jsonl" for kind in ("evaluations", "metrics")}
+        found[name] = {
+            kind: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            for kind, path in lines.items()
+        } | {"said": log.path.read_text()}
+    return found

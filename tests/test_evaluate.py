@@ -1,0 +1,138 @@
+"""Evaluation while a run trains: the numbers of transformers and PEFT, equal at any layout, and nothing disturbed."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from eval_session import SETTING, runs
+from peft import PeftModel
+from PIL import Image
+from ranks import run_ranks
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForImageTextToText
+
+from data.open import open_corpus, open_stream
+from data.sample import Renderer
+from finetune.config import RunConfig
+from finetune.evaluate import held_out, measured
+from finetune.recipes import load
+from finetune.tiny import write_tiny
+
+HELD_OUT = ("eval.sources.words.path=words.jsonl", "eval.sources.seen.path=seen.jsonl", "eval.every_steps=2")
+LEARN = ("schedule.steps=4", "schedule.shape=constant", "moe.balance=global", "adapters.vision_blocks.mode=frozen")
+DROPOUT = ("adapters.attention.dropout=0.2", "adapters.experts.dropout=0.2")
+
+
+def _rows(path: Path, count: int, *, seen: bool) -> None:
+    rows = []
+    for number in range(count):
+        words = " ".join(f"w{(number * 7 + k * k) % 13}" for k in range(3 + number % 5))
+        row = {"messages": [{"role": "user", "content": ("<image>" if seen else "") + f"Say {words}."},
+                            {"role": "assistant", "content": f"{words} and {number % 3}."}]}  # fmt: skip
+        if seen:
+            Image.new("RGB", (64, 32), (number * 30 % 255, 90, 200)).save(path.parent / f"{number}.png")
+        rows.append(row | ({"images": [f"{number}.png"]} if seen else {}))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    write_tiny(folder / "base")
+    for name, count, seen in (("rows", 24, False), ("words", 11, False), ("seen", 4, True)):
+        _rows(folder / f"{name}.jsonl", count, seen=seen)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        jobs = {
+            "learns": [*LEARN, *HELD_OUT],
+            "watched": [*LEARN, *DROPOUT, *HELD_OUT, "eval.every_steps=1"],
+            "alone": [*LEARN, *DROPOUT],
+            "halves": [*LEARN, *HELD_OUT, "parallel.sp=2", "data.packs_per_step=2"],
+        }
+        found = run_ranks(runs, 2, place, jobs)
+    for name in jobs:
+        told = [re.findall(r"evaluation at step .*", rank[name]["said"]) for rank in found]
+        assert told[0] == told[1], "every rank is told the same"
+    return found[0]
+
+
+def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    first, *_, last = two["learns"]["evaluations"]
+    assert [found["step"] for found in two["learns"]["evaluations"]] == [0, 2, 4]
+    assert first["words/kl"] == first["seen/kl"] == 0.0
+    assert first["words/loss"] == first["words/loss_base"]
+    assert (last["words/samples"], last["seen/samples"]) == (11, 4)
+    base, tuned = (AutoModelForImageTextToText.from_pretrained("base", dtype=torch.float32).eval() for _ in range(2))
+    tuned = PeftModel.from_pretrained(tuned, "runs/learns/adapter").eval()
+    found, tokens = torch.zeros(4, dtype=torch.float64), 0
+    for ids_T, supervised_T in _samples("words"):
+        with torch.no_grad():
+            z_TV, base_TV = (model(input_ids=ids_T[None]).logits[0, :-1].double() for model in (tuned, base))
+        wanted_T, on_T = ids_T[1:], supervised_T[1:]
+        divergence_T = kl_div(z_TV.log_softmax(-1), base_TV.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        ce_T, base_ce_T = (cross_entropy(logits, wanted_T, reduction="none") for logits in (z_TV, base_TV))
+        per_T = torch.stack([ce_T, (z_TV.argmax(-1) == wanted_T).double(), base_ce_T, divergence_T], 1)
+        found += per_T[on_T].sum(0)
+        tokens += int(on_T.sum())
+    assert last["words/tokens"] == tokens
+    wanted = (found / tokens).tolist()
+    ours = [last[f"words/{key}"] for key in ("loss", "accuracy", "loss_base", "kl")]
+    assert ours == pytest.approx(wanted, rel=1e-4)
+    assert ours[3] > 1e-4
+    assert ours[0] < ours[2], "it learned what the held-out rows are like"
+
+
+def test_what_it_cannot_measure_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    config, _ = load("tiny-cpu", [*SETTING, "eval.sources.words.path=nowhere.jsonl"])
+    with pytest.raises(ValueError, match=r"eval.sources.words.path is 'nowhere.jsonl', which does not exist"):
+        open_corpus(held_out(config, packs_per_step=1), _renderer(config), section="eval")
+    with pytest.raises(
+        ValueError, match=r"eval.sources.words: not one token of its samples is supervised, so .*shards"
+    ):
+        measured("words", [3.0, *[0.0] * 6], True)
+
+
+def _renderer(config: RunConfig) -> Renderer:
+    return Renderer(Path("base"), image=config.data.image, video=config.data.video, chat=config.data.chat)
+
+
+def _samples(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids of each held-out sample by itself, and which of them are supervised."""
+    config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT])
+    renderer = _renderer(config)
+    data = held_out(config, packs_per_step=1)
+    stream = open_stream(data, open_corpus(data, renderer), renderer, seed=0, rank=0, size=1)
+    found = []
+    for step in stream:
+        for number, key in enumerate(step.batches[0].keys):
+            mine = step.batches[0].sample_ids[0] == number
+            if key.startswith(f"{source}/"):
+                found.append((step.batches[0].input_ids[0, mine], step.batches[0].loss_weights[0, mine] > 0))
+    return found
+
+
+def test_training_does_not_notice_it(two: dict) -> None:
+    """Dropout's masks, the router's statistics and the gradients are what they are without evaluation, bit for bit."""
+    assert len(two["watched"]["evaluations"]) == 5
+    assert not two["alone"]["evaluations"]
+    kept = ("loss", "loss_balance", "grad_norm", "tokens", "expert_load_entropy", "router_agreement")
+    assert len(two["alone"]["metrics"]) == 4
+    for watched, alone in zip(two["watched"]["metrics"], two["alone"]["metrics"], strict=True):
+        assert {key: watched[key] for key in kept} == {key: alone[key] for key in kept}
+
+
+def test_another_layout_finds_the_same(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    (one,) = run_ranks(runs, 1, place, {"one": [*LEARN, *HELD_OUT, "parallel.ep=1", "parallel.resident=none"]})
+    for other in (one["one"], two["halves"]):
+        for ours, theirs in zip(other["evaluations"], two["learns"]["evaluations"], strict=True):
+            assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=1e-4, abs=1e-7)
