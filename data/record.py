@@ -62,6 +62,7 @@ class Record:
     tools: tuple[dict[str, Any], ...] = ()
     group: str | None = None
     license: str | None = None
+    answers: tuple[str, ...] = ()  # all that evaluation accepts for the last turn; the turn itself when empty
 
     @property
     def supervised(self) -> bool:
@@ -118,6 +119,7 @@ def _read_record(fields: Fields, key: str) -> Record:
         tools=tuple(_read_tool(item, where) for item, where in fields.items("tools")),
         group=fields.text("group", None),
         license=fields.text("license", None),
+        answers=tuple(_read_answer(item, where) for item, where in fields.items("answers")),
     )
     fields.done()
     if not record.messages:
@@ -168,6 +170,12 @@ def _read_call(fields: Fields) -> ToolCall:
     name = fields.text("name")
     fields.done()
     return ToolCall(name=name, arguments=dict(arguments))
+
+
+def _read_answer(item: Any, where: str) -> str:
+    if not isinstance(item, str):
+        raise BadField(where, f"is {item!r:.80}; write an accepted answer as text")
+    return check_text(item, where)
 
 
 def _read_tool(item: Any, where: str) -> dict[str, Any]:
@@ -226,6 +234,8 @@ def record_to_json(record: Record) -> dict[str, Any]:
         out["objects"] = record.objects.to_json()
     if record.tools:
         out["tools"] = list(record.tools)
+    if record.answers:
+        out["answers"] = list(record.answers)
     return out
 
 

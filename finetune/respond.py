@@ -1,0 +1,34 @@
+"""A loaded model as one who answers questions: side by side, those of like length together."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+from finetune.answers import Asked, Reply, Respond
+from finetune.generate import Sampling, Speaker
+
+WINDOW = 4
+"""Batches that are looked at together, so that prompts of like length stand side by side and little is padding."""
+
+
+def local(speaker: Speaker, sampling: Sampling, *, batch: int) -> Respond:
+    """Answer with a loaded model, `batch` prompts at a time; an answer does not depend on what stands beside it."""
+
+    def respond(asked: Iterator[Asked]) -> Iterator[Reply]:
+        first = 0
+        while window := list(islice(asked, batch * WINDOW)):
+            prompts = [
+                speaker.renderer.build(one.record, one.images, one.videos, key=one.key, prompt=True) for one in window
+            ]
+            order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at].input_ids))
+            replies: dict[int, Reply] = {}
+            for begin in range(0, len(order), batch):
+                places = order[begin : begin + batch]
+                found = speaker.answer([prompts[at] for at in places], sampling, numbers=[first + at for at in places])
+                replies |= {
+                    at: Reply(text=answer.text, finished=answer.finished)
+                    for at, answer in zip(places, found, strict=True)
+                }
+            yield from (replies[at] for at in range(len(window)))
+            first += len(window)
+
+    return respond
