@@ -74,7 +74,9 @@ class Endpoint:
             except (OSError, http.client.HTTPException) as error:
                 problem, pause = f"{getattr(error, 'reason', None) or error}", 0.0
             except json.JSONDecodeError as error:
-                raise EndpointError(f"{self.root}{path}: what came back is no JSON: {error}. Is it the right address?")
+                raise EndpointError(
+                    f"{self.root}{path}: what came back is no JSON: {error}. Is it the right address?"
+                ) from error
         raise EndpointError(f"{self.root}{path}: no answer in {self.attempts} attempts, last: {problem}")
 
     def _refused(self, error: urllib.error.HTTPError, path: str) -> str:
@@ -131,6 +133,11 @@ def completion_body(asked: Asked, model: str, options: Mapping[str, Any]) -> dic
     """The request: the conversation in OpenAI's words."""
     images, videos = iter(asked.images), iter(asked.videos)
     messages = [_message(message, images, videos) for message in asked.record.messages]
+    calls = 0
+    for message in messages:  # OpenAI joins results and calls by name, we by order
+        calls = calls + 1 if message["role"] == "tool" else 0
+        if calls:
+            message["tool_call_id"] = f"call-{calls - 1}"
     body: dict[str, Any] = {"model": model, "messages": messages, **options}
     if asked.record.tools:
         body["tools"] = list(asked.record.tools)

@@ -43,9 +43,12 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[Problem]]:
-    """The configuration as far as it can be read, and what is wrong; a bad value leaves its default in place."""
+    """The configuration as far as it can be read, and what is wrong; a bad value leaves its default in place.
+
+    Without a name, the defaults of the code below the overrides.
+    """
     typed = TypedTree(RunConfig)
-    for tree, source in _layers(name, typed):
+    for tree, source in _layers(name, typed) if name else ():
         typed.take(tree, source)
     for override in overrides:
         _take_override(override, typed)

@@ -15,7 +15,9 @@ COMMANDS = {
     "shards": "build, index, check, show, count and split webdataset shards",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
+    "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
     "demo": "every part once on a CPU: base, shards, two-rank training, adapter",
+    "eval": "ask a model or a server held-out questions, and score the answers by source",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
 }

@@ -1,0 +1,87 @@
+"""`moetune ask`: put one question, with images and videos, to a base, a base with its adapter, or a merged model."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.check import positive
+from launchers.model_options import load_speaker, model_arguments
+
+if TYPE_CHECKING:
+    from data.reader import VideoBytes
+    from data.record import Record
+
+EXAMPLE = """\
+  moetune ask base "Which digit is this?" --image 7.png --adapter runs/digits/adapter --compare
+  moetune ask merged "What happens between <video> and <video>?" --video a.mp4 --video b.mp4 --max-tokens 512
+  moetune ask Qwen/Qwen3-VL-30B-A3B-Instruct "Read the total." --image bill.jpg --set data.image.max_tokens=2048"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
+    parser.add_argument("text", metavar="TEXT", help="the question; <image> and <video> say where media stand in it")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a file or URL; more than one")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a file or URL; more than one")
+    parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the conversation")
+    model_arguments(parser)
+    parser.add_argument("--compare", action="store_true", help="the base's answer first, then the adapter's")
+    parser.add_argument("--max-tokens", type=positive, default=512, help="of the answer (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, when all is said")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, ask, and print the answer as it is written."""
+    if args.compare and args.adapter is None:
+        raise ValueError("--compare sets an adapter beside its base: give --adapter")
+    record, images, videos = question(args.text, args.image, args.video, system=args.system)
+    found = []
+    for who, adapter in (("base", None), ("adapted", args.adapter)) if args.compare else (("", args.adapter),):
+        if who and not args.json:
+            print(f"{who}:", flush=True)
+        text = ""
+        for piece in _answer(args, adapter, record, images, videos):
+            text += piece
+            if not args.json:
+                print(piece, end="", flush=True)
+        if not args.json:
+            print()
+        found.append({"who": who or ("adapted" if adapter else "model"), "answer": text})
+    if args.json:
+        print(json.dumps({"answers": found}, indent=2, ensure_ascii=False))
+    return 0
+
+
+def question(
+    text: str, images: list[str], videos: list[str], *, system: str = ""
+) -> tuple["Record", list[bytes], list["VideoBytes"]]:
+    """The record of one question, and the bytes of its media; those that no mark places stand before the text."""
+    from data.convert import convert_row
+    from data.reader import SampleReader
+    from data.record import parse_record
+
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
+    if system:
+        row["system"] = system
+    places = {
+        name: [{"url": word} if word.startswith(("http://", "https://")) else {"path": str(Path(word).absolute())}
+               for word in words]
+        for name, words in (("images", images), ("videos", videos)) if words
+    }  # fmt: skip
+    record = parse_record(convert_row(row | places)[0], shard="command line", key="question")
+    return record, *SampleReader().media(record, {}, Path())
+
+
+def _answer(
+    args: argparse.Namespace, adapter: Path | None, record: "Record", images: list[bytes], videos: list["VideoBytes"]
+) -> Iterator[str]:
+    from finetune.generate import Sampling
+
+    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    speaker = load_speaker(args.model, args, adapter=adapter)
+    prompt = speaker.renderer.build(record, images, videos, key="question", prompt=True)
+    yield from speaker.stream(prompt, sampling)

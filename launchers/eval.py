@@ -1,0 +1,165 @@
+"""`moetune eval`: ask a model or a server held-out questions, and score the answers by source."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launchers.check import positive
+from launchers.model_options import load_speaker, model_arguments
+
+if TYPE_CHECKING:
+    from finetune.answers import Respond, Row, Scored
+    from finetune.endpoint import Endpoint
+
+EXAMPLE = """\
+  moetune eval shards/held-out --model base --adapter runs/mine/adapter --metric exact --out answers.jsonl
+  moetune eval docs=shards/docs boxes=shards/boxes --model merged --metric docs=anls --metric boxes=iou@0.5
+  moetune eval shards/held-out --url http://localhost:8000/v1 --metric choice --concurrency 16
+  moetune eval shards/held-out --model merged --media shuffled --at-most exact=0.25     # does it look at all?
+  moetune eval held-out.jsonl --model merged --metric my_metrics:close_enough"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="shards, .jsonl or .json; or NAME=PATH, a source's name"
+    )
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--model", help="a base or merged model: a folder or a hub id")
+    who.add_argument("--url", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
+    model_arguments(parser)
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="METRIC", help="or SOURCE=METRIC; more than one"
+    )
+    parser.add_argument("--media", choices=("kept", "shuffled", "blank"), default="kept", help="controls of looking")
+    parser.add_argument("--limit", type=positive, metavar="N", help="so many drawn samples of each source")
+    parser.add_argument("--seed", type=int, default=0, help="of drawing, shuffling and sampling (default 0)")
+    parser.add_argument("--max-tokens", type=positive, default=256, help="of an answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--batch", type=positive, default=8, help="prompts side by side in a local model (default 8)")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time to a server (default 8)")
+    parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
+    parser.add_argument(
+        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every answer with its scores, one JSON a line")
+    for name, about in (("least", "fewer"), ("most", "more")):
+        parser.add_argument(
+            f"--at-{name}", action="append", default=[], metavar="METRIC=X", help=f"{about} over all gives exit code 3"
+        )
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where DATA cannot be written")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, score, print the table; 3 when a bound is missed, 1 when the server fails."""
+    from finetune import answers
+    from finetune.endpoint import EndpointError
+
+    questions, reader = answers.find_questions(
+        args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir
+    )  # fmt: skip
+    metrics = answers.metrics_of(args.metric, sorted({question.source for question in questions}))
+    bounds = _bounds(args, {name for named in metrics.values() for name in named})
+    answers.check_references(questions, metrics)
+    respond = _respond(args, [question.record for question in questions])
+    asked = answers.put(questions, reader, control=args.media, seed=args.seed)
+    try:
+        scored = _collect(answers.ask_all(questions, asked, respond, metrics), len(questions), args.out)
+    except EndpointError as error:
+        if args.debug:
+            raise
+        print(f"moetune eval: {error}", file=sys.stderr)
+        return 1
+    rows = answers.table(scored)
+    missed = [text for text in (bound(rows[-1]) for bound in bounds) if text]
+    _print(args, rows, missed, answers.table_lines(rows))
+    return 3 if missed else 0
+
+
+def _respond(args: argparse.Namespace, records: Sequence[Any]) -> "Respond":
+    if args.url is None:
+        from finetune.generate import Sampling
+        from finetune.respond import local
+
+        sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+        return local(load_speaker(args.model, args, adapter=args.adapter), sampling, batch=args.batch)
+    from finetune.endpoint import check_sendable, remote
+
+    ignored = [f"--{name}" for name, value in (("adapter", args.adapter), ("config", args.config)) if value]
+    if ignored or args.settings:
+        raise ValueError(f"{(ignored or ['--set'])[0]} belongs to a local model; the server at --url has its own")
+    for record in records:
+        check_sendable(record)
+    options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
+    return remote(endpoint_of(args), options)
+
+
+def endpoint_of(args: argparse.Namespace) -> "Endpoint":
+    """The server that the arguments name."""
+    from finetune.endpoint import Endpoint
+
+    return Endpoint(
+        url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout,
+        concurrency=args.concurrency,
+    )  # fmt: skip
+
+
+def _collect(found: Any, total: int, out: Path | None) -> list["Scored"]:
+    """Take answers as they come; each is on disk before the next is awaited."""
+    from contextlib import nullcontext
+
+    from data.progress import Progress
+
+    progress, scored = Progress("answers", total), []
+    with out.open("w") if out else nullcontext() as file:
+        for item in found:
+            scored.append(item)
+            if file is not None:
+                file.write(json.dumps(item.to_json(), ensure_ascii=False) + "\n")
+                file.flush()
+            progress(len(scored), 0)
+    return scored
+
+
+def _bounds(args: argparse.Namespace, known: set[str]) -> list[Any]:
+    """Functions from the last row to a sentence when it misses the bound."""
+    found = []
+    for option, words in (("--at-least", args.at_least), ("--at-most", args.at_most)):
+        for word in words:
+            name, _, limit = word.rpartition("=")
+            try:
+                number = float(limit)
+            except ValueError:
+                number = -1.0
+            if name not in known or not 0 <= number <= 1:
+                raise ValueError(
+                    f"{option} {word}: write METRIC=X, X from 0 to 1, METRIC one of {', '.join(sorted(known))}"
+                )
+            found.append(_bound(name, number, option))
+    return found
+
+
+def _bound(name: str, limit: float, option: str) -> Any:
+    def check(row: "Row") -> str:
+        score = row.scores[name]
+        fine = score >= limit if option == "--at-least" else score <= limit
+        return "" if fine else f"{name} is {score:.4f} over all, {option} {limit:g}"
+
+    return check
+
+
+def _print(args: argparse.Namespace, rows: Sequence["Row"], missed: Sequence[str], lines: Sequence[str]) -> None:
+    if args.json:
+        found = [{"source": r.source, "samples": r.samples, "cut": r.cut, "scores": dict(r.scores)} for r in rows]
+        print(json.dumps({"media": args.media, "rows": found, "missed": list(missed)}, indent=2))
+        return
+    print("\n".join(lines))
+    if cut := rows[-1].cut:
+        print(f"{cut} of {rows[-1].samples} answers were cut at --max-tokens {args.max_tokens}")
+    for text in missed:
+        print(f"missed: {text}")
