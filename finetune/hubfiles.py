@@ -34,8 +34,11 @@ def chat_template() -> str:
     return files("finetune").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
 
 
-def side_files(family: Family, first_added_token: int) -> dict[str, bytes]:
-    """Everything of a model folder but weights, config.json and the vocabulary: file name -> content."""
+def side_files(family: Family, first_added_token: int, *, image_min_tokens: int = 64) -> dict[str, bytes]:
+    """Everything of a model folder but weights, config.json and the vocabulary: file name -> content.
+
+    Images smaller than so many tokens are enlarged; the published models have 64, that is 256 x 256 pixels.
+    """
     vision = family.vision
     patches = {
         "patch_size": vision.patch_size,
@@ -45,8 +48,9 @@ def side_files(family: Family, first_added_token: int) -> dict[str, bytes]:
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "Qwen3VLProcessor",
     }
+    area = (vision.patch_size * vision.spatial_merge_size) ** 2  # pixels behind one token
     # The budgets count pixels: of one image, and of all frames of a whole clip.
-    image = {"size": {"longest_edge": 16_777_216, "shortest_edge": 65_536}, **patches}
+    image = {"size": {"longest_edge": 16_777_216, "shortest_edge": image_min_tokens * area}, **patches}
     video = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4_096}, **patches}
     return {
         "chat_template.json": _json({"chat_template": chat_template()}, indent=4),

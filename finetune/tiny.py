@@ -45,6 +45,7 @@ class TinyModel:
     vision_intermediate: int = 56
     vision_heads: int = 2
     max_positions: int = 4096
+    image_min_tokens: int = 64
     tokenizer: Literal["tiny", "qwen3"] = "tiny"
     dtype: str = "float32"
     tied: bool = False
@@ -63,7 +64,10 @@ def write_tiny(folder: Path, model: TinyModel = TinyModel()) -> WrittenModel:
         shapes=shapes,
         dtypes=DTYPES[model.dtype],
         config=hub_config(family),
-        side_files={**side_files(family, vocabulary.base_size), **vocabulary.files},
+        side_files={
+            **side_files(family, vocabulary.base_size, image_min_tokens=model.image_min_tokens),
+            **vocabulary.files,
+        },
         shard_bytes=model.shard_bytes,
     )
 

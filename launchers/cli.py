@@ -16,7 +16,7 @@ COMMANDS = {
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
     "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
-    "demo": "every part once on a CPU: base, shards, two-rank training, adapter",
+    "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, proof",
     "eval": "ask a model or a server held-out questions, and score the answers by source",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",

@@ -1,0 +1,78 @@
+"""The demo's material and recipes are sound; the whole of it runs, and asserts what it learned, in the slow suite."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from finetune.recipes import load
+from launchers.cli import COMMANDS as KNOWN
+from launchers.cli import main
+from launchers.demo import COMMANDS
+from launchers.demo_material import HELD_OUT, LETTERS, picture_lines, write_material
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    write_material(folder, letters=40)
+    return folder
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_held_out_digits_are_scikit_learns_and_none_is_trained_on(material: Path) -> None:
+    digits = load_digits()
+    held, train = rows(material / "held-out.jsonl"), rows(material / "train.jsonl")
+    names = [row["images"][0] for row in held + train]
+    assert (len(held), len(set(names))) == (HELD_OUT, len(digits.images))
+    for row in (held[0], train[-1]):
+        at = int(Path(row["images"][0]).stem)
+        cells = np.asarray(Image.open(material / row["images"][0]))[4::8, 4::8, 0]
+        assert np.abs(cells / 15.9375 - digits.images[at]).max() < 0.1
+        assert row["messages"][-1]["content"] == str(digits.target[at])
+
+
+def test_the_base_sees_letters_only(material: Path) -> None:
+    seen = [row["messages"][-1]["content"] for row in rows(material / "letters.jsonl") if "images" in row]
+    assert set(seen) == set(LETTERS)
+    texts = [row for row in rows(material / "letters.jsonl") if row["messages"][-1]["content"].isdigit()]
+    assert texts
+    assert not any("images" in row for row in texts)
+    shown = picture_lines(material / "letters" / "0.png")
+    assert len(shown) == 8
+    assert any("@" in line for line in shown)
+
+
+@pytest.mark.parametrize("recipe", ["base.yaml", "digits.yaml"])
+def test_recipes_have_no_problems(material: Path, recipe: str) -> None:
+    assert load(str(material / recipe))[1] == []
+
+
+def test_every_command_of_the_demo_exists() -> None:
+    assert {command.split()[0] for command in COMMANDS} <= set(KNOWN)
+
+
+def test_an_existing_folder_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(tmp_path)]) == 2
+    assert "exists; give another folder, or remove it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_whole_demo_learns_digits(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launchers.cli", "demo", "shown"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for said in ("base, before", "base + adapter, after", "after, images shuffled", "the digit shown is a"):
+        assert said in done.stdout
