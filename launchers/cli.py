@@ -15,6 +15,7 @@ COMMANDS = {
     "shards": "build, index, check, show, count and split webdataset shards",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
+    "merge": "a base and an adapter into one model folder in the hub's layout, and the proof of it",
     "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
     "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, proof",
     "eval": "ask a model or a server held-out questions, and score the answers by source",

@@ -1,0 +1,59 @@
+"""`moetune merge`: a base and an adapter into one model folder, in the hub's layout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = """\
+  moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify
+  moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify held-out.jsonl
+  moetune merge base runs/mine/adapter merged --plan        # what would be written, and the room it takes"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument(
+        "base", metavar="BASE", help="the folder of the base that the adapter was trained on, or a hub id"
+    )
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter folder: ours, PEFT's, or per expert")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
+    parser.add_argument("--layout", default="auto", help="how the base holds experts: auto, hub, memory, per_expert")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one for each core)")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan, merge, print what became of the changes; 3 when rounding swallowed one whole."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
+    from finetune.basefiles import open_base
+    from finetune.hub import model_folder
+    from finetune.merge import merge
+    from finetune.merge_plan import plan_merge
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    base = open_base(model_folder(args.base), layout=args.layout)
+    plan = plan_merge(base, args.adapter, other_base=args.other_base)
+    for line in plan.lines(args.out):
+        say(line)
+    if args.plan:
+        return _finish(args, 0, {"need_bytes": plan.need_bytes, "intended": plan.intended})
+    merged = merge(plan, args.out, jobs=args.jobs, say=say)
+    for line in merged.lines():
+        say(line)
+    found: dict[str, Any] = {"folder": str(args.out), "intended": merged.intended, "applied": merged.applied}
+    return _finish(args, 3 if merged.lost else 0, found | {"lost": merged.lost})
+
+
+def _finish(args: argparse.Namespace, code: int, found: dict[str, Any]) -> int:
+    if args.json:
+        print(json.dumps(found, indent=2))
+    return code
