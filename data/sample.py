@@ -91,6 +91,11 @@ class Renderer:
         patches = sum(t * rows * columns for t, rows, columns in grids)
         return VisionCount(tokens=patches // self._spec.merge**2, patches=patches)
 
+    def vision_positions(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> int:
+        """How far images and videos move the positions on: the longer side of each image, of each frame pair."""
+        grids = [*self._grids(record, images), *(plan.grid for plan in self._plans(record, videos))]
+        return sum(t * max(rows, columns) // self._spec.merge for t, rows, columns in grids)
+
     def build(
         self,
         record: Record,

@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.adapter_checks import adapter_problems
 from finetune.attention import MASK_TOKENS
 from finetune.config import RunConfig
+from finetune.context import context_problems
 from finetune.eval_checks import eval_problems
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
@@ -176,12 +177,9 @@ def _sequence_ranks(facts: Facts) -> list[Problem]:
 
 
 def _context(facts: Facts) -> list[Problem]:
-    if facts.base is None or facts.config.data.tokens_per_pack <= facts.base.text.max_position_embeddings:
-        return []
-    limit = facts.base.text.max_position_embeddings
-    allowed = f"a pack longer than the native context of {facts.base.name}, {limit:,} tokens"
-    remedy = f"A sample up to the whole pack would be outside it: set {limit} or less"
-    return [_problem("data.tokens_per_pack", facts.config.data.tokens_per_pack, allowed, remedy, warning=True)]
+    config = facts.config
+    rows = [config.data.tokens_per_pack, *(stage.data.tokens_per_pack or 0 for stage in config.stages.values())]
+    return context_problems(config.context, facts.base, longest_row=max(rows))
 
 
 def _balance(facts: Facts) -> list[Problem]:

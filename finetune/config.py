@@ -158,8 +158,18 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Stretched rotary positions: `context.yarn`."""
+
+    factor: float | None = None  # 2 or 3; None: positions are the base's own
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContextConfig:
     """Length of context and its extension."""
+
+    length: int | None = None  # tokens that the trained model is said to serve; None: as far as positions reach
+    yarn: YarnConfig = field(default_factory=YarnConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from itertools import groupby
 
 from finetune.checks import base_family, fewest_ranks
 from finetune.config import RunConfig
+from finetune.context import extended_rope, extension, rotary, serving_lines
 from finetune.reading import rank_shares
 from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
 
@@ -21,7 +22,7 @@ class Derived:
 def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list[Derived]:
     """Every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
     count = ranks or fewest_ranks(config)
-    lines = [*_ranks(config, ranks), *_step(config, count), *_model(config), *_mixture(config)]
+    lines = [*_ranks(config, ranks), *_step(config, count), *_model(config), *_context(config), *_mixture(config)]
     return [*lines, *(_reads(config, count) if reads else ())]
 
 
@@ -77,6 +78,29 @@ def _model(config: RunConfig) -> list[Derived]:
         text = f"experts per rank = {number} / ep {ep} = {local} in each of {len(base.moe_layers)} layers"
         lines.append(Derived(name="experts_per_rank", value=local, text=text))
     return lines
+
+
+def _context(config: RunConfig) -> list[Derived]:
+    base = base_family(config)
+    extended = extension(config.context, base)
+    if extended is None:
+        return []
+    scaling = rotary(extended_rope(base.text.rope, extended), base.text.head_dim).scaling
+    lines = [
+        Derived(
+            name="context_positions",
+            value=int(extended.original * extended.factor),
+            text=f"yarn reaches position {extended.original:,} x {extended.factor:g} = "
+            f"{int(extended.original * extended.factor):,}; config.json will say {extended.length:,} tokens",
+        ),
+        Derived(
+            name="attention_scaling",
+            value=scaling,
+            text=f"queries and keys are scaled by 0.1 ln {extended.factor:g} + 1 = {scaling:.6f}",
+        ),
+    ]
+    serving = enumerate(serving_lines(base, extended))
+    return [*lines, *(Derived(name=f"serving.{number}", value=extended.length, text=text) for number, text in serving)]
 
 
 def _mixture(config: RunConfig) -> list[Derived]:

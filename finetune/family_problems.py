@@ -26,6 +26,8 @@ def _text_problems(text: Text) -> list[str]:
         found.append(f"rope_type {text.rope.type!r} is not known; known are default and yarn")
     if text.rope.type == "yarn" and not (text.rope.factor and text.rope.original_max_position_embeddings):
         found.append("rope_type yarn needs factor and original_max_position_embeddings; without them the ramp is wrong")
+    if text.rope.type == "default" and text.rope.factor:
+        found.append(f"rope_type is default, so factor {text.rope.factor:g} would be ignored; write rope_type yarn")
     experts = text.experts
     if experts is not None and not 1 <= experts.num_experts_per_tok <= experts.num_experts:
         found.append(

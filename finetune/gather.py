@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.context import extended_config
 from finetune.engine import gathered
 from finetune.jsonblock import load_json
 from finetune.model import EmptyModel
@@ -24,7 +25,7 @@ def save(empty: EmptyModel, folder: Path, base: Path) -> None:
     with ExitStack() as stack:
         writer = None
         if rank_and_world()[0] == 0:
-            config = load_json(base / "config.json")
+            config = extended_config(load_json(base / "config.json"), empty.context)
             kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in base_slots(empty)}
             writer = stack.enter_context(
                 model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))

@@ -106,6 +106,12 @@ def _family(root: Block) -> Family:
     if model_type not in ("qwen3_vl", "qwen3_vl_moe"):
         raise ValueError(f"{root.file}: model_type is {model_type!r}; this package knows qwen3_vl and qwen3_vl_moe")
     text = root.block("text_config")
+    outside = [key for key in ("rope_scaling", "rope_parameters", "rope_theta") if key in root.values]
+    if outside:
+        raise ValueError(
+            f"{root.file}: {outside[0]} stands at the top level, where the text model does not read it. Move it into "
+            f"text_config"
+        )
     return Family(
         name=(root.file.parent if root.file.name == "config.json" else root.file).name,
         text=_text(text, moe=model_type == "qwen3_vl_moe"),
@@ -148,6 +154,7 @@ def _experts(text: Block) -> Experts:
 
 
 def _rope(text: Block) -> Rope:
+    _refuse_two_ropes(text)
     block = text.block("rope_parameters" if "rope_parameters" in text.values else "rope_scaling")
     unknown = sorted(set(block.values) - set(_ROPE_KEYS))
     if unknown:
@@ -168,6 +175,26 @@ def _rope(text: Block) -> Rope:
         type=block.get("rope_type", as_word, instead="type"),
         **yarn,
     )
+
+
+def _refuse_two_ropes(text: Block) -> None:
+    """Refuse blocks of both spellings that differ: readers take different ones, and some lose theta on the way."""
+    both = [text.values.get(key) for key in ("rope_scaling", "rope_parameters")]
+    if not all(both):
+        return
+    theta = text.values.get("rope_theta")
+    hub, v5 = ({**block, "rope_theta": block.get("rope_theta", theta)} for block in both if block)
+    different = sorted(key for key in hub.keys() | v5.keys() if hub.get(key) != v5.get(key))
+    if different:
+        raise ValueError(
+            f"{text.file}: text_config.rope_scaling and rope_parameters differ in {', '.join(different)}; readers "
+            f"would take different ones. Make them equal, with rope_theta in rope_parameters and beside rope_scaling"
+        )
+    if theta is None:
+        raise ValueError(
+            f"{text.file}: text_config has rope_scaling but no rope_theta beside it: transformers would then use its "
+            f"default, 500000. Write rope_theta beside rope_scaling"
+        )
 
 
 def _vision(vision: Block) -> Vision:

@@ -6,6 +6,7 @@ Nothing here allocates a weight, so 235B is built on a laptop; `finetune.weights
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from finetune.adapters import inject
 from finetune.attention import AttentionName
+from finetune.context import Extension
 from finetune.resident import make_resident
 from finetune.shapes import HEAD, Shape, part_of
 from finetune.varlen import register
@@ -36,6 +38,7 @@ class ModelOptions:
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
     attention: AttentionName = "sdpa"
+    context: Extension | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class EmptyModel:
     lora: Mapping[str, Lora]
     trained: tuple[str, ...]
     """Our names of the parameters that were settled to train; a stage may pause some."""
+    context: Extension | None = None
+    """How the base's context is extended; the config.json of what is exported says so."""
 
     def canonical(self, name: str) -> str:
         """Return the canonical name of one of our parameters or persistent buffers."""
@@ -62,6 +67,7 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
     Parameters that neither train nor stay with the engine are buffers, when `resident`.
     """
     config = AutoConfig.from_pretrained(folder)
+    extend(config, options.context)
     kind = str(config.model_type)
     if kind not in (*KNOWN, *DENSE):
         known = ", ".join((*KNOWN, *DENSE))
@@ -78,13 +84,25 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
     empty = EmptyModel(
         module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
-        lora=options.lora, trained=(),
+        lora=options.lora, trained=(), context=options.context,
     )  # fmt: skip
     _settle_training(empty, options.train)
     if options.resident:
         make_resident(module)
     trained = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
     return replace(empty, trained=trained)
+
+
+def extend(config: Any, context: Extension | None) -> None:
+    """Stretch the positions of a transformers config: the one edit that keeps theta and sections."""
+    if context is None:
+        return
+    text = config.get_text_config()
+    text.rope_parameters = {
+        **text.rope_parameters, "rope_type": "yarn", "factor": context.factor,
+        "original_max_position_embeddings": context.original,
+    }  # fmt: skip
+    text.max_position_embeddings = context.length
 
 
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:

@@ -1,14 +1,19 @@
 """From a configuration to the options of model, engine and balance; what was chosen is said in sentences."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from data.config import DataConfig
+from data.corpus import Corpus
+from data.reach import reach
+from data.sample import Renderer
 from finetune.adapters import settle
 from finetune.attention import choose_attention
 from finetune.config import RunConfig
+from finetune.context import Extension, extension, need_lines, serving_lines
 from finetune.engine import EngineOptions
 from finetune.families import Family
 from finetune.hub import model_folder
@@ -60,7 +65,12 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         seed=config.run.seed,
     )
     options = ModelOptions(
-        ep_size=config.parallel.ep, layer=layer, resident=resident.resident, dtype=dtype, attention=attention.name
+        ep_size=config.parallel.ep,
+        layer=layer,
+        resident=resident.resident,
+        dtype=dtype,
+        attention=attention.name,
+        context=extension(config.context, base),
     )
     return settle(config.adapters, options)
 
@@ -96,6 +106,19 @@ def make_balance(
         device=device,
         row_group=sequence.ranks if sequence else None,
     )
+
+
+def context_lines(
+    context: Extension | None, base: Family, corpora: Iterable[Corpus], renderer: Renderer, data: DataConfig
+) -> list[str]:
+    """What the largest position in the data says about the context, and how the trained model is to be served."""
+    native = base.text.rope.original_max_position_embeddings or base.text.max_position_embeddings
+    cache = Path(data.cache_dir) if data.cache_dir else None
+    found = max(
+        (reach(corpus, renderer, enough=native, cache_dir=cache) for corpus in corpora), key=lambda r: r.positions
+    )
+    lines = need_lines(base, context, largest=found.positions, exact=found.exact, sample=found.sample)
+    return [*lines, *serving_lines(base, context)]
 
 
 def _room(device: torch.device) -> int:

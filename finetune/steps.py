@@ -38,6 +38,11 @@ class RunData:
         """What the present stage reads."""
         return self._streams[self._stage.number]
 
+    @property
+    def corpora(self) -> list[Corpus]:
+        """What the stages read, each once."""
+        return list(self._corpora.values())
+
     def lines(self) -> Iterator[str]:
         """What there is to read, for people: where its tokens lie, and how long an epoch of each stage is."""
         told: set[int] = set()

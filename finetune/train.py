@@ -27,6 +27,7 @@ from finetune.checkpoint import Checkpoints
 from finetune.checkpoint_manifest import starting_point
 from finetune.checks import require
 from finetune.config import RunConfig
+from finetune.context import check_rotary
 from finetune.derive import derive
 from finetune.engine import backward, engine_config, engine_device, initialize, require_step_applied, start_distributed
 from finetune.evaluate import Evaluation
@@ -43,7 +44,7 @@ from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
 from finetune.sequence import sequence_group
 from finetune.sequence_attention import use_sequence
-from finetune.setup import engine_options, fetch_base, make_balance, model_options
+from finetune.setup import context_lines, engine_options, fetch_base, make_balance, model_options
 from finetune.stages import run_stages, stage_of
 from finetune.steps import RunData
 from finetune.track import Tracker
@@ -74,6 +75,8 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     data = RunData(stages, renderer, seed=config.run.seed, sequence=sequence)
     say("\n".join(data.lines()))
     evaluation = Evaluation(config, renderer, families=trainable_table(empty), sequence=sequence, say=say)
+    if rank_and_world()[0] == 0:
+        say("\n".join(context_lines(empty.context, base, data.corpora, renderer, config.data)))
 
     # --- weights to ranks, engine
     options = engine_options(config)
@@ -81,6 +84,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
     loaded = load_weights(empty, files, engine_config=engine_config(options), start=start)
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
+    say(check_rotary(empty.module, base, empty.context))
     set_recompute(empty.module, config.parallel.recompute)
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise, sequence=sequence)
     engine = initialize(packed, options, trained_groups(empty, config, stages))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.atomic import whole_folder, write_file
+from finetune.context import both_spellings
 from finetune.hubconfig import config_text, to_hub_spelling
 from finetune.layouts import LAYOUT_KEY, is_expert_stack, stored_shape
 from finetune.shapes import Shape
@@ -148,7 +149,7 @@ def model_writer(
         for name, content in side_files.items():
             write_file(beside / name, content if isinstance(content, bytes) else content.read_bytes())
         # The config comes last: without it no reader takes a folder for a model.
-        write_file(beside / "config.json", config_text(to_hub_spelling(dict(config))).encode())
+        write_file(beside / "config.json", config_text(both_spellings(to_hub_spelling(dict(config)))).encode())
 
 
 def write_model(

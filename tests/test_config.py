@@ -100,7 +100,7 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("model.family=qwen3-vl-30b-a3x", "model.family", r"Did you mean `qwen3-vl-30b-a3b`"),
         ("model.family=", "model.family", r"text is wanted"),
         ("model.family=''", "model.path", r"shape of the base model is not known.*Set model.family \(.*tiny-moe"),
-        ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the native context"),
+        ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the context of tiny-moe, 4,096"),
     ],
 )
 def test_each_wrong_value_is_named_with_what_is_allowed_and_what_to_do(override: str, key: str, text: str) -> None:

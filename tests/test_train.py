@@ -103,6 +103,7 @@ def test_one_rank_takes_the_same_steps_as_two(place: Path) -> None:
 def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path) -> None:
     """It was cut while two ranks shared each row; three go on with whole rows, though 8 packs do not divide by them."""
     words = [*LORA, "schedule.steps=6", "optim.eps=1e-6", "checkpoint.every_steps=2", "moe.balance=off"]
+    words += ["context.yarn.factor=2"]
     done = _train(place, "whole", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     first = _train(place, "cut", *words, "parallel.sp=2", kill_after="step 4:")
@@ -111,6 +112,8 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
     assert again.returncode == 0, again.stderr[-2000:]
     assert "of 3 data ranks 2 take 3 packs a step" in again.stderr
     assert "resumed: runs/cut/checkpoints/step-000004, saved by 2 ranks; 2 steps to go" in again.stdout
+    assert "rotary positions: yarn x 2 over 4,096, theta 5,000,000" in again.stdout
+    assert "warning: context.yarn.factor=2 is not needed: the largest position in the data is below" in again.stdout
     for whole, cut in zip(_metrics(place, "whole"), _metrics(place, "cut"), strict=True):
         assert cut["step"] == whole["step"]
         assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)

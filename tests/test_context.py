@@ -1,0 +1,276 @@
+"""YaRN: frequencies by the formula, both spellings read alike, each known trap of a config.json caught or prevented."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from bases import base
+from PIL import Image
+from transformers import AutoConfig
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRotaryEmbedding
+
+from data.config import DataConfig, ImageConfig, SourceConfig
+from data.open import open_corpus, open_stream
+from data.reach import Reach, reach
+from data.sample import Renderer
+from finetune.config import ContextConfig, YarnConfig
+from finetune.context import (
+    Extension,
+    check_rotary,
+    context_problems,
+    extended_config,
+    extended_rope,
+    extension,
+    need_lines,
+    rotary,
+    serving_lines,
+)
+from finetune.families import family
+from finetune.hubconfig import hub_config, read_family, to_hub_spelling
+from finetune.model import extend
+from launchers.cli import main
+
+BIG = family("qwen3-vl-30b-a3b")
+THREE = Extension(factor=3.0, original=262_144, length=1_000_000)
+
+
+def paper(theta: float, dim: int, factor: float, original: int) -> torch.Tensor:
+    """YaRN's blend of stretched and plain frequencies, written from its description, in float64."""
+    i = torch.arange(0, dim, 2, dtype=torch.float64)
+    plain = theta ** (-i / dim)
+    wavelengths = [original / turns for turns in (32, 1)]
+    first, last = (dim * torch.log(torch.tensor(w / (2 * torch.pi), dtype=torch.float64)) / (2 * np.log(theta))
+                   for w in wavelengths)  # fmt: skip
+    first, last = first.floor().clamp(min=0), last.ceil().clamp(max=dim - 1)
+    keep = 1 - ((torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
+    return plain * keep + plain / factor * (1 - keep)
+
+
+def embedding(config: dict, folder: Path) -> Qwen3VLMoeTextRotaryEmbedding:
+    """What transformers makes of a config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return Qwen3VLMoeTextRotaryEmbedding(AutoConfig.from_pretrained(folder).text_config)
+
+
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_every_reader_gets_the_frequencies_of_the_formula(factor: float, tmp_path: Path) -> None:
+    extended = Extension(factor=factor, original=262_144, length=int(factor * 262_144))
+    want = rotary(extended_rope(BIG.text.rope, extended), 128)
+    reference = paper(5e6, 128, factor, 262_144)
+    torch.testing.assert_close(torch.tensor(want.inv_freq, dtype=torch.float64), reference, rtol=1e-12, atol=0)
+    assert want.scaling == pytest.approx(0.1 * np.log(factor) + 1, rel=1e-12)
+    made = extended_config(hub_config(BIG), extended)
+    text = made["text_config"]
+    for name, spelling in {
+        "both": text,
+        "hub": {key: value for key, value in text.items() if key != "rope_parameters"},
+        "v5": {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_theta")},
+    }.items():
+        found = embedding(made | {"text_config": spelling}, tmp_path / name)
+        torch.testing.assert_close(found.inv_freq.double(), reference, rtol=1e-6, atol=0)
+        assert found.attention_scaling == pytest.approx(want.scaling, abs=1e-6)
+        assert list(found.mrope_section) == [24, 20, 20]
+        read = read_family(tmp_path / name)
+        assert read.text.rope == extended_rope(BIG.text.rope, extended), name
+        assert read.text.max_position_embeddings == extended.length
+    assert text["rope_scaling"]["mrope_interleaved"] is True
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 5_000_000
+
+
+def test_time_height_and_width_stay_interleaved(tmp_path: Path) -> None:
+    found = embedding(extended_config(hub_config(BIG), THREE), tmp_path)
+    positions = torch.randint(0, 700_000, (3, 1, 40), generator=torch.Generator().manual_seed(0))
+    cos, _ = found(torch.zeros(1, 40, 8), positions)
+    channel = torch.arange(64)
+    axis = torch.where((channel % 3 == 1) & (channel < 60), 1, torch.where((channel % 3 == 2) & (channel < 60), 2, 0))
+    angles = positions[axis, 0].T.float() * found.inv_freq
+    expected = torch.cat([angles, angles], -1).cos() * rotary(extended_rope(BIG.text.rope, THREE), 128).scaling
+    torch.testing.assert_close(cos[0], expected, rtol=0, atol=1e-6)
+    assert axis.bincount().tolist() == [24, 20, 20]
+
+
+def test_an_edit_of_a_loaded_config_keeps_theta_and_sections(tmp_path: Path) -> None:
+    """Setting rope_scaling on it, as old recipes do, loses theta: nothing here does."""
+    embedding(hub_config(BIG), tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    extend(config, None)
+    assert config.text_config.rope_parameters["rope_type"] == "default"
+    extend(config, THREE)
+    assert config.text_config.rope_parameters == {
+        "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 262_144, "rope_theta": 5_000_000,
+        "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+    }  # fmt: skip
+    assert config.text_config.max_position_embeddings == 1_000_000
+
+
+def test_without_an_extension_config_json_stays_the_published_one() -> None:
+    assert extended_config(hub_config(BIG), None) == hub_config(BIG)
+    yarn = extended_config(hub_config(BIG), THREE)
+    assert extended_config(to_hub_spelling(yarn), None) == yarn
+
+
+YARN = {"rope_type": "yarn", "factor": 3.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+        "original_max_position_embeddings": 262_144}  # fmt: skip
+TRAPS = {
+    "v5 block without theta": ({"rope_scaling": None, "rope_theta": None, "rope_parameters": YARN}, "lacks text"),
+    "hub block without theta": ({"rope_theta": None, "rope_scaling": YARN}, "lacks text_config.rope_theta"),
+    "two blocks that differ": (
+        {"rope_parameters": {**YARN, "rope_type": "default", "rope_theta": 5_000_000}, "rope_scaling": YARN},
+        "rope_scaling and rope_parameters differ in rope_type",
+    ),
+    "two blocks, theta in one": (
+        {"rope_theta": None, "rope_parameters": {**YARN, "rope_theta": 5_000_000}, "rope_scaling": YARN},
+        "differ in rope_theta",
+    ),
+    "two blocks, no theta beside": (
+        {"rope_theta": None, **dict.fromkeys(["rope_parameters", "rope_scaling"], {**YARN, "rope_theta": 5_000_000})},
+        "no rope_theta beside it: transformers would then use its default, 500000",
+    ),
+    "no original length": (
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": None}}, "without them the ramp is wrong",
+    ),
+    "no factor": ({"rope_scaling": {**YARN, "factor": None}}, "rope_type yarn needs factor"),
+    "a key nobody reads": ({"rope_scaling": {**YARN, "attn_factor": 1.0}}, "rope_scaling.attn_factor would be ignored"),
+    "factor without yarn": ({"rope_scaling": {**YARN, "rope_type": "default"}}, "so factor 3 would be ignored"),
+    "sections lost": ({"rope_scaling": {**YARN, "mrope_section": None}}, "rope_scaling.mrope_section"),
+    "interleaving lost": ({"rope_scaling": {**YARN, "mrope_interleaved": None}}, "scaling.mrope_interleaved"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_each_trap_of_a_config_json_is_a_message(trap: str, tmp_path: Path) -> None:
+    changes, message = TRAPS[trap]
+    config = hub_config(BIG)
+    text = config["text_config"] | changes
+    text = {key: _without_none(value) for key, value in text.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": text}))
+    with pytest.raises(ValueError, match=message):
+        read_family(tmp_path)
+
+
+def _without_none(value: object) -> object:
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def test_a_block_at_the_top_level_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hub_config(BIG) | {"rope_scaling": YARN}))
+    with pytest.raises(ValueError, match="rope_scaling stands at the top level, where the text model does not read it"):
+        read_family(tmp_path)
+
+
+def built_model(config: dict, folder: Path) -> SimpleNamespace:
+    """As much of a built model as has rotary positions."""
+    return SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(rotary_emb=embedding(config, folder))))
+
+
+def test_a_built_model_is_held_to_the_formula(tmp_path: Path) -> None:
+    plain, yarn = hub_config(BIG), extended_config(hub_config(BIG), THREE)
+    assert "yarn x 3 over 262,144, theta 5,000,000" in check_rotary(built_model(yarn, tmp_path), BIG, THREE)
+    assert "64 frequencies as in float64" in check_rotary(built_model(plain, tmp_path), BIG, None)
+    wrong = {
+        "plain frequencies": (plain, THREE),
+        "yarn unasked": (yarn, None),
+        "default theta": (_edited(yarn, rope_theta=500_000), THREE),
+        "ramp over the new length": (_edited(yarn, original_max_position_embeddings=1_000_000), THREE),
+    }
+    for name, (config, extended) in wrong.items():
+        with pytest.raises(ValueError, match="rotary positions are not those of its configuration"):
+            check_rotary(built_model(config, tmp_path / name), BIG, extended)
+    blurred = built_model(yarn, tmp_path)
+    blurred.model.language_model.rotary_emb.bfloat16()
+    with pytest.raises(ValueError, match="the rotary frequencies are bfloat16: in less than float32 positions blur"):
+        check_rotary(blurred, BIG, THREE)
+    with pytest.raises(ValueError, match="the model has 64 rotary frequencies, tiny-moe has 8"):
+        check_rotary(built_model(yarn, tmp_path), family("tiny-moe"), None)
+    other = built_model(yarn, tmp_path)
+    other.model.language_model.rotary_emb.mrope_section = [20, 24, 20]
+    with pytest.raises(ValueError, match=r"by \[20, 24, 20\], config.json says \[24, 20, 20\]"):
+        check_rotary(other, BIG, THREE)
+
+
+def _edited(config: dict, **values: object) -> dict:
+    text = dict(config["text_config"])
+    for key in ("rope_scaling", "rope_parameters"):
+        text[key] = text[key] | {k: v for k, v in values.items() if k in text[key]}
+    text |= {k: v for k, v in values.items() if k in text}
+    return config | {"text_config": text}
+
+
+def context(length: int | None = None, factor: float | None = None) -> ContextConfig:
+    return ContextConfig(length=length, yarn=YarnConfig(factor=factor))
+
+
+def test_what_the_section_asks_of_a_base() -> None:
+    assert extension(context(), BIG) is None
+    assert extension(context(factor=2), BIG) == Extension(factor=2, original=262_144, length=524_288)
+    assert extension(context(1_000_000, 3), BIG) == THREE
+
+    def told(config: ContextConfig, row: int = 8192) -> list[str]:
+        return [f"{p.level}: {p}" for p in context_problems(config, BIG, longest_row=row)]
+
+    assert told(context()) == told(context(factor=3), 700_000) == told(context(1_000_000, 3)) == []
+    assert "above 1 is wanted" in told(context(factor=0.5))[0]
+    (four,) = told(context(factor=4))
+    assert four.startswith("warning: context.yarn.factor = 4")
+    assert "Set 2 or 3" in four
+    assert "at least 1 is wanted" in told(context(0))[0]
+    assert "Set context.yarn.factor=3, or leave context.length out" in told(context(700_000))[0]
+    assert "serves 262,144 positions already" in told(context(4096))[0]
+    assert told(context(), 300_000)[0].startswith("warning: data.tokens_per_pack = 300000")
+
+
+def test_the_largest_position_decides() -> None:
+    def told(extended: Extension | None, largest: int) -> list[str]:
+        return need_lines(BIG, extended, largest=largest, exact=True, sample="s/1")
+
+    assert told(None, 97_744)[0].endswith("position in the data is 97,744 (s/1), within the base's 262,144")
+    assert "Set context.yarn.factor=2 (a factor of 1.14 is needed)" in told(None, 300_000)[0]
+    assert [line.startswith("warning") for line in told(THREE, 97_744)] == [False, True]
+    assert "is not needed" in told(THREE, 97_744)[1]
+    assert len(told(THREE, 700_000)) == 1
+    assert "reaches position 786,432" in told(THREE, 900_000)[1]
+
+
+def test_how_to_serve_is_said_where_a_server_computes_otherwise() -> None:
+    assert serving_lines(BIG, None) == []
+    sglang, vllm = serving_lines(BIG, THREE)
+    assert "--context-length 1000000" in sglang
+    assert "20 of 64 frequencies would differ, by up to 67%" in vllm
+    overrides = json.loads(vllm.split("--hf-overrides '")[1].removesuffix("'"))["text_config"]["rope_parameters"]
+    rope = extended_rope(BIG.text.rope, THREE)
+    served = rotary(rope, 128, ramp_over=4 * overrides["original_max_position_embeddings"])
+    assert served == rotary(rope, 128), "with the flags the ramp is ours"
+
+
+def test_positions_of_a_corpus_are_those_of_its_samples(tmp_path: Path) -> None:
+    Image.new("RGB", (320, 320)).save(tmp_path / "a.png")
+    rows = [
+        {"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Black."}],
+         "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "Count. " * 9}, {"role": "assistant", "content": "One."}]},
+        {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"mine": SourceConfig(path=str(tmp_path / "rows.jsonl"))}
+    data = DataConfig(sources=source, packs_per_step=1, workers=0, image=ImageConfig(min_tokens=90, max_tokens=110))
+    renderer = Renderer(base(), image=data.image, video=data.video, chat=data.chat)
+    corpus = open_corpus(data, renderer)
+    batches = [b for step in open_stream(data, corpus, renderer, seed=0, rank=0, size=1) for b in step.batches]
+    tokens = max(int(units.tokens.max()) for units in corpus.sources)
+    assert reach(corpus, renderer, enough=tokens) == Reach(positions=tokens, exact=False)
+    found = reach(corpus, renderer, enough=1)
+    assert found.positions == max(int(batch.positions[1:].max()) for batch in batches) + 1
+    assert found.exact
+    assert found.positions < tokens, "the sample of most tokens shows an image, which moves positions on by one side"
+
+
+def test_check_derives_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "qwen3-vl-30b-a3b-lora", "context.yarn.factor=3"]) == 0
+    printed = capsys.readouterr().out
+    assert "yarn reaches position 262,144 x 3 = 786,432; config.json will say 786,432 tokens" in printed
+    assert "0.1 ln 3 + 1 = 1.109861" in printed
+    assert "--hf-overrides" in printed
