@@ -49,7 +49,7 @@ class ChatConfig:
 class DataConfig:
     """What is read and how it is packed. Every quantity is global: none changes with the number of ranks."""
 
-    packs_per_step: int = 32
+    packs_per_step: int = 32  # LoRA bears large batches badly (LoRA Without Regret); the authors have 16 on each GPU
     tokens_per_pack: int = 8192
     vision_tokens_per_pack: int | None = None  # of images and videos; None: only tokens_per_pack limits them
     mixture: Literal["natural", "tokens", "samples"] = "natural"  # natural: each sample once an epoch, no weights

@@ -47,9 +47,8 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
         for owner in empty.module.modules() if isinstance(owner, GroupedExperts)
         for parameter in owner.parameters(recurse=False)
     }  # fmt: skip
-    for name, parameter in empty.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name in empty.trained:  # also what a stage pauses
+        parameter = empty.module.get_parameter(name)
         group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
         flat = zero.fp32_partitioned_groups_flat[group]
         moments = _moments(zero.optimizer, flat)

@@ -13,6 +13,9 @@ from finetune.eval_checks import eval_problems
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
 from finetune.problems import ConfigError, Problem, did_you_mean
+from finetune.published import published_problems
+from finetune.schedule_checks import schedule_problems, stage_problems
+from finetune.stages import by_stage
 from finetune.typed import leaves, related
 from moe.config import MoeConfig
 
@@ -120,21 +123,24 @@ def _sources(facts: Facts) -> list[Problem]:
 
 def _steps_divide(facts: Facts) -> list[Problem]:
     """A micro-batch is one packed row, so the packs of a step must divide by the data ranks."""
-    packs, sp = facts.config.data.packs_per_step, facts.config.parallel.sp
-    if packs < 1 or sp < 1 or facts.ranks % sp:
+    sp = facts.config.parallel.sp
+    if sp < 1 or facts.ranks % sp:
         return []
-    ranks = facts.ranks // sp
-    if packs % ranks == 0:
-        return []
-    if facts.resuming:
-        share, full = -(-packs // ranks), ranks - (-packs % ranks)
-        allowed = f"of {ranks} data ranks {full} take {share} packs a step, the others {share - 1} and an empty one"
-        remedy = "The steps are those of before, only slower; a number of ranks that divides them wastes nothing"
-        return [_problem("data.packs_per_step", packs, allowed, remedy, warning=True)]
-    below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
-    nearest = " or ".join(f"data.packs_per_step={n}" for n in (below, above) if n)
-    allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"
-    return [_problem("data.packs_per_step", packs, allowed, f"Nearest that do: {nearest}")]
+    ranks, problems = facts.ranks // sp, []
+    for key, packs in by_stage(facts.config, "packs_per_step"):
+        if packs < 1 or packs % ranks == 0:
+            continue
+        if facts.resuming:
+            share, full = -(-packs // ranks), ranks - (-packs % ranks)
+            allowed = f"of {ranks} data ranks {full} take {share} packs a step, the others {share - 1} and an empty one"
+            remedy = "The steps are those of before, only slower; a number of ranks that divides them wastes nothing"
+            problems.append(_problem(key, packs, allowed, remedy, warning=True))
+            continue
+        below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
+        nearest = " or ".join(f"{key}={n}" for n in (below, above) if n)
+        allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"
+        problems.append(_problem(key, packs, allowed, f"Nearest that do: {nearest}"))
+    return problems
 
 
 def _expert_ranks(facts: Facts) -> list[Problem]:
@@ -227,7 +233,8 @@ def _terms(moe: MoeConfig) -> list[tuple[str, object]]:
 
 def _attention(facts: Facts) -> list[Problem]:
     """sdpa's mask grows with the square of the packed row."""
-    name, tokens = facts.config.model.attention, facts.config.data.tokens_per_pack
+    name = facts.config.model.attention
+    tokens = max(tokens for _, tokens in by_stage(facts.config, "tokens_per_pack"))
     if name != "sdpa" or tokens <= MASK_TOKENS:
         return []
     allowed = f"it builds a mask of {tokens:,} x {tokens:,} for a packed row, and the limit is {MASK_TOKENS:,} tokens"
@@ -236,6 +243,12 @@ def _attention(facts: Facts) -> list[Problem]:
 
 def _evaluation(facts: Facts) -> list[Problem]:
     return eval_problems(facts.config)
+
+
+def _schedule(facts: Facts) -> list[Problem]:
+    """Schedule and stages fit the run, and what learns how fast is within what others found to work."""
+    problems = [*schedule_problems(facts.config), *stage_problems(facts.config)]
+    return problems or list(published_problems(facts.config, facts.base))
 
 
 CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
@@ -249,6 +262,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _adapters,
     _attention,
     _evaluation,
+    _schedule,
 )
 
 

@@ -8,6 +8,7 @@ from finetune.config import RunConfig
 from finetune.context import extended_rope, extension, rotary, serving_lines
 from finetune.reading import rank_shares
 from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.stages import run_stages, trained_families
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Derived:
 def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list[Derived]:
     """Every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
     count = ranks or fewest_ranks(config)
-    lines = [*_ranks(config, ranks), *_step(config, count), *_model(config), *_context(config), *_mixture(config)]
+    lines = [*_ranks(config, ranks), *_step(config, count), *_stages(config), *_model(config), *_context(config)]
+    lines += _mixture(config)
     return [*lines, *(_reads(config, count) if reads else ())]
 
 
@@ -56,6 +58,21 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
             text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, {rows}",
         ),
     ]
+
+
+def _stages(config: RunConfig) -> list[Derived]:
+    """Each stage in a line: its steps, what trains at which peak rate, and how much it reads."""
+    lines = []
+    for stage in run_stages(config) if config.stages else ():
+        rates = {name: stage.rate * (getattr(config.adapters, name).lr or config.optim.lr) for name in stage.train}
+        trains = ", ".join(f"{name} at {rates[name]:.3g}" for name in trained_families(config) if name in stage.train)
+        packs, tokens = stage.data.packs_per_step, stage.data.tokens_per_pack
+        text = (
+            f"stage {stage.name or '(before the first)'}: steps {stage.first} to {stage.end - 1} train {trains}; "
+            f"{packs} packs x {tokens:,} = {packs * tokens:,} tokens a step"
+        )
+        lines.append(Derived(name=f"stage.{stage.name}", value=stage.steps, text=text))
+    return lines
 
 
 def _model(config: RunConfig) -> list[Derived]:

@@ -47,7 +47,7 @@ PACKS = Range(low=4, high=512)  # ms-swift's script for the 30B; the authors' 4 
 
 def published_problems(config: RunConfig, base: Family | None) -> Iterator[Problem]:
     """Warn of values that nobody has published for such a base."""
-    if base is None or parameter_counts(base).total < SMALLEST:
+    if base is None or not config.optim.lr > 0 or parameter_counts(base).total < SMALLEST:
         return
     for name in trained_families(config):
         family = getattr(config.adapters, name)
@@ -56,11 +56,10 @@ def published_problems(config: RunConfig, base: Family | None) -> Iterator[Probl
         own = family.lr or config.optim.lr
         factors = [stage.rate for stage in run_stages(config) if name in stage.train]
         for rate in {own * factor for factor in factors}:
-            origin = "" if family.lr else " (optim.lr)"
             where = f"adapters.{name}.lr" if family.lr else "optim.lr"
             if not rates.holds(rate):
                 kind = "LoRA on" if is_lora else "full tuning of"
-                allowed = f"published for {kind} {name} is {rates.low:g} to {rates.high:g}{origin}"
+                allowed = f"published for {kind} {name} is {rates.low:g} to {rates.high:g}"
                 yield _warning(where, rate, allowed, f"Set adapters.{name}.lr into that range, or be sure of it")
         if is_lora and hasattr(family, "r"):
             scale = family.alpha / family.r

@@ -75,3 +75,9 @@ def stage_data(config: RunConfig, stage: StageConfig) -> DataConfig:
 def longest_pack(stages: Sequence[Stage]) -> int:
     """Tokens of the longest packed row of the run."""
     return max(stage.data.tokens_per_pack for stage in stages)
+
+
+def by_stage(config: RunConfig, key: str) -> list[tuple[str, int]]:
+    """The values of a number of `data:`, by dotted key: the run's own, then each stage's that has another."""
+    named = [(f"stages.{name}.data.{key}", getattr(stage.data, key)) for name, stage in config.stages.items()]
+    return [(f"data.{key}", getattr(config.data, key)), *(item for item in named if item[1] is not None)]

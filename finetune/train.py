@@ -89,6 +89,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise, sequence=sequence)
     engine = initialize(packed, options, trained_groups(empty, config, stages))
     engine.train()
+    torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
 
     # --- where an earlier start of this run left off
     checkpoints = Checkpoints(engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep)
