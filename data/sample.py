@@ -143,6 +143,16 @@ class Renderer:
         text: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
+    def spell(self, token: int) -> str:
+        """One token as the vocabulary spells it, special ones included."""
+        spelled: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return spelled
+
+    @property
+    def media_ids(self) -> frozenset[int]:
+        """The tokens that stand for patches of images and videos."""
+        return frozenset((self._image_pad, self._video_pad))
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that is no conversation."""
         return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)

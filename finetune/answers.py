@@ -79,7 +79,7 @@ def find_questions(
         if path.endswith((".jsonl", ".json")):
             if not Path(path).is_file():
                 raise ValueError(f"DATA is {path!r}, which does not exist")
-            shards = shards_of_rows(Path(path), name, cache_dir=cache_dir, jobs=jobs, limit=0)
+            shards = shards_of_rows(Path(path), Path(path).stem, cache_dir=cache_dir, jobs=jobs, limit=0)
         else:
             shards = find_shards(path, "DATA")
         found += read_questions(shards, reader, source=name)

@@ -77,7 +77,7 @@ class Endpoint:
                 raise EndpointError(
                     f"{self.root}{path}: what came back is no JSON: {error}. Is it the right address?"
                 ) from error
-        raise EndpointError(f"{self.root}{path}: no answer in {self.attempts} attempts, last: {problem}")
+        raise EndpointError(f"{self.root}{path}: no answer after {self.attempts} attempt(s), the last said: {problem}")
 
     def _refused(self, error: urllib.error.HTTPError, path: str) -> str:
         """What a retry may mend, as text; what it cannot is raised."""

@@ -54,6 +54,15 @@ class Answer:
     finished: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A token that somebody else wrote, as our model sees it: log-probabilities of it and of our own choice there."""
+
+    chosen: float
+    best: float
+    best_id: int
+
+
 class Speaker:
     """A loaded model, and all it takes to ask it."""
 
@@ -90,18 +99,18 @@ class Speaker:
         return [Answer(ids=tuple(i), text=t, finished=f) for i, t, f in zip(written, texts, finished, strict=True)]
 
     @torch.inference_mode()
-    def log_probabilities(self, prompt: Sample, continuation: Sequence[int]) -> list[float]:
-        """Log-probability of each token of a continuation, given the prompt and those before it."""
+    def judge(self, prompt: Sample, continuation: Sequence[int]) -> list[Judged]:
+        """Each token of a continuation, given the prompt and those before it, by one forward."""
         both = replace(
             prompt,
             input_ids=torch.cat([torch.from_numpy(prompt.input_ids), torch.tensor(continuation[:-1])]).int().numpy(),
             positions=_continued(torch.from_numpy(prompt.positions), len(continuation) - 1).int().numpy(),
         )
         hidden_TD = self.module.model(**self._inputs([both]), use_cache=False).last_hidden_state[0]
-        logits_TV = self.module.lm_head(hidden_TD[-len(continuation) :]).float()
-        wanted = torch.tensor(continuation, device=logits_TV.device)
-        found: list[float] = logits_TV.log_softmax(-1).gather(1, wanted[:, None])[:, 0].tolist()
-        return found
+        logs_TV = self.module.lm_head(hidden_TD[-len(continuation) :]).float().log_softmax(-1)
+        wanted = torch.tensor(continuation, device=logs_TV.device)
+        rows = zip(logs_TV.gather(1, wanted[:, None])[:, 0].tolist(), *map(Tensor.tolist, logs_TV.max(-1)), strict=True)
+        return [Judged(chosen=chosen, best=best, best_id=best_id) for chosen, best, best_id in rows]
 
     def _tokens(self, prompts: Sequence[Sample], sampling: Sampling, numbers: Sequence[int]) -> Iterator[list[int]]:
         """The next token of every prompt, until all have ended; what an ended one still writes is no answer."""

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 COMMANDS = {
+    "serve-check": "does a live server compute what we compute, from pixels to log-probabilities?",
     "shards": "build, index, check, show, count and split webdataset shards",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",

@@ -46,6 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    parser.add_argument("--attempts", type=positive, default=5, help="when a server is busy or away (default 5)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every answer with its scores, one JSON a line")
     for name, about in (("least", "fewer"), ("most", "more")):
         parser.add_argument(
@@ -105,7 +106,7 @@ def endpoint_of(args: argparse.Namespace) -> "Endpoint":
 
     return Endpoint(
         url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout,
-        concurrency=args.concurrency,
+        attempts=args.attempts, concurrency=args.concurrency,
     )  # fmt: skip
 
 

@@ -98,6 +98,11 @@ def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=N
     return {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
 
 
+def decoded(*, folder, ids):
+    """The text of tokens, as a server sends it."""
+    return _processor(folder).tokenizer.decode(ids, skip_special_tokens=True)
+
+
 @cache
 def _processor(folder):
     from transformers import AutoProcessor

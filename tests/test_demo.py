@@ -68,6 +68,12 @@ def test_an_existing_folder_is_not_written_over(tmp_path: Path, capsys: pytest.C
     assert "exists; give another folder, or remove it" in capsys.readouterr().err
 
 
+def test_missing_digits_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ValueError, match=r"digits come with scikit-learn: pip install 'moetune\[demo\]'"):
+        main(["demo", "--debug", str(tmp_path / "out")])
+
+
 @pytest.mark.slow
 def test_the_whole_demo_learns_digits(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}

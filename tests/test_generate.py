@@ -85,7 +85,7 @@ def test_a_batch_answers_as_each_prompt_alone():
 def test_log_probabilities_are_those_of_a_whole_forward():
     inputs, ours = theirs("image and videos"), prompt("image and videos")
     continuation = [5, 300, 17, 41]
-    found = speaker().log_probabilities(ours, continuation)
+    found = speaker().judge(ours, continuation)
     more = {
         "input_ids": torch.cat([inputs["input_ids"], torch.tensor([continuation])], dim=1),
         "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, 4, dtype=torch.int64)], dim=1),
@@ -94,7 +94,10 @@ def test_log_probabilities_are_those_of_a_whole_forward():
     with torch.no_grad():
         logits = stock()(**inputs | more).logits[0, -5:-1]
     wanted = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
-    assert found == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert [one.chosen for one in found] == pytest.approx(wanted.tolist(), abs=1e-4)
+    best = logits.log_softmax(-1).max(-1)
+    assert [one.best for one in found] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [one.best_id for one in found] == best.indices.tolist()
 
 
 def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
@@ -114,7 +117,7 @@ def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
     with torch.no_grad():
         wanted = peft(**inputs).logits[0, -1].log_softmax(-1)
     best = wanted.topk(5)
-    (found,) = [[ours.log_probabilities(prompt("image", ours), [token])[0] for token in best.indices.tolist()]]
+    found = [ours.judge(prompt("image", ours), [token])[0].chosen for token in best.indices.tolist()]
     assert found == pytest.approx(best.values.tolist(), abs=1e-4)
     assert ours.answer([prompt("image", ours)], SHORT) != speaker().answer([prompt("image")], SHORT)
 

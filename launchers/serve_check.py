@@ -1,0 +1,66 @@
+"""`moetune serve-check`: does a live server compute what we compute, from the pixels to the log-probabilities?"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from launchers.check import positive
+from launchers.model_options import load_speaker, model_arguments
+
+EXAMPLE = """\
+  moetune serve-check http://localhost:8000/v1 shards/held-out --model merged --samples 16
+  moetune serve-check http://localhost:8000/v1 held-out.jsonl --model base --adapter runs/mine/adapter --name mine"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="shards, .jsonl or .json")
+    parser.add_argument("--model", required=True, help="what the server serves: a folder or a hub id")
+    model_arguments(parser)
+    parser.add_argument("--samples", type=positive, default=8, help="drawn from each source (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawing (default 0)")
+    parser.add_argument("--max-tokens", type=positive, default=32, help="of an answer (default 32)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.1, help="allowed between log-probabilities (default 0.1, for bfloat16)"
+    )
+    parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
+    parser.add_argument(
+        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
+    from finetune.answers import find_questions, put
+    from finetune.endpoint import Endpoint, EndpointError, check_sendable
+
+    endpoint = Endpoint(url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout)
+    questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed)
+    for question in questions:
+        check_sendable(question.record)
+    asked = put(questions, reader, control="kept", seed=args.seed)
+    try:
+        endpoint.model_name()  # a server that is not there is known before a model is loaded
+        speaker = load_speaker(args.model, args, adapter=args.adapter)
+        from finetune.serve_check import serve_check
+
+        for found in serve_check(speaker, endpoint, asked, tolerance=args.tolerance, max_tokens=args.max_tokens):
+            card = found
+    except EndpointError as error:
+        if args.debug:
+            raise
+        print(f"moetune serve-check: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(asdict(card), indent=2))
+    else:
+        print("\n".join(card.lines()))
+        if card.differences:
+            print(f"first of {len(card.differences)} differences: {card.differences[0]}")
+        elif not any(card.compared.values()):
+            print("nothing could be compared: the server tells neither token ids nor log-probabilities")
+    return 3 if card.differences or not any(card.compared.values()) else 0
