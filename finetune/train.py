@@ -42,6 +42,7 @@ from finetune.rank_log import RankLog
 from finetune.ranks import rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
+from finetune.rehearse import rehearse
 from finetune.sequence import sequence_group
 from finetune.sequence_attention import use_sequence
 from finetune.setup import context_lines, engine_options, fetch_base, make_balance, model_options
@@ -176,10 +177,14 @@ def _write(empty: EmptyModel, config: RunConfig, folder: Path, origin: Provenanc
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one rank: CONFIG [key=value ...], in the environment that torchrun or deepspeed made."""
+    """Run one rank: CONFIG [key=value ...] [--dry-run], in the environment that torchrun or deepspeed made."""
     words = [word for word in argv if not word.startswith("--local_rank")]  # the deepspeed launcher puts it first
+    is_dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
     if not words or words[0].startswith("-"):
-        print("usage: torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]", file=sys.stderr)
+        print(
+            "usage: torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...] [--dry-run]", file=sys.stderr
+        )
         return 2
     # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
@@ -191,9 +196,12 @@ def main(argv: Sequence[str]) -> int:
         resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
         warned = require(config, problems, ranks=world, resuming=resuming)
         if rank == 0:
-            _make_run_folder(folder, config)
+            if not is_dry:
+                _make_run_folder(folder, config)
             print("".join(f"warning: {problem}\n" for problem in warned), end="", file=sys.stderr, flush=True)
         start_distributed()
+        if is_dry:
+            return rehearse(config, folder, train)
         log = RankLog(folder / "logs", rank)
         log.take_streams()
         train(config, folder, log)

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from corpora import write_shards
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from finetune.config import ScheduleConfig
+from finetune.recipes import load
+from finetune.rehearse import rehearse
 from finetune.schedule import learning_rate
 from finetune.tiny import write_tiny
 from finetune.train import main
@@ -159,3 +162,32 @@ def test_the_learning_rate_warms_up_and_comes_down() -> None:
     assert [learning_rate(s, peak=1.0, schedule=cosine) for s in (0, 2, 4)] == pytest.approx([1.0, 0.5, 0.0])
     flat = ScheduleConfig(steps=5, shape="constant", warmup_steps=1)
     assert {learning_rate(s, peak=3.0, schedule=flat) for s in range(9)} == {3.0}
+
+
+def test_a_dry_run_takes_one_real_step_and_leaves_nothing(place: Path) -> None:
+    done = _train(place, "dry", *LORA, "track.wandb=offline", "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for said in (
+        "shards: every header is sound",
+        "step 0: loss",
+        "memory of rank 1: at most",
+        "adapter: runs/dry.dry-run/adapter",
+        "dry run: passed; nothing of it is kept",
+    ):
+        assert said in done.stdout
+    assert not list((place / "runs").glob("dry*"))
+
+
+def test_a_dry_run_ends_at_shards_with_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(tmp_path / "shards", count=4, per_shard=4)
+    (tmp_path / "shards" / "part-009.tar").write_bytes((tmp_path / "shards" / "part-000.tar").read_bytes())
+    config, _ = load("tiny-cpu", [f"data.sources.general.path={tmp_path}/shards"])
+
+    def never(config: object, folder: Path, say: object) -> None:
+        raise AssertionError("no step is taken")
+
+    assert rehearse(config, tmp_path / "run", never) == 3
+    said = capsys.readouterr().out
+    assert "shards: 4 problems" in said
+    assert "sample 00000: the key is used in" in said
+    assert not list(tmp_path.glob("run*"))
