@@ -154,16 +154,33 @@ def write_adapter(
     warnings: list[str] = []
     if rank_and_world()[0] == 0:
         try:
-            texts = _metadata(empty) | (provenance.metadata() if provenance is not None else {})
-            texts |= {f"moetune.{key}": value for key, value in (extra or {}).items()}
-            small = {CONFIG: _config_text(file_config(empty, base)), CARD: card(base, texts, _card_lines(empty, held))}
-            warnings = _write_folder(folder, held, pieces, texts, small, trained=trained)
+            warnings = write_pieces(
+                empty, folder, held, pieces, base=base, provenance=provenance, extra=extra, trained=trained
+            )
         except (OSError, ValueError) as found:
             error = found
     for _ in pieces:  # the other ranks' part; and rank 0's after an error, so that nobody waits for it
         pass
     raise_together(f"writing {folder}", error)
     return warnings
+
+
+def write_pieces(
+    empty: EmptyModel,
+    folder: Path,
+    held: list[Held],
+    pieces: Iterable[tuple[Held, int, Tensor]],
+    *,
+    base: str,
+    provenance: Provenance | None = None,
+    extra: Mapping[str, str] | None = None,
+    trained: bool = True,
+) -> list[str]:
+    """Write the folder from (tensor, its first row, rows), wherever they come from; no other rank has a part in it."""
+    texts = _metadata(empty) | (provenance.metadata() if provenance is not None else {})
+    texts |= {f"moetune.{key}": value for key, value in (extra or {}).items()}
+    small = {CONFIG: _config_text(file_config(empty, base)), CARD: card(base, texts, _card_lines(empty, held))}
+    return _write_folder(folder, held, pieces, texts, small, trained=trained)
 
 
 def _pieces(held: Iterable[Held]) -> Iterator[tuple[Held, int, Tensor]]:

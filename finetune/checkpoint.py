@@ -3,11 +3,15 @@
 Tensors go through torch.distributed.checkpoint into safetensors files, everything else into a JSON manifest. A save is
 written beside, through to the disk, then renamed, and LATEST names it last: what was interrupted is never picked up.
 Only what trains is in it; the frozen base is known by name and fingerprint.
+
+An asynchronous save copies the slices to the host and returns; a thread of each rank writes the copies while training
+goes on. The threads talk in a process group of their own, so that their collectives never meet those of the engine.
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from math import prod
 from pathlib import Path
@@ -25,6 +29,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from finetune.atomic import whole_folder
 from finetune.basefiles import BaseFiles
+from finetune.checkpoint_adapter import Beside
+from finetune.checkpoint_files import checked, require_intact
 from finetune.checkpoint_manifest import (
     Manifest,
     Trained,
@@ -55,49 +61,123 @@ class Resumed:
     state: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of one run in `folder`: `step-000120` and the like, the newest `keep` of them, and LATEST.
+@dataclass(frozen=True, kw_only=True)
+class _Save:
+    """Everything that a save writes; nothing of it changes while it is written."""
 
-    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks.
+    final: Path
+    tensors: dict[str, Any]
+    manifest: Manifest
+    is_best: bool
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder`: `step-000120` and the like, the newest `keep` and the best, and LATEST.
+
+    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks. `beside` adds
+    to each, on rank 0, what can be made of its tensors.
     """
 
-    def __init__(self, engine: Any, empty: EmptyModel, folder: Path, *, base: BaseFiles, keep: int = 3) -> None:
+    def __init__(
+        self, engine: Any, empty: EmptyModel, folder: Path, *, base: BaseFiles, keep: int = 3,
+        asynchronous: bool = False, beside: Beside | None = None,
+    ) -> None:  # fmt: skip
         assert keep >= 1
         self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
+        self.beside = beside
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
-        self._meshes: dict[int | None, DeviceMesh] = {}
+        self._meshes: dict[tuple[int | None, str], DeviceMesh] = {}
+        self._copies: dict[str, Tensor] = {}
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._under_way: Future[None] | None = None
 
-    def save(self, *, step: int, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
-        """Write masters, moments, random state, and what is handed in (JSON); returns the finished folder.
+    def save(
+        self, *, step: int, state: Mapping[str, Any], config: Mapping[str, Any], is_best: bool = False,
+        wait: bool = False,
+    ) -> Path:  # fmt: skip
+        """Save masters, moments, random state, and what is handed in (JSON); returns the folder that it will have.
 
-        A save that fails, on whatever rank, is a RuntimeError on all, and leaves the checkpoints of before.
+        A save that fails, on whatever rank, is a RuntimeError on all, and leaves the checkpoints of before. When the
+        checkpoints are asynchronous, it is raised by the next call here, of `poll` or of `wait`; with `wait` this one
+        is written before it returns, in any case.
         """
-        final = self.folder / f"step-{step:06d}"
-        held = slices(self.engine, self.empty)
+        self.wait()
+        held, behind = slices(self.engine, self.empty), self._writer is not None and not wait
+        written = self._copied(held) if behind else held
+        job = _Save(
+            final=self.folder / f"step-{step:06d}", tensors=self._tensors(written) | _random_states(),
+            manifest=self._manifest(step, held, state, config), is_best=is_best,
+        )  # fmt: skip
+        if behind:
+            assert self._writer is not None
+            self._under_way = self._writer.submit(self._write, job)
+        else:
+            self._write(job)
+        return job.final
+
+    def wait(self) -> None:
+        """Wait until nothing is being written any more, and raise what went wrong."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def poll(self) -> None:
+        """Raise if a save behind the run has failed, without waiting for one."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def _write(self, job: _Save) -> None:
+        """Write one save and see it named; in the thread when asynchronous."""
         try:
             with ExitStack() as stack:
-                partial = self._first(lambda: self._open(stack, final))
+                partial = self._first(lambda: self._open(stack, job.final))
                 writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-                save_tensors(self._tensors(held) | _random_states(), storage_writer=writer, process_group=self._group)
-                manifest = self._manifest(step, held, state, config)
-                self._first(lambda: _close(stack, partial, manifest))
-            self._first(lambda: point_and_prune(final, self.keep))
+                save_tensors(job.tensors, storage_writer=writer, process_group=self._group)
+                mine = f"shard-{dist.get_rank() + 1:05d}-*"
+                files = self._all(lambda: {path.name: checked(path) for path in partial.glob(mine)})
+                self._first(lambda: self._close(stack, partial, replace(job.manifest, files=files)))
+            self._first(lambda: point_and_prune(job.final, self.keep, is_best=job.is_best))
         except (OSError, CheckpointException) as failed:
             last = find_latest(self.folder)
             raise RuntimeError(
-                f"step {step}: the checkpoint was not saved: {_reason(failed)}. "
+                f"step {job.manifest.step}: the checkpoint was not saved: {_reason(failed)}. "
                 + (f"The last good one is {last}" if last else "There is none yet")
             ) from failed
-        return final
+
+    def _close(self, stack: ExitStack, partial: Path, manifest: Manifest) -> None:
+        """Write what goes beside, then the manifest, which makes the checkpoint whole, and give the folder its name."""
+        assert {path.name for path in partial.glob("*.safetensors")} == set(manifest.files), "a rank's file is missing"
+        if self.beside is not None:
+            self.beside(partial, manifest)
+        write_manifest(partial, manifest)
+        stack.close()
+
+    def _copied(self, held: list[Slice]) -> list[Slice]:
+        """The slices in memory of the host; it is taken once, as one save is written at a time."""
+        found = []
+        for slice_ in held:
+            views = {}
+            for kind, view in slice_.views.items():
+                name = f"{kind}/{slice_.canonical}"
+                if name not in self._copies:
+                    self._copies[name] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+                views[kind] = self._copies[name].copy_(view, non_blocking=True)
+            found.append(replace(slice_, views=views))
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return found
 
     def restore(self, path: Path, *, config: Mapping[str, Any]) -> Resumed:
         """Continue at a checkpoint saved under the same config, on any number of ranks and any ep.
 
         A checkpoint of another run, or a damaged one, is a ValueError before anything is changed.
         """
+        self.wait()
         held = slices(self.engine, self.empty)
         saved = self._first(lambda: self._judge(path, held, config))
+        mine = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
+        self._all(lambda: require_intact(path, saved.files, mine))
         random = _random_states() if dist.get_rank() < saved.ranks else {}
         random = {name: state for name, state in random.items() if name.split("/")[1] in saved.random}
         reader = HuggingFaceStorageReader(str(path))
@@ -148,10 +228,10 @@ class Checkpoints:
 
     def _mesh(self, ep: int | None, device: str) -> DeviceMesh:
         """All ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
-        if ep not in self._meshes:
+        if (ep, device) not in self._meshes:
             ranks = torch.arange(dist.get_world_size())
-            self._meshes[ep] = DeviceMesh(device, ranks if ep is None else ranks.view(-1, ep).T)
-        return self._meshes[ep]
+            self._meshes[ep, device] = DeviceMesh(device, ranks if ep is None else ranks.view(-1, ep).T)
+        return self._meshes[ep, device]
 
     def _first(self, do: Callable[[], T]) -> T:
         """Do it on rank 0 alone, and return or raise on every rank what came of it."""
@@ -167,6 +247,20 @@ class Checkpoints:
         result: T = said[0]
         return result
 
+    def _all(self, do: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """Do it on every rank, and return what came of it together, or raise the first rank's error on all."""
+        mine: tuple[dict[str, T], Exception | None]
+        try:
+            mine = do(), None
+        except (OSError, ValueError) as error:
+            mine = {}, error
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine, group=self._group)
+        for _, failed in said:
+            if failed is not None:
+                raise failed
+        return {name: value for found, _ in said for name, value in found.items()}
+
 
 def _random_states() -> dict[str, Tensor]:
     """This rank's random states, of each kind of device that it computes on."""
@@ -180,13 +274,6 @@ def _random_states() -> dict[str, Tensor]:
 def _reseed(states: Mapping[str, Tensor]) -> None:
     for name, state in states.items():
         (torch.set_rng_state if name.startswith("random/cpu/") else torch.cuda.set_rng_state)(state)
-
-
-def _close(stack: ExitStack, partial: Path, manifest: Manifest) -> None:
-    """Write the manifest, which makes the checkpoint whole, and give the folder its name."""
-    sizes = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
-    write_manifest(partial, Manifest(**(vars(manifest) | {"files": sizes})))
-    stack.close()
 
 
 def _reason(failed: OSError | CheckpointException) -> str:

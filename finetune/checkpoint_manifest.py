@@ -18,7 +18,7 @@ from finetune.jsonblock import load_json
 from finetune.tensorfile import Stored
 from finetune.typed import leaves
 
-MANIFEST, LATEST, VERSION = "manifest.json", "LATEST", 1
+MANIFEST, LATEST, BEST, VERSION = "manifest.json", "LATEST", "BEST", 2
 FREE = (
     "checkpoint.*", "eval.*", "track.*", "parallel.*", "run.name",
     "model.path",  # the base's bytes are compared instead
@@ -27,6 +27,7 @@ FREE = (
 )  # fmt: skip
 """Keys that may change between save and resume: they do not change what is computed."""
 SHOWN = 8
+ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
 SAMPLE_BYTES = 4096
 _STEP = re.compile(r"step-(\d+)(?:\.replaced)?")
 
@@ -37,6 +38,14 @@ class Trained:
 
     shape: tuple[int, ...]
     updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of tensors: its size, and the checksum of what was written."""
+
+    bytes: int
+    crc32: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,7 @@ class Manifest:
     trained: Mapping[str, Trained]
     random: tuple[str, ...]
     """The kinds of devices whose random state each of the ranks saved."""
-    files: Mapping[str, int]
+    files: Mapping[str, File]
     state: Mapping[str, Any]
     config: Mapping[str, Any]
     config_hash: str
@@ -60,7 +69,13 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it through to the disk."""
     content = {"version": VERSION, **asdict(manifest)}
+    content["digest"] = _digest(content)
     write_file(folder / MANIFEST, json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """A hash of a manifest's content, as it reads back."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -74,18 +89,19 @@ def read_manifest(folder: Path) -> Manifest:
     version = content.pop("version", None)
     if version != VERSION:
         raise ValueError(f"{folder / MANIFEST} has version {version}; this moetune reads {VERSION}")
+    if content.pop("digest", None) != _digest({"version": version, **content}):
+        raise ValueError(f"{folder / MANIFEST} is not as it was written. {ANOTHER}")
+    files = {name: File(**told) for name, told in content["files"].items()}
     damaged = []
-    for name, size in content["files"].items():
+    for name, size in ((name, told.bytes) for name, told in files.items()):
         file = folder / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             damaged.append(f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}")
     if damaged:
-        raise ValueError(
-            f"{folder} is damaged: {_some(damaged, '; ')}. Resume from another checkpoint: checkpoint.resume=PATH"
-        )
+        raise ValueError(f"{folder} is damaged: {some(damaged, '; ')}. {ANOTHER}")
     trained = {name: Trained(shape=tuple(t["shape"]), updates=t["updates"]) for name, t in content["trained"].items()}
-    return Manifest(**(content | {"trained": trained}))
+    return Manifest(**(content | {"trained": trained, "files": files}))
 
 
 def require_same_run(
@@ -96,7 +112,7 @@ def require_same_run(
     different = config_difference(saved.config, config)
     if different:
         raise ValueError(
-            f"{folder} was saved under another configuration:\n  {_some(different, chr(10) + '  ')}\n"
+            f"{folder} was saved under another configuration:\n  {some(different, chr(10) + '  ')}\n"
             f"Restore these values to continue it; or start anew with another run.name or checkpoint.resume=never"
         )
     if saved.base_fingerprint != fingerprint:
@@ -109,7 +125,7 @@ def require_same_run(
     if names:
         lines = [f"{n}: {_shape(theirs.get(n))} in the checkpoint, {_shape(shapes.get(n))} now" for n in names]
         raise ValueError(
-            f"{folder} trained other parameters:\n  {_some(lines, chr(10) + '  ')}\n"
+            f"{folder} trained other parameters:\n  {some(lines, chr(10) + '  ')}\n"
             f"Adapt and train what it did (adapters.*), or start anew with another run.name"
         )
 
@@ -140,7 +156,8 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _some(lines: list[str], between: str) -> str:
+def some(lines: list[str], between: str) -> str:
+    """Join the first few of many lines."""
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return between.join([*lines[:SHOWN], *more])
 
@@ -198,18 +215,31 @@ def make_room(final: Path) -> None:
         final.rename(aside)
 
 
-def point_and_prune(final: Path, keep: int) -> None:
-    """Name `final` in LATEST, then remove all but the newest `keep`, and what interrupted saves left."""
+def point_and_prune(final: Path, keep: int, *, is_best: bool = False) -> None:
+    """Name `final` in LATEST, and in BEST if it is; then remove all but the best and the newest `keep`.
+
+    What interrupted saves left goes too.
+    """
     folder = final.parent
-    write_file(folder / f"{LATEST}.partial", f"{final.name}\n".encode())
-    (folder / f"{LATEST}.partial").replace(folder / LATEST)
+    for name in [BEST, LATEST] if is_best else [LATEST]:
+        write_file(folder / f"{name}.partial", f"{final.name}\n".encode())
+        (folder / f"{name}.partial").replace(folder / name)
     sync_folder(folder)
     by_age = sorted(_finished(folder), key=_age, reverse=True)
+    best = best_checkpoint(folder)
     left = [path for path in folder.glob("step-*.partial") if path.is_dir()]
     replaced = [path for path in by_age if path.name == f"{final.name}.replaced"]
-    for path in [*left, *replaced, *[p for p in by_age if p not in replaced][keep:]]:
+    old = [path for path in by_age if path not in replaced][keep:]
+    for path in [*left, *replaced, *[path for path in old if path != best]]:
         (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look whole
         shutil.rmtree(path)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint where eval.metric was best; None where none was judged."""
+    named = folder / BEST
+    found = folder / named.read_text().strip() if named.is_file() else None
+    return found if found is not None and (found / MANIFEST).is_file() else None
 
 
 def _finished(folder: Path) -> Iterator[Path]:

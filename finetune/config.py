@@ -204,7 +204,8 @@ class CheckpointConfig:
     """When state is saved, and what a start resumes from."""
 
     every_steps: int = 200  # 0: only when the run ends
-    keep: int = 3  # the newest so many
+    keep: int = 3  # the newest so many, beside the one where eval.metric is best
+    asynchronous: bool = False  # copy to the host's memory, write behind the run: costs the host what is saved, once
     resume: str = "auto"  # the newest of this run, if any; never; or a checkpoint's folder
 
 

@@ -43,13 +43,13 @@ class Judge:
         self.first: dict[str, float] = {}
         self.best: dict[str, Any] = {}
         self.stale = 0
-        self.last: dict[str, dict[str, float | None]] = {}
+        self.last: dict[str, dict[str, float | None]] = {}  # by source, everything measured
 
     def judge(self, step: int, found: Mapping[str, Measured]) -> Verdict:
         """Take one evaluation in, in the order of steps; the one before the first step is what others are held to."""
         for name, measured in found.items():
             self.first.setdefault(name, measured.loss)
-            self.last[name] = {"loss": measured.loss, "kl": measured.kl}
+            self.last[name] = dict(vars(measured))
         said = [text for source in self.config.sources for text in self._passed(source)]
         is_best = step > 0 and bool(self.config.metric) and self._take(step, found)
         if is_best:
@@ -111,3 +111,9 @@ class Judge:
         self.first, self.last = dict(state["first"]), dict(state["last"])
         same = state["best"].get("metric") == self.config.metric
         self.best, self.stale = (dict(state["best"]), state["stale"]) if same else ({}, 0)
+
+
+def scores(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return the last numbers that a judge's state holds, by `<source>/<quantity>`."""
+    last = state.get("last", {})
+    return {f"{name}/{key}": value for name, found in last.items() for key, value in found.items() if value is not None}

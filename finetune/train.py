@@ -6,6 +6,7 @@ folder. What it learned is written when the last step is done.
 
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -24,7 +25,8 @@ from finetune.adapter_file import open_adapter, write_adapter
 from finetune.adapters import table_lines, trainable_table
 from finetune.basefiles import open_base
 from finetune.checkpoint import Checkpoints
-from finetune.checkpoint_manifest import starting_point
+from finetune.checkpoint_adapter import FOLDER, adapter_beside, reached
+from finetune.checkpoint_manifest import best_checkpoint, read_manifest, starting_point
 from finetune.checks import require
 from finetune.config import RunConfig
 from finetune.context import check_rotary
@@ -39,7 +41,7 @@ from finetune.loss import normaliser, report, step_sums
 from finetune.model import EmptyModel, build
 from finetune.provenance import Provenance
 from finetune.rank_log import RankLog
-from finetune.ranks import rank_and_world, sum_over_ranks
+from finetune.ranks import barrier, rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
 from finetune.rehearse import rehearse
@@ -93,22 +95,32 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
 
     # --- where an earlier start of this run left off
-    checkpoints = Checkpoints(engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep)
+    origin = Provenance(
+        base=files, base_name=config.model.path, config=effective(config),
+        parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
+    )  # fmt: skip
+    checkpoints = Checkpoints(
+        engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        beside=adapter_beside(empty, base=config.model.path, provenance=origin),
+    )  # fmt: skip
     found_path, done = starting_point(folder / "checkpoints", config.checkpoint.resume), 0
     if found_path is not None:
         resumed = checkpoints.restore(found_path, config=effective(config))
         done = resumed.step
         data.load_state_dict(resumed.state["data"], done=done)
         evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
+        origin = reached(origin, resumed.state)
         say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
 
     # --- steps
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
-        is_over = evaluation.start(engine, done, record=tracker.evaluation)
+        ended, is_over = done, evaluation.start(engine, done, record=tracker.evaluation)
         for at in range(done, done if is_over else config.schedule.steps):
             stage = stage_of(stages, at)
             if at in (done, stage.first):
                 say(enter(engine, stage, at=at))
+            checkpoints.poll()
             step = data.take(at)
             began = time.perf_counter()
             if at == 0:
@@ -122,16 +134,15 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
             verdict = evaluation.after(engine, at + 1, last=last, record=tracker.evaluation)
             if last or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
                 state = {"data": data.state_dict(), "eval": evaluation.judge.state_dict()}
-                say(f"checkpoint: {checkpoints.save(step=at + 1, state=state, config=effective(config))}")
+                origin = reached(origin, state)
+                saved = checkpoints.save(step=at + 1, state=state, config=effective(config), is_best=verdict.is_best)
+                say(f"checkpoint: {saved}" + (" is being written" if config.checkpoint.asynchronous else ""))
+            ended = at + 1
             if verdict.stop:
                 break
-        origin = Provenance(
-            base=files, base_name=config.model.path, data=data.state_dict()["identity"], config=effective(config),
-            parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
-        )  # fmt: skip
-        _write(empty, config, folder, origin, say)
-        if (folder / "adapter").exists():
-            tracker.adapter(config.schedule.steps, folder / "adapter", aliases=["last"])
+        checkpoints.wait()
+        _write(empty, folder, origin, range(done, ended), say)
+        _hand_over(folder, ended, tracker, say)
 
 
 def _step(
@@ -163,17 +174,38 @@ def _step(
     return {**found, "grad_norm": float(engine.get_global_grad_norm())}, load
 
 
-def _write(empty: EmptyModel, config: RunConfig, folder: Path, origin: Provenance, say: Callable[[str], None]) -> None:
-    """What was learned: an adapter, or the whole model where nothing was adapted."""
-    if any(row.lora is not None for row in trainable_table(empty)):
-        steps = {"step": str(config.schedule.steps)}
-        warned = write_adapter(empty, folder / "adapter", base=config.model.path, provenance=origin, extra=steps)
-        for line in warned:
+def _hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], None]) -> None:
+    """Name the adapters of a run that has ended to whoever follows it: the last one, and the best."""
+    if (folder / "adapter").exists():
+        tracker.adapter(steps, folder / "adapter", aliases=["last"])
+    best = best_checkpoint(folder / "checkpoints")
+    if best is not None:
+        say(f"best checkpoint: {best}")
+        if (best / FOLDER).exists():
+            tracker.adapter(read_manifest(best).step, best / FOLDER, aliases=["best"])
+
+
+def _write(empty: EmptyModel, folder: Path, origin: Provenance, steps: range, say: Callable[[str], None]) -> None:
+    """What was learned in all: an adapter, or the whole model where nothing was adapted.
+
+    A run that was over when it started has it already; one that went on replaces it.
+    """
+    is_adapter = any(row.lora is not None for row in trainable_table(empty))
+    place = folder / ("adapter" if is_adapter else "model")
+    there = place.exists()
+    barrier()  # all have looked before rank 0 changes anything
+    if there and not steps:
+        say(f"{place.name}: {place}, of an earlier start")
+        return
+    if there and rank_and_world()[0] == 0:
+        shutil.rmtree(place)
+    if is_adapter:
+        ended = {"step": str(steps.stop)}
+        for line in write_adapter(empty, place, base=origin.base_name, provenance=origin, extra=ended):
             say(f"warning: {line}")
-        say(f"adapter: {folder / 'adapter'}")
     else:
-        save(empty, folder / "model", origin.base.folder)
-        say(f"model: {folder / 'model'}")
+        save(empty, place, origin.base.folder)
+    say(f"{place.name}: {place}")
 
 
 def main(argv: Sequence[str]) -> int:

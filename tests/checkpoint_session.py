@@ -6,7 +6,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from safetensors import safe_open
 from tiny_moe import batch, rows_of, token_count, token_loss
 from torch import Tensor
 
+from finetune.adapter_file import write_adapter
 from finetune.basefiles import open_base
 from finetune.checkpoint import Checkpoints
-from finetune.checkpoint_manifest import find_latest
+from finetune.checkpoint_adapter import adapter_beside
+from finetune.checkpoint_files import checked
+from finetune.checkpoint_manifest import find_latest, read_manifest, write_manifest
 from finetune.checkpoint_slices import slices
 from finetune.engine import EngineOptions, backward, engine_config, initialize, require_step_applied, start_distributed
 from finetune.model import EmptyModel, ModelOptions, build
+from finetune.provenance import Provenance
 from finetune.weights import load
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
@@ -44,6 +49,7 @@ class Job:
     save: bool = False
     resident: bool = True
     dropout: float = 0.0
+    asynchronous: bool = False
     after: int = AFTER
 
 
@@ -62,11 +68,10 @@ class Run:
 
     def train(self, steps: int) -> None:
         everything = batch(8 * ROWS)
-        share = ROWS // self.world
+        begin, end = (rank * ROWS // self.world for rank in (self.rank, self.rank + 1))  # of 3 ranks one takes 2 rows
         for step in range(self.step, self.step + steps):
-            first = step * ROWS + self.rank * share
             total = token_count(everything["input_ids"][step * ROWS : (step + 1) * ROWS])
-            mine = rows_of(everything, slice(first, first + share))
+            mine = rows_of(everything, slice(step * ROWS + begin, step * ROWS + end))
             mine["pixel_values"] = mine["pixel_values"].to(self.engine.module.dtype)
             loss = token_loss(self.engine(**mine, use_cache=False).logits, mine["input_ids"])
             backward(self.engine, loss, total)
@@ -80,6 +85,9 @@ class Run:
 
     def save(self, **changes: Any) -> Path:
         return self.checkpoints.save(**({"step": self.step, "state": STATE, "config": CONFIG} | changes))
+
+    def save_with(self, checkpoints: Checkpoints) -> Path:
+        return checkpoints.save(step=3, state=STATE, config=CONFIG)
 
     def restore(self, path: Path, **changes: Any) -> None:
         resumed = self.checkpoints.restore(path, **({"config": CONFIG} | changes))
@@ -101,7 +109,10 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     load(empty, files, engine_config=engine_config(options))
     engine = initialize(empty.module, options)
     engine.train()
-    checkpoints = Checkpoints(engine, empty, job.folder, base=files, keep=2)
+    checkpoints = Checkpoints(
+        engine, empty, job.folder, base=files, keep=2, asynchronous=job.asynchronous,
+        beside=adapter_beside(empty, base="base", provenance=Provenance(base=files, base_name="base")),
+    )  # fmt: skip
     torch.manual_seed(rank)
     return Run(engine=engine, empty=empty, checkpoints=checkpoints, rank=rank, world=world)
 
@@ -117,10 +128,12 @@ def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str
         else:
             run.train(SAVED_AT)
         if job.save:
-            run.save()
+            run.save()  # an asynchronous one is written while the run trains on
+            write_adapter(run.empty, job.folder / "as-gathered", base="base")
         run.losses.clear()
         run.norms.clear()
         run.train(job.after)
+        run.checkpoints.wait()
         found.append({"losses": run.losses, "norms": run.norms})
         run.engine.destroy()
     return found
@@ -148,6 +161,14 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
         dist.barrier()
         told["full"] = message(lambda: run.save(step=3))
         dist.barrier()  # rank 0 tidies up after it has told the others
+        behind = Checkpoints(run.engine, run.empty, full, base=run.checkpoints.base, keep=2, asynchronous=True)
+        for name, ask in {"poll": behind.poll, "wait": behind.wait, "save": partial(run.save_with, behind)}.items():
+            run.save_with(behind)
+            while name == "poll" and not told.get("full, poll", "").startswith("RuntimeError"):
+                told["full, poll"] = message(ask)
+            told[f"full, {name}"] = told.get(f"full, {name}") or message(ask)
+            dist.barrier()
+            behind.wait()  # what failed once is told once
         told["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
         run.checkpoints.folder = folder
     unchanged = all(torch.equal(before[name], now) for name, now in masters(run).items())
@@ -170,20 +191,37 @@ def _cut(folder: Path) -> None:
 
 
 def _header(folder: Path) -> None:
-    with min(folder.glob("*.safetensors")).open("r+b") as file:
+    """A file that was written wrong: its checksum is that of the wrong bytes."""
+    path, manifest = min(folder.glob("*.safetensors")), read_manifest(folder)
+    with path.open("r+b") as file:
         file.seek(8)
         file.write(b"!" * 64)
+    write_manifest(folder, replace(manifest, files={**manifest.files, path.name: checked(path)}))
+
+
+def _flip(folder: Path) -> None:
+    file = max(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 4
+    file.write_bytes(content)
+
+
+def _edit(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"updates": 2', '"updates": 3', 1))
 
 
 def _version(folder: Path) -> None:
     text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"version": 1', '"version": 99'))
+    (folder / "manifest.json").write_text(text.replace('"version": 2', '"version": 99'))
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "cut": _cut,
     "missing": lambda folder: max(folder.glob("*.safetensors")).unlink(),
     "header": _header,
+    "flip": _flip,
+    "edit": _edit,
     "unfinished": lambda folder: (folder / "manifest.json").unlink(),
     "version": _version,
 }

@@ -20,12 +20,12 @@ SETTING = (
 )  # fmt: skip
 
 
-def runs(rank: int, world: int, place: Path, jobs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """By name of the run: what this rank's log says, every evaluation's numbers, and the metrics of its steps."""
     start_distributed()
     found: dict[str, dict[str, Any]] = {}
     for name, words in jobs.items():
-        folder = place / "runs" / name.split("+")[0]
+        folder = Path("runs") / name.split("+")[0]  # in the place, as a user would start it
         folder.mkdir(parents=True, exist_ok=True)
         config, problems = load("tiny-cpu", [*SETTING, *words])
         require(config, problems, ranks=world)

@@ -10,9 +10,11 @@ import torch
 from base_folders import write_base
 from checkpoint_session import AFTER, Job, killed, saves_again, session, troubles, whole_tensors, with_dropout
 from ranks import RankError, run_ranks
+from safetensors.torch import load_file
 from tiny_moe import vl_model
 
 from finetune.checkpoint_manifest import (
+    best_checkpoint,
     config_difference,
     config_hash,
     find_latest,
@@ -33,13 +35,23 @@ def test_any_layout_continues_exactly(base: Path, tmp_path: Path) -> None:
     step = {(world, dtype): tmp_path / f"{world}-{dtype}" / "step-000002" for world in (2, 4) for dtype in DTYPES}
     wanted = {}
     for world in (2, 4):
-        jobs = [Job(folder=step[world, dtype].parent, ep=2, dtype=dtype, save=True) for dtype in DTYPES]
+        jobs = [
+            Job(folder=step[world, dtype].parent, ep=2, dtype=dtype, save=True, asynchronous=dtype == "float32")
+            for dtype in DTYPES
+        ]
         jobs += [Job(folder=tmp_path / "x", ep=2, dtype=dtype, resume=step[world, dtype]) for dtype in DTYPES]
         found = run_ranks(session, world, base, jobs)
         assert all(rank == found[0] for rank in found)
         assert found[0][:2] == found[0][2:], "the same layout, bit for bit"
         wanted |= {(world, dtype): run for dtype, run in zip(DTYPES, found[0], strict=False)}
-    for world, ep in ((1, 1), (2, 1), (4, 4)):
+    for saved in step.values():
+        beside, gathered = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (saved / "adapter", saved.parent / "as-gathered")
+        )
+        assert list(beside) == list(gathered)
+        assert all(torch.equal(beside[name], gathered[name]) for name in gathered), "from the files, from the engine"
+    for world, ep in ((1, 1), (3, 1), (4, 4)):
         again = {key: tmp_path / f"{world}-{ep}-of-{key}" for key in wanted}
         jobs = [
             Job(folder=again[key], ep=ep, dtype=key[1], resume=step[key], save=True, resident=key[1] == "float32")
@@ -75,7 +87,9 @@ TOLD = {
     "missing": r"^ValueError: .*/missing is damaged: shard-00002-\S+ is missing. Resume",
     "header": r"^RuntimeError: .*/header could not be read: rank 0: .*; rank 1: .*Resume from another checkpoint",
     "unfinished": r"^ValueError: .*/unfinished is not a finished checkpoint: it has no manifest.json",
-    "version": r"^ValueError: .*manifest.json has version 99; this moetune reads 1",
+    "flip": r"^ValueError: .*/flip is damaged: \S+: some bits are not those that were written \(checksum\)",
+    "edit": r"^ValueError: .*/edit/manifest.json is not as it was written. Resume from another checkpoint",
+    "version": r"^ValueError: .*manifest.json has version 99; this moetune reads 2",
     "base": r"^ValueError: .*step-000002 was trained on another base: .*/base \(.*, but model.path is .*/other \(",
     "trained": r"^ValueError: .* trained other parameters:\n  model.*norm.weight: absent in the checkpoint, \[48\] now",
 }
@@ -93,7 +107,8 @@ def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
     assert found[0] == found[1], "every rank is told the same"
     if small_disk is not None:
         words = r"^RuntimeError: step 3: the checkpoint was not saved: .*[Nn]o space left.*good one is .*step-000002$"
-        assert re.search(words, found[0]["full"]), found[0]["full"]
+        for name in ("full", "full, poll", "full, wait", "full, save"):
+            assert re.search(words, found[0][name]), found[0][name]
         assert found[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
     else:
         pytest.skip("all else held; the full disk was not tried: mounting a small one is not permitted here")
@@ -152,6 +167,16 @@ def _finished(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        point_and_prune(_finished(tmp_path, f"step-00000{step}"), 2, is_best=step in (1, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "BEST", "LATEST", "step-000003", "step-000005", "step-000006",
+    ]  # fmt: skip
+    assert best_checkpoint(tmp_path) == tmp_path / "step-000003"
+    assert find_latest(tmp_path) == tmp_path / "step-000006"
+
+
 def test_where_a_run_starts(tmp_path: Path) -> None:
     assert find_latest(tmp_path) is None
     assert find_latest(tmp_path / "absent") is None
@@ -161,6 +186,7 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-000001"]
     second = _finished(tmp_path, "step-000002")
     assert find_latest(tmp_path) == first, "LATEST has the word"
+    assert best_checkpoint(tmp_path) is None
     (tmp_path / "LATEST").write_text("step-000007\n")
     assert find_latest(tmp_path) == second, "what it names is gone"
     second.rename(tmp_path / "step-000002.replaced")

@@ -10,6 +10,8 @@ from eval_session import SETTING, runs
 from peft import PeftModel
 from PIL import Image
 from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForImageTextToText
 
@@ -21,8 +23,12 @@ from finetune.recipes import load
 from finetune.tiny import write_tiny
 
 HELD_OUT = ("eval.sources.words.path=words.jsonl", "eval.sources.seen.path=seen.jsonl", "eval.every_steps=2")
-LEARN = ("schedule.steps=4", "schedule.shape=constant", "moe.balance=global", "adapters.vision_blocks.mode=frozen")
+LEARN = ("schedule.steps=3", "schedule.shape=constant", "moe.balance=global", "adapters.vision_blocks.mode=frozen")
 DROPOUT = ("adapters.attention.dropout=0.2", "adapters.experts.dropout=0.2")
+STALE = (
+    *HELD_OUT, "eval.every_steps=1", "eval.metric=words/accuracy", "eval.patience=1", "optim.lr=1e-12",
+    "checkpoint.keep=1",
+)  # fmt: skip
 
 
 def _rows(path: Path, count: int, *, seen: bool) -> None:
@@ -55,8 +61,18 @@ def two(place: Path) -> dict:
             "watched": [*LEARN, *DROPOUT, *HELD_OUT, "eval.every_steps=1"],
             "alone": [*LEARN, *DROPOUT],
             "halves": [*LEARN, *HELD_OUT, "parallel.sp=2", "data.packs_per_step=2"],
+            "stale": [*LEARN, *STALE],
+            "stale+again": [*LEARN, *STALE],
+            "guarded": [
+                *LEARN,
+                *HELD_OUT,
+                "eval.every_steps=1",
+                "eval.sources.words.guard=stop",
+                "eval.sources.words.max_kl=1e-7",
+                "checkpoint.asynchronous=true",
+            ],
         }
-        found = run_ranks(runs, 2, place, jobs)
+        found = run_ranks(runs, 2, jobs)
     for name in jobs:
         told = [re.findall(r"evaluation at step .*", rank[name]["said"]) for rank in found]
         assert told[0] == told[1], "every rank is told the same"
@@ -66,7 +82,7 @@ def two(place: Path) -> dict:
 def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     first, *_, last = two["learns"]["evaluations"]
-    assert [found["step"] for found in two["learns"]["evaluations"]] == [0, 2, 4]
+    assert [found["step"] for found in two["learns"]["evaluations"]] == [0, 2, 3]
     assert first["words/kl"] == first["seen/kl"] == 0.0
     assert first["words/loss"] == first["words/loss_base"]
     assert (last["words/samples"], last["seen/samples"]) == (11, 4)
@@ -122,17 +138,45 @@ def _samples(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_training_does_not_notice_it(two: dict) -> None:
     """Dropout's masks, the router's statistics and the gradients are what they are without evaluation, bit for bit."""
-    assert len(two["watched"]["evaluations"]) == 5
+    assert len(two["watched"]["evaluations"]) == 4
     assert not two["alone"]["evaluations"]
     kept = ("loss", "loss_balance", "grad_norm", "tokens", "expert_load_entropy", "router_agreement")
-    assert len(two["alone"]["metrics"]) == 4
+    assert len(two["alone"]["metrics"]) == 3
     for watched, alone in zip(two["watched"]["metrics"], two["alone"]["metrics"], strict=True):
         assert {key: watched[key] for key in kept} == {key: alone[key] for key in kept}
 
 
+def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> None:
+    saved = place / "runs" / "stale" / "checkpoints"
+    assert sorted(path.name for path in saved.iterdir()) == ["BEST", "LATEST", "step-000001", "step-000002"]
+    assert (saved / "BEST").read_text() == "step-000001\n"
+    stopped = r"stopped: eval.patience=1: words/accuracy has not been better than \S+ at step 1 for 1 evaluations"
+    for name in ("stale", "stale+again"):
+        assert re.search(stopped, two[name]["said"])
+        assert [step["step"] for step in two[name]["metrics"]] == [0, 1]
+        assert "best checkpoint: runs/stale/checkpoints/step-000001" in two[name]["said"]
+    assert "resumed: runs/stale/checkpoints/step-000002" in two["stale+again"]["said"], "it is over, and stays so"
+    assert "adapter: runs/stale/adapter, of an earlier start" in two["stale+again"]["said"]
+    said = two["guarded"]["said"]
+    assert re.search(
+        r"stopped: guard words: KL\(base \|\| tuned\) is 0.0\d+, above eval.sources.words.max_kl=1e-07", said
+    )
+    assert "KL(base || tuned) is that of attention, experts, router; not of merger, whose base values are not" in said
+    assert "step-000001 is being written" in said
+    beside, last = (
+        load_file(place / "runs" / "guarded" / part / "adapter_model.safetensors")
+        for part in ("checkpoints/step-000001/adapter", "adapter")
+    )
+    assert all(torch.equal(beside[name], last[name]) for name in last)
+    with safe_open(place / "runs" / "guarded" / "adapter" / "adapter_model.safetensors", "pt") as file:
+        scores = json.loads(file.metadata()["moetune.scores"])
+        assert file.metadata()["moetune.step"] == "1"
+    assert scores["words/kl"] == two["guarded"]["evaluations"][-1]["words/kl"]
+
+
 def test_another_layout_finds_the_same(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    (one,) = run_ranks(runs, 1, place, {"one": [*LEARN, *HELD_OUT, "parallel.ep=1", "parallel.resident=none"]})
+    (one,) = run_ranks(runs, 1, {"one": [*LEARN, *HELD_OUT, "parallel.ep=1", "parallel.resident=none"]})
     for other in (one["one"], two["halves"]):
         for ours, theirs in zip(other["evaluations"], two["learns"]["evaluations"], strict=True):
             assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=1e-4, abs=1e-7)
