@@ -20,7 +20,7 @@ from finetune.typed import leaves
 
 MANIFEST, LATEST, BEST, VERSION = "manifest.json", "LATEST", "BEST", 2
 FREE = (
-    "checkpoint.*", "eval.*", "track.*", "parallel.*", "run.name",
+    "checkpoint.*", "eval.*", "track.*", "parallel.*", "stages.*.sp", "run.name",
     "model.path",  # the base's bytes are compared instead
     "data.sources.*.path", "data.cache_dir",  # the data's own state knows what it read
     "data.workers", "data.prefetch", "data.stall_seconds", "data.max_bad_samples", "data.video.timeout_seconds",

@@ -32,7 +32,12 @@ class Facts:
 
 def fewest_ranks(config: RunConfig) -> int:
     """The smallest world that the recipe's layout allows."""
-    return lcm(config.parallel.ep, max(1, config.parallel.sp))
+    return lcm(config.parallel.ep, *(max(1, sp) for sp in (config.parallel.sp, *_stage_sizes(config))))
+
+
+def _stage_sizes(config: RunConfig) -> list[int]:
+    """How many ranks share a row, in each stage that says so."""
+    return [stage.sp for stage in config.stages.values() if stage.sp]
 
 
 def base_family(config: RunConfig) -> Family:
@@ -95,6 +100,7 @@ def _ranges(facts: Facts) -> list[Problem]:
         "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
         "parallel.ep": (config.parallel.ep, 1),
         "parallel.sp": (config.parallel.sp, 1),
+        **{f"stages.{name}.sp": (stage.sp, 0) for name, stage in config.stages.items()},
         "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
         "checkpoint.keep": (config.checkpoint.keep, 1),
         "run.seed": (config.run.seed, 0),
@@ -123,24 +129,30 @@ def _sources(facts: Facts) -> list[Problem]:
 
 def _steps_divide(facts: Facts) -> list[Problem]:
     """A micro-batch is one packed row, so the packs of a step must divide by the data ranks."""
-    sp = facts.config.parallel.sp
-    if sp < 1 or facts.ranks % sp:
-        return []
-    ranks, problems = facts.ranks // sp, []
-    for key, packs in by_stage(facts.config, "packs_per_step"):
-        if packs < 1 or packs % ranks == 0:
-            continue
-        if facts.resuming:
-            share, full = -(-packs // ranks), ranks - (-packs % ranks)
-            allowed = f"of {ranks} data ranks {full} take {share} packs a step, the others {share - 1} and an empty one"
-            remedy = "The steps are those of before, only slower; a number of ranks that divides them wastes nothing"
-            problems.append(_problem(key, packs, allowed, remedy, warning=True))
-            continue
-        below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
-        nearest = " or ".join(f"{key}={n}" for n in (below, above) if n)
-        allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"
-        problems.append(_problem(key, packs, allowed, f"Nearest that do: {nearest}"))
+    config = facts.config
+    problems = _packs_divide(facts, "data.packs_per_step", config.data.packs_per_step, config.parallel.sp)
+    for name, stage in config.stages.items():
+        if stage.sp or stage.data.packs_per_step is not None:
+            packs, sp = stage.data.packs_per_step or config.data.packs_per_step, stage.sp or config.parallel.sp
+            problems += _packs_divide(facts, f"stages.{name}.data.packs_per_step", packs, sp)
     return problems
+
+
+def _packs_divide(facts: Facts, key: str, packs: int, sp: int) -> list[Problem]:
+    if packs < 1 or sp < 1 or facts.ranks % sp:
+        return []
+    ranks = facts.ranks // sp
+    if packs % ranks == 0:
+        return []
+    if facts.resuming:
+        share, full = -(-packs // ranks), ranks - (-packs % ranks)
+        allowed = f"of {ranks} data ranks {full} take {share} packs a step, the others {share - 1} and an empty one"
+        remedy = "The steps are those of before, only slower; a number of ranks that divides them wastes nothing"
+        return [_problem(key, packs, allowed, remedy, warning=True)]
+    below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
+    nearest = " or ".join(f"{key}={n}" for n in (below, above) if n)
+    allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"
+    return [_problem(key, packs, allowed, f"Nearest that do: {nearest}")]
 
 
 def _expert_ranks(facts: Facts) -> list[Problem]:
@@ -168,17 +180,19 @@ def _expert_ranks(facts: Facts) -> list[Problem]:
 
 def _sequence_ranks(facts: Facts) -> list[Problem]:
     """A row's slices need whole groups of ranks, and each rank of a group some heads of its own."""
-    sp, base = facts.config.parallel.sp, facts.base
-    problems = []
-    if sp > 1 and facts.ranks % sp:
-        fits = ", ".join(str(n) for n in _divisors(facts.ranks))
-        allowed = f"it must divide the {facts.ranks} ranks, as each group of so many holds one row"
-        problems.append(_problem("parallel.sp", sp, allowed, f"One of {fits} does"))
-    if sp > 1 and base is not None and base.text.num_attention_heads % sp:
-        heads = base.text.num_attention_heads
-        fits = ", ".join(str(n) for n in _divisors(heads))
-        allowed = f"it must divide the {heads} attention heads of {base.name}, of which each rank takes its share"
-        problems.append(_problem("parallel.sp", sp, allowed, f"One of {fits} does"))
+    config, base, problems = facts.config, facts.base, []
+    sizes = {"parallel.sp": config.parallel.sp}
+    sizes |= {f"stages.{name}.sp": stage.sp for name, stage in config.stages.items() if stage.sp}
+    for key, sp in sizes.items():
+        if sp > 1 and facts.ranks % sp:
+            fits = ", ".join(str(n) for n in _divisors(facts.ranks))
+            allowed = f"it must divide the {facts.ranks} ranks, as each group of so many holds one row"
+            problems.append(_problem(key, sp, allowed, f"One of {fits} does"))
+        if sp > 1 and base is not None and base.text.num_attention_heads % sp:
+            heads = base.text.num_attention_heads
+            fits = ", ".join(str(n) for n in _divisors(heads))
+            allowed = f"it must divide the {heads} attention heads of {base.name}, of which each rank takes its share"
+            problems.append(_problem(key, sp, allowed, f"One of {fits} does"))
     return problems
 
 

@@ -154,6 +154,7 @@ class StageConfig:
     train: list[str] = field(default_factory=list)  # families of `adapters:` that train in it; empty: all that may
     lr: float = 0.0  # instead of optim.lr, and families with a rate of their own keep their ratio to it; 0: the same
     warmup_steps: int = 0  # of this stage, on top of the schedule
+    sp: int = 0  # instead of parallel.sp; 0: the same. Longer rows want more ranks to hold each
     data: StageDataConfig = field(default_factory=StageDataConfig)
 
 

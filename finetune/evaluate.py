@@ -63,15 +63,14 @@ class Evaluation:
 
     def __init__(
         self, config: RunConfig, renderer: Renderer, *, families: Iterable[FamilyRow],
-        sequence: SequenceGroup | None, say: Callable[[str], None],
+        say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.config, self.judge, self._renderer, self._say = config.eval, Judge(config.eval), renderer, say
         if not config.eval.sources:
             return
         rank, world = rank_and_world()
-        shared = sequence.size if sequence is not None else 1
-        self._rank, self._size, self._counts = rank // shared, world // shared, rank % shared == 0
-        self._data, self._seed, rows = held_out(config, packs_per_step=self._size), config.run.seed, list(families)
+        data_size = world // config.parallel.sp
+        self._data, self._seed, rows = held_out(config, packs_per_step=data_size), config.run.seed, list(families)
         self.with_base = any(row.mode == "lora" for row in rows)
         if rank == 0:
             open_corpus(self._data, renderer, section="eval")
@@ -108,13 +107,14 @@ class Evaluation:
         names = list(self.config.sources)
         sums = torch.zeros(len(names), len(SUMS), dtype=torch.float64)
         measure = partial(compare_row, with_base=self.with_base)
-        stream, bad = self._stream(), list[BadSample]()
+        group = engine.module.sequence  # of the present stage: its ranks read the same rows
+        stream, counts, bad = self._stream(group), group is None or group.rank == 0, list[BadSample]()
         with _untouched(engine, device):
             for taken in stream:
                 for batch in taken.batches:
                     on_device = batch.to(device)
-                    _add(sums, names, batch, engine(batch=on_device, measure=measure), count_samples=self._counts)
-                bad += taken.bad if self._counts else ()
+                    _add(sums, names, batch, engine(batch=on_device, measure=measure), count_samples=counts)
+                bad += taken.bad if counts else ()
         everyone = torch.tensor(sum_over_ranks(sums.flatten().tolist(), device)).view_as(sums).tolist()
         left_out = gather_lists(bad)
         stream.quarantine(left_out)  # raises above data.max_bad_samples
@@ -123,8 +123,10 @@ class Evaluation:
         sources = {name: measured(name, row, self.with_base) for name, row in zip(names, everyone, strict=True)}
         return EvaluationResult(step=step, seconds=time.perf_counter() - began, sources=sources)
 
-    def _stream(self) -> DataStream:
-        rank, size = self._rank, self._size
+    def _stream(self, group: SequenceGroup | None) -> DataStream:
+        rank, world = rank_and_world()
+        together = group.size if group is not None else 1
+        rank, size = rank // together, world // together
         return open_stream(self._data, self._corpus, self._renderer, seed=self._seed, rank=rank, size=size)
 
 

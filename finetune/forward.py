@@ -29,16 +29,15 @@ Measure = Callable[["PackedModel", Batch, slice], Any]
 class PackedModel(nn.Module):
     """A Qwen3-VL (or text-only) model of transformers, from a packed row to its losses.
 
-    `spec` says how the base cuts images; None for a model without a tower. `sequence` is the group that shares a row:
-    the model's attention must then be of `finetune.sequence_attention`. Call it as `model(batch=...)`: DeepSpeed's
-    hooks look into positional arguments, and would warn of a type they do not know.
+    `spec` says how the base cuts images; None for a model without a tower. `sequence` is the group that shares a row,
+    set by a stage of the run: the model's attention must then be of `finetune.sequence_attention`. Call it as
+    `model(batch=...)`: DeepSpeed's hooks look into positional arguments, and would warn of a type they do not know.
     """
 
     model: Any
 
     def __init__(
         self, model: nn.Module, *, spec: VisionSpec | None, normalise: Normalise = "token",
-        sequence: SequenceGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         tower = getattr(model.model, "visual", None)
@@ -46,7 +45,8 @@ class PackedModel(nn.Module):
             has = "has a vision tower" if tower is not None else "has no vision tower"
             raise ValueError(f"the model {has}, but spec is {spec}: read_spec(base folder) gives a tower's, else None")
         tile_head(model)
-        self.model, self.spec, self.normalise, self.sequence = model, spec, normalise, sequence
+        self.model, self.spec, self.normalise = model, spec, normalise
+        self.sequence: SequenceGroup | None = None
 
     def forward(self, batch: Batch, measure: Measure | None = None) -> Any:
         """Return the losses of one packed row, or of this rank's slice; every rank must call this equally often.

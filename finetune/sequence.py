@@ -12,6 +12,7 @@ local sums over all ranks are the sum over all rows. What a *row* counts (tokens
 rank only.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,6 +53,11 @@ def sequence_group(sp: int) -> SequenceGroup | None:
             mine = group
     assert mine is not None
     return SequenceGroup(size=sp, rank=rank % sp, ranks=mine)
+
+
+def sequence_groups(sizes: Iterable[int]) -> dict[int, SequenceGroup | None]:
+    """The groups of each size that a run uses; every rank must call this."""
+    return {sp: sequence_group(sp) for sp in sorted(set(sizes))}
 
 
 def divisible(batch: Batch, group: SequenceGroup | None) -> Batch:

@@ -8,7 +8,7 @@ variable-length arguments, so attention inside the samples is computed by the sa
 Suffixes: H heads, h heads of one rank, T tokens of the row, t of the slice, d head size, S slices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import gcd
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.attention import AttentionName
 from finetune.sequence import SequenceGroup
-from finetune.varlen import segments, varlen
+from finetune.varlen import NO_BORDERS, segments, varlen
 from moe.dispatch import exchange
 
 NAMES: dict[AttentionName, str] = {
@@ -30,12 +30,16 @@ NAMES: dict[AttentionName, str] = {
 """What transformers calls attention over slices, by the attention that computes it."""
 
 
-def use_sequence(model: Any, group: SequenceGroup, attention: AttentionName) -> None:
-    """Let the text model attend over slices; the tower, which sees whole images, stays as it is."""
+def use_sequence(model: Any, sizes: Iterable[int], attention: AttentionName) -> None:
+    """Let the text model attend over slices, of as many ranks as a call says, or over whole rows.
+
+    The tower, which sees whole images, stays as it is.
+    """
     heads = model.config.get_text_config().num_attention_heads
-    if heads % group.size:
+    wrong = [sp for sp in sizes if heads % sp]
+    if wrong:
         raise ValueError(
-            f"parallel.sp: {group.size} must divide the {heads} attention heads, as each rank of a group attends with "
+            f"parallel.sp: {wrong[0]} must divide the {heads} attention heads, as each rank of a group attends with "
             f"its share of them"
         )
     for name, registered in NAMES.items():
@@ -66,10 +70,7 @@ def _attention(name: AttentionName) -> Callable[..., tuple[Tensor, None]]:
         sequence: SequenceGroup | None = None, **others: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         if sequence is None:
-            raise ValueError(
-                "a model that attends over slices of rows was called with whole ones: call it through PackedModel, or "
-                "build it with parallel.sp: 1"
-            )
+            return inside(module, query, key, value, attention_mask, **others)
         copies = key_copies(key.shape[1], sequence.size)
         key, value = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (key, value))
         query, key, value = _heads_for_tokens([query, key, value], sequence)
@@ -97,9 +98,11 @@ def _tokens_for_heads(out: Tensor, group: SequenceGroup) -> Tensor:
 
 def _masked(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    cu_seq_lens_q: Tensor, dropout: float = 0.0, scaling: float | None = None, **_: Any,
+    cu_seq_lens_q: Tensor | None = None, dropout: float = 0.0, scaling: float | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """sdpa with a mask: tokens see the ones before them in their own sample."""
+    if cu_seq_lens_q is None:
+        raise ValueError(f"{NO_BORDERS}: its samples would see each other. Hand the model all of Batch.attention")
     at_T = torch.arange(query.shape[2], device=query.device, dtype=cu_seq_lens_q.dtype)
     sample_T = torch.searchsorted(cu_seq_lens_q, at_T, right=True)
     mask_TT = (sample_T[:, None] == sample_T) & (at_T[:, None] >= at_T)

@@ -16,6 +16,7 @@ from finetune.config import RunConfig
 from finetune.context import Extension, extension, need_lines, serving_lines
 from finetune.engine import EngineOptions
 from finetune.families import Family
+from finetune.forward import PackedModel
 from finetune.hub import model_folder
 from finetune.model import ModelOptions
 from finetune.ranks import barrier, rank_and_world
@@ -89,9 +90,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
     )
 
 
-def make_balance(
-    config: RunConfig, base: Family, device: torch.device, sequence: SequenceGroup | None
-) -> Balance | None:
+def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balance | None:
     """Balance loss and load statistics of the sparse layers; None for a dense base."""
     experts = base.text.experts
     if experts is None:
@@ -104,8 +103,14 @@ def make_balance(
         experts=experts.num_experts,
         top_k=experts.num_experts_per_tok,
         device=device,
-        row_group=sequence.ranks if sequence else None,
     )
+
+
+def share_rows(packed: PackedModel, balance: Balance | None, group: SequenceGroup | None) -> None:
+    """From now on the ranks of this group hold slices of one row; None: each rank has whole rows."""
+    packed.sequence = group
+    if balance is not None:
+        balance.share_rows(group.ranks if group else None)
 
 
 def context_lines(

@@ -23,6 +23,7 @@ class Stage:
     """Every learning rate of the configuration is multiplied by it."""
     warmup_steps: int
     data: DataConfig
+    sp: int
 
     @property
     def steps(self) -> int:
@@ -47,6 +48,7 @@ def run_stages(config: RunConfig) -> tuple[Stage, ...]:
             rate=stage.lr / config.optim.lr if stage.lr else 1.0,
             warmup_steps=stage.warmup_steps,
             data=stage_data(config, stage),
+            sp=stage.sp or config.parallel.sp,
         )
         for number, ((name, stage), end) in enumerate(zip(named, ends, strict=True))
     )

@@ -4,7 +4,7 @@ A stage that reads otherwise than the one before has a plan of its own. It start
 other broke off, so that no source begins at its first sample again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data.batch import Step
@@ -23,9 +23,9 @@ class RunData:
     """The steps of one run for this rank. Every rank must make one and call its methods, at the same points."""
 
     def __init__(
-        self, stages: Sequence[Stage], renderer: Renderer, *, seed: int, sequence: SequenceGroup | None = None
+        self, stages: Sequence[Stage], renderer: Renderer, *, seed: int, groups: Mapping[int, SequenceGroup | None]
     ) -> None:
-        self.stages, self.renderer, self.seed, self.sequence = stages, renderer, seed, sequence
+        self.stages, self.renderer, self.seed, self.groups = stages, renderer, seed, groups
         self._streams: dict[int, DataStream] = {}
         self._corpora: dict[int, Corpus] = {}
         self._steps: Iterator[Step] = iter(())
@@ -62,7 +62,7 @@ class RunData:
         for _ in range(2):
             step = next(self._steps, None)
             if step is not None:
-                return counted_once(step, self.sequence)
+                return counted_once(step, self.groups[stage.sp])
             if 0 < self.stream.plan.steps <= self.stream.step:
                 self.stream.next_epoch()
             self._steps = iter(self.stream)
@@ -91,17 +91,20 @@ class RunData:
     def _open(self, stage: Stage) -> None:
         """Open a stage's stream; it is the one of the stage before where both read the same."""
         before = self.stages[stage.number - 1] if stage.number else None
-        if before is not None and before.data == stage.data:
+        if before is not None and before.data == stage.data and before.sp == stage.sp:
             self._streams[stage.number] = self._streams[before.number]
         else:
             self._corpora[stage.number], self._streams[stage.number] = open_data(
-                stage.data, self.renderer, seed=self.seed, sequence=self.sequence
+                stage.data, self.renderer, seed=self.seed, sequence=self.groups[stage.sp]
             )
 
     def _move(self, stage: Stage) -> None:
-        before, self._stage = self.stream, stage
+        before, read = self.stream, self._stage.data
+        self._stage = stage
         if self.stream is not before:
-            position = before.state_dict() | {"epoch": before.epoch + 1, "step": 0}
+            position = before.state_dict()
+            if stage.data != read:  # else only the ranks share its rows otherwise
+                position |= {"epoch": before.epoch + 1, "step": 0}
             self.stream.load_state_dict(position, changed=True)
             self._steps = iter(())
 

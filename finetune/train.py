@@ -45,9 +45,9 @@ from finetune.ranks import barrier, rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
 from finetune.recompute import set_recompute
 from finetune.rehearse import rehearse
-from finetune.sequence import sequence_group
+from finetune.sequence import sequence_groups
 from finetune.sequence_attention import use_sequence
-from finetune.setup import context_lines, engine_options, fetch_base, make_balance, model_options
+from finetune.setup import context_lines, engine_options, fetch_base, make_balance, model_options, share_rows
 from finetune.stages import run_stages, stage_of
 from finetune.steps import RunData
 from finetune.track import Tracker
@@ -65,19 +65,19 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     # --- the base, and the model on meta
     base_folder = fetch_base(config.model.path)
     base = read_family(base_folder)
-    sequence = sequence_group(config.parallel.sp)
-    balance = make_balance(config, base, device, sequence)
+    groups = sequence_groups(stage.sp for stage in stages)
+    balance = make_balance(config, base, device)
     chosen = model_options(config, base, device, say)
     empty = build(base_folder, chosen, balance=balance)
-    if sequence is not None:
-        use_sequence(empty.module, sequence, chosen.attention)
+    if max(groups) > 1:
+        use_sequence(empty.module, groups, chosen.attention)
     say("\n".join(table_lines(trainable_table(empty))))
 
     # --- the data of every stage
     renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
-    data = RunData(stages, renderer, seed=config.run.seed, sequence=sequence)
+    data = RunData(stages, renderer, seed=config.run.seed, groups=groups)
     say("\n".join(data.lines()))
-    evaluation = Evaluation(config, renderer, families=trainable_table(empty), sequence=sequence, say=say)
+    evaluation = Evaluation(config, renderer, families=trainable_table(empty), say=say)
     if rank_and_world()[0] == 0:
         say("\n".join(context_lines(empty.context, base, data.corpora, renderer, config.data)))
 
@@ -89,7 +89,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
     say(check_rotary(empty.module, base, empty.context))
     set_recompute(empty.module, config.parallel.recompute)
-    packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise, sequence=sequence)
+    packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
     engine = initialize(packed, options, trained_groups(empty, config, stages))
     engine.train()
     torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
@@ -115,11 +115,13 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
 
     # --- steps
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
+        share_rows(packed, balance, groups[stage_of(stages, done).sp])
         ended, is_over = done, evaluation.start(engine, done, record=tracker.evaluation)
         for at in range(done, done if is_over else config.schedule.steps):
             stage = stage_of(stages, at)
             if at in (done, stage.first):
                 say(enter(engine, stage, at=at))
+                share_rows(packed, balance, groups[stage.sp])
             checkpoints.poll()
             step = data.take(at)
             began = time.perf_counter()

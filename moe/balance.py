@@ -124,7 +124,6 @@ class Balance:
     Outside of that, and where no gradient is recorded, a call does nothing. The ranks of `group` (None: all) hold
     different tokens and must go through the same micro-batches and layers in the same order: every micro-batch and
     layer is a collective in mode `global`, every `finish_step` in all modes. Recompute must be non-reentrant.
-    The ranks of `row_group` hold slices of one row: their micro-batches are one in mode `micro` too.
     """
 
     def __init__(
@@ -138,15 +137,13 @@ class Balance:
         top_k: int,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
-        row_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.mode = mode
         self.coefficient, self.z_coefficient = coefficient, z_coefficient
         self.layers, self.experts, self.top_k = layers, experts, top_k
         self._device = device
         self._group = group
-        # whose counts are one micro-batch's; None: this rank's own
-        self._counted_over = (group or dist.group.WORLD) if mode == "global" else row_group
+        self._row_group: dist.ProcessGroup | None = None
         self._world = dist.get_world_size(group) if dist.is_initialized() else 1
         self._step_tokens: int | None = None
         self._micro: _MicroBatch | None = None
@@ -156,6 +153,10 @@ class Balance:
         """What every token's gradient is multiplied by: the scale contract, and the mean over the layers."""
         assert self._step_tokens is not None, "backward after finish_step"
         return self._world / (self._step_tokens * self.layers)
+
+    def share_rows(self, group: dist.ProcessGroup | None) -> None:
+        """From now on these ranks hold slices of one row: their micro-batches are one in mode `micro` too."""
+        self._row_group = group
 
     def start_step(self, step_tokens: int) -> None:
         """Begin a step with so many valid tokens, all micro-batches of all ranks counted; drops an unfinished step."""
@@ -235,8 +236,9 @@ class Balance:
                 totals.compared_L[layer] += counts_E.sum()
             micro.counts_LE[layer] = counts_E
             micro.probs_sum_LE[layer] = probs_TE.masked_fill(~valid_T[:, None], 0).sum(0)
-        if self.mode != "off" and self._world > 1 and self._counted_over is not None:
-            work = dist.all_reduce(micro.counts_LE[layer], group=self._counted_over, async_op=True)
+        if self._world > 1 and (self.mode == "global" or (self.mode == "micro" and self._row_group is not None)):
+            over = self._group if self.mode == "global" else self._row_group
+            work = dist.all_reduce(micro.counts_LE[layer], group=over, async_op=True)
             assert work is not None
             micro.under_way[layer] = work
 

@@ -21,6 +21,7 @@ from finetune.recompute import set_recompute
 from finetune.resident import make_resident
 from finetune.sequence import counted_once, sequence_group
 from finetune.sequence_attention import use_sequence
+from finetune.setup import share_rows
 from finetune.varlen import register
 from moe.balance import Balance
 from moe.config import BalanceMode
@@ -97,7 +98,6 @@ def run(rank: int, world: int, case: Case) -> Outcome:
     balance = Balance(
         mode=case.balance, coefficient=0.1, z_coefficient=0.01, layers=text.num_hidden_layers,
         experts=text.num_experts, top_k=text.num_experts_per_tok, device=torch.device("cpu"),
-        row_group=group.ranks if group else None,
     )  # fmt: skip
     options = LayerOptions(experts="lora", lora=LORA, router=RouterOptions(mode="full"), resident=case.resident, seed=3)
     for layer in replace_moe_blocks(model, ep_size=case.ep, options=options, balance=balance):
@@ -107,8 +107,9 @@ def run(rank: int, world: int, case: Case) -> Outcome:
     register()
     model.set_attn_implementation(case.backend)
     if group is not None:
-        use_sequence(model, group, case.backend)
-    packed = PackedModel(model, spec=SPEC, normalise=case.how, sequence=group)
+        use_sequence(model, [group.size], case.backend)
+    packed = PackedModel(model, spec=SPEC, normalise=case.how)
+    share_rows(packed, balance, group)
     if case.change is not None:
         case.change(packed)
     data_size, data_rank = world // case.sp, rank // case.sp

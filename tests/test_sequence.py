@@ -122,10 +122,13 @@ def test_refusals() -> None:
         sequence_group(2)
     model = adapted_model()
     with pytest.raises(ValueError, match=r"parallel\.sp: 3 must divide the 4 attention heads"):
-        use_sequence(model, group(3), "segments")
-    use_sequence(model, group(2), "segments")
+        use_sequence(model, [1, 3], "segments")
+    use_sequence(model, [2], "segments")
     assert model.model.visual.config._attn_implementation == "sdpa"
-    with pytest.raises(ValueError, match=r"called with whole ones: call it through PackedModel"):
+    with pytest.raises(ValueError, match="called without the borders of its samples"):
+        model.model(input_ids=torch.arange(8)[None])
+    use_sequence(model, [2], "sdpa")
+    with pytest.raises(ValueError, match="called without the borders of its samples"):
         model.model(input_ids=torch.arange(8)[None])
     batch = row("i")
     wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
@@ -135,7 +138,7 @@ def test_refusals() -> None:
 
 def test_each_attention_computes_the_same_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one rank, as a group of one: what each makes of the borders. flash-attention's own kernel is stood in for."""
-    use_sequence(adapted_model(), group(1), "segments")
+    use_sequence(adapted_model(), [1], "segments")
     monkeypatch.setattr("finetune.sequence_attention.exchange", lambda x, *_: x)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=_by_hand))
     generator = torch.Generator().manual_seed(0)

@@ -104,12 +104,12 @@ def test_one_rank_takes_the_same_steps_as_two(place: Path) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path) -> None:
-    """It was cut while two ranks shared each row; three go on with whole rows, though 8 packs do not divide by them."""
+    """Two ranks shared each row in the first stage; three go on with whole rows, by which 8 packs do not divide."""
     words = [*LORA, "schedule.steps=6", "optim.eps=1e-6", "checkpoint.every_steps=2", "moe.balance=off"]
-    words += ["context.yarn.factor=2"]
+    words += ["context.yarn.factor=2", "stages.grown.from_step=3"]
     done = _train(place, "whole", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    first = _train(place, "cut", *words, "parallel.sp=2", kill_after="step 4:")
+    first = _train(place, "cut", *words, "parallel.sp=2", "stages.grown.sp=1", kill_after="step 4:")
     assert first.returncode != 0
     again = _train(place, "cut", *words, "parallel.ep=1", ranks=3)
     assert again.returncode == 0, again.stderr[-2000:]
