@@ -40,6 +40,18 @@ ENTRIES = (
         about="bytes of a checkpoint beside the trained state, seconds of a save beside torch.save's",
     ),
     Entry(
+        name="train-step",
+        suite="cpu",
+        module="benchmarks.train_step",
+        about="whole training steps on two ranks, beside transformers with PEFT and DeepSpeed ZeRO-3",
+    ),
+    Entry(
+        name="host-overhead",
+        suite="cpu",
+        module="benchmarks.host_overhead",
+        about="time of a step whose kernels have nothing to do, beside the same stock parts",
+    ),
+    Entry(
         name="moe-lora-step",
         suite="cpu",
         module="benchmarks.moe_lora_step",

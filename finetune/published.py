@@ -7,10 +7,12 @@ Regret", 2025 (LoRA ten times the rate of full tuning, r 1 to 512, and small bat
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from finetune.config import RunConfig
 from finetune.families import Family
+from finetune.parts import FAMILIES
 from finetune.problems import Problem
 from finetune.shapes import parameter_counts
 from finetune.stages import run_stages, trained_families
@@ -46,32 +48,47 @@ PACKS = Range(low=4, high=512)  # ms-swift's script for the 30B; the authors' 4 
 
 
 def published_problems(config: RunConfig, base: Family | None) -> Iterator[Problem]:
-    """Warn of values that nobody has published for such a base."""
+    """Warn of values that nobody has published for such a base: once for a key, whichever families it concerns."""
     if base is None or not config.optim.lr > 0 or parameter_counts(base).total < SMALLEST:
         return
-    for name in trained_families(config):
-        family = getattr(config.adapters, name)
-        is_lora = family.mode == "lora"
-        rates = LORA_LR if is_lora else FULL_LR_OF.get(name, FULL_LR)
-        own = family.lr or config.optim.lr
-        factors = [stage.rate for stage in run_stages(config) if name in stage.train]
-        for rate in {own * factor for factor in factors}:
-            where = f"adapters.{name}.lr" if family.lr else "optim.lr"
-            if not rates.holds(rate):
-                kind = "LoRA on" if is_lora else "full tuning of"
-                allowed = f"published for {kind} {name} is {rates.low:g} to {rates.high:g}"
-                yield _warning(where, rate, allowed, f"Set adapters.{name}.lr into that range, or be sure of it")
-        if is_lora and hasattr(family, "r"):
-            scale = family.alpha / family.r
-            if family.r >= 1 and not RANK.holds(family.r):
-                allowed = f"published ranks are {RANK.low:g} to {RANK.high:g}"
-                yield _warning(f"adapters.{name}.r", family.r, allowed, "8 to 64 are usual")
-            if family.r >= 1 and not getattr(family, "rslora", False) and not SCALE.holds(scale):
-                allowed = f"published alpha / r are {SCALE.low:g} to {SCALE.high:g}, this is {scale:g}"
-                yield _warning(f"adapters.{name}.alpha", family.alpha, allowed, f"Twice r, {2 * family.r}, is usual")
+    counts = asdict(parameter_counts(base))
+    families = [name for name in trained_families(config) if counts[FAMILIES[name]]]
+    rates: dict[tuple[str, float], list[str]] = {}
+    for name in families:
+        for key, rate in _rates(config, name):
+            is_lora = getattr(config.adapters, name).mode == "lora"
+            found = LORA_LR if is_lora else FULL_LR_OF.get(name, FULL_LR)
+            if not found.holds(rate):
+                kind = f"LoRA on {name}" if is_lora else f"full tuning of {name}"
+                rates.setdefault((key, rate), []).append(f"{kind} {found.low:g} to {found.high:g}")
+    for (key, rate), lines in rates.items():
+        own = key if key.startswith("adapters.") else "adapters.<family>.lr"
+        yield _warning(key, rate, f"published are for {', '.join(lines)}", f"Set {own} into that range, or be sure")
+    for name in families:
+        yield from _ranks(name, getattr(config.adapters, name))
     if not PACKS.holds(config.data.packs_per_step):
         allowed = f"published batches are {PACKS.low:g} to {PACKS.high:g} rows"
         yield _warning("data.packs_per_step", config.data.packs_per_step, allowed, "16 to 128 are usual")
+
+
+def _rates(config: RunConfig, name: str) -> dict[tuple[str, float], None]:
+    """The key that decides a family's peak rate, with each that it reaches in some stage."""
+    family = getattr(config.adapters, name)
+    key, own = (f"adapters.{name}.lr", family.lr) if family.lr else ("optim.lr", config.optim.lr)
+    return dict.fromkeys((key, own * stage.rate) for stage in run_stages(config) if name in stage.train)
+
+
+def _ranks(name: str, family: Any) -> Iterator[Problem]:
+    """Ranks and scales of a low-rank family."""
+    if family.mode != "lora" or getattr(family, "r", 0) < 1:
+        return
+    scale = family.alpha / family.r
+    if not RANK.holds(family.r):
+        allowed = f"published ranks are {RANK.low:g} to {RANK.high:g}"
+        yield _warning(f"adapters.{name}.r", family.r, allowed, "8 to 64 are usual")
+    if not getattr(family, "rslora", False) and not SCALE.holds(scale):
+        allowed = f"published alpha / r are {SCALE.low:g} to {SCALE.high:g}, this is {scale:g}"
+        yield _warning(f"adapters.{name}.alpha", family.alpha, allowed, f"Twice r, {2 * family.r}, is usual")
 
 
 def _warning(key: str, found: object, allowed: str, remedy: str) -> Problem:
