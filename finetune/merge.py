@@ -23,7 +23,7 @@ from finetune.atomic import whole_folder, write_file
 from finetune.hubconfig import config_text, to_hub_spelling
 from finetune.jsonblock import load_json
 from finetune.layouts import is_expert_stack
-from finetune.merge_blocks import Lane, Realised, blocks, factors
+from finetune.merge_blocks import Lane, Realised, blocks, factors, intended_square
 from finetune.merge_plan import CHECKSUMS, REPORT, MergePlan, OutFile, check_room, jobs_for
 from finetune.provenance import parent_line, versions
 from finetune.writer import INDEX
@@ -182,8 +182,9 @@ def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, p
         if left is not None and right is not None:
             block = lane.add(block, left[matrix, rows.start : rows.stop], right[matrix], found)
         put(_bytes(block))
-    if change is None:
+    if left is None or right is None:
         return
+    found.intended_square = intended_square(left, right)
     if not isfinite(found.intended_square + found.error_square):
         raise ValueError(
             f"{name}: base plus adapter is not finite; one of the two holds NaN or infinity, or the sum is too large "

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from data.vision import normalise, read_spec
 from finetune.basefiles import BaseFiles
 from finetune.layouts import is_expert_stack, single_expert
-from finetune.model import ModelOptions, build
+from finetune.model import EmptyModel, ModelOptions, build
 from finetune.shapes import EMBEDDING, HEAD
 from finetune.streaming import Read, streamed
 from finetune.verify import Check
@@ -52,7 +52,7 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Row:
+class Row:
     """The samples side by side: where in each the comparison looks, and what both models are fed."""
 
     trials: Sequence[Trial]
@@ -73,7 +73,7 @@ class _Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcome:
+class Outcome:
     """One model's run: logits of the chosen positions, what each text layer gave there, and the most it held."""
 
     logits: Tensor
@@ -86,7 +86,7 @@ def compute_checks(
 ) -> Iterator[Check]:
     """Logits of both models on every sample, then what the answers cost in each video layout."""
     dtype, place = getattr(torch, dtype_name), torch.device(device)
-    row = _row(folder, place, dtype)
+    row = make_row(folder, trials(folder), place, dtype)
     ours = _run_ours(folder, weights, row, place, dtype)
     theirs = _run_theirs(folder, weights, row, place, dtype)
     yield compare(row.chosen, [trial.name for trial in row.trials], ours, theirs, TOLERANCES[dtype_name])
@@ -94,7 +94,7 @@ def compute_checks(
 
 
 def compare(
-    chosen: Sequence[list[int]], names: Sequence[str], ours: _Outcome, theirs: _Outcome, allowed: Tolerance
+    chosen: Sequence[list[int]], names: Sequence[str], ours: Outcome, theirs: Outcome, allowed: Tolerance
 ) -> Check:
     """Close logits and equal next tokens at the chosen positions; a failure names the sample and the first layer."""
     apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / theirs.logits.float().std()
@@ -137,7 +137,7 @@ def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logit
     return Check(name="video layout", status="note", detail=f"answers cost {shown} nats per token: {verdict}")
 
 
-def _parting(ours: _Outcome, theirs: _Outcome, typical: float) -> str:
+def _parting(ours: Outcome, theirs: Outcome, typical: float) -> str:
     """The first layer after which the two differ by more than ten times what is typical."""
     for name, output in theirs.layers.items():
         if not (ours.layers[name] - output).abs().max() / output.float().std() <= 10 * typical:
@@ -145,8 +145,8 @@ def _parting(ours: _Outcome, theirs: _Outcome, typical: float) -> str:
     return "the layers agree, the head differs"
 
 
-def _row(folder: Path, device: torch.device, dtype: torch.dtype) -> _Row:
-    made = trials(folder)
+def make_row(folder: Path, made: Sequence[Trial], device: torch.device, dtype: torch.dtype) -> Row:
+    """Choose where to look in each sample, and put the pictures of all together."""
     chosen = []
     for trial in made:
         spread = np.linspace(0, len(trial.sample.input_ids) - 1, _SPREAD).astype(int).tolist()
@@ -155,9 +155,11 @@ def _row(folder: Path, device: torch.device, dtype: torch.dtype) -> _Row:
     for kind, suffix in (("image", ""), ("video", "_videos")):
         patches = np.concatenate([getattr(trial.sample, f"{kind}_patches") for trial in made])
         grids = np.concatenate([getattr(trial.sample, f"{kind}_grids") for trial in made])
+        if not len(grids):
+            continue
         pixels[f"pixel_values{suffix}"] = normalise(torch.from_numpy(patches).to(device), spec=spec, dtype=dtype)
         pixels[f"{kind}_grid_thw"] = torch.from_numpy(grids).long().to(device)
-    return _Row(trials=made, chosen=chosen, pixels=pixels)
+    return Row(trials=made, chosen=chosen, pixels=pixels)
 
 
 def _answer(trial: Trial) -> list[int]:
@@ -165,8 +167,14 @@ def _answer(trial: Trial) -> list[int]:
     return [int(place) for place in np.flatnonzero(trial.sample.loss_weights)]
 
 
-def _run_ours(folder: Path, weights: BaseFiles, row: _Row, device: torch.device, dtype: torch.dtype) -> _Outcome:
-    empty = build(folder, ModelOptions(dtype=dtype))
+def _run_ours(folder: Path, weights: BaseFiles, row: Row, device: torch.device, dtype: torch.dtype) -> Outcome:
+    return run_packed(build(folder, ModelOptions(dtype=dtype)), weights.read, row, weights, device, dtype)
+
+
+def run_packed(
+    empty: EmptyModel, read: Read, row: Row, weights: BaseFiles, device: torch.device, dtype: torch.dtype
+) -> Outcome:
+    """Run our model on all samples in one row, as training does, with weights from `read`."""
     inputs = {
         "input_ids": torch.from_numpy(np.concatenate([t.sample.input_ids for t in row.trials])).long()[None],
         "position_ids": torch.from_numpy(np.concatenate([t.sample.positions for t in row.trials], axis=1)).long()[
@@ -174,10 +182,10 @@ def _run_ours(folder: Path, weights: BaseFiles, row: _Row, device: torch.device,
         ],
     }
     places = (torch.zeros_like(row.packed), row.packed)
-    return _run(empty.module, weights.read, empty.canonical, inputs, row.pixels, places, weights, device, dtype)
+    return run_streamed(empty.module, read, empty.canonical, inputs, row.pixels, places, weights, device, dtype)
 
 
-def _run_theirs(folder: Path, weights: BaseFiles, row: _Row, device: torch.device, dtype: torch.dtype) -> _Outcome:
+def _run_theirs(folder: Path, weights: BaseFiles, row: Row, device: torch.device, dtype: torch.dtype) -> Outcome:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -190,10 +198,10 @@ def _run_theirs(folder: Path, weights: BaseFiles, row: _Row, device: torch.devic
     kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
     read = library_reader(weights)
-    return _run(module, read, lambda name: name, inputs, row.pixels, row.padded, weights, device, dtype)
+    return run_streamed(module, read, lambda name: name, inputs, row.pixels, row.padded, weights, device, dtype)
 
 
-def _run(
+def run_streamed(
     module: nn.Module,
     read: Read,
     canonical: Any,
@@ -203,7 +211,8 @@ def _run(
     weights: BaseFiles,
     device: torch.device,
     dtype: torch.dtype,
-) -> _Outcome:
+) -> Outcome:
+    """Run a meta model with one layer in memory at a time, and return its logits at `places`."""
     module.eval()
     rebuild_tables(module, device)
     inner: nn.Module = module.get_submodule("model")  # all but the head, which is needed at the chosen positions only
@@ -228,7 +237,7 @@ def _run(
         hidden = inner(**moved, **pixels, use_cache=False).last_hidden_state[rows, columns]
         head = read(HEAD if HEAD in weights.shapes else EMBEDDING).to(device=device, dtype=dtype)
         logits = F.linear(hidden, head)
-    return _Outcome(logits=logits, layers=state.seen, bytes_peak=max(state.bytes_peak, head.nbytes))
+    return Outcome(logits=logits, layers=state.seen, bytes_peak=max(state.bytes_peak, head.nbytes))
 
 
 def library_reader(weights: BaseFiles) -> Read:

@@ -25,12 +25,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", default="auto", help="how the base holds experts: auto, hub, memory, per_expert")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one for each core)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    parser.add_argument(
+        "--verify", nargs="?", const="", metavar="SAMPLES",
+        help="then compare logits with base + adapter, layer by layer: on drawn samples, or on your shards or JSONL",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="how many of SAMPLES (default 8)")
+    parser.add_argument("--device", default="cpu", help="where to verify: cpu (default) or cuda:0")
     parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, merge, print what became of the changes; 3 when rounding swallowed one whole."""
+    """Print the plan, merge, print what became of the changes; 3 when one was lost in rounding, or the proof fails."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
     from finetune.basefiles import open_base
     from finetune.hub import model_folder
@@ -50,7 +56,18 @@ def run(args: argparse.Namespace) -> int:
     for line in merged.lines():
         say(line)
     found: dict[str, Any] = {"folder": str(args.out), "intended": merged.intended, "applied": merged.applied}
-    return _finish(args, 3 if merged.lost else 0, found | {"lost": merged.lost})
+    found["lost"] = merged.lost
+    proved = True
+    if args.verify is not None:
+        from dataclasses import asdict
+
+        from finetune.merge_verify import proof_samples, prove
+
+        samples = proof_samples(base.folder, args.verify, args.samples)
+        proof = prove(args.out, base, plan.source, samples, device=args.device)
+        say(proof.line())
+        proved, found["proof"] = proof.passed, asdict(proof)
+    return _finish(args, 0 if proved and not merged.lost else 3, found)
 
 
 def _finish(args: argparse.Namespace, code: int, found: dict[str, Any]) -> int:

@@ -28,6 +28,8 @@ from finetune.config import (
     RouterFamilyConfig,
 )
 from finetune.fingerprint import fingerprint
+from finetune.merge import merge
+from finetune.merge_plan import plan_merge
 from finetune.model import EmptyModel
 from finetune.provenance import Provenance, base_of
 from finetune.weights import load
@@ -142,6 +144,17 @@ def test_stock_peft_on_the_stock_model_computes_what_we_do(
         assert close(rank["logits"], found, 1e-5)
         assert close(rank["first"], base, 1e-5)
         assert rank["changed"] == []
+
+
+@pytest.mark.parametrize("name", ["w2", "full", "dense", "full-only"])
+def test_merged_the_stock_model_computes_what_we_do(
+    folders: dict[str, Path], trained: tuple[Path, dict[str, Any]], name: str, tmp_path: Path
+) -> None:
+    out, results = trained
+    base = folders["dense" if name in ("dense", "full-only") else "moe"]
+    found = merge(plan_merge(open_base(base), out / name / "after"), tmp_path / "merged")
+    assert found.applied == found.intended
+    assert close(results[name][0]["logits"], stock(tmp_path / "merged"), 1e-5)
 
 
 def apart(one: Path, two: Path) -> float:

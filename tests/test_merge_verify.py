@@ -1,0 +1,112 @@
+"""The proof of a merge: it passes what is right, and fails what is wrong in any of the usual ways."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import base_variants as stored
+import merge_cases as cases
+import pytest
+import torch
+from bases import base
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from finetune.adapter_source import open_source
+from finetune.basefiles import open_base
+from finetune.merge import merge
+from finetune.merge_plan import plan_merge
+from finetune.merge_verify import Proof, proof_samples, prove
+from finetune.tiny import TinyModel, write_tiny
+from launchers.cli import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes everything: experts, attention, vision, router, a full norm; and its merge."""
+    folder = tmp_path_factory.mktemp("made")
+    cases.adapt(base(), folder / "adapter", full=True)
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    router = "base_model.model.model.language_model.layers.1.mlp.gate"
+    tensors |= {f"{router}.lora_A.weight": torch.randn(4, 48), f"{router}.lora_B.weight": 0.1 * torch.randn(8, 4)}
+    tensors |= {f"base_model.model.lm_head.lora_{x}.weight": torch.randn(s) for x, s in HEAD.items()}
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    merge(plan_merge(open_base(base()), folder / "adapter"), folder / "out")
+    return folder
+
+
+HEAD = {"A": (4, 48), "B": (open_base(base()).shapes["lm_head.weight"][0], 4)}
+
+
+def proof(made: Path, merged: Path) -> Proof:
+    files = open_base(base())
+    return prove(merged, files, open_source(made / "adapter", files.shapes), proof_samples(base(), "", 0), device="cpu")
+
+
+def test_a_right_merge_is_proved_to_the_last_digits(made: Path) -> None:
+    found = proof(made, made / "out")
+    assert found.passed
+    assert found.worst < 1e-5
+    assert found.moved > 0.1
+    assert found.bytes_peak < open_base(base()).stored["lm_head.weight"].size * 4
+    assert found.line().startswith(f"proved   {found.positions} positions of {found.samples} samples: the merged F32 ")
+
+
+@pytest.mark.parametrize("wrong", ["nothing merged", "one tensor not", "two experts swapped", "twice", "no number"])
+def test_a_wrong_merge_fails(made: Path, wrong: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made / "out", out)
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    before, after = load_file(base() / "model.safetensors"), load_file(out / "model.safetensors")
+    experts = "model.language_model.layers.0.mlp.experts.down_proj"
+    if wrong == "nothing merged":
+        after = before
+    elif wrong == "one tensor not":
+        after[experts] = before[experts]
+    elif wrong == "two experts swapped":
+        after[experts] = after[experts].roll(1, 0)
+    elif wrong == "twice":
+        after[experts] = 2 * after[experts] - before[experts]
+    else:
+        after[experts][:, 0, 0] = float("nan")
+    save_file(after, out / "model.safetensors", metadata=metadata)
+    found = proof(made, out)
+    assert not found.passed
+    assert found.line().startswith("FAILED")
+
+
+def test_bfloat16_is_within_what_rounding_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path / "base", TinyModel(dtype="bfloat16"))
+    cases.adapt(tmp_path / "base", tmp_path / "adapter")
+    words = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out"), "--verify"]
+    assert main(words) == 0
+    assert re.search(r"proved .* merged BF16 files are \d\.\de-0[1-4] of", capsys.readouterr().out)
+
+
+def test_samples_of_the_user_and_the_exit_code(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "Red."}]
+    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(5)))
+    tensors = stored.weights(base())
+    shutil.copytree(base(), tmp_path / "memory", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, tmp_path / "memory" / "model.safetensors")
+    words = ["merge", str(tmp_path / "memory"), str(made / "adapter"), str(tmp_path / "out"), "--json"]
+    assert main([*words, "--verify", str(rows), "--samples", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)["proof"]
+    assert found["samples"] == 3
+    (shards,) = (path for path in tmp_path.iterdir() if path.name.startswith("rows-"))
+    assert len(proof_samples(base(), str(shards), 9)) == 5
+    rows.write_text("")
+    with pytest.raises(ValueError, match="no sample|holds no|empty"):
+        proof_samples(base(), str(rows), 3)
+
+
+def test_a_failed_proof_ends_with_3(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tolerance of nothing stands in for a merge that is wrong."""
+    monkeypatch.setattr("finetune.merge_verify._TYPICAL", {"F32": 0.0})
+    assert main(["merge", str(base()), str(made / "adapter"), str(tmp_path / "out"), "--verify"]) == 3
+    assert "FAILED" in capsys.readouterr().out
