@@ -19,7 +19,7 @@ from finetune.shapes import parameter_shapes
 from finetune.streaming import streamed
 from finetune.tiny import TinyModel, write_tiny
 from finetune.verify import Check, Options, verify_base
-from finetune.verify_compute import TOLERANCES, _Outcome, compare, library_reader, video_preference
+from finetune.verify_compute import TOLERANCES, Outcome, compare, library_reader, video_preference
 from finetune.verify_samples import trials
 from finetune.weights import rebuild_tables
 
@@ -189,8 +189,8 @@ def test_patches_that_the_tower_does_not_cut_fail(moe):
     assert "patch_size is 14, but the tower has 16" in card(moe, compute=False)["processor"].detail
 
 
-def outcome(logits: torch.Tensor, **layers: torch.Tensor) -> _Outcome:
-    return _Outcome(logits=logits, layers=layers, bytes_peak=7)
+def outcome(logits: torch.Tensor, **layers: torch.Tensor) -> Outcome:
+    return Outcome(logits=logits, layers=layers, bytes_peak=7)
 
 
 def test_compare_names_sample_and_place():
