@@ -1,15 +1,19 @@
-"""One rank of `ckpt-save`: an engine with full experts, saved in our way and by torch.save, restored and compared."""
+"""One rank of `ckpt-save`: an engine with full experts, saved in our ways and by torch's, restored and compared."""
 
 import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from benchmarks.measure import OutputsDiffer
 from finetune.basefiles import open_base
@@ -38,26 +42,75 @@ def main() -> None:
     files = open_base(args.folder, empty.expected)
     load(empty, files, engine_config=engine_config(options))
     engine = initialize(empty.module, options)
-    checkpoints = Checkpoints(engine, empty, args.out.parent / "checkpoints", base=files, keep=1)
+    beside = args.out.parent
+    made = {
+        kind: Checkpoints(engine, empty, beside / kind, base=files, keep=1, asynchronous=kind == "behind")
+        for kind in ("now", "behind")
+    }
     held = slices(engine, empty)
-    for slice_ in held:
-        for view in slice_.views.values():
-            view.copy_(torch.rand_like(view))
-    ours = [_timed(partial(checkpoints.save, step=step, state={}, config={})) for step in range(ROUNDS)]
-    peer = [_timed(lambda: _torch_save(held, args.out.parent / f"peer-{dist.get_rank()}")) for _ in range(ROUNDS)]
-    last = args.out.parent / "checkpoints" / f"step-{ROUNDS - 1:06d}"
+    _fill(held)
+    ours = [_timed(partial(made["now"].save, step=step, state={}, config={})) for step in range(ROUNDS)]
+    peer = [_timed(lambda: _torch_save(held, beside / f"peer-{dist.get_rank()}")) for _ in range(ROUNDS)]
+    last = beside / "now" / f"step-{ROUNDS - 1:06d}"
     size = sum(file.stat().st_size for file in last.iterdir())
-    wanted = [[view.clone() for view in slice_.views.values()] for slice_ in held]
+    restore = _restored(made["now"], last, held, _copy(held))
+    stalls = _stalls(made["behind"], held)
+    peer_stalls = _torch_stalls(held, beside)
+    state = sum(view.numel() * view.element_size() for slice_ in held for view in slice_.views.values())
+    found = {"ours": ours, "peer": peer, "restore": restore, "bytes": size, "state_bytes": state}
+    found |= {"stalls": stalls, "peer_stalls": peer_stalls}
+    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+
+
+def _stalls(checkpoints: Checkpoints, held: list[Slice]) -> list[float]:
+    """Seconds for which asynchronous saves hold the run up; what changes while they are written is not in them."""
+    found = []
+    for step in range(ROUNDS):
+        wanted = _copy(held)
+        found.append(_timed(partial(checkpoints.save, step=step, state={}, config={})))
+        _fill(held)
+        checkpoints.wait()
+    _restored(checkpoints, checkpoints.folder / f"step-{ROUNDS - 1:06d}", held, wanted)
+    return found
+
+
+def _torch_stalls(held: list[Slice], folder: Path) -> list[float]:
+    """The same of torch's own asynchronous save, of each rank's slices under names of their own."""
+    group = dist.new_group(backend="gloo")
+    rank, found = dist.get_rank(), list[float]()
+    state: Mapping[str, Any] = {
+        f"{rank}/{kind}/{s.canonical}": view for s in held for kind, view in s.views.items()
+    }  # fmt: skip
+    for step in range(ROUNDS):
+        writer = FileSystemWriter(folder / f"torch-{step}")
+        dist.barrier()
+        start = time.perf_counter()
+        saved: Any = async_save(dict(state), storage_writer=writer, process_group=group)
+        found.append(time.perf_counter() - start)
+        getattr(saved, "upload_completion", saved).result()
+    return found
+
+
+def _restored(checkpoints: Checkpoints, path: Path, held: list[Slice], wanted: list[list[Tensor]]) -> float:
+    """Seconds of a restore that brings back what is wanted."""
     for slice_ in held:
         for view in slice_.views.values():
             view.zero_()
-    restore = _timed(lambda: checkpoints.restore(last, config={}))
+    seconds = _timed(lambda: checkpoints.restore(path, config={}))
     for slice_, views in zip(held, wanted, strict=True):
         if not all(map(torch.equal, slice_.views.values(), views)):
             raise OutputsDiffer(f"{slice_.canonical} came back changed")
-    state = sum(view.numel() * view.element_size() for slice_ in held for view in slice_.views.values())
-    found = {"ours": ours, "peer": peer, "restore": restore, "bytes": size, "state_bytes": state}
-    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+    return seconds
+
+
+def _fill(held: list[Slice]) -> None:
+    for slice_ in held:
+        for view in slice_.views.values():
+            view.copy_(torch.rand_like(view))
+
+
+def _copy(held: list[Slice]) -> list[list[Tensor]]:
+    return [[view.clone() for view in slice_.views.values()] for slice_ in held]
 
 
 def _timed(do: Callable[[], object]) -> float:

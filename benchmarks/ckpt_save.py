@@ -1,4 +1,4 @@
-"""`ckpt-save`: bytes of a checkpoint beside the state that trains, and the time of a save beside torch.save's."""
+"""`ckpt-save`: bytes of a checkpoint beside the state that trains; seconds of a save, and of one behind the run."""
 
 import tempfile
 from collections.abc import Iterator
@@ -29,5 +29,16 @@ def run() -> Iterator[Figure]:
         metric="seconds of a save", value=min(ours), unit="s", config=config, n=len(ours),
         spread={"ours": spread(ours), "peer": spread(peer)},
         peer="torch.save of each rank's slices, synced", peer_value=min(peer),
+    )  # fmt: skip
+    stalls, peer = (tuple(map(max, *(rank[side] for rank in ranks))) for side in ("stalls", "peer_stalls"))
+    config |= {"asynchronous": True}
+    yield Figure(
+        metric="seconds for which an asynchronous save holds the run up", value=min(stalls), unit="s", config=config,
+        n=len(stalls), spread={"ours": spread(stalls)}, peer="the same save, synchronous", peer_value=min(ours),
+    )  # fmt: skip
+    yield Figure(
+        metric="the same, beside torch's", value=min(stalls), unit="s", config=config, n=len(stalls),
+        spread={"ours": spread(stalls), "peer": spread(peer)}, peer="torch's async_save of each rank's slices",
+        peer_value=min(peer),
     )  # fmt: skip
     yield Figure(metric="seconds of a restore", value=max(rank["restore"] for rank in ranks), unit="s", config=config)

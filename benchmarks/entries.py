@@ -37,7 +37,7 @@ ENTRIES = (
         name="ckpt-save",
         suite="cpu",
         module="benchmarks.ckpt_save",
-        about="bytes of a checkpoint beside the trained state, seconds of a save beside torch.save's",
+        about="bytes of a checkpoint beside the trained state, seconds of a save and stall of an asynchronous one",
     ),
     Entry(
         name="train-step",
