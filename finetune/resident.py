@@ -1,33 +1,10 @@
 """Frozen weights as buffers: ZeRO does not see them, so nothing is gathered, and each rank holds them whole."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-
-ROOM_SHARE = 0.6
-"""`auto` keeps frozen weights resident when they take at most this share of a rank's memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResidentChoice:
-    """Whether frozen weights stay whole on each rank, and why; the reason is printed at start."""
-
-    resident: bool
-    reason: str
-
-
-def choose_resident(choice: Literal["auto", "frozen", "none"], *, frozen_bytes: int, room_bytes: int) -> ResidentChoice:
-    """Decide `parallel.resident` from the frozen bytes a rank would hold and the memory it has."""
-    if choice == "auto":
-        fits = frozen_bytes <= ROOM_SHARE * room_bytes
-        sizes = f"{frozen_bytes / 1e9:.1f} GB of frozen weights a rank, {room_bytes / 1e9:.1f} GB of memory"
-        return ResidentChoice(resident=fits, reason=f"auto: {sizes}, limit {ROOM_SHARE:.0%}")
-    if choice not in ("frozen", "none"):
-        raise ValueError(f"parallel.resident: {choice!r} is not one of auto, frozen, none")
-    return ResidentChoice(resident=choice == "frozen", reason=f"parallel.resident: {choice}")
 
 
 def frozen_bytes(module: nn.Module) -> int:

@@ -21,7 +21,7 @@ from finetune.hub import model_folder
 from finetune.model import ModelOptions
 from finetune.ranks import barrier, rank_and_world
 from finetune.reading import rank_shares
-from finetune.resident import choose_resident
+from finetune.residency import choose_resident
 from finetune.sequence import SequenceGroup
 from finetune.shapes import parameter_shapes
 from finetune.stages import longest_pack, run_stages

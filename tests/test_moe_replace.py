@@ -11,7 +11,8 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from finetune.recompute import set_recompute
-from finetune.resident import choose_resident, frozen_bytes, make_resident
+from finetune.residency import choose_resident
+from finetune.resident import frozen_bytes, make_resident
 from moe.dispatch import _orders
 from moe.parallel import ExpertParallelMoe, LayerOptions, describe, replace_moe_blocks, sparse_layers
 from moe.router import RouterOptions

@@ -1,0 +1,87 @@
+"""What the planner knows of GPUs and how they are joined: vendors' data sheets, dense bfloat16. Loads no torch."""
+
+from dataclasses import dataclass
+
+from finetune.flops import peak_flops
+from finetune.problems import did_you_mean
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One device. Bytes a second are per direction, of one device; `link` joins those of one node."""
+
+    name: str
+    memory_bytes: int
+    flops: float
+    memory_rate: float
+    link_rate: float
+    network_rate: float
+    """Of the network card that a device usually has for itself; a node's figure divided by its devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """So many devices, so many of them in a node."""
+
+    gpu: Gpu
+    gpus: int
+    per_node: int
+    price: float | None = None
+    """Of one device for one hour."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes, the last perhaps not full."""
+        return -(-self.gpus // self.per_node)
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Every name that `--gpu` takes."""
+    return tuple(_TABLE)
+
+
+def gpu(name: str) -> Gpu:
+    """The table's entry."""
+    found = _TABLE.get(name.lower())
+    if found is None:
+        advice = did_you_mean(name.lower(), gpu_names())
+        raise ValueError(f"--gpu: {name!r} is not in the table ({', '.join(gpu_names())}). {advice}")
+    return found
+
+
+def cluster(name: str, *, gpus: int, per_node: int | None, price: float | None) -> Cluster:
+    """What is planned for; nodes of eight unless told otherwise, or one smaller node."""
+    size = min(8, gpus) if per_node is None else per_node
+    if gpus > size and gpus % size:
+        below, above = gpus // size * size, -(-gpus // size) * size
+        raise ValueError(f"--gpus: {gpus} do not fill nodes of {size}; take {below} or {above}, or set --per-node")
+    if price is not None and price < 0:
+        raise ValueError(f"--price: {price} for a GPU hour is below 0; give what one GPU costs for an hour")
+    return Cluster(gpu=gpu(name), gpus=gpus, per_node=size, price=price)
+
+
+def _row(name: str, gib: float, memory_rate: float, link_rate: float, network_rate: float) -> Gpu:
+    flops = 148e12 if name.startswith("h20-") else peak_flops(name.partition("-")[0])
+    assert flops is not None
+    return Gpu(
+        name=name, memory_bytes=int(gib * GIB), flops=flops, memory_rate=memory_rate * GB, link_rate=link_rate * GB,
+        network_rate=network_rate * GB,
+    )  # fmt: skip
+
+
+# Memory is what the driver shows, a little below the name. Link: NVLink one way; of L40S, PCIe 4.
+_TABLE = {
+    entry.name: entry
+    for entry in (
+        _row("a100-40gb", 39.4, 1555, 300, 25),
+        _row("a100-80gb", 79.1, 2039, 300, 25),
+        _row("h100-80gb", 79.1, 3350, 450, 50),
+        _row("h200-141gb", 139.7, 4800, 450, 50),
+        _row("h20-96gb", 95.0, 4000, 450, 50),
+        _row("b200-180gb", 178.0, 8000, 900, 50),
+        _row("l40s-48gb", 44.5, 864, 25, 12.5),
+    )
+}

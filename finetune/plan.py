@@ -1,0 +1,170 @@
+"""What a run will take before it takes it: memory, traffic, time, cost, host and disk. Loads no torch.
+
+`plan` composes the parts; each is a formula whose sources say what it follows. `moetune plan` prints it, training
+writes it to plan.json beside what it then measures.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+from finetune.config import RunConfig
+from finetune.families import Family
+from finetune.gpus import GB, Cluster
+from finetune.plan_memory import Layout, Memory, memory
+from finetune.plan_time import Assumed, Time, step_time
+from finetune.plan_wire import Traffic, traffic
+from finetune.reading import rank_shares
+from finetune.residency import choose_resident
+from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.trained import trained_tensors
+
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
+RANK_HOST_BYTES, WORKER_HOST_BYTES = int(4.5 * GB), int(1.2 * GB)
+"""Of one rank's process with its libraries and the device's context, and of one reading worker."""
+STATE_BYTES = 12
+"""A trained element in a checkpoint: master and two moments in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """Memory of one node and disk of the whole run, in bytes, by what they go to."""
+
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that is foreseen of one run on one cluster."""
+
+    model: str
+    cluster: Cluster
+    layout: Layout
+    resident_reason: str
+    micro_batches: int
+    steps: int
+    memory: Memory
+    traffic: list[Traffic]
+    time: Time
+    host: Host
+    parameters: int
+    active: int
+    trained: int
+    assumed: Assumed
+
+    @property
+    def margin(self) -> int:
+        """Bytes of a device that stay free; negative where it does not fit."""
+        return self.cluster.gpu.memory_bytes - self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has room."""
+        return self.margin >= 0
+
+    @property
+    def hours(self) -> float:
+        """Of GPUs, all together, for the whole schedule."""
+        return self.steps * self.time.step * self.cluster.gpus / 3600
+
+    @property
+    def cost(self) -> float | None:
+        """Of those hours; None without a price."""
+        return None if self.cluster.price is None else self.hours * self.cluster.price
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "model": self.model,
+            "cluster": {**asdict(self.cluster), "nodes": self.cluster.nodes},
+            "layout": asdict(self.layout),
+            "resident_reason": self.resident_reason,
+            "micro_batches": self.micro_batches,
+            "parameters": {"total": self.parameters, "active": self.active, "trained": self.trained},
+            "memory": {
+                "components": self.memory.components,
+                "between_steps": self.memory.static,
+                "moments": {moment.name: self.memory.static + moment.total for moment in self.memory.moments},
+                "peak_tensors": self.memory.peak,
+                "total": self.memory.total,
+                "device": self.cluster.gpu.memory_bytes,
+                "margin": self.margin,
+                "fits": self.fits,
+            },
+            "traffic": [{**asdict(one), "seconds": one.seconds(self.cluster)} for one in self.traffic],
+            "time": {**asdict(self.time), "step": self.time.step},
+            "gpu_hours": self.hours,
+            "cost": self.cost,
+            "host": asdict(self.host),
+            "assumed": asdict(self.assumed),
+        }
+
+
+def layout_of(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed) -> tuple[Layout, str]:
+    """The layout of a configuration whose `auto`s are settled, and why weights are resident or not."""
+    itemsize = ITEMSIZE[config.model.dtype]
+    share = rank_shares(
+        parameter_shapes(base), world_size=cluster.gpus, ep_size=config.parallel.ep, itemsize=itemsize, resident=True
+    )[0]
+    resident = choose_resident(
+        config.parallel.resident, frozen_bytes=share.held, room_bytes=cluster.gpu.memory_bytes
+    )
+    layout = Layout(
+        world=cluster.gpus, ep=config.parallel.ep, sp=config.parallel.sp, resident=resident.resident,
+        recompute=config.parallel.recompute, itemsize=itemsize, skew=assumed.skew,
+    )  # fmt: skip
+    return layout, resident.reason
+
+
+def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed | None = None) -> Plan:
+    """Foresee a run whose configuration passed every check for so many ranks."""
+    assumed = assumed or Assumed()
+    layout, reason = layout_of(config, base, cluster, assumed)
+    micro_batches = -(-config.data.packs_per_step // (cluster.gpus // layout.sp))
+    moved = traffic(config, base, layout, cluster, micro_batches=micro_batches)
+    counts = parameter_counts(base)
+    everything = trained_tensors(base, config.adapters, ep=1)
+    trained = sum(tensor.elements for tensor in everything)
+    return Plan(
+        model=base.name,
+        cluster=cluster,
+        layout=layout,
+        resident_reason=reason,
+        micro_batches=micro_batches,
+        steps=config.schedule.steps,
+        memory=memory(config, base, layout),
+        traffic=moved,
+        time=step_time(config, base, layout, cluster, moved, micro_batches=micro_batches, assumed=assumed),
+        host=_host(config, base, cluster, trained),
+        parameters=counts.total,
+        active=active_text_parameters(base),
+        trained=trained,
+        assumed=assumed,
+    )
+
+
+def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int) -> Host:
+    """What loading, reading data and checkpoints take."""
+    here, itemsize = min(cluster.per_node, cluster.gpus), ITEMSIZE[config.model.dtype]
+    shapes = parameter_shapes(base)
+    largest = itemsize * max(prod(shape) for shape in shapes.values())
+    weights, adapted = 2 * parameter_counts(base).total, _adapts(config)
+    memory_parts = {
+        "ranks": here * RANK_HOST_BYTES,
+        "reading workers": here * config.data.workers * WORKER_HOST_BYTES,
+        "largest tensor while loading": largest,
+    }
+    disk = {
+        "base model": weights,
+        "checkpoints": STATE_BYTES * trained * (config.checkpoint.keep + 1),  # one more while it is written
+        "adapter" if adapted else "model": itemsize * trained if adapted else weights,
+        "merged model": weights if adapted else 0,
+    }
+    return Host(memory=memory_parts, disk={name: size for name, size in disk.items() if size})
+
+
+def _adapts(config: RunConfig) -> bool:
+    sections: Mapping[str, Any] = {k: v for k, v in asdict(config.adapters).items() if isinstance(v, dict)}
+    return any(section["mode"] == "lora" for section in sections.values())

@@ -1,0 +1,165 @@
+"""What one micro-batch keeps and needs at once, per decoder layer, from the operations that the layer runs.
+
+The sums follow the autograd graph of the code: what each operation saves for backward, what a recomputed layer keeps,
+what backward of the experts holds beside that. A test compares them with bytes counted in real runs. Loads no torch.
+
+Letters: T tokens of this rank, D hidden, H and KV widths of queries and keys, E experts, K top-k, R rows that arrive,
+F expert hidden, r LoRA rank; b bytes of an activation.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.config import AdaptersConfig
+from finetune.families import Family, Text
+
+Recompute = Literal["none", "layer", "selective"]
+CHUNK_BYTES, KEEP_BYTES = 1 << 30, 4 << 30
+"""Those of the experts: intermediates at a time, and the gate_up output that a call keeps at most."""
+TILE_BYTES = 160 * 2**20
+"""Float32 logits that the loss makes at once."""
+INDEX, WIDE = 8, 4
+"""Bytes of an index and of a float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """One micro-batch of one rank. `arriving` counts rows of experts: T x K where the load is even."""
+
+    tokens: int
+    supervised: int
+    patches: int
+    arriving: float
+    itemsize: int
+    segmented: bool = False
+    """The CPU's attention, sample by sample, which keeps each sample's output and their concatenation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Bytes of one decoder layer."""
+
+    saved: float
+    """For backward, by the whole layer."""
+    kept: float
+    """From the first pass to the second, where the layer is recomputed."""
+    exchange: float
+    """Rows on their way, beside what is saved."""
+    working: float
+    """Gradients and products that backward holds at its highest point."""
+
+
+def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, sparse: bool, ep: int) -> Layer:
+    """One decoder layer with experts (`sparse`), or with a plain MLP."""
+    text, b, t = base.text, rows.itemsize, rows.tokens
+    residual = t * text.hidden_size * b
+    attention = _attention(text, adapters, rows)
+    norms = t * (2 * text.hidden_size * WIDE + 2 * WIDE)
+    norms += 2 * residual if adapters.norms.mode == "full" else 0
+    if not sparse:
+        mlp = _mlp(text, adapters, rows)
+        gradients = 3 * t * text.intermediate_size * b
+        saved = attention + norms + mlp
+        return Layer(saved=saved, kept=residual, exchange=0.0, working=gradients + 3 * residual)
+    experts = _experts(base, adapters, rows, ep)
+    saved = attention + norms + experts.saved
+    kept = residual + t * _topk(base) * INDEX
+    if recompute == "selective":
+        kept += experts.kept
+    return Layer(
+        saved=saved,
+        kept=kept,
+        exchange=rows.arriving * text.hidden_size * b,
+        working=experts.working + 2 * residual,
+    )
+
+
+def _attention(text: Text, adapters: AdaptersConfig, rows: Rows) -> float:
+    """Float32 copies for the norms of queries and keys, rotated queries and keys, values, output, log sums."""
+    heads, kv = text.num_attention_heads, text.num_key_value_heads
+    wide, narrow = heads * text.head_dim, kv * text.head_dim
+    b, family = rows.itemsize, adapters.attention
+    token = (wide + narrow) * WIDE + (heads + kv) * WIDE  # what the norms read, and their roots
+    token += (wide + 2 * narrow) * b + wide * b + heads * WIDE  # what the kernel reads and makes
+    if family.mode != "frozen":
+        token += text.hidden_size * b  # what enters the projections
+        token += wide * b if rows.segmented else 0
+    token += 4 * family.r * b if family.mode == "lora" else 0
+    token += (wide + narrow) * b if family.mode == "full" else 0  # the norms of queries and keys train too
+    return rows.tokens * token
+
+
+def _mlp(text: Text, adapters: AdaptersConfig, rows: Rows) -> float:
+    b, family, inner = rows.itemsize, adapters.mlp, text.intermediate_size
+    token = 3 * inner * b  # gate before and after the activation, and up
+    if family.mode != "frozen":
+        token += (inner + text.hidden_size) * b
+    token += 3 * family.r * b if family.mode == "lora" else 0
+    return rows.tokens * token
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Experts:
+    saved: float
+    kept: float
+    working: float
+
+
+def _topk(base: Family) -> int:
+    return base.text.experts.num_experts_per_tok if base.text.experts is not None else 0
+
+
+def _experts(base: Family, adapters: AdaptersConfig, rows: Rows, ep: int) -> _Experts:
+    experts, d = base.text.experts, base.text.hidden_size
+    assert experts is not None
+    inner, k, b, arriving = experts.moe_intermediate_size, experts.num_experts_per_tok, rows.itemsize, rows.arriving
+    family, router = adapters.experts, adapters.router
+    r = family.r if family.mode == "lora" else 0
+    keeps = arriving * 2 * inner * b <= KEEP_BYTES
+    token = experts.num_experts * WIDE + k * (2 * WIDE + b + 3 * INDEX) + k * d * b  # scores, orders, outputs
+    token += d * b if router.mode != "frozen" else 0
+    token += router.r * b if router.mode == "lora" else 0
+    row = (2 * INDEX if ep > 1 else 0) + (2 * inner * b if keeps else 0) + 2 * r * b
+    row += d * b if family.mode != "frozen" or not keeps else 0
+    gate_up = (2 * inner + r) * b if keeps else 0
+    kept = arriving * (gate_up + (d * b if ep > 1 else 0)) + rows.tokens * k * d * b
+    chunk = max(8, CHUNK_BYTES // ((6 * inner + 2 * d) * b) // 8 * 8)
+    at_once = min(arriving, chunk)
+    # the outputs are gone by then: either their gradients change place, or the widest gradients of the experts exist
+    moving = (arriving - rows.tokens * k) * d * b
+    inside = at_once * (5 * inner + r) * b - rows.tokens * k * d * b
+    return _Experts(
+        saved=rows.tokens * token + arriving * row, kept=kept, working=max(moving, inside)
+    )
+
+
+def head(base: Family, rows: Rows, *, trained: bool) -> float:
+    """The head with its loss: the last norm, the supervised rows with their gradients, and one tile of logits."""
+    text = base.text
+    tile = min(max(1, TILE_BYTES // (WIDE * text.vocab_size)), rows.supervised)
+    narrow = 0 if rows.itemsize == WIDE else rows.itemsize
+    tiles = tile * text.vocab_size * (WIDE + narrow)
+    last = rows.tokens * text.hidden_size * (WIDE + rows.itemsize)
+    gradients = text.vocab_size * text.hidden_size * (WIDE + rows.itemsize) if trained else 0
+    return tiles + last + 2 * rows.supervised * text.hidden_size * rows.itemsize + gradients
+
+
+def always(base: Family, rows: Rows) -> float:
+    """What lives through the whole micro-batch: the row itself, its embeddings, its rotary tables."""
+    token = (1 + 4 + 2) * INDEX + base.text.hidden_size * rows.itemsize + 2 * base.text.head_dim * rows.itemsize
+    return rows.tokens * token
+
+
+def tower(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute) -> tuple[float, float]:
+    """Bytes the vision tower keeps for backward, and what it needs at once in forward."""
+    vision, b = base.vision, rows.itemsize
+    width, inner, merge = vision.hidden_size, vision.intermediate_size, vision.spatial_merge_size**2
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    outputs = rows.patches // merge * vision.out_hidden_size * b * (1 + len(vision.deepstack_visual_indexes))
+    at_once = rows.patches * (pixels * (1 + b) + (6 * width + 2 * inner) * b + 2 * width * WIDE)
+    trains = any(getattr(adapters, part).mode != "frozen" for part in ("vision_blocks", "patch_embed", "pos_embed"))
+    block = (10 * width + 2 * inner) * b + 4 * width * WIDE
+    kept = rows.patches * (vision.depth * width * b + block if recompute != "none" else vision.depth * block)
+    mergers = any(getattr(adapters, part).mode != "frozen" for part in ("merger", "deepstack_mergers"))
+    mlp = rows.patches * (2 * width * b + 2 * width * b) * (1 + len(vision.deepstack_visual_indexes))
+    return outputs + (kept if trains else 0) + (mlp if trains or mergers else 0), at_once

@@ -1,0 +1,117 @@
+"""Bytes that one rank sends in a step, by kind and by the link they cross. Loads no torch.
+
+Bytes are the larger side of each operation on a rank, as an all-gather yields them and an all-to-all sends them, with
+the part that stays: so they are counted in tests. What crosses a link is less, and `Traffic.seconds` says how.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.config import RunConfig
+from finetune.families import Family
+from finetune.gpus import Cluster
+from finetune.plan_memory import Layout, gathered, micro_batch, small
+from finetune.trained import Tensor, frozen_tensors, trained_tensors
+
+FLOAT32, INT64 = 4, 8
+LINK_SHARE = 0.8
+"""Of a link's data-sheet rate, what collectives reach."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """One kind of traffic of one rank in a step."""
+
+    kind: str
+    bytes: int
+    group: int
+    """Ranks that take part."""
+    link: str
+    """node: inside a node; network: between nodes."""
+    strided: bool = False
+    """A group with one member a node: each has its own network card."""
+    exchange: bool = False
+    """An all-to-all, of which only a share leaves the rank, and the node."""
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Time on the slowest link of the way, when nothing else uses it."""
+        gpu, leaves = cluster.gpu, 1 - 1 / self.group
+        if self.group == 1:
+            return 0.0
+        if self.link == "node":
+            return self.bytes * leaves / (LINK_SHARE * gpu.link_rate)
+        if self.exchange:
+            abroad = 1 - min(cluster.per_node, self.group) / self.group
+            return self.bytes * abroad / (LINK_SHARE * gpu.network_rate)
+        # a ring through all ranks of a node uses all its network cards at once
+        rate = gpu.network_rate if self.strided else min(gpu.link_rate, gpu.network_rate * cluster.per_node)
+        return self.bytes * leaves / (LINK_SHARE * rate)
+
+
+def traffic(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, *, micro_batches: int) -> list[Traffic]:
+    """Everything that travels in one step but a few hundred bytes of sums."""
+    trained = trained_tensors(base, config.adapters, ep=layout.ep)
+    frozen = [] if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
+    found = [
+        *_exchanges(config, base, layout, cluster, micro_batches),
+        *_gathers(trained, frozen, layout, cluster, micro_batches),
+        *_gradients(trained, layout, cluster, micro_batches),
+    ]
+    return [one for one in found if one.bytes and one.group > 1]
+
+
+def _exchanges(
+    config: RunConfig, base: Family, layout: Layout, cluster: Cluster, micro_batches: int
+) -> list[Traffic]:
+    """Rows to their experts and back: in forward, in backward, and again where a layer is recomputed whole."""
+    rows, layers = micro_batch(config, base, layout), len(base.moe_layers)
+    link = "node" if layout.ep <= cluster.per_node else "network"
+    found = []
+    if base.text.experts is not None and layout.ep > 1:
+        passes = 6 if layout.recompute == "layer" else 4
+        payload = rows.tokens * base.text.experts.num_experts_per_tok * base.text.hidden_size * layout.itemsize
+        size = micro_batches * layers * passes * payload
+        found.append(Traffic(kind="expert rows", bytes=size, group=layout.ep, link=link, exchange=True))
+        counts = micro_batches * layers * base.text.experts.num_experts * INT64
+        found.append(Traffic(kind="expert counts", bytes=counts, group=layout.ep, link=link, exchange=True))
+    if layout.sp > 1:
+        text = base.text
+        width = (2 * text.num_attention_heads + 2 * max(text.num_key_value_heads, layout.sp)) * text.head_dim
+        passes = 2 if layout.recompute == "none" else 3
+        size = micro_batches * text.num_hidden_layers * passes * rows.tokens * width * layout.itemsize
+        link = "node" if layout.sp <= cluster.per_node else "network"
+        found.append(Traffic(kind="sequence slices", bytes=size, group=layout.sp, link=link, exchange=True))
+    return found
+
+
+def _gathers(
+    trained: Sequence[Tensor], frozen: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int
+) -> list[Traffic]:
+    """Small tensors once a step, after the update; larger ones in every pass of every micro-batch."""
+    passes = 2 if layout.recompute == "none" else 3
+    found = []
+    for what, tensors in (("trained", trained), ("frozen", frozen)):
+        for expert in (False, True):
+            mine = [tensor for tensor in tensors if tensor.expert == expert]
+            wide = sum(tensor.elements for tensor in gathered(mine, layout))
+            size = layout.itemsize * (small(mine, layout) + micro_batches * passes * wide)
+            found.append(_over(f"{what} weights{', experts' if expert else ''}", size, expert, layout, cluster))
+    return found
+
+
+def _gradients(trained: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int) -> list[Traffic]:
+    """Reduced to slices, in float32, after every micro-batch."""
+    found = []
+    for expert in (False, True):
+        elements = sum(tensor.elements for tensor in trained if tensor.expert == expert)
+        size = FLOAT32 * micro_batches * elements
+        found.append(_over(f"gradients{', experts' if expert else ''}", size, expert, layout, cluster))
+    return found
+
+
+def _over(kind: str, size: int, expert: bool, layout: Layout, cluster: Cluster) -> Traffic:
+    """Over all ranks, or over the ranks that hold the same experts, which lie ep ranks apart."""
+    group = layout.replicas if expert else layout.world
+    inside = layout.world <= cluster.per_node
+    strided = expert and layout.ep >= cluster.per_node
+    return Traffic(kind=kind, bytes=size, group=group, link="node" if inside else "network", strided=strided)

@@ -1,0 +1,168 @@
+"""What ranks do for the planner's tests: a real engine on a tiny base, its memory and its collectives counted."""
+
+import gc
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from packed_rows import sample
+from torch import Tensor
+
+from benchmarks.collectives import CollectiveCounter
+from benchmarks.memory import Allocations
+from data.batch import Batch, collate
+from data.sample import Sample
+from data.vision import read_spec
+from finetune.basefiles import open_base
+from finetune.engine import backward, engine_config, engine_device, initialize, start_distributed
+from finetune.forward import PackedModel
+from finetune.hubconfig import read_family
+from finetune.model import build
+from finetune.recipes import load as load_recipe
+from finetune.recompute import set_recompute
+from finetune.setup import engine_options, make_balance, model_options
+from finetune.weights import held_bytes, load
+
+MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run: the tiny recipe with these values, and the samples of each rank's row by their tokens."""
+
+    words: tuple[str, ...]
+    samples: tuple[int, ...] = (96, 160)
+    supervised: int = 1
+    """One token in so many."""
+    persistence: int = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one rank held and sent."""
+
+    held: int
+    """Weights: buffers whole, parameters by their slice."""
+    static: int
+    """Every storage alive between two steps."""
+    masters: int
+    moments: int
+    gradients: int
+    peak: int
+    """Every storage alive at the highest point of a step."""
+    calls: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes of a whole step, by collective and type."""
+    largest: dict[str, int] = field(default_factory=dict)
+
+
+def text_row(lengths: tuple[int, ...], vocabulary: int, every: int) -> Batch:
+    """Samples of so many tokens, all of them supervised."""
+    samples = []
+    for seed, length in enumerate(lengths):
+        ids = np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32)
+        plain = sample("", length=0, seed=seed)
+        positions = np.tile(np.arange(length, dtype=np.int64), (4, 1))
+        samples.append(
+            Sample(
+                key=str(seed), input_ids=ids, loss_weights=(np.arange(length) % every == 0).astype(np.float32), positions=positions,
+                image_patches=plain.image_patches, image_grids=plain.image_grids,
+                video_patches=plain.video_patches, video_grids=plain.video_grids,
+            )
+        )  # fmt: skip
+    return collate(
+        samples, keys=[item.key for item in samples], pad_id=0, multiple=1,
+        widths=(plain.image_patches.shape[1], plain.video_patches.shape[1]),
+    )  # fmt: skip
+
+
+def session(rank: int, world: int, base: Path, cases: list[Case]) -> list[Measured]:
+    return [measure(base, case, world) for case in cases]
+
+
+def measure(base: Path, case: Case, world: int) -> Measured:
+    start_distributed()
+    config, problems = load_recipe("tiny-cpu", [f"model.path={base}", *case.words])
+    assert not problems, problems
+    gc.collect()
+    before = {id_of(tensor) for tensor in alive()}
+    device, shape = engine_device(), read_family(base)
+    balance = make_balance(config, shape, device)
+    empty = build(base, model_options(config, shape, device, lambda text: None), balance=balance)
+    options = replace(engine_options(config, MICRO_BATCHES), persistence_threshold=case.persistence)
+    files = open_base(base, empty.expected)
+    load(empty, files, engine_config=engine_config(options))
+    set_recompute(empty.module, config.parallel.recompute)
+    engine = initialize(PackedModel(empty.module, spec=read_spec(base)), options)
+    engine.train()
+    batch = text_row(case.samples, shape.text.vocab_size - 40, case.supervised)
+    step(engine, balance, batch)  # moments and persistent parameters are made
+    gc.collect()
+    static = sum_storages([t for t in alive() if id_of(t) not in before])
+    with CollectiveCounter() as sent:
+        step(engine, balance, batch)
+    gc.collect()
+    static_after = sum_storages([t for t in alive() if id_of(t) not in before])
+    with Allocations() as made:
+        step(engine, balance, batch)
+    optimizer = engine.optimizer
+    states = [state for state in optimizer.optimizer.state.values()]
+    kinds: dict[str, int] = {}
+    calls: dict[str, int] = {}
+    for kind, size in sent.bytes.items():
+        name = f"{kind.collective}/{kind.ranks}/{kind.dtype}"
+        kinds[name] = kinds.get(name, 0) + size
+        calls[name] = calls.get(name, 0) + sent.calls[kind]
+    found = Measured(
+        held=held_bytes(empty.module),
+        static=max(static, static_after),
+        masters=sum_storages(optimizer.fp32_partitioned_groups_flat),
+        moments=sum_storages([v for state in states for v in state.values() if isinstance(v, Tensor) and v.numel() > 1]),
+        gradients=sum_storages([t for t in vars(optimizer).get("_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {}).values()]),
+        peak=max(static, static_after) + made.peak_bytes,
+        calls=calls, sent=kinds,
+        largest={made.largest_by: made.largest_bytes},
+    )  # fmt: skip
+    engine.destroy()
+    return found
+
+
+def step(engine: Any, balance: Any, batch: Batch) -> None:
+    tokens = MICRO_BATCHES * batch.input_ids.numel() * engine.world_size
+    if balance is not None:
+        balance.start_step(tokens)
+    for number in range(MICRO_BATCHES):
+        if number:
+            engine.step()
+        if balance is not None:
+            balance.start_micro_batch(batch.sample_ids[0] >= 0)
+        losses = engine(batch=batch)
+        backward(engine, losses.objective, float(tokens))
+        del losses
+    if balance is not None:
+        balance.finish_step()
+    engine.step()
+
+
+def alive() -> list[Tensor]:
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = []
+        for thing in gc.get_objects():
+            try:
+                if isinstance(thing, Tensor) and not thing.is_meta and thing.device.type == "cpu":
+                    found.append(thing)
+            except ReferenceError:
+                pass
+        return found
+
+
+def id_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def sum_storages(tensors: Any) -> int:
+    return sum({id_of(t): t.untyped_storage().nbytes() for t in tensors}.values())
