@@ -32,7 +32,7 @@ class Facts:
 
 def fewest_ranks(config: RunConfig) -> int:
     """The smallest world that the recipe's layout allows."""
-    return lcm(config.parallel.ep, *(max(1, sp) for sp in (config.parallel.sp, *_stage_sizes(config))))
+    return lcm(max(1, config.parallel.ep), *(max(1, sp) for sp in (config.parallel.sp, *_stage_sizes(config))))
 
 
 def _stage_sizes(config: RunConfig) -> list[int]:
@@ -98,7 +98,7 @@ def _ranges(facts: Facts) -> list[Problem]:
     least: dict[str, tuple[float, float]] = {
         "data.packs_per_step": (config.data.packs_per_step, 1),
         "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
-        "parallel.ep": (config.parallel.ep, 1),
+        "parallel.ep": (config.parallel.ep, 0),  # 0 is auto
         "parallel.sp": (config.parallel.sp, 1),
         **{f"stages.{name}.sp": (stage.sp, 0) for name, stage in config.stages.items()},
         "checkpoint.every_steps": (config.checkpoint.every_steps, 0),

@@ -97,10 +97,11 @@ class AdaptersConfig:
 class ParallelConfig:
     """How ranks share the model and the rows."""
 
-    ep: int = 1
+    # ranks over which a layer's experts are spread; auto: the fastest that fits by the planner
+    ep: int = field(default=1, metadata={"auto": 0})
     sp: int = 1  # ranks that hold slices of one packed row; with it a row may be longer than one rank can hold
     resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
-    recompute: Literal["none", "layer", "selective"] = "selective"
+    recompute: Literal["none", "layer", "selective", "auto"] = "selective"  # auto: the fastest that fits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,14 @@ def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list
     count = ranks or fewest_ranks(config)
     lines = [*_ranks(config, ranks), *_step(config, count), *_stages(config), *_model(config), *_context(config)]
     lines += _mixture(config)
-    return [*lines, *(_reads(config, count) if reads else ())]
+    return [*lines, *(_reads(config, count) if reads and config.parallel.ep else ())]
 
 
 def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
     count, ep = ranks or fewest_ranks(config), config.parallel.ep
     origin = "--ranks" if ranks else "the fewest this recipe allows; --ranks N for another number"
-    groups = f"{count} ranks ({origin}): {count // ep} expert-parallel group(s) of {ep}"
+    spread = f"{count // ep} expert-parallel group(s) of {ep}" if ep else "parallel.ep is settled at start"
+    groups = f"{count} ranks ({origin}): {spread}"
     sp, tokens = config.parallel.sp, config.data.tokens_per_pack
     lines = [Derived(name="data_ranks", value=count // sp, text=groups)]
     if sp > 1:
@@ -89,7 +90,7 @@ def _model(config: RunConfig) -> list[Derived]:
             text=f"weights in bfloat16 = 2 bytes x {total:,} = {2 * total / 2**30:.1f} GiB",
         ),
     ]
-    if base.text.experts is not None:
+    if base.text.experts is not None and config.parallel.ep:
         number, ep = base.text.experts.num_experts, config.parallel.ep
         local = number // ep
         text = f"experts per rank = {number} / ep {ep} = {local} in each of {len(base.moe_layers)} layers"

@@ -109,8 +109,10 @@ class FlopMeter:
         family: Family,
         trains: Mapping[str, Training],
         *,
-        recompute: Literal["none", "layer", "selective"] = "none",
+        recompute: Literal["none", "layer", "selective", "auto"] = "none",
     ) -> None:
+        if recompute == "auto":
+            raise ValueError("parallel.recompute: auto has no count of operations before it is settled; name a mode")
         self.family, self.recompute = family, recompute
         self._matrices = _matrices(family)
         self._trains = {part: training for part, training in trains.items() if training.mode != "frozen"}

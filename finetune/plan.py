@@ -104,16 +104,17 @@ class Plan:
 
 def layout_of(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed) -> tuple[Layout, str]:
     """The layout of a configuration whose `auto`s are settled, and why weights are resident or not."""
+    if config.parallel.recompute == "auto" or config.parallel.ep < 1:
+        raise ValueError("parallel.ep, parallel.recompute: auto is settled before a plan is made (finetune.plan_fit)")
     itemsize = ITEMSIZE[config.model.dtype]
     share = rank_shares(
         parameter_shapes(base), world_size=cluster.gpus, ep_size=config.parallel.ep, itemsize=itemsize, resident=True
     )[0]
-    resident = choose_resident(
-        config.parallel.resident, frozen_bytes=share.held, room_bytes=cluster.gpu.memory_bytes
-    )
+    resident = choose_resident(config.parallel.resident, frozen_bytes=share.held, room_bytes=cluster.gpu.memory_bytes)
     layout = Layout(
-        world=cluster.gpus, ep=config.parallel.ep, sp=config.parallel.sp, resident=resident.resident,
-        recompute=config.parallel.recompute, itemsize=itemsize, skew=assumed.skew,
+        world=cluster.gpus, ep=config.parallel.ep, sp=config.parallel.sp, layers=base.text.num_hidden_layers,
+        resident=resident.resident,
+        recompute=config.parallel.recompute, itemsize=itemsize, skew=assumed.skew_of(config.parallel.ep),
     )  # fmt: skip
     return layout, resident.reason
 

@@ -41,6 +41,8 @@ class Layer:
 
     saved: float
     """For backward, by the whole layer."""
+    returned: float
+    """Of what was kept, what the second pass hands on and lets go of before backward begins."""
     kept: float
     """From the first pass to the second, where the layer is recomputed."""
     exchange: float
@@ -52,15 +54,15 @@ class Layer:
 def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, sparse: bool, ep: int) -> Layer:
     """One decoder layer with experts (`sparse`), or with a plain MLP."""
     text, b, t = base.text, rows.itemsize, rows.tokens
-    residual = t * text.hidden_size * b
+    residual = float(t * text.hidden_size * b)
     attention = _attention(text, adapters, rows)
-    norms = t * (2 * text.hidden_size * WIDE + 2 * WIDE)
+    norms = float(t * (2 * text.hidden_size * WIDE + 2 * WIDE))
     norms += 2 * residual if adapters.norms.mode == "full" else 0
     if not sparse:
         mlp = _mlp(text, adapters, rows)
         gradients = 3 * t * text.intermediate_size * b
         saved = attention + norms + mlp
-        return Layer(saved=saved, kept=residual, exchange=0.0, working=gradients + 3 * residual)
+        return Layer(saved=saved, returned=0.0, kept=residual, exchange=0.0, working=gradients + 3 * residual)
     experts = _experts(base, adapters, rows, ep)
     saved = attention + norms + experts.saved
     kept = residual + t * _topk(base) * INDEX
@@ -68,6 +70,7 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
         kept += experts.kept
     return Layer(
         saved=saved,
+        returned=experts.kept if recompute == "selective" else 0.0,
         kept=kept,
         exchange=rows.arriving * text.hidden_size * b,
         working=experts.working + 2 * residual,
@@ -128,9 +131,7 @@ def _experts(base: Family, adapters: AdaptersConfig, rows: Rows, ep: int) -> _Ex
     # the outputs are gone by then: either their gradients change place, or the widest gradients of the experts exist
     moving = (arriving - rows.tokens * k) * d * b
     inside = at_once * (5 * inner + r) * b - rows.tokens * k * d * b
-    return _Experts(
-        saved=rows.tokens * token + arriving * row, kept=kept, working=max(moving, inside)
-    )
+    return _Experts(saved=rows.tokens * token + arriving * row, kept=kept, working=max(moving, inside))
 
 
 def head(base: Family, rows: Rows, *, trained: bool) -> float:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field, replace
 
 from finetune.config import RunConfig
 from finetune.families import Family
-from finetune.plan_activations import WIDE, Rows, always, head, layer, tower
+from finetune.plan_activations import WIDE, Recompute, Rows, always, head, layer, tower
 from finetune.trained import Tensor, frozen_tensors, trained_tensors
 
 PERSISTENCE = 1_000_000
 BUCKET = (1_000_000, 100_000_000)
-LIVE = 1_000_000_000
-"""The engine's settings: whole between steps below, least and most elements of the bucket, gathered at once."""
-SKEW = 1.5
-"""Rows of the busiest rank over the mean, when its group has several ranks. More than that has been seen (2.6 at 16)."""
+LIVE = REUSE = 1_000_000_000
+"""The engine's settings, in elements: whole between steps below; least and most of the bucket; gathered at once."""
 RESERVE_BYTES, RESERVE_SHARE = 1.5e9, 0.03
 """Outside tensors on a GPU: context, kernels and communicators; and what the allocator cannot reuse."""
 
@@ -29,14 +27,18 @@ class Layout:
     world: int
     ep: int
     sp: int
+    layers: int
     resident: bool
-    recompute: str
+    recompute: Recompute
     itemsize: int
-    skew: float = SKEW
+    skew: float = 1.0
+    """Rows of the busiest rank over the mean; of a group of one it is 1."""
     supervised_share: float = 1.0
     segmented: bool = False
     device: bool = True
     persistence: int = PERSISTENCE
+    reuse: int = REUSE
+    """Elements: a weight that is used again within so many is not let go of."""
 
     @property
     def replicas(self) -> int:
@@ -103,9 +105,7 @@ def memory(config: RunConfig, base: Family, layout: Layout) -> Memory:
     even = _moments(config, base, replace(layout, skew=1.0), trained, frozen)
     skewed = _moments(config, base, layout, trained, frozen)
     moments = tuple(
-        replace(one, parts={**one.parts, "skew allowance": more})
-        if (more := other.total - one.total) > 0
-        else one
+        replace(one, parts={**one.parts, "skew allowance": more}) if (more := other.total - one.total) > 0 else one
         for one, other in zip(even, skewed, strict=True)
     )
     found = Memory(always=fixed, moments=moments, reserve=0)
@@ -134,7 +134,7 @@ def bucket(trained: Sequence[Tensor]) -> int:
 
 
 def _fixed(
-    config: RunConfig, base: Family, layout: Layout, trained: list[Tensor], frozen: list[Tensor]
+    config: RunConfig, base: Family, layout: Layout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
 ) -> dict[str, int]:
     b, mine = layout.itemsize, slices(trained, layout)
     experts = [tensor for tensor in frozen if tensor.expert]
@@ -181,24 +181,24 @@ def _router(config: RunConfig, base: Family, itemsize: int) -> int:
 
 
 def _moments(
-    config: RunConfig, base: Family, layout: Layout, trained: list[Tensor], frozen: list[Tensor]
+    config: RunConfig, base: Family, layout: Layout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
 ) -> tuple[Moment, ...]:
     """The head, a layer's backward, the tower, and the update."""
     rows, adapters = micro_batch(config, base, layout), config.adapters
-    recompute, count = config.parallel.recompute if layout.recompute == "" else layout.recompute, len(base.moe_layers)
+    recompute, count = layout.recompute, len(base.moe_layers)
     sparse, dense = (
-        layer(base, adapters, rows, recompute, sparse=kind, ep=layout.ep)  # type: ignore[arg-type]  # checked before
+        layer(base, adapters, rows, recompute, sparse=kind, ep=layout.ep)
         if (count if kind else base.text.num_hidden_layers - count)
         else None
         for kind in (True, False)
     )
     kinds = [(one, n) for one, n in ((sparse, count), (dense, base.text.num_hidden_layers - count)) if one is not None]
     kept = sum(n * (one.saved if recompute == "none" else one.kept) for one, n in kinds)
-    tower_kept, tower_once = tower(base, adapters, rows, recompute)  # type: ignore[arg-type]
-    gather = layout.itemsize * _gather(base, layout, trained, frozen)
+    tower_kept, tower_once = tower(base, adapters, rows, recompute)
+    gather = layout.itemsize * _gather(layout, trained, frozen)
     stays = {"activations kept": kept, "row and embeddings": always(base, rows), "vision activations": tower_kept}
     widest = max((one for one, _ in kinds), key=lambda one: one.saved + one.exchange + one.working)
-    again = 0.0 if recompute == "none" else widest.saved
+    again = 0.0 if recompute == "none" else widest.saved - widest.returned
     gradients = layout.itemsize * max((t.elements for t in trained), default=0)
     return (
         _moment("head and loss", {**stays, "head and loss": head(base, rows, trained=adapters.head.mode == "full"),
@@ -223,25 +223,26 @@ def micro_batch(config: RunConfig, base: Family, layout: Layout) -> Rows:
     vision = config.data.vision_tokens_per_pack
     patches = (config.data.tokens_per_pack if vision is None else vision) * base.vision.spatial_merge_size**2
     experts = base.text.experts
-    skew = layout.skew if layout.ep > 1 else 1.0
     return Rows(
         tokens=tokens,
         supervised=int(tokens * layout.supervised_share),
         patches=patches,
-        arriving=0 if experts is None else skew * tokens * experts.num_experts_per_tok,
+        arriving=0 if experts is None else layout.skew * tokens * experts.num_experts_per_tok,
         itemsize=layout.itemsize,
         segmented=layout.segmented,
     )
 
 
-def largest_layer(base: Family, tensors: Sequence[Tensor]) -> int:
+DECODER = ("attention", "experts", "router", "mlp", "norms")
+
+
+def largest_layer(layout: Layout, tensors: Sequence[Tensor]) -> int:
     """Elements of one decoder layer as a rank holds it whole."""
-    text = sum(t.elements for t in tensors if t.part in ("attention", "experts", "router", "mlp", "norms"))
-    return text // base.text.num_hidden_layers
+    return sum(tensor.elements for tensor in tensors if tensor.part in DECODER) // layout.layers
 
 
-def _gather(base: Family, layout: Layout, trained: list[Tensor], frozen: list[Tensor]) -> int:
+def _gather(layout: Layout, trained: Sequence[Tensor], frozen: Sequence[Tensor]) -> int:
     """Elements that partitioned weights take while they are whole."""
     parts = [*trained, *(() if layout.resident else frozen)]
-    live = max(LIVE, 4 * largest_layer(base, parts))
+    live = max(LIVE, 4 * largest_layer(layout, parts))
     return min(sum(tensor.elements for tensor in gathered(parts, layout)), live)

@@ -1,16 +1,19 @@
 """How long a step takes: a stated model, not a measurement. Loads no torch.
 
 A micro-batch computes for as long as its operations take at a share of the device's peak, or as reading its weights
-takes, whichever is longer, part by part. Rows travel to their experts while nothing else runs. Gathers hide behind the
-computing as far as it is long enough; gradients and the update do not hide.
+takes, whichever is longer, part by part. Rows travel to their experts while nothing else runs. Gathers hide behind
+most of the computing; gradients and the update do not hide.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
+from math import log2
 
-from finetune.config import RunConfig
+from finetune.config import AdaptersConfig, RunConfig
 from finetune.families import Family
 from finetune.flops import FlopMeter, Work, trainings
 from finetune.gpus import Cluster
+from finetune.plan_activations import Recompute
 from finetune.plan_memory import Layout, slices
 from finetune.plan_wire import LINK_SHARE, Traffic
 from finetune.trained import frozen_tensors, trained_tensors
@@ -19,6 +22,8 @@ EFFICIENCY = 0.35
 """Share of the peak that computing reaches. The best published rate for this family is 0.377, recompute counted."""
 MEMORY_SHARE = 0.8
 """Of the memory's data-sheet rate."""
+HIDING = 0.5
+"""Of the computing, what can hide gathers: at both ends of a pass nothing does."""
 PATCHES_PER_IMAGE = 4096
 """An image of 1,024 tokens: what tower attention is counted with."""
 UPDATE_BYTES = 34
@@ -35,15 +40,21 @@ class Assumed:
     efficiency: float = EFFICIENCY
     skew: float = 1.5
 
+    def skew_of(self, ep: int) -> float:
+        """Rows of a group's busiest rank over the mean: `skew` for eight, 1 for one, by the logarithm between."""
+        return 1 + (self.skew - 1) * log2(ep) / 3
+
     def sentences(self) -> list[str]:
         """The assumptions as they are printed."""
         return [
             f"samples of {self.sample_tokens:,} tokens; {self.vision_share:.0%} of them from images; "
             f"{self.supervised_share:.0%} supervised; rows are full",
-            f"the busiest rank's experts get {self.skew:g} x the mean of the rows (with ep > 1)",
-            f"computing reaches {self.efficiency:.0%} of the peak, memory {MEMORY_SHARE:.0%} and links {LINK_SHARE:.0%} "
-            f"of their data sheets",
-            "rows to experts and gradients are not overlapped, gathers are; reading data takes no time",
+            f"the busiest of eight ranks' experts gets {self.skew:g} x the mean of the rows; the excess grows with "
+            f"the logarithm of ep",
+            f"computing reaches {self.efficiency:.0%} of the peak, memory {MEMORY_SHARE:.0%} and links "
+            f"{LINK_SHARE:.0%} of their data sheets",
+            f"rows to experts and gradients are not overlapped, gathers hide behind {HIDING:.0%} of the computing; "
+            f"reading data takes no time",
         ]
 
 
@@ -91,17 +102,16 @@ def step_time(
     assumed: Assumed,
 ) -> Time:
     """The model's seconds for one step of the slowest rank."""
-    meter = FlopMeter(base, trainings(config.adapters), recompute=layout.recompute)  # type: ignore[arg-type]
+    meter = _meter(base, config.adapters, layout.recompute)
     row = work(config, base, layout, assumed)
     parts = meter.count(row)
-    skew = assumed.skew if layout.ep > 1 else 1.0
     rate = cluster.gpu.flops * assumed.efficiency
     reading = _reading(config, base, layout) / (MEMORY_SHARE * cluster.gpu.memory_rate)
     seconds = {"experts": 0.0, "rest of the model": 0.0}
     for part, flops in parts.items():
         here = (flops.model + flops.again) / rate
         if part == "experts":
-            seconds["experts"] += max(here * skew, reading)
+            seconds["experts"] += max(here * layout.skew, reading)
         else:
             seconds["rest of the model"] += here
     seconds = {name: micro_batches * value for name, value in seconds.items()}
@@ -111,7 +121,7 @@ def step_time(
         kind = one.kind.partition(",")[0]
         by_kind[kind] = by_kind.get(kind, 0.0) + one.seconds(cluster)
     gathers = sum(by_kind.pop(kind, 0.0) for kind in ("trained weights", "frozen weights"))
-    seconds |= {**by_kind, "gathers that do not hide": max(0.0, gathers - computing)}
+    seconds |= {**by_kind, "gathers that do not hide": max(0.0, gathers - HIDING * computing)}
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
     seconds["update"] = UPDATE_BYTES * slices(trained, layout) / (MEMORY_SHARE * cluster.gpu.memory_rate)
     seconds = {name: value for name, value in seconds.items() if value}
@@ -125,6 +135,11 @@ def step_time(
         tokens_per_second=tokens / step,
         mfu=model / step / cluster.gpu.flops,
     )
+
+
+@cache
+def _meter(base: Family, adapters: AdaptersConfig, recompute: Recompute) -> FlopMeter:
+    return FlopMeter(base, trainings(adapters), recompute=recompute)
 
 
 def _reading(config: RunConfig, base: Family, layout: Layout) -> float:

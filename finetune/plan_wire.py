@@ -6,11 +6,12 @@ the part that stays: so they are counted in tests. What crosses a link is less, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.gpus import Cluster
-from finetune.plan_memory import Layout, gathered, micro_batch, small
+from finetune.plan_memory import DECODER, Layout, gathered, micro_batch, small
 from finetune.trained import Tensor, frozen_tensors, trained_tensors
 
 FLOAT32, INT64 = 4, 8
@@ -51,7 +52,7 @@ class Traffic:
 def traffic(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, *, micro_batches: int) -> list[Traffic]:
     """Everything that travels in one step but a few hundred bytes of sums."""
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
-    frozen = [] if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
+    frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
     found = [
         *_exchanges(config, base, layout, cluster, micro_batches),
         *_gathers(trained, frozen, layout, cluster, micro_batches),
@@ -60,9 +61,7 @@ def traffic(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, *
     return [one for one in found if one.bytes and one.group > 1]
 
 
-def _exchanges(
-    config: RunConfig, base: Family, layout: Layout, cluster: Cluster, micro_batches: int
-) -> list[Traffic]:
+def _exchanges(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, micro_batches: int) -> list[Traffic]:
     """Rows to their experts and back: in forward, in backward, and again where a layer is recomputed whole."""
     rows, layers = micro_batch(config, base, layout), len(base.moe_layers)
     link = "node" if layout.ep <= cluster.per_node else "network"
@@ -76,7 +75,8 @@ def _exchanges(
         found.append(Traffic(kind="expert counts", bytes=counts, group=layout.ep, link=link, exchange=True))
     if layout.sp > 1:
         text = base.text
-        width = (2 * text.num_attention_heads + 2 * max(text.num_key_value_heads, layout.sp)) * text.head_dim
+        copies = layout.sp // gcd(text.num_key_value_heads, layout.sp)
+        width = 2 * (text.num_attention_heads + text.num_key_value_heads * copies) * text.head_dim
         passes = 2 if layout.recompute == "none" else 3
         size = micro_batches * text.num_hidden_layers * passes * rows.tokens * width * layout.itemsize
         link = "node" if layout.sp <= cluster.per_node else "network"
@@ -87,16 +87,31 @@ def _exchanges(
 def _gathers(
     trained: Sequence[Tensor], frozen: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int
 ) -> list[Traffic]:
-    """Small tensors once a step, after the update; larger ones in every pass of every micro-batch."""
-    passes = 2 if layout.recompute == "none" else 3
+    """Small tensors once a step, after the update; larger ones in every micro-batch, as often as they are let go."""
+    reach = sum(tensor.elements for tensor in gathered([*trained, *frozen], layout) if tensor.part in DECODER)
+    again = max(0.0, 1 - layout.reuse / 2 / reach) if reach else 0.0
     found = []
     for what, tensors in (("trained", trained), ("frozen", frozen)):
         for expert in (False, True):
             mine = [tensor for tensor in tensors if tensor.expert == expert]
-            wide = sum(tensor.elements for tensor in gathered(mine, layout))
-            size = layout.itemsize * (small(mine, layout) + micro_batches * passes * wide)
+            wide = sum(tensor.elements * _passes(tensor, layout, again) for tensor in gathered(mine, layout))
+            size = int(layout.itemsize * (small(mine, layout) + micro_batches * wide))
             found.append(_over(f"{what} weights{', experts' if expert else ''}", size, expert, layout, cluster))
     return found
+
+
+def _passes(tensor: Tensor, layout: Layout, again: float) -> float:
+    """How often a large tensor is brought together in a micro-batch.
+
+    Once in forward. `again` is the share of the decoder that forward's end has let go of when backward comes to it: the
+    engine keeps what is used again soon. Beside the frozen stacks that share is fetched once more after a layer was
+    recomputed. Tower and head are done when the forward is; so is the embedding, unless layers are recomputed.
+    """
+    if tensor.part == "embed_tokens":
+        return 1 if layout.recompute == "none" else 2
+    if tensor.part not in DECODER:
+        return 1
+    return 1 + again * (1 if layout.recompute == "none" or (tensor.expert and not tensor.trained) else 2)
 
 
 def _gradients(trained: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int) -> list[Traffic]:

@@ -60,6 +60,8 @@ def effective(config: RunConfig) -> dict[str, Any]:
     """Every key with its value, as plain containers."""
     tree = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(tree, dict)
+    if config.parallel.ep == 0:
+        tree["parallel"]["ep"] = "auto"
     return {str(key): value for key, value in tree.items()}
 
 

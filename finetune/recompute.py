@@ -1,16 +1,16 @@
 """The switch of activation recompute: transformers' checkpointing of decoder layers, with our list of what is kept."""
 
-from typing import Any
+from typing import Any, Literal
 
-from moe.recompute import KEPT, Recompute, contexts
+from moe.recompute import KEPT, contexts
 
 
-def set_recompute(model: Any, mode: Recompute) -> None:
+def set_recompute(model: Any, mode: Literal["none", "layer", "selective", "auto"]) -> None:
     """Recompute every decoder layer, and vision block that trains, in `layer` or `selective`; none in `none`.
 
     Non-reentrant: hooks run once a pass, and a layer whose input needs no gradient still trains.
     """
-    if mode not in ("none", *KEPT):
+    if mode == "auto" or mode not in ("none", *KEPT):
         raise ValueError(f"parallel.recompute: {mode!r} is not one of none, {', '.join(KEPT)}")
     deepep = [m.name for m in model.modules() if getattr(getattr(m, "options", None), "dispatch", None) == "deepep"]
     if mode == "selective" and deepep:

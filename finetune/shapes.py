@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 
 from finetune.families import Family, Text, Vision
 
@@ -48,12 +49,17 @@ class ParameterCounts:
 
 def parameter_shapes(family: Family) -> dict[str, Shape]:
     """Canonical name -> shape of every parameter that a checkpoint holds; a tied head is absent."""
-    text = family.text
+    return dict(_shapes(family))
+
+
+@cache
+def _shapes(family: Family) -> dict[str, Shape]:
+    text, moe_layers = family.text, family.moe_layers
     shapes: dict[str, Shape] = {EMBEDDING: (text.vocab_size, text.hidden_size)}
     for layer in range(text.num_hidden_layers):
         at = f"{LANGUAGE}layers.{layer}."
         shapes |= _named(at + "self_attn.", _attention(text))
-        shapes |= _named(at + "mlp.", _experts(text) if layer in family.moe_layers else _mlp(text))
+        shapes |= _named(at + "mlp.", _experts(text) if layer in moe_layers else _mlp(text))
         shapes[at + "input_layernorm.weight"] = (text.hidden_size,)
         shapes[at + "post_attention_layernorm.weight"] = (text.hidden_size,)
     shapes[LANGUAGE + "norm.weight"] = (text.hidden_size,)
@@ -63,6 +69,7 @@ def parameter_shapes(family: Family) -> dict[str, Shape]:
     return shapes
 
 
+@cache
 def parameter_counts(family: Family) -> ParameterCounts:
     """How the family's parameters divide over its parts; query and key norms count as attention."""
     counts = {field.name: 0 for field in fields(ParameterCounts)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -22,7 +23,8 @@ class Tensor:
     trained: bool
 
 
-def trained_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> list[Tensor]:
+@cache
+def trained_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple[Tensor, ...]:
     """What trains on a rank of an expert-parallel group of `ep`; an expert's tensors are this rank's experts'."""
     modes = {part: getattr(adapters, family) for family, part in FAMILIES.items()}
     found: list[Tensor] = []
@@ -36,13 +38,14 @@ def trained_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> list[
                 Tensor(part=part, elements=elements, expert=is_expert_stack(name), trained=True)
                 for elements in _factors(name, shape, family, ep)
             ]
-    return found
+    return tuple(found)
 
 
-def frozen_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> list[Tensor]:
+@cache
+def frozen_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple[Tensor, ...]:
     """What stays as it is, as one rank would hold it whole."""
     modes = {part: getattr(adapters, family).mode for family, part in FAMILIES.items()}
-    return [
+    return tuple(
         Tensor(
             part=part_of(name),
             elements=prod(shape) // (ep if is_expert_stack(name) else 1),
@@ -51,7 +54,7 @@ def frozen_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> list[T
         )
         for name, shape in parameter_shapes(base).items()
         if modes[part_of(name)] != "full"
-    ]
+    )
 
 
 def _factors(name: str, shape: Shape, family: Any, ep: int) -> Iterator[int]:

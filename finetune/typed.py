@@ -90,6 +90,8 @@ class TypedTree(Generic[Schema]):
             return
         if value is False and "off" in get_args(hint):
             value = "off"  # YAML 1.1 reads a bare off as false
+        if value == "auto":  # of a number: the one that stands for it until it is settled
+            value = next((f.metadata["auto"] for f in fields(schema) if f.name == key and "auto" in f.metadata), value)
         if not _fits(key, value, hint, schema):
             self.report(dotted, value, f"{describe(hint)} is wanted", f"Set {dotted} to one", source)
             return

@@ -1,12 +1,13 @@
 """What ranks do for the planner's tests: a real engine on a tiny base, its memory and its collectives counted."""
 
+import contextlib
 import gc
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from packed_rows import sample
 from torch import Tensor
 
@@ -22,8 +23,10 @@ from finetune.hubconfig import read_family
 from finetune.model import build
 from finetune.recipes import load as load_recipe
 from finetune.recompute import set_recompute
+from finetune.sequence import sequence_group
+from finetune.sequence_attention import use_sequence
 from finetune.setup import engine_options, make_balance, model_options
-from finetune.weights import held_bytes, load
+from finetune.weights import load
 
 MICRO_BATCHES = 2
 
@@ -37,14 +40,14 @@ class Case:
     supervised: int = 1
     """One token in so many."""
     persistence: int = 1_000_000
+    reuse: int = 1_000_000_000
+    """Elements within which the engine keeps what it gathered; with 0 it fetches nothing ahead either."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What one rank held and sent."""
 
-    held: int
-    """Weights: buffers whole, parameters by their slice."""
     static: int
     """Every storage alive between two steps."""
     masters: int
@@ -52,22 +55,21 @@ class Measured:
     gradients: int
     peak: int
     """Every storage alive at the highest point of a step."""
-    calls: dict[str, int] = field(default_factory=dict)
     sent: dict[str, int] = field(default_factory=dict)
     """Bytes of a whole step, by collective and type."""
-    largest: dict[str, int] = field(default_factory=dict)
 
 
 def text_row(lengths: tuple[int, ...], vocabulary: int, every: int) -> Batch:
     """Samples of so many tokens, all of them supervised."""
     samples = []
     for seed, length in enumerate(lengths):
+        weights = (np.arange(length) % every == 0).astype(np.float32)
         ids = np.random.default_rng(seed).integers(0, vocabulary, length).astype(np.int32)
         plain = sample("", length=0, seed=seed)
         positions = np.tile(np.arange(length, dtype=np.int64), (4, 1))
         samples.append(
             Sample(
-                key=str(seed), input_ids=ids, loss_weights=(np.arange(length) % every == 0).astype(np.float32), positions=positions,
+                key=str(seed), input_ids=ids, loss_weights=weights, positions=positions,
                 image_patches=plain.image_patches, image_grids=plain.image_grids,
                 video_patches=plain.video_patches, video_grids=plain.video_grids,
             )
@@ -79,23 +81,31 @@ def text_row(lengths: tuple[int, ...], vocabulary: int, every: int) -> Batch:
 
 
 def session(rank: int, world: int, base: Path, cases: list[Case]) -> list[Measured]:
-    return [measure(base, case, world) for case in cases]
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the engine calls collectives by their old names
+    return [measure(base, case) for case in cases]
 
 
-def measure(base: Path, case: Case, world: int) -> Measured:
+def measure(base: Path, case: Case) -> Measured:
     start_distributed()
     config, problems = load_recipe("tiny-cpu", [f"model.path={base}", *case.words])
     assert not problems, problems
     gc.collect()
     before = {id_of(tensor) for tensor in alive()}
     device, shape = engine_device(), read_family(base)
-    balance = make_balance(config, shape, device)
-    empty = build(base, model_options(config, shape, device, lambda text: None), balance=balance)
-    options = replace(engine_options(config, MICRO_BATCHES), persistence_threshold=case.persistence)
+    sequence = sequence_group(config.parallel.sp)
+    balance = make_balance(config, shape, device, sequence)
+    chosen = model_options(config, shape, device, lambda text: None)
+    empty = build(base, chosen, balance=balance)
+    if sequence is not None:
+        use_sequence(empty.module, sequence, chosen.attention)
+    options = replace(
+        engine_options(config, MICRO_BATCHES), persistence_threshold=case.persistence,
+        prefetch_elements=None if case.reuse else 0, extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse}},
+    )  # fmt: skip
     files = open_base(base, empty.expected)
     load(empty, files, engine_config=engine_config(options))
     set_recompute(empty.module, config.parallel.recompute)
-    engine = initialize(PackedModel(empty.module, spec=read_spec(base)), options)
+    engine = initialize(PackedModel(empty.module, spec=read_spec(base), sequence=sequence), options)
     engine.train()
     batch = text_row(case.samples, shape.text.vocab_size - 40, case.supervised)
     step(engine, balance, batch)  # moments and persistent parameters are made
@@ -108,36 +118,30 @@ def measure(base: Path, case: Case, world: int) -> Measured:
     with Allocations() as made:
         step(engine, balance, batch)
     optimizer = engine.optimizer
-    states = [state for state in optimizer.optimizer.state.values()]
-    kinds: dict[str, int] = {}
-    calls: dict[str, int] = {}
-    for kind, size in sent.bytes.items():
-        name = f"{kind.collective}/{kind.ranks}/{kind.dtype}"
-        kinds[name] = kinds.get(name, 0) + size
-        calls[name] = calls.get(name, 0) + sent.calls[kind]
+    states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    slices = vars(optimizer)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
     found = Measured(
-        held=held_bytes(empty.module),
         static=max(static, static_after),
         masters=sum_storages(optimizer.fp32_partitioned_groups_flat),
-        moments=sum_storages([v for state in states for v in state.values() if isinstance(v, Tensor) and v.numel() > 1]),
-        gradients=sum_storages([t for t in vars(optimizer).get("_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {}).values()]),
+        moments=sum_storages([v for v in states if isinstance(v, Tensor) and v.numel() > 1]),
+        gradients=sum_storages(slices.values()),
         peak=max(static, static_after) + made.peak_bytes,
-        calls=calls, sent=kinds,
-        largest={made.largest_by: made.largest_bytes},
-    )  # fmt: skip
+        sent={f"{k.collective}/{k.ranks}/{k.dtype}": size for k, size in sent.bytes.items()},
+    )
     engine.destroy()
     return found
 
 
 def step(engine: Any, balance: Any, batch: Batch) -> None:
-    tokens = MICRO_BATCHES * batch.input_ids.numel() * engine.world_size
+    rows = MICRO_BATCHES * engine.world_size // (engine.module.sequence.size if engine.module.sequence else 1)
+    tokens = rows * batch.input_ids.numel()
     if balance is not None:
         balance.start_step(tokens)
     for number in range(MICRO_BATCHES):
         if number:
             engine.step()
         if balance is not None:
-            balance.start_micro_batch(batch.sample_ids[0] >= 0)
+            balance.start_micro_batch(engine.module.valid(batch))
         losses = engine(batch=batch)
         backward(engine, losses.objective, float(tokens))
         del losses
@@ -147,17 +151,12 @@ def step(engine: Any, balance: Any, batch: Batch) -> None:
 
 
 def alive() -> list[Tensor]:
-    import warnings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = []
-        for thing in gc.get_objects():
-            try:
-                if isinstance(thing, Tensor) and not thing.is_meta and thing.device.type == "cpu":
-                    found.append(thing)
-            except ReferenceError:
-                pass
-        return found
+    found = []
+    for thing in gc.get_objects():
+        with contextlib.suppress(ReferenceError):  # a weak proxy whose object is gone
+            if isinstance(thing, Tensor) and thing.device.type == "cpu":
+                found.append(thing)
+    return found
 
 
 def id_of(tensor: Tensor) -> int:

@@ -1,0 +1,100 @@
+"""What was foreseen of a run beside what it then measures: runs/<name>/plan.json, and a warning where they part."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.atomic import write_text
+from finetune.checks import base_family
+from finetune.config import RunConfig
+from finetune.families import Family
+from finetune.gpus import Cluster, Gpu, gpu_like
+from finetune.plan import Plan, plan
+from finetune.plan_fit import AUTO_EP, settle
+from finetune.plan_memory import memory
+
+TOLERANCE = 0.15
+LOOKED_AT = 2
+"""The step after which the peak is read: the first makes the optimiser's state, the second runs with it."""
+
+
+def settled(config: RunConfig, *, ranks: int) -> RunConfig:
+    """Replace every `auto` that depends on the machine; every rank finds the same on machines that are alike."""
+    if config.parallel.ep != AUTO_EP and config.parallel.recompute != "auto":
+        return config
+    room, device = _room()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return settle(
+        config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room, device=device
+    )
+
+
+class Foresight:
+    """One run's plan, and what is measured of it; ranks other than 0 only compute."""
+
+    def __init__(
+        self, config: RunConfig, base: Family, folder: Path, *, ranks: int, rank: int, say: Callable[[str], None]
+    ) -> None:
+        self._path, self._writes, self._say = folder / "plan.json", rank == 0, say
+        self._plan = _plan_here(config, base, ranks)
+        even = memory(config, base, replace(self._plan.layout, skew=1.0))
+        foreseen = self._plan.memory
+        self._foreseen = {"weights_held": (foreseen.weights, foreseen.weights), "peak_tensors": (even.peak, foreseen.peak)}
+        self._measured: dict[str, Any] = {}
+        self._write()
+
+    def weights(self, held: int) -> None:
+        """Note the bytes of weights that this rank keeps."""
+        self._note("weights_held", held)
+
+    def after(self, step: int, seconds: float) -> None:
+        """Note the highest memory of tensors and the time of a step, once; a CPU does not count tensors."""
+        if step == LOOKED_AT:
+            self._measured["step_seconds"] = seconds
+            if torch.cuda.is_available():
+                self._note("peak_tensors", torch.cuda.max_memory_allocated())
+            else:
+                self._write()
+
+    def _note(self, name: str, value: int) -> None:
+        self._measured[name] = value
+        low, high = self._foreseen[name]
+        if value > high * (1 + TOLERANCE) or value < low * (1 - TOLERANCE):
+            wanted = f"{low / 1e9:.3f}" if low == high else f"{low / 1e9:.3f} to {high / 1e9:.3f}"
+            self._say(
+                f"warning: {name} is {value / 1e9:.3f} GB, but {wanted} GB were foreseen (plan.json); do not size other "
+                f"runs by this plan, and report the recipe"
+            )
+        self._write()
+
+    def _write(self) -> None:
+        if self._writes:
+            found = self._plan.as_dict() | {"foreseen": self._foreseen, "measured": self._measured}
+            write_text(self._path, json.dumps(found, indent=1) + "\n")
+
+
+def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:
+    """The plan for the machines that this rank sees one of."""
+    room, device = _room()
+    known = gpu_like(torch.cuda.get_device_name()) if device else None
+    here = Gpu(name="CPU", memory_bytes=room, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9)
+    gpu = replace(known or here, memory_bytes=room)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    found = plan(config, base, Cluster(gpu=gpu, gpus=ranks, per_node=min(per_node, ranks)))
+    if device:
+        return found
+    layout = replace(found.layout, device=False, segmented=True)
+    return replace(found, layout=layout, memory=memory(config, base, layout))
+
+
+def _room() -> tuple[int, bool]:
+    """Bytes of memory that one rank has for itself, and whether they are a device's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, True
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here, False

@@ -1,0 +1,62 @@
+"""`moetune launch`: the same run on one laptop, under Slurm, in Kubernetes: rendered from one profile a cluster."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from finetune.checks import cross_check
+from finetune.problems import ConfigError
+from finetune.recipes import load
+from launchers.profile import read_profile
+from launchers.render import Job, Rendered, as_json, render, shell_line
+
+EXAMPLE = """\
+  moetune launch qwen3-vl-235b-a22b-lora --on cluster.yaml model.path=/models/235b
+  moetune launch qwen3-vl-235b-a22b-lora --on cluster.yaml model.path=/models/235b --run"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
+    parser.add_argument("--on", type=Path, required=True, metavar="PROFILE", help="the YAML file of a cluster")
+    parser.add_argument("--run", action="store_true", dest="start", help="start it, not only show it")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default runs/<name>/launch)")
+    parser.add_argument("--json", action="store_true", help="one JSON object, and no files")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Render, show, and with --run start; the exit code is that of what was started."""
+    profile = read_profile(args.on)
+    config, problems = load(args.config, args.overrides)
+    problems += cross_check(config, ranks=profile.ranks, known=[problem.key for problem in problems])
+    if any(problem.level == "error" for problem in problems):
+        raise ConfigError(problems)
+    folder = args.out or Path("runs") / config.run.name / "launch"
+    job = Job(recipe=args.config, overrides=args.overrides, run=config.run.name)
+    rendered = render(job, profile, folder=str(folder))
+    if args.json:
+        print(as_json(rendered))
+        return 0
+    if rendered.files:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, text in rendered.files.items():
+        (folder / name).write_text(text)
+        print(f"wrote {folder / name}", file=sys.stderr)
+    print(shell_line(rendered), flush=True)
+    if rendered.note:
+        print(rendered.note, file=sys.stderr)
+    return _start(rendered, profile.workdir) if args.start else 0
+
+
+def _start(rendered: Rendered, workdir: str) -> int:
+    here = workdir if rendered.environment and workdir else None  # a scheduler's job goes there by itself
+    try:
+        return subprocess.run(rendered.command, env=os.environ | dict(rendered.environment), cwd=here).returncode
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"--run: {rendered.command[0]} is not on this machine ({error.strerror}). Start it where it is, with the "
+            f"command above"
+        ) from error

@@ -1,0 +1,109 @@
+"""`moetune plan`: what a run will take in memory, traffic, time and money, before anything is started."""
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+from finetune.checks import base_family, cross_check
+from finetune.config import RunConfig
+from finetune.gpus import Cluster, cluster, gpu_names
+from finetune.plan import plan
+from finetune.plan_fit import AUTO_EP, Fit, fit
+from finetune.plan_text import fit_lines, plan_lines
+from finetune.plan_time import Assumed
+from finetune.problems import ConfigError
+from finetune.recipes import load
+from launchers.check import positive
+
+EXAMPLE = """\
+  moetune plan qwen3-vl-30b-a3b-lora --gpus 8 --gpu h100-80gb --price 2.5
+  moetune plan qwen3-vl-30b-a3b-lora --gpus 16 --gpu a100-80gb --fit
+  moetune plan qwen3-vl-235b-a22b-lora --gpus 64 --gpu h100-80gb --json"""
+
+_SHARES = ("vision_share", "supervised_share", "efficiency")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    assumed = Assumed()
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
+    parser.add_argument("--gpus", type=positive, metavar="N", required=True, help="GPUs of the run")
+    parser.add_argument("--gpu", metavar="NAME", required=True, help=f"which: {', '.join(gpu_names())}")
+    parser.add_argument("--per-node", type=positive, metavar="N", help="GPUs of a node (default 8)")
+    parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
+    parser.add_argument("--fit", action="store_true", help="propose ep, sp, resident, recompute and tokens a row")
+    parser.add_argument("--sample-tokens", type=positive, metavar="N", default=assumed.sample_tokens)
+    for name in _SHARES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_share, metavar="S", default=getattr(assumed, name))
+    parser.add_argument("--skew", type=_skew, metavar="X", default=assumed.skew, help="busiest rank over the mean")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; 3 when it does not fit."""
+    machines = cluster(args.gpu, gpus=args.gpus, per_node=args.per_node, price=args.price)
+    assumed = Assumed(
+        sample_tokens=args.sample_tokens, skew=args.skew, **{name: getattr(args, name) for name in _SHARES}
+    )
+    config, problems = load(args.config, args.overrides)
+    free = _free(config, args.fit)
+    if args.fit:  # what is to be proposed need not suit the ranks yet
+        config = replace(config, parallel=replace(config.parallel, ep=AUTO_EP, sp=1))
+    problems += cross_check(config, ranks=machines.gpus, known=[problem.key for problem in problems])
+    if any(problem.level == "error" for problem in problems):
+        raise ConfigError(problems)
+    base = base_family(config)
+    found: Fit | None = fit(config, base, machines, assumed=assumed, free=free) if free else None
+    if found is not None and found.best is None:
+        print(json.dumps(_fit_dict(found)) if args.json else "\n".join(fit_lines(found)))
+        return 3
+    made = (
+        found.best.plan
+        if found is not None and found.best is not None
+        else plan(config, base, machines, assumed=assumed)
+    )
+    if args.json:
+        print(json.dumps(made.as_dict() | (_fit_dict(found) if found else {})))
+    else:
+        print("\n".join([*(fit_lines(found) if found else ()), *([""] if found else ()), *plan_lines(made)]))
+    if not made.fits and found is None and not args.json:
+        print("\n" + _advice(config, machines, assumed))
+    return 0 if made.fits else 3
+
+
+def _free(config: RunConfig, everything: bool) -> list[str]:
+    """What the search may change."""
+    if everything:
+        return ["ep", "sp", "resident", "recompute", "tokens"]
+    autos = {"ep": config.parallel.ep == AUTO_EP, "recompute": config.parallel.recompute == "auto"}
+    return [key for key, auto in autos.items() if auto]
+
+
+def _advice(config: RunConfig, machines: Cluster, assumed: Assumed) -> str:
+    found = fit(config, base_family(config), machines, assumed=assumed)
+    if found.best is None:
+        return f"It does not fit. {found.advice}"
+    changes = " ".join(f"{key}={value}" for key, value in found.best.changes.items())
+    return f"It does not fit as it is; this does: {changes}"
+
+
+def _fit_dict(found: Fit) -> dict[str, Any]:
+    proposals = [one for one in (found.best, *found.others) if one is not None]
+    listed = [{"changes": one.changes, "reason": one.reason, "margin": one.plan.margin} for one in proposals]
+    return {"fit": {"proposals": listed, "advice": found.advice}}
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a share above 0, at most 1, is wanted, found {text!r}")
+    return value
+
+
+def _skew(text: str) -> float:
+    value = float(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"1 or more is wanted, found {text!r}")
+    return value

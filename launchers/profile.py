@@ -1,0 +1,141 @@
+"""The facts of one cluster, in one YAML file: how jobs start there, on what, and with which environment.
+
+Recipes say what is trained, profiles where. Nothing in a profile is secret: secrets are named, never written.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from finetune.problems import ConfigError, Problem
+from finetune.typed import TypedTree
+
+HEAD_PORT = 29_500
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContainerProfile:
+    """The image that ranks run in; an empty one: none."""
+
+    image: str = ""
+    mounts: list[str] = field(default_factory=list)  # outside:inside
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmProfile:
+    """What a job asks of Slurm."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time: str = "24:00:00"
+    warning_seconds: int = 300  # before the end: time for a checkpoint; the job then queues itself again
+    extra: list[str] = field(default_factory=list)  # further options, such as --exclusive
+    container: ContainerProfile = field(default_factory=ContainerProfile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeProfile:
+    """A claim and where it is seen."""
+
+    claim: str
+    mount: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubernetesProfile:
+    """What a PyTorchJob asks of Kubernetes."""
+
+    namespace: str = "default"
+    image: str = ""
+    volumes: dict[str, VolumeProfile] = field(default_factory=dict)
+    shm: str = "64Gi"  # readers hand samples over in shared memory
+    cpus: str = ""
+    memory: str = ""
+    resource: str = "nvidia.com/gpu"
+    service_account: str = ""
+    node_selector: dict[str, str] = field(default_factory=dict)
+    secrets: dict[str, str] = field(default_factory=dict)  # variable: secret/key, as WANDB_API_KEY: wandb/api-key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One cluster."""
+
+    kind: Literal["torchrun", "deepspeed", "slurm", "kubernetes"] = "torchrun"
+    nodes: int = 1
+    gpus_per_node: int = 8
+    python: str = "python"  # on the nodes
+    workdir: str = ""  # where ranks stand; relative paths of the recipe begin there
+    hosts: list[str] = field(default_factory=list)  # of torchrun (the first is where ranks meet) and deepspeed
+    port: int = HEAD_PORT
+    restarts: int = 0  # torchrun starts all ranks again so often when one fails, from the last checkpoint
+    min_nodes: int = 0  # with fewer than `nodes` a restart goes on when at least so many are there; 0: all
+    rendezvous_timeout: int = 900  # seconds to wait for all nodes
+    shutdown_timeout: int = 120  # seconds for a last checkpoint
+    env: dict[str, str] = field(default_factory=dict)
+    slurm: SlurmProfile = field(default_factory=SlurmProfile)
+    kubernetes: KubernetesProfile = field(default_factory=KubernetesProfile)
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole job."""
+        return self.nodes * self.gpus_per_node
+
+
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def read_profile(path: Path) -> Profile:
+    """Read and check one; every problem at once."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"profile {path}: not readable as YAML: {error}. See docs/recipes.md for one") from error
+    typed = TypedTree(Profile)
+    typed.take(tree if isinstance(tree, dict) else {"kind": tree}, path.name)
+    profile = typed.finish()
+    problems = typed.problems + [Problem(source=path.name, **one) for one in _problems(profile)]
+    if problems:
+        raise ConfigError(problems)
+    return profile
+
+
+def _problems(profile: Profile) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    def add(key: str, value: object, allowed: str, remedy: str) -> None:
+        found.append({"key": key, "found": value, "allowed": allowed, "remedy": remedy})
+
+    least = {"nodes": 1, "gpus_per_node": 1, "restarts": 0, "min_nodes": 0, "rendezvous_timeout": 1,
+             "shutdown_timeout": 1}  # fmt: skip
+    for key, bound in least.items():
+        if getattr(profile, key) < bound:
+            add(key, getattr(profile, key), f"at least {bound} is wanted", f"Set {key}: {bound} or more")
+    if profile.min_nodes > profile.nodes:
+        add("min_nodes", profile.min_nodes, f"more than nodes, {profile.nodes}", "Set it lower, or leave it out")
+    for name in profile.env:
+        if any(word in name.upper() for word in SECRET):
+            allowed = "what looks like a secret would be written into files and onto command lines"
+            add(f"env.{name}", "(not shown)", allowed, _SECRET_REMEDY[profile.kind])
+    if profile.kind in ("torchrun", "deepspeed") and profile.nodes > 1 and len(profile.hosts) != profile.nodes:
+        add("hosts", profile.hosts, f"{profile.nodes} nodes need as many hosts", "List them, the first leads")
+    if profile.kind == "kubernetes" and not profile.kubernetes.image:
+        add("kubernetes.image", "", "a pod needs an image", "Build one from the Dockerfile and name it here")
+    for variable, place in profile.kubernetes.secrets.items():
+        if place.count("/") != 1:
+            add(f"kubernetes.secrets.{variable}", place, "secret/key is wanted", "As wandb/api-key")
+    return found
+
+
+_SECRET_REMEDY = {
+    "torchrun": "Export it where the command is started: it is inherited",
+    "deepspeed": "Log in once on every node (`wandb login`): deepspeed forwards values on ssh's command line",
+    "slurm": "Export it where sbatch is called: Slurm hands the environment on",
+    "kubernetes": "Make a secret and name it: kubernetes.secrets.<variable>: <secret>/<key>",
+}
