@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.atomic import write_text
+from finetune.atomic import write_file
 from finetune.checks import base_family
 from finetune.config import RunConfig
 from finetune.families import Family
@@ -17,6 +17,7 @@ from finetune.gpus import Cluster, Gpu, gpu_like
 from finetune.plan import Plan, plan
 from finetune.plan_fit import AUTO_EP, settle
 from finetune.plan_memory import memory
+from finetune.ranks import rank_and_world
 
 TOLERANCE = 0.15
 LOOKED_AT = 2
@@ -29,22 +30,19 @@ def settled(config: RunConfig, *, ranks: int) -> RunConfig:
         return config
     room, device = _room()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return settle(
-        config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room, device=device
-    )
+    return settle(config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room, device=device)
 
 
 class Foresight:
     """One run's plan, and what is measured of it; ranks other than 0 only compute."""
 
-    def __init__(
-        self, config: RunConfig, base: Family, folder: Path, *, ranks: int, rank: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: RunConfig, base: Family, folder: Path, *, say: Callable[[str], None]) -> None:
+        rank, ranks = rank_and_world()
         self._path, self._writes, self._say = folder / "plan.json", rank == 0, say
         self._plan = _plan_here(config, base, ranks)
         even = memory(config, base, replace(self._plan.layout, skew=1.0))
-        foreseen = self._plan.memory
-        self._foreseen = {"weights_held": (foreseen.weights, foreseen.weights), "peak_tensors": (even.peak, foreseen.peak)}
+        weights, busiest = self._plan.memory.weights, self._plan.memory.peak
+        self._foreseen = {"weights_held": (weights, weights), "peak_tensors": (even.peak, busiest)}
         self._measured: dict[str, Any] = {}
         self._write()
 
@@ -67,15 +65,15 @@ class Foresight:
         if value > high * (1 + TOLERANCE) or value < low * (1 - TOLERANCE):
             wanted = f"{low / 1e9:.3f}" if low == high else f"{low / 1e9:.3f} to {high / 1e9:.3f}"
             self._say(
-                f"warning: {name} is {value / 1e9:.3f} GB, but {wanted} GB were foreseen (plan.json); do not size other "
-                f"runs by this plan, and report the recipe"
+                f"warning: {name} is {value / 1e9:.3f} GB, but {wanted} GB were foreseen (plan.json); do not size "
+                f"other runs by this plan, and report the recipe"
             )
         self._write()
 
     def _write(self) -> None:
         if self._writes:
             found = self._plan.as_dict() | {"foreseen": self._foreseen, "measured": self._measured}
-            write_text(self._path, json.dumps(found, indent=1) + "\n")
+            write_file(self._path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:

@@ -52,6 +52,12 @@ def gpu(name: str) -> Gpu:
     return found
 
 
+def gpu_like(device: str) -> Gpu | None:
+    """The table's entry for a device's own name, such as NVIDIA H100 80GB HBM3; of one kind the smaller."""
+    words = device.lower().replace("-", " ").split()
+    return next((entry for entry in _TABLE.values() if entry.name.partition("-")[0] in words), None)
+
+
 def cluster(name: str, *, gpus: int, per_node: int | None, price: float | None) -> Cluster:
     """What is planned for; nodes of eight unless told otherwise, or one smaller node."""
     size = min(8, gpus) if per_node is None else per_node

@@ -5,7 +5,7 @@ writes it to plan.json beside what it then measures.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -18,6 +18,7 @@ from finetune.plan_wire import Traffic, traffic
 from finetune.reading import rank_shares
 from finetune.residency import choose_resident
 from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.stages import run_stages
 from finetune.trained import trained_tensors
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -40,6 +41,8 @@ class Plan:
     """Everything that is foreseen of one run on one cluster."""
 
     model: str
+    stage: str
+    """Of the run, the one that needs most; empty for a run without stages."""
     cluster: Cluster
     layout: Layout
     resident_reason: str
@@ -78,6 +81,7 @@ class Plan:
         """For programs."""
         return {
             "model": self.model,
+            "stage": self.stage,
             "cluster": {**asdict(self.cluster), "nodes": self.cluster.nodes},
             "layout": asdict(self.layout),
             "resident_reason": self.resident_reason,
@@ -120,8 +124,16 @@ def layout_of(config: RunConfig, base: Family, cluster: Cluster, assumed: Assume
 
 
 def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed | None = None) -> Plan:
-    """Foresee a run whose configuration passed every check for so many ranks."""
-    assumed = assumed or Assumed()
+    """Foresee a run whose configuration passed every check for so many ranks; of several stages, the fullest."""
+    found = []
+    for stage in run_stages(config):
+        parallel = replace(config.parallel, sp=stage.sp)
+        as_then = replace(config, data=stage.data, parallel=parallel)
+        found.append(_plan(as_then, base, cluster, assumed or Assumed(), stage.name))
+    return max(found, key=lambda one: one.memory.total)
+
+
+def _plan(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, stage: str) -> Plan:
     layout, reason = layout_of(config, base, cluster, assumed)
     micro_batches = -(-config.data.packs_per_step // (cluster.gpus // layout.sp))
     moved = traffic(config, base, layout, cluster, micro_batches=micro_batches)
@@ -130,6 +142,7 @@ def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed 
     trained = sum(tensor.elements for tensor in everything)
     return Plan(
         model=base.name,
+        stage=stage,
         cluster=cluster,
         layout=layout,
         resident_reason=reason,

@@ -70,6 +70,8 @@ class Memory:
     always: dict[str, int]
     moments: tuple[Moment, ...]
     reserve: int
+    weights: int = 0
+    """Of the base and what trains, as loading counts them: without spare room, copies and optimiser."""
 
     @property
     def static(self) -> int:
@@ -108,7 +110,9 @@ def memory(config: RunConfig, base: Family, layout: Layout) -> Memory:
         replace(one, parts={**one.parts, "skew allowance": more}) if (more := other.total - one.total) > 0 else one
         for one, other in zip(even, skewed, strict=True)
     )
-    found = Memory(always=fixed, moments=moments, reserve=0)
+    held = _whole(frozen, layout) if layout.resident else slices(frozen, layout)
+    weights = layout.itemsize * (held + slices(trained, layout)) + _router(config, base, layout.itemsize)
+    found = Memory(always=fixed, moments=moments, reserve=0, weights=weights)
     reserve = int(RESERVE_BYTES + RESERVE_SHARE * found.peak) if layout.device else 0
     return replace(found, reserve=reserve)
 

@@ -14,9 +14,10 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{plan.model}: {plan.parameters:,} parameters, {plan.active:,} of them for a text token, "
         f"{plan.trained:,} trained"
     )
+    stage = f", fullest in stage {plan.stage}" if plan.stage else ""
     yield (
         f"{cluster.gpus} x {cluster.gpu.name} in {cluster.nodes} node(s): ep {layout.ep}, sp {layout.sp}, "
-        f"recompute {layout.recompute}, {plan.micro_batches} micro-batch(es) a step on each rank"
+        f"recompute {layout.recompute}, {plan.micro_batches} micro-batch(es) a step on each rank{stage}"
     )
     yield f"frozen weights {'resident' if layout.resident else 'partitioned'} ({plan.resident_reason})"
     yield ""

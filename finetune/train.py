@@ -33,6 +33,7 @@ from finetune.context import check_rotary
 from finetune.derive import derive
 from finetune.engine import backward, engine_config, engine_device, initialize, require_step_applied, start_distributed
 from finetune.evaluate import Evaluation
+from finetune.foresight import Foresight, settled
 from finetune.forward import PackedModel
 from finetune.gather import save
 from finetune.groups import enter, set_rates, trained_groups
@@ -87,6 +88,8 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
     loaded = load_weights(empty, files, engine_config=engine_config(options), start=start)
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
+    foresight = Foresight(config, base, folder, say=say)
+    foresight.weights(loaded.bytes_held)
     say(check_rotary(empty.module, base, empty.context))
     set_recompute(empty.module, config.parallel.recompute)
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
@@ -132,6 +135,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
             data.settle_bad_samples(step, say)
             seconds = time.perf_counter() - began + step.wait_seconds
             tracker.step(at, step, {**found, **rates}, load=load, seconds=seconds)
+            foresight.after(at - done, seconds)
             every, last = config.checkpoint.every_steps, at + 1 == config.schedule.steps
             verdict = evaluation.after(engine, at + 1, last=last, record=tracker.evaluation)
             if last or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
@@ -227,6 +231,7 @@ def main(argv: Sequence[str]) -> int:
         config, problems = load(words[0], words[1:])
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         folder = Path("runs") / config.run.name
+        config = config if any(p.level == "error" for p in problems) else settled(config, ranks=world)
         resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
         warned = require(config, problems, ranks=world, resuming=resuming)
         if rank == 0:

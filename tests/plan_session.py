@@ -23,9 +23,9 @@ from finetune.hubconfig import read_family
 from finetune.model import build
 from finetune.recipes import load as load_recipe
 from finetune.recompute import set_recompute
-from finetune.sequence import sequence_group
+from finetune.sequence import sequence_groups
 from finetune.sequence_attention import use_sequence
-from finetune.setup import engine_options, make_balance, model_options
+from finetune.setup import engine_options, make_balance, model_options, share_rows
 from finetune.weights import load
 
 MICRO_BATCHES = 2
@@ -92,20 +92,24 @@ def measure(base: Path, case: Case) -> Measured:
     gc.collect()
     before = {id_of(tensor) for tensor in alive()}
     device, shape = engine_device(), read_family(base)
-    sequence = sequence_group(config.parallel.sp)
-    balance = make_balance(config, shape, device, sequence)
+    groups = sequence_groups([config.parallel.sp])
+    balance = make_balance(config, shape, device)
     chosen = model_options(config, shape, device, lambda text: None)
     empty = build(base, chosen, balance=balance)
-    if sequence is not None:
-        use_sequence(empty.module, sequence, chosen.attention)
+    if config.parallel.sp > 1:
+        use_sequence(empty.module, groups, chosen.attention)
     options = replace(
-        engine_options(config, MICRO_BATCHES), persistence_threshold=case.persistence,
-        prefetch_elements=None if case.reuse else 0, extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse}},
-    )  # fmt: skip
+        engine_options(config),
+        persistence_threshold=case.persistence,
+        prefetch_elements=None if case.reuse else 0,
+        extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse}},
+    )
     files = open_base(base, empty.expected)
     load(empty, files, engine_config=engine_config(options))
     set_recompute(empty.module, config.parallel.recompute)
-    engine = initialize(PackedModel(empty.module, spec=read_spec(base), sequence=sequence), options)
+    packed = PackedModel(empty.module, spec=read_spec(base))
+    engine = initialize(packed, options)
+    share_rows(packed, balance, groups[config.parallel.sp])
     engine.train()
     batch = text_row(case.samples, shape.text.vocab_size - 40, case.supervised)
     step(engine, balance, batch)  # moments and persistent parameters are made
@@ -138,8 +142,7 @@ def step(engine: Any, balance: Any, batch: Batch) -> None:
     if balance is not None:
         balance.start_step(tokens)
     for number in range(MICRO_BATCHES):
-        if number:
-            engine.step()
+        engine.set_gradient_accumulation_boundary(number == MICRO_BATCHES - 1)
         if balance is not None:
             balance.start_micro_batch(engine.module.valid(batch))
         losses = engine(batch=batch)

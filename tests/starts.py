@@ -1,0 +1,36 @@
+"""Runs started as users start them: a toy base and rows, and the commands that were rendered for them."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+from finetune.tiny import write_tiny
+from launchers.render import Rendered
+
+ROOT = Path(__file__).parent.parent
+
+
+def toy_run(folder: Path, rows: int = 24) -> None:
+    """Write `base` and `rows.jsonl`, all of it text."""
+    write_tiny(folder / "base")
+    turns = [
+        [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}] for n in range(rows)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+
+
+def environment() -> dict[str, str]:
+    """Of ranks on this machine's CPU, with this clone's code."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def start_rendered(rendered: Rendered, folder: Path, *, timeout: float) -> subprocess.CompletedProcess:
+    """Write the files where the command looks for them, and run it to its end."""
+    for name, text in rendered.files.items():
+        (folder / "launch").mkdir(exist_ok=True)
+        (folder / "launch" / name).write_text(text)
+    return subprocess.run(
+        rendered.command, cwd=folder, env=environment() | dict(rendered.environment), capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
