@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 from finetune.checkpoint_manifest import ANOTHER, File, some
 
 BLOCK = 1 << 22
+PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+"""How torch's writer says in a file's metadata where each slice lies in its tensor."""
 
 
 def checked(path: Path) -> File:
@@ -43,9 +44,9 @@ class Tensors:
     def __init__(self, files: Sequence[Any]) -> None:
         self._slices: dict[str, list[tuple[int, Any]]] = {}
         for file in files:
-            offsets = json.loads(file.metadata()[CUSTOM_METADATA_KEY])
+            offsets = json.loads(file.metadata()[PLACES])
             for name in file.offset_keys():
-                self._slices.setdefault(name, []).append((offsets[name][SAVED_OFFSETS_KEY][0], file))
+                self._slices.setdefault(name, []).append((offsets[name][OFFSETS][0], file))
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor, flat."""
