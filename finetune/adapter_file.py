@@ -115,6 +115,11 @@ def _shown(shape: Shape | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
+def is_ours(folder: Path) -> bool:
+    """Say whether a folder holds an adapter that was written here; another tool's says less of itself."""
+    return (folder / WEIGHTS).is_file() and _FAMILIES in read_header(folder / WEIGHTS)[1]
+
+
 def open_adapter(folder: Path) -> AdapterFile:
     """Return the adapter that `write_adapter` wrote into a folder; its tensors are read when asked for."""
     for name in (WEIGHTS, CONFIG):

@@ -1,33 +1,21 @@
-"""A model that answers: base, base with adapter, or merged, in one process, on our loader and our preprocessing.
+"""A loaded model that answers: greedy or sampled, alone or in a batch, token by token, in one process.
 
-Nothing of an adapter's delta is ever built: the model computes as it did in training. Prompts of a batch stand padded
-on their left side; a prompt alone has neither padding nor mask. Greedy unless a temperature is given; then every prompt
-has a generator of its own, so that an answer does not depend on what stands beside it.
+Prompts of a batch stand padded on their left side; a prompt alone has neither padding nor mask. With a temperature
+every prompt has a random generator of its own, so that an answer does not depend on what stands beside it.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from data.config import DataConfig
 from data.sample import Renderer, Sample
-from data.vision import VisionSpec, normalise, read_spec
-from finetune.adapter_file import AdapterFile, open_adapter
-from finetune.basefiles import open_base
-from finetune.hub import model_folder
-from finetune.jsonblock import load_json
-from finetune.model import ModelOptions, build
-from finetune.weights import load
-from moe.experts import ExpertLora as Lora
-from moe.parallel import LayerOptions
-from moe.router import RouterOptions
-
-Dtype = Literal["auto", "float32", "bfloat16"]
+from data.vision import VisionSpec, normalise
+from finetune.adapter_switch import adapters_off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +55,18 @@ class Speaker:
     """A loaded model, and all it takes to ask it."""
 
     def __init__(
-        self, module: Any, *, renderer: Renderer, spec: VisionSpec | None, stops: frozenset[int], device: torch.device
-    ) -> None:
+        self, module: Any, *, renderer: Renderer, spec: VisionSpec | None, stops: frozenset[int], device: torch.device,
+        switches: bool = False,
+    ) -> None:  # fmt: skip
         self.module, self.renderer, self.spec = module.eval(), renderer, spec
         self.stops, self.device = stops, device
+        self.switches = switches
+        """Whether all that the adapter does can be left out again."""
+
+    def base_alone(self) -> AbstractContextManager[None]:
+        """A block in which the adapter is left out."""
+        assert self.switches, "what was trained in full or added to the weights cannot be left out"
+        return adapters_off(self.module)
 
     def stream(self, prompt: Sample, sampling: Sampling) -> Iterator[str]:
         """Text of one answer, piece by piece; a character that is not whole yet waits for its next token."""
@@ -167,71 +163,6 @@ class Speaker:
             found[name] = normalise(joined, spec=self.spec, dtype=self.module.model.visual.dtype)
             found[f"{kind}_grid_thw"] = torch.cat(grids).to(self.device)
         return found
-
-
-def open_speaker(
-    model: str,
-    *,
-    adapter: Path | None = None,
-    data: DataConfig | None = None,
-    device: str = "cpu",
-    dtype: Dtype = "auto",
-    layout: str = "auto",
-) -> Speaker:
-    """Load a base or merged model, with an adapter on it or without; one process holds it whole."""
-    place = torch.device(device)
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device is {device}, but torch sees no GPU here; use --device cpu")
-        torch.cuda.set_device(place)
-    folder, data = model_folder(model), data or DataConfig()
-    start = open_adapter(adapter) if adapter is not None else None
-    held = torch.float32 if dtype == "float32" or (dtype == "auto" and place.type == "cpu") else torch.bfloat16
-    empty = build(folder, _options(start, held))
-    load(empty, open_base(folder, empty.expected, layout=layout), start=start)
-    has_tower = getattr(empty.module.model, "visual", None) is not None
-    renderer = Renderer(folder, image=data.image, video=data.video, chat=data.chat)
-    return Speaker(
-        empty.module, renderer=renderer, spec=read_spec(folder) if has_tower else None, stops=_stops(folder),
-        device=next(t for t in (*empty.module.parameters(), *empty.module.buffers())).device,
-    )  # fmt: skip
-
-
-def _options(adapter: AdapterFile | None, dtype: torch.dtype) -> ModelOptions:
-    """The layout that holds what the adapter changes; without one, everything is frozen."""
-    families = dict(adapter.families) if adapter is not None else {}
-    modes: dict[str, Any] = {part: "lora" if lora else "full" for part, lora in families.items()}
-    router: Lora | None = families.get("router")
-    own = RouterOptions(mode=modes.get("router", "frozen"))
-    layer = LayerOptions(
-        experts=modes.get("experts", "frozen"),
-        lora=families.get("experts"),
-        router=replace(own, r=router.r, alpha=router.alpha) if router else own,
-    )
-    dense = {part: lora for part, lora in families.items() if part not in ("experts", "router")}
-    return ModelOptions(
-        layer=layer,
-        lora={part: lora for part, lora in dense.items() if lora},
-        train=tuple(part for part, lora in dense.items() if not lora),
-        dtype=dtype,
-        attention="sdpa",
-    )
-
-
-def _stops(folder: Path) -> frozenset[int]:
-    """The tokens that end an answer, as the base's own generation settings name them."""
-    found: Any = None
-    if (folder / "generation_config.json").is_file():
-        found = load_json(folder / "generation_config.json").get("eos_token_id")
-    if found is None:
-        config = load_json(folder / "config.json")
-        found = config.get("text_config", config).get("eos_token_id")
-    if found is None:
-        raise ValueError(
-            f"{folder}: neither generation_config.json nor config.json says which token ends an answer "
-            f"(eos_token_id). Copy generation_config.json from the release the weights came from"
-        )
-    return frozenset(found if isinstance(found, list) else [found])
 
 
 def _choose(logits_BV: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> list[int]:

@@ -42,12 +42,17 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
     raise ValueError(f"recipe {name!r}: neither a file (its name ends in .yaml) nor a shipped recipe. {advice}")
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, list[Problem]]:
+def load(
+    name: str, overrides: Sequence[str] = (), *, below: tuple[dict[str, Any], str] | None = None
+) -> tuple[RunConfig, list[Problem]]:
     """The configuration as far as it can be read, and what is wrong; a bad value leaves its default in place.
 
-    Without a name, the defaults of the code below the overrides.
+    Without a name, the defaults of the code below the overrides. `below` are values under the recipe's, and their
+    source.
     """
     typed = TypedTree(RunConfig)
+    if below is not None:
+        typed.take(*below)
     for tree, source in _layers(name, typed) if name else ():
         typed.take(tree, source)
     for override in overrides:

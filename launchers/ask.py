@@ -12,6 +12,7 @@ from launchers.model_options import load_speaker, model_arguments
 if TYPE_CHECKING:
     from data.reader import VideoBytes
     from data.record import Record
+    from finetune.generate import Speaker
 
 EXAMPLE = """\
   moetune ask base "Which digit is this?" --image 7.png --adapter runs/digits/adapter --compare
@@ -40,17 +41,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--compare sets an adapter beside its base: give --adapter")
     record, images, videos = question(args.text, args.image, args.video, system=args.system)
     found = []
-    for who, adapter in (("base", None), ("adapted", args.adapter)) if args.compare else (("", args.adapter),):
-        if who and not args.json:
+    for who, pieces in _answers(args, record, images, videos):
+        if args.compare and not args.json:
             print(f"{who}:", flush=True)
         text = ""
-        for piece in _answer(args, adapter, record, images, videos):
+        for piece in pieces:
             text += piece
             if not args.json:
                 print(piece, end="", flush=True)
         if not args.json:
             print()
-        found.append({"who": who or ("adapted" if adapter else "model"), "answer": text})
+        found.append({"who": who, "answer": text})
     if args.json:
         print(json.dumps({"answers": found}, indent=2, ensure_ascii=False))
     return 0
@@ -76,12 +77,22 @@ def question(
     return record, *SampleReader().media(record, {}, Path())
 
 
-def _answer(
-    args: argparse.Namespace, adapter: Path | None, record: "Record", images: list[bytes], videos: list["VideoBytes"]
-) -> Iterator[str]:
+def _answers(
+    args: argparse.Namespace, record: "Record", images: list[bytes], videos: list["VideoBytes"]
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Who answers, and the pieces of the answer. The base is the same model without its adapter where that is exact."""
     from finetune.generate import Sampling
 
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    speaker = load_speaker(args.model, args, adapter=adapter)
-    prompt = speaker.renderer.build(record, images, videos, key="question", prompt=True)
-    yield from speaker.stream(prompt, sampling)
+
+    def stream(speaker: "Speaker") -> Iterator[str]:
+        prompt = speaker.renderer.build(record, images, videos, key="question", prompt=True)
+        return speaker.stream(prompt, sampling)
+
+    speaker = load_speaker(args.model, args, adapter=args.adapter)
+    if args.compare and speaker.switches:
+        with speaker.base_alone():
+            yield "base", stream(speaker)
+    elif args.compare:
+        yield "base", stream(load_speaker(args.model, args, adapter=None))
+    yield ("adapted" if args.adapter else "model"), stream(speaker)

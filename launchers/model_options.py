@@ -1,17 +1,19 @@
 """Arguments of commands that load a model to ask it: what on which base, where, with which data settings."""
 
 import argparse
+import json
 import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.config import DataConfig
+    from finetune.config import RunConfig
     from finetune.generate import Speaker
 
-_SEEN = ("data.image.", "data.video.", "data.chat.")
+_SEEN = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
+"""What of a configuration decides an answer, by section."""
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,35 +25,55 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and arithmetic; auto (default): float32 on a CPU, bfloat16 on a GPU",
     )  # fmt: skip
     parser.add_argument("--layout", default="auto", help="how the files hold experts: auto, hub, memory, per_expert")
-    parser.add_argument("--config", default="", help="take data.image, data.video and data.chat from this recipe")
+    parser.add_argument(
+        "--config", default="", metavar="CONFIG",
+        help="recipe for data.image, data.video, data.chat and context; an adapter brings its own",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
         help="one of those settings: --set data.image.max_tokens=1024",
     )  # fmt: skip
+    parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
 
 
-def data_settings(args: argparse.Namespace) -> "DataConfig":
-    """How images, videos and conversations become tokens: as the recipe and the settings say, else the base's own."""
+def asked_config(args: argparse.Namespace) -> "RunConfig":
+    """How images, videos and conversations become tokens: as the adapter was trained, the recipe and --set above it."""
     from finetune.recipes import load
 
+    allowed = [f"{section}.{key}" for section, keys in _SEEN.items() for key in keys]
     for word in args.settings:
-        if not word.startswith(_SEEN):
-            raise ValueError(f"--set {word} would change nothing here; what counts is {', '.join(_SEEN)}...")
-    config, problems = load(args.config, args.settings)
+        if not word.startswith(tuple(allowed)):
+            raise ValueError(f"--set {word} would change nothing here; what counts is {', '.join(allowed)}")
+    config, problems = load(args.config, args.settings, below=_trained_with(args.adapter))
     if problems:
         raise ValueError("\n".join(map(str, problems)))
-    return config.data
+    return config
+
+
+def _trained_with(adapter: Path | None) -> tuple[dict[str, Any], str] | None:
+    """The settings that an adapter of ours was trained with, from its metadata."""
+    if adapter is None or not (adapter / "adapter_model.safetensors").is_file():
+        return None
+    from finetune.tensorfile import read_header
+
+    config = json.loads(read_header(adapter / "adapter_model.safetensors")[1].get("moetune.config", "{}"))
+    kept = {
+        section: {key: config[section][key] for key in keys if key in config[section]}
+        for section, keys in _SEEN.items() if section in config
+    }  # fmt: skip
+    return kept, f"the configuration in {adapter}"
 
 
 def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) -> "Speaker":
     """Load the model; what libraries say when they are first loaded goes to standard error."""
-    settings = data_settings(args)
+    config = asked_config(args)
     with redirect_stdout(sys.stderr):
         device = _device(args.device)
-        from finetune.generate import open_speaker
+        from finetune.speaker import open_speaker
 
         return open_speaker(
-            model, adapter=adapter, data=settings, device=device, dtype=args.dtype, layout=args.layout
+            model, adapter=adapter, config=config, device=device, dtype=args.dtype, layout=args.layout,
+            other_base=args.other_base,
         )  # fmt: skip
 
 

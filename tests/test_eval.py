@@ -262,7 +262,7 @@ def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
         (["--at-most", "exact=2"], r"--at-most exact=2: write METRIC=X"),
         (["--url", "http://x/v1", "--adapter", "a"], r"--adapter belongs to a local model; the server at --url has"),
         (["--url", "http://x/v1", "--set", "data.image.max_tokens=9"], r"--set belongs to a local model"),
-        (["--set", "optim.lr=1"], r"--set optim.lr=1 would change nothing here; what counts is data.image."),
+        (["--set", "optim.lr=1"], r"--set optim.lr=1 would change nothing here; what counts is data.image, data.video"),
         (["--set", "data.image.max_token=9"], r"data.image.max_token: .*Did you mean|no such key"),
     ],
 )  # fmt: skip

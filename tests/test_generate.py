@@ -1,5 +1,6 @@
 """Answers of a loaded model: equal to transformers' own pipeline from the media on, alone and in a batch."""
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,17 +11,22 @@ import pytest
 import torch
 from adapter_cases import WIDE, made
 from bases import base
-from mixes import files, record
+from mixes import files, media, record
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_data_sample import asked
 from transformers import AutoModelForImageTextToText
 
 from data.config import DataConfig, ImageConfig
-from finetune.adapter_file import write_adapter
+from finetune.adapter_file import WEIGHTS, write_adapter
 from finetune.basefiles import open_base
-from finetune.generate import Sampling, Speaker, open_speaker
+from finetune.config import RouterFamilyConfig, RunConfig
+from finetune.generate import Sampling, Speaker
+from finetune.provenance import Provenance
+from finetune.speaker import open_speaker
 from finetune.tiny import TinyModel, write_tiny
 from finetune.weights import load
+from launchers.cli import main
 
 SHORT = Sampling(max_tokens=10)
 ASKED = ["text", "image", "images in between", "range", "image and videos"]
@@ -100,30 +106,87 @@ def test_log_probabilities_are_those_of_a_whole_forward():
     assert [one.best_id for one in found] == best.indices.tolist()
 
 
-def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
-    """Dense, expert and full parts at once; the file is one that training would write."""
-    empty = made(base(), WIDE)
+def trained(folder: Path, adapters, config=None) -> Path:
+    """An adapter as training would write it, its values drawn."""
+    empty, files = made(base(), adapters), open_base(base())
     load(empty, open_base(base(), empty.expected, layout="auto"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in empty.module.named_parameters():
             if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    write_adapter(empty, tmp_path / "adapter", base=str(base()))
-    ours = open_speaker(str(base()), adapter=tmp_path / "adapter")
+    origin = Provenance(base=files, base_name=str(base()), config=config or {})
+    write_adapter(empty, folder, base=str(base()), provenance=origin)
+    return folder
+
+
+def best_of_peft(adapter: Path):
+    """The five likeliest first tokens of stock PEFT, and their log-probabilities."""
     plain = AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32)
-    peft = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
-    inputs = theirs("image")
     with torch.no_grad():
-        wanted = peft(**inputs).logits[0, -1].log_softmax(-1)
-    best = wanted.topk(5)
-    found = [ours.judge(prompt("image", ours), [token])[0].chosen for token in best.indices.tolist()]
-    assert found == pytest.approx(best.values.tolist(), abs=1e-4)
+        return PeftModel.from_pretrained(plain, adapter).eval()(**theirs("image")).logits[0, -1].log_softmax(-1).topk(5)
+
+
+def firsts(ours: Speaker, tokens) -> list[float]:
+    return [ours.judge(prompt("image", ours), [token])[0].chosen for token in tokens.tolist()]
+
+
+def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
+    """Dense, expert and full parts at once; then the same file without our metadata, as another tool writes it."""
+    adapter = trained(tmp_path / "adapter", WIDE)
+    best = best_of_peft(adapter)
+    ours = open_speaker(str(base()), adapter=adapter)
+    assert firsts(ours, best.indices) == pytest.approx(best.values.tolist(), abs=1e-4)
     assert ours.answer([prompt("image", ours)], SHORT) != speaker().answer([prompt("image")], SHORT)
+    assert not ours.switches
+    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS)
+    added = open_speaker(str(base()), adapter=adapter)
+    assert firsts(added, best.indices) == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_without_its_adapter_the_model_is_its_base(tmp_path: Path):
+    small = {"data": {"image": {"min_tokens": 4, "max_tokens": 20}, "workers": 7}, "optim": {"lr": 1.0}}
+    adapter = trained(tmp_path / "adapter", replace(WIDE, router=RouterFamilyConfig(mode="lora")), small)
+    ours = open_speaker(str(base()), adapter=adapter)
+    asked, wanted = prompt("image", ours), speaker().answer([prompt("image")], SHORT)
+    assert ours.switches
+    with ours.base_alone():
+        assert ours.answer([asked], SHORT) == wanted
+    assert ours.answer([asked], SHORT) != wanted
+
+
+def test_ask_compares_and_takes_the_settings_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    small = {"data": {"image": {"min_tokens": 4, "max_tokens": 20}, "workers": 7}, "optim": {"lr": 1.0}}
+    lora = trained(tmp_path / "lora", replace(WIDE, router=RouterFamilyConfig(mode="lora")), small)
+    full = trained(tmp_path / "full", WIDE)
+    (tmp_path / "0.png").write_bytes(media()["0.png"])
+    words = ["ask", str(base()), "What?", "--image", str(tmp_path / "0.png"), "--max-tokens", "4"]
+
+    def answers(*more: str) -> dict[str, str]:
+        assert main([*words, *more, "--json"]) == 0
+        return {one["who"]: one["answer"] for one in json.loads(capsys.readouterr().out)["answers"]}
+
+    size = ["--set", "data.image.min_tokens=4", "--set", "data.image.max_tokens=20"]
+    plain, small_plain = answers()["model"], answers(*size)["model"]
+    assert plain != small_plain
+    both = answers("--adapter", str(lora), "--compare")
+    assert both["base"] == small_plain
+    assert both["adapted"] != small_plain
+    assert answers("--adapter", str(full), "--compare")["base"] == plain
+    assert main([*words, "--adapter", str(lora), "--compare"]) == 0
+    assert capsys.readouterr().out == f"base:\n{both['base']}\nadapted:\n{both['adapted']}\n"
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_named(tmp_path: Path):
+    adapter = trained(tmp_path / "adapter", WIDE)
+    write_tiny(tmp_path / "other", TinyModel(seed=5))
+    with pytest.raises(ValueError, match=r"adapter was trained on .*base .*but .*other is another base"):
+        open_speaker(str(tmp_path / "other"), adapter=adapter)
+    assert open_speaker(str(tmp_path / "other"), adapter=adapter, other_base=True).stops
 
 
 def test_image_settings_reach_the_prompt():
-    small = open_speaker(str(base()), data=DataConfig(image=ImageConfig(min_tokens=4, max_tokens=20)))
+    small = open_speaker(str(base()), config=RunConfig(data=DataConfig(image=ImageConfig(min_tokens=4, max_tokens=20))))
     assert len(prompt("image", small).input_ids) < len(prompt("image").input_ids)
 
 
