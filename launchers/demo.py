@@ -11,6 +11,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EXAMPLE = """\
   moetune demo runs/demo"""
@@ -32,6 +33,8 @@ COMMANDS = (
     "train digits.yaml --ranks 2",
     f"{_ASK} {_ADAPTER} --out after.jsonl --at-least exact={LEAST}",
     f"{_ASK} {_ADAPTER} --media shuffled --out shuffled.jsonl --at-most exact={CHANCE}",
+    f"merge {_MODEL} {_FILE} merged",
+    f"{_ASK} --model merged --out merged.jsonl --at-least exact={LEAST}",
 )
 
 
@@ -66,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
         for command in COMMANDS:
             if not _run(command):
                 return 1
-        first = json.loads(Path("after.jsonl").read_text().splitlines()[0])
-        shown = json.loads(Path("held-out.jsonl").read_text().splitlines()[0])["images"][0]
+        first, shown = _answers("after.jsonl")[0], _answers("held-out.jsonl")[0]["images"][0]
         print("\n".join(picture_lines(Path(shown))))
         if not _run(f"ask {_MODEL} '<image>What is it?' --image {shown} --adapter {_FILE} --compare"):
             return 1
@@ -75,10 +77,14 @@ def run(args: argparse.Namespace) -> int:
             Line(what="base, before", score=_accuracy("before.jsonl"), wanted=""),
             Line(what="base + adapter, after", score=_accuracy("after.jsonl"), wanted=f">= {LEAST:.2f}"),
             Line(what="after, images shuffled", score=_accuracy("shuffled.jsonl"), wanted=f"<= {CHANCE:.2f}"),
+            Line(what="merged model", score=_accuracy("merged.jsonl"), wanted="as base + adapter"),
         ]
+        same = _answers("merged.jsonl") == _answers("after.jsonl")
         print(f"the digit shown is a {first['references'][0]}")
         print(_report(lines, time.monotonic() - began))
-    return 0
+        if not same:
+            print("demo: the merged model answered otherwise than base and adapter")
+    return 0 if same else 1
 
 
 def _run(command: str) -> bool:
@@ -92,8 +98,12 @@ def _run(command: str) -> bool:
     return not code
 
 
-def _accuracy(answers: str) -> float:
-    scores = [json.loads(line)["scores"]["exact"] for line in Path(answers).read_text().splitlines()]
+def _answers(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def _accuracy(file: str) -> float:
+    scores = [answer["scores"]["exact"] for answer in _answers(file)]
     return float(sum(scores) / len(scores))
 
 
