@@ -15,6 +15,7 @@ from finetune.hubconfig import hub_config, read_family
 from finetune.problems import ConfigError, Problem, did_you_mean
 from finetune.published import published_problems
 from finetune.schedule_checks import schedule_problems, stage_problems
+from finetune.sequence_checks import memory_problems, sequence_problems
 from finetune.stages import by_stage
 from finetune.typed import leaves, related
 from moe.config import MoeConfig
@@ -100,6 +101,7 @@ def _ranges(facts: Facts) -> list[Problem]:
         "data.tokens_per_pack": (config.data.tokens_per_pack, 1),
         "parallel.ep": (config.parallel.ep, 0),  # 0 is auto
         "parallel.sp": (config.parallel.sp, 1),
+        "parallel.tile_tokens": (config.parallel.tile_tokens, 0),
         **{f"stages.{name}.sp": (stage.sp, 0) for name, stage in config.stages.items()},
         "checkpoint.every_steps": (config.checkpoint.every_steps, 0),
         "checkpoint.keep": (config.checkpoint.keep, 1),
@@ -178,22 +180,9 @@ def _expert_ranks(facts: Facts) -> list[Problem]:
     return problems
 
 
-def _sequence_ranks(facts: Facts) -> list[Problem]:
-    """A row's slices need whole groups of ranks, and each rank of a group some heads of its own."""
-    config, base, problems = facts.config, facts.base, []
-    sizes = {"parallel.sp": config.parallel.sp}
-    sizes |= {f"stages.{name}.sp": stage.sp for name, stage in config.stages.items() if stage.sp}
-    for key, sp in sizes.items():
-        if sp > 1 and facts.ranks % sp:
-            fits = ", ".join(str(n) for n in _divisors(facts.ranks))
-            allowed = f"it must divide the {facts.ranks} ranks, as each group of so many holds one row"
-            problems.append(_problem(key, sp, allowed, f"One of {fits} does"))
-        if sp > 1 and base is not None and base.text.num_attention_heads % sp:
-            heads = base.text.num_attention_heads
-            fits = ", ".join(str(n) for n in _divisors(heads))
-            allowed = f"it must divide the {heads} attention heads of {base.name}, of which each rank takes its share"
-            problems.append(_problem(key, sp, allowed, f"One of {fits} does"))
-    return problems
+def _long_rows(facts: Facts) -> list[Problem]:
+    """Ranks that share rows, and what saves memory over long ones."""
+    return [*sequence_problems(facts.config, facts.base, ranks=facts.ranks), *memory_problems(facts.config)]
 
 
 def _context(facts: Facts) -> list[Problem]:
@@ -270,7 +259,7 @@ CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _sources,
     _steps_divide,
     _expert_ranks,
-    _sequence_ranks,
+    _long_rows,
     _context,
     _balance,
     _adapters,

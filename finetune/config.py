@@ -100,6 +100,9 @@ class ParallelConfig:
     # ranks over which a layer's experts are spread; auto: the fastest that fits by the planner
     ep: int = field(default=1, metadata={"auto": 0})
     sp: int = 1  # ranks that hold slices of one packed row; with it a row may be longer than one rank can hold
+    offload_activations: bool = False  # what recomputed layers keep for backward waits in host memory
+    # norms and experts take so many tokens at a time, the experts once more in backward; 0: all of them at once
+    tile_tokens: int = 0
     resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
     recompute: Literal["none", "layer", "selective", "auto"] = "selective"  # auto: the fastest that fits
 

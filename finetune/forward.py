@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from data.batch import Batch
 from data.vision import VisionSpec, normalise
 from finetune.loss import Losses, Normalise, row_losses, tile_head
+from finetune.offload import offloaded
 from finetune.sequence import SequenceGroup, divisible, own_part, own_valid
 from finetune.sequence_vision import deliver, delivery, shares
 
@@ -47,6 +48,8 @@ class PackedModel(nn.Module):
         tile_head(model)
         self.model, self.spec, self.normalise = model, spec, normalise
         self.sequence: SequenceGroup | None = None
+        self.host_from_bytes: int | None = None
+        """Inputs of layers of this size and more wait for backward in host memory; None: on the device."""
 
     def forward(self, batch: Batch, measure: Measure | None = None) -> Any:
         """Return the losses of one packed row, or of this rank's slice; every rank must call this equally often.
@@ -76,9 +79,10 @@ class PackedModel(nn.Module):
         if self.sequence is not None:
             seen["sequence"] = self.sequence  # transformers hands it down to the attention
         # no mask, no cache: with either, attention would leak between the samples of the row
-        out = self.model.model(
-            input_ids=batch.input_ids[:, part], attention_mask=None, use_cache=False, **seen, **batch.attention
-        )
+        with offloaded(self.host_from_bytes):
+            out = self.model.model(
+                input_ids=batch.input_ids[:, part], attention_mask=None, use_cache=False, **seen, **batch.attention
+            )
         hidden_TD: Tensor = out.last_hidden_state[0]
         return hidden_TD
 

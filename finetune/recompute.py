@@ -5,10 +5,13 @@ from typing import Any, Literal
 from moe.recompute import KEPT, contexts
 
 
-def set_recompute(model: Any, mode: Literal["none", "layer", "selective", "auto"]) -> None:
+def set_recompute(
+    model: Any, mode: Literal["none", "layer", "selective", "auto"], *, host_from_bytes: int | None = None
+) -> None:
     """Recompute every decoder layer, and vision block that trains, in `layer` or `selective`; none in `none`.
 
-    Non-reentrant: hooks run once a pass, and a layer whose input needs no gradient still trains.
+    What layers keep, from `host_from_bytes` on, waits in host memory; None: on the device. Non-reentrant: hooks run
+    once a pass, and a layer whose input needs no gradient still trains.
     """
     if mode == "auto" or mode not in ("none", *KEPT):
         raise ValueError(f"parallel.recompute: {mode!r} is not one of none, {', '.join(KEPT)}")
@@ -21,7 +24,9 @@ def set_recompute(model: Any, mode: Literal["none", "layer", "selective", "auto"
     if mode == "none":
         model.activation_checkpointing_disable()
         return
-    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts(mode)})
+    model.activation_checkpointing_enable(
+        {"use_reentrant": False, "context_fn": contexts(mode, host_from_bytes=host_from_bytes)}
+    )
     # transformers makes the embeddings require a gradient, for reentrant checkpoints: below a frozen base that is a
     # backward through the first layer for nothing
     model.disable_input_require_grads()

@@ -21,12 +21,15 @@ from finetune.hub import model_folder
 from finetune.model import ModelOptions
 from finetune.ranks import barrier, rank_and_world
 from finetune.reading import rank_shares
+from finetune.recompute import set_recompute
 from finetune.residency import choose_resident
 from finetune.sequence import SequenceGroup
 from finetune.shapes import parameter_shapes
 from finetune.stages import longest_pack, run_stages
+from finetune.tiled_norm import tile_norms
 from finetune.varlen import machine, register
 from moe.balance import Balance
+from moe.host import LEAST_BYTES
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions
 
@@ -64,6 +67,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         dispatch=config.moe.dispatch,
         deepep_max_tokens=-(-longest // config.parallel.sp),
         seed=config.run.seed,
+        tiles=_tiles(config),
     )
     options = ModelOptions(
         ep_size=config.parallel.ep,
@@ -74,6 +78,25 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         context=extension(config.context, base),
     )
     return settle(config.adapters, options)
+
+
+def _tiles(config: RunConfig) -> int:
+    """Parts in which a rank's tokens go through the experts: by the longest rows, so that all ranks make as many."""
+    tile = config.parallel.tile_tokens
+    tokens = max(-(-stage.data.tokens_per_pack // stage.sp) for stage in run_stages(config))
+    return -(-tokens // tile) if tile else 1
+
+
+def save_memory(packed: PackedModel, config: RunConfig) -> str:
+    """Switch on what trades time for memory over long rows, and say it."""
+    parallel = config.parallel
+    host_from_bytes = LEAST_BYTES if parallel.offload_activations else None
+    set_recompute(packed.model, parallel.recompute, host_from_bytes=host_from_bytes)
+    packed.host_from_bytes = host_from_bytes
+    norms = tile_norms(packed.model, parallel.tile_tokens) if parallel.tile_tokens else 0
+    tiled = f"; {norms} norms in tiles of {parallel.tile_tokens:,} tokens, experts in {_tiles(config)} tiles a row"
+    where = ", kept in host memory" if host_from_bytes else ""
+    return f"activations: recompute {parallel.recompute}{where}" + (tiled if parallel.tile_tokens else "")
 
 
 def engine_options(config: RunConfig) -> EngineOptions:

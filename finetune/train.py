@@ -44,11 +44,18 @@ from finetune.provenance import Provenance
 from finetune.rank_log import RankLog
 from finetune.ranks import barrier, rank_and_world, sum_over_ranks
 from finetune.recipes import effective, load
-from finetune.recompute import set_recompute
 from finetune.rehearse import rehearse
 from finetune.sequence import sequence_groups
 from finetune.sequence_attention import use_sequence
-from finetune.setup import context_lines, engine_options, fetch_base, make_balance, model_options, share_rows
+from finetune.setup import (
+    context_lines,
+    engine_options,
+    fetch_base,
+    make_balance,
+    model_options,
+    save_memory,
+    share_rows,
+)
 from finetune.stages import run_stages, stage_of
 from finetune.steps import RunData
 from finetune.track import Tracker
@@ -91,8 +98,8 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     foresight = Foresight(config, base, folder, say=say)
     foresight.weights(loaded.bytes_held)
     say(check_rotary(empty.module, base, empty.context))
-    set_recompute(empty.module, config.parallel.recompute)
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
+    say(save_memory(packed, config))
     engine = initialize(packed, options, trained_groups(empty, config, stages))
     engine.train()
     torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state

@@ -18,12 +18,13 @@ from deepspeed.module_inject import auto_ep_comm
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moe import dispatch as all_to_all
 from moe.experts import ExpertLora, GroupedExperts
 from moe.layout import check_ep, expert_range
 from moe.names import LAYERS
-from moe.recompute import kept
+from moe.recompute import contexts, kept
 from moe.router import Router, RouterOptions
 
 BalanceCall = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -41,6 +42,11 @@ class LayerOptions:
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
     deepep_max_tokens: int = 0
     """Most tokens a rank may bring in one micro-batch; DeepEP sizes its buffer by it."""
+    tiles: int = 1
+    """So many parts of a row's tokens go through the experts one after the other, and are computed again in backward.
+
+    The same number on every rank of an expert-parallel group, however many tokens each has: they exchange rows.
+    """
     seed: int = 0
 
 
@@ -110,10 +116,23 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         if self.options.dispatch == "deepep":
             y_TD: Tensor = self._deepep_route(x_TD, RouterOutput(scores_TK, topk_TK, None))
         else:
-            plan = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)
-            y_RD = self.experts(all_to_all.dispatch(x_TD, plan), plan.counts_L)
-            y_TD = all_to_all.combine(y_RD, scores_TK.to(x_TD.dtype), plan)
+            y_TD = self._by_tiles(x_TD, topk_TK, scores_TK.to(x_TD.dtype))
         return y_TD.view_as(hidden_states)
+
+    def _by_tiles(self, x_TD: Tensor, topk_TK: Tensor, scores_TK: Tensor) -> Tensor:
+        """Compute all tokens at once, or tile by tile, so that only one tile's routed rows exist at a time."""
+        if self.options.tiles == 1:
+            return self._exchange(x_TD, topk_TK, scores_TK)
+        tiles = zip(*(tensor.tensor_split(self.options.tiles) for tensor in (x_TD, topk_TK, scores_TK)), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._exchange(*tile) for tile in tiles])
+        again = contexts("layer")
+        return torch.cat([checkpoint(self._exchange, *tile, use_reentrant=False, context_fn=again) for tile in tiles])
+
+    def _exchange(self, x_TD: Tensor, topk_TK: Tensor, scores_TK: Tensor) -> Tensor:
+        plan = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)
+        y_RD = self.experts(all_to_all.dispatch(x_TD, plan), plan.counts_L)
+        return all_to_all.combine(y_RD, scores_TK, plan)
 
     @torch.no_grad()
     def load(self, block: Any) -> None:
@@ -209,6 +228,11 @@ def _check_layout(config: Any, ep_size: int, options: LayerOptions, *, dtype: to
     check_ep(num_experts=config.num_experts, world_size=world, ep=ep_size)
     if config.hidden_act != "silu":
         raise ValueError(f"experts compute SwiGLU, but the config's hidden_act is {config.hidden_act!r}, not 'silu'")
+    if options.tiles > 1 and options.dispatch == "deepep":
+        raise ValueError(
+            "parallel.tile_tokens exchanges rows tile by tile, but moe.dispatch: deepep exchanges all at once. "
+            "Use moe.dispatch: all_to_all, or parallel.tile_tokens: 0"
+        )
     if options.dispatch not in ("all_to_all", "deepep"):
         raise ValueError(f"moe.dispatch: {options.dispatch!r} is not one of all_to_all, deepep")
     if options.dispatch == "deepep":

@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from moe.host import HostCopy, to_host, worth_moving
+
 T = TypeVar("T")
 Recompute = Literal["none", "layer", "selective"]
 
@@ -38,13 +40,21 @@ UNREAD: dict[str, frozenset[str]] = {
 _current = threading.local()
 
 
-def contexts(mode: Recompute) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
-    """Return the `context_fn` of torch's non-reentrant checkpoint for `layer` or `selective`."""
+def contexts(
+    mode: Recompute, *, host_from_bytes: int | None = None
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """Return the `context_fn` of torch's non-reentrant checkpoint for `layer` or `selective`.
+
+    What is kept and has at least `host_from_bytes` waits in host memory; None: nothing does.
+    """
     names, unread = KEPT[mode], UNREAD[mode]
 
     def context_fn() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         store: dict[str, deque[Any]] = {}
-        return _Pass(names, unread, store, again=False), _Pass(names, unread, store, again=True)
+        return (
+            _Pass(names, unread, store, again=False, host_from_bytes=host_from_bytes),
+            _Pass(names, unread, store, again=True),
+        )
 
     return context_fn
 
@@ -71,19 +81,28 @@ def unread(name: str, compute: Callable[[], Tensor], shape_of: Callable[[], Tens
 class _Pass(AbstractContextManager[None]):
     """One pass over a checkpointed region; both passes share the store, which dies with the region's graph."""
 
-    def __init__(self, names: frozenset[str], unread: frozenset[str], store: dict[str, deque[Any]], *, again: bool):
+    def __init__(
+        self, names: frozenset[str], unread: frozenset[str], store: dict[str, deque[Any]], *, again: bool,
+        host_from_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        self.host_from_bytes = host_from_bytes
         self.names, self.unread, self.store, self.again = names, unread, store, again
         self.outer: _Pass | None = None
 
     def first_value(self, name: str, value: T) -> T:
         is_tensor = isinstance(value, Tensor)
-        entry = (value.detach(), value.requires_grad) if isinstance(value, Tensor) else (value, None)
+        entry = (self._held(value.detach()), value.requires_grad) if isinstance(value, Tensor) else (value, None)
         self.store.setdefault(name, deque()).append((is_tensor, entry))
         return value
+
+    def _held(self, value: Tensor) -> Tensor | HostCopy:
+        moves = self.host_from_bytes is not None and worth_moving(value, self.host_from_bytes)
+        return to_host(value) if moves else value
 
     def again_value(self, name: str) -> Any:
         assert self.store.get(name), f"the second pass asks for {name!r} more often than the first pass made it"
         is_tensor, (value, requires_grad) = self.store[name].popleft()
+        value = value.back() if isinstance(value, HostCopy) else value
         # a tensor that took part in the graph must do so again, or other operations would save other tensors
         return value.requires_grad_(requires_grad) if is_tensor and requires_grad and torch.is_grad_enabled() else value
 

@@ -1,6 +1,5 @@
 """What one rank does for the tests of sequence parallelism: steps of packed rows, their losses, gradients and load."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ from finetune.resident import make_resident
 from finetune.sequence import counted_once, sequence_group
 from finetune.sequence_attention import use_sequence
 from finetune.setup import share_rows
+from finetune.tiled_norm import tile_norms
 from finetune.varlen import register
 from moe.balance import Balance
 from moe.config import BalanceMode
@@ -50,7 +50,9 @@ class Case:
     balance: BalanceMode = "global"
     length: int = 9
     """Of the text behind a sample's media: decides whether rows divide by sp."""
-    change: Callable[[PackedModel], None] | None = None
+    tile: int = 0
+    """Tokens of a tile of norms; the experts then take three tiles."""
+    offload: bool = False
 
 
 @dataclass(kw_only=True)
@@ -99,7 +101,14 @@ def run(rank: int, world: int, case: Case) -> Outcome:
         mode=case.balance, coefficient=0.1, z_coefficient=0.01, layers=text.num_hidden_layers,
         experts=text.num_experts, top_k=text.num_experts_per_tok, device=torch.device("cpu"),
     )  # fmt: skip
-    options = LayerOptions(experts="lora", lora=LORA, router=RouterOptions(mode="full"), resident=case.resident, seed=3)
+    options = LayerOptions(
+        experts="lora",
+        lora=LORA,
+        router=RouterOptions(mode="full"),
+        resident=case.resident,
+        seed=3,
+        tiles=3 if case.tile else 1,
+    )
     for layer in replace_moe_blocks(model, ep_size=case.ep, options=options, balance=balance):
         start_factors(layer)
     if case.resident:
@@ -110,8 +119,10 @@ def run(rank: int, world: int, case: Case) -> Outcome:
         use_sequence(model, [group.size], case.backend)
     packed = PackedModel(model, spec=SPEC, normalise=case.how)
     share_rows(packed, balance, group)
-    if case.change is not None:
-        case.change(packed)
+    if case.tile:
+        assert tile_norms(model, case.tile) == 2 * text.num_hidden_layers + 1
+    if case.offload:
+        packed.host_from_bytes = 1
     data_size, data_rank = world // case.sp, rank // case.sp
     micro = 2 // data_size
     engine_options = EngineOptions(
@@ -119,7 +130,7 @@ def run(rank: int, world: int, case: Case) -> Outcome:
         persistence_threshold=1_000_000 if case.resident else 0,
     )  # fmt: skip
     engine = initialize(packed, engine_options)
-    set_recompute(model, case.recompute)
+    set_recompute(model, case.recompute, host_from_bytes=packed.host_from_bytes)
     packed.train()
     out = Outcome()
 

@@ -18,12 +18,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from finetune.sequence import SequenceGroup, divisible, own_part, own_valid, sequence_group
 from finetune.sequence_attention import NAMES, key_copies, use_sequence
 from finetune.sequence_vision import delivery, shares
+from moe.parallel import LayerOptions, replace_moe_blocks
 
 CASES = {
     (2, "sp 2, ep 1"): Case(sp=2, how="sqrt"),
     (2, "sp 2, ep 2, recompute selective"): Case(sp=2, ep=2, recompute="selective", length=10),
     (2, "sp 2, partitioned, sdpa, recompute by layer"): Case(
         sp=2, ep=2, resident=False, backend="sdpa", recompute="layer", balance="micro"
+    ),
+    (2, "sp 2, tiled and offloaded, recompute by layer"): Case(
+        sp=2, ep=2, tile=5, offload=True, recompute="layer", how="sqrt"
+    ),
+    (2, "sp 2, partitioned, tiled and offloaded, selective"): Case(
+        sp=2, ep=2, tile=7, offload=True, recompute="selective", resident=False, length=10
     ),
     (4, "sp 2, ep 2"): Case(sp=2, ep=2, how="sample"),
     (4, "sp 4, ep 4, more slices than key heads"): Case(sp=4, ep=4, recompute="selective"),
@@ -130,6 +137,8 @@ def test_refusals() -> None:
     use_sequence(model, [2], "sdpa")
     with pytest.raises(ValueError, match="called without the borders of its samples"):
         model.model(input_ids=torch.arange(8)[None])
+    with pytest.raises(ValueError, match="tile_tokens exchanges rows tile by tile, but moe.dispatch: deepep"):
+        replace_moe_blocks(adapted_model(), ep_size=1, options=LayerOptions(tiles=2, dispatch="deepep"))
     batch = row("i")
     wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
     with pytest.raises(ValueError, match=r"s/i: the row has 0 tokens for images and videos, their patches make 6"):
