@@ -14,8 +14,9 @@ from finetune.trained import Tensor, frozen_tensors, trained_tensors
 
 PERSISTENCE = 1_000_000
 BUCKET = (1_000_000, 100_000_000)
-LIVE = REUSE = 1_000_000_000
-"""The engine's settings, in elements: whole between steps below; least and most of the bucket; gathered at once."""
+REUSE, AHEAD = 1_000_000_000, 1.2
+"""The engine's settings, in elements: whole between steps below; least and most of the bucket; within so many a
+weight is used again and stays whole; so many layers are fetched ahead."""
 RESERVE_BYTES, RESERVE_SHARE = 1.5e9, 0.03
 """Outside tensors on a GPU: context, kernels and communicators; and what the allocator cannot reuse."""
 
@@ -248,5 +249,6 @@ def largest_layer(layout: Layout, tensors: Sequence[Tensor]) -> int:
 def _gather(layout: Layout, trained: Sequence[Tensor], frozen: Sequence[Tensor]) -> int:
     """Elements that partitioned weights take while they are whole."""
     parts = [*trained, *(() if layout.resident else frozen)]
-    live = max(LIVE, 4 * largest_layer(layout, parts))
-    return min(sum(tensor.elements for tensor in gathered(parts, layout)), live)
+    wide = [tensor.elements for tensor in gathered(parts, layout)]
+    live = layout.reuse + max([AHEAD * largest_layer(layout, parts), *wide])
+    return min(sum(wide), int(live))

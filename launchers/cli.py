@@ -17,6 +17,7 @@ COMMANDS = {
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "plan": "what a run takes before it runs: memory, traffic, time, cost; --fit proposes a layout",
     "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
+    "doctor": "known traps before GPUs are taken; the nodes together; why a run hung or died",
     "launch": "the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, from one profile a cluster",
     "merge": "a base and an adapter into one model folder in the hub's layout, and the proof of it",
     "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",

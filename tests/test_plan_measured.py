@@ -1,6 +1,7 @@
 """The planner against real engines on ranks: what it says they hold, need at most and send, and what they do."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import plan_session
@@ -28,15 +29,20 @@ def _case(ep: int, resident: str, recompute: str, *more: str, sp: int = 1, super
     return Case(words=(*FROZEN, *words, *more), samples=SAMPLES, supervised=supervised, persistence=SMALL)
 
 
-TWO = [
-    _case(1, "frozen", "none"),
-    replace(_case(1, "none", "layer"), reuse=0),
-    _case(2, "frozen", "selective", supervised=1),
-    _case(2, "none", "none", "adapters.experts.mode=frozen"),
-    _case(2, "none", "selective", "adapters.experts.r=16", "adapters.router.mode=full"),
-    _case(2, "frozen", "layer", sp=2),
-]
-FOUR = [_case(2, "none", "layer"), _case(4, "frozen", "none", sp=2)]
+CASES = {
+    2: [
+        replace(_case(1, "none", "layer"), reuse=0),
+        _case(2, "frozen", "selective", supervised=1),
+        _case(2, "none", "none", "adapters.experts.mode=frozen"),
+        _case(2, "frozen", "layer", sp=2),
+    ],
+    4: [
+        _case(1, "frozen", "none"),
+        _case(2, "none", "selective", "adapters.experts.r=16", "adapters.router.mode=full"),
+        _case(2, "none", "layer"),
+        _case(4, "frozen", "none", sp=2),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +52,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def measured(base: Path) -> dict[tuple[int, Case], list[Measured]]:
-    found = {}
-    for world, cases in ((2, TWO), (4, FOUR)):
-        ranks = run_ranks(plan_session.session, world, base, cases, timeout=240)
-        found |= {(world, case): [rank[number] for rank in ranks] for number, case in enumerate(cases)}
-    return found
+@cache
+def _measured(base: Path, world: int) -> list[list[Measured]]:
+    """Of each case, every rank's."""
+    ranks = run_ranks(plan_session.session, world, base, CASES[world], timeout=240)
+    return [list(of_case) for of_case in zip(*ranks, strict=True)]
 
 
 def _planned(base: Path, world: int, case: Case) -> tuple[Family, Layout, Memory, dict[str, int]]:
@@ -78,13 +82,17 @@ def _planned(base: Path, world: int, case: Case) -> tuple[Family, Layout, Memory
     return family, layout, memory(config, family, layout), sent
 
 
-EVERY = [*((2, case) for case in TWO), *((4, case) for case in FOUR)]
-NAMES = [f"{world} ranks, {' '.join(word.partition('.')[2] for word in case.words[3:])}" for world, case in EVERY]
+EVERY = [
+    pytest.param(world, number, id=f"{world} ranks, {' '.join(word.partition('.')[2] for word in case.words[3:])}",
+                 marks=[pytest.mark.slow] if world == 4 else [])
+    for world, cases in CASES.items()
+    for number, case in enumerate(cases)
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "case"), EVERY, ids=NAMES)
-def test_what_ranks_hold_need_and_send(world: int, case: Case, base: Path, measured) -> None:
-    ranks = measured[world, case]
+@pytest.mark.parametrize(("world", "number"), EVERY)
+def test_what_ranks_hold_need_and_send(world: int, number: int, base: Path) -> None:
+    ranks, case = _measured(base, world)[number], CASES[world][number]
     _, _, planned, sent = _planned(base, world, case)
     for rank in ranks:  # to the byte
         assert planned.always["masters"] == rank.masters

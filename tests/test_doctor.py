@@ -1,0 +1,283 @@
+"""Every finding of the doctor, provoked; the nodes together for real; and pages of runs that hung or died."""
+
+import json
+import pickle
+import resource
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from starts import environment, toy_run
+
+from finetune.autopsy import page
+from finetune.cluster_check import RankFacts, findings
+from finetune.doctor import (
+    base_findings,
+    descriptor_findings,
+    disk_findings,
+    driver_findings,
+    installed_versions,
+    kernel_findings,
+    memory_findings,
+    shard_findings,
+    version_findings,
+    wandb_findings,
+)
+from finetune.recipes import load
+from launchers.cli import main
+
+GOOD = installed_versions()
+
+
+def _config(*words: str):
+    config, problems = load("tiny-cpu", words)
+    assert not problems
+    return config
+
+
+def test_this_machine_s_versions_are_good() -> None:
+    assert list(version_findings(GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "text", "remedy"),
+    [
+        ({"torch": "2.9.1+cu128"}, "Conv3d makes the vision tower 10 to 20 times slower", "torch>=2.13"),
+        ({"torch": "2.12.0"}, "torch 2.12.0 is older than 2.13", "torch>=2.13"),
+        ({"deepspeed": "0.19.3"}, "deepspeed 0.19.3 is older than 0.19.8", "leak"),
+        ({"deepspeed": "0.20.0"}, "was not looked at", "0.19.8"),
+        ({"transformers": "6.0.1"}, "its model code was not looked at", "<6"),
+        ({"peft": "0.18.0"}, "older than 0.21", "expert stacks"),
+        ({"flash-attn": "2.5.8"}, "older than 2.8", "torch's own kernel"),
+        ({"nvidia-nccl-cu12": "2.21.5"}, "older than 2.27", "brings its own"),
+    ],
+)
+def test_versions(installed, text, remedy) -> None:
+    found = "\n".join(map(str, version_findings(GOOD | installed)))
+    assert text in found
+    assert remedy in found
+
+
+def test_a_missing_package() -> None:
+    without = {name: have for name, have in GOOD.items() if name != "peft"}
+    assert "peft is not installed" in str(next(version_findings(without)))
+
+
+def test_kernels_that_are_asked_for_and_absent() -> None:
+    none = {"deep_ep": False, "flash_attn": False}
+    assert list(kernel_findings(_config(), present=none)) == []
+    (deep,) = kernel_findings(_config("moe.dispatch=deepep"), present=none)
+    assert "moe.dispatch=all_to_all" in deep.remedy
+    (flash,) = kernel_findings(_config("model.attention=flash_attention_2"), present=none)
+    assert "model.attention=auto" in flash.remedy
+
+
+@pytest.mark.parametrize(
+    ("smi", "text"),
+    [
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "NVIDIA-SMI has failed"),
+        ("NVIDIA H100, 550.90, 9.0, 3, 81559\nNVIDIA A100, 550.90, 8.0, 3, 81920", "GPUs of different kinds"),
+        ("NVIDIA H100, 535.10, 9.0, 3, 81559", "driver 535.10 is older than 550.54"),
+        ("NVIDIA A100, 550.90, 8.0, 3, 81559", "compute capability 8.0"),
+        ("NVIDIA H100, 550.90, 9.0, 70123, 81559", "GPU 0 has 70,123 MiB in use already"),
+    ],
+)
+def test_driver(smi: str, text: str) -> None:
+    assert text in "\n".join(map(str, driver_findings(smi)))
+    assert list(driver_findings(None)) == []
+    assert list(driver_findings("NVIDIA H100, 550.90, 9.0, 3, 81559")) == []
+
+
+def test_shared_memory_disk_and_descriptors(tmp_path: Path) -> None:
+    assert "--ipc=host" in str(next(memory_findings(tmp_path, ranks=10**6)))
+    assert list(memory_findings(tmp_path, ranks=0)) == []
+    assert "checkpoint.keep" in str(next(disk_findings(tmp_path / "runs" / "x", wanted=10**18)))
+    assert list(disk_findings(tmp_path, wanted=1)) == []
+    assert "cannot be written" in "\n".join(map(str, disk_findings(Path("/proc/self"), wanted=0)))
+    assert "ulimit -n" in str(next(descriptor_findings(1024)))
+    assert list(descriptor_findings(resource.RLIM_INFINITY)) == []
+
+
+def test_descriptors_of_this_process_are_looked_at(tmp_path: Path) -> None:
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512));"
+            "from launchers.cli import main; sys.exit(main(['doctor', '--json']))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "at most 512 files" in json.loads(done.stdout)["findings"][-1]["text"]
+
+
+def test_base_and_shards(tmp_path: Path) -> None:
+    toy_run(tmp_path)
+    base, rows = f"model.path={tmp_path / 'base'}", f"data.sources.general.path={tmp_path / 'rows.jsonl'}"
+    assert list(base_findings(_config(base))) == []
+    assert "model.path is not set" in str(next(base_findings(_config())))
+    (weights,) = (tmp_path / "base").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "verify-base" in str(next(base_findings(_config(base))))
+    weights.unlink()
+    assert list(base_findings(_config(base)))
+    config = _config(base, rows)
+    assert list(shard_findings(config, ranks=1)) == []
+    assert "does not exist" in str(next(shard_findings(_config("data.sources.general.path=/nowhere"), ranks=1)))
+    shard = tmp_path / "shards" / "000.tar"
+    shard.parent.mkdir()
+    shard.write_bytes(b"x" * 3000)
+    cut = _config(f"data.sources.general.path={shard}")
+    assert "is cut off (3,000 bytes" in str(next(shard_findings(cut, ranks=1)))
+    with shard.open("wb") as file:  # a large one of zeros takes no room on the disk
+        file.truncate(2 * 10**9 // 512 * 512)
+    assert "`moetune shards split` cuts them smaller" in str(next(shard_findings(cut, ranks=8)))
+
+
+def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    online = _config("track.wandb=online")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        (login,) = wandb_findings(online, url=f"http://127.0.0.1:{port}")
+        assert "nobody is logged in" in str(login)
+    away = "\n".join(map(str, wandb_findings(online, url=f"http://127.0.0.1:{port}", timeout=1)))
+    assert "cannot be reached" in away
+    assert list(wandb_findings(_config(), url="http://127.0.0.1:1")) == []
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy_run(tmp_path)
+    words = ["doctor", "tiny-cpu", "model.path=base", "data.sources.general.path=rows.jsonl"]
+    assert main(words) in (0, 3)  # as the machine is
+    assert "base:" not in capsys.readouterr().out
+    assert main([*words, "model.path=elsewhere", "--json"]) in (2, 3)
+    assert main(["doctor", "--cluster", "--nnodes", "2"]) == 2
+    assert "needs --rdzv-endpoint" in capsys.readouterr().err
+
+
+# --- the nodes together
+
+
+def _rank(rank: int, **more) -> RankFacts:
+    plain = RankFacts(
+        rank=rank, host=f"node-{rank}", address=f"10.0.0.{rank + 1}", device="H100", versions="torch 2.13", network={},
+        clock_offset=0.0, matmul=6e14, all_reduce=4e10, all_to_all=4e10, beside=3e11,
+    )  # fmt: skip
+    return replace(plain, **more)
+
+
+@pytest.mark.parametrize(
+    ("odd", "text"),
+    [
+        ({"versions": "torch 2.12"}, "versions: nodes differ"),
+        ({"device": "A100"}, "device: nodes differ"),
+        ({"network": {"NCCL_SOCKET_IFNAME": "docker0"}}, "NCCL_SOCKET_IFNAME differs between nodes"),
+        ({"address": "172.17.0.2"}, "node-3 would speak through an address that others cannot reach"),
+        ({"clock_offset": -61.0}, "the clock of node-3 is -61.0 s from rank 0's"),
+        ({"matmul": 3e14}, "slow node: node-3 reaches 300.00 of matmul where nodes usually reach 600.00"),
+        ({"all_to_all": 1e10}, "node-3 reaches 10.00 of all_to_all"),
+        ({"beside": 1e10}, "node-3 reaches 10.00 of beside"),
+    ],
+)
+def test_what_is_found_between_nodes(odd, text) -> None:
+    nodes = [_rank(rank) for rank in range(4)]
+    assert findings(nodes) == []
+    assert text in "\n".join(map(str, findings([*nodes[:3], replace(nodes[3], **odd)])))
+
+
+def test_two_ranks_measure_each_other(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.cli", "doctor", "--cluster", "--ranks", "2", "--json"], cwd=tmp_path,
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    ranks = json.loads(done.stdout.strip().splitlines()[-1])["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    assert all(rank[what] > 0 for rank in ranks for what in ("all_reduce", "all_to_all", "beside", "matmul"))
+    assert ranks[0]["network"]["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+# --- why did it hang or die?
+
+STACK = 'Current thread 0x01 (most recent call first):\n  File "/x/moe/dispatch.py", line 9 in exchange\n'
+ELSEWHERE = 'Current thread 0x01 (most recent call first):\n  File "/x/data/frames.py", line 7 in decode\n'
+
+
+def _run(folder: Path, ranks: int = 3, **beat) -> Path:
+    logs = folder / "logs"
+    logs.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {}\n")
+    for rank in range(ranks):
+        here = {"rank": rank, "host": f"node-{rank}", "pid": 1, "time": 1000.0, "step": 7, "stage": "backward",
+                "samples": [f"s/{rank}"], "collective": None}  # fmt: skip
+        (logs / f"rank-{rank:04d}.json").write_text(json.dumps(here | beat))
+        (logs / f"rank-{rank:04d}.log").write_text(f"rank {rank} says\n")
+    return folder
+
+
+def _page(folder: Path, now: float = 1005.0) -> str:
+    lines, wrong = page(folder, now=now)
+    assert wrong
+    return "\n".join(lines)
+
+
+def _put(folder: Path, name: str, **values) -> None:
+    (folder / "logs" / name).write_text(json.dumps(values))
+
+
+def test_the_rank_that_failed_first_leads_the_page(tmp_path: Path) -> None:
+    run = _run(tmp_path / "r")
+    _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="lost", message="Connection closed by peer")
+    _put(run, "failure-0002.json", rank=2, host="node-2", time=1002.0, kind="failed", message="CUDA out of memory")
+    said = _page(run, now=1100.0)
+    assert said.index("rank 2 on node-2 ended first (failed): CUDA out of memory") < said.index(
+        "rank(s) 0 ended after it"
+    )
+    assert "rank(s) 1 left no word: killed from outside" in said
+    assert "rank 2 says" in said
+
+
+def test_a_rank_that_others_wait_for_is_named_with_its_samples_and_stack(tmp_path: Path) -> None:
+    run = _run(tmp_path / "r")
+    _put(run, "rank-0001.json", rank=1, host="node-1", time=1000.0, step=7, stage="data", samples=["s/bad.mp4"])
+    for rank in range(3):
+        (run / "logs" / f"rank-{rank:04d}.stack").write_text(ELSEWHERE if rank == 1 else STACK)
+    said = _page(run)
+    assert "rank 1 is in step 7, data, most are in step 7, backward: they wait for it; its samples: s/bad.mp4" in said
+    assert "rank 1 stands in decode (frames.py:7), others in exchange (dispatch.py:9)" in said
+
+
+def test_flight_recorders_are_laid_side_by_side(tmp_path: Path) -> None:
+    run = _run(tmp_path / "r")
+    for rank, number in ((0, 41), (1, 41), (2, 40)):
+        entry = {
+            "collective_seq_id": number,
+            "profiling_name": f"nccl:op{number}",
+            "state": "started",
+            "input_sizes": [[8]],
+        }
+        (run / "logs" / f"flight-{rank}").write_bytes(pickle.dumps({"entries": [entry]}))
+    said = _page(run)
+    assert "collective 41 (nccl:op41, started) was issued by some ranks, while rank(s) 2 stand at 40" in said
+    (run / "logs" / "flight-0").write_bytes(pickle.dumps({"entries": [Path("x")]}))  # no plain value: not opened
+    assert "collective 41" in _page(run)
+
+
+def test_runs_of_which_nothing_is_known_or_all_is_well(tmp_path: Path, capsys) -> None:
+    run = _run(tmp_path / "r")
+    assert "stopped from outside" in _page(run, now=5000.0)
+    _put(run, "outcome.json", outcome="done", step=9)
+    assert page(run, now=5000.0)[1] is False
+    assert main(["doctor", str(run)]) == 0
+    assert "nothing is wrong that ranks could tell" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").write_text("")
+    assert main(["doctor", str(tmp_path / "empty"), "--json"]) == 3
+    assert "no rank has left anything" in json.loads(capsys.readouterr().out)["page"][0]
+
+
+def test_a_cut_off_heartbeat_is_passed_over(tmp_path: Path) -> None:
+    run = _run(tmp_path / "r")
+    (run / "logs" / "rank-0000.json").write_text('{"rank": 0, "st')
+    assert "stopped from outside" in _page(run, now=9000.0)
