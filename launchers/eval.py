@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     """Ask, score, print the table; 3 when a bound is missed, 1 when the server fails."""
     from finetune import answers
     from finetune.endpoint import EndpointError
+    from finetune.scores import find_metric
 
+    for word in args.metric:  # before anything is read
+        find_metric(word.rpartition("=")[2])
     questions, reader = answers.find_questions(
         args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir
     )  # fmt: skip
