@@ -21,6 +21,7 @@ COMMANDS = {
     "launch": "the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, from one profile a cluster",
     "merge": "a base and an adapter into one model folder in the hub's layout, and the proof of it",
     "export": "an adapter in the form that a server reads: PEFT's packed one, or 2-D keys expert by expert",
+    "combine": "a weighted sum of adapters, experts included: exact, or of a smaller rank with its error stated",
     "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
     "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, proof",
     "eval": "ask a model or a server held-out questions, and score the answers by source",

@@ -1,0 +1,156 @@
+"""Sums of adapters: the changes are the weighted sum, exactly or as near as the rank allows."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import merge_cases as cases
+import pytest
+import torch
+from bases import base
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from finetune.adapter_file import open_adapter
+from finetune.adapter_source import open_source
+from finetune.basefiles import open_base
+from finetune.combine import combine
+from finetune.merge import merge
+from finetune.merge_plan import plan_merge
+from finetune.provenance import Provenance, base_of
+from finetune.tiny import TinyModel, write_tiny
+from launchers.cli import main
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, change in open_source(folder, open_base(base()).shapes).changes.items():
+        a, b = (factor.double() for factor in change.read())
+        found[name] = change.scale * (b @ a)
+    return found
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a: experts and more, r 4; b: as a, r 6 and other values; c: attention alone."""
+    folder = tmp_path_factory.mktemp("three")
+    cases.adapt(base(), folder / "a")
+    cases.adapt(base(), folder / "b", r=6, size=0.08)
+    model = get_peft_model(cases.stock(base()), LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(folder / "c")
+    return folder
+
+
+def summed(parts: dict[Path, float]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for folder, weight in parts.items():
+        for name, value in deltas(folder).items():
+            found[name] = found.get(name, torch.zeros(())) + weight * value
+    return found
+
+
+# a warning of PEFT about patterns for parameters, which it applies all the same
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_side_by_side_is_the_sum(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {three / "a": 0.7, three / "b": -0.3, three / "c": 1.5}
+    assert main(["combine", str(tmp_path / "out"), *(f"{folder}={weight}" for folder, weight in parts.items())]) == 0
+    assert "exact: the factors lie side by side" in capsys.readouterr().out
+    found, wanted = deltas(tmp_path / "out"), summed(parts)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+    assert {c.r for n, c in open_source(tmp_path / "out").changes.items() if "experts" in n} == {10}
+    model = PeftModel.from_pretrained(cases.stock(base()), tmp_path / "out").eval()
+    merge(plan_merge(open_base(base()), tmp_path / "out"), tmp_path / "merged")
+    logits = cases.logits(model)
+    assert (cases.logits(cases.stock(tmp_path / "merged")) - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_a_smaller_rank_is_the_nearest_and_says_how_near(three: Path, tmp_path: Path, capsys: Any) -> None:
+    parts = {three / "a": 0.5, three / "b": 0.5}
+    wanted, found = summed(parts), combine(parts, tmp_path / "out", rank=5)
+    assert not found.exact
+    got = deltas(tmp_path / "out")
+    lost = total = 0.0
+    for name, value in wanted.items():
+        singular = torch.linalg.svdvals(value)  # of the changes themselves, not of their factors
+        best = float((singular[..., 5:] ** 2).sum())
+        apart = float(((got[name] - value) ** 2).sum())
+        assert apart == pytest.approx(best, rel=1e-4)
+        assert found.errors[name] == pytest.approx((best / float((value**2).sum())) ** 0.5, rel=1e-4)
+        lost, total = lost + apart, total + float((value**2).sum())
+    assert 0.05 < found.error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    words = [f"{folder}={weight}" for folder, weight in parts.items()]
+    assert main(["combine", str(tmp_path / "again"), *words, "--rank", "5"]) == 0
+    assert re.search(rf"{found.error:.2%} off the exact sum over all; most in:\n  model\.", capsys.readouterr().out)
+    assert combine(parts, tmp_path / "enough", rank=10).exact
+
+
+def with_metadata(source: Path, out: Path, metadata: dict[str, str]) -> Path:
+    shutil.copytree(source, out)
+    save_file(load_file(out / WEIGHTS), out / WEIGHTS, metadata=metadata)
+    return out
+
+
+def test_parents_base_and_families_are_in_the_file(three: Path, tmp_path: Path) -> None:
+    told = Provenance(base=open_base(base()), base_name="hub/tiny").metadata()
+    told |= {"moetune.model_type": "qwen3_vl_moe", "moetune.orientation": "experts [out, in]"}
+    a, b = (with_metadata(three / name, tmp_path / name, told) for name in "ab")
+    combine({a: 0.75, b: 0.25}, tmp_path / "out")
+    found = open_adapter(tmp_path / "out")
+    assert base_of(found.metadata) == base_of(told)
+    parents = json.loads(found.metadata["moetune.parent"])
+    assert [(parent["folder"], parent["weight"]) for parent in parents] == [(str(a), 0.75), (str(b), 0.25)]
+    assert {part: (lora.r, lora.scale) for part, lora in found.families.items() if lora} == {
+        "attention": (10, 1.0), "experts": (10, 1.0), "vision_blocks": (10, 1.0)
+    }  # fmt: skip
+    assert f"grew out of: {a} (sha256 `" in (tmp_path / "out" / "README.md").read_text()
+    write_tiny(tmp_path / "other", TinyModel(seed=1))
+    elsewhere = told | Provenance(base=open_base(tmp_path / "other"), base_name="hub/other").metadata()
+    other = with_metadata(three / "b", tmp_path / "b2", elsewhere)
+    with pytest.raises(ValueError, match=r"a was trained on hub/tiny \(.*\), .*b2 on hub/other \(.* fits neither base"):
+        combine({a: 0.5, other: 0.5}, tmp_path / "no")
+
+
+def test_what_cannot_be_summed_is_refused(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = three / "a"
+    for words, text in {
+        (f"{a}",): "is no ADAPTER=WEIGHT",
+        (f"{a}=x",): "is no ADAPTER=WEIGHT",
+        (f"{a}=1",): "a sum needs two adapters or more",
+        (f"{a}=1", f"{a}=2"): "is named twice",
+        (f"{a}=0", f"{three / 'b'}=1"): "its weight is 0.0; a finite number other than 0",
+        (f"{a}=1", f"{three / 'b'}=1", "--rank=-1"): "--rank -1: a number from 1 on",
+    }.items():
+        assert main(["combine", str(tmp_path / "out"), *words]) == 2
+        assert text in capsys.readouterr().err
+    write_tiny(tmp_path / "other", TinyModel(hidden=64))
+    cases.adapt(tmp_path / "other", tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"o_proj.weight is \[48, 64\] in .* and \[64, 64\] in .*different bases"):
+        combine({a: 0.5, tmp_path / "wide": 0.5}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_tensors_are_summed_where_that_needs_no_base(three: Path, tmp_path: Path) -> None:
+    cases.adapt(base(), tmp_path / "full", full=True)
+    shutil.copytree(tmp_path / "full", tmp_path / "twice")
+    tensors = load_file(tmp_path / "twice" / WEIGHTS)
+    (name,) = (key for key in tensors if key.endswith("merger.norm.weight"))
+    first = tensors[name].clone()
+    save_file(tensors | {name: 3 * first}, tmp_path / "twice" / WEIGHTS)
+    combine({tmp_path / "full": 0.75, tmp_path / "twice": 0.25}, tmp_path / "out")
+    assert torch.allclose(load_file(tmp_path / "out" / WEIGHTS)[name], 1.5 * first)
+    with pytest.raises(ValueError, match=r"merger.norm.* is held in full, and .*a does not hold it: such a sum needs"):
+        combine({tmp_path / "full": 0.5, three / "a": 0.5}, tmp_path / "no")
+    with pytest.raises(ValueError, match=r"is held in full, and the weights make 2, not 1"):
+        combine({tmp_path / "full": 1.0, tmp_path / "twice": 1.0}, tmp_path / "no")
+    save_file(tensors | {name: first[:5].clone()}, tmp_path / "twice" / WEIGHTS)
+    with pytest.raises(ValueError, match=r"merger.norm.weight has different shapes in these adapters"):
+        combine({tmp_path / "full": 0.5, tmp_path / "twice": 0.5}, tmp_path / "no")
