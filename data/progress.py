@@ -10,20 +10,20 @@ _LOG_SECONDS = 60.0
 
 
 class Progress:
-    """Shows how many of `total` rows are done; with total 0 only how many."""
+    """Shows how many of `total` rows are done; with total 0 only how many. `rows` is what they are called."""
 
-    def __init__(self, label: str, total: int, *, out: TextIO | None = None) -> None:
-        self._label, self._total = label, total
+    def __init__(self, label: str, total: int, *, rows: str = "rows", out: TextIO | None = None) -> None:
+        self._label, self._total, self._rows = label, total, rows
         self._out = sys.stderr if out is None else out
         self._shown = time.monotonic()
 
-    def __call__(self, done: int, refused: int) -> None:
+    def __call__(self, done: int, refused: int | None = None) -> None:
         """Draws the bar again; in a file a line a minute, and one at the end."""
         text = f"{self._label}: {done}"
         if self._total:
             full = _WIDTH * done // self._total
             text = f"{self._label}: [{'#' * full}{' ' * (_WIDTH - full)}] {done}/{self._total}"
-        text += f" rows, {refused} refused"
+        text += f" {self._rows}" + ("" if refused is None else f", {refused} refused")
         at_end = done >= self._total > 0
         if self._out.isatty():
             self._out.write(f"\r{text}" + ("\n" if at_end else ""))

@@ -1,4 +1,4 @@
-"""Held-out questions, asked and scored: one JSON line an answer, one row a source. Loads no torch.
+"""Held-out questions, asked and scored: one JSON line an answer, one row a source. Torch is loaded for JSONL only.
 
 Who answers is a callable from questions to texts: a loaded model or an endpoint. Controls change what is shown: with
 shuffled media each question gets those of another, with blank ones grey pictures; a model that looks does badly then.
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.corpus import find_shards
-from data.prepare import shards_of_rows
 from data.questions import Question, read_questions
 from data.reader import SampleReader, VideoBytes
 from data.record import Record
@@ -77,6 +76,8 @@ def find_questions(
         if not sign:
             name, path = Path(word).stem, word
         if path.endswith((".jsonl", ".json")):
+            from data.prepare import shards_of_rows  # its decoders take a second to load
+
             if not Path(path).is_file():
                 raise ValueError(f"DATA is {path!r}, which does not exist")
             shards = shards_of_rows(Path(path), Path(path).stem, cache_dir=cache_dir, jobs=jobs, limit=0)

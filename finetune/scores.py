@@ -9,9 +9,11 @@ import json
 import math
 import re
 import string
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.overlaps import iou_at, need, point_in_box, time_iou, time_iou_at
@@ -127,6 +129,8 @@ METRICS = (*_PLAIN, *(f"{name}@t" for name in _AT))
 
 def _of_user(name: str) -> Metric:
     module, _, function = name.partition(":")
+    if str(Path.cwd()) not in sys.path:  # last, so that no file where the user stands hides a package
+        sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -119,14 +119,14 @@ def _collect(found: Any, total: int, out: Path | None) -> list["Scored"]:
 
     from data.progress import Progress
 
-    progress, scored = Progress("answers", total), []
+    progress, scored = Progress("asked", total, rows="questions"), []
     with out.open("w") if out else nullcontext() as file:
         for item in found:
             scored.append(item)
             if file is not None:
                 file.write(json.dumps(item.to_json(), ensure_ascii=False) + "\n")
                 file.flush()
-            progress(len(scored), 0)
+            progress(len(scored))
     return scored
 
 

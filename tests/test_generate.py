@@ -1,5 +1,6 @@
 """Answers of a loaded model: equal to transformers' own pipeline from the media on, alone and in a batch."""
 
+import argparse
 import json
 from dataclasses import replace
 from functools import cache
@@ -27,6 +28,7 @@ from finetune.speaker import open_speaker
 from finetune.tiny import TinyModel, write_tiny
 from finetune.weights import load
 from launchers.cli import main
+from launchers.model_options import load_speaker
 
 SHORT = Sampling(max_tokens=10)
 ASKED = ["text", "image", "images in between", "range", "image and videos"]
@@ -175,6 +177,16 @@ def test_ask_compares_and_takes_the_settings_of_training(tmp_path: Path, capsys:
     assert answers("--adapter", str(full), "--compare")["base"] == plain
     assert main([*words, "--adapter", str(lora), "--compare"]) == 0
     assert capsys.readouterr().out == f"base:\n{both['base']}\nadapted:\n{both['adapted']}\n"
+
+
+def test_an_adapter_trained_on_a_stretched_context_is_asked_on_it(tmp_path: Path):
+    adapter = trained(tmp_path / "adapter", WIDE, {"context": {"yarn": {"factor": 2.0}}})
+    arguments = argparse.Namespace(
+        adapter=adapter, settings=[], config="", device="cpu", dtype="auto", layout="auto", other_base=False
+    )
+    stretched = load_speaker(str(base()), arguments, adapter=adapter)
+    assert stretched.module.config.text_config.rope_parameters["rope_type"] == "yarn"
+    assert speaker().module.config.text_config.rope_parameters["rope_type"] == "default"
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_named(tmp_path: Path):

@@ -141,7 +141,8 @@ def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "my_metrics.py").write_text(
         "def close(a, r): return abs(float(a) - float(r[0])) < 1\nwrong = lambda a, r: 2\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     assert find_metric("my_metrics:close")("3.5", ["3"]) == 1.0
     with pytest.raises(ValueError, match="my_metrics:wrong gave 2 for the answer '3'; a score is from 0 to 1"):
         find_metric("my_metrics:wrong")("3", ["3"])
