@@ -124,6 +124,18 @@ ENTRIES = (
         about="memory of head and loss at the real vocabulary, beside transformers' full logits",
     ),
     Entry(
+        name="sequence",
+        suite="cpu",
+        module="benchmarks.sequence",
+        about="bytes that attention moves a layer over two ranks, against the formula; one row beside one rank's",
+    ),
+    Entry(
+        name="long-memory",
+        suite="cpu",
+        module="benchmarks.long_memory",
+        about="what one more token of a row costs at the peak, with each option that saves memory",
+    ),
+    Entry(
         name="flop-meter",
         suite="cpu",
         module="benchmarks.flop_meter",

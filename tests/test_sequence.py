@@ -15,6 +15,7 @@ from sequence_session import Case, Outcome, adapted_model, session
 from tiny_moe import IMAGE, VIDEO
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from benchmarks.long_ranks import Found, Setup, run_setups
 from finetune.sequence import SequenceGroup, divisible, own_part, own_valid, sequence_group
 from finetune.sequence_attention import NAMES, key_copies, use_sequence
 from finetune.sequence_vision import delivery, shares
@@ -174,3 +175,22 @@ def _by_hand(q, k, v, cuts, _cuts, longest, _longest, *, dropout_p, softmax_scal
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
         out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[first:last])
     return out
+
+
+def _peaks(rank: int, world: int, setups: list[Setup]) -> list[Found]:
+    return run_setups(setups)
+
+
+@pytest.mark.slow
+def test_peak_memory_grows_with_the_slice_alone() -> None:
+    """Counted tensor by tensor: linear in the row's length, and half as steep with twice the ranks."""
+    lengths = (768, 1536, 3072)
+    setups = [Setup(tokens=tokens, sp=sp) for sp in (2, 4) for tokens in lengths]
+    ranks = run_ranks(_peaks, 4, setups, timeout=200)
+    peaks = [max(rank[at].peak for rank in ranks) for at in range(len(setups))]
+    slopes = {}
+    for sp, mine in ((2, peaks[:3]), (4, peaks[3:])):
+        first, second = ((b - a) / (n - m) for a, b, m, n in zip(mine, mine[1:], lengths, lengths[1:], strict=False))
+        assert second == pytest.approx(first, rel=0.05), (sp, mine)
+        slopes[sp] = second
+    assert slopes[2] / slopes[4] == pytest.approx(2.0, rel=0.15)
