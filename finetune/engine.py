@@ -115,7 +115,28 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
     made = [made for group in groups for made in _decay_groups(group, options.weight_decay)]
     optimizer = torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    _drop_idle_hooks(engine)
     return engine
+
+
+def _drop_idle_hooks(engine: Any) -> None:
+    """Take ZeRO-3's hooks off modules that hold no parameter of their own.
+
+    It hangs five on every module, two of which put a node into the graph. They fetch and release the module's own
+    parameters; most modules of a model with resident weights have none, and a layer would pay them some fifty times.
+    """
+    offload = engine.optimizer.parameter_offload
+    needed = {
+        id(hooks)
+        for module in engine.module.modules()
+        if any(p is not None for p in module._parameters.values()) or deepspeed.utils.z3_leaf_module(module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    }
+    for handles in (offload.forward_hooks, offload.backward_hooks):
+        for handle in handles:
+            if id(handle.hooks_dict_ref()) not in needed:
+                handle.remove()
+        handles[:] = [handle for handle in handles if id(handle.hooks_dict_ref()) in needed]
 
 
 def start_distributed() -> None:

@@ -130,6 +130,9 @@ def stepping(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     model = Toy()
     engine = initialize(model, EngineOptions(lr=0.1, weight_decay=0.5, clip_norm=1e9))
+    found["hooks"] = {
+        name: len(part._forward_hooks) + len(part._forward_pre_hooks) for name, part in model.named_modules()
+    }
     master = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
     x = torch.full((4, 5), 0.25 + rank, dtype=torch.bfloat16)
     with CollectiveCounter() as counter:
@@ -163,6 +166,11 @@ def both(rank: int, world: int) -> tuple[dict[str, str], dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two_ranks() -> list[tuple[dict[str, str], dict[str, Any]]]:
     return run_ranks(both, 2)
+
+
+def test_only_modules_with_parameters_pay_for_fetching_them(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["hooks"] == {"": 1, "inner": 5, "norm": 5}  # the outermost one starts a forward
 
 
 def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
