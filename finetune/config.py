@@ -156,7 +156,7 @@ class StageConfig:
 
     from_step: int = 0
     train: list[str] = field(default_factory=list)  # families of `adapters:` that train in it; empty: all that may
-    lr: float = 0.0  # instead of optim.lr, and families with a rate of their own keep their ratio to it; 0: the same
+    lr: float = 0.0  # of every family that trains in it; 0: each family's own
     warmup_steps: int = 0  # of this stage, on top of the schedule
     sp: int = 0  # instead of parallel.sp; 0: the same. Longer rows want more ranks to hold each
     data: StageDataConfig = field(default_factory=StageDataConfig)

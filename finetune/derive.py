@@ -8,7 +8,7 @@ from finetune.config import RunConfig
 from finetune.context import extended_rope, extension, rotary, serving_lines
 from finetune.reading import rank_shares
 from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
-from finetune.stages import run_stages, trained_families
+from finetune.stages import run_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,7 @@ def _stages(config: RunConfig) -> list[Derived]:
     """Each stage in a line: its steps, what trains at which peak rate, and how much it reads."""
     lines = []
     for stage in run_stages(config) if config.stages else ():
-        rates = {name: stage.rate * (getattr(config.adapters, name).lr or config.optim.lr) for name in stage.train}
-        trains = ", ".join(f"{name} at {rates[name]:.3g}" for name in trained_families(config) if name in stage.train)
+        trains = ", ".join(f"{name} at {peak:.3g}" for name, peak in stage.peaks.items())
         packs, tokens = stage.data.packs_per_step, stage.data.tokens_per_pack
         text = (
             f"stage {stage.name or '(before the first)'}: steps {stage.first} to {stage.end - 1} train {trains}; "

@@ -57,11 +57,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that share a learning rate, and the numbers of the stages in which they train."""
+    """Parameters that share their learning rates: the highest in each stage, 0 in one that does not train them."""
 
     parameters: Sequence[nn.Parameter]
-    lr: float
-    stages: frozenset[int] = frozenset((0,))
+    peaks: Sequence[float]
 
 
 def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: int = 0) -> dict[str, Any]:
@@ -110,26 +109,30 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
         options, largest_layer=_largest_layer(module), trained=sum(getattr(p, "ds_numel", p.numel()) for p in trained)
     )
     # torch's fused AdamW, on the float32 masters: one kernel a group on CPU and CUDA, nothing compiled at start
-    groups = [Group(parameters=trained, lr=options.lr)] if groups is None else groups
+    groups = [Group(parameters=trained, peaks=(options.lr,))] if groups is None else groups
     assert {id(p) for group in groups for p in group.parameters} == {id(p) for p in trained}
     made = [made for group in groups for made in _decay_groups(group, options.weight_decay)]
     optimizer = torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    _drop_idle_hooks(engine)
+    _drop_idle_hooks(engine, groups)
     return engine
 
 
-def _drop_idle_hooks(engine: Any) -> None:
-    """Take ZeRO-3's hooks off modules that hold no parameter of their own.
+def _drop_idle_hooks(engine: Any, groups: Sequence[Group]) -> None:
+    """Take ZeRO-3's hooks off modules that have nothing to fetch.
 
-    It hangs five on every module, two of which put a node into the graph. They fetch and release the module's own
+    It hangs four on every module, two of which put a node into the graph. They fetch and release the module's own
     parameters; most modules of a model with resident weights have none, and a layer would pay them some fifty times.
+    Around partitioned weights that do not always train they stay: a recompute finds by them when to release these.
     """
     offload = engine.optimizer.parameter_offload
+    always = {id(p) for group in groups if all(group.peaks) for p in group.parameters}
     needed = {
         id(hooks)
         for module in engine.module.modules()
-        if any(p is not None for p in module._parameters.values()) or deepspeed.utils.z3_leaf_module(module)
+        if any(p is not None for p in module._parameters.values())
+        or any(id(p) not in always for p in module.parameters())
+        or deepspeed.utils.z3_leaf_module(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
     }
     for handles in (offload.forward_hooks, offload.backward_hooks):
@@ -152,6 +155,8 @@ def start_distributed() -> None:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
+    # or each reduction of a gradient on CPU starts a program that counts the sockets
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     deepspeed.init_distributed()
 
 
@@ -198,7 +203,7 @@ def _decay_groups(group: Group, weight_decay: float) -> list[dict[str, Any]]:
     ndim = [len(getattr(p, "ds_shape", p.shape)) for p in group.parameters]
     matrices = [p for p, n in zip(group.parameters, ndim, strict=True) if n > 1]
     vectors = [p for p, n in zip(group.parameters, ndim, strict=True) if n <= 1]
-    common = {"lr": group.lr, "peak": group.lr, "stages": group.stages}
+    common = {"lr": group.peaks[0], "peaks": tuple(group.peaks)}
     split = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [common | part for part in split if part["params"]]
 

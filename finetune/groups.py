@@ -18,16 +18,15 @@ from finetune.schedule import learning_rate
 from finetune.stages import Stage
 
 
-def trained_groups(empty: EmptyModel, config: RunConfig, stages: Sequence[Stage]) -> list[Group]:
-    """Sort the parameters that train by learning rate and by the stages they train in; as few groups as that takes."""
+def trained_groups(empty: EmptyModel, stages: Sequence[Stage]) -> list[Group]:
+    """Sort the parameters that train by their learning rates in all stages; as few groups as that takes."""
     families = {part: family for family, part in FAMILIES.items()}
-    found: dict[tuple[float, frozenset[int]], list[nn.Parameter]] = {}
+    found: dict[tuple[float, ...], list[nn.Parameter]] = {}
     for name in empty.trained:
         family = families[adapted_part(empty.canonical(name))]
-        rate = getattr(config.adapters, family).lr or config.optim.lr
-        when = frozenset(stage.number for stage in stages if family in stage.train)
-        found.setdefault((rate, when), []).append(empty.module.get_parameter(name))
-    return [Group(parameters=tuple(these), lr=rate, stages=when) for (rate, when), these in found.items()]
+        peaks = tuple(stage.peaks.get(family, 0.0) for stage in stages)
+        found.setdefault(peaks, []).append(empty.module.get_parameter(name))
+    return [Group(parameters=tuple(these), peaks=peaks) for peaks, these in found.items()]
 
 
 def enter(engine: Any, stage: Stage, *, at: int) -> str:
@@ -36,21 +35,23 @@ def enter(engine: Any, stage: Stage, *, at: int) -> str:
     At its first step, what did not train in the stage before starts without moments. Returns what to say of it.
     """
     for group, parameters, flat in _groups(engine):
-        trains = stage.number in group["stages"]
+        trains = group["peaks"][stage.number] > 0
+        trained = stage.number > 0 and group["peaks"][stage.number - 1] > 0
         for parameter in parameters:
             parameter.requires_grad_(trains)
-        if at == stage.first and trains and stage.number - 1 not in group["stages"]:
+        if at == stage.first and trains and not trained:
             for moment in engine.optimizer.optimizer.state[flat].values():
                 moment.zero_()
-    return f"from step {at}{f', stage {stage.name}' if stage.name else ''}: {', '.join(sorted(stage.train))} train"
+    return f"from step {at}{f', stage {stage.name}' if stage.name else ''}: {', '.join(stage.peaks)} train"
 
 
 def set_rates(engine: Any, step: int, stage: Stage, config: RunConfig) -> Mapping[str, float]:
-    """Give every group the rate of this step, 0 where the stage pauses it; returns that of `optim.lr` as `lr`."""
-    for group in engine.optimizer.param_groups:
-        rate = learning_rate(step, peak=group["peak"], schedule=config.schedule, stage=stage)
-        group["lr"] = rate if stage.number in group["stages"] else 0.0
-    return {"lr": learning_rate(step, peak=config.optim.lr, schedule=config.schedule, stage=stage)}
+    """Give every group the rate of this step, 0 where the stage pauses it; returns the highest of them as `lr`."""
+    groups = engine.optimizer.param_groups
+    for group in groups:
+        peak = group["peaks"][stage.number]
+        group["lr"] = learning_rate(step, peak=peak, schedule=config.schedule, stage=stage)
+    return {"lr": max(group["lr"] for group in groups)}
 
 
 def _groups(engine: Any) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Any]]:

@@ -72,10 +72,13 @@ def published_problems(config: RunConfig, base: Family | None) -> Iterator[Probl
 
 
 def _rates(config: RunConfig, name: str) -> dict[tuple[str, float], None]:
-    """The key that decides a family's peak rate, with each that it reaches in some stage."""
-    family = getattr(config.adapters, name)
-    key, own = (f"adapters.{name}.lr", family.lr) if family.lr else ("optim.lr", config.optim.lr)
-    return dict.fromkeys((key, own * stage.rate) for stage in run_stages(config) if name in stage.train)
+    """Each peak rate that a family gets in some stage, with the key that decides it."""
+    own = f"adapters.{name}.lr" if getattr(config.adapters, name).lr else "optim.lr"
+    return dict.fromkeys(
+        (f"stages.{stage.name}.lr" if stage.name and config.stages[stage.name].lr else own, stage.peaks[name])
+        for stage in run_stages(config)
+        if name in stage.peaks
+    )
 
 
 def _ranks(name: str, family: Any) -> Iterator[Problem]:

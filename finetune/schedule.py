@@ -9,11 +9,11 @@ from finetune.stages import Stage
 def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, stage: Stage | None = None) -> float:
     """The rate of step `step` (from 0): linear warm-up to `peak`, then as the shape says, down to final_share of it.
 
-    A stage multiplies it by a factor of its own, and warms up from its own first step.
+    A stage may warm up from its own first step too.
     """
     rate = peak * _share(step, schedule)
     if stage is not None:
-        rate *= stage.rate * min(1.0, (step - stage.first + 1) / max(1, stage.warmup_steps))
+        rate *= min(1.0, (step - stage.first + 1) / max(1, stage.warmup_steps))
     return rate
 
 

@@ -54,7 +54,7 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _stage(config, name, stage)
     asked = trained_families(config)
     for family in asked:
-        if all(family not in stage.train for stage in run_stages(config)):
+        if all(family not in stage.peaks for stage in run_stages(config)):
             mode = getattr(config.adapters, family).mode
             allowed = "no stage trains it"
             remedy = f"Name {family} in stages.<name>.train, or leave it frozen"

@@ -1,6 +1,6 @@
 """What trains on what, from which step on: the run cut at `stages:`. A pure function of the configuration, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,8 @@ class Stage:
     number: int
     first: int
     end: int
-    train: frozenset[str]
-    """Families of `adapters:` that train."""
-    rate: float
-    """Every learning rate of the configuration is multiplied by it."""
+    peaks: Mapping[str, float]
+    """The families of `adapters:` that train, each with the highest learning rate it gets."""
     warmup_steps: int
     data: DataConfig
     sp: int
@@ -37,15 +35,17 @@ def run_stages(config: RunConfig) -> tuple[Stage, ...]:
     if not named or named[0][1].from_step > 0:
         named.insert(0, ("", StageConfig()))
     ends = [stage.from_step for _, stage in named[1:]] + [config.schedule.steps]
-    everything = frozenset(trained_families(config))
     return tuple(
         Stage(
             name=name,
             number=number,
             first=stage.from_step,
             end=end,
-            train=frozenset(stage.train) or everything,
-            rate=stage.lr / config.optim.lr if stage.lr else 1.0,
+            peaks={
+                name: stage.lr or getattr(config.adapters, name).lr or config.optim.lr
+                for name in trained_families(config)
+                if name in (stage.train or FAMILIES)
+            },
             warmup_steps=stage.warmup_steps,
             data=stage_data(config, stage),
             sp=stage.sp or config.parallel.sp,

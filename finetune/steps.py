@@ -52,7 +52,9 @@ class RunData:
                 yield from corpus_lines(self._corpora[stage.number], patches_per_token=PATCHES_PER_TOKEN)
             told.add(id(stream))
             where = f", stage {stage.name}" if stage.name else ""
-            yield f"data{where}: {stream.plan.steps} steps an epoch of {stage.data.packs_per_step} packs"
+            each = stream.plan.steps
+            epochs = f"; {stage.steps} steps are {stage.steps / each:.3g} epochs" if each else ""
+            yield f"data{where}: {each} steps an epoch of {stage.data.packs_per_step} packs{epochs}"
 
     def take(self, number: int) -> Step:
         """Return this rank's share of step `number` of the run; they must be taken in their order."""

@@ -100,7 +100,7 @@ def train(config: RunConfig, folder: Path, say: RankLog) -> None:
     say(check_rotary(empty.module, base, empty.context))
     packed = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
     say(save_memory(packed, config))
-    engine = initialize(packed, options, trained_groups(empty, config, stages))
+    engine = initialize(packed, options, trained_groups(empty, stages))
     engine.train()
     torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
 

@@ -170,7 +170,7 @@ def two_ranks() -> list[tuple[dict[str, str], dict[str, Any]]]:
 
 def test_only_modules_with_parameters_pay_for_fetching_them(two_ranks: Any) -> None:
     for _, found in two_ranks:
-        assert found["hooks"] == {"": 1, "inner": 5, "norm": 5}  # the outermost one starts a forward
+        assert found["hooks"] == {"": 3, "inner": 4, "norm": 4}  # the outermost has the engine's own
 
 
 def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:

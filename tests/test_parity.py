@@ -1,0 +1,123 @@
+"""Whole runs against a plain loop of transformers, PEFT and torch, at several layouts; what each kind of run moves."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpora import write_shards
+from parity_session import EVERYTHING, STEPS, apart, losses_of, plain_loop, runs, write_start
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+from finetune.tiny import write_tiny
+
+START = "adapters.start_from=start"
+FROZEN = [f"adapters.{name}.mode=frozen" for name in ("attention", "experts", "router", "vision_blocks", "merger")]
+FULL = [
+    f"adapters.{name}.mode=full"
+    for name in (
+        "attention", "experts", "router", "vision_blocks", "merger", "deepstack_mergers", "patch_embed", "pos_embed",
+        "norms", "embeddings", "head",
+    )
+]  # fmt: skip
+SHORT = ["schedule.steps=4", "schedule.warmup_steps=0", "data.packs_per_step=4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a mixed set (text, image, two images, video), and an adapter to start from."""
+    folder = tmp_path_factory.mktemp("parity")
+    write_tiny(folder / "base")
+    write_shards(folder / "shards")
+    write_start(folder)
+    return folder
+
+
+def _run(place: Path, world: int, jobs: dict[str, list[str]]) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return run_ranks(runs, world, jobs, timeout=550)
+
+
+@pytest.fixture(scope="module")
+def reference(place: Path) -> dict[int, list[float]]:
+    return {}
+
+
+def _holds(place: Path, name: str, reference: dict[int, list[float]], packs: int) -> None:
+    """A run took the steps of the plain loop, and ended with its adapter."""
+    out = place / f"plain-{packs}"
+    if packs not in reference:
+        reference[packs] = plain_loop(place, packs, out)
+    assert len(reference[packs]) == STEPS
+    assert losses_of(place, name) == pytest.approx(reference[packs], rel=1e-5)
+    assert apart(place, name, out) < 1e-4
+    assert apart(place, name, place / "start") > 0.01
+
+
+@pytest.fixture(scope="module")
+def two_ranks(place: Path) -> list[dict[str, Any]]:
+    """All short runs in one start of two ranks."""
+    four = ["data.packs_per_step=4", START, *EVERYTHING]
+    jobs = {
+        "everything": four,
+        "layer": [*four, *SHORT, "parallel.recompute=layer"],
+        "selective": [*four, *SHORT, "parallel.recompute=selective"],
+        "none": [*four, *SHORT, "parallel.recompute=none"],
+        "attention": [*SHORT, *FROZEN, "adapters.attention.mode=lora", "optim.lr=5e-3"],
+        "experts": [*SHORT, *FROZEN, "adapters.experts.mode=lora", "optim.lr=5e-3", "parallel.resident=none"],
+        "full": [*SHORT, *FULL],
+    }
+    return _run(place, 2, jobs)
+
+
+def test_two_ranks_train_what_a_plain_loop_does(
+    two_ranks: list[dict[str, Any]], place: Path, reference: dict[int, list[float]]
+) -> None:
+    """From an existing adapter, everything adapted, two learning rates, clipping over dense and expert groups."""
+    _holds(place, "everything", reference, 4)
+
+
+def test_recompute_changes_no_loss(two_ranks: list[dict[str, Any]], place: Path) -> None:
+    none = losses_of(place, "none")
+    assert len(none) == 4
+    for mode in ("layer", "selective"):
+        assert losses_of(place, mode) == pytest.approx(none, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["everything", "attention", "experts", "full"])
+def test_each_learns_and_moves_only_what_was_asked(name: str, two_ranks: list[dict[str, Any]], place: Path) -> None:
+    losses = losses_of(place, name)
+    assert losses[-1] < losses[0] - 0.02
+    for rank in two_ranks:
+        assert rank[name]["before"] == rank[name]["after"]
+        assert len(rank[name]["before"]) > (0 if name == "full" else 20)
+    folder = place / "runs" / name
+    if name == "full":
+        files = sorted((folder / "model").glob("*.safetensors"))
+        now = {key: value for file in files for key, value in load_file(file).items()}
+        was = {k: v for file in sorted((place / "base").glob("*.safetensors")) for k, v in load_file(file).items()}
+        assert set(now) == set(was)
+        # behind the last decoder layer only image tokens see it, and none of them is supervised
+        still = [key for key in was if now[key].equal(was[key])]
+        assert all(key.startswith("model.visual.deepstack_merger_list.2.") for key in still), still
+    elif name != "everything":
+        held = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert all((".self_attn." if name == "attention" else ".experts.") in key for key in held)
+
+
+@pytest.mark.slow  # four ranks on two cores: minutes
+@pytest.mark.parametrize(("world", "eps"), [(1, (1,)), (2, (2,)), (4, (2, 4))])
+def test_every_layout_trains_what_a_plain_loop_does(
+    world: int, eps: tuple[int, ...], place: Path, reference: dict[int, list[float]]
+) -> None:
+    """One and four micro-batches on each rank."""
+    packs = (world, 4 * world)
+    jobs = {
+        f"{world}-{ep}-{number}": [f"data.packs_per_step={number}", f"parallel.ep={ep}", START, *EVERYTHING]
+        for ep in eps for number in packs
+    }  # fmt: skip
+    _run(place, world, jobs)
+    for ep in eps:
+        for number in packs:
+            _holds(place, f"{world}-{ep}-{number}", reference, number)
