@@ -45,7 +45,7 @@ class RouterFamilyConfig:
 
     mode: Mode = "frozen"
     lr: float = 0.0  # 0: optim.lr
-    r: int = 8
+    r: int = 8  # as an expert's; nobody has published a router's
     alpha: float = 16.0
 
 
