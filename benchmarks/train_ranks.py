@@ -29,7 +29,7 @@ from finetune.hubconfig import read_family
 from finetune.model import ModelOptions, build
 from finetune.recompute import set_recompute
 from finetune.setup import make_balance
-from finetune.train import _step
+from finetune.update import take_step
 from finetune.weights import load
 from moe.parallel import LayerOptions
 
@@ -99,7 +99,7 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
             epoch=0, step=done, batches=batches, sums=sums, bad=(), notes=(), tokens=tokens, images=0,
             video_seconds=0.0, wait_seconds=0.0,
         )  # fmt: skip
-        found, _ = _step(engine, taken, config, balance, done, device)
+        found, _ = take_step(engine, taken, config, balance, done, device, lambda *_: None)
         done += 1
         return found["loss"]
 

@@ -10,6 +10,7 @@ from data.corpus import unpack_part
 from data.facts import VideoFacts
 from data.media import VideoRef
 from data.reader import SampleReader
+from data.reading import Reading
 from data.record import RecordError
 from data.sample import Renderer, Sample
 from data.tar import ShardError
@@ -43,8 +44,11 @@ class PackResult:
 class PackReader(Dataset[PackResult]):
     """Lives in a worker: turns the units of a pack into a batch; samples that fail are left out and named."""
 
-    def __init__(self, renderer: Renderer, *, pad_multiple: int, cache_dir: Path | None) -> None:
+    def __init__(
+        self, renderer: Renderer, *, pad_multiple: int, cache_dir: Path | None, reading: Reading | None = None
+    ) -> None:
         self._renderer, self._multiple, self._cache_dir = renderer, pad_multiple, cache_dir
+        self._reading = reading or Reading(0)
         self._reader: SampleReader | None = None
 
     def __getitem__(self, wanted: tuple[Wanted, ...]) -> PackResult:
@@ -61,6 +65,7 @@ class PackReader(Dataset[PackResult]):
             seconds += seen
             keys.append(f"{unit.source}/{unit.shard.name}/{key}")
             notes += [f"{keys[-1]}: {note}" for note in sample.notes]
+        self._reading.note("")
         batch = collate(
             samples,
             keys=keys,
@@ -75,12 +80,14 @@ class PackReader(Dataset[PackResult]):
         """Key, sample, and seconds of video in it."""
         if self._reader is None:  # made here, so that no open file crosses into a worker
             self._reader = SampleReader(cache_dir=self._cache_dir)
+        self._reading.note(f"{unit.source}/{unit.shard.name}/number {unit.sample}")
         try:
             record, members = self._reader.sample(unit.shard, unit.sample)
         except ShardError as error:  # gone or cut short since the start: every rank is to hear of it, none to die alone
             raise RecordError(shard=unit.shard.name, key=f"number {unit.sample}", reason=error.reason) from error
         index = self._reader.index(unit.shard)
         key, clips = index.keys[unit.sample], index.videos(unit.sample)
+        self._reading.note(f"{unit.source}/{unit.shard.name}/{key}")
         try:
             images, videos = self._reader.media(record, members, unit.shard.parent)
             if part := unpack_part(unit.part):

@@ -17,6 +17,7 @@ from data.batch import BadSample, LossSums, Step
 from data.corpus import Corpus
 from data.pack_reader import PackReader, PackResult, Wanted
 from data.plan import Plan, PlanSettings, make_plan
+from data.reading import Reading
 from data.sample import Renderer
 
 STATE_VERSION = 1
@@ -73,6 +74,7 @@ class DataStream:
         self._quarantine: dict[int, tuple[int, BadSample]] = {}  # unit -> (epoch it was found in, report)
         self.epoch, self.step = 0, 0
         self._plan: Plan | None = None
+        self._reading = Reading(settings.workers)
 
     @property
     def plan(self) -> Plan:
@@ -110,7 +112,12 @@ class DataStream:
     def _loader(self, packs: Iterator[int | None]) -> DataLoader[PackResult]:
         workers = self._settings.workers
         return DataLoader(
-            PackReader(self._renderer, pad_multiple=self._settings.pad_multiple, cache_dir=self._settings.cache_dir),
+            PackReader(
+                self._renderer,
+                pad_multiple=self._settings.pad_multiple,
+                cache_dir=self._settings.cache_dir,
+                reading=self._reading,
+            ),  # fmt: skip
             batch_size=None,
             sampler=_Order(self._wanted(pack) for pack in packs),
             num_workers=workers,
@@ -137,8 +144,12 @@ class DataStream:
             raise TimeoutError(
                 f"data stall on data rank {self._rank}: no pack for step {step} of epoch {self.epoch} within "
                 f"data.stall_seconds={self._settings.stall_seconds:g}; its samples are in "
-                f"{', '.join(sorted(self._shards_of(step)))}"
+                f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self.reading()) or 'none'}"
             ) from error
+
+    def reading(self) -> list[str]:
+        """The samples that are being read now, by this process and its workers; may be asked from another thread."""
+        return self._reading.now()
 
     def _shards_of(self, step: int) -> set[str]:
         packs = self.plan.share(step, self._rank, self._size)

@@ -229,6 +229,16 @@ class TrackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """When a run is stopped because it cannot go well."""
+
+    idle_steps: int = 10  # so many steps in a row with a loss of exactly zero, or with nothing supervised
+    # longer than the slowest step, and than data.stall_seconds: so that a rank without data is found before those that
+    # wait for it; 0: wait for ever
+    stall_seconds: float = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSectionConfig:
     """The run itself."""
 
@@ -255,4 +265,5 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
     run: RunSectionConfig = field(default_factory=RunSectionConfig)

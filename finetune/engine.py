@@ -14,6 +14,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from finetune.ranks import parameter_table, require_equal_tables
 
@@ -35,6 +36,10 @@ LIMITS = {
     "compile": "the layers exchange rows between ranks and cannot be compiled by the engine",
 }
 """What `engine.extra` may not ask for, by dotted key, and why."""
+
+
+class NotFinite(RuntimeError):
+    """A step whose loss or gradient is not finite, on every rank alike; the weights are those of the step before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,28 @@ def start_distributed() -> None:
         os.environ.update(alone)
     # or each reduction of a gradient on CPU starts a program that counts the sockets
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _join_restarted()
     deepspeed.init_distributed()
+
+
+def _join_restarted() -> None:
+    """After an elastic restart, meet the other ranks under names that the start before did not use.
+
+    torchrun keeps one store over its restarts, with the addresses of ranks that are gone: a group that reads one waits
+    for ever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
+    torchrun's environment gives each restart a store of its own.
+    """
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not count or world != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, world_size=world, is_master=False)
+    torch.distributed.init_process_group(
+        deepspeed.accelerator.get_accelerator().communication_backend_name(), rank=rank, world_size=world,
+        store=PrefixStore(f"restart-{count}", store),
+        timeout=deepspeed.constants.default_pg_timeout,
+    )  # fmt: skip
 
 
 def engine_device() -> torch.device:
@@ -173,9 +199,8 @@ def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
 def require_step_applied(engine: Any, step: int) -> None:
     """Raise unless the last `engine.step()` changed the weights: ZeRO-3 skips a non-finite norm without a word."""
     if not engine.was_step_applied():
-        raise RuntimeError(
-            f"step {step}: the engine did not apply the update; the gradient norm was {engine.get_global_grad_norm()}. "
-            f"Look at the loss of this step on every rank; lower the learning rate or find the sample"
+        raise NotFinite(
+            f"step {step}: the engine did not apply the update; the gradient norm was {engine.get_global_grad_norm()}"
         )
 
 

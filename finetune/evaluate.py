@@ -79,10 +79,14 @@ class Evaluation:
         count = sum(len(units) for units in self._corpus.sources)
         say(f"evaluation: {count:,} samples of {', '.join(config.eval.sources)}; {_scope(rows)}")
 
-    def start(self, engine: Any, done: int, *, record: Callable[[Mapping[str, Any]], None]) -> bool:
-        """Evaluate before the first step of a run, and say whether the run is over: one that resumes may be."""
-        stop = self.judge.stop() if done else self.after(engine, 0, record=record).stop
-        if done and stop:
+    def start(self, engine: Any, done: int, *, record: Callable[[Mapping[str, Any]], None], owed: bool = False) -> bool:
+        """Evaluate before the first step of a run, and say whether the run is over: one that resumes may be.
+
+        `owed`: the start before was stopped by a signal after `done` steps, and did not evaluate then.
+        """
+        told = bool(done) and not owed
+        stop = self.judge.stop() if told else self.after(engine, done, record=record).stop
+        if told and stop:
             self._say(f"stopped: {stop}")
         return stop is not None
 

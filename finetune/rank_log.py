@@ -26,6 +26,7 @@ class RankLog:
         self.path = folder / f"rank-{rank:04d}.log"
         self.show: Callable[[str], None] = print_line
         self.terminal = sys.stderr
+        self._streams: list[int] = []
         self._lock = threading.Lock()  # the watch and W&B speak from threads of their own
         self._file = self.path.open("a", buffering=1)
 
@@ -47,14 +48,18 @@ class RankLog:
         self.terminal.flush()
 
     def close(self) -> None:
-        """Nothing is said after this."""
+        """Give the streams back; nothing is said after this."""
+        for number, stream in zip((1, 2), self._streams, strict=False):
+            os.dup2(stream, number)
+            os.close(stream)
         self._file.close()
 
     def take_streams(self) -> None:
         """Send what this process, and the libraries in it, write to its streams into the log; not on rank 0."""
         if self.rank == 0:
             return
-        self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
         sys.stdout.flush()
+        self._streams = [os.dup(1), os.dup(2)]
+        self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
         for number in (1, 2):
             os.dup2(self._file.fileno(), number)

@@ -17,32 +17,38 @@ from data.audit import AuditOptions, Finding, audit_shards
 from data.open import find_sources
 from finetune.config import CheckpointConfig, EvalConfig, RunConfig, TrackConfig
 from finetune.engine import engine_device
+from finetune.failures import keep_outcome
 from finetune.rank_log import RankLog
 from finetune.ranks import barrier, gather_lists, rank_and_world
+from finetune.watch import Watch
 
 SHOWN = 20
 
 
-def rehearse(config: RunConfig, folder: Path, train: Callable[[RunConfig, Path, RankLog], None]) -> int:
+def rehearse(
+    config: RunConfig, folder: Path, train: Callable[[RunConfig, Path, RankLog, Watch], int], say: RankLog, watch: Watch
+) -> int:
     """Do one step of the run and leave nothing; every rank must call this. Returns 3 where shards have problems."""
     rank, _ = rank_and_world()
     place = folder.with_name(f"{folder.name}.dry-run")
     if rank == 0:
         shutil.rmtree(place, ignore_errors=True)
     barrier()
-    say = RankLog(place / "logs", rank)
     try:
         findings = _look_at_shards(config)
         say(_said(findings))
         if not findings:
-            train(_one_step(config), place, say)
+            train(_one_step(config), place, say, watch)
             say("\n".join(memory_lines()))
             say("dry run: passed; nothing of it is kept")
         barrier()  # or the folder would go while another rank still writes
     finally:
-        say.close()
         if rank == 0:
             shutil.rmtree(place, ignore_errors=True)
+    if findings:
+        keep_outcome(say, "problems", 0)
+    elif rank == 0:
+        shutil.rmtree(say.folder)
     return 3 if findings else 0
 
 

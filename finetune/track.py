@@ -6,9 +6,10 @@ carries the wish to stop as well. Files of the run folder, one JSON object a lin
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from signal import Signals
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +19,11 @@ from PIL import Image
 from data.batch import Batch, Step
 from data.vision import VisionSpec
 from finetune.config import RunConfig
+from finetune.failures import keep_outcome
 from finetune.families import Family
 from finetune.flops import FlopMeter, peak_flops, trainings
 from finetune.metrics import Device, figures, gather_shares, load_figures, share_of
+from finetune.parts import FAMILIES
 from finetune.pictures import pictures
 from finetune.progress import Follower
 from finetune.rank_log import RankLog, print_line
@@ -38,7 +41,7 @@ class Tracker:
     ) -> None:
         rank, world = rank_and_world()
         self._config, self._folder, self._device, self._log = config, folder, device, log
-        self._meter = FlopMeter(base, trainings(config.adapters), recompute=config.parallel.recompute)
+        self._base, self._meter = base, FlopMeter(base, trainings(config.adapters))
         peak, reason = _peak(config, device)
         self._ranks = Device(world=world, peak_flops=peak)
         self._writes = rank == 0
@@ -70,8 +73,12 @@ class Tracker:
         if self._writes:
             self._follower.close()
             self._log.show = print_line
-            if self._link is not None:
-                self._link.close(code=0 if kind is None and not self._preempted else 1, preempted=self._preempted)
+            if self._link is None:
+                return
+            if kind is None:
+                self._link.close(code=int(self._preempted), preempted=self._preempted)
+            else:
+                self._link.abandon()  # the failure is to be told now
 
     def step(
         self, at: int, step: Step, found: Mapping[str, Any], *, load: StepLoad | None, seconds: float, stop: int = 0
@@ -90,6 +97,12 @@ class Tracker:
             if load is not None and every and at % every == 0:
                 self._write("expert_load", {"step": at, "layers": self._moe_layers, "counts": load.counts})
         return max(share.stop for share in shares)
+
+    def stage(self, families: Collection[str]) -> None:
+        """From here these families of parameters train, which decides what work counts."""
+        trains = trainings(self._config.adapters)
+        here = {part: trains[part] for family, part in FAMILIES.items() if family in families}
+        self._meter = FlopMeter(self._base, here, recompute=self._config.parallel.recompute)
 
     def evaluation(self, found: Mapping[str, Any]) -> None:
         """Write what an evaluation found: names with numbers, and as `step` how many steps were done."""
@@ -123,9 +136,11 @@ class Tracker:
         if self._link is not None and self._config.track.media == "wandb" and kept:
             self._link.send("pictures", {"step": at, "files": kept})
 
-    def preempted(self) -> None:
-        """Say that this start ends before the run does."""
+    def preempted(self, number: int, *, done: int) -> str:
+        """Take note that a signal ends this start after so many steps; returns the sentence for it."""
         self._preempted = True
+        keep_outcome(self._log, "preempted", done)
+        return f"stopped by {Signals(number).name} after {done} steps; the same command goes on from there"
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         with (self._folder / f"{kind}.jsonl").open("a") as file:

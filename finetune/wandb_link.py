@@ -78,6 +78,10 @@ class WandbLink:
         self._kill()
         self._thread.join(1.5)  # it closes its end
 
+    def abandon(self) -> None:
+        """Wait for nothing: the process finds its input at an end, marks the run as failed, and ends by itself."""
+        self._over = True
+
     def _serve(self) -> None:
         """The thread: opens the run, then hands over message by message, waiting as long as it takes."""
         reason = self._open(self._config.wandb)
@@ -98,7 +102,6 @@ class WandbLink:
         except OSError:
             self._give_up("its process died" + self._log_tail())
         finally:
-            self._kill()
             _close(process)
 
     def _hand_over(self, process: "subprocess.Popen[str]") -> None:

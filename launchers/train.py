@@ -2,14 +2,25 @@
 
 import argparse
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+from types import FrameType
 
 from launchers.check import positive
 
 EXAMPLE = """\
   moetune tiny base
   moetune train tiny-cpu --ranks 2 model.path=base data.sources.general.path=train.jsonl"""
+
+PREEMPTED = 75
+GRACE_S = 30
+"""So long torchrun waits after SIGTERM: a checkpoint takes at most 25 s, or it is not the last one."""
+STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+"""What a scheduler warns with. SIGUSR1 would kill torchrun and orphan its ranks, if it were not told."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +31,78 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="checks, shards, memory and one real step; leave nothing"
     )
+    parser.add_argument("--replay", metavar="FOLDER", help="take a kept step again, and name what is not finite in it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand over to torchrun; its exit code is ours, but for wrong input, which is 2 as everywhere."""
+    """Hand over to torchrun, pass signals on, and say which rank failed first."""
+    from finetune.checkpoint_manifest import starting_point
+    from finetune.checks import require
+    from finetune.failures import first_failure, outcome_since
+    from finetune.recipes import load
+
+    config, problems = load(args.config, args.overrides)
+    folder, since = Path("runs") / config.run.name, time.time()
+    resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
+    require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start
+    logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
+    code, heard = _torchrun(args)
+    outcome, first = outcome_since(logs, since), first_failure(logs, since=since)
+    if args.dry_run:
+        shutil.rmtree(logs, ignore_errors=True)
+    if outcome == "problems":
+        return 3
+    if code == 0 and outcome in ("", "done"):  # a replay has none
+        return 0
+    if outcome == "preempted":
+        return _say("preempted; run the same command again to go on", PREEMPTED)
+    if heard and heard[0] == signal.SIGINT:
+        return _say("interrupted", 1)
+    if heard:
+        return _say("ended by a signal before it could save; the same command goes on from the last save", PREEMPTED)
+    if first is None or first.kind == "lost":
+        text = "a rank ended without a word, as a process that is killed does (out of memory?)"
+        return _say(f"{text}. torchrun names it above; {logs} has each rank's last stage", 1)
+    log = logs / f"rank-{first.rank:04d}.log"
+    return _say(f"rank {first.rank} failed first: {first.message} ({log})", first.code)
+
+
+def _say(text: str, code: int) -> int:
+    print(f"moetune train: {text}", file=sys.stderr)
+    return code
+
+
+def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
+    """Run it to its end; returns its exit code, and the signals that came on the way."""
+    heard: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+    command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}", f"--shutdown-timeout={GRACE_S}"]
     command += ["-m", "finetune.train", args.config, *args.overrides]
     command += ["--dry-run"] if args.dry_run else []
+    command += ["--replay", args.replay] if args.replay else []
     environment = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder `data` where the user stands is not our package
-    return subprocess.run(command, env=environment).returncode
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or a restart reads addresses of ranks that are gone
+    # in a group of its own: Ctrl-C comes to us alone, and is passed on once
+    with subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent) as process:
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            heard.append(number)
+            process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+        before = {number: signal.signal(number, pass_on) for number in map(_number, ("SIGINT", *STOPS))}
+        try:
+            return process.wait(), heard
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _number(name: str) -> signal.Signals:
+    return signal.Signals[name]
+
+
+def _end_with_parent() -> None:
+    """In the child, before it becomes torchrun: should we be killed, it is killed too, and its ranks see that."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)

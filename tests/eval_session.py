@@ -13,6 +13,7 @@ from finetune.engine import start_distributed
 from finetune.rank_log import RankLog
 from finetune.recipes import load
 from finetune.train import train
+from finetune.watch import Watch
 
 SETTING = (
     "model.path=base", "model.dtype=float32", "data.workers=0", "data.sources.general.path=rows.jsonl",
@@ -31,7 +32,7 @@ def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, 
         require(config, problems, ranks=world)
         torch.manual_seed(rank)  # the runs before this one have drawn from it
         log = RankLog(folder / "logs" / name, rank)
-        train(config, folder, log)
+        train(config, folder, log, Watch(log, data_stall=0, step_stall=0))
         dist.barrier()  # rank 0 writes what all read
         lines = {kind: folder / f"{kind}.jsonl" for kind in ("evaluations", "metrics")}
         found[name] = {

@@ -1,0 +1,241 @@
+"""Runs that are stopped, killed, or go wrong, as real processes: what goes on is what would have been."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import wandb_file
+from safetensors.torch import load_file, save_file
+from user_runs import TORCHRUN, TRAIN, beat, make_place, metrics, start
+
+from finetune.config import RunConfig
+from finetune.failures import Failure, first_failure
+from finetune.safety import IdleSteps, kept_rows, require_finite
+
+LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
+RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
+EVERY_FIGURE = {
+    "step", "epoch", "tokens", "tokens_nonpad", "tokens_supervised", "images", "video_seconds", "loss", "loss_balance",
+    "grad_norm", "lr", "seconds", "seconds_data", "tokens_per_second", "tflops_model", "mfu", "memory_gb",
+    "expert_load_max_over_mean", "expert_load_entropy", "experts_dead", "router_agreement",
+}  # fmt: skip
+CLOCKS = ("seconds", "seconds_data", "tokens_per_second", "tflops_model", "memory_gb")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> str:
+    """What a run that nothing happens to says."""
+    done = start(place, [*TRAIN, "--ranks", "2"], "whole", *RUN, "track.wandb=offline", "track.load_every=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def _same_as_whole(place: Path, name: str) -> None:
+    """Bit for bit: every figure of every step but the clocks', and the adapter."""
+    for one, other in zip(metrics(place, "whole"), metrics(place, name), strict=True):
+        assert {k: v for k, v in one.items() if k not in CLOCKS} == {k: v for k, v in other.items() if k not in CLOCKS}
+    ours, theirs = (
+        load_file(place / "runs" / run / "adapter" / "adapter_model.safetensors") for run in ("whole", name)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) -> None:
+    folder = place / "runs" / "whole"
+    steps = metrics(place, "whole")
+    assert [step["step"] for step in steps] == list(range(5))
+    assert all(set(step) >= EVERY_FIGURE for step in steps)
+    assert all(step["mfu"] is None and step["tflops_model"] > 0 and step["images"] == 36 for step in steps)
+    assert whole.count("mfu: null in metrics.jsonl, as the peak of a CPU is not known") == 1
+    loads = [json.loads(line) for line in (folder / "expert_load.jsonl").read_text().splitlines()]
+    assert [load["step"] for load in loads] == [0, 2, 4]
+    assert sum(loads[0]["counts"][0]) == 2 * steps[0]["tokens_nonpad"]  # top-2 of the tiny base
+    assert len(list((folder / "media").glob("step-000000-*.png"))) == 4
+
+    (run,) = folder.glob("wandb/offline-run-*")
+    rows = wandb_file.history(run)
+    assert [row["loss"] for row in rows if "loss" in row] == [step["loss"] for step in steps]
+    assert [row["step"] for row in rows if "expert_load._type" in row] == [0, 2, 4]
+    kinds = [record.WhichOneof("record_type") for record in wandb_file.records(run)]
+    assert "artifact" in kinds
+    assert not any("pictures" in key for row in rows for key in row)  # track.media=local
+
+    for rank in (0, 1):
+        log = (folder / "logs" / f"rank-{rank:04d}.log").read_text()
+        stages = re.findall(r"--- (.*)", log)
+        assert stages[:3] == ["base and empty model", "data", "weights and engine"]
+        assert "writing what was learned" in stages
+        assert beat(place, "whole", rank)["stage"] == "ended"
+    assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "done"
+
+
+def _stop(number: int) -> Callable[[int], None]:
+    return lambda pid: os.kill(pid, number)
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(place: Path, whole: str) -> None:
+    words = [*RUN, "track.wandb=offline", "track.load_every=2"]
+    began = time.monotonic()
+    cut = start(place, [*TRAIN, "--ranks", "2"], "cut", *words, at="step 0:", then=_stop(signal.SIGTERM))
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    assert done in (1, 2, 3)
+    assert "moetune train: preempted; run the same command again to go on" in cut.stderr
+    assert time.monotonic() - began < 60
+    assert [path.name for path in (place / "runs" / "cut" / "checkpoints").glob("step-*")][-1:] == [f"step-{done:06d}"]
+    again = start(place, [*TRAIN, "--ranks", "2"], "cut", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    _same_as_whole(place, "cut")
+    (run,) = (place / "runs" / "cut").glob("wandb/offline-run-*")
+    losses = [row["loss"] for row in wandb_file.history(run) if "loss" in row]
+    assert losses == [step["loss"] for step in metrics(place, "whole")]
+
+
+def test_a_killed_rank_ends_the_others_and_an_elastic_restart_resumes(place: Path, whole: str) -> None:
+    raw = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", "-m", "finetune.train"]
+    killed = []
+
+    def kill_rank_1(_: int) -> None:
+        killed.append(time.time())
+        os.kill(beat(place, "killed", 1)["pid"], signal.SIGKILL)
+
+    done = start(place, raw, "killed", *RUN, at="step 3:", then=kill_rank_1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed: runs/killed/checkpoints/step-000002" in done.stdout
+    failure = re.findall(r"^(\S+) failed \(lost\)", (place / "runs/killed/logs/rank-0000.log").read_text(), re.M)
+    assert len(failure) == 1
+    ended = time.mktime(time.strptime(failure[0][:19], "%Y-%m-%dT%H:%M:%S"))
+    assert ended - killed[0] < 10
+    _same_as_whole(place, "killed")
+
+
+def test_deepspeed_starts_it_and_a_broken_wandb_stops_nothing(
+    place: Path, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "broken")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    (place / "runs" / "engine").mkdir(parents=True)
+    (place / "runs" / "engine" / "wandb").write_text("a file where the client wants its folder")
+    command = [str(Path(TRAIN[0]).with_name("deepspeed")), "--num_gpus=2", "--module", "finetune.train"]
+    done = start(place, command, "engine", *RUN, "schedule.steps=1", "schedule.warmup_steps=0", "track.wandb=online")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [step["loss"] for step in metrics(place, "engine")] == [metrics(place, "whole")[0]["loss"]]
+    assert done.stdout.count("warning: W&B: ") == 1
+    assert (place / "runs" / "engine" / "adapter").exists()
+
+
+def test_a_step_that_is_not_finite_is_kept_and_a_replay_names_the_module(place: Path) -> None:
+    broken = place / "broken"
+    broken.mkdir()
+    for file in (place / "base").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    norm = "model.language_model.layers.1.self_attn.k_norm.weight"
+    (file,) = [file for file in broken.glob("*.safetensors") if norm in load_file(file)]
+    weights = load_file(file)
+    weights[norm][3] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    words = [*LORA, "parallel.ep=1", "data.workers=0", "model.path=broken"]
+    stopped = start(place, [*TRAIN], "nan", *words)
+    assert stopped.returncode == 1
+    said = re.search(r"rank 0 failed first: step 0: loss is nan; .* --replay (\S+) names", stopped.stderr)
+    assert said is not None, stopped.stderr[-3000:]
+    kept = Path(said[1])
+    assert len(kept_rows(place / kept)) == 8
+    again = start(place, [*TRAIN, f"--replay={kept}"], "nan", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"weights that are not finite: {norm}" in again.stdout
+    place_of_it = (
+        r"the output of model\.language_model\.layers\.1\.self_attn\.k_norm \(\w+\), from finite inputs, in forward"
+    )
+    assert re.search(rf"first not finite: {place_of_it}, row 0 of rank 0: general/", again.stdout)
+
+
+def _stopped_rank(place: Path, name: str) -> Callable[[int], None]:
+    return lambda _: os.kill(beat(place, name, 1)["pid"], signal.SIGSTOP)
+
+
+def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
+    def stop(_: int) -> None:
+        pid = beat(place, name, 1)["pid"]
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGSTOP)
+
+    return stop
+
+
+@pytest.mark.slow  # waits for its limits
+@pytest.mark.parametrize(
+    ("name", "stop", "limit", "text"),
+    [
+        ("stands", _stopped_rank, "safety.stall_seconds=15", r"rank 0: collective stall: step \d+ has stood for 15 s"),
+        ("starves", _stopped_worker, "data.stall_seconds=15", r"rank 1: .*data stall on data rank 1: .*being read: "),
+    ],
+)
+def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
+    place: Path, name: str, stop: Callable[[Path, str], Callable[[int], None]], limit: str, text: str
+) -> None:
+    raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=3", "-m", "finetune.train"]
+    words = [*RUN, "schedule.steps=200", limit]
+    done = start(place, raw, name, *words, at="step 1:", then=stop(place, name))
+    assert done.returncode != 0
+    assert re.search(text, done.stderr), done.stderr[-3000:]
+
+
+def test_ctrl_c_ends_every_process_in_seconds(place: Path) -> None:
+    pressed: list[float] = []
+    pids: list[int] = []
+
+    def press(pid: int) -> None:
+        pids.extend(beat(place, "interrupted", rank)["pid"] for rank in (0, 1))
+        pressed.append(time.monotonic())
+        os.kill(pid, signal.SIGINT)
+
+    done = start(place, [*TRAIN, "--ranks", "2"], "interrupted", *RUN, at="loaded:", then=press)
+    assert done.returncode == 1
+    assert time.monotonic() - pressed[0] < 15
+    assert "moetune train: interrupted" in done.stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+# --- without processes ------------------------------------------------------------------------------------------------
+
+
+def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Path) -> None:
+    for rank, when, kind in ((0, 1.0, "lost"), (1, 3.0, "failed"), (2, 2.0, "stall"), (3, 0.5, "failed")):
+        failure = Failure(rank=rank, host="h", time=100 + when, kind=kind, message=f"of {rank}")  # type: ignore[arg-type]
+        (tmp_path / f"failure-{rank:04d}.json").write_text(json.dumps(vars(failure)))
+    found = first_failure(tmp_path, since=100.7)  # rank 3's is of an earlier start
+    assert found is not None
+    assert found.rank == 2
+    assert found.code == 1
+    assert first_failure(tmp_path, since=200.0) is None
+
+
+def test_steps_that_teach_nothing_stop_the_run() -> None:
+    idle = IdleSteps(3)
+    for step, loss in enumerate((0.0, 0.0, 1e-30, 0.0, 0.0)):
+        idle.see(step, loss, ["a/b/c"])
+    with pytest.raises(ValueError, match=r"steps 3 to 5: .*3 steps in a row \(safety.idle_steps\).*this rank: a/b/c"):
+        idle.see(5, 0.0, ["a/b/c"])
+    with pytest.raises(RuntimeError, match=r"step 4: loss is nan, loss_z is inf; the weights are those of the step"):
+        require_finite({"loss": float("nan"), "loss_balance": 1.0, "loss_z": float("inf")}, 4)
+    assert RunConfig().safety.stall_seconds > RunConfig().data.stall_seconds  # a rank without data speaks first
+
+
+def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it holds no rows/. Name a folder that a stopped run said it kept"):
+        kept_rows(tmp_path)
