@@ -33,6 +33,7 @@ def rehearse(
     place = folder.with_name(f"{folder.name}.dry-run")
     if rank == 0:
         shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
     barrier()
     try:
         findings = _look_at_shards(config)

@@ -16,11 +16,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from finetune.config import ScheduleConfig
+from finetune.rank_log import RankLog
 from finetune.recipes import load
 from finetune.rehearse import rehearse
 from finetune.schedule import learning_rate
 from finetune.tiny import write_tiny
 from finetune.train import main
+from finetune.watch import Watch
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -183,10 +185,13 @@ def test_a_dry_run_ends_at_shards_with_problems(tmp_path: Path, capsys: pytest.C
     (tmp_path / "shards" / "part-009.tar").write_bytes((tmp_path / "shards" / "part-000.tar").read_bytes())
     config, _ = load("tiny-cpu", [f"data.sources.general.path={tmp_path}/shards"])
 
-    def never(config: object, folder: Path, say: object) -> None:
+    def never(*_: object) -> int:
         raise AssertionError("no step is taken")
 
-    assert rehearse(config, tmp_path / "run", never) == 3
+    log = RankLog(tmp_path / "logs", 0)
+    assert rehearse(config, tmp_path / "run", never, log, Watch(log, data_stall=0, step_stall=0)) == 3
+    log.close()
+    assert json.loads((tmp_path / "logs" / "outcome.json").read_text())["outcome"] == "problems"
     said = capsys.readouterr().out
     assert "shards: 4 problems" in said
     assert "sample 00000: the key is used in" in said
