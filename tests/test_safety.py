@@ -14,9 +14,11 @@ import wandb_file
 from safetensors.torch import load_file, save_file
 from user_runs import TORCHRUN, TRAIN, beat, make_place, metrics, start
 
+from data.batch import LossSums, Step
 from finetune.config import RunConfig
 from finetune.failures import Failure, first_failure
 from finetune.safety import IdleSteps, kept_rows, require_finite
+from finetune.update import take_step
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
@@ -239,3 +241,14 @@ def test_steps_that_teach_nothing_stop_the_run() -> None:
 def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it holds no rows/. Name a folder that a stopped run said it kept"):
         kept_rows(tmp_path)
+
+
+def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
+    told = list[str]()
+    step = Step(
+        epoch=0, step=3, batches=(), sums=LossSums(), bad=(), notes=(), tokens=7, images=0, video_seconds=0.0,
+        wait_seconds=0.0,
+    )  # fmt: skip
+    found = take_step(None, step, RunConfig(), None, 3, torch.device("cpu"), lambda _, what, __: told.append(what))
+    assert found == ({"loss": 0.0, "grad_norm": 0.0}, None)
+    assert told == ["the sums before the first forward"]
