@@ -152,7 +152,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
             if at in (done, stage.first):
                 say(enter(engine, stage, at=at))
                 share_rows(packed, balance, groups[stage.sp])
-                tracker.stage(stage.train)
+                tracker.stage(stage.peaks)
             checkpoints.poll()
             watch.data(at)
             step = data.take(at)
