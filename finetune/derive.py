@@ -70,6 +70,7 @@ def _stages(config: RunConfig) -> list[Derived]:
         text = (
             f"stage {stage.name or '(before the first)'}: steps {stage.first} to {stage.end - 1} train {trains}; "
             f"{packs} packs x {tokens:,} = {packs * tokens:,} tokens a step"
+            + (f", each row over {stage.sp} ranks" if stage.sp > 1 else "")
         )
         lines.append(Derived(name=f"stage.{stage.name}", value=stage.steps, text=text))
     return lines
