@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "an adapter in the form that a server reads: PEFT's packed one, or 2-D keys expert by expert",
     "combine": "a weighted sum of adapters, experts included: exact, or of a smaller rank with its error stated",
     "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
-    "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, proof",
+    "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",
     "eval": "ask a model or a server held-out questions, and score the answers by source",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",

@@ -33,7 +33,7 @@ COMMANDS = (
     "train digits.yaml --ranks 2",
     f"{_ASK} {_ADAPTER} --out after.jsonl --at-least exact={LEAST}",
     f"{_ASK} {_ADAPTER} --media shuffled --out shuffled.jsonl --at-most exact={CHANCE}",
-    f"merge {_MODEL} {_FILE} merged",
+    f"merge {_MODEL} {_FILE} merged --verify shards/held-out",
     f"{_ASK} --model merged --out merged.jsonl --at-least exact={LEAST}",
 )
 
