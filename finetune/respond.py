@@ -3,11 +3,20 @@
 from collections.abc import Iterator
 from itertools import islice
 
+from data.sample import Sample
 from finetune.answers import Asked, Reply, Respond
 from finetune.generate import Sampling, Speaker
 
 WINDOW = 4
 """Batches that are looked at together, so that prompts of like length stand side by side and little is padding."""
+
+
+def prompt_of(speaker: Speaker, asked: Asked) -> Sample:
+    """The question as the model gets it; an error in its media names the sample."""
+    try:
+        return speaker.renderer.build(asked.record, asked.images, asked.videos, key=asked.key, prompt=True)
+    except ValueError as error:
+        raise ValueError(f"sample {asked.key}: {error}") from error
 
 
 def local(speaker: Speaker, sampling: Sampling, *, batch: int) -> Respond:
@@ -16,9 +25,7 @@ def local(speaker: Speaker, sampling: Sampling, *, batch: int) -> Respond:
     def respond(asked: Iterator[Asked]) -> Iterator[Reply]:
         first = 0
         while window := list(islice(asked, batch * WINDOW)):
-            prompts = [
-                speaker.renderer.build(one.record, one.images, one.videos, key=one.key, prompt=True) for one in window
-            ]
+            prompts = [prompt_of(speaker, one) for one in window]
             order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at].input_ids))
             replies: dict[int, Reply] = {}
             for begin in range(0, len(order), batch):

@@ -13,6 +13,7 @@ from data.sample import Sample
 from finetune.answers import Asked
 from finetune.endpoint import Endpoint, completion_body, reply_of
 from finetune.generate import Judged, Sampling, Speaker
+from finetune.respond import prompt_of
 
 TOPICS = ("token ids", "image grids", "greedy text", "log-probabilities")
 
@@ -68,7 +69,7 @@ def serve_check(
         "max_tokens": max_tokens, "temperature": 0.0, "logprobs": True, "top_logprobs": 1, "return_token_ids": True,
     }  # fmt: skip
     for one in asked:
-        prompt = speaker.renderer.build(one.record, one.images, one.videos, key=one.key, prompt=True)
+        prompt = prompt_of(speaker, one)
         body = endpoint.call("/v1/chat/completions", completion_body(one, name, options))
         reply_of(body)
         card.samples += 1
@@ -90,14 +91,9 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Sp
     if our_text != their_text:
         at = next((n for n, (a, b) in enumerate(zip(our_text, their_text, strict=False)) if a != b), len(our_text))
         at = min(at, len(our_text), len(their_text))
-        card.differences.append(
-            Difference(
-                key=key,
-                topic="token ids",
-                detail=f"token {at} (media as one) is "
-                f"{_shown(their_text, at, speaker)} there, {_shown(our_text, at, speaker)} here",
-            )  # fmt: skip
-        )
+        there, here = _shown(their_text, at, speaker), _shown(our_text, at, speaker)
+        detail = f"token {at} (media as one) is {there} there, {here} here"
+        card.differences.append(Difference(key=key, topic="token ids", detail=detail))
     elif their_runs and all(run == 1 for run in their_runs) and their_runs != our_runs:
         card.untold["image grids"] += 1  # ids from before the media were widened
     else:
@@ -116,9 +112,8 @@ def _compare_length(card: Card, key: str, ours: int, body: Any) -> bool:
     theirs = (body.get("usage") or {}).get("prompt_tokens")
     if theirs in (None, ours):
         return True
-    card.differences.append(
-        Difference(key=key, topic="token ids", detail=f"the prompt takes {theirs} tokens there, {ours} here")
-    )
+    detail = f"the prompt takes {theirs} tokens there, {ours} here"
+    card.differences.append(Difference(key=key, topic="token ids", detail=detail))
     return False
 
 

@@ -4,8 +4,10 @@ import copy
 import io
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from media_files import clip, encode, moving, picture
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.record import parse_record
+from data.sample import Renderer
 from finetune.answers import (
     Asked,
     Reply,
@@ -27,6 +31,7 @@ from finetune.answers import (
     table_lines,
 )
 from finetune.endpoint import Endpoint, EndpointError, check_sendable, completion_body, reply_of
+from finetune.respond import prompt_of
 from launchers.cli import main
 
 
@@ -290,6 +295,14 @@ def test_a_video_has_no_blank_picture(tmp_path):
     questions, reader = find_questions([str(tmp_path / "v.jsonl")])
     with pytest.raises(ValueError, match="shows a video; blank pictures replace images only"):
         list(put(questions, reader, control="blank", seed=0))
+
+
+def test_a_sample_that_cannot_be_shown_is_named(rows):
+    questions, reader = find_questions([str(rows)])
+    one = next(put(questions, reader, control="kept", seed=0))
+    speaker = SimpleNamespace(renderer=Renderer(base(), image=ImageConfig(), video=VideoConfig(), chat=ChatConfig()))
+    with pytest.raises(ValueError, match="sample 000000001: image 1 .*: not a readable image"):
+        prompt_of(speaker, replace(one, images=[b"no image"] * 2))
 
 
 # --- serve-check
