@@ -112,25 +112,25 @@ class Speaker:
         """The next token of every prompt, until all have ended; what an ended one still writes is no answer."""
         generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in numbers]
         ended = [False] * len(prompts)
-        with torch.inference_mode():
-            cache = DynamicCache(config=self.module.config)
-            inputs = self._inputs(prompts)
-            hidden_BTD = self.module.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
-            mask, positions = inputs["attention_mask"], inputs["position_ids"]
-            for step in range(sampling.max_tokens):
-                logits_BV = self.module.lm_head(hidden_BTD[:, -1]).float()
-                tokens = _choose(logits_BV, sampling.temperature, generators)
-                ended = [done or token in self.stops for done, token in zip(ended, tokens, strict=True)]
-                yield tokens
-                if all(ended) or step + 1 == sampling.max_tokens:
-                    return
-                positions = _next(positions)
-                if mask is not None:
-                    mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
-                hidden_BTD = self.module.model(
-                    input_ids=torch.tensor(tokens, device=self.device)[:, None], attention_mask=mask,
-                    position_ids=positions, past_key_values=cache, use_cache=True,
-                ).last_hidden_state  # fmt: skip
+        cache, inputs = DynamicCache(config=self.module.config), self._inputs(prompts)
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        for step in range(sampling.max_tokens):
+            tokens = _choose(self._next_logits(inputs, cache), sampling.temperature, generators)
+            ended = [done or token in self.stops for done, token in zip(ended, tokens, strict=True)]
+            yield tokens
+            if all(ended) or step + 1 == sampling.max_tokens:
+                return
+            positions = _next(positions)
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(tokens), 1)], dim=1)
+            ids = torch.tensor(tokens, device=self.device)[:, None]
+            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+    @torch.inference_mode()  # not around the loop: a generator would leave the mode on for whoever reads it
+    def _next_logits(self, inputs: dict[str, Any], cache: DynamicCache) -> Tensor:
+        hidden_BTD = self.module.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        logits_BV: Tensor = self.module.lm_head(hidden_BTD[:, -1]).float()
+        return logits_BV
 
     def _inputs(self, prompts: Sequence[Sample]) -> dict[str, Any]:
         """Rows padded on the left, and the pixels of all of them, in the order of the rows."""

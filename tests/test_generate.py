@@ -27,6 +27,7 @@ from finetune.provenance import Provenance
 from finetune.speaker import open_speaker
 from finetune.tiny import TinyModel, write_tiny
 from finetune.weights import load
+from launchers.ask import question
 from launchers.cli import main
 from launchers.model_options import load_speaker
 
@@ -88,6 +89,27 @@ def test_a_batch_answers_as_each_prompt_alone():
     assert sampled[2] == speaker().answer(prompts[2:3], hot, numbers=[2])[0]
     assert sampled != speaker().answer(prompts, replace(hot, seed=4))
     assert {len(answer.ids) for answer in sampled} == {6}
+
+
+def test_whoever_reads_an_answer_piece_by_piece_computes_as_before():
+    for _ in speaker().stream(prompt("image"), SHORT):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_files_on_the_command_line_become_the_same_prompt(tmp_path: Path):
+    """Marks or not, in front as transformers' users write them."""
+    for name in ("0.png", "1.jpg", "3.mp4"):
+        (tmp_path / name).write_bytes(media()[name])
+    wanted = prompt("video")
+    for text in ("<video>\nWhat moves?", "\nWhat moves?"):
+        of, images, videos = question(text, [], [str(tmp_path / "3.mp4")])
+        found = speaker().renderer.build(of, images, videos, key="", prompt=True)
+        np.testing.assert_array_equal(found.input_ids, wanted.input_ids)
+        np.testing.assert_array_equal(found.video_patches, wanted.video_patches)
+    files = [str(tmp_path / name) for name in ("0.png", "1.jpg")]
+    of, images, _ = question("Compare <image> with <image>.", files, [], system="Be brief.")
+    assert [message.role for message in of.messages] == ["system", "user"]
+    assert images == [media()["0.png"], media()["1.jpg"]]
 
 
 def test_log_probabilities_are_those_of_a_whole_forward():
