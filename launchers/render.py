@@ -62,8 +62,10 @@ def torchrun_words(job: Job, profile: Profile, *, endpoint: str, run_id: str) ->
 def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
     endpoint = f"{profile.hosts[0]}:{profile.port}" if profile.hosts else ""
     words = torchrun_words(job, profile, endpoint=endpoint, run_id=job.run)
+    # torchrun's one store would hand a restart the addresses of ranks that are gone: one of its own for each start
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if profile.nodes > 1 else {}
     note = f"Start this same command on each of: {', '.join(profile.hosts)}" if profile.nodes > 1 else ""
-    return Rendered(command=words, environment={**SAFE, **profile.env}, note=note)
+    return Rendered(command=words, environment={**SAFE, **own, **profile.env}, note=note)
 
 
 def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:

@@ -1,0 +1,127 @@
+"""Several hosts for real: TCP rendezvous between network namespaces, one cut off mid-run, and the run goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hosts import Host, hosts
+from starts import environment, toy_run
+
+from launchers.profile import Profile
+from launchers.render import Job, render
+
+STALL_S = 8
+STEPS = 6
+WORDS = [
+    "model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
+    "data.packs_per_step=4", "data.tokens_per_pack=128", "checkpoint.every_steps=1", "data.stall_seconds=6",
+    f"safety.stall_seconds={STALL_S}", "parallel.ep=2", "data.mixture=natural",
+]  # fmt: skip
+
+
+def _start(
+    here: list[Host], folder: Path, name: str, *words: str, restarts: int = 0, min_nodes: int = 0, ranks: int = 2
+) -> list[tuple[subprocess.Popen, Path]]:
+    """Start one run, an agent on each host, from the rendered command."""
+    profile = Profile(
+        kind="torchrun", nodes=len(here), gpus_per_node=ranks, hosts=[host.address for host in here], restarts=restarts,
+        min_nodes=min_nodes, python=sys.executable, rendezvous_timeout=60, shutdown_timeout=5,
+    )  # fmt: skip
+    rendered = render(
+        Job(recipe="tiny-cpu", overrides=[*WORDS, f"run.name={name}", *words], run=name), profile, folder=""
+    )
+    started = []
+    for number, host in enumerate(here):
+        command = list(rendered.command)
+        at = next(index for index, word in enumerate(command) if word.startswith("--rdzv_conf="))
+        # hosts of one machine have one name: who holds the store has to be said; a dead host is missed sooner
+        command[at] += f",is_host={'true' if number == 0 else 'false'},last_call_timeout=2,keep_alive_interval=1"
+        command.insert(at, f"--local_addr={host.address}")
+        settings = environment() | dict(rendered.environment) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        output = folder / f"{name}-{number}.txt"
+        started.append((host.start(command, folder=folder, environment=settings, output=output), output))
+    return started
+
+
+def _metrics(folder: Path, name: str) -> list[dict]:
+    path = folder / "runs" / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _wait_for_step(folder: Path, name: str, step: int, started, limit: float = 120) -> None:
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        if any((folder / "runs" / name / "checkpoints" / "LATEST").exists() and line["step"] >= step
+               for line in _metrics(folder, name)):  # fmt: skip
+            return
+        time.sleep(0.2)
+    raise AssertionError("\n".join(output.read_text()[-2000:] for _, output in started))
+
+
+def _losses(folder: Path, name: str) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in _metrics(folder, name)}
+
+
+def _finish(started, limit: float = 150) -> list[int]:
+    try:
+        return [process.wait(limit) for process, _ in started]
+    except subprocess.TimeoutExpired:
+        raise AssertionError("\n".join(output.read_text()[-3000:] for _, output in started)) from None
+    finally:
+        for process, _ in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_on_one_host_fewer(
+    tmp_path: Path,
+) -> None:
+    toy_run(tmp_path, rows=96)
+    with hosts(2) as here:
+        whole = _start(here, tmp_path, "whole", f"schedule.steps={STEPS}")
+        assert _finish(whole) == [0, 0], whole[0][1].read_text()[-3000:]
+        wanted = _losses(tmp_path, "whole")
+        assert sorted(wanted) == list(range(STEPS))
+
+        cut = _start(here, tmp_path, "cut", f"schedule.steps={STEPS}")
+        _wait_for_step(tmp_path, "cut", 1, cut)
+        here[1].cut_off()
+        began = time.monotonic()
+        assert cut[0][0].wait(STALL_S + 60) != 0
+        assert time.monotonic() - began < STALL_S + 45
+        said = cut[0][1].read_text()
+        assert "stall" in said or "Connection" in said, said[-3000:]
+        here[1].end()
+        cut[1][0].wait(20)
+
+    with hosts(2) as here:  # one host fewer than before: one agent, two ranks
+        again = _start(here[:1], tmp_path, "cut", f"schedule.steps={STEPS}")
+        assert _finish(again) == [0], again[0][1].read_text()[-3000:]
+        assert "resumed: " in again[0][1].read_text()
+        found = _losses(tmp_path, "cut")
+    assert sorted(found) == list(range(STEPS))
+    assert [found[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_four_hosts_restart_by_themselves_without_the_one_that_was_cut_off(tmp_path: Path) -> None:
+    toy_run(tmp_path, rows=96)
+    with hosts(4) as here:
+        words = [f"schedule.steps={STEPS}", "parallel.ep=1", "data.packs_per_step=12"]
+        whole = _start(here[:1], tmp_path, "one", *words, ranks=1)
+        assert _finish(whole) == [0], whole[0][1].read_text()[-3000:]
+        started = _start(here, tmp_path, "four", *words, restarts=3, min_nodes=3, ranks=1)
+        _wait_for_step(tmp_path, "four", 1, started)
+        here[3].cut_off()
+        assert _finish(started[:3]) == [0, 0, 0], started[0][1].read_text()[-3000:]
+        here[3].end()
+    found, wanted = _losses(tmp_path, "four"), _losses(tmp_path, "one")
+    assert sorted(found) == list(range(STEPS))
+    assert [found[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-4)
+    assert "resumed: " in "".join(output.read_text() for _, output in started[:3])
