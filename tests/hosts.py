@@ -83,7 +83,7 @@ def _refused() -> str:
     if tried.returncode:
         return tried.stderr.strip()
     tried = subprocess.run(
-        ["ip", "-n", name, "link", "add", "a", "type", "veth", "peer", "name", "b"], capture_output=True, text=True
+        ["ip", "-n", name, "link", "add", "try0", "type", "veth", "peer", "name", "try1"], capture_output=True, text=True
     )
     _ip("netns", "del", name)
     return tried.stderr.strip() if tried.returncode else ""

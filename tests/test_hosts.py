@@ -16,10 +16,10 @@ from launchers.profile import Profile
 from launchers.render import Job, render
 
 STALL_S = 8
-STEPS = 6
+STEPS = 9
 WORDS = [
     "model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
-    "data.packs_per_step=4", "data.tokens_per_pack=128", "checkpoint.every_steps=1", "data.stall_seconds=6",
+    "data.packs_per_step=4", "data.tokens_per_pack=128", "checkpoint.every_steps=3", "data.stall_seconds=6",
     f"safety.stall_seconds={STALL_S}", "parallel.ep=2", "data.mixture=natural",
 ]  # fmt: skip
 
@@ -82,7 +82,7 @@ def _finish(started, limit: float = 150) -> list[int]:
 def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_on_one_host_fewer(
     tmp_path: Path,
 ) -> None:
-    toy_run(tmp_path, rows=96)
+    toy_run(tmp_path, rows=216)
     with hosts(2) as here:
         whole = _start(here, tmp_path, "whole", f"schedule.steps={STEPS}")
         assert _finish(whole) == [0, 0], whole[0][1].read_text()[-3000:]
@@ -90,7 +90,7 @@ def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_o
         assert sorted(wanted) == list(range(STEPS))
 
         cut = _start(here, tmp_path, "cut", f"schedule.steps={STEPS}")
-        _wait_for_step(tmp_path, "cut", 1, cut)
+        _wait_for_step(tmp_path, "cut", 3, cut)
         here[1].cut_off()
         began = time.monotonic()
         assert cut[0][0].wait(STALL_S + 60) != 0
@@ -111,13 +111,13 @@ def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_o
 
 @pytest.mark.slow
 def test_four_hosts_restart_by_themselves_without_the_one_that_was_cut_off(tmp_path: Path) -> None:
-    toy_run(tmp_path, rows=96)
+    toy_run(tmp_path, rows=216)
     with hosts(4) as here:
         words = [f"schedule.steps={STEPS}", "parallel.ep=1", "data.packs_per_step=12"]
         whole = _start(here[:1], tmp_path, "one", *words, ranks=1)
         assert _finish(whole) == [0], whole[0][1].read_text()[-3000:]
         started = _start(here, tmp_path, "four", *words, restarts=3, min_nodes=3, ranks=1)
-        _wait_for_step(tmp_path, "four", 1, started)
+        _wait_for_step(tmp_path, "four", 3, started)
         here[3].cut_off()
         assert _finish(started[:3]) == [0, 0, 0], started[0][1].read_text()[-3000:]
         here[3].end()
