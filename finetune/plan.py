@@ -12,7 +12,7 @@ from typing import Any
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.gpus import GB, Cluster
-from finetune.plan_memory import Layout, Memory, memory
+from finetune.plan_memory import Layout, Memory, memory, waiting
 from finetune.plan_time import Assumed, Time, step_time
 from finetune.plan_wire import Traffic, traffic
 from finetune.reading import rank_shares
@@ -117,7 +117,8 @@ def layout_of(config: RunConfig, base: Family, cluster: Cluster, assumed: Assume
     resident = choose_resident(config.parallel.resident, frozen_bytes=share.held, room_bytes=cluster.gpu.memory_bytes)
     layout = Layout(
         world=cluster.gpus, ep=config.parallel.ep, sp=config.parallel.sp, layers=base.text.num_hidden_layers,
-        resident=resident.resident,
+        resident=resident.resident, tile_tokens=config.parallel.tile_tokens,
+        offload=config.parallel.offload_activations,
         recompute=config.parallel.recompute, itemsize=itemsize, skew=assumed.skew_of(config.parallel.ep),
     )  # fmt: skip
     return layout, resident.reason
@@ -151,7 +152,7 @@ def _plan(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, s
         memory=memory(config, base, layout),
         traffic=moved,
         time=step_time(config, base, layout, cluster, moved, micro_batches=micro_batches, assumed=assumed),
-        host=_host(config, base, cluster, trained),
+        host=_host(config, base, cluster, trained, waits=waiting(config, base, layout)),
         parameters=counts.total,
         active=active_text_parameters(base),
         trained=trained,
@@ -159,7 +160,7 @@ def _plan(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, s
     )
 
 
-def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int) -> Host:
+def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int, *, waits: int) -> Host:
     """What loading, reading data and checkpoints take."""
     here, itemsize = min(cluster.per_node, cluster.gpus), ITEMSIZE[config.model.dtype]
     shapes = parameter_shapes(base)
@@ -169,6 +170,7 @@ def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int) -> Ho
         "ranks": here * RANK_HOST_BYTES,
         "reading workers": here * config.data.workers * WORKER_HOST_BYTES,
         "largest tensor while loading": largest,
+        "activations that wait": here * waits,
     }
     disk = {
         "base model": weights,
@@ -176,6 +178,7 @@ def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int) -> Ho
         "adapter" if adapted else "model": itemsize * trained if adapted else weights,
         "merged model": weights if adapted else 0,
     }
+    memory_parts = {name: size for name, size in memory_parts.items() if size}
     return Host(memory=memory_parts, disk={name: size for name, size in disk.items() if size})
 
 

@@ -31,6 +31,8 @@ class Rows:
     patches: int
     arriving: float
     itemsize: int
+    tiles: int = 1
+    """Parts in which norms and experts take the row; the experts' are computed again in backward."""
     segmented: bool = False
     """The CPU's attention, sample by sample, which keeps each sample's output and their concatenation."""
 
@@ -56,7 +58,8 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     text, b, t = base.text, rows.itemsize, rows.tokens
     residual = float(t * text.hidden_size * b)
     attention = _attention(text, adapters, rows)
-    norms = float(t * (2 * text.hidden_size * WIDE + 2 * WIDE))
+    wide = WIDE if rows.tiles == 1 else b  # in tiles a norm keeps its input, not a float32 copy of it
+    norms = float(t * (2 * text.hidden_size * wide + 2 * WIDE))
     norms += 2 * residual if adapters.norms.mode == "full" else 0
     if not sparse:
         mlp = _mlp(text, adapters, rows)
@@ -66,13 +69,19 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     experts = _experts(base, adapters, rows, ep)
     saved = attention + norms + experts.saved
     kept = residual + t * _topk(base) * INDEX
+    exchange = rows.arriving * text.hidden_size * b
+    if rows.tiles > 1:  # each tile is a checkpoint: its input stays, and one tile at a time is computed again
+        at_work = (experts.saved + experts.working + exchange) / rows.tiles
+        scores = t * _topk(base) * (WIDE + INDEX)
+        saved = attention + norms + residual + scores
+        return Layer(saved=saved, returned=0.0, kept=kept, exchange=0.0, working=at_work + 2 * residual)
     if recompute == "selective":
         kept += experts.kept
     return Layer(
         saved=saved,
         returned=experts.kept if recompute == "selective" else 0.0,
         kept=kept,
-        exchange=rows.arriving * text.hidden_size * b,
+        exchange=exchange,
         working=experts.working + 2 * residual,
     )
 

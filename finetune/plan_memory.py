@@ -38,6 +38,9 @@ class Layout:
     segmented: bool = False
     device: bool = True
     persistence: int = PERSISTENCE
+    tile_tokens: int = 0
+    offload: bool = False
+    """What recomputed layers keep waits in host memory."""
     reuse: int = REUSE
     """Elements: a weight that is used again within so many is not let go of."""
 
@@ -199,6 +202,8 @@ def _moments(
     )
     kinds = [(one, n) for one, n in ((sparse, count), (dense, base.text.num_hidden_layers - count)) if one is not None]
     kept = sum(n * (one.saved if recompute == "none" else one.kept) for one, n in kinds)
+    if layout.offload and recompute != "none":  # on the device: the layer at work, and the next on its way
+        kept = min(kept, 2 * max(one.kept for one, _ in kinds))
     tower_kept, tower_once = tower(base, adapters, rows, recompute)
     gather = layout.itemsize * _gather(layout, trained, frozen)
     stays = {"activations kept": kept, "row and embeddings": always(base, rows), "vision activations": tower_kept}
@@ -218,6 +223,18 @@ def _moments(
     )  # fmt: skip
 
 
+def waiting(config: RunConfig, base: Family, layout: Layout) -> int:
+    """Bytes of one rank's activations that wait in host memory."""
+    if not layout.offload or layout.recompute == "none":
+        return 0
+    rows, sparse = micro_batch(config, base, layout), len(base.moe_layers)
+    counts = ((True, sparse), (False, base.text.num_hidden_layers - sparse))
+    return int(sum(
+        n * layer(base, config.adapters, rows, layout.recompute, sparse=kind, ep=layout.ep).kept
+        for kind, n in counts if n
+    ))  # fmt: skip
+
+
 def _moment(name: str, parts: dict[str, float]) -> Moment:
     return Moment(name=name, parts={key: int(size) for key, size in parts.items() if size >= 1})
 
@@ -235,6 +252,7 @@ def micro_batch(config: RunConfig, base: Family, layout: Layout) -> Rows:
         arriving=0 if experts is None else layout.skew * tokens * experts.num_experts_per_tok,
         itemsize=layout.itemsize,
         segmented=layout.segmented,
+        tiles=-(-tokens // layout.tile_tokens) if layout.tile_tokens else 1,
     )
 
 

@@ -68,6 +68,8 @@ def _exchanges(config: RunConfig, base: Family, layout: Layout, cluster: Cluster
     found = []
     if base.text.experts is not None and layout.ep > 1:
         passes = 6 if layout.recompute == "layer" else 4
+        if rows.tiles > 1:  # a tile is exchanged once more in backward, within a recomputed layer too
+            passes = 6 if layout.recompute == "none" else 8
         payload = rows.tokens * base.text.experts.num_experts_per_tok * base.text.hidden_size * layout.itemsize
         size = micro_batches * layers * passes * payload
         found.append(Traffic(kind="expert rows", bytes=size, group=layout.ep, link=link, exchange=True))

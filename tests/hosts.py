@@ -82,9 +82,8 @@ def _refused() -> str:
     tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if tried.returncode:
         return tried.stderr.strip()
-    tried = subprocess.run(
-        ["ip", "-n", name, "link", "add", "try0", "type", "veth", "peer", "name", "try1"], capture_output=True, text=True
-    )
+    link = ["ip", "-n", name, "link", "add", "try0", "type", "veth", "peer", "name", "try1"]
+    tried = subprocess.run(link, capture_output=True, text=True)
     _ip("netns", "del", name)
     return tried.stderr.strip() if tried.returncode else ""
 

@@ -1,4 +1,4 @@
-"""Several hosts for real: TCP rendezvous between network namespaces, one cut off mid-run, and the run goes on exactly."""
+"""Several hosts for real: TCP rendezvous between namespaces, one cut off mid-run, and the run goes on exactly."""
 
 import json
 import os

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -171,4 +172,23 @@ def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None
     foreseen = json.loads((tmp_path / "runs" / "by deepspeed" / "plan.json").read_text())
     weights = foreseen["measured"]["weights_held"]
     assert weights == pytest.approx(foreseen["foreseen"]["weights_held"][0], rel=0.05)
-    assert str(ROOT) in os.environ.get("PYTHONPATH", str(ROOT))
+
+
+def _pages(mark: str) -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    return re.findall(rf"```yaml\n# {mark}: (\S+)\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "text"), _pages("profile"))
+def test_profiles_in_docs_render(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    profile = read_profile(tmp_path / name)
+    assert "finetune.train" in str(render(JOB, profile, folder="x"))
+
+
+@pytest.mark.parametrize(("name", "text"), _pages("recipe"))
+def test_recipes_in_docs_are_sound_and_planned(name: str, text: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert main(["check", str(path), "--ranks", "8"]) == 0, capsys.readouterr().err
+    assert main(["plan", str(path), "--gpus", "8", "--gpu", "h200-141gb"]) == 0, capsys.readouterr().out

@@ -186,3 +186,16 @@ def test_traffic_counts_nothing_between_one_rank_and_itself() -> None:
     one = cluster("h200-141gb", gpus=1, per_node=None, price=None)
     layout = plan(config, base_family(config), one).layout
     assert traffic(config, base_family(config), layout, one, micro_batches=1) == []
+
+
+def test_long_rows_take_less_in_tiles_and_with_activations_in_host_memory() -> None:
+    long = ("data.tokens_per_pack=131072", "data.packs_per_step=8", "parallel.recompute=layer")
+    plain = _plan("qwen3-vl-30b-a3b-lora", *long, gpus=8)
+    tiled = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.tile_tokens=8192", gpus=8)
+    waiting = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.offload_activations=true", gpus=8)
+    assert tiled.memory.peak < 0.8 * plain.memory.peak
+    kept = plain.memory.components["activations kept"]
+    assert waiting.memory.peak < plain.memory.peak - 0.9 * kept
+    assert waiting.host.memory["activations that wait"] == pytest.approx(8 * kept, rel=0.01)
+    rows = [next(t.bytes for t in found.traffic if t.kind == "expert rows") for found in (plain, tiled)]
+    assert rows[1] == rows[0] * 8 / 6
