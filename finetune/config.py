@@ -200,6 +200,8 @@ class EvalConfig:
 
     every_steps: int = 200  # 0: only before the first step and at the end
     metric: str = ""  # <source>/loss, <source>/accuracy or <source>/kl: the checkpoint where it is best is kept too
+    answers: int = 0  # of each source, so many questions are answered too, into predictions.jsonl; 0: none
+    answer_tokens: int = 32  # an answer's length at most; each costs a forward, so frozen weights must be resident
     patience: int = 0  # evaluations without a better metric before the run ends; 0: it never ends for that
     sources: dict[str, EvalSourceConfig] = field(default_factory=dict)
 

@@ -11,9 +11,12 @@ def eval_problems(config: RunConfig) -> list[Problem]:
     """Every problem at once."""
     found = config.eval
     problems = []
-    for key in ("every_steps", "patience"):
-        if getattr(found, key) < 0:
-            problems.append(_problem(f"eval.{key}", getattr(found, key), "at least 0 is wanted", "Set 0 or more"))
+    for key, least in {"every_steps": 0, "patience": 0, "answers": 0, "answer_tokens": 1}.items():
+        if getattr(found, key) < least:
+            allowed, remedy = f"at least {least} is wanted", f"Set {least} or more"
+            problems.append(_problem(f"eval.{key}", getattr(found, key), allowed, remedy))
+    if found.answers > 0:
+        problems += _answers(config)
     if found.metric:
         problems += _metric(found, has_lora=_has_lora(config))
     elif found.patience > 0:
@@ -38,6 +41,22 @@ def _metric(found: EvalConfig, *, has_lora: bool) -> list[Problem]:
     if quantity == "kl" and not has_lora:
         return [_problem("eval.metric", found.metric, NO_BASE, f"Take {source}/loss or {source}/accuracy")]
     return []
+
+
+def _answers(config: RunConfig) -> list[Problem]:
+    """Whether questions can be answered while the run trains."""
+    key, value = "eval.answers", config.eval.answers
+    found = []
+    if not config.eval.sources:
+        remedy = "Add eval.sources.<name>.path=..., or drop eval.answers"
+        found.append(_problem(key, value, "there is no held-out source to ask about", remedy))
+    if config.parallel.resident == "none":
+        remedy = "Drop it and use `moetune eval` on a checkpoint's adapter, or set parallel.resident=frozen"
+        found.append(_problem(key, value, "partitioned weights would be gathered for each token", remedy))
+    if config.parallel.sp > 1 or any(stage.sp > 1 for stage in config.stages.values()):
+        remedy = "Drop it and use `moetune eval` on a checkpoint's adapter, or set sp=1"
+        found.append(_problem(key, value, "ranks that share a row each hold a part of the answer", remedy))
+    return found
 
 
 NO_BASE = "no family trains as lora, so there is no adapter to switch off for the base"

@@ -23,10 +23,15 @@ from finetune.adapters import FamilyRow
 from finetune.compare import Compared, compare_row
 from finetune.config import RunConfig
 from finetune.engine import engine_device
+from finetune.eval_answers import Answers
 from finetune.eval_verdict import Judge, Measured, Verdict
 from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
 from finetune.sequence import SequenceGroup
 from finetune.stages import longest_pack, run_stages
+from finetune.track import Tracker
+
+FULL_SHARE = 0.05
+"""Of the parameters, so much may train in full, and so be partitioned, where questions are answered."""
 
 SUMS = ("samples", "tokens", "weight", "loss", "hits", "loss_base", "kl")
 
@@ -63,7 +68,7 @@ class Evaluation:
 
     def __init__(
         self, config: RunConfig, renderer: Renderer, *, families: Iterable[FamilyRow],
-        say: Callable[[str], None],
+        stops: Callable[[], frozenset[int]], resident: bool, say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.config, self.judge, self._renderer, self._say = config.eval, Judge(config.eval), renderer, say
         if not config.eval.sources:
@@ -77,29 +82,40 @@ class Evaluation:
         barrier()
         self._corpus = open_corpus(self._data, renderer, section="eval")
         count = sum(len(units) for units in self._corpus.sources)
+        self._answers: Answers | None = None
+        if config.eval.answers:
+            full = sum(row.trained for row in rows if row.mode == "full") / sum(row.total for row in rows)
+            if not resident or full > FULL_SHARE:
+                why = f"{full:.0%} of them train in full" if resident else "they do not fit a rank"
+                raise ValueError(
+                    f"eval.answers: {config.eval.answers}, but the weights are partitioned over the ranks, as {why}: "
+                    f"they would be gathered for each token. Set eval.answers=0, and ask a checkpoint's adapter"
+                )
+            self._answers = Answers(config.eval, self._data, renderer, stops=stops(), say=say)
         say(f"evaluation: {count:,} samples of {', '.join(config.eval.sources)}; {_scope(rows)}")
 
-    def start(self, engine: Any, done: int, *, record: Callable[[Mapping[str, Any]], None], owed: bool = False) -> bool:
+    def start(self, engine: Any, done: int, *, tracker: Tracker, owed: bool = False) -> bool:
         """Evaluate before the first step of a run, and say whether the run is over: one that resumes may be.
 
         `owed`: the start before was stopped by a signal after `done` steps, and did not evaluate then.
         """
         told = bool(done) and not owed
-        stop = self.judge.stop() if told else self.after(engine, done, record=record).stop
+        stop = self.judge.stop() if told else self.after(engine, done, tracker=tracker).stop
         if told and stop:
             self._say(f"stopped: {stop}")
         return stop is not None
 
-    def after(
-        self, engine: Any, step: int, *, record: Callable[[Mapping[str, Any]], None], last: bool = False
-    ) -> Verdict:
+    def after(self, engine: Any, step: int, *, tracker: Tracker, last: bool = False) -> Verdict:
         """Evaluate if so many steps ask for it, tell of it, and return what follows; every rank must call this."""
         every = self.config.every_steps
         due = last or step == 0 or bool(every and step % every == 0)
         if not (due and self.config.sources):
             return Verdict()
         result = self.run(engine, step)
-        record(result.flat())
+        tracker.evaluation(result.flat())
+        if self._answers is not None:
+            with _untouched(engine):
+                tracker.predictions(step, self._answers.rows(engine, engine_device()))
         verdict = self.judge.judge(step, result.sources)
         for line in (*result.lines(), *verdict.said, *([f"stopped: {verdict.stop}"] if verdict.stop else [])):
             self._say(line)
@@ -113,7 +129,7 @@ class Evaluation:
         measure = partial(compare_row, with_base=self.with_base)
         group = engine.module.sequence  # of the present stage: its ranks read the same rows
         stream, counts, bad = self._stream(group), group is None or group.rank == 0, list[BadSample]()
-        with _untouched(engine, device):
+        with _untouched(engine):
             for taken in stream:
                 for batch in taken.batches:
                     on_device = batch.to(device)
@@ -161,8 +177,9 @@ def _scope(rows: list[FamilyRow]) -> str:
 
 
 @contextmanager
-def _untouched(engine: Any, device: torch.device) -> Any:
+def _untouched(engine: Any) -> Any:
     """Evaluate without dropout or gradient, and leave random states as they were: readers draw from them."""
+    device = engine_device()
     engine.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):

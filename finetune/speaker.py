@@ -68,7 +68,7 @@ def open_speaker(
         empty.module,
         renderer=Renderer(folder, image=data.image, video=data.video, chat=data.chat),
         spec=read_spec(folder) if has_tower else None,
-        stops=_stops(folder),
+        stops=stop_tokens(folder),
         device=next(t for t in (*empty.module.parameters(), *empty.module.buffers())).device,
         switches=ours is not None and all(ours.families.values()),
     )
@@ -110,7 +110,7 @@ def _add(empty: EmptyModel, adapter: AdapterSource) -> None:
                 matrix.copy_(matrix.float() + delta)
 
 
-def _stops(folder: Path) -> frozenset[int]:
+def stop_tokens(folder: Path) -> frozenset[int]:
     """The tokens that end an answer, as the base's own generation settings name them."""
     found: Any = None
     if (folder / "generation_config.json").is_file():

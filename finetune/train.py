@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,6 +64,7 @@ from finetune.setup import (
     save_memory,
     share_rows,
 )
+from finetune.speaker import stop_tokens
 from finetune.stages import run_stages, stage_of
 from finetune.steps import RunData
 from finetune.track import Tracker
@@ -97,7 +99,10 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
     renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
     data = RunData(stages, renderer, seed=config.run.seed, groups=groups)
     say("\n".join(data.lines()))
-    evaluation = Evaluation(config, renderer, families=trainable_table(empty), say=say)
+    evaluation = Evaluation(
+        config, renderer, families=trainable_table(empty), stops=partial(stop_tokens, base_folder),
+        resident=chosen.resident, say=say,
+    )  # fmt: skip
     if rank_and_world()[0] == 0:
         say("\n".join(context_lines(empty.context, base, data.corpora, renderer, config.data)))
 
@@ -146,7 +151,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
         share_rows(packed, balance, groups[stage_of(stages, done).sp])
         watch.stage("evaluation")
-        ended, is_over = done, evaluation.start(engine, done, record=tracker.evaluation, owed=owed)
+        ended, is_over = done, evaluation.start(engine, done, tracker=tracker, owed=owed)
         for at in range(done, done if is_over else config.schedule.steps):
             stage = stage_of(stages, at)
             if at in (done, stage.first):
@@ -175,7 +180,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
             verdict = Verdict()
             if last or not stop:  # a run that is asked to stop has no time for it, and does it when it goes on
                 watch.stage("evaluation", quiet=True)
-                verdict = evaluation.after(engine, at + 1, last=last, record=tracker.evaluation)
+                verdict = evaluation.after(engine, at + 1, last=last, tracker=tracker)
             if last or stop or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
                 watch.stage("checkpoint")
                 owed = bool(stop) and not last

@@ -34,7 +34,7 @@ def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, 
         log = RankLog(folder / "logs" / name, rank)
         train(config, folder, log, Watch(log, data_stall=0, step_stall=0))
         dist.barrier()  # rank 0 writes what all read
-        lines = {kind: folder / f"{kind}.jsonl" for kind in ("evaluations", "metrics")}
+        lines = {kind: folder / f"{kind}.jsonl" for kind in ("evaluations", "metrics", "predictions")}
         found[name] = {
             kind: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             for kind, path in lines.items()

@@ -1,6 +1,7 @@
 """What follows from an evaluation, what `eval:` may not say, and the tiles that it is computed in."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from data.config import SourceConfig
 from finetune.compare import compare_tiles
-from finetune.config import AdaptersConfig, DenseFamilyConfig, EvalConfig, EvalSourceConfig, RunConfig
+from finetune.config import AdaptersConfig, DenseFamilyConfig, EvalConfig, EvalSourceConfig, ParallelConfig, RunConfig
 from finetune.eval_checks import eval_problems
 from finetune.eval_verdict import Judge, Measured
 from finetune.evaluate import held_out
@@ -90,6 +91,10 @@ def _run(evaluation: EvalConfig, *, lora: bool = True, trained_on: str = "other"
     return RunConfig(**vars(config) | {"data": type(config.data)(sources=sources)})
 
 
+def _parallel(**changes: Any) -> RunConfig:
+    return replace(_run(_config(answers=2)), parallel=ParallelConfig(**changes))
+
+
 GUARDED: dict[str, Any] = {"guard": "flag", "max_kl": 1.0}
 WRONG: dict[str, tuple[RunConfig, str]] = {
     "steps": (_run(_config(every_steps=-1)), r"eval.every_steps = -1: at least 0"),
@@ -102,6 +107,13 @@ WRONG: dict[str, tuple[RunConfig, str]] = {
     "guard": (_run(_config(max_kl=1.0)), r"eval.sources.a.max_kl = 1.0: no guard reads it. Set .*guard to flag"),
     "range": (_run(_config(guard="flag", max_loss_rise=-1.0)), r"max_loss_rise = -1.0: a finite number of 0 or more"),
     "no lora": (_run(_config(**GUARDED), lora=False), r"max_kl = 1.0: no family .*Bound .*max_loss_rise"),
+    "answers": (
+        _run(EvalConfig(answers=1)),
+        r"eval.answers = 1: there is no held-out source to ask about. Add eval.sou",
+    ),
+    "cap": (_run(_config(answer_tokens=0)), r"eval.answer_tokens = 0: at least 1 is wanted"),
+    "partitioned": (_parallel(resident="none"), r"eval.answers = 2: partitioned weights would be .*resident=frozen"),
+    "shared rows": (_parallel(sp=2), r"eval.answers = 2: ranks that share a row .*or set sp=1"),
     "name": (_run(EvalConfig(sources={"a/b": EvalSourceConfig(path="x")})), r"eval.sources.a/b = .*without /"),
     "trained on": (_run(_config(), trained_on="held"), r"held': data.sources.general trains on the same path"),
 }

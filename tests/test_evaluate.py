@@ -17,9 +17,14 @@ from transformers import AutoModelForImageTextToText
 
 from data.open import open_corpus, open_stream
 from data.sample import Renderer
+from finetune.adapters import FamilyRow
+from finetune.answers import find_questions
 from finetune.config import RunConfig
-from finetune.evaluate import held_out, measured
+from finetune.eval_answers import Answers
+from finetune.evaluate import Evaluation, held_out, measured
+from finetune.generate import Sampling
 from finetune.recipes import load
+from finetune.speaker import open_speaker
 from finetune.tiny import write_tiny
 
 HELD_OUT = ("eval.sources.words.path=words.jsonl", "eval.sources.seen.path=seen.jsonl", "eval.every_steps=2")
@@ -57,7 +62,7 @@ def two(place: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         jobs = {
-            "learns": [*LEARN, *HELD_OUT],
+            "learns": [*LEARN, *HELD_OUT, "eval.answers=2", "eval.answer_tokens=6"],
             "watched": [*LEARN, *DROPOUT, *HELD_OUT, "eval.every_steps=1"],
             "alone": [*LEARN, *DROPOUT],
             "halves": [*LEARN, *HELD_OUT, "parallel.sp=2", "data.packs_per_step=2"],
@@ -104,6 +109,47 @@ def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monke
     assert ours == pytest.approx(wanted, rel=1e-4)
     assert ours[3] > 1e-4
     assert ours[0] < ours[2], "it learned what the held-out rows are like"
+
+
+def test_it_answers_as_the_loaded_adapter_does(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    first, *_, last = two["learns"]["predictions"]
+    assert (first["step"], last["step"]) == (0, 3)
+    assert [(row["source"], row["finished"]) for row in last["rows"]] == [
+        (n, False) for n in ("words", "seen") * 1 for _ in (0, 1)
+    ]
+    assert last["rows"][0]["wanted"].endswith(" and 0.")
+    assert last["rows"][0]["question"].startswith("Say w")
+    assert last["rows"][2]["question"].startswith("<image>Say w")
+    speaker = open_speaker("base", adapter=Path("runs/learns/adapter"), dtype="float32")
+    questions, reader = find_questions(["words=words.jsonl", "seen=seen.jsonl"])
+    by_key = {(question.source, question.key): question for question in questions}
+    for row in last["rows"]:
+        question = by_key[row["source"], row["key"]]
+        images, videos = question.media(reader)
+        prompt = speaker.renderer.build(question.record, images, videos, key=question.key, prompt=True)
+        (answer,) = speaker.answer([prompt], Sampling(max_tokens=6))
+        assert answer.text == row["answer"]
+
+
+def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1"])
+    rows = [FamilyRow(family="experts", mode="full", tensors=1, trained=3, total=4, lora=None)]
+    for resident, why in ((False, "they do not fit a rank"), (True, "75% of them train in full")):
+        with pytest.raises(
+            ValueError, match=f"eval.answers: 1, but the weights are partitioned .*, as {why}: they would"
+        ):
+            Evaluation(
+                config, _renderer(config), families=rows, stops=lambda: frozenset([1]), resident=resident,
+                say=lambda text: None,
+            )  # fmt: skip
+    said: list[str] = []
+    config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1", "eval.answer_tokens=120"])
+    data = held_out(config, packs_per_step=1)
+    asked = Answers(config.eval, data, _renderer(config), stops=frozenset([1]), say=said.append)
+    assert not asked.asked
+    assert re.search(r"not asked: words/\S+ leaves no room for an answer in data.tokens_per_pack", said[0])
 
 
 def test_what_it_cannot_measure_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
