@@ -52,6 +52,18 @@ ENTRIES = (
         about="time of a step whose kernels have nothing to do, beside the same stock parts",
     ),
     Entry(
+        name="merge",
+        suite="cpu",
+        module="benchmarks.merge",
+        about="an adapter into a base of 4 GB (MOETUNE_BENCH_GB), beside PEFT's merge_and_unload and a plain copy",
+    ),
+    Entry(
+        name="export",
+        suite="cpu",
+        module="benchmarks.export",
+        about="an adapter into each form that servers read: seconds per GB",
+    ),
+    Entry(
         name="moe-lora-step",
         suite="cpu",
         module="benchmarks.moe_lora_step",
