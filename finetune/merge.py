@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune.atomic import whole_folder, write_file
+from finetune.context import both_spellings, extended_config
 from finetune.hubconfig import config_text, to_hub_spelling
 from finetune.jsonblock import load_json
 from finetune.layouts import is_expert_stack
@@ -101,7 +102,8 @@ def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], Non
         if len(plan.files) > 1:
             small[INDEX] = _index(plan)
         # The config comes last: without it no reader takes a folder for a model.
-        small["config.json"] = config_text(to_hub_spelling(load_json(plan.base.folder / "config.json"))).encode()
+        config = extended_config(load_json(plan.base.folder / "config.json"), plan.context)
+        small["config.json"] = config_text(both_spellings(to_hub_spelling(config))).encode()
         for name, content in small.items():
             data = content if isinstance(content, bytes) else content.read_bytes()
             work.digests[name] = hashlib.sha256(data).hexdigest()

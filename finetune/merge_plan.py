@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from finetune.adapter_source import AdapterSource, open_source
 from finetune.basefiles import BaseFiles
+from finetune.config import ContextConfig, YarnConfig
+from finetune.context import Extension, extension
+from finetune.hubconfig import read_family
 from finetune.layouts import LAYOUT_KEY, stored_shape
 from finetune.provenance import require_same_base
 from finetune.shapes import Shape
@@ -45,6 +49,8 @@ class MergePlan:
     side_files: Mapping[str, bytes | Path]
     origin: str
     """What is known of the adapter's base, in a sentence."""
+    context: Extension | None = None
+    """How the adapter was trained to read longer contexts; the merged config.json says so."""
 
     @property
     def need_bytes(self) -> int:
@@ -62,12 +68,13 @@ class MergePlan:
         experts = sum(len(change.shape) == 3 for change in self.source.changes.values())
         kinds = ", ".join(sorted({kind for file in self.files for kind, _ in file.tensors.values()}))
         total = len(self.base.shapes)
+        longer = f"; config.json says {self.context.length:,} tokens, yarn" if self.context is not None else ""
         return [
             f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
             f"adapter  {self.source.folder}: {len(self.source.changes)} low-rank changes ({experts} of expert stacks), "
             f"{len(self.source.full)} tensors in full; {self.origin}",
             f"out      {out}: {len(self.files)} weight file(s) and {len(self.side_files) + 1} others in the hub's "
-            f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}",
+            f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
         ]
 
 
@@ -79,8 +86,16 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
     if not learned and not source.full:
         raise ValueError(f"{adapter} changes nothing: every lora_B in it is zero. Was it saved before its first step?")
     return MergePlan(
-        base=base, source=source, files=_out_files(base), side_files=side_files_of(base.folder), origin=origin
+        base=base, source=source, files=_out_files(base), side_files=side_files_of(base.folder), origin=origin,
+        context=_context(source, base.folder),
     )  # fmt: skip
+
+
+def _context(source: AdapterSource, base: Path) -> Extension | None:
+    """The extension of context that the adapter's own configuration records."""
+    recorded = json.loads(source.metadata.get("moetune.config", "{}")).get("context", {})
+    yarn = YarnConfig(factor=recorded.get("yarn", {}).get("factor"))
+    return extension(ContextConfig(length=recorded.get("length"), yarn=yarn), read_family(base))
 
 
 def check_room(plan: MergePlan, out: Path) -> None:

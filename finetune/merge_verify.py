@@ -24,6 +24,7 @@ from finetune.adapter_change import Change
 from finetune.adapter_source import AdapterSource
 from finetune.basefiles import BaseFiles, open_base
 from finetune.layouts import is_expert_stack
+from finetune.merge_plan import MergePlan
 from finetune.model import EmptyModel, ModelOptions, build
 from finetune.shapes import HEAD
 from finetune.verify_compute import Outcome, Row, make_row, run_packed
@@ -69,15 +70,17 @@ class Proof:
         )
 
 
-def prove(merged: Path, base: BaseFiles, source: AdapterSource, samples: Sequence[Trial], *, device: str) -> Proof:
+def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: str) -> Proof:
     """Compute in float32 what the merged folder gives, what base and adapter give, and what the base gives."""
+    base = plan.base
     place, dtype = torch.device(device), torch.float32
     row = make_row(merged, samples, place, dtype)
     files = open_base(merged)
     plain = ModelOptions(dtype=dtype)
     ours = run_packed(build(merged, plain), files.read, row, files, place, dtype)
-    before = run_packed(build(base.folder, plain), base.read, row, base, place, dtype)
-    meant = _apart(base, source, row, place)
+    longer = ModelOptions(dtype=dtype, context=plan.context)
+    before = run_packed(build(base.folder, longer), base.read, row, base, place, dtype)
+    meant = _apart(plan, row, place)
     spread = meant.logits.std()
     distance = (ours.logits - meant.logits).abs().amax(-1) / spread
     moved = (before.logits - meant.logits).abs().amax(-1) / spread
@@ -116,12 +119,13 @@ def proof_samples(folder: Path, given: str, count: int) -> list[Trial]:
     return found
 
 
-def _apart(base: BaseFiles, source: AdapterSource, row: Row, device: torch.device) -> Outcome:
+def _apart(plan: MergePlan, row: Row, device: torch.device) -> Outcome:
     """Base and adapter, kept apart: experts by the layer's own factors, matrices by a hook; routers and head folded."""
+    base, source = plan.base, plan.source
     stacks = {name: change for name, change in source.changes.items() if is_expert_stack(name)}
     r = -(-max((change.r for change in stacks.values()), default=0) // _GEMM_ROWS) * _GEMM_ROWS
     layer = LayerOptions(experts="lora", lora=ExpertLora(r=r, alpha=r)) if stacks else LayerOptions()
-    empty = build(base.folder, ModelOptions(dtype=torch.float32, layer=layer))
+    empty = build(base.folder, ModelOptions(dtype=torch.float32, layer=layer, context=plan.context))
     hooked = _hook_matrices(empty, source, device)
 
     def read(name: str) -> Tensor:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         from finetune.merge_verify import proof_samples, prove
 
         samples = proof_samples(base.folder, args.verify, args.samples)
-        proof = prove(args.out, base, plan.source, samples, device=args.device)
+        proof = prove(args.out, plan, samples, device=args.device)
         say(proof.line())
         proved, found["proof"] = proof.passed, asdict(proof)
     return _finish(args, 0 if proved and not merged.lost else 3, found)

@@ -13,7 +13,6 @@ from bases import base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter_source import open_source
 from finetune.basefiles import open_base
 from finetune.merge import merge
 from finetune.merge_plan import plan_merge
@@ -40,8 +39,8 @@ HEAD = {"A": (4, 48), "B": (open_base(base()).shapes["lm_head.weight"][0], 4)}
 
 
 def proof(made: Path, merged: Path) -> Proof:
-    files = open_base(base())
-    return prove(merged, files, open_source(made / "adapter", files.shapes), proof_samples(base(), "", 0), device="cpu")
+    plan = plan_merge(open_base(base()), made / "adapter")
+    return prove(merged, plan, proof_samples(base(), "", 0), device="cpu")
 
 
 def test_a_right_merge_is_proved_to_the_last_digits(made: Path) -> None:
@@ -110,3 +109,16 @@ def test_a_failed_proof_ends_with_3(
     monkeypatch.setattr("finetune.merge_verify._TYPICAL", {"F32": 0.0})
     assert main(["merge", str(base()), str(made / "adapter"), str(tmp_path / "out"), "--verify"]) == 3
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_a_longer_context_goes_into_the_merged_config(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    trained = {"context": {"length": 6000, "yarn": {"factor": 2.0}}}
+    save_file(load_file(file), file, metadata={"moetune.config": json.dumps(trained)})
+    assert main(["merge", str(base()), str(tmp_path / "adapter"), str(tmp_path / "out"), "--verify"]) == 0
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert (text["max_position_embeddings"], text["rope_theta"]) == (6000, 5_000_000)
+    assert (text["rope_scaling"]["rope_type"], text["rope_scaling"]["factor"]) == ("yarn", 2.0)
+    config = cases.stock(tmp_path / "out").config.text_config
+    assert (config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]) == ("yarn", 5_000_000)
