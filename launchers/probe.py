@@ -1,0 +1,99 @@
+"""`moetune probe`: does a model find one fact, or one frame, in a long context? Base against adapted."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launchers.check import positive
+from launchers.model_options import load_speaker, model_arguments
+
+if TYPE_CHECKING:
+    from finetune.needle import Cell
+
+EXAMPLE = """\
+  moetune probe needle base --adapter runs/long/adapter --lengths 8192,32768,131072 --out needles
+  moetune probe needle base --kind video --lengths 4096 --depths 0,0.5,1 --trials 5
+  moetune probe needle merged --lengths 524288 --set context.yarn.factor=3"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's own arguments."""
+    parser.add_argument("what", choices=("needle",), metavar="needle", help="what is probed")
+    parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
+    parser.add_argument("--kind", choices=("text", "video", "both"), default="both", help="of haystack (default both)")
+    parser.add_argument("--lengths", type=_lengths, default=(1024, 2048, 4096), help="in tokens, with commas between")
+    parser.add_argument(
+        "--depths", type=_depths, default=(0.0, 0.25, 0.5, 0.75, 1.0), help="0 is the beginning, 1 the end"
+    )
+    parser.add_argument("--trials", type=positive, default=3, help="haystacks a length and depth (default 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the haystacks (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("needles"), metavar="DIR", help="for needle.json and PNGs")
+    model_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="what needle.json holds, on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probe, print a table, write needle.json and a heatmap for each kind."""
+    from finetune.heatmap import draw_heatmap
+
+    report: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for who, kind, cells in _probes(args):
+        found = []
+        for cell in cells:
+            found.append(asdict(cell))
+            if not args.json:
+                print(
+                    f"{who}, {kind}, {cell.length:,} tokens, depth {cell.depth:.0%}: found {cell.found:.2f}", flush=True
+                )
+        report.setdefault(kind, {})[who] = found
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = {"model": args.model, "adapter": str(args.adapter or ""), "seed": args.seed, "trials": args.trials,
+               "kinds": report}  # fmt: skip
+    (args.out / "needle.json").write_text(json.dumps(content, indent=1) + "\n")
+    for kind, models in report.items():
+        grids = {who: _grid(cells, args) for who, cells in models.items()}
+        draw_heatmap(
+            grids,
+            lengths=args.lengths,
+            depths=args.depths,
+            title=f"{kind} needles",
+            path=args.out / f"needle-{kind}.png",
+        )
+    print(json.dumps(content, indent=1) if args.json else f"wrote {args.out}/needle.json and a heatmap of each kind")
+    return 0
+
+
+def _probes(args: argparse.Namespace) -> Iterator[tuple[str, str, "Iterator[Cell]"]]:
+    from finetune.needle import probe
+
+    kinds = ("text", "video") if args.kind == "both" else (args.kind,)
+    asked = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
+    speaker = load_speaker(args.model, args, adapter=args.adapter)
+    if args.adapter is not None:
+        bare = speaker if speaker.switches else load_speaker(args.model, args, adapter=None)
+        for kind in kinds:
+            yield "base", kind, probe(bare, kind, base=speaker.switches, **asked)
+    for kind in kinds:
+        yield ("adapted" if args.adapter else "model"), kind, probe(speaker, kind, **asked)
+
+
+def _grid(cells: list[dict[str, float]], args: argparse.Namespace) -> list[list[float]]:
+    found = {(cell["length"], cell["depth"]): cell["found"] for cell in cells}
+    return [[found[length, depth] for length in args.lengths] for depth in args.depths]
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(positive(word) for word in text.split(","))
+
+
+def _depths(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        found = (-1.0,)
+    if not all(0 <= depth <= 1 for depth in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers from 0 to 1 are wanted, with commas between")
+    return found

@@ -1,0 +1,101 @@
+"""Needles: haystacks of the length asked for, needles where they were asked for, and what a model makes of them."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bases import base
+from PIL import Image
+
+from data.config import ChatConfig, ImageConfig, VideoConfig
+from data.sample import Renderer
+from finetune.generate import Judged
+from finetune.heatmap import CELL, LEFT, TOP, colour, draw_heatmap
+from finetune.needle import COLOURS, count_tokens, fitted, probe, prompt_of, video_trial
+from launchers.cli import main
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(base(), image=ImageConfig(), video=VideoConfig(), chat=ChatConfig())
+
+
+class Knowing:
+    """Stands in for a loaded model: it knows the needles before the middle of its prompt, and no others."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+
+    def judge(self, prompt, continuation):  # type: ignore[no-untyped-def]
+        at = self.renderer.decode(prompt.input_ids).find("The secret number")
+        knows = 0 <= at < len(self.renderer.decode(prompt.input_ids)) / 2
+        return [Judged(chosen=0.0, best=0.0, best_id=token if knows else -1) for token in continuation]
+
+
+@pytest.mark.parametrize(("kind", "lengths"), [("text", (600, 2000)), ("video", (200, 900))])
+def test_a_haystack_fills_its_length(renderer: Renderer, kind: str, lengths: tuple[int, ...]) -> None:
+    for length in lengths:
+        trial = fitted(kind, length, 0.5, seed=3, renderer=renderer)
+        tokens = count_tokens(trial, renderer)
+        assert length - 80 <= tokens <= length
+        prompt = prompt_of(trial, renderer).input_ids
+        assert tokens - 16 <= len(prompt) < tokens
+        assert renderer.decode(prompt).count(trial.answer) == (1 if kind == "text" else 0), "in the needle alone"
+    with pytest.raises(ValueError, match=f"a {kind} needle does not fit 20 tokens; the shortest haystack here takes"):
+        fitted(kind, 20, 0.5, seed=3, renderer=renderer)
+
+
+def test_a_needle_lies_at_its_depth(renderer: Renderer) -> None:
+    for depth in (0.0, 0.25, 1.0):
+        trial = fitted("text", 1500, depth, seed=1, renderer=renderer)
+        text = renderer.decode(prompt_of(trial, renderer).input_ids)
+        sentences = re.findall(r"The [^.]*\.", text)
+        (at,) = (n for n, sentence in enumerate(sentences) if f"is {trial.answer}." in sentence)
+        assert at == round(depth * (len(sentences) - 1))
+        clip = video_trial(20, depth, seed=1).videos[0]
+        pixels = [np.asarray(Image.open(io.BytesIO(frame))) for frame in clip]
+        coloured = [n for n, frame in enumerate(pixels) if np.ptp(frame.reshape(-1, 3).mean(0)) > 50]
+        assert coloured == [first := 2 * min(round(depth * 10), 9), first + 1]
+        assert tuple(pixels[first][0, 0]) == COLOURS[video_trial(20, depth, seed=1).answer]
+    again = fitted("text", 1500, 1.0, seed=1, renderer=renderer)
+    assert again == trial, "the same seed, the same haystack"
+
+
+def test_scores_are_by_length_and_depth(renderer: Renderer) -> None:
+    cells = list(probe(Knowing(renderer), "text", lengths=(700,), depths=(0.0, 1.0), trials=2, seed=0))
+    assert [(cell.length, cell.depth, cell.found, cell.right_tokens) for cell in cells] == [
+        (700, 0.0, 1.0, 1.0), (700, 1.0, 0.0, 0.0)
+    ]  # fmt: skip
+    assert 600 < cells[0].tokens < 700
+
+
+def test_the_heatmap_shows_each_score_in_its_cell(tmp_path: Path) -> None:
+    draw_heatmap(
+        {"base": [[0.0, 1.0]], "adapted": [[1.0, 0.5]]},
+        lengths=(100, 200),
+        depths=(0.5,),
+        title="t",
+        path=tmp_path / "a.png",
+    )
+    image = Image.open(tmp_path / "a.png")
+    wide = image.width // 2
+    corners = [(LEFT + 2 + CELL[0] * x + wide * model, TOP + 2) for model in (0, 1) for x in (0, 1)]
+    assert [image.getpixel(corner) for corner in corners] == [colour(score) for score in (0.0, 1.0, 1.0, 0.5)]
+
+
+def test_a_tiny_model_is_probed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--lengths", "300", "--depths", "0,1", "--trials", "1", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(["probe", "needle", str(base()), *words]) == 0
+    told = capsys.readouterr().out
+    assert "model, text, 300 tokens, depth 0%: found" in told
+    content = json.loads((tmp_path / "out" / "needle.json").read_text())
+    assert {kind: [c["depth"] for c in of["model"]] for kind, of in content["kinds"].items()} == {
+        "text": [0.0, 1.0], "video": [0.0, 1.0]
+    }  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["needle-text.png", "needle-video.png"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["probe", "needle", str(base()), "--depths", "2"])
+    assert "numbers from 0 to 1 are wanted" in capsys.readouterr().err
