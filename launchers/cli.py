@@ -25,7 +25,6 @@ COMMANDS = {
     "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
     "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",
     "probe": "needles in long contexts, of text and of video: base against adapted, as a heatmap and JSON",
-    "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, proof",
     "eval": "ask a model or a server held-out questions, and score the answers by source",
     "tiny": "write a small base model, in the hub's own layout, with random weights",
     "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
