@@ -235,9 +235,10 @@ class SafetyConfig:
     """When a run is stopped because it cannot go well."""
 
     idle_steps: int = 10  # so many steps in a row with a loss of exactly zero, or with nothing supervised
-    # longer than the slowest step, and than data.stall_seconds: so that a rank without data is found before those that
-    # wait for it; 0: wait for ever
-    stall_seconds: float = 900.0
+    # longer than the slowest pass over a row, and than data.stall_seconds: so that a rank without data is found before
+    # those that wait for it; shorter than the 600 s after which NCCL ends a rank without a sentence; 0: wait for ever.
+    # A save may take eight times as long
+    stall_seconds: float = 540.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,7 +182,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
                 watch.stage("evaluation", quiet=True)
                 verdict = evaluation.after(engine, at + 1, last=last, tracker=tracker)
             if last or stop or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
-                watch.stage("checkpoint")
+                watch.save(at + 1)
                 owed = bool(stop) and not last
                 state = {"data": data.state_dict(), "eval": evaluation.judge.state_dict(), "eval_owed": owed}
                 origin = reached(origin, state)

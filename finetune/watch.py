@@ -27,6 +27,8 @@ WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 BEAT_S = 10.0
 """So often a rank writes where it is; a new stage is written at once."""
 SHOWN = 4
+SAVE = 8
+"""A save may take so many times what a step may: a disk is slower than any rank, but not without end."""
 PREEMPTED = 75
 """The exit code of a run that shall be started again."""
 _PR_SET_PDEATHSIG = 1
@@ -42,7 +44,7 @@ class Watch:
     def __init__(self, log: RankLog, *, data_stall: float, step_stall: float) -> None:
         self.stop = 0
         self.reading: Callable[[], Sequence[str]] = list
-        self._log, self._limits = log, {"data": data_stall, "step": step_stall}
+        self._log, self._limits = log, {"data": data_stall, "step": step_stall, "save": SAVE * step_stall}
         self._beat_path = log.path.with_suffix(".json")
         self._stack_path = log.path.with_suffix(".stack")
         self._parent, self._beaten = os.getppid(), 0.0
@@ -60,6 +62,11 @@ class Watch:
         if not quiet:
             self._log.note(f"--- {name}")
             self._beat()
+
+    def save(self, step: int) -> None:
+        """From here the rank writes a checkpoint together with all others."""
+        self._log.note(f"--- checkpoint after {step} steps")
+        self._enter("save", step=step, stage="the checkpoint", samples=[], collective="the checkpoint")
 
     def data(self, step: int) -> None:
         """From here the rank waits for the data of a step."""
