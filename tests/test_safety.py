@@ -105,6 +105,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
     assert losses == [step["loss"] for step in metrics(place, "whole")]
 
 
+@pytest.mark.slow  # two starts; test_train.py kills a whole run
 def test_a_killed_rank_ends_the_others_and_an_elastic_restart_resumes(place: Path, whole: str) -> None:
     raw = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", "-m", "finetune.train"]
     killed = []
@@ -123,6 +124,7 @@ def test_a_killed_rank_ends_the_others_and_an_elastic_restart_resumes(place: Pat
     _same_as_whole(place, "killed")
 
 
+@pytest.mark.slow  # a start of its own; the parts are tested apart
 def test_deepspeed_starts_it_and_a_broken_wandb_stops_nothing(
     place: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,7 @@ def test_deepspeed_starts_it_and_a_broken_wandb_stops_nothing(
     assert (place / "runs" / "engine" / "adapter").exists()
 
 
+@pytest.mark.slow  # two starts
 def test_a_step_that_is_not_finite_is_kept_and_a_replay_names_the_module(place: Path) -> None:
     broken = place / "broken"
     broken.mkdir()
