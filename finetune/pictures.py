@@ -13,10 +13,10 @@ def unpatch(patches: Tensor, *, grid: tuple[int, int, int], spec: VisionSpec) ->
     """Return the first frame behind the patch rows of an image or video, [H, W, 3]."""
     _, rows, columns = grid
     merge, side = spec.merge, spec.patch
-    frame = patches[: rows * columns].reshape(len(patches[: rows * columns]), 3, -1, side, side)[:, :, 0]
-    blocks = frame.reshape(rows // merge, columns // merge, merge, merge, 3, side, side)
+    frame = patches[: rows * columns].reshape(rows * columns, -1, side, side, 3)[:, 0]
+    blocks = frame.reshape(rows // merge, columns // merge, merge, merge, side, side, 3)
     pixels: Pixels = np.ascontiguousarray(
-        blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3).numpy()
+        blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(rows * side, columns * side, 3).numpy()
     )
     return pixels
 
