@@ -47,8 +47,11 @@ def open_speaker(
     """
     place = torch.device(device)
     if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device is {device}, but torch sees no GPU here; use --device cpu")
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= seen:
+            raise ValueError(
+                f"--device is {device}, but torch sees {seen} GPUs here; use --device cpu or a lower number"
+            )
         torch.cuda.set_device(place)
     folder, config = model_folder(model), config or RunConfig()
     ours = open_adapter(adapter) if adapter is not None and is_ours(adapter) else None

@@ -7,6 +7,7 @@ teaches it handwritten digits, and held-out ones are asked before, after, and wi
 import argparse
 import contextlib
 import json
+import os
 import shlex
 import time
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.out
     if out.exists():
         raise ValueError(f"{out} exists; give another folder, or remove it")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # the same everywhere, so that its figures can be compared
     try:
         from launchers.demo_material import picture_lines, write_material
 

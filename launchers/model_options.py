@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -79,10 +80,12 @@ def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) 
 
 def _device(name: str) -> str:
     """The device, settled before the engine's library looks for one by itself."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device is {name!r}; allowed are auto, cpu, cuda, or one GPU by its number, as cuda:1")
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        wanted = os.environ.get("DS_ACCELERATOR", "cuda")  # the engine's own word; who set it means it
+        name = "cuda" if wanted == "cuda" and torch.cuda.is_available() else "cpu"
+    os.environ["DS_ACCELERATOR"] = name.partition(":")[0]
     return name

@@ -224,13 +224,18 @@ def test_image_settings_reach_the_prompt():
     assert len(prompt("image", small).input_ids) < len(prompt("image").input_ids)
 
 
+def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["ask", str(base()), "?", "--device", "gpu"]) == 2
+    assert "--device is 'gpu'; allowed are auto, cpu, cuda, or one GPU by its number" in capsys.readouterr().err
+
+
 def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="--max-tokens is 0; an answer has at least 1"):
         Sampling(max_tokens=0)
     with pytest.raises(ValueError, match="--temperature is -1; 0 is greedy"):
         Sampling(temperature=-1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device is cuda:1, but torch sees no GPU here"):
+    with pytest.raises(ValueError, match="--device is cuda:1, but torch sees 0 GPUs here"):
         open_speaker(str(base()), device="cuda:1")
     ours = prompt("image")
     blind = Speaker(
