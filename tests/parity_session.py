@@ -48,7 +48,7 @@ COMMON = [
 def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:
     """Run ours, one after the other in these processes; what was frozen is hashed at its start and at its end."""
     hashes: dict[str, Any] = {}
-    initialize, write = loop.initialize, loop._write
+    initialize, write = loop.initialize, loop.write_learned
     for name, words in jobs.items():
 
         def start(packed: Any, options: Any, groups: Any, name: str = name) -> Any:
@@ -60,7 +60,7 @@ def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:
             hashes[name]["after"] = _frozen(empty.module, hashes[name].pop("trained"))
             write(empty, *rest)
 
-        loop.initialize, loop._write = start, end
+        loop.initialize, loop.write_learned = start, end
         code = loop.main(["tiny-cpu", f"run.name={name}", f"schedule.steps={STEPS}", *COMMON, *words])
         assert code == 0, (name, code)
     return hashes
@@ -167,9 +167,9 @@ def losses_of(place: Path, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def apart(place: Path, name: str, reference: Path) -> float:
-    """The largest difference of any tensor of two adapters, as a share of that tensor's largest value."""
+def apart(place: Path, name: str, reference: Path) -> tuple[float, str]:
+    """The largest difference of any tensor of two adapters, as a share of that tensor's largest value; and its name."""
     ours = load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors")
     wanted = load_file(reference / "adapter_model.safetensors")
     assert set(ours) == set(wanted)
-    return max(float((ours[n] - wanted[n]).abs().max() / wanted[n].abs().max()) for n in wanted)
+    return max((float((ours[n] - wanted[n]).abs().max() / wanted[n].abs().max()), n) for n in wanted)

@@ -51,8 +51,8 @@ def _holds(place: Path, name: str, reference: dict[int, list[float]], packs: int
         reference[packs] = plain_loop(place, packs, out)
     assert len(reference[packs]) == STEPS
     assert losses_of(place, name) == pytest.approx(reference[packs], rel=1e-5)
-    assert apart(place, name, out) < 1e-4
-    assert apart(place, name, place / "start") > 0.01
+    assert apart(place, name, out) < (1e-4, "")
+    assert apart(place, name, place / "start") > (0.01, "")
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +107,12 @@ def test_each_learns_and_moves_only_what_was_asked(name: str, two_ranks: list[di
 
 
 @pytest.mark.slow  # four ranks on two cores: minutes
-@pytest.mark.parametrize(("world", "eps"), [(1, (1,)), (2, (2,)), (4, (2, 4))])
+@pytest.mark.parametrize(("world", "eps"), [(1, (1,)), (4, (2, 4))])
 def test_every_layout_trains_what_a_plain_loop_does(
     world: int, eps: tuple[int, ...], place: Path, reference: dict[int, list[float]]
 ) -> None:
-    """One and four micro-batches on each rank."""
-    packs = (world, 4 * world)
-    jobs = {
-        f"{world}-{ep}-{number}": [f"data.packs_per_step={number}", f"parallel.ep={ep}", START, *EVERYTHING]
-        for ep in eps for number in packs
-    }  # fmt: skip
+    """Four packs a step: four micro-batches on one rank, one on each of four, at both sizes of expert groups."""
+    jobs = {f"{world}-{ep}": ["data.packs_per_step=4", f"parallel.ep={ep}", START, *EVERYTHING] for ep in eps}
     _run(place, world, jobs)
-    for ep in eps:
-        for number in packs:
-            _holds(place, f"{world}-{ep}-{number}", reference, number)
+    for name in jobs:
+        _holds(place, name, reference, 4)
