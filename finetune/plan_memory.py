@@ -248,7 +248,7 @@ def micro_batch(config: RunConfig, base: Family, layout: Layout) -> Rows:
     return Rows(
         tokens=tokens,
         supervised=int(tokens * layout.supervised_share),
-        patches=patches,
+        patches=-(-patches // layout.sp),  # a group's ranks share out the row's frames
         arriving=0 if experts is None else layout.skew * tokens * experts.num_experts_per_tok,
         itemsize=layout.itemsize,
         segmented=layout.segmented,

@@ -61,3 +61,17 @@ def test_errors_in_docs_are_what_the_command_says(
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[1:]) == 2
     assert message in capsys.readouterr().err
+
+
+def _recipes() -> list[tuple[str, str, str]]:
+    blocks = [(page, re.findall(r"```yaml\n# recipe: (\S+)\n(.*?)```", page.read_text(), re.DOTALL)) for page in PAGES]
+    return [(page.name, name, text) for page, found in blocks for name, text in found]
+
+
+@pytest.mark.parametrize(("page", "name", "text"), _recipes())
+def test_recipes_in_docs_are_sound(
+    page: str, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", name]) == 0, f"{page}: {name}"
