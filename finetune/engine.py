@@ -14,9 +14,8 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from finetune.ranks import parameter_table, require_equal_tables
+from finetune.ranks import join_restarted, parameter_table, require_equal_tables
 
 LIMITS = {
     "zero_optimization.stage": "the engine is ZeRO-3 in every case",
@@ -162,28 +161,9 @@ def start_distributed() -> None:
         os.environ.update(alone)
     # or each reduction of a gradient on CPU starts a program that counts the sockets
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    _join_restarted()
+    accelerator = deepspeed.accelerator.get_accelerator()
+    join_restarted(accelerator.communication_backend_name(), deepspeed.constants.default_pg_timeout)
     deepspeed.init_distributed()
-
-
-def _join_restarted() -> None:
-    """After an elastic restart, meet the other ranks under names that the start before did not use.
-
-    torchrun keeps one store over its restarts, with the addresses of ranks that are gone: a group that reads one waits
-    for ever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
-    torchrun's environment gives each restart a store of its own.
-    """
-    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not count or world != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-        return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, world_size=world, is_master=False)
-    torch.distributed.init_process_group(
-        deepspeed.accelerator.get_accelerator().communication_backend_name(), rank=rank, world_size=world,
-        store=PrefixStore(f"restart-{count}", store),
-        timeout=deepspeed.constants.default_pg_timeout,
-    )  # fmt: skip
 
 
 def engine_device() -> torch.device:

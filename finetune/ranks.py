@@ -1,18 +1,37 @@
 """What ranks say to each other outside the model: sums, and whether they agree on what they are about to do."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from moe.experts import GroupedExperts
 
 T = TypeVar("T")
 SHOWN = 8
 """So many differences are printed."""
+
+
+def join_restarted(backend: str, timeout: timedelta) -> None:
+    """After an elastic restart, meet the other ranks under names that the start before did not use.
+
+    torchrun keeps one store over its restarts, with the addresses of ranks that are gone: a group that reads one waits
+    for ever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
+    torchrun's environment gives each restart a store of its own.
+    """
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not count or world != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = PrefixStore(f"restart-{count}", TCPStore(address, port, world_size=world, is_master=False))
+    dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timeout)
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COLLECTIVES_LIVE_IN = {f"finetune/{name}.py" for name in ("ranks", "weights", "gather", "sequence", "checkpoint")}
+COLLECTIVES_LIVE_IN = {
+    f"finetune/{name}.py" for name in ("ranks", "weights", "gather", "sequence", "checkpoint", "cluster_check")
+}
 ENGINE_LIVES_IN = {"finetune/engine.py", "finetune/checkpoint.py", "finetune/weights.py", "moe/parallel.py"}
 
 
