@@ -38,10 +38,11 @@ def _start(
     started = []
     for number, host in enumerate(here):
         command = list(rendered.command)
-        at = next(index for index, word in enumerate(command) if word.startswith("--rdzv_conf="))
-        # hosts of one machine have one name: who holds the store has to be said; a dead host is missed sooner
-        command[at] += f",is_host={'true' if number == 0 else 'false'},last_call_timeout=2,keep_alive_interval=1"
-        command.insert(at, f"--local_addr={host.address}")
+        if len(here) > 1:
+            at = next(index for index, word in enumerate(command) if word.startswith("--rdzv_conf="))
+            # hosts of one machine have one name: who holds the store has to be said; a dead host is missed sooner
+            command[at] += f",is_host={'true' if number == 0 else 'false'},last_call_timeout=2,keep_alive_interval=1"
+            command.insert(at, f"--local_addr={host.address}")
         settings = environment() | dict(rendered.environment) | {"GLOO_SOCKET_IFNAME": "eth0"}
         output = folder / f"{name}-{number}.txt"
         started.append((host.start(command, folder=folder, environment=settings, output=output), output))
