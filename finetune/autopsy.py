@@ -33,7 +33,7 @@ class RankTrace:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's."""
-    return (folder / "config.yaml").is_file() and not folder.suffix
+    return (folder / "config.yaml").is_file()
 
 
 def read_traces(logs: Path) -> list[RankTrace]:

@@ -69,15 +69,14 @@ def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
 
 
 def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
-    hosts = profile.hosts or ["localhost"]
     environment = {**SAFE, **profile.env}
-    files = {
-        "hostfile": "".join(f"{host} slots={profile.gpus_per_node}\n" for host in hosts),
-        "deepspeed_env": "".join(f"{name}={value}\n" for name, value in environment.items()),
-    }
-    words = [profile.python, "-m", "deepspeed.launcher.runner", "--hostfile", f"{folder}/hostfile"]
-    words += ["--master_port", str(profile.port)]
-    words += ["--master_addr", profile.hosts[0]] if len(hosts) > 1 else []
+    files = {"deepspeed_env": "".join(f"{name}={value}\n" for name, value in environment.items())}
+    words = [profile.python, "-m", "deepspeed.launcher.runner", "--master_port", str(profile.port)]
+    if profile.hosts:
+        files["hostfile"] = "".join(f"{host} slots={profile.gpus_per_node}\n" for host in profile.hosts)
+        words += ["--hostfile", f"{folder}/hostfile", "--master_addr", profile.hosts[0]]
+    else:  # with a hostfile the launcher would ask ssh even for this machine
+        words += ["--num_gpus", str(profile.gpus_per_node)]
     words += ["--module", "finetune.train", *job.words]
     # the launcher forwards only some variables by itself; those of the file it forwards to every node
     return Rendered(command=words, environment={**environment, "DS_ENV_FILE": f"{folder}/deepspeed_env"}, files=files)

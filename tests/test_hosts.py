@@ -122,6 +122,7 @@ def test_four_hosts_restart_by_themselves_without_the_one_that_was_cut_off(tmp_p
         here[3].cut_off()
         assert _finish(started[:3]) == [0, 0, 0], started[0][1].read_text()[-3000:]
         here[3].end()
+        started[3][0].wait(20)
     found, wanted = _losses(tmp_path, "four"), _losses(tmp_path, "one")
     assert sorted(found) == list(range(STEPS))
     assert [found[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-4)

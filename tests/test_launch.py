@@ -163,13 +163,16 @@ def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None
     toy_run(tmp_path)
     profile = _profile(tmp_path, {"kind": "deepspeed", "gpus_per_node": 2, "python": sys.executable})
     words = ["model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
-             "schedule.steps=2", "run.name=by deepspeed", "data.packs_per_step=2"]  # fmt: skip
+             "schedule.steps=2", "run.name=by deepspeed", "data.packs_per_step=2",
+             "parallel.ep=auto", "parallel.recompute=auto"]  # fmt: skip
     job = Job(recipe="tiny-cpu", overrides=words, run="by deepspeed")
     done = start_rendered(render(job, profile, folder="launch"), tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = (tmp_path / "runs" / "by deepspeed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == [0, 1]
     foreseen = json.loads((tmp_path / "runs" / "by deepspeed" / "plan.json").read_text())
+    assert foreseen["layout"]["ep"] in (1, 2)
+    assert foreseen["layout"]["recompute"] in ("none", "selective", "layer")
     weights = foreseen["measured"]["weights_held"]
     assert weights == pytest.approx(foreseen["foreseen"]["weights_held"][0], rel=0.05)
 
