@@ -30,13 +30,13 @@ def _case(ep: int, resident: str, recompute: str, *more: str, sp: int = 1, super
 
 
 CASES = {
-    2: [
+    ("2 ranks", 2): [_case(2, "frozen", "selective", supervised=1), _case(2, "none", "layer")],
+    ("2 ranks more", 2): [
         replace(_case(1, "none", "layer"), reuse=0),
-        _case(2, "frozen", "selective", supervised=1),
         _case(2, "none", "none", "adapters.experts.mode=frozen"),
         _case(2, "frozen", "layer", sp=2),
     ],
-    4: [
+    ("4 ranks", 4): [
         _case(1, "frozen", "none"),
         _case(2, "none", "selective", "adapters.experts.r=16", "adapters.router.mode=full"),
         _case(2, "none", "layer"),
@@ -53,9 +53,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def _measured(base: Path, world: int) -> list[list[Measured]]:
+def _measured(base: Path, start: tuple[str, int]) -> list[list[Measured]]:
     """Of each case, every rank's."""
-    ranks = run_ranks(plan_session.session, world, base, CASES[world], timeout=240)
+    ranks = run_ranks(plan_session.session, start[1], base, CASES[start], timeout=240)
     return [list(of_case) for of_case in zip(*ranks, strict=True)]
 
 
@@ -83,16 +83,16 @@ def _planned(base: Path, world: int, case: Case) -> tuple[Family, Layout, Memory
 
 
 EVERY = [
-    pytest.param(world, number, id=f"{world} ranks, {' '.join(word.partition('.')[2] for word in case.words[3:])}",
-                 marks=[pytest.mark.slow] if world == 4 else [])
-    for world, cases in CASES.items()
+    pytest.param(start, number, id=f"{start[0]}, {' '.join(word.partition('.')[2] for word in case.words[3:])}",
+                 marks=[] if start[0] == "2 ranks" else [pytest.mark.slow])
+    for start, cases in CASES.items()
     for number, case in enumerate(cases)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("world", "number"), EVERY)
-def test_what_ranks_hold_need_and_send(world: int, number: int, base: Path) -> None:
-    ranks, case = _measured(base, world)[number], CASES[world][number]
+@pytest.mark.parametrize(("start", "number"), EVERY)
+def test_what_ranks_hold_need_and_send(start: tuple[str, int], number: int, base: Path) -> None:
+    ranks, case, world = _measured(base, start)[number], CASES[start][number], start[1]
     _, _, planned, sent = _planned(base, world, case)
     for rank in ranks:  # to the byte
         assert planned.always["masters"] == rank.masters
