@@ -49,6 +49,11 @@ class Follower:
             self._task = self._bar.add_task("train", total=steps, completed=done, text="")
             self._bar.start()
 
+    @property
+    def is_bar(self) -> bool:
+        """Whether steps are drawn rather than said."""
+        return self._bar is not None
+
     def step(self, found: Mapping[str, Any]) -> str:
         """Show one step, and return its line."""
         seconds = float(found["seconds"])

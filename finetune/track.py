@@ -92,7 +92,9 @@ class Tracker:
             values = {"step": at, "epoch": step.epoch}
             values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **found}
             self._write("metrics", values)
-            self._log.note(self._follower.step(values))
+            line = self._follower.step(values)
+            if self._follower.is_bar:  # else it was said
+                self._log.note(line)
             every = self._config.track.load_every
             if load is not None and every and at % every == 0:
                 self._write("expert_load", {"step": at, "layers": self._moe_layers, "counts": load.counts})

@@ -194,7 +194,9 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
     place: Path, name: str, stop: Callable[[Path, str], Callable[[int], None]], limit: str, text: str
 ) -> None:
     raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=3", "-m", "finetune.train"]
-    words = [*RUN, "schedule.steps=200", limit]
+    # short packs: an epoch of 24 steps, so that a worker has more to read than it holds ready
+    words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
+    words += ["data.packs_per_step=2", limit]
     done = start(place, raw, name, *words, at="step 1:", then=stop(place, name))
     assert done.returncode != 0
     assert re.search(text, done.stderr), done.stderr[-3000:]
