@@ -19,6 +19,7 @@ from test_data_sample import asked
 from transformers import AutoModelForImageTextToText
 
 from data.config import DataConfig, ImageConfig
+from data.vision import read_spec
 from finetune.adapter_file import WEIGHTS, write_adapter
 from finetune.basefiles import open_base
 from finetune.config import RouterFamilyConfig, RunConfig
@@ -249,3 +250,9 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "mute" / "config.json").write_text(config.replace('"eos_token_id"', '"no_eos"'))
     with pytest.raises(ValueError, match="says which token ends an answer"):
         open_speaker(str(tmp_path / "mute"))
+
+
+def test_a_tiny_base_may_see_small_images_as_they_are(tmp_path: Path):
+    write_tiny(tmp_path / "small", TinyModel(layers=1, image_min_tokens=4))
+    assert read_spec(tmp_path / "small").image_min_pixels == 4 * 32 * 32
+    assert read_spec(base()).image_min_pixels == 64 * 32 * 32
