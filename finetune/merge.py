@@ -27,6 +27,7 @@ from finetune.layouts import is_expert_stack
 from finetune.merge_blocks import Lane, Realised, blocks, factors, intended_square
 from finetune.merge_plan import CHECKSUMS, REPORT, MergePlan, OutFile, check_room, jobs_for
 from finetune.provenance import parent_line, versions
+from finetune.tensorfile import FLOAT_TYPES
 from finetune.writer import INDEX
 
 
@@ -162,8 +163,12 @@ def _write_file(work: _Work, file: OutFile) -> None:
             digest.update(data)
 
         put(file.header)
-        for name, (_, stored) in file.tensors.items():
-            _write_tensor(work, name, stored, lane, put)
+        for name, (kind, stored) in file.tensors.items():
+            if name in work.plan.source.full:
+                _replace(work.plan, name, kind, put)
+                work.full.append(name)
+            else:
+                _write_tensor(work, name, stored, lane, put)
         assert out.tell() == file.size
         os.fsync(out.fileno())
     work.digests[file.name] = digest.hexdigest()
@@ -171,19 +176,17 @@ def _write_file(work: _Work, file: OutFile) -> None:
 
 def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, put: Callable[[Any], None]) -> None:
     plan = work.plan
-    if name in plan.source.full:
-        _replace(plan, name, put)
-        work.full.append(name)
-        return
     change = plan.source.changes.get(name)
     left, right = factors(change) if change is not None else (None, None)
     found = Realised()
     for matrix, rows, block in blocks(plan.base, name, stored, lane):
         if work.stop.is_set():
             raise _Stopped
-        if left is not None and right is not None:
-            block = lane.add(block, left[matrix, rows.start : rows.stop], right[matrix], found)
-        put(_bytes(block))
+        if left is None or right is None:
+            put(block.raw)
+            continue
+        block.add(left[matrix, rows.start : rows.stop], right[matrix], found)
+        put(block.out_raw)
     if left is None or right is None:
         return
     found.intended_square = intended_square(left, right)
@@ -195,10 +198,10 @@ def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, p
     work.changes[name] = found
 
 
-def _replace(plan: MergePlan, name: str, put: Callable[[Any], None]) -> None:
+def _replace(plan: MergePlan, name: str, kind: str, put: Callable[[Any], None]) -> None:
     """A tensor that the adapter holds in full, in the base's type; of expert stacks one matrix at a time."""
     tensor = plan.source.read_full(name)
-    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[plan.base.dtypes[name]]
+    dtype = getattr(torch, FLOAT_TYPES[kind])
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the adapter holds NaN or infinity for it. Nothing was written")
     for matrix in tensor.transpose(1, 2) if is_expert_stack(name) else (tensor,):

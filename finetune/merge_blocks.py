@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from finetune.adapter_change import Change
 from finetune.basefiles import BaseFiles
 from finetune.layouts import is_expert_stack
 from finetune.shapes import Shape
-from finetune.tensorfile import FLOAT_TYPES, ITEM_SIZES
+from finetune.tensorfile import FLOAT_TYPES
 
-BLOCK = 1 << 18
-"""Values of a block: two float32 buffers of 1 MiB, and the block twice in its own type."""
+BLOCK = 1 << 17
+"""Values of a block: two float32 buffers of 512 KiB, and the block twice in its own type."""
 
 
 @dataclass(kw_only=True)
@@ -50,41 +51,68 @@ class Realised:
         return self.intended_square > 0 and self.unchanged == self.values
 
 
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A lane's buffers seen as one block: made once for each shape, as making views costs as much as the arithmetic."""
+
+    values: Tensor
+    """The base's [rows, columns], and what `raw` fills."""
+    raw: Any
+    flat: Tensor
+    out: Tensor
+    out_raw: Any
+    total: Tensor
+    total_rc: Tensor
+    other: Tensor
+    other_rc: Tensor
+    bits: Any
+    out_bits: Any
+    differs: Any
+
+    def add(self, left: Tensor, right: Tensor, found: Realised) -> None:
+        """Let `out` be values + left @ right in the values' type, and count what became of it."""
+        total, other = self.total, self.other
+        if self.flat.dtype == torch.float32:  # the addition itself is the only rounding
+            torch.mm(left, right, out=self.other_rc)
+            torch.add(self.flat, other, out=self.out)
+            torch.sub(self.out, self.flat, out=total).sub_(other)
+        else:
+            total.copy_(self.flat)
+            self.total_rc.addmm_(left, right)
+            self.out.copy_(total)
+            total.sub_(other.copy_(self.out))
+        count = len(self.differs)
+        np.not_equal(self.bits, self.out_bits, out=self.differs)  # several times faster than torch here
+        found.error_square += float(torch.dot(total, total))
+        found.values += count
+        found.unchanged += count - int(np.count_nonzero(self.differs))
+
+
 class Lane:
     """The buffers of one thread."""
 
     def __init__(self, widest_row: int) -> None:
-        size = max(BLOCK, widest_row)
-        self.values = size
-        self.raw = torch.empty(4 * size, dtype=torch.uint8)
-        self.rounded = torch.empty(4 * size, dtype=torch.uint8)
-        self.sum, self.other = torch.empty(size), torch.empty(size)
-        self.differs = np.empty(size, dtype=bool)
+        self.size = max(BLOCK, widest_row)
+        self._read, self._rounded = (torch.empty(4 * self.size, dtype=torch.uint8) for _ in range(2))
+        self._total, self._other = torch.empty(self.size), torch.empty(self.size)
+        self._differs = np.empty(self.size, dtype=bool)
+        self._blocks: dict[tuple[int, int, torch.dtype], Block] = {}
 
-    def add(self, block: Tensor, left: Tensor, right: Tensor, found: Realised) -> Tensor:
-        """Return block + left @ right in the block's type, and count what became of it. The result is a buffer."""
-        count, flat = block.numel(), block.view(-1)
-        total, other = self.sum[:count], self.other[:count]
-        out = self.rounded[: count * block.element_size()].view(block.dtype)
-        if block.dtype == torch.float32:  # the addition itself is the only rounding
-            torch.mm(left, right, out=other.view(block.shape))
-            torch.add(flat, other, out=out)
-            torch.sub(out, flat, out=total).sub_(other)
-        else:
-            total.copy_(flat).view(block.shape).addmm_(left, right)
-            out.copy_(total)
-            total.sub_(other.copy_(out))
-        found.error_square += float(torch.dot(total, total))
-        found.values += count
-        found.unchanged += count - self._differing(flat, out)
-        return out
-
-    def _differing(self, before: Tensor, after: Tensor) -> int:
-        """How many values differ in their bits; numpy compares several times faster than torch here."""
-        bits = torch.int32 if before.dtype == torch.float32 else torch.int16
-        differs = self.differs[: len(before)]
-        np.not_equal(before.view(bits).numpy(), after.view(bits).numpy(), out=differs)
-        return int(np.count_nonzero(differs))
+    def block(self, rows: int, columns: int, dtype: torch.dtype) -> Block:
+        """Return the buffers as a block of this shape; all blocks of a lane share them."""
+        key = (rows, columns, dtype)
+        if key not in self._blocks:
+            count = rows * columns
+            read, rounded = (buffer[: count * dtype.itemsize] for buffer in (self._read, self._rounded))
+            bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+            self._blocks[key] = Block(
+                values=read.view(dtype).view(rows, columns), raw=read.numpy().data, flat=read.view(dtype),
+                out=rounded.view(dtype), out_raw=rounded.numpy().data,
+                total=self._total[:count], total_rc=self._total[:count].view(rows, columns),
+                other=self._other[:count], other_rc=self._other[:count].view(rows, columns),
+                bits=read.view(bits).numpy(), out_bits=rounded.view(bits).numpy(), differs=self._differs[:count],
+            )  # fmt: skip
+        return self._blocks[key]
 
 
 def intended_square(left_Eor: Tensor, right_Eri: Tensor) -> float:
@@ -102,41 +130,41 @@ def factors(change: Change) -> tuple[Tensor, Tensor]:
     return b_Eor.contiguous(), a_Eri.float().contiguous()
 
 
-def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tuple[int, range, Tensor]]:
-    """Every block of a tensor in the order and orientation of the written file: matrix, rows, values [rows, columns].
+def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tuple[int, range, Block]]:
+    """Every block of a tensor in the order and orientation of the written file, with its matrix and its rows there.
 
-    A block is a buffer of the lane, which the next one overwrites.
+    The next block overwrites it.
     """
     experts = stored[0] if is_expert_stack(name) else 1
     matrix = stored[1:] if is_expert_stack(name) else stored
     rows, columns = matrix[0], math.prod(matrix[1:])
-    step = max(1, lane.values // columns)
+    step = max(1, lane.size // columns)
     if is_expert_stack(name) and base.layout != "hub":
         for expert in range(experts):
             whole = base.read(name, range(expert, expert + 1))[0].t()
             for first in range(0, rows, step):
                 part = whole[first : first + step]
-                block = lane.raw[: part.numel() * part.element_size()].view(part.dtype).view(part.shape)
-                yield expert, range(first, first + len(part)), block.copy_(part)
+                block = lane.block(len(part), columns, part.dtype)
+                block.values.copy_(part)
+                yield expert, range(first, first + len(part)), block
         return
     tensor = base.stored[name]
-    size, dtype = ITEM_SIZES[tensor.dtype], getattr(torch, FLOAT_TYPES[tensor.dtype])
+    dtype = getattr(torch, FLOAT_TYPES[tensor.dtype])
     handle = os.open(tensor.file, os.O_RDONLY)
     try:
         at = tensor.begin
         for expert in range(experts):
             for first in range(0, rows, step):
-                height = min(step, rows - first)
-                raw = lane.raw[: height * columns * size]
-                _fill(handle, raw, at, f"{tensor.file}: {name}")
-                at += len(raw)
-                yield expert, range(first, first + height), raw.view(dtype).view(height, columns)
+                block = lane.block(min(step, rows - first), columns, dtype)
+                _fill(handle, block.raw, at, f"{tensor.file}: {name}")
+                at += len(block.raw)
+                yield expert, range(first, first + len(block.values)), block
     finally:
         os.close(handle)
 
 
-def _fill(handle: int, raw: Tensor, at: int, what: str) -> None:
-    view, done = raw.numpy().data, 0
+def _fill(handle: int, view: Any, at: int, what: str) -> None:
+    done = 0
     while done < len(view):
         count = os.preadv(handle, [view[done:]], at + done)
         if not count:

@@ -135,5 +135,5 @@ def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
 
 
 def jobs_for(files: int, asked: int = 0) -> int:
-    """Return how many files to work on at once: as many as this process has cores, unless asked otherwise."""
-    return max(1, min(asked or len(os.sched_getaffinity(0)), files))
+    """Return how many files to work on at once: one more than cores, as one waits for the disk, unless told."""
+    return max(1, min(asked or len(os.sched_getaffinity(0)) + 1, files))

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter folder: ours, PEFT's, or per expert")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     parser.add_argument("--layout", default="auto", help="how the base holds experts: auto, hub, memory, per_expert")
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one for each core)")
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one more than cores)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
         "--verify", nargs="?", const="", metavar="SAMPLES",

@@ -22,6 +22,7 @@ from bases import base
 from safetensors.torch import load_file, save_file
 from tiny_moe import vl_model
 
+from benchmarks.memory import AnonymousPeak
 from finetune.basefiles import open_base
 from finetune.merge import Merged, merge, require_all
 from finetune.merge_blocks import Realised
@@ -302,3 +303,16 @@ def require_whole(folder: Path) -> None:
     for line in (folder / "checksums.sha256").read_text().splitlines():
         assert hashlib.sha256((folder / line[66:]).read_bytes()).hexdigest() == line[:64]
     open_base(folder)
+
+
+def test_memory_is_a_few_times_the_largest_tensor_whatever_the_base(tmp_path: Path) -> None:
+    model = TinyModel(hidden=256, experts=32, expert_hidden=160, layers=6, shard_bytes=30_000_000)
+    size = write_tiny(tmp_path / "base", model).weight_bytes
+    cases.adapt(tmp_path / "base", tmp_path / "adapter")
+    base_files = open_base(tmp_path / "base")
+    largest = max(tensor.size for tensor in base_files.stored.values())
+    plan = plan_merge(base_files, tmp_path / "adapter")
+    with AnonymousPeak() as memory:
+        merge(plan, tmp_path / "out", jobs=2)
+    assert size > 8 * largest
+    assert memory.peak_bytes < 3 * largest

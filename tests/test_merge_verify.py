@@ -10,6 +10,7 @@ import merge_cases as cases
 import pytest
 import torch
 from bases import base
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -87,7 +88,9 @@ def test_bfloat16_is_within_what_rounding_explains(tmp_path: Path, capsys: pytes
 def test_samples_of_the_user_and_the_exit_code(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "Red."}]
-    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(5)))
+    Image.new("RGB", (64, 48), (200, 20, 20)).save(tmp_path / "red.png")
+    seen = {"messages": [turns[0] | {"content": "<image>Which?"}, turns[1]], "images": ["red.png"]}
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": turns}, seen] * 2 + [seen]))
     tensors = stored.weights(base())
     shutil.copytree(base(), tmp_path / "memory", ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, tmp_path / "memory" / "model.safetensors")
