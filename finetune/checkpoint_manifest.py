@@ -20,7 +20,8 @@ from finetune.typed import leaves
 
 MANIFEST, LATEST, BEST, VERSION = "manifest.json", "LATEST", "BEST", 2
 FREE = (
-    "checkpoint.*", "eval.*", "track.*", "safety.*", "parallel.*", "stages.*.sp", "run.name",
+    "checkpoint.*", "eval.*", "track.*", "parallel.*", "stages.*.sp",
+    "run.name", "run.idle_steps", "run.stall_seconds",
     "model.path",  # the base's bytes are compared instead
     "model.attention", "moe.dispatch",  # as parallel.*: the same sums in another order
     "data.sources.*.path", "data.cache_dir",  # the data's own state knows what it read

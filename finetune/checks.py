@@ -108,8 +108,8 @@ def _ranges(facts: Facts) -> list[Problem]:
         "run.seed": (config.run.seed, 0),
         "track.load_every": (config.track.load_every, 0),
         "track.media_samples": (config.track.media_samples, 0),
-        "safety.idle_steps": (config.safety.idle_steps, 1),
-        "safety.stall_seconds": (config.safety.stall_seconds, 0),
+        "run.idle_steps": (config.run.idle_steps, 1),
+        "run.stall_seconds": (config.run.stall_seconds, 0),
     }
     problems = [
         _problem(key, value, f"at least {bound} is wanted", f"Set {key}={bound} or more")

@@ -231,22 +231,16 @@ class TrackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafetyConfig:
-    """When a run is stopped because it cannot go well."""
+class RunSectionConfig:
+    """The run itself, and when it is ended because it cannot go well."""
 
+    name: str = "run"  # its folder is runs/<name>
+    seed: int = 0
     idle_steps: int = 10  # so many steps in a row with a loss of exactly zero, or with nothing supervised
     # longer than the slowest pass over a row, and than data.stall_seconds: so that a rank without data is found before
     # those that wait for it; shorter than the 600 s after which NCCL ends a rank without a sentence; 0: wait for ever.
     # A save may take eight times as long
     stall_seconds: float = 540.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSectionConfig:
-    """The run itself."""
-
-    name: str = "run"  # its folder is runs/<name>
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,5 +262,4 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
     run: RunSectionConfig = field(default_factory=RunSectionConfig)

@@ -147,7 +147,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
         say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
 
     # --- steps
-    watch.reading, idle = lambda: data.stream.reading(), IdleSteps(config.safety.idle_steps)
+    watch.reading, idle = lambda: data.stream.reading(), IdleSteps(config.run.idle_steps)
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
         share_rows(packed, balance, groups[stage_of(stages, done).sp])
         watch.stage("evaluation")
@@ -231,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"moetune train, rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     log = RankLog(folder.with_name(f"{folder.name}.dry-run.logs") if is_dry else folder / "logs", rank)
-    watch = Watch(log, data_stall=config.data.stall_seconds, step_stall=config.safety.stall_seconds)
+    watch = Watch(log, data_stall=config.data.stall_seconds, step_stall=config.run.stall_seconds)
     forget_failure(log)
     before, sys.excepthook = sys.excepthook, end_at_failure(log, since=since)
     try:

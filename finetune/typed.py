@@ -90,8 +90,12 @@ class TypedTree(Generic[Schema]):
             return
         if value is False and "off" in get_args(hint):
             value = "off"  # YAML 1.1 reads a bare off as false
-        if value == "auto":  # of a number: the one that stands for it until it is settled
-            value = next((f.metadata["auto"] for f in fields(schema) if f.name == key and "auto" in f.metadata), value)
+        auto = next((field.metadata.get("auto") for field in fields(schema) if field.name == key), None)
+        if auto is not None:  # a number that stands for auto until it is settled, and is no one's to write
+            if value == auto:
+                self.report(dotted, value, f"at least {auto + 1} is wanted, or auto", f"Set {dotted}=auto", source)
+                return
+            value = auto if value == "auto" else value
         if not _fits(key, value, hint, schema):
             self.report(dotted, value, f"{describe(hint)} is wanted", f"Set {dotted} to one", source)
             return

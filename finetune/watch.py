@@ -153,7 +153,7 @@ class Watch:
             f"collective stall: step {here['step']} has stood for {limit:g} s in {here['stage']}"
             + (f" of samples {samples}" if samples else "")
             + f". This rank has its data; some other rank does not come. They last said: {others}. "
-            f"safety.stall_seconds is the limit",
+            f"run.stall_seconds is the limit",
         )
 
     def _others(self) -> list[str]:

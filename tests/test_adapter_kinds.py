@@ -37,7 +37,7 @@ def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) ->
     with pytest.raises(
         ValueError, match=r"12 of \d+ tensors came to rank 0 only in part, .*experts or rows \[6, 7, 8,"
     ):
-        adapter_file._write_folder(tmp_path / "out", held, part, {}, b"")
+        adapter_file._write_folder(tmp_path / "out", held, part, {}, {}, trained=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ STEPS = 9
 WORDS = [
     "model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
     "data.packs_per_step=4", "data.tokens_per_pack=128", "checkpoint.every_steps=3", "data.stall_seconds=6",
-    f"safety.stall_seconds={STALL_S}", "parallel.ep=2", "data.mixture=natural",
+    f"run.stall_seconds={STALL_S}", "parallel.ep=2", "data.mixture=natural",
 ]  # fmt: skip
 
 

@@ -186,7 +186,7 @@ def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("name", "stop", "limit", "text"),
     [
-        ("stands", _stopped_rank, "safety.stall_seconds=15", r"rank 0: collective stall: step \d+ has stood for 15 s"),
+        ("stands", _stopped_rank, "run.stall_seconds=15", r"rank 0: collective stall: step \d+ has stood for 15 s"),
         ("starves", _stopped_worker, "data.stall_seconds=15", r"rank 1: .*data stall on data rank 1: .*being read: "),
     ],
 )
@@ -236,11 +236,11 @@ def test_steps_that_teach_nothing_stop_the_run() -> None:
     idle = IdleSteps(3)
     for step, loss in enumerate((0.0, 0.0, 1e-30, 0.0, 0.0)):
         idle.see(step, loss, ["a/b/c"])
-    with pytest.raises(ValueError, match=r"steps 3 to 5: .*3 steps in a row \(safety.idle_steps\).*this rank: a/b/c"):
+    with pytest.raises(ValueError, match=r"steps 3 to 5: .*3 steps in a row \(run.idle_steps\).*this rank: a/b/c"):
         idle.see(5, 0.0, ["a/b/c"])
     with pytest.raises(RuntimeError, match=r"step 4: loss is nan, loss_z is inf; the weights are those of the step"):
         require_finite({"loss": float("nan"), "loss_balance": 1.0, "loss_z": float("inf")}, 4)
-    assert RunConfig().safety.stall_seconds > RunConfig().data.stall_seconds  # a rank without data speaks first
+    assert RunConfig().run.stall_seconds > RunConfig().data.stall_seconds  # a rank without data speaks first
 
 
 def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
