@@ -148,6 +148,12 @@ ENTRIES = (
         about="what one more token of a row costs at the peak, with each option that saves memory",
     ),
     Entry(
+        name="needle",
+        suite="cpu",
+        module="benchmarks.needle",
+        about="a small model trained at 4K, rows over two ranks: needles found there, and beyond by YaRN (minutes)",
+    ),
+    Entry(
         name="flop-meter",
         suite="cpu",
         module="benchmarks.flop_meter",
