@@ -1,4 +1,5 @@
 # make test | check | test-all | demo | bench. Each creates .venv when it is missing and installs what it needs.
+# Two files of tests run at a time: much of the suite waits for ranks to start. test-all has one, for its real hosts.
 # TORCH_INDEX: an index that carries CPU builds of torch, where the default one only has CUDA builds.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
@@ -9,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: test test-all check demo bench clean
 
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest $(ARGS)
