@@ -39,7 +39,7 @@ class IdleSteps:
         if len(self._steps) >= self._allowed:
             raise ValueError(
                 f"steps {self._steps[0]} to {step}: the loss was exactly zero, or no token was supervised, in "
-                f"{self._allowed} steps in a row (safety.idle_steps). Samples of the last, on this rank: "
+                f"{self._allowed} steps in a row (run.idle_steps). Samples of the last, on this rank: "
                 f"{', '.join(keys[:4]) or 'none'}. Look at what is supervised with `moetune shards show`"
             )
 
