@@ -144,15 +144,18 @@ class DataStream:
             raise TimeoutError(
                 f"data stall on data rank {self._rank}: no pack for step {step} of epoch {self.epoch} within "
                 f"data.stall_seconds={self._settings.stall_seconds:g}; its samples are in "
-                f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self.reading()) or 'none'}"
+                f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self._reading.now()) or 'none'}"
             ) from error
 
     def reading(self) -> list[str]:
-        """The samples that are being read now, by this process and its workers; may be asked from another thread."""
-        return self._reading.now()
+        """The samples that are being read now, by this process and its workers; may be asked from another thread.
+
+        Where none is begun: the shards of those that are wanted next.
+        """
+        return self._reading.now() or [f"none yet of {', '.join(sorted(self._shards_of(self.step)))}"]
 
     def _shards_of(self, step: int) -> set[str]:
-        packs = self.plan.share(step, self._rank, self._size)
+        packs = self.plan.share(step, self._rank, self._size) if step < self.plan.steps else []
         return {str(unit.shard) for pack in packs for unit in self._wanted(pack)}
 
     def quarantine(self, bad: Sequence[BadSample]) -> None:

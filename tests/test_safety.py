@@ -187,7 +187,12 @@ def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
     ("name", "stop", "limit", "text"),
     [
         ("stands", _stopped_rank, "run.stall_seconds=15", r"rank 0: collective stall: step \d+ has stood for 15 s"),
-        ("starves", _stopped_worker, "data.stall_seconds=15", r"rank 1: .*data stall on data rank 1: .*being read: "),
+        (
+            "starves",
+            _stopped_worker,
+            "data.stall_seconds=15",
+            r"rank 1: .*data stall.*[Bb]eing read: .*(\.tar|general/)",
+        ),
     ],
 )
 def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
