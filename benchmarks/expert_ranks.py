@@ -1,18 +1,14 @@
 """One training step of a small Qwen3-VL-MoE on several gloo ranks, its collectives counted: ours, or plain ZeRO-3."""
 
-import os
-import pickle
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.collectives import CollectiveCounter, Kind
+from benchmarks.spawned import on_ranks
 
 HIDDEN, EXPERTS, INTERMEDIATE, TOP_K, LAYERS, ROWS, LENGTH = 64, 32, 96, 4, 3, 8, 40
 
@@ -42,10 +38,12 @@ class Counted:
 
 def count(setups: list[Setup], *, world: int) -> list[list[Counted]]:
     """Return, per setup and rank, what was counted once DeepSpeed's order of fetches has settled."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, args=(world, setups, folder), nprocs=world, start_method="spawn")  # type: ignore[no-untyped-call]
-        ranks = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+    ranks = on_ranks(world, _train_all, setups, world)
     return [[rank[index] for rank in ranks] for index in range(len(setups))]
+
+
+def _train_all(setups: list[Setup], world: int) -> list[Counted]:
+    return [_train(setup, dist.get_rank(), world) for setup in setups]
 
 
 def gathered(kinds: dict[Kind, int]) -> int:
@@ -56,17 +54,6 @@ def gathered(kinds: dict[Kind, int]) -> int:
 def by_kind(kinds: dict[Kind, int]) -> dict[str, int]:
     """Spell the table out for a record."""
     return {f"{kind.collective} of {kind.dtype} over {kind.ranks} ranks": n for kind, n in sorted(kinds.items())}
-
-
-def _rank(rank: int, world: int, setups: list[Setup], folder: str) -> None:
-    os.dup2(2, 1)  # DeepSpeed logs to stdout, which may be a record
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    results = [_train(setup, rank, world) for setup in setups]
-    (Path(folder) / str(rank)).write_bytes(pickle.dumps(results))
-    dist.destroy_process_group()
 
 
 def _model() -> Any:

@@ -32,7 +32,7 @@ def run() -> Iterator[Figure]:
         for name, options in cases(sp).items():
             for tokens in TOKENS:
                 tiles = tokens // sp // TILE if options.get("tiles") else 1
-                setups.append(Setup(tokens=tokens, sp=sp, **{**options, "tiles": tiles}))  # type: ignore[arg-type]
+                setups.append(Setup(tokens=tokens, sp=sp, **{**options, "tiles": tiles}))  # type: ignore[arg-type]  # of cases()
             names.append(name)
         ranks = measure(setups, world=sp)
         for at, name in enumerate(names):

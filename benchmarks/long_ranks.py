@@ -1,20 +1,15 @@
 """One forward and backward of a small MoE over one long row, on ranks that share it: memory, bytes moved, seconds."""
 
-import os
-import pickle
-import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.collectives import CollectiveCounter
 from benchmarks.memory import Allocations
+from benchmarks.spawned import on_ranks
 from data.batch import Batch
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 128, 8, 4, 16, 3, 96
@@ -46,9 +41,7 @@ class Found:
 
 def measure(setups: list[Setup], *, world: int) -> list[list[Found]]:
     """Return, per setup and rank, what was found."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, args=(world, setups, folder), nprocs=world, start_method="spawn")  # type: ignore[no-untyped-call]
-        ranks = [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
+    ranks = on_ranks(world, run_setups, setups)
     return [[rank[index] for rank in ranks] for index in range(len(setups))]
 
 
@@ -66,16 +59,6 @@ def run_setups(setups: list[Setup]) -> list[Found]:
     start_distributed()
     groups = {sp: sequence_group(sp) for sp in sorted({setup.sp for setup in setups})}
     return [_run(setup, groups[setup.sp]) for setup in setups]
-
-
-def _rank(rank: int, world: int, setups: list[Setup], folder: str) -> None:
-    os.dup2(2, 1)  # DeepSpeed logs to stdout, which may be a record
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    (Path(folder) / str(rank)).write_bytes(pickle.dumps(run_setups(setups)))
-    dist.destroy_process_group()
 
 
 def _run(setup: Setup, group: Any) -> Found:

@@ -4,19 +4,15 @@ The needle is a marker and one of sixteen values in random filler; behind the ha
 is the value. Only the answer is supervised. Samples grow from 32 tokens to 4,096, packed into rows of one length.
 """
 
-import os
-import pickle
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.spawned import on_ranks
 from data.batch import Batch
 from finetune.context import Extension, extended_rope, rotary
 from finetune.families import Rope
@@ -53,24 +49,14 @@ class Score:
 
 def train_and_probe(course: Course, asked: Sequence[tuple[int, float]]) -> list[Score]:
     """Train over `course.sp` ranks, then ask at each (length, YaRN factor)."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, args=(course, tuple(asked), folder), nprocs=course.sp, start_method="spawn")  # type: ignore[no-untyped-call]
-        found: list[Score] = pickle.loads((Path(folder) / "scores").read_bytes())
+    found: list[Score] = on_ranks(course.sp, _train_and_score, course, tuple(asked))[0]
     return found
 
 
-def _rank(rank: int, course: Course, asked: Sequence[tuple[int, float]], folder: str) -> None:
-    os.dup2(2, 1)  # DeepSpeed logs to stdout, which may be a record
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(course.sp), "DS_ACCELERATOR": "cpu"}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=course.sp)
+def _train_and_score(course: Course, asked: Sequence[tuple[int, float]]) -> list[Score]:
+    """Every rank trains; the first one asks."""
     model = _train(course)
-    if rank == 0:
-        scores = [_score(model, length, factor, course.trials) for length, factor in asked]
-        (Path(folder) / "scores").write_bytes(pickle.dumps(scores))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [_score(model, length, factor, course.trials) for length, factor in asked] if dist.get_rank() == 0 else []
 
 
 def _train(course: Course) -> Any:

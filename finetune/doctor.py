@@ -86,8 +86,9 @@ def version_findings(installed: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The numbers of a version, up to the first part that is none."""
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text.strip() or "0")[0].split("."))  # type: ignore[index]
+    """The numbers of a version, up to the first part that is none; a name without any is older than all."""
+    found = re.match(r"\d+(\.\d+)*", text.strip())
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def kernel_findings(config: RunConfig | None, *, present: Mapping[str, bool]) -> Iterator[Finding]:
@@ -120,14 +121,14 @@ def driver_findings(smi: str | None) -> Iterator[Finding]:
         wanted = ".".join(map(str, DRIVER))
         remedy = "Update the driver, or install the compatibility package of your CUDA version"
         yield Finding(check="driver", text=f"driver {rows[0][1]} is older than {wanted}", remedy=remedy)
-    if any(numbers(row[2]) < (9, 0) for row in rows):
+    if any(() < numbers(row[2]) < (9, 0) for row in rows):
         text = f"compute capability {rows[0][2]}: grouped GEMMs run as compiled kernels there, slower than from 9.0 on"
         yield Finding(check="grouped_mm", text=text, remedy="It works; plan with a lower --efficiency")
     for number, row in enumerate(rows):
-        used = numbers(row[3])[0]
-        if used > 1024:
+        used = numbers(row[3])  # a slice of a GPU says [N/A]
+        if used > (1024,):
             remedy = "End whatever holds it (nvidia-smi names the processes), or take another node"
-            yield Finding(check="driver", text=f"GPU {number} has {used:,} MiB in use already", remedy=remedy)
+            yield Finding(check="driver", text=f"GPU {number} has {used[0]:,} MiB in use already", remedy=remedy)
 
 
 def memory_findings(shm: Path, *, ranks: int) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ class TiledNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return weight * hidden / root mean square, each token by itself."""
         rows_TD = hidden.reshape(-1, hidden.shape[-1])
-        out: Tensor = _TiledNorm.apply(rows_TD, self.weight, self.variance_epsilon, self.tile_tokens)  # type: ignore[no-untyped-call]
+        out: Tensor = _TiledNorm.apply(rows_TD, self.weight, self.variance_epsilon, self.tile_tokens)  # type: ignore[no-untyped-call]  # torch's own
         return out.view(hidden.shape)
 
 

@@ -91,6 +91,10 @@ def test_driver(smi: str, text: str) -> None:
     assert list(driver_findings("NVIDIA H100, 550.90, 9.0, 3, 81559")) == []
 
 
+def test_a_figure_that_a_sliced_gpu_does_not_tell_is_no_finding() -> None:
+    assert not list(driver_findings("NVIDIA H100 MIG 1g.10gb, 580.90, [N/A], [N/A], [N/A]"))
+
+
 def test_shared_memory_disk_and_descriptors(tmp_path: Path) -> None:
     assert "--ipc=host" in str(next(memory_findings(tmp_path, ranks=10**6)))
     assert list(memory_findings(tmp_path, ranks=0)) == []

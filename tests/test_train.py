@@ -12,39 +12,25 @@ import pytest
 import torch
 from corpora import write_shards
 from peft import PeftModel
-from PIL import Image
 from transformers import AutoModelForImageTextToText
+from user_runs import make_place
 
 from finetune.config import ScheduleConfig
 from finetune.rank_log import RankLog
 from finetune.recipes import load
 from finetune.rehearse import rehearse
 from finetune.schedule import learning_rate
-from finetune.tiny import write_tiny
 from finetune.train import main
 from finetune.watch import Watch
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and rows of which every fourth has no image."""
-    folder = tmp_path_factory.mktemp("user")
-    write_tiny(folder / "base")
-    (folder / "img").mkdir()
-    rows = []
-    for number in range(48):
-        name, colour = list(COLOURS.items())[number % 3]
-        Image.new("RGB", (48, 64), colour).save(folder / "img" / f"{number}.png")
-        seen = number % 4 != 3
-        asked = {"role": "user", "content": "<image>Which colour?" if seen else f"Say {name}."}
-        row = {"messages": [asked, {"role": "assistant", "content": f"It is {name}."}]}
-        rows.append(row | ({"images": [f"img/{number}.png"]} if seen else {}))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return make_place(tmp_path_factory.mktemp("user"))
 
 
 def _train(
