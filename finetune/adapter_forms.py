@@ -17,7 +17,7 @@ import torch
 from finetune.adapter_change import Change, Form, read_stored
 from finetune.adapter_keys import Key, only_stack, rank_and_scale, turns_parameters
 from finetune.layouts import is_expert_stack
-from finetune.shapes import HEAD, Shape
+from finetune.shapes import EMBEDDING, HEAD, Shape
 from finetune.tensorfile import FLOAT_TYPES, Stored
 
 CONFIG = "adapter_config.json"
@@ -62,6 +62,11 @@ class Reader:
         """A tensor in full must be the base's, in its shape; a stack of experts in a known orientation."""
         self._fits(name, tuple(tensor.shape), tensor)
         shape = tuple(tensor.shape)
+        if name == EMBEDDING and self.shapes is not None and HEAD not in self.shapes:
+            raise ValueError(
+                f"{self.folder} replaces {name} alone, and this base ties its head to it: PEFT left the head as it was "
+                f"and one tensor cannot be both. Merge it with PEFT, which writes a head of its own"
+            )
         if is_expert_stack(name) and shape[1] == shape[2] and ORIENTATION not in self.metadata:
             raise ValueError(
                 f"{self.folder}: {name} {list(shape)} has the same shape turned, and no metadata says which way it lies"

@@ -74,6 +74,12 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
     used = [key for key in _OTHER_FORMS if config.get(key)]
     if used:
         raise ValueError(f"{where}: {used[0]} is {config[used[0]]!r}; only plain LoRA, B times A, is read")
+    bias = config.get("bias") or "none"
+    if bias != "none":
+        raise ValueError(
+            f"{where}: bias is {bias!r}; only plain LoRA, B times A, is read, and biases that were trained too would "
+            f"be lost. Merge that adapter with the tool that made it"
+        )
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise ValueError(

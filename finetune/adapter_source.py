@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finetune.adapter_change import Change, read_stored
 from finetune.adapter_forms import CONFIG, Reader
 from finetune.adapter_keys import Key, check_config, parse_key
+from finetune.basefiles import BaseFiles
 from finetune.jsonblock import load_json
 from finetune.shapes import Shape
 from finetune.tensorfile import Stored, read_header
 
 WEIGHTS = "adapter_model.safetensors"
+_COPY = ".base_layer."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +29,24 @@ class AdapterSource:
     folder: Path
     changes: Mapping[str, Change]
     full: Mapping[str, Stored]
+    copies: Mapping[str, Stored]
+    """Tensors of the base itself, which PEFT writes down beside the factors of a head."""
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
 
     def read_full(self, name: str) -> Tensor:
         """Return a tensor that replaces the base's, as it lies in memory."""
         return read_stored(self.full[name])
+
+    def check_copies(self, base: BaseFiles) -> None:
+        """Raise unless what the file repeats of the base is what the base has."""
+        for name, stored in self.copies.items():
+            if not torch.equal(read_stored(stored).float(), base.read(name).float()):
+                raise ValueError(
+                    f"{self.folder} holds a copy of {name} (PEFT saves one beside a head's factors) with other values "
+                    f"than {base.folder} has: it was trained on another base, or the copy was trained too. Give that "
+                    f"base, or merge it with the tool that made it"
+                )
 
 
 def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> AdapterSource:
@@ -46,17 +61,21 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     config = load_json(folder / CONFIG)
     check_config(config, folder)
     parsed = {name: parse_key(name, folder) for name in stored}
-    full = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
+    whole = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
+    copies = {key.replace(_COPY, "."): tensor for key, tensor in whole.items() if _COPY in key}
+    full = {key: tensor for key, tensor in whole.items() if _COPY not in key}
     factors = {key: stored[name] for name, key in parsed.items() if isinstance(key, Key)}
     reader = Reader(folder=folder, config=config, metadata=metadata, shapes=shapes)
     changes = reader.changes(_pairs(factors, folder))
     if not changes and not full:
         raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
-    for name, tensor in full.items():
+    for name, tensor in [*full.items(), *copies.items()]:
         reader.check_full(name, tensor)
     order = {name: at for at, name in enumerate(shapes or {})}
     ordered = dict(sorted(changes.items(), key=lambda item: order.get(item[0], 0)))
-    return AdapterSource(folder=folder, changes=ordered, full=full, metadata=metadata, config=config)
+    return AdapterSource(
+        folder=folder, changes=ordered, full=full, copies=copies, metadata=metadata, config=config
+    )  # fmt: skip
 
 
 def _hint(folder: Path) -> str:

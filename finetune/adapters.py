@@ -122,11 +122,15 @@ def peft_config(
     first = lora[next(iter(parameters or targets))]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for part, names in {**parameters, **targets}.items():
+    groups = {**parameters, **targets}
+    for part, names in groups.items():
+        if lora[part].r == first.r and _peft_alpha(lora[part]) == _peft_alpha(first):
+            continue
+        meant = _pattern_of(names, [name for other, others in groups.items() if other != part for name in others])
         if lora[part].r != first.r:
-            ranks[pattern(names)] = lora[part].r
+            ranks[meant] = lora[part].r
         if _peft_alpha(lora[part]) != _peft_alpha(first):
-            alphas[pattern(names)] = _peft_alpha(lora[part])
+            alphas[meant] = _peft_alpha(lora[part])
     return LoraConfig(
         r=first.r,
         lora_alpha=_peft_alpha(first),
@@ -142,6 +146,13 @@ def peft_config(
 def _peft_alpha(lora: Lora) -> float:
     """The alpha whose alpha / r is the scale."""
     return lora.alpha if not lora.rslora else lora.scale * lora.r
+
+
+def _pattern_of(names: list[str], others: Iterable[str]) -> str:
+    """Return a pattern of these full paths and of none of the others: path by path where only numbers tell them."""
+    short = pattern(names)
+    found = re.compile(rf"(.*\.)?({short})$")
+    return "|".join(map(re.escape, names)) if any(found.match(other) for other in others) else short
 
 
 def pattern(names: Iterable[str]) -> str:

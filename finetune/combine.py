@@ -17,6 +17,7 @@ from finetune.adapter_change import Change
 from finetune.adapter_forms import ORIENTATION
 from finetune.adapter_out import OutAdapter, OutChange, OutFull, with_both_stacks, write_adapter_folder
 from finetune.adapter_source import AdapterSource, open_source
+from finetune.export import compare_settings
 from finetune.provenance import BASE, PARENT, base_of, parent_line, versions
 from finetune.shapes import Shape, part_of
 from finetune.tensorfile import FLOAT_TYPES
@@ -77,7 +78,9 @@ def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combi
     changes = with_both_stacks(changes)
     text = card(base, metadata, _lines(changes, full), title="Sum of adapters")
     written = OutAdapter(changes=changes, full=full, base=base, metadata=metadata, card=text, form="peft")
-    found.bytes = write_adapter_folder(written, out)
+    found.bytes = write_adapter_folder(
+        written, out, check=lambda folder: compare_settings(open_source(folder), changes)
+    )
     found.ranks = {change.target: change.r for change in changes}
     return found
 

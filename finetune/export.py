@@ -77,11 +77,23 @@ def compare(written: AdapterSource, changes: Sequence[OutChange]) -> None:
     """Raise unless a file means exactly these changes."""
     for change in changes:
         found = written.changes.get(change.target)
-        same = found is not None and math.isclose(found.scale, change.scale, rel_tol=1e-12)
-        if found is None or not same or not _equal(found.read(), change.read()):
+        if found is None or not _alike(found, change) or not _equal(found.read(), change.read()):
             raise ValueError(
                 f"{written.folder}: {change.target} reads back otherwise than it was written; nothing kept"
             )
+
+
+def compare_settings(written: AdapterSource, changes: Sequence[OutChange]) -> None:
+    """Raise unless a file and its config give exactly these changes, with their ranks and scales."""
+    for change in changes:
+        found = written.changes.get(change.target)
+        if found is None or not _alike(found, change):
+            raise ValueError(f"{written.folder}: {change.target} reads back with another rank or scale; nothing kept")
+
+
+def _alike(found: Change, wanted: OutChange) -> bool:
+    same = (found.shape, found.r) == (wanted.shape, wanted.r)
+    return same and math.isclose(found.scale, wanted.scale, rel_tol=1e-12)
 
 
 def _equal(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
@@ -131,6 +143,8 @@ def _warnings(source: AdapterSource, exact: bool) -> list[str]:
         found.append(
             f"it holds {len(source.full)} tensors in full (modules_to_save): PEFT reads them, vLLM refuses them"
         )
+    if source.copies:
+        found.append(f"its copy of the base's {', '.join(source.copies)} was left out: readers take the base's own")
     if "router" in parts:
         found.append("it adapts routers: PEFT reads that, servers do not; merge it to serve it")
     if parts & {"vision_blocks", "merger", "deepstack_mergers"}:

@@ -82,6 +82,7 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
     """Return the plan; raises where the adapter does not belong to the base, unless that is said to be meant."""
     source = open_source(adapter, base.shapes)
     origin = "merged into another base on purpose" if other_base else require_same_base(adapter, source.metadata, base)
+    source.check_copies(base)
     learned = any(bool(change.read()[1].any()) for change in source.changes.values())
     if not learned and not source.full:
         raise ValueError(f"{adapter} changes nothing: every lora_B in it is zero. Was it saved before its first step?")

@@ -62,6 +62,8 @@ def open_speaker(
     found = ours or other
     if found is not None and not other_base:
         require_same_base(found.folder, found.metadata, files)
+    if other is not None:
+        other.check_copies(files)
     load(empty, files, start=ours)
     if other is not None:
         _add(empty, other)
