@@ -89,6 +89,28 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
+def check_numbers(config: Mapping[str, Any], where: Path) -> None:
+    """Raise unless ranks and scales are numbers, and patterns can be compared with names."""
+    for key, kind in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = config.get(kind) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{where}: {kind} is {patterns!r}; an object of numbers by pattern is wanted")
+        for name, value in {key: config.get(key), **{f"{kind}[{p!r}]": v for p, v in patterns.items()}}.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (key == "r" and (value < 1 or value != int(value))):
+                wanted = "a whole number from 1 on" if key == "r" else "a finite number"
+                raise ValueError(
+                    f"{where}: {name} is {value!r}; {wanted} is wanted. The adapter's config belongs to another file, "
+                    f"or is damaged: get it again"
+                )
+    words = [word for key in ("target_modules", "exclude_modules") if isinstance(word := config.get(key), str)]
+    for pattern in [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *words]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{where}: {pattern!r} is no pattern that names can match: {error}") from error
+
+
 def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
     """Return the rank and scale that PEFT gives a module, or a parameter, of this full path."""
     r = int(_by_pattern(config.get("rank_pattern") or {}, key, config["r"]))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from finetune.adapter_change import Change, read_stored
 from finetune.adapter_forms import CONFIG, Reader
-from finetune.adapter_keys import Key, check_config, parse_key
+from finetune.adapter_keys import Key, check_config, check_numbers, parse_key
+from finetune.adapter_targets import missing_targets
 from finetune.basefiles import BaseFiles
 from finetune.jsonblock import load_json
 from finetune.shapes import Shape
@@ -60,6 +61,7 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     stored, metadata = read_header(folder / WEIGHTS)
     config = load_json(folder / CONFIG)
     check_config(config, folder)
+    check_numbers(config, folder / CONFIG)
     parsed = {name: parse_key(name, folder) for name in stored}
     whole = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
     copies = {key.replace(_COPY, "."): tensor for key, tensor in whole.items() if _COPY in key}
@@ -71,6 +73,13 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
         raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
     for name, tensor in [*full.items(), *copies.items()]:
         reader.check_full(name, tensor)
+    lacking = missing_targets(config, shapes or {}, {*changes, *full})
+    if lacking:
+        raise ValueError(
+            f"{folder} is not whole: {CONFIG} says that {lacking[0]} is adapted, and {WEIGHTS} has no factors for it"
+            f"{f', nor for {len(lacking) - 1} more' if len(lacking) > 1 else ''}. Some tools save one rank's or one "
+            f"stage's part: save it again, or name what it lacks in exclude_modules"
+        )
     order = {name: at for at, name in enumerate(shapes or {})}
     ordered = dict(sorted(changes.items(), key=lambda item: order.get(item[0], 0)))
     return AdapterSource(

@@ -151,8 +151,8 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         hint = f" It holds {_some(others)}; only safetensors are read." if others else ""
         raise ValueError(f"{folder} holds no weights: neither model.safetensors nor {INDEX}.{hint}")
     mapped = load_json(folder / INDEX).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped:
-        raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map of file names; fetch it again")
     named = sorted(set(mapped.values()))
     absent = [name for name in named if not (folder / name).is_file()]
     if absent:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,7 @@ from finetune.config import ContextConfig, YarnConfig
 from finetune.context import Extension, extension
 from finetune.hubconfig import read_family
 from finetune.layouts import LAYOUT_KEY, stored_shape
-from finetune.provenance import require_same_base
+from finetune.provenance import recorded, require_same_base
 from finetune.shapes import Shape
 from finetune.tensorfile import ITEM_SIZES, make_header
 from finetune.writer import plan_shards, side_files_of
@@ -94,9 +93,9 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
 
 def _context(source: AdapterSource, base: Path) -> Extension | None:
     """The extension of context that the adapter's own configuration records."""
-    recorded = json.loads(source.metadata.get("moetune.config", "{}")).get("context", {})
-    yarn = YarnConfig(factor=recorded.get("yarn", {}).get("factor"))
-    return extension(ContextConfig(length=recorded.get("length"), yarn=yarn), read_family(base))
+    context = recorded(source.metadata, "moetune.config").get("context") or {}
+    yarn = YarnConfig(factor=(context.get("yarn") or {}).get("factor"))
+    return extension(ContextConfig(length=context.get("length"), yarn=yarn), read_family(base))
 
 
 def check_room(plan: MergePlan, out: Path) -> None:

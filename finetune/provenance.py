@@ -17,6 +17,7 @@ from finetune.basefiles import BaseFiles
 from finetune.fingerprint import fingerprint
 
 BASE, PARENT = "moetune.base", "moetune.parent"
+_AGAIN = "another program changed it, or it is damaged; get the adapter again"
 _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
 """Parts of a configuration that say how a run was done, not what it trained."""
 
@@ -56,7 +57,23 @@ class BaseName:
 
 def base_of(metadata: Mapping[str, str]) -> BaseName | None:
     """Return the base that an adapter's metadata names; None in files of other tools."""
-    return BaseName(**json.loads(metadata[BASE])) if BASE in metadata else None
+    if BASE not in metadata:
+        return None
+    told = recorded(metadata, BASE)
+    if not all(isinstance(told.get(key), str) for key in ("name", "fingerprint")):
+        raise ValueError(f"the adapter's metadata {BASE} is {metadata[BASE]!r}, without name and fingerprint: {_AGAIN}")
+    return BaseName(name=told["name"], fingerprint=told["fingerprint"])
+
+
+def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Return the object that an adapter's metadata hold under a key, empty without one."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the adapter's metadata {key} is no JSON ({error}): {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"the adapter's metadata {key} is {metadata[key][:80]!r}, not an object: {_AGAIN}")
+    return found
 
 
 def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFiles) -> str:

@@ -64,7 +64,9 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             header = json.loads(handle.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} has a damaged safetensors header ({error}); fetch it again") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{file} has a damaged safetensors header (no object with texts as metadata); fetch it again")
     tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
     _check_extent(file, tensors, start=8 + length, size=size)
     return tensors, metadata

@@ -1,7 +1,6 @@
 """Arguments of commands that load a model to ask it: what on which base, where, with which data settings."""
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -55,9 +54,10 @@ def _trained_with(adapter: Path | None) -> tuple[dict[str, Any], str] | None:
     """The settings that an adapter of ours was trained with, from its metadata."""
     if adapter is None or not (adapter / "adapter_model.safetensors").is_file():
         return None
+    from finetune.provenance import recorded
     from finetune.tensorfile import read_header
 
-    config = json.loads(read_header(adapter / "adapter_model.safetensors")[1].get("moetune.config", "{}"))
+    config = recorded(read_header(adapter / "adapter_model.safetensors")[1], "moetune.config")
     kept = {
         section: {key: config[section][key] for key in keys if key in config[section]}
         for section, keys in _SEEN.items() if section in config

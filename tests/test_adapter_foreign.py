@@ -1,5 +1,7 @@
 """Files that stock PEFT writes beside the usual ones: copies of the base, biases, tied heads, ranks by layer."""
 
+import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from finetune.merge_plan import plan_merge
 from finetune.speaker import open_speaker
 from finetune.tiny import TinyModel, write_tiny
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def made(folder: Path, out: Path, **values: Any) -> Any:
@@ -108,3 +110,66 @@ def test_a_sum_whose_ranks_differ_by_layer_says_each(tmp_path: Path) -> None:
     for name, change in open_source(tmp_path / "sum", shapes).changes.items():
         total = sum(weight * delta(changes[name]) for changes, weight in parts if name in changes)
         assert torch.allclose(delta(change), total, atol=1e-6), name
+
+
+def test_numbers_of_a_config_that_are_none_are_named(tmp_path: Path) -> None:
+    made(base(), tmp_path / "a", r=4, target_modules=["q_proj"])
+    whole = json.loads((tmp_path / "a" / CONFIG).read_text())
+    for values, message in (
+        ({"r": None}, r"adapter_config.json: r is None; a whole number from 1 on is wanted"),
+        ({"r": 0}, "r is 0; a whole number"),
+        ({"r": "four"}, "r is 'four'; a whole number"),
+        ({"r": 4.5}, "r is 4.5; a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is None; a finite number is wanted"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; a finite number"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]; an object of numbers by pattern"),
+        ({"rank_pattern": {"k_proj": 0}}, r"rank_pattern\['k_proj'\] is 0; a whole number"),
+        ({"alpha_pattern": {"k_proj(": 1}}, r"'k_proj\(' is no pattern that names can match"),
+    ):
+        (tmp_path / "a" / CONFIG).write_text(json.dumps(whole | values))
+        with pytest.raises(ValueError, match=message):
+            open_source(tmp_path / "a")
+
+
+@pytest.mark.parametrize("form", ["packed", "single"])
+@pytest.mark.parametrize(
+    "gone", [r"layers\.1\.mlp", r"layers\.2\.self_attn\.q_proj", r"layers\.1\.mlp\.experts\.(lora|\d+\.d)"]
+)
+def test_an_adapter_of_one_stage_is_not_taken_for_whole(form: str, gone: str, tmp_path: Path) -> None:
+    made(base(), tmp_path / "packed", r=4, target_modules=["q_proj"], target_parameters=cases.STACKS)
+    export(tmp_path / "packed", tmp_path / "single", form="per-expert", shapes=open_base(base()).shapes)
+    tensors = load_file(tmp_path / form / WEIGHTS)
+    left = {name: tensor for name, tensor in tensors.items() if not re.search(gone, name)}
+    assert left.keys() < tensors.keys()
+    save_file(left, tmp_path / form / WEIGHTS, metadata={"moetune.orientation": "experts [out, in]"})
+    with pytest.raises(ValueError, match=r"is not whole: adapter_config.json says that .* has no factors for it"):
+        plan_merge(open_base(base()), tmp_path / form)
+
+
+def test_layers_that_were_left_out_on_purpose_are_not_missed(tmp_path: Path) -> None:
+    for number, values in enumerate(
+        (
+            {"target_modules": ["q_proj", "qkv"], "layers_to_transform": [0, 2]},
+            {"target_modules": ["q_proj", "qkv"], "layers_to_transform": 1},
+            {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.1\..*", "target_parameters": cases.STACKS},
+            {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
+            {"target_modules": "all-linear", "modules_to_save": ["merger", "layers.0.self_attn"]},
+            {"target_modules": r".*layers\.[02].*v_proj"},
+        )
+    ):
+        made(base(), tmp_path / str(number), r=4, **values)
+        assert open_source(tmp_path / str(number), open_base(base()).shapes).changes
+
+
+def test_metadata_that_another_program_changed_are_named(tmp_path: Path) -> None:
+    made(base(), tmp_path / "a", r=4, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    for key, text, message in (
+        ("moetune.base", "xx", "metadata moetune.base is no JSON"),
+        ("moetune.base", "[1]", r"metadata moetune.base is '\[1\]', not an object"),
+        ("moetune.base", "{}", "moetune.base is '{}', without name and fingerprint: .* get the adapter again"),
+        ("moetune.config", "[]", "metadata moetune.config is .* not an object"),
+    ):
+        save_file(tensors, tmp_path / "a" / WEIGHTS, metadata={key: text})
+        with pytest.raises(ValueError, match=message):
+            plan_merge(open_base(base()), tmp_path / "a")

@@ -65,6 +65,8 @@ DAMAGES = [
     (lambda c: reheaded(c, lambda h: first(h).pop("dtype")), r"damaged safetensors header: '.*' is described by"),
     (lambda c: reheaded(c, lambda h: first(h).update(dtype="F3")), r"damaged safetensors header: '.*' is described by"),
     (lambda c: reheaded(c, lambda h: first(h).update(shape=[2])), r"of F32 \[2\] needs 8 bytes, its offsets give"),
+    (lambda c: struct.pack("<Q", 8) + b"[1, 2]  ", r"damaged safetensors header \(no object with texts as metadata"),
+    (lambda c: reheaded(c, lambda h: h.update(__metadata__=[1])), r"header \(no object with texts as metadata"),
     (lambda c: reheaded(c, lambda h: h.pop(next(n for n in h if n[0] == "m"))), r"overlaps or leaves a gap"),
 ]  # fmt: skip
 
@@ -136,9 +138,10 @@ def test_files_of_two_layouts_are_refused(sharded):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", r"has no weight_map; fetch it again"),
+        ("{}", r"has no weight_map of file names; fetch it again"),
         ("{", r"is not valid JSON"),
         ('{"weight_map": {}}', r"no weight_map"),
+        ('{"weight_map": {"lm_head.weight": 5}}', r"no weight_map of file names"),
     ],
 )
 def test_a_broken_index_is_named(sharded, content, message):
