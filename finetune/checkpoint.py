@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,17 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from finetune.atomic import whole_folder
 from finetune.basefiles import BaseFiles
 from finetune.checkpoint_adapter import Beside
 from finetune.checkpoint_files import checked, require_intact
 from finetune.checkpoint_manifest import (
+    File,
     Manifest,
     Trained,
     base_fingerprint,
@@ -41,8 +36,10 @@ from finetune.checkpoint_manifest import (
     point_and_prune,
     read_manifest,
     require_same_run,
+    some,
     write_manifest,
 )
+from finetune.checkpoint_plan import Meshes, flat_tensors, read, require_whole, write
 from finetune.checkpoint_slices import Slice, put_in_service, slices
 from finetune.model import EmptyModel
 
@@ -66,7 +63,8 @@ class _Save:
     """Everything that a save writes; nothing of it changes while it is written."""
 
     final: Path
-    tensors: dict[str, Any]
+    slices: list[Slice]
+    random: dict[str, Tensor]
     manifest: Manifest
     is_best: bool
 
@@ -87,7 +85,7 @@ class Checkpoints:
         self.beside = beside
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
-        self._meshes: dict[tuple[int | None, str], DeviceMesh] = {}
+        self._meshes = Meshes()
         self._copies: dict[str, Tensor] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._under_way: Future[None] | None = None
@@ -106,7 +104,7 @@ class Checkpoints:
         held, behind = slices(self.engine, self.empty), self._writer is not None and not wait
         written = self._copied(held) if behind else held
         job = _Save(
-            final=self.folder / f"step-{step:06d}", tensors=self._tensors(written) | _random_states(),
+            final=self.folder / f"step-{step:06d}", slices=written, random=_random_states(),
             manifest=self._manifest(step, held, state, config), is_best=is_best,
         )  # fmt: skip
         if behind:
@@ -132,18 +130,20 @@ class Checkpoints:
         try:
             with ExitStack() as stack:
                 partial = self._first(lambda: self._open(stack, job.final))
-                writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-                save_tensors(job.tensors, storage_writer=writer, process_group=self._group)
-                mine = f"shard-{dist.get_rank() + 1:05d}-*"
-                files = self._all(lambda: {path.name: checked(path) for path in partial.glob(mine)})
+                require_whole(job.slices, self._group)
+                files = self._all(lambda: self._write_mine(job, partial))
                 self._first(lambda: self._close(stack, partial, replace(job.manifest, files=files)))
             self._first(lambda: point_and_prune(job.final, self.keep, is_best=job.is_best))
-        except (OSError, CheckpointException) as failed:
+        except OSError as failed:
             last = find_latest(self.folder)
             raise RuntimeError(
-                f"step {job.manifest.step}: the checkpoint was not saved: {_reason(failed)}. "
+                f"step {job.manifest.step}: the checkpoint was not saved: {failed}. "
                 + (f"The last good one is {last}" if last else "There is none yet")
             ) from failed
+
+    def _write_mine(self, job: _Save, partial: Path) -> dict[str, File]:
+        mine = write(flat_tensors(job.slices, self._meshes) | job.random, partial)
+        return {path.name: checked(path) for path in partial.glob(f"{mine}*")}
 
     def _close(self, stack: ExitStack, partial: Path, manifest: Manifest) -> None:
         """Write what goes beside, then the manifest, which makes the checkpoint whole, and give the folder its name."""
@@ -180,19 +180,24 @@ class Checkpoints:
         self._all(lambda: require_intact(path, saved.files, mine))
         random = _random_states() if dist.get_rank() < saved.ranks else {}
         random = {name: state for name, state in random.items() if name.split("/")[1] in saved.random}
-        reader = HuggingFaceStorageReader(str(path))
         try:
-            load_tensors(self._tensors(held) | random, storage_reader=reader, process_group=self._group)
-        except CheckpointException as failed:
+            self._all(lambda: self._read_mine(held, random, path))
+        except OSError as failed:
             raise RuntimeError(
-                f"{path} could not be read: {_reason(failed)}. Resume from another checkpoint: checkpoint.resume=PATH"
+                f"{path} could not be read: {failed}. Resume from another checkpoint: checkpoint.resume=PATH"
             ) from failed
         for slice_ in held:
             slice_.steps.fill_(saved.trained[slice_.canonical].updates)
-        self._first(lambda: None)  # the engine's collectives start when every rank has read its part
         put_in_service(self.engine)
         _reseed(random)
         return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state))
+
+    def _read_mine(self, held: list[Slice], random: dict[str, Tensor], path: Path) -> dict[str, None]:
+        try:
+            read(flat_tensors(held, self._meshes) | random, path)
+        except CheckpointException as failed:
+            raise OSError("; ".join(str(cause) for cause, _ in failed.failures.values())) from failed
+        return {}
 
     def _judge(self, path: Path, held: list[Slice], config: Mapping[str, Any]) -> Manifest:
         saved = read_manifest(path)
@@ -215,24 +220,6 @@ class Checkpoints:
             files={}, state=state, config=config, config_hash=config_hash(config),
         )  # fmt: skip
 
-    def _tensors(self, held: list[Slice]) -> dict[str, Any]:
-        """The slices as flat tensors that are spread over the ranks; the memory stays the engine's own."""
-        return {f"{kind}/{s.canonical}": self._spread(s, view) for s in held for kind, view in s.views.items()}
-
-    def _spread(self, slice_: Slice, view: Tensor) -> DTensor:
-        mesh = self._mesh(slice_.ep, view.device.type)
-        count = prod(slice_.shape)
-        return DTensor.from_local(
-            view, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=torch.Size([count]), stride=(1,)
-        )
-
-    def _mesh(self, ep: int | None, device: str) -> DeviceMesh:
-        """All ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
-        if (ep, device) not in self._meshes:
-            ranks = torch.arange(dist.get_world_size())
-            self._meshes[ep, device] = DeviceMesh(device, ranks if ep is None else ranks.view(-1, ep).T)
-        return self._meshes[ep, device]
-
     def _first(self, do: Callable[[], T]) -> T:
         """Do it on rank 0 alone, and return or raise on every rank what came of it."""
         said: list[Any] = [None, None]
@@ -248,7 +235,7 @@ class Checkpoints:
         return result
 
     def _all(self, do: Callable[[], dict[str, T]]) -> dict[str, T]:
-        """Do it on every rank, and return what came of it together, or raise the first rank's error on all."""
+        """Do it on every rank, and return what came of it together, or raise what failed, the same on all."""
         mine: tuple[dict[str, T], Exception | None]
         try:
             mine = do(), None
@@ -256,9 +243,12 @@ class Checkpoints:
             mine = {}, error
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, mine, group=self._group)
-        for _, failed in said:
-            if failed is not None:
-                raise failed
+        failed = {rank: error for rank, (_, error) in enumerate(said) if error is not None}
+        for wrong in failed.values():
+            if isinstance(wrong, ValueError):
+                raise wrong
+        if failed:
+            raise OSError(some([f"rank {rank}: {error}" for rank, error in failed.items()], "; "))
         return {name: value for found, _ in said for name, value in found.items()}
 
 
@@ -274,9 +264,3 @@ def _random_states() -> dict[str, Tensor]:
 def _reseed(states: Mapping[str, Tensor]) -> None:
     for name, state in states.items():
         (torch.set_rng_state if name.startswith("random/cpu/") else torch.cuda.set_rng_state)(state)
-
-
-def _reason(failed: OSError | CheckpointException) -> str:
-    if isinstance(failed, OSError):
-        return str(failed)
-    return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(failed.failures.items()))

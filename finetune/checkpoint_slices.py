@@ -2,21 +2,39 @@
 
 ZeRO-3 cuts each tensor, flattened, into equal slices over its group: the world, or for experts the ranks that hold the
 same experts. The optimiser's memory is one flat tensor per group of tensors, in which a slice has a place. All that is
-known here of the engine's inside is in this file.
+known here of the engine's inside is in this file. `cuts` says the same of a model that no engine has yet.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.model import EmptyModel
+from finetune.ranks import rank_and_world
 from moe.experts import GroupedExperts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How one tensor that trains is cut over the ranks, and what one rank has of it, in elements."""
+
+    canonical: str
+    shape: tuple[int, ...]
+    ep: int | None
+    """Over how many ranks the experts are spread before ZeRO cuts them; None: a tensor that all ranks share."""
+    pieces: int
+    place: int
+    """Of so many slices this rank keeps the one at this place."""
+    padded: int
+    held: int
+    """A slice's length, and how much of this rank's is the tensor; in the last ones some or all is padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +44,7 @@ class Slice:
     canonical: str
     shape: tuple[int, ...]
     ep: int | None
-    """Over how many ranks the experts are spread before ZeRO cuts them; None: a tensor that all ranks share."""
+    """As of its cut."""
     views: dict[str, Tensor]
     steps: Tensor
 
@@ -36,42 +54,47 @@ class Slice:
         return int(self.steps.item())
 
 
+def cuts(empty: EmptyModel, rank: int, world: int) -> Iterator[Cut]:
+    """The rule, for every tensor that trains, in the model's order; also for those that a stage pauses."""
+    spread = {
+        id(parameter): owner.num_experts // len(owner.local_experts)
+        for owner in empty.module.modules() if isinstance(owner, GroupedExperts)
+        for parameter in owner.parameters(recurse=False)
+    }  # fmt: skip
+    for name in empty.trained:
+        parameter = empty.module.get_parameter(name)
+        ep = spread.get(id(parameter))
+        first, *rest = shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        pieces, place = world // (ep or 1), rank // (ep or 1)
+        total = prod(shape)
+        padded = -(-total // pieces)
+        yield Cut(
+            canonical=empty.canonical(name), shape=(first * (ep or 1), *rest), ep=ep, pieces=pieces, place=place,
+            padded=padded, held=min(padded, max(0, total - place * padded)),
+        )  # fmt: skip
+
+
 def slices(engine: Any, empty: EmptyModel) -> list[Slice]:
     """Return what this rank keeps of every tensor that trains, in the model's order."""
     return list(_slices(engine.optimizer, empty))
 
 
 def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
-    spread = {
-        id(parameter): owner.num_experts // len(owner.local_experts)
-        for owner in empty.module.modules() if isinstance(owner, GroupedExperts)
-        for parameter in owner.parameters(recurse=False)
-    }  # fmt: skip
-    for name in empty.trained:  # also what a stage pauses
+    for name, cut in zip(empty.trained, cuts(empty, *rank_and_world()), strict=True):
         parameter = empty.module.get_parameter(name)
         group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+        theirs = zero._get_param_partition_world_size(parameter), zero._get_param_partition_rank(parameter), padded
+        assert theirs == (cut.pieces, cut.place, cut.padded), "ZeRO-3 cuts tensors into slices of one size, in order"
         flat = zero.fp32_partitioned_groups_flat[group]
         moments = _moments(zero.optimizer, flat)
-        held = _elements(zero, parameter, padded)
         flats = {"master": flat, **{kind: moments[kind] for kind in MOMENTS}}
-        ep = spread.get(id(parameter))
-        first, *rest = parameter.ds_shape  # type: ignore[attr-defined]  # the engine's
         yield Slice(
-            canonical=empty.canonical(name),
-            shape=(first * (ep or 1), *rest),
-            ep=ep,
-            views={kind: whole.detach()[offset : offset + held] for kind, whole in flats.items()},
+            canonical=cut.canonical,
+            shape=cut.shape,
+            ep=cut.ep,
+            views={kind: whole.detach()[offset : offset + cut.held] for kind, whole in flats.items()},
             steps=moments["step"],
         )
-
-
-def _elements(zero: Any, parameter: Any, padded: int) -> int:
-    """How many of a slice's places hold elements of the tensor; in the last slices some or all are padding."""
-    pieces: int = zero._get_param_partition_world_size(parameter)
-    rank: int = zero._get_param_partition_rank(parameter)
-    total: int = parameter.ds_numel
-    assert padded == -(-total // pieces), "ZeRO-3 cuts a tensor into slices of one size, the last ones padded"
-    return min(padded, max(0, total - rank * padded))
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
