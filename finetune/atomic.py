@@ -19,14 +19,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; remove it or name another folder")
-    beside = folder.with_name(folder.name + ".partial")
+    final = folder.resolve()  # through a link, on the disk that it leads to
+    beside = final.with_name(final.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)  # what an interrupted run left; never a finished folder
     try:
         beside.mkdir(parents=True)
         yield beside
         sync_folder(beside)
-        beside.rename(folder)  # replaces an empty folder
-        sync_folder(folder.parent)
+        beside.rename(final)  # replaces an empty folder
+        sync_folder(final.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -99,7 +99,12 @@ def _context(source: AdapterSource, base: Path) -> Extension | None:
 
 
 def check_room(plan: MergePlan, out: Path) -> None:
-    """Raise when the disk cannot hold the merged folder."""
+    """Raise when the disk cannot hold the merged folder, or it would become a part of the base."""
+    if out.resolve().is_relative_to(plan.base.folder.resolve()):
+        raise ValueError(
+            f"{out} lies inside the base {plan.base.folder}, and would be copied with the base's files from now on. "
+            f"Name a folder outside it"
+        )
     free = free_bytes(out)
     if free < plan.need_bytes:
         raise OSError(
@@ -111,7 +116,7 @@ def check_room(plan: MergePlan, out: Path) -> None:
 
 def free_bytes(out: Path) -> int:
     """Return the bytes that a user may still write where `out` will lie."""
-    place = out.absolute()
+    place = out.resolve()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free

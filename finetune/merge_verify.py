@@ -23,6 +23,7 @@ from data.sample import Renderer
 from finetune.adapter_change import Change
 from finetune.adapter_source import AdapterSource
 from finetune.basefiles import BaseFiles, open_base
+from finetune.device import open_device
 from finetune.layouts import is_expert_stack
 from finetune.merge_plan import MergePlan
 from finetune.model import EmptyModel, ModelOptions, build
@@ -73,7 +74,7 @@ class Proof:
 def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: str) -> Proof:
     """Compute in float32 what the merged folder gives, what base and adapter give, and what the base gives."""
     base = plan.base
-    place, dtype = torch.device(device), torch.float32
+    place, dtype = open_device(device), torch.float32
     row = make_row(merged, samples, place, dtype)
     files = open_base(merged)
     plain = ModelOptions(dtype=dtype)

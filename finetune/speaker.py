@@ -17,6 +17,7 @@ from finetune.adapter_source import AdapterSource, open_source
 from finetune.basefiles import open_base
 from finetune.config import RunConfig
 from finetune.context import extension
+from finetune.device import open_device
 from finetune.generate import Speaker
 from finetune.hub import model_folder
 from finetune.hubconfig import read_family
@@ -45,14 +46,7 @@ def open_speaker(
 
     Of the configuration count data.image, data.video, data.chat, context and moe.router_float32.
     """
-    place = torch.device(device)
-    if place.type == "cuda":
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= seen:
-            raise ValueError(
-                f"--device is {device}, but torch sees {seen} GPUs here; use --device cpu or a lower number"
-            )
-        torch.cuda.set_device(place)
+    place = open_device(device)
     folder, config = model_folder(model), config or RunConfig()
     ours = open_adapter(adapter) if adapter is not None and is_ours(adapter) else None
     held = torch.float32 if dtype == "float32" or (dtype == "auto" and place.type == "cpu") else torch.bfloat16

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from data.vision import normalise, read_spec
 from finetune.basefiles import BaseFiles
+from finetune.device import open_device
 from finetune.layouts import is_expert_stack, single_expert
 from finetune.model import EmptyModel, ModelOptions, build
 from finetune.shapes import EMBEDDING, HEAD
@@ -85,7 +86,7 @@ def compute_checks(
     folder: Path, weights: BaseFiles, *, device: str, dtype_name: Literal["float32", "bfloat16"]
 ) -> Iterator[Check]:
     """Logits of both models on every sample, then what the answers cost in each video layout."""
-    dtype, place = getattr(torch, dtype_name), torch.device(device)
+    dtype, place = getattr(torch, dtype_name), open_device(device)
     row = make_row(folder, trials(folder), place, dtype)
     ours = _run_ours(folder, weights, row, place, dtype)
     theirs = _run_theirs(folder, weights, row, place, dtype)

@@ -7,7 +7,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.verify_samples import Trial
 
 EXAMPLE = """\
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify
@@ -46,12 +49,22 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
 
+    for name, least in (("jobs", 0), ("samples", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; a number from {least} on is wanted")
     base = open_base(model_folder(args.base), layout=args.layout)
     plan = plan_merge(base, args.adapter, other_base=args.other_base)
     for line in plan.lines(args.out):
         say(line)
     if args.plan:
         return _finish(args, 0, {"need_bytes": plan.need_bytes, "intended": plan.intended})
+    samples: list[Trial] = []
+    if args.verify is not None:  # what the proof needs is looked at before the work is done
+        from finetune.device import open_device
+        from finetune.merge_verify import proof_samples
+
+        open_device(args.device)
+        samples = proof_samples(base.folder, args.verify, args.samples)
     merged = merge(plan, args.out, jobs=args.jobs, say=say)
     for line in merged.lines():
         say(line)
@@ -61,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
     if args.verify is not None:
         from dataclasses import asdict
 
-        from finetune.merge_verify import proof_samples, prove
+        from finetune.merge_verify import prove
 
-        samples = proof_samples(base.folder, args.verify, args.samples)
         proof = prove(args.out, plan, samples, device=args.device)
         say(proof.line())
         proved, found["proof"] = proof.passed, asdict(proof)

@@ -33,6 +33,10 @@ def run(args: argparse.Namespace) -> int:
     from finetune.hub import model_folder
     from finetune.verify import Check, Options, verify_base
 
+    if not args.no_compute:
+        from finetune.device import open_device
+
+        open_device(args.device)
     folder = model_folder(args.model, revision=args.revision)
     options = Options(
         family=args.family, layout=args.layout, device=args.device, dtype=args.dtype, compute=not args.no_compute

@@ -316,3 +316,24 @@ def test_memory_is_a_few_times_the_largest_tensor_whatever_the_base(tmp_path: Pa
         merge(plan, tmp_path / "out", jobs=2)
     assert size > 8 * largest
     assert memory.peak_bytes < 3 * largest
+
+
+def test_what_cannot_be_is_said_before_the_merge_begins(
+    adapter: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "base"
+    shutil.copytree(base(), own)
+    (tmp_path / "link").symlink_to(own)
+    for words, message in (
+        ([str(tmp_path / "link" / "merged")], "merged lies inside the base"),
+        ([str(tmp_path / "out"), "--jobs", "-1"], "--jobs is -1; a number from 0 on is wanted"),
+        ([str(tmp_path / "out"), "--verify", "--samples", "0"], "--samples is 0; a number from 1 on is wanted"),
+        ([str(tmp_path / "out"), "--verify", "--device", "cuda:99"], "--device is cuda:99, but torch sees"),
+        ([str(tmp_path / "out"), "--verify", "--device", "gpu"], "--device is 'gpu'; allowed are cpu, cuda"),
+        ([str(tmp_path / "out"), "--verify", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),
+    ):
+        assert main(["merge", str(own), str(adapter[0]), *words]) == 2
+        assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "link"}
+    assert {path.name for path in own.iterdir()} == {path.name for path in base().iterdir()}
+    assert main(["verify-base", str(own), "--device", "cuda:99"]) == 2

@@ -213,6 +213,21 @@ def test_an_occupied_destination_is_kept_and_an_empty_one_taken(base, tmp_path):
     assert not (tmp_path / "empty.partial").exists()
 
 
+def test_a_link_is_followed_to_the_disk_it_leads_to(base, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "to empty").symlink_to(tmp_path / "disk" / "empty")
+    (tmp_path / "to nothing").symlink_to(tmp_path / "disk" / "nothing")
+    (tmp_path / "disk" / "empty").mkdir()
+    for name in ("empty", "nothing"):
+        write_model(tensors=weights(base), **target(tmp_path / f"to {name}", base))
+        assert torch.equal(logits(tmp_path / "disk" / name), logits(base))
+        assert (tmp_path / f"to {name}").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_model(tensors=weights(base), **target(Path(), base))
+    assert torch.equal(logits(tmp_path / "here"), logits(base))
+
+
 def test_while_writing_there_is_nothing_that_looks_finished(base, tmp_path):
     def watching():
         for name, tensor in weights(base):
