@@ -22,8 +22,9 @@ from finetune.layouts import is_expert_stack
 from finetune.shapes import Shape
 from finetune.tensorfile import FLOAT_TYPES
 
-BLOCK = 1 << 17
-"""Values of a block: two float32 buffers of 512 KiB, and the block twice in its own type."""
+BLOCK = 1 << 18
+"""Values of a block: two float32 buffers of 1 MiB and the block twice in its own type. Smaller ones make threads wait
+for the interpreter, larger ones leave the cache."""
 
 
 @dataclass(kw_only=True)

@@ -409,3 +409,32 @@ def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
     assert figure.unit == "x"
     assert min(figure.value, figure.peer_value) > 0
     assert figure.target == Target(of="value", rule="at most", floor=1.3)
+
+
+def test_merge_and_export_are_measured_on_any_size(monkeypatch):
+    from benchmarks import export, merge, merge_case
+
+    for name, value in {"GB": 0.01, "LAYERS": 2, "HIDDEN": 192, "INNER": 80}.items():
+        monkeypatch.setattr(merge_case, name, value)
+    monkeypatch.setattr(merge, "ROUNDS", 1)
+    figures = list(merge.run())  # real processes: ours, PEFT's merge and a copy; PEFT's output is compared with ours
+    assert [(figure.metric, figure.peer) for figure in figures] == [
+        ("seconds to merge", merge.PEER),
+        ("peak memory above imports", merge.PEER),
+        ("seconds to merge", "a plain copy, synced"),
+    ]
+    assert all(figure.value > 0 for figure in figures)
+    assert figures[1].value < figures[1].peer_value / 3  # bytes, not seconds
+    monkeypatch.setattr(export, "ROUNDS", 1)
+    assert [figure.config["form"] for figure in export.run()] == ["peft", "per-expert"]
+
+
+def test_a_merge_that_differs_from_the_peers_is_not_measured(tmp_path):
+    from benchmarks.merge import _same_outputs
+    from finetune.tiny import TinyModel, write_tiny
+
+    for name, seed in (("ours", 1), ("same", 1), ("other", 2)):
+        write_tiny(tmp_path / name, TinyModel(seed=seed))
+    _same_outputs(tmp_path / "ours", tmp_path / "same")
+    with pytest.raises(OutputsDiffer):
+        _same_outputs(tmp_path / "ours", tmp_path / "other")
