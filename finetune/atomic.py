@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise ValueError(f"{folder} exists and is not empty; remove it or name another folder")
     final = folder.resolve()  # through a link, on the disk that it leads to
     beside = final.with_name(final.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)  # what an interrupted run left; never a finished folder
+    handle = -1
     try:
-        beside.mkdir(parents=True)
+        handle = _claim(beside, folder)
         yield beside
         sync_folder(beside)
         beside.rename(final)  # replaces an empty folder
@@ -37,7 +38,34 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             f"removed. Free room, or write to another disk",
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        if handle >= 0:  # else it is another process's
+            shutil.rmtree(beside, ignore_errors=True)
+            os.close(handle)
+
+
+def _claim(beside: Path, folder: Path) -> int:
+    """Make the folder and keep other processes out while the descriptor is open; what a dead run left in it goes."""
+    beside.mkdir(parents=True, exist_ok=True)
+    handle = os.open(beside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if not _locked(handle) or not beside.exists() or not os.path.samestat(os.fstat(handle), beside.stat()):
+            raise ValueError(f"{folder} is being written by another process; wait for its end, or name another folder")
+        for left in beside.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: there, nothing keeps two apart
+        return True
+    return True
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Event, Semaphore, Thread
 from typing import Any
 
 from data.reader import VideoBytes
@@ -102,6 +103,31 @@ class Endpoint:
         return str(names[0])
 
 
+def _beside(work: Callable[[Asked], Reply], most: int) -> tuple[Callable[[Asked], Future[Reply]], Event]:
+    """Start work in threads of which so many run at a time, and an event that lets no further one begin.
+
+    No pool: Python waits for a pool's threads before it ends, and a silent server would keep it for hours.
+    """
+    turns, stop = Semaphore(most), Event()
+
+    def start(one: Asked) -> Future[Reply]:
+        future: Future[Reply] = Future()
+
+        def run() -> None:
+            with turns:
+                if stop.is_set():
+                    return
+                try:
+                    future.set_result(work(one))
+                except Exception as error:  # noqa: BLE001 - raised where the result is waited for
+                    future.set_exception(error)
+
+        Thread(target=run, daemon=True).start()
+        return future
+
+    return start, stop
+
+
 def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
     """Answer through a server, several questions at a time; `options` are OpenAI's, max_tokens and temperature."""
 
@@ -114,17 +140,17 @@ def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
             except EndpointError as error:
                 raise EndpointError(f"sample {one.key}: {error}") from error
 
-        with ThreadPoolExecutor(endpoint.concurrency) as pool:
-            waiting: deque[Future[Reply]] = deque()
-            try:
-                for one in asked:
-                    waiting.append(pool.submit(ask, one))
-                    if len(waiting) >= 2 * endpoint.concurrency:  # bounds the media held in memory
-                        yield waiting.popleft().result()
-                while waiting:
+        waiting: deque[Future[Reply]] = deque()
+        start, stop = _beside(ask, endpoint.concurrency)
+        try:
+            for one in asked:
+                waiting.append(start(one))
+                if len(waiting) >= 2 * endpoint.concurrency:  # bounds the media held in memory
                     yield waiting.popleft().result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            stop.set()
 
     return respond
 

@@ -1,7 +1,8 @@
 """The command `moetune`. Each command is a module of this package, loaded only when called.
 
 argparse, because a command's name, its few flags and `key=value` are all there is, and it costs no start time.
-Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 3 a check found problems, 75 preempted (run it again).
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 3 a check found problems, 75 preempted (run it again),
+130 interrupted by Ctrl-C.
 """
 
 import argparse
@@ -63,6 +64,11 @@ def main(argv: Sequence[str]) -> int:
         args.overrides += rest
     try:
         code: int = args.run(args)
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        print(f"moetune {args.command}: interrupted", file=sys.stderr)
+        return 130
     except ValueError as error:
         if args.debug:
             raise

@@ -3,7 +3,12 @@
 import copy
 import io
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -376,3 +381,22 @@ def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
     assert "--compare sets an adapter beside its base: give --adapter" in capsys.readouterr().err
     assert main(["ask", str(base()), "<image>?", "--image", "nowhere.png"]) == 2
     assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
+    lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        words = ["eval", "held.jsonl", "--url", url, "--name", "any"]
+        started = subprocess.Popen(
+            [sys.executable, "-m", "launchers.cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )  # fmt: skip
+        with silent.accept()[0]:
+            started.send_signal(signal.SIGINT)
+            said = started.communicate(timeout=20)[1]
+    assert started.returncode == 130
+    assert said.endswith("moetune eval: interrupted\n")
+    assert "Traceback" not in said

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from finetune.atomic import whole_folder
 from finetune.hubconfig import read_family
 from finetune.jsonblock import load_json
 from finetune.layouts import is_expert_stack
@@ -308,3 +309,16 @@ def test_memory_is_one_tensor_whatever_the_model(tmp_path):
 def test_config_is_written_sorted_as_the_hub_has_it(base):
     text = (base / "config.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    """Else the first to end would give the other's half-written files the finished name."""
+    with whole_folder(tmp_path / "out") as beside:
+        (beside / "config.json").write_text("{}")
+        with (
+            pytest.raises(ValueError, match="out is being written by another process; wait for its end"),
+            whole_folder(tmp_path / "out"),
+        ):
+            raise AssertionError("both were let in")
+        assert (beside / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
