@@ -187,7 +187,7 @@ def _value(text: str) -> float | None:
 
 def find_json(text: str) -> Any:
     """The first JSON object or list in a text, in a fence or bare; None where there is none."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(parse_int=float)  # a model that repeats itself writes integers of any length
     for start in (found.start() for found in re.finditer(r"[{\[]", text)):
         try:
             return decoder.raw_decode(text, start)[0]

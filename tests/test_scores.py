@@ -66,6 +66,8 @@ BY_HAND = [
     ("json-field-f1", '{"a": {"b": true}}', ['{"a": {"b": true}}'], 1),
     ("json-field-f1", '{"a": 1}', ['{"a": true}'], 0),
     ("json-field-f1", "no object", ['{"a": 1}'], 0),
+    ("json-field-f1", '{"a": ' + "9" * 400 + "}", ['{"a": 1}'], 0),  # no float has so many digits
+    ("json-field-f1", '{"a": ' + "9" * 5000 + "}", ['{"a": 1}'], 0),  # nor does Python read such an int
     # spans: 2 s of 5 s
     ("time-iou", "from 2 to 5 seconds", ["<3.0 seconds> to <7.0 seconds>"], 2 / 5),
     ("time-iou", "00:01:00 - 00:01:30", ["60 to 90"], 1),
