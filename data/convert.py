@@ -93,10 +93,14 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if row.get("instruction") is None or row.get("output") is None:
         known = "messages, conversations, or instruction and output"
         raise BadField("row", f"has none of {known}, but {sorted(map(str, row))}")
-    pairs = [
-        *(row.get("history") or []),
-        ["\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]],
-    ]
+    for name in ("instruction", "input"):
+        if not isinstance(row.get(name) or "", str):
+            raise BadField(name, f"is {row[name]!r:.80}; write text")
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise BadField("history", f"is {history!r:.80}; write [question, answer] pairs")
+    asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    pairs = [*history, [asked, row["output"]]]
     turns = []
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -111,6 +115,8 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     turn = dict(turn)
     role = turn.pop("from", None) or turn.pop("role", None)
     content = turn.pop("value") if "value" in turn else turn.pop("content", None)
+    if not isinstance(role, str):
+        role = repr(role)
     if role in _CALLS:  # a turn of its own, holding the call as JSON text or as an object
         call = load_json(content) if isinstance(content, str) else content
         return {"role": "assistant", "content": "", "tool_calls": call if isinstance(call, list) else [call]}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,6 +31,12 @@ class BuildOptions:
     samples_per_shard: int = 1000
     media: Literal["embed", "reference"] = "embed"
     media_root: str = ""  # folder of relative media paths; empty: the input file's own
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
+            raise ValueError(
+                f"--name is {self.name!r}; shard names begin with letters, digits, '_', '-' and '.', and no path"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,8 @@ def build_shards(
                     finish(waiting.pop(0).result())
             for future in waiting:
                 finish(future.result())
+    if not parts:
+        raise ValueError(f"{source} holds no row; it is empty, or was cut off")
     return _close(folder, sorted(parts, key=lambda part: part.path), reused)
 
 
@@ -98,7 +107,9 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
     """Refuses a folder that holds shards of something else."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "build.json"
-    mine = {"version": VERSION, "source": str(source.absolute()), "stamp": _stamp(source), **asdict(options)}
+    # relative, so that data and shards may be moved, or mounted elsewhere, together
+    where = os.path.relpath(source.absolute(), folder.absolute())
+    mine = {"version": VERSION, "source": where, "stamp": _stamp(source), **asdict(options)}
     if note.exists():
         theirs = json.loads(note.read_text())
         differs = sorted(name for name in mine if theirs.get(name) != mine[name])
@@ -198,7 +209,10 @@ def shards_of_rows(
     stamp = _stamp(source)
     place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
     shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
-    report = build_shards(source, place, BuildOptions(name=name), jobs=jobs, progress=shown)
+    # whoever converted it first, and whatever they call the source: the shards are the same
+    note = place / "build.json"
+    options = BuildOptions(name=json.loads(note.read_text())["name"] if note.exists() else "part")
+    report = build_shards(source, place, options, jobs=jobs, progress=shown)
     if report.rejected > limit:
         raise ValueError(
             f"{section}.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} "

@@ -10,6 +10,7 @@ from data.media import ImageRef, Objects, VideoRef, media_members, read_image, r
 from data.parts import Part, read_parts, write_parts
 
 VERSION = 1
+_LONGEST_NUMBER = 300  # digits; a float has 308
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -81,9 +82,15 @@ def _no_constant(name: str) -> float:
 def load_json(data: bytes | str) -> Any:
     """JSON without NaN and Infinity; ValueError for anything else that is not JSON."""
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant, parse_int=_number)
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
+
+
+def _number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits, {digits[:12]}..., is none that can be computed with")
+    return int(digits)
 
 
 def parse_record(
@@ -105,7 +112,9 @@ def parse_record(
 
 
 def _read_record(fields: Fields, key: str) -> Record:
-    version = fields.take("v", int)
+    version = fields.take("v", int, None)
+    if version is None:
+        raise BadField("v", f'is missing; write "v": {VERSION}, the version of this format')
     if version != VERSION:
         raise BadField("v", f"is {version}; this moetune reads version {VERSION} only")
     objects = fields.take("objects", Mapping, None)

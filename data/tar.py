@@ -56,7 +56,7 @@ def walk_tar(path: Path) -> Iterator[Member]:
             if not header:
                 raise ShardError(path, f"truncated: ends at byte {at} without an end-of-archive block")
             if header.count(0) == len(header):
-                _check_end(path, header, at)
+                _check_end(path, file, header, at)
                 return
             kind, short_name, size = _read_header(path, header, at)
             size, size_override = (size_override, -1) if size_override >= 0 and kind in _FILE else (size, size_override)
@@ -81,9 +81,15 @@ def walk_tar(path: Path) -> Iterator[Member]:
             at += BLOCK + -(-size // BLOCK) * BLOCK
 
 
-def _check_end(path: Path, header: bytes, at: int) -> None:
+def _check_end(path: Path, file: BinaryIO, header: bytes, at: int) -> None:
     if len(header) < BLOCK:
         raise ShardError(path, f"truncated: half an end-of-archive block at byte {at}")
+    while padding := file.read(1 << 20):
+        if padding.strip(b"\0"):
+            raise ShardError(
+                path, f"goes on after its end-of-archive block at byte {at}: tars laid one behind the other, of which "
+                f"readers see the first only. Unpack them, and pack them as one or give each a file"
+            )  # fmt: skip
 
 
 def _read_header(path: Path, header: bytes, at: int) -> tuple[bytes, str, int]:

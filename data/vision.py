@@ -19,7 +19,7 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.config import ImageConfig
 from data.facts import ImageFacts
@@ -181,7 +181,7 @@ def probe_image(data: bytes, *, name: str = "image") -> ImageFacts:
     except ImageRefused:
         raise
     except _BROKEN as error:
-        raise ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        raise _unreadable(name, error) from error
 
 
 def decode_image(data: bytes, *, name: str) -> torch.Tensor:
@@ -193,11 +193,17 @@ def decode_image(data: bytes, *, name: str) -> torch.Tensor:
     except ImageRefused:
         raise
     except _BROKEN as error:
-        raise ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+        raise _unreadable(name, error) from error
 
 
 class ImageRefused(ValueError):
     """An image that cannot be used as it is; the message says which and why."""
+
+
+def _unreadable(name: str, error: Exception) -> ImageRefused:
+    # Pillow's own words name an address in memory, another one each time
+    said = "its bytes are of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {said})")
 
 
 def _open(data: bytes, name: str) -> Image.Image:

@@ -387,3 +387,16 @@ def test_arrays_of_an_empty_shard(tmp_path):
     assert len(index) == 0
     assert index.offsets.dtype == np.int64
     assert not list(group_members(tmp_path / "x.tar", iter(())))
+
+
+def test_tars_laid_one_behind_the_other_are_refused(tmp_path):
+    """Tar readers stop at the first end: the second half would be missed without a word."""
+    shard = tmp_path / "a.tar"
+    with TarWriter(shard) as tar:
+        tar.add("a.json", b"{}")
+    one = shard.read_bytes()
+    shard.write_bytes(one + bytes(20 * 512))  # padding, as tar pads
+    assert [member.name for member in walk_tar(shard)] == ["a.json"]
+    shard.write_bytes(one + one)
+    with pytest.raises(ShardError, match=r"a.tar: goes on after its end-of-archive block at byte 1024: tars laid one"):
+        list(walk_tar(shard))

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -123,6 +124,10 @@ def test_unread_columns_are_reported():
         ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\].role is 'bot'; known: human, user, gpt"),
         ({"messages": [{"role": "user", "content": "x", "audio": "y"}]}, r"messages\[0\].audio cannot be shown"),
         ({"messages": [], "image": "a", "images": ["b"]}, "image and images are both given"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"role is \"\['user'\]\"; known: human"),
+        ({"instruction": 5, "output": "b"}, "instruction is 5; write text"),
+        ({"instruction": "a", "input": {"x": 1}, "output": "b"}, "input is {'x': 1}; write text"),
+        ({"instruction": "a", "output": "b", "history": True}, "history is True; write .question, answer. pairs"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history holds 'x'; write .question, answer. pairs"),
     ],
 )
@@ -310,6 +315,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "out/build.json").unlink()
     with pytest.raises(ValueError, match="out holds shards already; build into an empty folder"):
         build_shards(source, tmp_path / "out", BuildOptions(name="t"))
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="blank.jsonl holds no row; it is empty"):
+        build_shards(tmp_path / "blank.jsonl", tmp_path / "out3", BuildOptions(name="t"))
+    for name in ("../t", "a b", ".t", ""):
+        with pytest.raises(ValueError, match="--name is '.*'; shard names begin with letters"):
+            BuildOptions(name=name)
     with pytest.raises(ValueError, match="none.jsonl does not exist"):
         build_shards(tmp_path / "none.jsonl", tmp_path / "out2", BuildOptions(name="t"))
 
@@ -326,6 +337,12 @@ def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path):
         ValueError, match=r"data.sources.s.path: 1 of 4 rows of .* were refused, .*max_bad_samples=0; .*rejects"
     ):
         shards_of_rows(source, "s", cache_dir=cache, jobs=1, limit=0)
+    other = shards_of_rows(source, "another name", cache_dir=cache, jobs=1, limit=1)
+    assert other == first, "what a recipe calls its source is nothing of the shards"
+    moved = tmp_path.with_name(tmp_path.name + " moved")
+    shutil.copytree(tmp_path, moved)
+    kept = shards_of_rows(moved / "rows.jsonl", "s", cache_dir=moved / "cache", jobs=1, limit=1)
+    assert kept == [moved / path.relative_to(tmp_path) for path in first]
     write_rows(source, [text_row(9)])
     assert shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
     with pytest.raises(ValueError, match="data.sources.s.path is .*, which does not exist"):

@@ -105,6 +105,8 @@ WRONG = [
     ("{", "Expecting property name"),
     ("[" * 100_000, "nested too deeply"),
     ('{"v": 1, "messages": NaN}', "NaN is not JSON"),
+    ('{"v": 1, "messages": ' + "9" * 400 + "}", "a number of 400 digits, 999999999999..., is none"),
+    ('{"v": 1, "messages": ' + "9" * 5000 + "}", "a number of 5000 digits"),
     (b'\xff{"v": 1}', "can't decode|codec"),
     ({"messages": []}, "v is missing"),
     (changed(v=2), "v is 2; this moetune reads version 1"),
