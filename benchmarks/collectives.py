@@ -24,13 +24,16 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
     """While entered, counts the calls and the bytes of every collective this rank issues, DeepSpeed's and ours.
 
     Bytes are the larger side of the operation on this rank: what an all-gather yields, what a reduce-scatter takes,
-    what an all-to-all sends (with the part that stays). Backward of a CPU graph runs on the same thread and is seen.
+    what an all-to-all sends (with the part that stays; `leaving` is without). Backward of a CPU graph runs on the same
+    thread and is seen.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.calls: Counter[Kind] = Counter()
         self.bytes: Counter[Kind] = Counter()
+        self.leaving: Counter[Kind] = Counter()
+        """Of the bytes of all-to-alls, those for other ranks."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Record the operation when it is a collective, then run it."""
@@ -52,6 +55,11 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         )
         self.calls[kind] += 1
         self.bytes[kind] += max(sides, default=0)
+        if name == "all_to_all_single":  # rows, what to receive, what to send, the group
+            group, sent = _group(args[3]), args[2]
+            assert group is not None
+            here = sent[group.rank()] / max(1, sum(sent))
+            self.leaving[kind] += round(_bytes(first) * (1 - here))
 
     def total(self, *collectives: str, floating: bool = True) -> int:
         """Return the bytes of the named collectives, of real numbers only unless told otherwise."""
@@ -71,8 +79,12 @@ def _group_size(leaf: Any) -> int:
         except RuntimeError:
             return 0
     if isinstance(leaf, str):
-        return next((group.size() for group in _groups() if group.group_name == leaf), 0)
+        return 0 if (group := _group(leaf)) is None else group.size()
     return leaf.size() if isinstance(leaf, dist.ProcessGroup) else 0
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    return next((group for group in _groups() if group.group_name == name), None)
 
 
 def _groups() -> list[dist.ProcessGroup]:

@@ -154,6 +154,12 @@ ENTRIES = (
         about="a small model trained at 4K, rows over two ranks: needles found there, and beyond by YaRN (minutes)",
     ),
     Entry(
+        name="planner-accuracy",
+        suite="cpu",
+        module="benchmarks.planner_accuracy",
+        about="what the planner says of memory, traffic and operations over what is counted, at four layouts",
+    ),
+    Entry(
         name="flop-meter",
         suite="cpu",
         module="benchmarks.flop_meter",

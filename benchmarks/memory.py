@@ -58,12 +58,14 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         self.largest_by = "nothing"
         self.peak_bytes = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0  # what is alive, and what was when it was last looked through
 
     @property
     def live_bytes(self) -> int:
         """Bytes made inside the block that are still alive."""
         self._alive = {key: pair for key, pair in self._alive.items() if not _gone(pair[0])}
-        return sum(size for _, size in self._alive.values())
+        self._at_most = sum(size for _, size in self._alive.values())
+        return self._at_most
 
     def __torch_dispatch__(
         self,
@@ -80,9 +82,11 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             if reference.cdata in given or reference.cdata in self._alive:
                 continue
             self._alive[reference.cdata] = (reference, size)
+            self._at_most += size
             if size > self.largest_bytes:
                 self.largest_bytes, self.largest_by = size, f"{func} -> {tuple(tensor.shape)}"
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        if self._at_most > self.peak_bytes:  # else nothing new can be the highest
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return result
 
 

@@ -104,7 +104,9 @@ class PackedModel(nn.Module):
         if not parts:
             parts = [_blank(batch.input_ids.device, spec, tower.dtype)]
             grids = grids.new_tensor([[1, spec.merge, spec.merge]])
-        seen = tower(torch.cat(parts), grid_thw=grids, return_dict=True)
+        pixels = parts.pop() if len(parts) == 1 else torch.cat(parts)
+        parts.clear()  # the tower runs for long, and two copies of a row's pixels take much
+        seen = tower(pixels, grid_thw=grids, return_dict=True)
         return [seen.pooler_output, *seen.deepstack_features]
 
     def _see_share(self, batch: Batch, spec: VisionSpec, group: SequenceGroup) -> dict[str, BaseModelOutputWithPooling]:

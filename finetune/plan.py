@@ -12,7 +12,9 @@ from typing import Any
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.gpus import GB, Cluster
-from finetune.plan_memory import Layout, Memory, memory, waiting
+from finetune.plan_layout import Layout
+from finetune.plan_memory import Memory, memory
+from finetune.plan_moments import waiting
 from finetune.plan_time import Assumed, Time, step_time
 from finetune.plan_wire import Traffic, traffic
 from finetune.reading import rank_shares

@@ -7,8 +7,8 @@ Letters: T tokens of this rank, D hidden, H and KV widths of queries and keys, E
 F expert hidden, r LoRA rank; b bytes of an activation.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, Self
 
 from finetune.config import AdaptersConfig
 from finetune.families import Family, Text
@@ -16,8 +16,12 @@ from finetune.families import Family, Text
 Recompute = Literal["none", "layer", "selective"]
 CHUNK_BYTES, KEEP_BYTES = 1 << 30, 4 << 30
 """Those of the experts: intermediates at a time, and the gate_up output that a call keeps at most."""
+VISION = ("vision_blocks", "patch_embed", "pos_embed", "merger", "deepstack_mergers")
+"""Parts of the tower."""
 TILE_BYTES = 160 * 2**20
 """Float32 logits that the loss makes at once."""
+MOVED_BYTES = 1 << 20
+"""The least of a tensor that waits in host memory."""
 INDEX, WIDE = 8, 4
 """Bytes of an index and of a float32."""
 
@@ -32,9 +36,32 @@ class Rows:
     arriving: float
     itemsize: int
     tiles: int = 1
-    """Parts in which norms and experts take the row; the experts' are computed again in backward."""
+    """Parts in which experts take the row; they are computed again in backward."""
+    tiled: bool = False
+    """Whether norms widen the row in parts."""
     segmented: bool = False
     """The CPU's attention, sample by sample, which keeps each sample's output and their concatenation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far gradients go down: to the tower's output, into the first layer's experts, into any layer."""
+
+    vision: bool
+    first: bool
+    layers: bool
+
+    @classmethod
+    def of(cls, adapters: AdaptersConfig) -> Self:
+        """By what trains."""
+        trains = {
+            field.name
+            for field in fields(adapters)
+            if getattr(getattr(adapters, field.name), "mode", "frozen") != "frozen"
+        }
+        vision = bool(trains & set(VISION))
+        first = vision or bool(trains & {"embeddings", "attention", "norms"})
+        return cls(vision=vision, first=first, layers=first or bool(trains & {"experts", "router", "mlp"}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +72,12 @@ class Layer:
     """For backward, by the whole layer."""
     returned: float
     """Of what was kept, what the second pass hands on and lets go of before backward begins."""
+    shared: float = 0.0
+    """Of `saved`, the layer's input, which `kept` has too."""
     kept: float
     """From the first pass to the second, where the layer is recomputed."""
+    stays: float
+    """Of that, what stays on the device when the rest waits in host memory: indices and small tensors."""
     exchange: float
     """Rows on their way, beside what is saved."""
     working: float
@@ -58,32 +89,38 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     text, b, t = base.text, rows.itemsize, rows.tokens
     residual = float(t * text.hidden_size * b)
     attention = _attention(text, adapters, rows)
-    wide = WIDE if rows.tiles == 1 else b  # in tiles a norm keeps its input, not a float32 copy of it
-    norms = float(t * (2 * text.hidden_size * wide + 2 * WIDE))
+    narrow = rows.tiled or b == WIDE  # then a norm keeps its input, else a float32 copy of it
+    norms = float(t * (2 * text.hidden_size * (b if narrow else WIDE) + 2 * WIDE))
     norms += 2 * residual if adapters.norms.mode == "full" else 0
+    shared = residual if narrow else 0.0
     if not sparse:
-        mlp = _mlp(text, adapters, rows)
-        gradients = 3 * t * text.intermediate_size * b
-        saved = attention + norms + mlp
-        return Layer(saved=saved, returned=0.0, kept=residual, exchange=0.0, working=gradients + 3 * residual)
+        saved = attention + norms + _mlp(text, adapters, rows)
+        working = 3 * t * text.intermediate_size * b + 3 * residual
+        return Layer(saved=saved, returned=0.0, shared=shared, kept=residual, stays=_small(residual), exchange=0.0,
+                     working=working)  # fmt: skip
     experts = _experts(base, adapters, rows, ep)
-    saved = attention + norms + experts.saved
-    kept = residual + t * _topk(base) * INDEX
+    choice = t * _topk(base) * INDEX
     exchange = rows.arriving * text.hidden_size * b
     if rows.tiles > 1:  # each tile is a checkpoint: its input stays, and one tile at a time is computed again
         at_work = (experts.saved + experts.working + exchange) / rows.tiles
-        scores = t * _topk(base) * (WIDE + INDEX)
-        saved = attention + norms + residual + scores
-        return Layer(saved=saved, returned=0.0, kept=kept, exchange=0.0, working=at_work + 2 * residual)
-    if recompute == "selective":
-        kept += experts.kept
+        saved = attention + norms + residual + t * _topk(base) * (WIDE + INDEX)
+        return Layer(saved=saved, returned=0.0, shared=shared, kept=residual + choice, stays=_small(residual) + choice,
+                     exchange=0.0, working=at_work + 2 * residual)  # fmt: skip
+    kept = experts.kept if recompute == "selective" else ()
     return Layer(
-        saved=saved,
-        returned=experts.kept if recompute == "selective" else 0.0,
-        kept=kept,
+        saved=attention + norms + experts.saved,
+        returned=sum(kept),
+        shared=shared,
+        kept=residual + choice + sum(kept),
+        stays=_small(residual, *kept) + choice,
         exchange=exchange,
         working=experts.working + 2 * residual,
     )
+
+
+def _small(*tensors: float) -> float:
+    """Bytes of those too small to be worth the way to the host."""
+    return sum(size for size in tensors if size < MOVED_BYTES)
 
 
 def _attention(text: Text, adapters: AdaptersConfig, rows: Rows) -> float:
@@ -113,7 +150,7 @@ def _mlp(text: Text, adapters: AdaptersConfig, rows: Rows) -> float:
 @dataclass(frozen=True, kw_only=True)
 class _Experts:
     saved: float
-    kept: float
+    kept: tuple[float, ...]
     working: float
 
 
@@ -134,7 +171,7 @@ def _experts(base: Family, adapters: AdaptersConfig, rows: Rows, ep: int) -> _Ex
     row = (2 * INDEX if ep > 1 else 0) + (2 * inner * b if keeps else 0) + 2 * r * b
     row += d * b if family.mode != "frozen" or not keeps else 0
     gate_up = (2 * inner + r) * b if keeps else 0
-    kept = arriving * (gate_up + (d * b if ep > 1 else 0)) + rows.tokens * k * d * b
+    kept = (arriving * gate_up, arriving * d * b if ep > 1 else 0.0, float(rows.tokens * k * d * b))
     chunk = max(8, CHUNK_BYTES // ((6 * inner + 2 * d) * b) // 8 * 8)
     at_once = min(arriving, chunk)
     # the outputs are gone by then: either their gradients change place, or the widest gradients of the experts exist
@@ -154,22 +191,11 @@ def head(base: Family, rows: Rows, *, trained: bool) -> float:
     return tiles + last + 2 * rows.supervised * text.hidden_size * rows.itemsize + gradients
 
 
-def always(base: Family, rows: Rows) -> float:
-    """What lives through the whole micro-batch: the row itself, its embeddings, its rotary tables."""
-    token = (1 + 4 + 2) * INDEX + base.text.hidden_size * rows.itemsize + 2 * base.text.head_dim * rows.itemsize
-    return rows.tokens * token
+def row(rows: Rows, *, values: int) -> float:
+    """The row itself: ids, four positions, weights and owners of its tokens, and the bytes of its patches."""
+    return rows.tokens * (5 * INDEX + 2 * WIDE) + rows.patches * values
 
 
-def tower(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute) -> tuple[float, float]:
-    """Bytes the vision tower keeps for backward, and what it needs at once in forward."""
-    vision, b = base.vision, rows.itemsize
-    width, inner, merge = vision.hidden_size, vision.intermediate_size, vision.spatial_merge_size**2
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    outputs = rows.patches // merge * vision.out_hidden_size * b * (1 + len(vision.deepstack_visual_indexes))
-    at_once = rows.patches * (pixels * (1 + b) + (6 * width + 2 * inner) * b + 2 * width * WIDE)
-    trains = any(getattr(adapters, part).mode != "frozen" for part in ("vision_blocks", "patch_embed", "pos_embed"))
-    block = (10 * width + 2 * inner) * b + 4 * width * WIDE
-    kept = rows.patches * (vision.depth * width * b + block if recompute != "none" else vision.depth * block)
-    mergers = any(getattr(adapters, part).mode != "frozen" for part in ("merger", "deepstack_mergers"))
-    mlp = rows.patches * (2 * width * b + 2 * width * b) * (1 + len(vision.deepstack_visual_indexes))
-    return outputs + (kept if trains else 0) + (mlp if trains or mergers else 0), at_once
+def embedded(base: Family, rows: Rows) -> float:
+    """What lives from the embedding to the end of backward: the embedded row, and its rotary tables."""
+    return rows.tokens * (base.text.hidden_size + 2 * base.text.head_dim) * rows.itemsize

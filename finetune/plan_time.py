@@ -14,7 +14,7 @@ from finetune.families import Family
 from finetune.flops import FlopMeter, Work, trainings
 from finetune.gpus import Cluster
 from finetune.plan_activations import Recompute
-from finetune.plan_memory import Layout, slices
+from finetune.plan_layout import Layout, slices
 from finetune.plan_wire import LINK_SHARE, Traffic
 from finetune.trained import frozen_tensors, trained_tensors
 

@@ -11,7 +11,9 @@ from math import gcd
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.gpus import Cluster
-from finetune.plan_memory import DECODER, Layout, gathered, micro_batch, small
+from finetune.plan_activations import Reach
+from finetune.plan_layout import DECODER, Layout, gathered, small
+from finetune.plan_moments import micro_batch
 from finetune.trained import Tensor, frozen_tensors, trained_tensors
 
 FLOAT32, INT64 = 4, 8
@@ -33,6 +35,11 @@ class Traffic:
     """A group with one member a node: each has its own network card."""
     exchange: bool = False
     """An all-to-all, of which only a share leaves the rank, and the node."""
+
+    @property
+    def leaving(self) -> int:
+        """Of an exchange's bytes, those that leave the rank, where the rows spread evenly."""
+        return self.bytes - self.bytes // self.group
 
     def seconds(self, cluster: Cluster) -> float:
         """Time on the slowest link of the way, when nothing else uses it."""
@@ -62,28 +69,57 @@ def traffic(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, *
 
 
 def _exchanges(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, micro_batches: int) -> list[Traffic]:
-    """Rows to their experts and back: in forward, in backward, and again where a layer is recomputed whole."""
-    rows, layers = micro_batch(config, base, layout), len(base.moe_layers)
-    link = "node" if layout.ep <= cluster.per_node else "network"
+    """Rows to their experts and back, heads for tokens and back, and what the tower saw to the slices that hold it."""
+    rows, text, reach = micro_batch(config, base, layout), base.text, Reach.of(config.adapters)
     found = []
-    if base.text.experts is not None and layout.ep > 1:
-        passes = 6 if layout.recompute == "layer" else 4
-        if rows.tiles > 1:  # a tile is exchanged once more in backward, within a recomputed layer too
-            passes = 6 if layout.recompute == "none" else 8
-        payload = rows.tokens * base.text.experts.num_experts_per_tok * base.text.hidden_size * layout.itemsize
-        size = micro_batches * layers * passes * payload
-        found.append(Traffic(kind="expert rows", bytes=size, group=layout.ep, link=link, exchange=True))
-        counts = micro_batches * layers * base.text.experts.num_experts * INT64
-        found.append(Traffic(kind="expert counts", bytes=counts, group=layout.ep, link=link, exchange=True))
+    if text.experts is not None and layout.ep > 1:
+        link = "node" if layout.ep <= cluster.per_node else "network"
+        even = rows.tokens * text.experts.num_experts_per_tok
+        size = sum(
+            exchanged(base, layout, out=even, back=even, tiles=rows.tiles, reach=reach, first=number == 0)
+            for number in base.moe_layers
+        )
+        found.append(_exchange("expert rows", micro_batches * size, layout.ep, link))
+        calls = len(base.moe_layers) * rows.tiles
+        if rows.tiles > 1 and layout.recompute != "none":  # tiles of a recomputed layer ask once more, but the last
+            calls += len(base.moe_layers) * (rows.tiles - 1)
+        found.append(
+            _exchange("expert counts", micro_batches * calls * text.experts.num_experts * INT64, layout.ep, link)
+        )
     if layout.sp > 1:
-        text = base.text
+        link = "node" if layout.sp <= cluster.per_node else "network"
         copies = layout.sp // gcd(text.num_key_value_heads, layout.sp)
         width = 2 * (text.num_attention_heads + text.num_key_value_heads * copies) * text.head_dim
-        passes = 2 if layout.recompute == "none" else 3
-        size = micro_batches * text.num_hidden_layers * passes * rows.tokens * width * layout.itemsize
-        link = "node" if layout.sp <= cluster.per_node else "network"
-        found.append(Traffic(kind="sequence slices", bytes=size, group=layout.sp, link=link, exchange=True))
+        again = reach.layers and layout.recompute != "none"
+        passes = text.num_hidden_layers * (1 + again + reach.layers) - (reach.layers and not reach.first)
+        size = micro_batches * passes * rows.tokens * width * layout.itemsize
+        found.append(_exchange("sequence slices", size, layout.sp, link))
+        tokens = rows.patches // base.vision.spatial_merge_size**2
+        levels = 1 + len(base.vision.deepstack_visual_indexes)
+        size = micro_batches * (1 + reach.vision) * tokens * levels * text.hidden_size * layout.itemsize
+        found.append(_exchange("vision features", size, layout.sp, link))
     return found
+
+
+def _exchange(kind: str, size: int, group: int, link: str) -> Traffic:
+    return Traffic(kind=kind, bytes=size, group=group, link=link, exchange=True)
+
+
+def exchanged(
+    base: Family, layout: Layout, *, out: int, back: int, tiles: int = 1, reach: Reach, first: bool = False
+) -> int:
+    """Bytes of rows that a rank hands over in a layer and micro-batch: `out` of its tokens, `back` of its experts.
+
+    Rows go out and come back in forward, their gradients in backward, where the `first` layer's input may need none. A
+    layer that is recomputed whole sends both ways once more; so does a tile, within a recomputed layer too.
+    """
+    rows = out + back
+    if reach.layers:
+        again = float(layout.recompute == "layer")
+        if tiles > 1:  # a recomputed layer ends before its last tile, of which backward needs the input only
+            again = 1 + (0 if layout.recompute == "none" else (tiles - 1) / tiles)
+        rows += int(again * (out + back)) + out + (back if reach.first or not first else 0)
+    return rows * base.text.hidden_size * layout.itemsize
 
 
 def _gathers(
@@ -107,10 +143,11 @@ def _passes(tensor: Tensor, layout: Layout, again: float) -> float:
 
     Once in forward. `again` is the share of the decoder that forward's end has let go of when backward comes to it: the
     engine keeps what is used again soon. Beside the frozen stacks that share is fetched once more after a layer was
-    recomputed. Tower and head are done when the forward is; so is the embedding, unless layers are recomputed.
+    recomputed. Tower and head are done when the forward is; so is the embedding, but a frozen one below recomputed
+    layers.
     """
     if tensor.part == "embed_tokens":
-        return 1 if layout.recompute == "none" else 2
+        return 1 if layout.recompute == "none" or tensor.trained else 2
     if tensor.part not in DECODER:
         return 1
     return 1 + again * (1 if layout.recompute == "none" or (tensor.expert and not tensor.trained) else 2)

@@ -194,8 +194,9 @@ def test_long_rows_take_less_in_tiles_and_with_activations_in_host_memory() -> N
     tiled = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.tile_tokens=8192", gpus=8)
     waiting = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.offload_activations=true", gpus=8)
     assert tiled.memory.peak < 0.8 * plain.memory.peak
-    kept = plain.memory.components["activations kept"]
+    kept, stays = (found.memory.components["activations kept"] for found in (plain, waiting))
+    assert stays < 0.02 * kept  # the router's choices
     assert waiting.memory.peak < plain.memory.peak - 0.9 * kept
-    assert waiting.host.memory["activations that wait"] == pytest.approx(8 * kept, rel=0.01)
+    assert waiting.host.memory["activations that wait"] == 8 * (kept - stays)
     rows = [next(t.bytes for t in found.traffic if t.kind == "expert rows") for found in (plain, tiled)]
-    assert rows[1] == rows[0] * 8 / 6
+    assert rows[1] == rows[0] * (8 - 2 / 16) / 6  # the second pass of a layer ends before its last tile of 16

@@ -19,7 +19,7 @@ from finetune.families import Family, family
 from finetune.gpus import cluster
 from finetune.hubconfig import hub_config
 from finetune.plan import STATE_BYTES, Plan, plan
-from finetune.plan_memory import slices
+from finetune.plan_layout import slices
 from finetune.recipes import load
 from finetune.trained import Tensor, frozen_tensors, trained_tensors
 

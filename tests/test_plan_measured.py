@@ -1,119 +1,181 @@
 """The planner against real engines on ranks: what it says they hold, need at most and send, and what they do."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import plan_session
 import pytest
-from plan_session import MICRO_BATCHES, Case, Measured
 from ranks import run_ranks
 
+from benchmarks.plan_case import Case, write_base
+from benchmarks.plan_ranks import MICRO_BATCHES, Measured, between_ranks, session
+from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.gpus import cluster
 from finetune.hubconfig import read_family
-from finetune.plan_memory import Layout, Memory, memory
-from finetune.plan_wire import traffic
-from finetune.recipes import load
-from finetune.tiny import TinyModel, write_tiny
+from finetune.plan_activations import Reach
+from finetune.plan_layout import Layout
+from finetune.plan_memory import memory
+from finetune.plan_moments import micro_batch
+from finetune.plan_wire import Traffic, exchanged, traffic
 
-FROZEN = ("adapters.router.mode=frozen", "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=frozen")
-SAMPLES = (180, 76)
 SMALL = 1000
 """Of elements: below, a tensor stays whole between steps. The real limit is above every tensor of the tiny model."""
+COLLECTIVES = {"gradients": "reduce_scatter", "trained weights": "allgather", "frozen weights": "allgather"}
+
+TEXT = ("adapters.router.mode=frozen", "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=frozen")
+"""LoRA on attention and experts. The recipe itself trains the router, too, and the tower."""
+TOWER = ("adapters.router.mode=frozen",)
+FULL = tuple(
+    f"adapters.{family}.mode=full"
+    for family in ("attention", "experts", "router", "vision_blocks", "merger", "head", "embeddings", "norms")
+)
+DENSE = ("adapters.experts.mode=frozen", *TOWER)
+IMAGES = {"samples": (260, 124), "images": ((1, 16, 16), (1, 16, 16))}
+LONG = {"samples": (3000, 1200)}
+"""Rows whose hidden states are large enough to go to the host."""
 
 
-def _case(ep: int, resident: str, recompute: str, *more: str, sp: int = 1, supervised: int = 16) -> Case:
-    words = (f"parallel.ep={ep}", f"parallel.resident={resident}", f"parallel.recompute={recompute}",
-             f"parallel.sp={sp}", "model.dtype=float32")  # fmt: skip
-    return Case(words=(*FROZEN, *words, *more), samples=SAMPLES, supervised=supervised, persistence=SMALL)
+def _case(ep: int, resident: str, recompute: str, *more: str, trains=TEXT, sp: int = 1, reuse=1_000_000_000, **row):
+    words = (f"parallel.ep={ep}", f"parallel.resident={resident}", f"parallel.recompute={recompute}")
+    words += (f"parallel.sp={sp}", "model.dtype=float32") if sp > 1 else ("model.dtype=float32",)
+    row = {"samples": (180, 76), "supervised": 16, **row}
+    return Case(words=(*words, *trains, *more), persistence=SMALL, reuse=reuse, **row)
 
 
-CASES = {
-    ("2 ranks", 2): [_case(2, "frozen", "selective", supervised=1), _case(2, "none", "layer")],
-    ("2 ranks more", 2): [
-        replace(_case(1, "none", "layer"), reuse=0),
-        _case(2, "none", "none", "adapters.experts.mode=frozen"),
+STARTS = {
+    "1 rank": (1, 8, [
+        _case(1, "frozen", "layer", "model.dtype=bfloat16", trains=TOWER, **IMAGES),
+        _case(1, "frozen", "none", trains=(*TOWER, *FULL[3:4], "adapters.patch_embed.mode=full"), **IMAGES),
+        _case(1, "frozen", "layer", trains=TOWER, samples=(260, 124), videos=((2, 16, 16),)),
+    ]),
+    "2 ranks": (2, 8, [
+        _case(2, "frozen", "selective", trains=TOWER, supervised=1, **IMAGES),
+        _case(2, "none", "layer", **IMAGES),
+        _case(1, "none", "none", trains=FULL, **IMAGES),
         _case(2, "frozen", "layer", sp=2),
-    ],
-    ("4 ranks", 4): [
+        _case(2, "frozen", "none", "parallel.tile_tokens=64"),
+    ]),
+    "1 rank more": (1, 8, [
+        *(_case(1, "frozen", mode, "parallel.tile_tokens=1024", **LONG) for mode in ("none", "layer", "selective")),
+        *(_case(1, "frozen", mode, "parallel.offload_activations=true", "parallel.tile_tokens=1024", **LONG)
+          for mode in ("layer", "selective")),
+        *(_case(1, "frozen", mode, "parallel.offload_activations=true", **LONG) for mode in ("layer", "selective")),
+        *(_case(1, "frozen", mode, trains=FULL, **IMAGES) for mode in ("none", "layer")),
+        *(_case(1, "frozen", mode, trains=TOWER, **IMAGES) for mode in ("none", "selective")),
+        _case(1, "frozen", "none", "model.dtype=bfloat16", **IMAGES),
+    ]),
+    "2 ranks more": (2, 8, [
+        _case(1, "none", "layer", reuse=0),
+        _case(2, "none", "none", "adapters.experts.mode=frozen"),
+        *(_case(2, "frozen", mode, trains=TOWER, sp=2, **IMAGES) for mode in ("selective", "none")),
+        *(_case(2, "none", mode, **IMAGES) for mode in ("none", "selective")),
+        _case(2, "none", "layer", trains=FULL, **IMAGES),
+        *(_case(2, "frozen", mode, "parallel.tile_tokens=64") for mode in ("layer", "selective")),
+        _case(2, "frozen", "layer", "adapters.attention.mode=frozen"),
+        _case(2, "frozen", "layer", "adapters.attention.mode=frozen", "adapters.experts.mode=frozen",
+              "adapters.head.mode=full"),
+    ]),
+    "2 ranks, dense": (2, None, [
+        *(_case(1, "frozen", mode, trains=(*DENSE, *TEXT[1:])) for mode in ("none", "layer")),
+        *(_case(1, "frozen", mode, "adapters.mlp.mode=lora", trains=(*DENSE, *TEXT[1:]), **IMAGES)
+          for mode in ("none", "selective")),
+        *(_case(1, "none", mode, "adapters.mlp.mode=full", trains=(*FULL, *DENSE), **IMAGES)
+          for mode in ("none", "layer")),
+    ]),
+    "4 ranks": (4, 8, [
         _case(1, "frozen", "none"),
-        _case(2, "none", "selective", "adapters.experts.r=16", "adapters.router.mode=full"),
+        _case(2, "none", "selective", "adapters.experts.r=16", trains=TEXT[1:]),
         _case(2, "none", "layer"),
         _case(4, "frozen", "none", sp=2),
-    ],
-}
+        _case(4, "none", "layer", trains=TOWER, **IMAGES),
+        _case(2, "none", "selective", trains=FULL, **IMAGES),
+        _case(1, "none", "none", sp=4, **IMAGES),
+    ]),
+}  # fmt: skip
+DEFAULT = ("1 rank", "2 ranks")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("planned") / "base"
-    write_tiny(folder, TinyModel(hidden=64, layers=6, expert_hidden=48, heads=4, kv_heads=2))
-    return folder
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("planned")
 
 
 @cache
-def _measured(base: Path, start: tuple[str, int]) -> list[list[Measured]]:
+def _measured(bases: Path, start: str) -> tuple[Family, list[list[Measured]]]:
     """Of each case, every rank's."""
-    ranks = run_ranks(plan_session.session, start[1], base, CASES[start], timeout=240)
-    return [list(of_case) for of_case in zip(*ranks, strict=True)]
+    world, experts, cases = STARTS[start]
+    folder = bases / ("dense" if experts is None else "sparse")
+    if not folder.exists():
+        write_base(folder, experts=experts)
+    ranks = run_ranks(_session, world, folder, cases, timeout=280)
+    return read_family(folder), [list(of_case) for of_case in zip(*ranks, strict=True)]
 
 
-def _planned(base: Path, world: int, case: Case) -> tuple[Family, Layout, Memory, dict[str, int]]:
-    words = [*case.words, f"data.tokens_per_pack={sum(case.samples)}", "data.vision_tokens_per_pack=0"]
-    config, problems = load("tiny-cpu", words)
-    assert not problems
-    family = read_family(base)
-    layout = Layout(
-        world=world, ep=config.parallel.ep, sp=config.parallel.sp, layers=family.text.num_hidden_layers,
-        reuse=case.reuse,        resident=config.parallel.resident == "frozen",
-        recompute=config.parallel.recompute, itemsize=4 if config.model.dtype == "float32" else 2, segmented=True,
-        supervised_share=1 / case.supervised, device=False, persistence=case.persistence,
-    )  # fmt: skip
-    moved = traffic(
-        config, family, layout, cluster("h100-80gb", gpus=world, per_node=None, price=None), micro_batches=MICRO_BATCHES
-    )
-    sent: dict[str, int] = {}
-    for one in moved:
-        kind = {"gradients": "reduce_scatter", "trained weights": "allgather", "frozen weights": "allgather"}.get(
-            one.kind.partition(",")[0], "all_to_all_single"
-        )
-        sent[kind] = sent.get(kind, 0) + one.bytes
-    return family, layout, memory(config, family, layout), sent
+def _session(rank: int, world: int, base: Path, cases: list[Case]) -> list[Measured]:
+    return session(base, cases)
 
 
 EVERY = [
-    pytest.param(start, number, id=f"{start[0]}, {' '.join(word.partition('.')[2] for word in case.words[3:])}",
-                 marks=[] if start[0] == "2 ranks" else [pytest.mark.slow])
-    for start, cases in CASES.items()
-    for number, case in enumerate(cases)
-]  # fmt: skip
+    pytest.param(start, number, id=f"{start} {number}", marks=[] if start in DEFAULT else [pytest.mark.slow])
+    for start, (_, _, cases) in STARTS.items()
+    for number in range(len(cases))
+]
 
 
 @pytest.mark.parametrize(("start", "number"), EVERY)
-def test_what_ranks_hold_need_and_send(start: tuple[str, int], number: int, base: Path) -> None:
-    ranks, case, world = _measured(base, start)[number], CASES[start][number], start[1]
-    _, _, planned, sent = _planned(base, world, case)
-    for rank in ranks:  # to the byte
-        assert planned.always["masters"] == rank.masters
+def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> None:
+    family, measured = _measured(bases, start)
+    ranks, world, case = measured[number], STARTS[start][0], STARTS[start][2][number]
+    config, layout = case.config(), case.layout(family, world)
+    planned = memory(config, family, layout)
+    for rank in ranks:
+        assert planned.always["masters"] == rank.masters  # to the byte
         assert planned.always["optimiser"] == rank.moments
         assert planned.always["gradients"] == rank.gradients
-    static = max(rank.static for rank in ranks)
-    assert planned.static == pytest.approx(static, rel=0.05)
-    # between the calmest and the busiest rank: the plan is made for even experts here
-    peaks = sorted(rank.peak for rank in ranks)
-    assert peaks[0] * 0.90 <= planned.peak <= peaks[-1] * 1.10
-    for kind in {key for rank in ranks for key in _by_collective(rank)}:
-        counted = sum(_by_collective(rank).get(kind, 0) for rank in ranks) / world
-        # which experts the rows go to is the router's choice: the larger side of an exchange is above the even share
-        assert sent.get(kind, 0) == pytest.approx(counted, rel=0.10 if kind == "all_to_all_single" else 0.05), kind
+        assert planned.static == pytest.approx(rank.static, rel=0.05)
+        assert planned.peak == pytest.approx(rank.peak, rel=0.10)
+    here = cluster("h100-80gb", gpus=world, per_node=None, price=None)
+    sent = traffic(config, family, layout, here, micro_batches=MICRO_BATCHES)
+    for collective in {*COLLECTIVES.values(), "all_to_all_single"}:
+        foreseen = [one for one in sent if _collective(one) == collective]
+        counted = sum(between_ranks(rank.sent, collective) for rank in ranks) / world
+        assert sum(one.bytes for one in foreseen) == pytest.approx(counted, rel=0.05)
+        if collective == "all_to_all_single":
+            gone = sum(between_ranks(rank.leaving, collective) for rank in ranks) / world
+            assert sum(one.leaving for one in foreseen) == pytest.approx(gone, rel=0.05)
+    if not _depends_on_more(config, layout):
+        _exact_for_what_was_chosen(config, family, layout, ranks, sent)
 
 
-def _by_collective(rank: Measured) -> dict[str, int]:
-    """Bytes between ranks, without sums of a few numbers and without the exchange of a rank with itself."""
-    found: dict[str, int] = {}
-    for name, size in rank.sent.items():
-        collective, ranks, _ = name.split("/")
-        if int(ranks) > 1 and collective != "allreduce":
-            found[collective] = found.get(collective, 0) + size
-    return found
+def _collective(one: Traffic) -> str:
+    return COLLECTIVES.get(one.kind.partition(",")[0], "all_to_all_single")
+
+
+def _depends_on_more(config: RunConfig, layout: Layout) -> bool:
+    """Whether bytes depend on where images lie in a row, or on which rows are in a recomputed layer's last tile."""
+    sees = layout.sp > 1 and config.data.vision_tokens_per_pack > 1
+    return sees or (layout.tile_tokens > 0 and layout.recompute != "none")
+
+
+def _exact_for_what_was_chosen(
+    config: RunConfig, family: Family, layout: Layout, ranks: list[Measured], sent: list[Traffic]
+) -> None:
+    """Of the rows that each rank's tokens sent where, the planner's formula gives the bytes to the last one."""
+    others = [one for one in sent if one.exchange and one.kind != "expert rows"]
+    tiles, reach, ep = micro_batch(config, family, layout).tiles, Reach.of(config.adapters), layout.ep
+    for number, rank in enumerate(ranks):
+        first, here = number // ep * ep, number % ep
+        group = [_by_owner(one.chosen, ep) for one in ranks[first : first + ep]]
+        all_sent, gone = sum(one.bytes for one in others), sum(one.leaving for one in others)
+        for layer in range(len(rank.chosen) if ep > 1 else 0):
+            out, back = group[here][layer], [one[layer][here] for one in group]
+            options = {"tiles": tiles, "reach": reach, "first": family.moe_layers[layer] == 0}
+            all_sent += exchanged(family, layout, out=sum(out), back=sum(back), **options)
+            gone += exchanged(family, layout, out=sum(out) - out[here], back=sum(back) - back[here], **options)
+        assert between_ranks(rank.sent, "all_to_all_single") == all_sent
+        assert between_ranks(rank.leaving, "all_to_all_single") == gone
+
+
+def _by_owner(chosen: list[list[int]], ep: int) -> list[list[int]]:
+    """Of each layer, how many rows go to each rank of the group."""
+    return [[sum(layer[n : n + len(layer) // ep]) for n in range(0, len(layer), len(layer) // ep)] for layer in chosen]
