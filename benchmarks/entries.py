@@ -165,4 +165,16 @@ ENTRIES = (
         module="benchmarks.flop_meter",
         about="the FLOP meter beside published pairs of tokens/s and TFLOP/s",
     ),
+    Entry(
+        name="gpu-experts",
+        suite="gpu",
+        module="benchmarks.gpu_experts",
+        about="one expert block of the 30B model with LoRA in bfloat16, beside PEFT's: time and memory of a step",
+    ),
+    Entry(
+        name="gpu-step",
+        suite="gpu",
+        module="benchmarks.gpu_step",
+        about="whole training steps on one GPU, four layers of the 30B model, beside transformers, PEFT and DeepSpeed",
+    ),
 )

@@ -58,14 +58,21 @@ class Inputs:
 class Pair:
     """Our experts and PEFT's, with the same frozen weights and the same factors."""
 
-    def __init__(self, shape: Shape, *, implementation: str = "grouped_mm") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        implementation: str = "grouped_mm",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(0)
-        self.shape = shape
+        self.shape, self.device, self.dtype = shape, torch.device(device), dtype
         self.experts = GroupedExperts(
             name="block", num_experts=shape.experts, local_experts=range(shape.experts), hidden=shape.hidden,
             intermediate=shape.intermediate, mode="lora", lora=ExpertLora(r=shape.r, alpha=2.0 * shape.r),
-            resident=True, seed=0, dtype=torch.float32,
-        )  # fmt: skip
+            resident=True, seed=0, dtype=dtype,
+        ).to(self.device)  # fmt: skip
         self.experts.gate_up.normal_(std=shape.hidden**-0.5)
         self.experts.down.normal_(std=shape.intermediate**-0.5)
         self.experts.init_lora(b_std=0.1)  # with B = 0 the gradients of A would be nothing to compare
@@ -77,15 +84,17 @@ class Pair:
         generator = torch.Generator().manual_seed(tokens)
         probs_TE = torch.randn(tokens, self.shape.experts, generator=generator).softmax(-1)
         scores_TK, topk_TK = probs_TE.topk(self.shape.top_k)
-        x_TD, grad_TD = torch.randn(2, tokens, self.shape.hidden, generator=generator)
-        scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
+        x_TD, grad_TD = torch.randn(2, tokens, self.shape.hidden, generator=generator).to(self.device, self.dtype)
+        scores_TK = (scores_TK / scores_TK.sum(-1, keepdim=True)).to(self.device, self.dtype)
         return Inputs(
-            x_TD=x_TD.requires_grad_(), topk_TK=topk_TK, scores_TK=scores_TK.requires_grad_(), grad_TD=grad_TD
-        )
+            x_TD=x_TD.requires_grad_(), topk_TK=topk_TK.to(self.device), scores_TK=scores_TK.requires_grad_(),
+            grad_TD=grad_TD,
+        )  # fmt: skip
 
     def config(self, tokens: int) -> dict[str, object]:
         """Return what a record says of the shapes."""
-        return {**asdict(self.shape), "tokens": tokens, "dtype": "float32", "threads": torch.get_num_threads()}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**asdict(self.shape), "tokens": tokens, "dtype": dtype, "threads": torch.get_num_threads()}
 
     def forward_ours(self, inputs: Inputs) -> Tensor:
         """Return y_TD by the kit's own route, dispatch, experts and combine."""

@@ -57,14 +57,14 @@ def run() -> Iterator[Figure]:
 
 
 def start_ranks(
-    ranks: int, side: str, folder: Path, *words: str, module: str = "benchmarks.load_ranks"
-) -> list[dict[str, Any]]:
+    ranks: int, side: str, folder: Path, *words: str, module: str = "benchmarks.load_ranks", accelerator: str = "cpu"
+) -> list[Any]:
     """Start a module on N ranks of this machine and return what each found."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "rank"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [*launch, "-m", module, side, str(folder), str(out), *words]
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

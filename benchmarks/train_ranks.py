@@ -11,6 +11,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -22,16 +23,15 @@ from data.vision import read_spec
 from finetune.adapter_file import open_adapter
 from finetune.adapters import settle
 from finetune.basefiles import open_base
-from finetune.config import LossConfig, RunConfig
-from finetune.engine import EngineOptions, engine_config, initialize, start_distributed
+from finetune.config import LossConfig, ModelConfig, ParallelConfig, RunConfig
+from finetune.engine import EngineOptions, engine_config, engine_device, initialize, start_distributed
 from finetune.forward import PackedModel
 from finetune.hubconfig import read_family
-from finetune.model import ModelOptions, build
+from finetune.model import build
 from finetune.recompute import set_recompute
-from finetune.setup import make_balance
+from finetune.setup import make_balance, model_options
 from finetune.update import take_step
 from finetune.weights import load
-from moe.parallel import LayerOptions
 
 LR, CLIP = 1e-4, 1.0
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--cases", type=json.loads, default=[])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--recompute", default="layer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start_distributed()
@@ -52,37 +53,40 @@ def main() -> None:
     if args.side == "adapter":
         start_adapter(args.folder)
     else:
-        step = ours(args.folder, args.recompute) if args.side == "ours" else peer(args.folder, args.recompute)
+        step = (ours if args.side == "ours" else peer)(args.folder, args.recompute, args.dtype)
         found = [_timed(step, tokens, micro_batches, args.steps) for tokens, micro_batches in args.cases]
     args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
 
 
 def _timed(step: Callable[[list[Tensor]], float], tokens: int, micro_batches: int, steps: int) -> dict[str, Any]:
-    seconds, losses = [], []
+    seconds, losses, device = [], [], get_accelerator()
+    device.reset_peak_memory_stats()
     for number in range(steps):
         rows = [_tokens(number, micro, tokens) for micro in range(micro_batches)]
         dist.barrier()
+        device.synchronize()
         start = time.perf_counter()
         losses.append(step(rows))
+        device.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:], "losses": losses}
+    return {"seconds": seconds[1:], "losses": losses, "peak": device.max_memory_allocated()}
 
 
 def _tokens(*place: int) -> Tensor:
     """This rank's row of one micro-batch."""
     generator = torch.Generator().manual_seed(hash((dist.get_rank(), *place)) % 2**31)
-    return torch.randint(10, 200, (place[-1],), generator=generator)
+    return torch.randint(10, 200, (place[-1],), generator=generator).to(engine_device())
 
 
-def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
+def ours(base: Path, recompute: Any, dtype: Any) -> Callable[[list[Tensor]], float]:
     """The parts of the training loop, with its own step."""
-    world, config = dist.get_world_size(), RunConfig(loss=LossConfig())
-    device = torch.device("cpu")
+    parallel = ParallelConfig(ep=dist.get_world_size(), resident="frozen")
+    config = RunConfig(model=ModelConfig(path=str(base), dtype=dtype), parallel=parallel, loss=LossConfig())
+    device = engine_device()
     balance = make_balance(config, read_family(base), device)
-    layer = LayerOptions(resident=True)
-    options = ModelOptions(ep_size=world, layer=layer, resident=True, dtype=torch.float32, attention="segments")
+    options = model_options(config, read_family(base), device, lambda _: None)
     empty = build(base, settle(ADAPTERS, options), balance=balance)
-    engine_options = EngineOptions(dtype="float32", lr=LR, clip_norm=CLIP)
+    engine_options = EngineOptions(dtype=dtype, lr=LR, clip_norm=CLIP)
     files = open_base(base, empty.expected)
     load(empty, files, engine_config=engine_config(engine_options), start=open_adapter(base.parent / "start"))
     set_recompute(empty.module, recompute)
@@ -109,7 +113,7 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
 def _batch(ids: Tensor) -> Batch:
     length = len(ids)
     sample = Sample(
-        key="row", source="", input_ids=ids.numpy().astype(np.int32),
+        key="row", source="", input_ids=ids.cpu().numpy().astype(np.int32),
         loss_weights=np.ones(length, dtype=np.float32), positions=np.tile(np.arange(length, dtype=np.int32), (4, 1)),
         image_patches=np.empty((0, 768), dtype=np.uint8), image_grids=np.empty((0, 3), dtype=np.int32),
         video_patches=np.empty((0, 1536), dtype=np.uint8), video_grids=np.empty((0, 3), dtype=np.int32),
@@ -117,10 +121,10 @@ def _batch(ids: Tensor) -> Batch:
     return collate([sample], keys=["row"], pad_id=0, multiple=1, widths=(768, 1536))
 
 
-def peer(base: Path, recompute: str) -> Callable[[list[Tensor]], float]:
+def peer(base: Path, recompute: str, dtype: str) -> Callable[[list[Tensor]], float]:
     """What a user would write: transformers' model, PEFT's adapter from the same file, DeepSpeed ZeRO-3 over both."""
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        base, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        base, dtype=getattr(torch, dtype), attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
     model = PeftModel.from_pretrained(model, base.parent / "start", is_trainable=True)
     if recompute != "none":
@@ -130,6 +134,7 @@ def peer(base: Path, recompute: str) -> Callable[[list[Tensor]], float]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": CLIP,
+        "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 31,
@@ -138,7 +143,7 @@ def peer(base: Path, recompute: str) -> Callable[[list[Tensor]], float]:
     engine.train()
 
     def step(rows: list[Tensor]) -> float:
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=engine_device())
         for number, row in enumerate(rows):
             engine.set_gradient_accumulation_boundary(number == len(rows) - 1)
             loss = engine(input_ids=row[None], labels=row[None], use_cache=False).loss / len(rows)

@@ -438,3 +438,20 @@ def test_a_merge_that_differs_from_the_peers_is_not_measured(tmp_path):
     _same_outputs(tmp_path / "ours", tmp_path / "same")
     with pytest.raises(OutputsDiffer):
         _same_outputs(tmp_path / "ours", tmp_path / "other")
+
+
+@pytest.mark.slow  # five starts of a rank
+def test_the_gpu_benchmarks_run_on_any_device():
+    from benchmarks import gpu_experts, gpu_step
+    from finetune.tiny import TinyModel
+
+    shape = Shape(hidden=64, intermediate=24, experts=6, top_k=2, r=8)  # rows of 16 bytes: what grouped_mm asks for
+    (experts,) = gpu_experts.figures("cpu", shape, (40,), rounds=1)
+    assert (experts.config["dtype"], experts.config["tokens"]) == ("bfloat16", 40)
+    found = list(gpu_step.figures("cpu", TinyModel(dtype="bfloat16"), ((48, 1), (32, 2))))
+    assert [figure.metric for figure in found[::2]] == [
+        f"useful tokens/s, {rows}, recompute {recompute}"
+        for rows in ("1 x 48 tokens", "2 x 32 tokens")
+        for recompute in ("layer", "selective")
+    ]
+    assert all(figure.value > 0 and figure.config["tflops"] > 0 for figure in found)
