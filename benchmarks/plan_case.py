@@ -12,7 +12,7 @@ from data.vision import VisionSpec, read_spec
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.hubconfig import read_family
-from finetune.plan_layout import PERSISTENCE, REUSE, Layout
+from finetune.plan_layout import PERSISTENCE, REUSE, SUB_GROUP, Layout
 from finetune.recipes import load
 from finetune.tiny import TinyModel, write_tiny
 
@@ -34,6 +34,8 @@ class Case:
     persistence: int = PERSISTENCE
     reuse: int = REUSE
     """Elements within which the engine keeps what it gathered; with 0 it fetches nothing ahead either."""
+    sub_group: int = SUB_GROUP
+    """Elements of a rank that are updated at a time."""
 
     def config(self, *words: str) -> RunConfig:
         """Return the recipe with the case's values, for rows of its size."""
@@ -53,7 +55,7 @@ class Case:
             resident=parallel.resident == "frozen", recompute=parallel.recompute, tile_tokens=parallel.tile_tokens,
             offload=parallel.offload_activations, itemsize=4 if config.model.dtype == "float32" else 2,
             segmented=True, supervised_share=1 / self.supervised, device=False, persistence=self.persistence,
-            reuse=self.reuse,
+            reuse=self.reuse, sub_group=self.sub_group,
         )  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def _start(base: Path, case: Case) -> tuple[Any, Any]:
         engine_options(config),
         persistence_threshold=case.persistence,
         prefetch_elements=None if case.reuse else 0,
-        extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse}},
+        extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse, "sub_group_size": case.sub_group}},
     )
     load(empty, open_base(base, empty.expected), engine_config=engine_config(options))
     packed = PackedModel(empty.module, spec=read_spec(base))

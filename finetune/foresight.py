@@ -2,13 +2,14 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.batch import Batch
 from finetune.atomic import write_file
 from finetune.checks import base_family
 from finetune.config import RunConfig
@@ -16,6 +17,7 @@ from finetune.families import Family
 from finetune.gpus import Cluster, Gpu, gpu_like
 from finetune.plan import Plan, plan
 from finetune.plan_fit import AUTO_EP, settle
+from finetune.plan_layout import Layout
 from finetune.plan_memory import memory
 from finetune.ranks import rank_and_world
 
@@ -39,25 +41,45 @@ class Foresight:
     def __init__(self, config: RunConfig, base: Family, folder: Path, *, say: Callable[[str], None]) -> None:
         rank, ranks = rank_and_world()
         self._path, self._writes, self._say = folder / "plan.json", rank == 0, say
-        self._plan = _plan_here(config, base, ranks)
-        even = memory(config, base, replace(self._plan.layout, skew=1.0))
-        weights, busiest = self._plan.memory.weights, self._plan.memory.peak
-        self._foreseen = {"weights_held": (weights, weights), "peak_tensors": (even.peak, busiest)}
+        self._config, self._base, self._plan = config, base, _plan_here(config, base, ranks)
+        weights = self._plan.memory.weights
+        self._foreseen = {"weights_held": (weights, weights), "peak_tensors": self._peaks(config, self._plan.layout)}
         self._measured: dict[str, Any] = {}
+        self._rows = (0, 0, 0)
         self._write()
 
     def weights(self, held: int) -> None:
         """Note the bytes of weights that this rank keeps."""
         self._note("weights_held", held)
 
-    def after(self, step: int, seconds: float) -> None:
+    def after(self, step: int, seconds: float, rows: Sequence[Batch], *, sp: int) -> None:
         """Note the highest memory of tensors and the time of a step, once; a CPU does not count tensors."""
+        if step <= LOOKED_AT:
+            tokens, supervised, patches = self._rows
+            self._rows = (
+                max([tokens, *(row.input_ids.numel() for row in rows)]),
+                max([supervised, *(int((row.loss_weights > 0).sum()) for row in rows)]),
+                max([patches, *(len(row.image_patches) + len(row.video_patches) for row in rows)]),
+            )
         if step == LOOKED_AT:
             self._measured["step_seconds"] = seconds
+            self._write()
             if torch.cuda.is_available():
-                self._note("peak_tensors", torch.cuda.max_memory_allocated())
-            else:
-                self._write()
+                self.peak(torch.cuda.max_memory_allocated(), sp=sp)
+
+    def peak(self, highest: int, *, sp: int) -> None:
+        """Hold the highest memory of tensors to a plan for the rows that came by: the first are seldom the fullest."""
+        tokens, supervised, patches = self._rows
+        seen = patches // self._base.vision.spatial_merge_size**2
+        data = replace(self._config.data, tokens_per_pack=tokens, vision_tokens_per_pack=seen)
+        layout = replace(self._plan.layout, sp=sp, supervised_share=supervised / max(1, tokens))
+        self._foreseen["peak_tensors_of_first_rows"] = self._peaks(replace(self._config, data=data), layout)
+        self._note("peak_tensors_of_first_rows", highest)
+
+    def _peaks(self, config: RunConfig, layout: Layout) -> tuple[int, int]:
+        """Where the experts' rows are even, and on the busiest rank."""
+        even = memory(config, self._base, replace(layout, skew=1.0))
+        return even.peak, memory(config, self._base, layout).peak
 
     def _note(self, name: str, value: int) -> None:
         self._measured[name] = value

@@ -82,6 +82,9 @@ class Layer:
     """Rows on their way, beside what is saved."""
     working: float
     """Gradients and products that backward holds at its highest point."""
+    passing: float
+    """What forward holds at its highest point where it saves nothing: its input, the state between, the normed one;
+    rows of experts before and after, with gate, up and their product."""
 
 
 def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, sparse: bool, ep: int) -> Layer:
@@ -95,17 +98,18 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     shared = residual if narrow else 0.0
     if not sparse:
         saved = attention + norms + _mlp(text, adapters, rows)
-        working = 3 * t * text.intermediate_size * b + 3 * residual
+        wide = float(t * text.intermediate_size * b)
         return Layer(saved=saved, returned=0.0, shared=shared, kept=residual, stays=_small(residual), exchange=0.0,
-                     working=working)  # fmt: skip
+                     working=3 * (wide + residual), passing=2 * wide + 3 * residual)  # fmt: skip
     experts = _experts(base, adapters, rows, ep)
     choice = t * _topk(base) * INDEX
     exchange = rows.arriving * text.hidden_size * b
+    passing = (2 * exchange + experts.inner) / rows.tiles + 3 * residual
     if rows.tiles > 1:  # each tile is a checkpoint: its input stays, and one tile at a time is computed again
         at_work = (experts.saved + experts.working + exchange) / rows.tiles
         saved = attention + norms + residual + t * _topk(base) * (WIDE + INDEX)
         return Layer(saved=saved, returned=0.0, shared=shared, kept=residual + choice, stays=_small(residual) + choice,
-                     exchange=0.0, working=at_work + 2 * residual)  # fmt: skip
+                     exchange=0.0, working=at_work + 2 * residual, passing=passing)  # fmt: skip
     kept = experts.kept if recompute == "selective" else ()
     return Layer(
         saved=attention + norms + experts.saved,
@@ -115,6 +119,7 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
         stays=_small(residual, *kept) + choice,
         exchange=exchange,
         working=experts.working + 2 * residual,
+        passing=passing,
     )
 
 
@@ -152,6 +157,7 @@ class _Experts:
     saved: float
     kept: tuple[float, ...]
     working: float
+    inner: float
 
 
 def _topk(base: Family) -> int:
@@ -177,7 +183,8 @@ def _experts(base: Family, adapters: AdaptersConfig, rows: Rows, ep: int) -> _Ex
     # the outputs are gone by then: either their gradients change place, or the widest gradients of the experts exist
     moving = (arriving - rows.tokens * k) * d * b
     inside = at_once * (5 * inner + r) * b - rows.tokens * k * d * b
-    return _Experts(saved=rows.tokens * token + arriving * row, kept=kept, working=max(moving, inside))
+    saved, middle = rows.tokens * token + arriving * row, at_once * 3 * inner * b
+    return _Experts(saved=saved, kept=kept, working=max(moving, inside), inner=middle)
 
 
 def head(base: Family, rows: Rows, *, trained: bool) -> float:

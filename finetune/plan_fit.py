@@ -106,7 +106,7 @@ def _proposals(
 ) -> Iterator[Proposal]:
     parallel, data = config.parallel, config.data
     for ep in _ep_sizes(base, cluster) if "ep" in free else (parallel.ep,):
-        for sp in _sp_sizes(base, cluster, config) if "sp" in free else (parallel.sp,):
+        for sp in sp_sizes(base, cluster, config) if "sp" in free else (parallel.sp,):
             for resident in ("frozen", "none") if "resident" in free else (parallel.resident,):
                 for recompute in RECOMPUTE if "recompute" in free else (parallel.recompute,):
                     for tokens in _tokens(config, base, cluster, sp) if "tokens" in free else (data.tokens_per_pack,):
@@ -168,11 +168,15 @@ def _ep_sizes(base: Family, cluster: Cluster) -> list[int]:
     return [n for n in range(1, min(cluster.gpus, 64) + 1) if not cluster.gpus % n and not experts.num_experts % n]
 
 
-def _sp_sizes(base: Family, cluster: Cluster, config: RunConfig) -> list[int]:
-    """Slices are for rows that one rank cannot hold: heads for each rank, and 2,048 tokens at least."""
+def sp_sizes(base: Family, cluster: Cluster, config: RunConfig) -> list[int]:
+    """The sizes with heads for each rank and whole rows for each group; 1 if there is none.
+
+    Slices are for rows that one rank cannot hold: below 2,048 tokens the smallest size only.
+    """
     longest = max(1, config.data.tokens_per_pack // 2048)
     sizes = [n for n in (1, 2, 4, 8) if not cluster.gpus % n and not base.text.num_attention_heads % n]
-    return [n for n in sizes if n <= longest and config.data.packs_per_step % (cluster.gpus // n) == 0] or [1]
+    sizes = [n for n in sizes if config.data.packs_per_step % (cluster.gpus // n) == 0] or [1]
+    return [n for n in sizes if n <= longest] or sizes[:1]
 
 
 def _tokens(config: RunConfig, base: Family, cluster: Cluster, sp: int) -> list[int]:

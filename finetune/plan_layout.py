@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from finetune.plan_activations import Recompute
 from finetune.trained import Tensor
 
-PERSISTENCE, REUSE = 1_000_000, 1_000_000_000
-"""The engine's settings, in elements: whole between steps below; what is used again within so many stays whole."""
+PERSISTENCE, REUSE, SUB_GROUP = 1_000_000, 1_000_000_000, 1_000_000_000
+"""The engine's settings, in elements: whole between steps below; what is used again within so many stays whole; so
+many of a rank's own are updated at a time."""
 DECODER = ("attention", "experts", "router", "mlp", "norms")
 """Parts of a decoder layer."""
 
@@ -34,6 +35,7 @@ class Layout:
     """What recomputed layers keep waits in host memory."""
     reuse: int = REUSE
     """Elements: a weight that is used again within so many is not let go of."""
+    sub_group: int = SUB_GROUP
 
     @property
     def replicas(self) -> int:

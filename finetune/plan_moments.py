@@ -50,13 +50,13 @@ def moments(
     weights = (*trained, *(() if layout.resident else frozen))
     used = (*DECODER, *(VISION if reach.vision else ()))
     last = rows.tokens * base.text.hidden_size * (WIDE + rows.itemsize)
+    passing = widest.passing if recomputes or not reach.layers else 0.0
     behind = _gather(layout, weights, used, forward=False)
     return (
         _moment("vision tower", here, {"tower at work": seen.forward}, _gather(layout, weights, None, forward=True)),
         _moment(
             "end of forward", stays,
-            {"vision features": seen.outputs, "last norm": last},
-            {} if reach.layers else {"one layer at work": widest.saved + widest.exchange},
+            {"vision features": seen.outputs, "one layer at work": max(last, passing)},
             _gather(layout, weights, (*used, "lm_head"), forward=True),
         ),
         _moment(
@@ -71,8 +71,14 @@ def moments(
             here, {"vision activations": seen.kept, "vision features": seen.outputs},
             {"one block recomputed": seen.again, "one block's gradients": seen.working + gradients}, behind,
         ] if seen.working else ())),
-        _moment("update", {"gradients as the optimiser sees them": WIDE * slices(trained, layout)}),
+        _moment("update", {"gradients as the optimiser sees them": WIDE * _updated(trained, layout)}),
     )  # fmt: skip
+
+
+def _updated(trained: Sequence[Tensor], layout: Layout) -> int:
+    """Elements whose gradients are in one tensor at a time; a group of weights closes once it is large enough."""
+    largest = max((slices([tensor], layout) for tensor in trained), default=0)
+    return min(slices(trained, layout), layout.sub_group + largest)
 
 
 def _layers(config: RunConfig, base: Family, layout: Layout, rows: Rows) -> list[tuple[Layer, int]]:

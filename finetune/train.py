@@ -175,7 +175,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
             data.settle_bad_samples(step, say)
             seconds = time.perf_counter() - began + step.wait_seconds
             stop = tracker.step(at, step, {**found, **rates}, load=load, seconds=seconds, stop=watch.stop)
-            foresight.after(at - done, seconds)
+            foresight.after(at - done, seconds, step.batches, sp=stage.sp)
             every, last = config.checkpoint.every_steps, at + 1 == config.schedule.steps
             verdict = Verdict()
             if last or not stop:  # a run that is asked to stop has no time for it, and does it when it goes on

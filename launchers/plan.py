@@ -9,7 +9,7 @@ from finetune.checks import base_family, cross_check
 from finetune.config import RunConfig
 from finetune.gpus import Cluster, cluster, gpu_names
 from finetune.plan import plan
-from finetune.plan_fit import AUTO_EP, Fit, fit
+from finetune.plan_fit import AUTO_EP, Fit, fit, sp_sizes
 from finetune.plan_text import fit_lines, plan_lines
 from finetune.plan_time import Assumed
 from finetune.problems import ConfigError
@@ -49,9 +49,11 @@ def run(args: argparse.Namespace) -> int:
     )
     config, problems = load(args.config, args.overrides)
     free = _free(config, args.fit)
-    if args.fit:  # what is to be proposed need not suit the ranks yet
-        config = replace(config, parallel=replace(config.parallel, ep=AUTO_EP, sp=1))
-    problems += cross_check(config, ranks=machines.gpus, known=[problem.key for problem in problems])
+    checked = config
+    if args.fit and not problems:  # what is to be proposed need not suit the ranks yet
+        sp = sp_sizes(base_family(config), machines, config)[0]
+        checked = replace(config, parallel=replace(config.parallel, ep=AUTO_EP, sp=sp))
+    problems += cross_check(checked, ranks=machines.gpus, known=[problem.key for problem in problems])
     if any(problem.level == "error" for problem in problems):
         raise ConfigError(problems)
     base = base_family(config)
