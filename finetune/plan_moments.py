@@ -34,7 +34,7 @@ class Moment:
 def moments(
     config: RunConfig, base: Family, layout: Layout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
 ) -> tuple[Moment, ...]:
-    """From the tower's forward to the update; what no part of a step reaches is empty."""
+    """From the tower's forward to the update, as far as what trains reaches."""
     rows, adapters, reach = micro_batch(config, base, layout), config.adapters, Reach.of(config.adapters)
     kinds, recomputes = _layers(config, base, layout, rows), layout.recompute != "none"
     waits = layout.offload and recomputes
@@ -52,7 +52,7 @@ def moments(
     last = rows.tokens * base.text.hidden_size * (WIDE + rows.itemsize)
     passing = widest.passing if recomputes or not reach.layers else 0.0
     behind = _gather(layout, weights, used, forward=False)
-    return (
+    every = (
         _moment("vision tower", here, {"tower at work": seen.forward}, _gather(layout, weights, None, forward=True)),
         _moment(
             "end of forward", stays,
@@ -73,6 +73,7 @@ def moments(
         ] if seen.working else ())),
         _moment("update", {"gradients as the optimiser sees them": WIDE * _updated(trained, layout)}),
     )  # fmt: skip
+    return tuple(one for one in every if one.parts)
 
 
 def _updated(trained: Sequence[Tensor], layout: Layout) -> int:

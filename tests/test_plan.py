@@ -101,11 +101,58 @@ def test_fit_proposes_with_reasons_and_runners_up(capsys) -> None:
     assert found["cluster"]["nodes"] == 2
 
 
-def test_fit_where_nothing_does_names_the_smallest_change(capsys) -> None:
-    assert main(["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "1", "--gpu", "l40s-48gb", "--fit"]) == 3
-    assert "The smallest change that helps: " in capsys.readouterr().out
-    assert main(["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "1", "--gpu", "l40s-48gb", "--fit", "--json"]) == 3
-    assert json.loads(capsys.readouterr().out)["fit"]["proposals"] == []
+DENSE_FULL = ("model.family=qwen3-vl-32b", "parallel.ep=1", "adapters.experts.mode=frozen",
+              "adapters.router.mode=frozen", "adapters.attention.mode=full", "adapters.mlp.mode=full")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "gpu", "words"),
+    [
+        ("qwen3-vl-30b-a3b-lora", 1, "l40s-48gb", ()),
+        ("qwen3-vl-235b-a22b-lora", 1, "h200-141gb", ()),
+        ("tiny-cpu", 8, "l40s-48gb", DENSE_FULL),
+        ("qwen3-vl-30b-a3b-lora", 2, "h100-80gb", ("data.tokens_per_pack=262144", "data.packs_per_step=2")),
+    ],
+)
+def test_fit_where_nothing_does_names_a_change_that_helps(recipe, gpus, gpu, words, capsys) -> None:
+    words = [*words, "data.packs_per_step=64"] if "data.packs_per_step=2" not in words else [*words]
+    line = ["plan", recipe, *words, "--gpu", gpu, "--fit"]
+    assert main([*line, "--gpus", str(gpus)]) == 3
+    change = capsys.readouterr().out.partition("The smallest change that helps: ")[2].strip().removesuffix(".")
+    if change.endswith(" GPUs of this kind"):
+        assert main([*line, "--gpus", change.split()[0]]) == 0
+    else:
+        assert main([*line, "--gpus", str(gpus), change]) == 0
+    assert main([*line, "--gpus", str(gpus), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fit"]["proposals"] == []
+
+
+def test_fit_takes_recipes_that_need_a_sequence_group(capsys) -> None:
+    """Fewer packs than ranks: some group of ranks shares each row, whatever the recipe says so far."""
+    words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "8", "--gpu", "h100-80gb", "--fit", "--json"]
+    assert main([*words, "data.packs_per_step=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["sp"] in (2, 4, 8)
+    assert main([*words, "--gpus", "16", "data.packs_per_step=3"]) == 2
+    assert "it must divide by the 16 data ranks" in capsys.readouterr().err
+
+
+def test_what_fits_as_it_is_needs_no_change(capsys) -> None:
+    words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "8", "--gpu", "h100-80gb", "--fit", "--json"]
+    assert main(words) == 0
+    best = json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"]
+    again = [f"{key}={value}" for key, value in best.items()]
+    assert main([*words, *again]) == 0
+    assert json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"] == {}
+
+
+def test_an_update_takes_one_group_of_weights_at_a_time() -> None:
+    """All of 30B trained on eight GPUs: the gradients of 15 GB a rank are not there twice."""
+    full = (*(f"adapters.{family}.mode=full" for family in ("attention", "experts", "router")), "parallel.ep=8")
+    found = _plan("qwen3-vl-30b-a3b-lora", *full, "parallel.recompute=layer", gpus=8)
+    update = next(one for one in found.memory.moments if one.name == "update")
+    assert found.memory.always["gradients"] > 14e9
+    assert 4e9 < update.total < 5e9
+    assert found.fits
 
 
 def test_auto_is_settled_by_the_machine_and_refused_where_nothing_fits() -> None:
