@@ -1,12 +1,11 @@
 """Why did a run hang or die? What its ranks left in runs/<name>/logs, merged into one page. Loads no torch.
 
 Ranks leave: rank-0007.log, their own words; rank-0007.json, where they last were; rank-0007.stack, their stacks when
-they stood still; failure-0007.json, why they ended; outcome.json, how the run ended; flight-7, the flight recorder's
-last collectives, when it was on.
+they stood still; failure-0007.json, why they ended; outcome.json, how the run ended; flight-7 and flight-gloo-7, the
+last collectives of NCCL and of gloo, when they stood still.
 """
 
 import json
-import pickle
 import re
 import time
 from collections import Counter
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from finetune.flight_reading import Flight, flight_lines, missed, read_flight
 
 OLD_S = 60.0
 SHOWN = 12
@@ -28,7 +29,7 @@ class RankTrace:
     failure: Mapping[str, Any] = field(default_factory=dict)
     stack: str = ""
     log_end: str = ""
-    collectives: tuple[Mapping[str, Any], ...] = ()
+    flight: Flight = field(default_factory=Flight)
 
 
 def is_run(folder: Path) -> bool:
@@ -39,7 +40,9 @@ def is_run(folder: Path) -> bool:
 def read_traces(logs: Path) -> list[RankTrace]:
     """What every rank left, in order of rank."""
     found = {
-        int(match[1]) for path in logs.iterdir() if (match := re.match(r"(?:rank|failure|flight)-(\d+)", path.name))
+        int(match[1])
+        for path in logs.iterdir()
+        if (match := re.match(r"(?:rank|failure|flight(?:-gloo)?)-(\d+)", path.name))
     }
     return [_trace(logs, rank) for rank in sorted(found)]
 
@@ -52,9 +55,7 @@ def _trace(logs: Path, rank: int) -> RankTrace:
         failure=_json(logs / f"failure-{rank:04d}.json"),
         stack=_text(logs / f"rank-{rank:04d}.stack"),
         log_end="\n".join(_text(log).splitlines()[-3:]),
-        collectives=_flight(
-            next((p for p in (logs / f"flight-{rank}", logs / f"flight-{rank:04d}") if p.exists()), None)
-        ),
+        flight=read_flight(logs, rank),
     )
 
 
@@ -68,24 +69,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-class _Plain(pickle.Unpickler):
-    """The recorder's dumps are pickles of plain containers; anything else is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} in a dump of plain values")
-
-
-def _flight(path: Path | None) -> tuple[Mapping[str, Any], ...]:
-    if path is None:
-        return ()
-    try:
-        with path.open("rb") as file:
-            found = _Plain(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError):
-        return ()
-    return tuple(found.get("entries", ())) if isinstance(found, dict) else ()
 
 
 def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
@@ -129,7 +112,7 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
         )
     yield from _behind(traces)
     yield from _odd_stack(traces)
-    yield from _odd_collective(traces)
+    yield from missed({trace.rank: trace.flight for trace in traces})
     if silent and not failed and len(silent) == sum(bool(trace.beat) for trace in traces):
         yield "no rank has been heard for a minute and none said why: the machine or the job was stopped from outside"
 
@@ -171,23 +154,6 @@ def _top(stack: str) -> str:
     return f"{name} ({Path(file).name}:{line})"
 
 
-def _odd_collective(traces: list[RankTrace]) -> Iterator[str]:
-    """The flight recorder's first collective that some ranks issued and others did not."""
-    last = {t.rank: t.collectives[-1] for t in traces if t.collectives}
-    if len(last) < 2:
-        return
-    numbers = {rank: int(entry.get("collective_seq_id", entry.get("record_id", 0))) for rank, entry in last.items()}
-    least, most = min(numbers.values()), max(numbers.values())
-    if least == most and len({str(entry.get("profiling_name")) for entry in last.values()}) == 1:
-        return
-    late = [rank for rank, number in numbers.items() if number == least]
-    ahead = last[next(rank for rank, number in numbers.items() if number == most)]
-    yield (
-        f"collective {most} ({ahead.get('profiling_name')}, {ahead.get('state')}) was issued by some ranks, while "
-        f"rank(s) {_some(late)} stand at {least} ({last[late[0]].get('profiling_name')}): ranks took different ways"
-    )
-
-
 def _row(trace: RankTrace, now: float) -> str:
     beat = trace.beat
     seen = f"{now - float(beat['time']):.0f} s ago" if "time" in beat else "never"
@@ -199,13 +165,9 @@ def _row(trace: RankTrace, now: float) -> str:
 
 
 def _details(trace: RankTrace) -> Iterator[str]:
-    if trace.collectives:
+    if trace.flight.entries:
         yield f"\nrank {trace.rank}, last collectives:"
-        for entry in trace.collectives[-3:]:
-            yield (
-                f"  {entry.get('collective_seq_id', entry.get('record_id'))} {entry.get('profiling_name')} "
-                f"{entry.get('input_sizes')} {entry.get('state')}"
-            )
+        yield from flight_lines(trace.flight)
     if trace.stack:
         frames = trace.stack.rpartition("most recent call first")[2].strip(" ):\n").splitlines()
         yield f"\nrank {trace.rank}, stack, innermost first:"

@@ -44,8 +44,9 @@ from finetune.checkpoint_slices import Slice, put_in_service, slices
 from finetune.model import EmptyModel
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)
-"""So long a rank waits for the slowest writer, in a group of its own: no collective of the engine waits for a disk."""
+PATIENCE = timedelta(days=1)
+"""So long a rank waits for the slowest writer, in a group of its own: no collective of the engine waits for a disk. One
+that is gone is not waited for: its connections break, or the watch misses it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ from finetune.engine import (
 from finetune.eval_verdict import Verdict
 from finetune.evaluate import Evaluation
 from finetune.failures import end_at_failure, forget_failure, keep_outcome, report_failure
+from finetune.flight import record_flight
 from finetune.foresight import Foresight, settled
 from finetune.forward import PackedModel
 from finetune.groups import enter, set_rates, trained_groups
@@ -69,7 +70,7 @@ from finetune.stages import run_stages, stage_of
 from finetune.steps import RunData
 from finetune.track import Tracker
 from finetune.update import take_step
-from finetune.watch import PREEMPTED, Watch, exit_code, record_flight
+from finetune.watch import PREEMPTED, Watch, exit_code
 from finetune.weights import load as load_weights
 
 
@@ -182,7 +183,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
                 watch.stage("evaluation", quiet=True)
                 verdict = evaluation.after(engine, at + 1, last=last, tracker=tracker)
             if last or stop or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
-                watch.save(at + 1)
+                watch.save(at + 1, checkpoints.folder)
                 owed = bool(stop) and not last
                 state = {"data": data.state_dict(), "eval": evaluation.judge.state_dict(), "eval_owed": owed}
                 origin = reached(origin, state)

@@ -1,17 +1,16 @@
 """A thread beside each rank: it hears signals at once, says where the rank is, and ends a rank that stands still.
 
 The rank itself may be inside a collective that never returns; then no Python of its own runs, but this thread does.
+Outside of steps, where nobody knows how long a rank may take, it ends when the rank after it is not heard any more.
 Signals that ask for an end (SIGTERM, SIGUSR1, SIGHUP) only raise a wish, which the ranks agree on when a step ends.
 Ctrl-C, a rank beside this one that has died, and a lost launcher end the rank now.
 """
 
 import ctypes
 import faulthandler
-import json
 import os
 import select
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +19,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from finetune.failures import Kind, keep_failure
+from finetune.beats import Beats
+from finetune.failures import Kind, first_failure, keep_failure
+from finetune.flight import forget_flight, write_flight
 from finetune.rank_log import RankLog
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-BEAT_S = 10.0
-"""So often a rank writes where it is; a new stage is written at once."""
 SHOWN = 4
 SAVE = 8
-"""A save may take so many times what a step may: a disk is slower than any rank, but not without end."""
+"""A save may stand so many times as long as a step may, with not a byte more on the disk: what a disk has taken it may
+still be writing. A rank that is gone is known sooner."""
+LOOK_S, RECORD_S = 0.5, 10.0
+SUSPENDED_S = 5.0
+"""When this thread did not run for so long, nothing of the process did: it was suspended, and did not stand still."""
 PREEMPTED = 75
 """The exit code of a run that shall be started again."""
 _PR_SET_PDEATHSIG = 1
@@ -45,11 +48,13 @@ class Watch:
         self.stop = 0
         self.reading: Callable[[], Sequence[str]] = list
         self._log, self._limits = log, {"data": data_stall, "step": step_stall, "save": SAVE * step_stall}
-        self._beat_path = log.path.with_suffix(".json")
+        self._beats = Beats(log, limit=step_stall)
         self._stack_path = log.path.with_suffix(".stack")
-        self._parent, self._beaten = os.getppid(), 0.0
+        self._parent, self._began = os.getppid(), time.time()
         self._here: dict[str, Any] = {"step": None, "stage": "start", "samples": [], "collective": None}
         self._kind, self._since = "", time.monotonic()
+        self._growing: Path | None = None
+        self._grown: tuple[float, object] = 0.0, None
         self._over = threading.Event()
         self._ears, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
@@ -63,8 +68,9 @@ class Watch:
             self._log.note(f"--- {name}")
             self._beat()
 
-    def save(self, step: int) -> None:
-        """From here the rank writes a checkpoint together with all others."""
+    def save(self, step: int, folder: Path) -> None:
+        """From here the rank writes a checkpoint into `folder`, together with all others."""
+        self._growing, self._grown = folder, (time.monotonic(), None)
         self._log.note(f"--- checkpoint after {step} steps")
         self._enter("save", step=step, stage="the checkpoint", samples=[], collective="the checkpoint")
 
@@ -85,6 +91,7 @@ class Watch:
     def on(self) -> Iterator["Watch"]:
         """Watch while the block runs; in the main thread."""
         _care_for_children()
+        forget_flight(self._log.folder, self._log.rank)
         before: dict[signal.Signals, Any] = {n: signal.signal(n, _heard) for n in (*WISHES, signal.SIGINT)}
         stacks = self._stack_path.open("w")
         faulthandler.register(signal.SIGUSR2, file=stacks)  # where every thread stands, on demand
@@ -115,19 +122,48 @@ class Watch:
 
     def _watch(self) -> None:
         self._beat()
+        looked = time.monotonic()
         while not self._over.is_set():
-            ready, _, _ = select.select([self._ears], [], [], 0.5)
+            ready, _, _ = select.select([self._ears], [], [], LOOK_S)
             for number in os.read(self._ears, 64) if ready else b"":
                 self._hear(number)
-            if os.getppid() != self._parent and not self.stop:
-                self._end("lost", "the launcher that started this rank is gone")
-            if self.stop and (gone := self._gone_beside()):
-                self._end("lost", f"rank {gone[0]} beside this one is gone")
-            if time.monotonic() - self._beaten >= BEAT_S:
-                self._beat()
+            looked, before = time.monotonic(), looked
+            if looked - before > SUSPENDED_S:
+                self._since += looked - before
+                self._beats.excuse(looked - before)
+            self._look_around()
             limit = self._limits.get(self._kind, 0.0)
+            if self._kind == "save":
+                self._see_growth(limit / SAVE)
             if limit and time.monotonic() - self._since > limit:
                 self._stalled(limit)
+
+    def _look_around(self) -> None:
+        if os.getppid() != self._parent and not self.stop:
+            self._end("lost", "the launcher that started this rank is gone")
+        if self.stop and (gone := self._beats.gone_beside()):
+            self._end("lost", f"rank {gone[0]} beside this one is gone")
+        if not self._beats.due():
+            return
+        self._beat()
+        if self.stop and (first := first_failure(self._log.folder, since=self._began)):
+            self._end("lost", f"rank {first.rank} has failed")
+        if self._kind in ("", "save") and (silent := self._beats.silent()):
+            self._end(
+                "stall",
+                f"a silent rank: nothing was heard of {silent}. It was killed or suspended, or its machine is cut off; "
+                f"this rank waits in {self._here['stage']}. run.stall_seconds is the limit",
+            )
+
+    def _see_growth(self, every: float) -> None:
+        """Count from the last time that a save's folder changed, and look at it as seldom as the limit allows."""
+        looked, seen = self._grown
+        if self._growing is None or not every or time.monotonic() - looked < every:
+            return
+        found = _content(self._growing)
+        if found != seen:
+            self._since = time.monotonic()
+        self._grown = time.monotonic(), found
 
     def _hear(self, number: int) -> None:
         if number == signal.SIGINT:
@@ -147,7 +183,7 @@ class Watch:
                 f"these samples with `moetune shards check`; data.stall_seconds is the limit",
             )
         samples = ", ".join(here["samples"][:SHOWN]) + (", ..." if len(here["samples"]) > SHOWN else "")
-        others = "; ".join(self._others()) or "none has written"
+        others = "; ".join(self._beats.others()) or "none has written"
         self._end(
             "stall",
             f"collective stall: step {here['step']} has stood for {limit:g} s in {here['stage']}"
@@ -156,39 +192,11 @@ class Watch:
             f"run.stall_seconds is the limit",
         )
 
-    def _others(self) -> list[str]:
-        """The ranks that are behind this one or silent for longest, in words."""
-        found = []
-        for path in sorted(self._beat_path.parent.glob("rank-*.json")):
-            beat = _read(path)
-            if beat and beat["rank"] != self._log.rank:
-                found.append((beat["step"] if beat["step"] is not None else -1, beat["time"], beat))
-        found.sort(key=lambda item: item[:2])
-        return [
-            f"rank {beat['rank']}, {beat['host']}: step {beat['step']}, {beat['stage']}, {time.time() - said:.0f} s ago"
-            for _, said, beat in found[:SHOWN]
-        ]
-
-    def _gone_beside(self) -> list[int]:
-        """Ranks of this machine and start that ended without saying so."""
-        local, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        first = self._log.rank - local
-        beats = [_read(self._beat_path.with_name(f"rank-{rank:04d}.json")) for rank in range(first, first + size)]
-        return [
-            beat["rank"]
-            for beat in beats
-            if beat and beat["host"] == socket.gethostname() and beat["stage"] != "ended" and not _alive(beat["pid"])
-        ]
-
     def _beat(self) -> None:
-        self._beaten = time.monotonic()
-        beat = {
-            "rank": self._log.rank, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **self._here,
-        }  # fmt: skip
-        beside = self._beat_path.with_suffix(".json.new")
-        with suppress(FileNotFoundError):  # a dry run, or a user, has removed the folder
-            beside.write_text(json.dumps(beat))
-            beside.replace(self._beat_path)
+        here = dict(self._here)
+        if self._kind == "data":
+            here["samples"] = list(self.reading())
+        self._beats.tell(here)
 
     def _end(self, kind: Kind, message: str) -> None:
         """End this rank from the thread; the main thread may never run again."""
@@ -198,6 +206,9 @@ class Watch:
         failure = keep_failure(self._log, kind, message)
         if kind == "stall":
             self._log.shout(f"moetune train, rank {self._log.rank}: {message}")
+        recording = threading.Thread(target=write_flight, args=(self._log.folder, self._log.rank), daemon=True)
+        recording.start()  # what it reads may be held by the collective that never returns
+        recording.join(RECORD_S)
         os._exit(failure.code)
 
 
@@ -210,13 +221,6 @@ def exit_code(stop: int) -> int:
     if not stop or (stop == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ):
         return 0
     return PREEMPTED
-
-
-def record_flight(folder: Path) -> None:
-    """Let the flight recorder of collectives write beside the logs, should the backend's own watchdog fire."""
-    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        os.environ.setdefault(name, str((folder / "flight-").absolute()))
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
@@ -239,16 +243,10 @@ def _in_child() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        beat: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return beat
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def _content(folder: Path) -> object:
+    """What is in a run's checkpoints: it changes with every file that grows, gets a name, or goes."""
+    found = []
+    with suppress(OSError):  # it is being renamed or removed: another look sees the rest
+        for path in sorted(folder.glob("*/*")):
+            found.append((path.parent.name, path.name, path.stat().st_size))
+    return found

@@ -6,11 +6,18 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from starts import environment, toy_run
+from torch.distributed.flight_recorder.components.builder import build_db
+from torch.distributed.flight_recorder.components.config_manager import JobConfig
+from torch.distributed.flight_recorder.components.loader import read_dir
 
 from finetune.autopsy import page
 from finetune.cluster_check import RankFacts, findings
@@ -26,6 +33,7 @@ from finetune.doctor import (
     version_findings,
     wandb_findings,
 )
+from finetune.flight import write_flight
 from finetune.recipes import load
 from launchers.cli import main
 
@@ -252,20 +260,62 @@ def test_a_rank_that_others_wait_for_is_named_with_its_samples_and_stack(tmp_pat
     assert "rank 1 stands in decode (frames.py:7), others in exchange (dispatch.py:9)" in said
 
 
-def test_flight_recorders_are_laid_side_by_side(tmp_path: Path) -> None:
+def record(rank: int, world: int, logs: Path) -> None:
+    """Ranks 0 and 1 wait in a sum that rank 2 does not join, in another group, before all have written."""
+    both = dist.new_group([0, 1])
+    dist.all_reduce(torch.ones(3))
+    if rank < 2:
+        dist.all_gather([torch.empty(2), torch.empty(2)], torch.ones(2), group=both)
+    pending = dist.all_reduce(torch.ones(7), async_op=True) if rank < 2 else None
+    write_flight(logs, rank)
+    (logs / f"done-{rank}").touch()
+    while len(list(logs.glob("done-*"))) < world:
+        time.sleep(0.05)
+    if pending is None:
+        dist.all_reduce(torch.ones(7))
+    else:
+        pending.wait()
+
+
+def test_real_flight_recorders_name_the_rank_that_did_not_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = _run(tmp_path / "r")
-    for rank, number in ((0, 41), (1, 41), (2, 40)):
-        entry = {
-            "collective_seq_id": number,
-            "profiling_name": f"nccl:op{number}",
-            "state": "started",
-            "input_sizes": [[8]],
-        }
-        (run / "logs" / f"flight-{rank}").write_bytes(pickle.dumps({"entries": [entry]}))
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
+    run_ranks(record, 3, run / "logs")
     said = _page(run)
-    assert "collective 41 (nccl:op41, started) was issued by some ranks, while rank(s) 2 stand at 40" in said
-    (run / "logs" / "flight-0").write_bytes(pickle.dumps({"entries": [Path("x")]}))  # no plain value: not opened
-    assert "collective 41" in _page(run)
+    wanted = (
+        "rank(s) 0, 1 wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg), which rank(s) 2 did not join"
+    )
+    assert f"{wanted}: the last there was all_reduce [[3]], number 1" in said
+    assert "group 1" not in said.partition("rank  host")[0]  # there all have come
+    assert "  gloo group 0 (default_pg) 2: all_reduce [[7]] waits" in said
+    # the files are torch's own, and its tool says the same
+    arguments = JobConfig().parse_args([str(run / "logs"), "-p", "flight-gloo-"])
+    found = build_db(*read_dir(arguments)[:1], arguments, read_dir(arguments)[1])
+    assert [(one.collective_name, one.missing_ranks) for one in found.collectives if one.missing_ranks] == [
+        ("gloo:all_reduce", {2})
+    ]
+    # a rank that left nothing, and one whose dump holds more than plain values: it is not opened
+    (run / "logs" / "flight-gloo-2").write_bytes(pickle.dumps({"entries": [Path("x")]}))
+    assert "wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg); rank(s) 2 left no record" in _page(run)
+
+
+def test_ranks_of_one_group_in_different_collectives(tmp_path: Path) -> None:
+    """As NCCL's recorder says it: what is to be equal differs; the rows that ranks give to an all-to-all may."""
+    run = _run(tmp_path / "r")
+    for rank, (what, rows) in enumerate((("all_to_all", 5), ("all_to_all", 3), ("_all_gather_base", 5))):
+        entry = {
+            "collective_seq_id": 41, "profiling_name": f"nccl:{what}", "state": "started", "input_sizes": [[rows]],
+            "process_group": ("2", "ep"), "is_p2p": False, "retired": False,
+            "frames": [{"name": "exchange", "filename": "/x/moe/dispatch.py", "line": 9}],
+        }  # fmt: skip
+        dump = {"entries": [entry], "pg_config": {"2": {"name": "2", "desc": "ep", "ranks": "[0, 1, 2]"}}}
+        (run / "logs" / f"flight-{rank}").write_bytes(pickle.dumps(dump))
+    wanted = (
+        "rank(s) 0, 1 wait in all_to_all [[5]] of exchange (dispatch.py:9), and rank(s) 2 in _all_gather_base [[5]]"
+    )
+    assert f"{wanted} of exchange (dispatch.py:9), both number 41 of nccl group 2 (ep)" in _page(run)
 
 
 def test_runs_of_which_nothing_is_known_or_all_is_well(tmp_path: Path, capsys) -> None:

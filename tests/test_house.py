@@ -10,9 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COLLECTIVES_LIVE_IN = {
-    f"finetune/{name}.py" for name in ("ranks", "weights", "gather", "sequence", "checkpoint", "cluster_check")
+    f"finetune/{name}.py"
+    for name in ("ranks", "weights", "gather", "sequence", "checkpoint", "checkpoint_plan", "flight", "cluster_check")
 }
-ENGINE_LIVES_IN = {"finetune/engine.py", "finetune/checkpoint.py", "finetune/weights.py", "moe/parallel.py"}
+ENGINE_LIVES_IN = {
+    "finetune/engine.py",
+    "finetune/checkpoint.py",
+    "finetune/checkpoint_plan.py",
+    "finetune/weights.py",
+    "moe/parallel.py",
+}
 
 
 def _sources() -> dict[str, ast.Module]:

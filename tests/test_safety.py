@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 import wandb_file
 from safetensors.torch import load_file, save_file
-from user_runs import TORCHRUN, TRAIN, beat, make_place, metrics, start
+from user_runs import ROOT, TORCHRUN, TRAIN, beat, make_place, metrics, start
 
 from data.batch import LossSums, Step
 from finetune.config import RunConfig
@@ -205,6 +206,67 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
     done = start(place, raw, name, *words, at="step 1:", then=stop(place, name))
     assert done.returncode != 0
     assert re.search(text, done.stderr), done.stderr[-3000:]
+
+
+IN_SAVE = """
+import os, signal, sys, time
+done = []
+def at_its_file(event, arguments):
+    if event == "open" and os.environ.get("RANK") == "1" and "shard-00002-" in str(arguments[0]) and not done:
+        done.append(True)
+        {what}
+sys.addaudithook(at_its_file)
+"""
+
+
+@pytest.mark.slow  # waits for its limits
+@pytest.mark.parametrize(
+    ("name", "what", "text"),
+    [
+        ("suspended", "os.kill(os.getpid(), signal.SIGSTOP)", r"rank 0: a silent rank: nothing was heard of rank 1, .*"
+         r"this rank waits in the checkpoint. run.stall_seconds"),
+        ("killed-in-save", "os.kill(os.getpid(), signal.SIGKILL)", r"\(exitcode: -9\)|Signal 9"),
+        ("slow-disk", "time.sleep(25)", ""),
+    ],
+)  # fmt: skip
+def test_a_rank_lost_in_a_save_is_missed_in_one_limit_and_a_slow_disk_is_waited_for(
+    place: Path, name: str, what: str, text: str
+) -> None:
+    raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=3", "-m", "finetune.train"]
+    words = [*RUN, "schedule.steps=2", "schedule.warmup_steps=0", "run.stall_seconds=10"]
+    done = start(place, raw, name, *words, site=IN_SAVE.format(what=what))
+    saved = place / "runs" / name / "checkpoints" / "step-000002"
+    if not text:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert saved.exists()
+        return
+    assert done.returncode != 0
+    assert re.search(text, done.stderr), done.stderr[-3000:]
+    assert not saved.exists()
+    failure = json.loads((place / "runs" / name / "logs" / "failure-0000.json").read_text())
+    assert failure["kind"] == ("lost" if name == "killed-in-save" else "stall"), failure
+
+
+@pytest.mark.slow  # waits for its limit
+def test_the_doctor_says_why_a_real_run_hung(place: Path) -> None:
+    raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=20", "-m", "finetune.train"]
+    words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
+    words += ["data.packs_per_step=2", "run.stall_seconds=15", "data.stall_seconds=0"]
+    done = start(place, raw, "hangs", *words, at="step 1:", then=_stopped_worker(place, "hangs"))
+    assert re.search(r"rank 0: collective stall: step \d+ has stood for 15 s", done.stderr), done.stderr[-3000:]
+    asked = subprocess.run(
+        [*TRAIN[:-1], "doctor", "runs/hangs"], cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert asked.returncode == 3, asked.stderr
+    said = asked.stdout
+    assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", said), said
+    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*general/", said), said
+    assert re.search(
+        r"rank\(s\) 0 wait in all_reduce .* of sum_over_ranks \(ranks.py:\d+\), number (\d+) of gloo group 0 "
+        r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+", said,
+    ), said  # fmt: skip
+    assert re.search(r"rank 1, stack, innermost first:\n.*\n", said), said
 
 
 def test_ctrl_c_ends_every_process_in_seconds(place: Path) -> None:

@@ -35,12 +35,25 @@ def make_place(folder: Path) -> Path:
 
 
 def start(
-    place: Path, command: Sequence[str], name: str, *words: str, at: str = "", then: Callable[[int], None] | None = None
+    place: Path,
+    command: Sequence[str],
+    name: str,
+    *words: str,
+    at: str = "",
+    then: Callable[[int], None] | None = None,
+    site: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; when a line of standard output begins with `at`, call `then` with its process id."""
+    """Run a command to its end; when a line of standard output begins with `at`, call `then` with its process id.
+
+    `site` is Python that each of its processes runs first.
+    """
     line = [*command, "tiny-cpu", f"run.name={name}", "model.path=base", "model.dtype=float32",
             "data.sources.general.path=rows.jsonl", *words]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if site:
+        (place / f"{name}.site").mkdir()
+        (place / f"{name}.site" / "sitecustomize.py").write_text(site)
+        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{place / f'{name}.site'}"
     errors = place / f"{name}.stderr"
     with errors.open("w") as stderr, subprocess.Popen(
         line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
