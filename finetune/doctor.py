@@ -33,16 +33,18 @@ LEAST = {
     "peft": ((0, 21), "pip install 'peft>=0.21': before it adapters on expert stacks are not read"),
     "flash-attn": ((2, 8), "pip install 'flash-attn>=2.8', or remove it: torch's own kernel is used then"),
     "nvidia-nccl-cu12": ((2, 27), "pip install 'torch>=2.13', which brings its own"),
+    "nvidia-nccl-cu13": ((2, 27), "pip install 'torch>=2.13', which brings its own"),
 }
 BAD = {
     "torch": (((2, 9), (2, 10)), "its Conv3d makes the vision tower 10 to 20 times slower"),
     "deepspeed": (((0, 20), (99,)), "its expert-parallel layer is subclassed here and was not looked at"),
     "transformers": (((6,), (99,)), "its model code was not looked at"),
 }
-OPTIONAL = ("flash-attn", "nvidia-nccl-cu12")
+OPTIONAL = ("flash-attn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 SHM_BYTES_PER_RANK = 1 << 30
 FILES = 4096
-DRIVER = (550, 54)
+DRIVER, DRIVER_OF = (550, 54), {"nvidia-nccl-cu13": ("CUDA 13", (580, 65))}
+"""The oldest driver, and that of a build of torch that brings this package."""
 QUERY = "name,driver_version,compute_cap,memory.used,memory.total"
 
 
@@ -101,8 +103,8 @@ def kernel_findings(config: RunConfig | None, *, present: Mapping[str, bool]) ->
         yield Finding(check="kernels", text=text, remedy="pip install flash-attn, or set model.attention=auto")
 
 
-def driver_findings(smi: str | None) -> Iterator[Finding]:
-    """What nvidia-smi printed for QUERY, if it is there."""
+def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[Finding]:
+    """What nvidia-smi printed for QUERY, if it is there, beside what torch was built for."""
     if smi is None:
         return
     rows = [[cell.strip() for cell in line.split(",")] for line in smi.splitlines() if line.count(",") == 4]
@@ -117,10 +119,12 @@ def driver_findings(smi: str | None) -> Iterator[Finding]:
     if len(names) > 1:
         remedy = "Take nodes of one kind: the slowest sets every step"
         yield Finding(check="driver", text=f"GPUs of different kinds: {', '.join(sorted(names))}", remedy=remedy)
-    if numbers(rows[0][1]) < DRIVER:
-        wanted = ".".join(map(str, DRIVER))
+    build, least = next((DRIVER_OF[name] for name in installed if name in DRIVER_OF), ("torch", DRIVER))
+    if numbers(rows[0][1]) < least:
+        wanted = ".".join(map(str, least))
         remedy = "Update the driver, or install the compatibility package of your CUDA version"
-        yield Finding(check="driver", text=f"driver {rows[0][1]} is older than {wanted}", remedy=remedy)
+        text = f"driver {rows[0][1]} is older than {wanted}, which {build} wants"
+        yield Finding(check="driver", text=text, remedy=remedy)
     if any(() < numbers(row[2]) < (9, 0) for row in rows):
         text = f"compute capability {rows[0][2]}: grouped GEMMs run as compiled kernels there, slower than from 9.0 on"
         yield Finding(check="grouped_mm", text=text, remedy="It works; plan with a lower --efficiency")
@@ -223,7 +227,7 @@ def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -
     yield from kernel_findings(
         config, present={name: find_spec(name) is not None for name in ("deep_ep", "flash_attn")}
     )
-    yield from driver_findings(smi)
+    yield from driver_findings(smi, installed_versions())
     yield from memory_findings(Path("/dev/shm"), ranks=ranks)
     yield from descriptor_findings(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 

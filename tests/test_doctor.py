@@ -94,13 +94,18 @@ def test_kernels_that_are_asked_for_and_absent() -> None:
     ],
 )
 def test_driver(smi: str, text: str) -> None:
-    assert text in "\n".join(map(str, driver_findings(smi)))
-    assert list(driver_findings(None)) == []
-    assert list(driver_findings("NVIDIA H100, 550.90, 9.0, 3, 81559")) == []
+    assert text in "\n".join(map(str, driver_findings(smi, {})))
+    assert list(driver_findings(None, {})) == []
+    assert list(driver_findings("NVIDIA H100, 550.90, 9.0, 3, 81559", {})) == []
+
+
+def test_a_torch_of_a_newer_cuda_wants_a_newer_driver() -> None:
+    (found,) = driver_findings("NVIDIA H100, 570.90, 9.0, 3, 81559", {"nvidia-nccl-cu13": "2.29.7"})
+    assert "driver 570.90 is older than 580.65, which CUDA 13 wants" in str(found)
 
 
 def test_a_figure_that_a_sliced_gpu_does_not_tell_is_no_finding() -> None:
-    assert not list(driver_findings("NVIDIA H100 MIG 1g.10gb, 580.90, [N/A], [N/A], [N/A]"))
+    assert not list(driver_findings("NVIDIA H100 MIG 1g.10gb, 580.90, [N/A], [N/A], [N/A]", {}))
 
 
 def test_shared_memory_disk_and_descriptors(tmp_path: Path) -> None:
