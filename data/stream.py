@@ -4,7 +4,7 @@ Ranks arrive as plain integers. Whatever their number and that of the workers, t
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,10 +21,16 @@ from data.reading import Reading
 from data.sample import Renderer
 
 STATE_VERSION = 1
+LOOK_S = 1.0
+"""So often, while a pack is waited for, it is asked whether anybody still wants it."""
 
 
 class TooManyBadSamples(ValueError):
     """More samples failed than allowed."""
+
+
+class WaitIsOver(Exception):
+    """Nobody wants the pack that is waited for. Its traceback holds the readers; when it goes, they are joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,8 @@ class DataStream:
         self.epoch, self.step = 0, 0
         self._plan: Plan | None = None
         self._reading = Reading(settings.workers)
+        self.is_over: Callable[[], bool] = lambda: False
+        """Asked while workers are waited for: whether to raise WaitIsOver instead."""
 
     @property
     def plan(self) -> Plan:
@@ -123,7 +131,7 @@ class DataStream:
             num_workers=workers,
             prefetch_factor=self._settings.prefetch if workers else None,
             collate_fn=_same,
-            timeout=self._settings.stall_seconds if workers else 0,
+            timeout=min(LOOK_S, self._settings.stall_seconds or LOOK_S) if workers else 0,
         )
 
     def _wanted(self, pack: int | None) -> tuple[Wanted, ...]:
@@ -136,16 +144,24 @@ class DataStream:
         return Wanted(unit, units.name, shard, int(units.sample[row]), int(units.part[row]), int(units.tokens[row]))
 
     def _take(self, results: Iterator[PackResult], step: int) -> PackResult:
-        try:
-            return next(results)
-        except RuntimeError as error:
-            if "timed out" not in str(error):
-                raise
-            raise TimeoutError(
-                f"data stall on data rank {self._rank}: no pack for step {step} of epoch {self.epoch} within "
-                f"data.stall_seconds={self._settings.stall_seconds:g}; its samples are in "
-                f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self._reading.now()) or 'none'}"
-            ) from error
+        began, limit = time.monotonic(), self._settings.stall_seconds
+        while True:
+            try:
+                return next(results)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                if self.is_over():
+                    raise WaitIsOver(f"step {step}") from error
+                if limit and time.monotonic() - began >= limit:
+                    raise self._stalled(step) from error
+
+    def _stalled(self, step: int) -> TimeoutError:
+        return TimeoutError(
+            f"data stall on data rank {self._rank}: no pack for step {step} of epoch {self.epoch} within "
+            f"data.stall_seconds={self._settings.stall_seconds:g}; its samples are in "
+            f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self._reading.now()) or 'none'}"
+        )
 
     def reading(self) -> list[str]:
         """The samples that are being read now, by this process and its workers; may be asked from another thread.

@@ -48,6 +48,10 @@ class Beats:
         """Whether it is time to write again."""
         return time.monotonic() - self._told >= self.every
 
+    def hurry(self) -> None:
+        """What the rank does has changed: it is due now."""
+        self._told = 0.0
+
     def tell(self, here: Mapping[str, Any]) -> None:
         """Write where this rank is. On a full disk the file's time is set: that it lives needs no room."""
         self._told = time.monotonic()
@@ -88,6 +92,15 @@ class Beats:
         found = [beat for beat in beats if beat and beat["rank"] != self._rank]
         found.sort(key=lambda beat: (beat["step"] if beat["step"] is not None else -1, beat["time"]))
         return [_words(beat) for beat in found[:SHOWN]]
+
+    def busy(self) -> bool:
+        """Whether any other rank lives and says that it is busy."""
+        beats = [read_beat(path) for path in sorted(self._path.parent.glob("rank-*.json"))]
+        return any(
+            beat.get("busy") and time.time() - beat["time"] < max(self._limit, 2 * self.every)
+            for beat in beats
+            if beat and beat["rank"] != self._rank
+        )
 
     def gone_beside(self) -> list[int]:
         """Ranks of this machine and start that ended without saying so."""

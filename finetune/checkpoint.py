@@ -79,9 +79,11 @@ class Checkpoints:
 
     def __init__(
         self, engine: Any, empty: EmptyModel, folder: Path, *, base: BaseFiles, keep: int = 3,
-        asynchronous: bool = False, beside: Beside | None = None,
+        asynchronous: bool = False, beside: Beside | None = None, busy: Callable[[bool], None] = lambda _: None,
     ) -> None:  # fmt: skip
+        """`busy` is told when this rank begins to work on a file, and when it is done and may wait for others."""
         assert keep >= 1
+        self._busy = busy
         self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
         self.beside = beside
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -226,7 +228,7 @@ class Checkpoints:
         said: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
-                said[0] = do()
+                said[0] = self._worked(do)
             except (OSError, ValueError) as error:
                 said[1] = error
         dist.broadcast_object_list(said, src=0, group=self._group)
@@ -235,11 +237,18 @@ class Checkpoints:
         result: T = said[0]
         return result
 
+    def _worked(self, do: Callable[[], T]) -> T:
+        self._busy(True)
+        try:
+            return do()
+        finally:
+            self._busy(False)
+
     def _all(self, do: Callable[[], dict[str, T]]) -> dict[str, T]:
         """Do it on every rank, and return what came of it together, or raise what failed, the same on all."""
         mine: tuple[dict[str, T], Exception | None]
         try:
-            mine = do(), None
+            mine = self._worked(do), None
         except (OSError, ValueError) as error:
             mine = {}, error
         said: list[Any] = [None] * dist.get_world_size()

@@ -22,7 +22,7 @@ from data.reader import SampleReader
 from data.sample import Renderer, Sample
 from finetune.config import EvalConfig
 from finetune.forward import PackedModel
-from finetune.ranks import rank_and_world, sum_over_ranks
+from finetune.ranks import rank_and_world, require_no_wish, sum_over_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,9 @@ class Answers:
 
     def __init__(
         self, config: EvalConfig, data: DataConfig, renderer: Renderer, *, stops: frozenset[int],
-        say: Callable[[str], None],
+        say: Callable[[str], None], wish: Callable[[], int],
     ) -> None:  # fmt: skip
+        self._wish = wish
         self._config, self._renderer, self._stops, self._budget = config, renderer, stops, data.tokens_per_pack
         self.asked: list[Asked] = []
         reader = SampleReader(cache_dir=Path(data.cache_dir) if data.cache_dir else None)
@@ -94,6 +95,7 @@ class Answers:
                 widths=self._renderer.patch_widths,
             )  # fmt: skip
             tokens = engine(batch=batch.to(device), measure=next_tokens).tolist()
+            require_no_wish(self._wish(), device)
             for at, token in enumerate(tokens):
                 ended[at] = ended[at] or token in self._stops
                 if not ended[at]:

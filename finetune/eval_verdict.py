@@ -33,6 +33,8 @@ class Verdict:
     is_best: bool = False
     said: tuple[str, ...] = ()
     stop: str | None = None
+    preempted: int = 0
+    """The signal that broke the evaluation off; it is to be made up for when the run goes on."""
 
 
 class Judge:

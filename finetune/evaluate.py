@@ -25,7 +25,7 @@ from finetune.config import RunConfig
 from finetune.engine import engine_device
 from finetune.eval_answers import Answers
 from finetune.eval_verdict import Judge, Measured, Verdict
-from finetune.ranks import barrier, gather_lists, rank_and_world, sum_over_ranks
+from finetune.ranks import Preempted, barrier, gather_lists, rank_and_world, require_no_wish, sum_over_ranks
 from finetune.sequence import SequenceGroup
 from finetune.stages import longest_pack, run_stages
 from finetune.track import Tracker
@@ -68,9 +68,12 @@ class Evaluation:
 
     def __init__(
         self, config: RunConfig, renderer: Renderer, *, families: Iterable[FamilyRow],
-        stops: Callable[[], frozenset[int]], resident: bool, say: Callable[[str], None],
+        stops: Callable[[], frozenset[int]], resident: bool, say: Callable[[str], None], asked: Callable[[], int],
     ) -> None:  # fmt: skip
+        """`asked` says which signal asks this rank for an end; 0 for none."""
+        self._asked = asked
         self.config, self.judge, self._renderer, self._say = config.eval, Judge(config.eval), renderer, say
+        self._steps = config.schedule.steps
         if not config.eval.sources:
             return
         rank, world = rank_and_world()
@@ -91,7 +94,7 @@ class Evaluation:
                     f"eval.answers: {config.eval.answers}, but the weights are partitioned over the ranks, as {why}: "
                     f"they would be gathered for each token. Set eval.answers=0, and ask a checkpoint's adapter"
                 )
-            self._answers = Answers(config.eval, self._data, renderer, stops=stops(), say=say)
+            self._answers = Answers(config.eval, self._data, renderer, stops=stops(), say=say, wish=asked)
         say(f"evaluation: {count:,} samples of {', '.join(config.eval.sources)}; {_scope(rows)}")
 
     def start(self, engine: Any, done: int, *, tracker: Tracker, owed: bool = False) -> bool:
@@ -100,22 +103,32 @@ class Evaluation:
         `owed`: the start before was stopped by a signal after `done` steps, and did not evaluate then.
         """
         told = bool(done) and not owed
-        stop = self.judge.stop() if told else self.after(engine, done, tracker=tracker).stop
+        last = owed and done == self._steps
+        stop = self.judge.stop() if told else self.after(engine, done, tracker=tracker, last=last).stop
         if told and stop:
             self._say(f"stopped: {stop}")
         return stop is not None
 
     def after(self, engine: Any, step: int, *, tracker: Tracker, last: bool = False) -> Verdict:
-        """Evaluate if so many steps ask for it, tell of it, and return what follows; every rank must call this."""
+        """Evaluate if so many steps ask for it, tell of it, and return what follows; every rank must call this.
+
+        A signal breaks it off, and nothing is told of it then.
+        """
         every = self.config.every_steps
         due = last or step == 0 or bool(every and step % every == 0)
         if not (due and self.config.sources):
             return Verdict()
-        result = self.run(engine, step)
+        try:
+            result = self.run(engine, step)
+            rows = list[Mapping[str, Any]]()
+            if self._answers is not None:
+                with _untouched(engine):
+                    rows = self._answers.rows(engine, engine_device())
+        except Preempted as wish:
+            self._say(f"the evaluation at step {step} is left for the next start")
+            return Verdict(preempted=wish.number)
         tracker.evaluation(result.flat())
-        if self._answers is not None:
-            with _untouched(engine):
-                tracker.predictions(step, self._answers.rows(engine, engine_device()))
+        tracker.predictions(step, rows)
         verdict = self.judge.judge(step, result.sources)
         for line in (*result.lines(), *verdict.said, *([f"stopped: {verdict.stop}"] if verdict.stop else [])):
             self._say(line)
@@ -132,6 +145,7 @@ class Evaluation:
         with _untouched(engine):
             for taken in stream:
                 for batch in taken.batches:
+                    require_no_wish(self._asked(), device)
                     on_device = batch.to(device)
                     _add(sums, names, batch, engine(batch=on_device, measure=measure), count_samples=counts)
                 bad += taken.bad if counts else ()

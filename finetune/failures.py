@@ -19,6 +19,7 @@ from typing import Literal
 from finetune.rank_log import RankLog
 
 Kind = Literal["input", "failed", "lost", "stall"]
+Outcome = Literal["done", "preempted", "problems"]
 LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
     "remote process exited", "communicator was aborted",
@@ -73,10 +74,11 @@ def first_failure(folder: Path, *, since: float) -> Failure | None:
     return min(fresh, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
 
 
-def keep_outcome(log: RankLog, outcome: Literal["done", "preempted", "problems"], step: int) -> None:
-    """Write down that a run ended well, or shall be started again."""
-    if log.rank == 0:
-        (log.folder / "outcome.json").write_text(json.dumps({"outcome": outcome, "step": step, "time": time.time()}))
+def keep_outcome(log: RankLog, outcome: Outcome, step: int | None) -> None:
+    """Write down that a run ended well, or shall be started again; None where no step was begun."""
+    beside = log.folder / f"outcome-{log.rank:04d}.new"
+    beside.write_text(json.dumps({"outcome": outcome, "step": step, "time": time.time()}))
+    beside.replace(log.folder / "outcome.json")  # whole at any time: several ranks may have the same to say
 
 
 def outcome_since(folder: Path, since: float) -> str:

@@ -18,6 +18,14 @@ SHOWN = 8
 """So many differences are printed."""
 
 
+class Preempted(Exception):
+    """A signal asked a rank for an end, and all know it: what is under way is left undone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
+
+
 def join_restarted(backend: str, timeout: timedelta) -> None:
     """After an elastic restart, meet the other ranks under names that the start before did not use.
 
@@ -45,6 +53,15 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
+
+
+def require_no_wish(asked: int, device: torch.device) -> None:
+    """Raise Preempted on every rank when a signal has asked any of them for an end; every rank must call this."""
+    wish = torch.tensor(asked, dtype=torch.int64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(wish, op=dist.ReduceOp.MAX)
+    if number := int(wish):
+        raise Preempted(number)
 
 
 def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[float]]:

@@ -46,7 +46,7 @@ def rehearse(
     finally:
         if rank == 0:
             shutil.rmtree(place, ignore_errors=True)
-    if findings:
+    if rank == 0 and findings:
         keep_outcome(say, "problems", 0)
     elif rank == 0:
         shutil.rmtree(say.folder)

@@ -7,16 +7,20 @@ other broke off, so that no source begins at its first sample again.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from data.batch import Step
 from data.config import DataConfig
 from data.corpus import Corpus
 from data.open import PATCHES_PER_TOKEN, open_corpus, open_stream
 from data.sample import Renderer
 from data.stats import corpus_lines
-from data.stream import DataStream
-from finetune.ranks import barrier, gather_lists, rank_and_world
+from data.stream import DataStream, WaitIsOver
+from finetune.metrics import keys_of
+from finetune.ranks import barrier, gather_lists, rank_and_world, require_no_wish
 from finetune.sequence import SequenceGroup, counted_once
 from finetune.stages import Stage, stage_of
+from finetune.watch import Watch
 
 
 class RunData:
@@ -56,11 +60,15 @@ class RunData:
             epochs = f"; {stage.steps} steps are {stage.steps / each:.3g} epochs" if each else ""
             yield f"data{where}: {each} steps an epoch of {stage.data.packs_per_step} packs{epochs}"
 
-    def take(self, number: int) -> Step:
-        """Return this rank's share of step `number` of the run; they must be taken in their order."""
+    def take(self, number: int, *, is_over: Callable[[], bool] = lambda: False) -> Step:
+        """Return this rank's share of step `number` of the run; they must be taken in their order.
+
+        Raises WaitIsOver while it waits for readers when `is_over` says so.
+        """
         stage = stage_of(self.stages, number)
         if stage is not self._stage:
             self._move(stage)
+        self.stream.is_over = is_over
         for _ in range(2):
             step = next(self._steps, None)
             if step is not None:
@@ -109,6 +117,23 @@ class RunData:
                 position |= {"epoch": before.epoch + 1, "step": 0}
             self.stream.load_state_dict(position, changed=True)
             self._steps = iter(())
+
+
+def take_together(data: RunData, number: int, watch: Watch, device: torch.device) -> Step:
+    """Return this rank's share of a step that all ranks begin; every rank must call this.
+
+    When a signal asks any rank for an end, Preempted is raised on all, and none waits for its data any longer.
+    """
+    step = None
+    watch.data(number)
+    try:
+        step = data.take(number, is_over=lambda: bool(watch.stop))
+    except WaitIsOver as over:
+        watch.broken_off = over
+    watch.work(number, "the question whether to begin it", keys_of(step.batches) if step is not None else ())
+    require_no_wish(watch.stop, device)
+    assert step is not None, "no data without a wish"
+    return step
 
 
 def open_data(

@@ -122,9 +122,9 @@ class Tracker:
             self._link.send("adapter", {"step": steps, "folder": str(folder.absolute()), "aliases": list(aliases)})
 
     def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None) -> None:
-        """Keep the first pictures of some rows as the model sees them, in the run folder's media/."""
+        """Keep the first pictures of a run's first step as the model sees them, in the run folder's media/."""
         wanted = self._config.track.media_samples
-        if not self._writes or spec is None or not wanted:
+        if at or not self._writes or spec is None or not wanted:
             return
         place = self._folder / "media"
         kept: list[tuple[str, str]] = []
@@ -141,7 +141,8 @@ class Tracker:
     def preempted(self, number: int, *, done: int) -> str:
         """Take note that a signal ends this start after so many steps; returns the sentence for it."""
         self._preempted = True
-        keep_outcome(self._log, "preempted", done)
+        if self._writes:
+            keep_outcome(self._log, "preempted", done)
         return f"stopped by {Signals(number).name} after {done} steps; the same command goes on from there"
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:

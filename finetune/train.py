@@ -9,10 +9,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ from finetune.metrics import keys_of
 from finetune.model import build
 from finetune.provenance import Provenance
 from finetune.rank_log import RankLog
-from finetune.ranks import rank_and_world
+from finetune.ranks import Preempted, rank_and_world
 from finetune.recipes import effective, load
 from finetune.rehearse import rehearse
 from finetune.replay import replay
@@ -67,7 +68,7 @@ from finetune.setup import (
 )
 from finetune.speaker import stop_tokens
 from finetune.stages import run_stages, stage_of
-from finetune.steps import RunData
+from finetune.steps import RunData, take_together
 from finetune.track import Tracker
 from finetune.update import take_step
 from finetune.watch import PREEMPTED, Watch, exit_code
@@ -102,7 +103,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
     say("\n".join(data.lines()))
     evaluation = Evaluation(
         config, renderer, families=trainable_table(empty), stops=partial(stop_tokens, base_folder),
-        resident=chosen.resident, say=say,
+        resident=chosen.resident, say=say, asked=lambda: watch.stop,
     )  # fmt: skip
     if rank_and_world()[0] == 0:
         say("\n".join(context_lines(empty.context, base, data.corpora, renderer, config.data)))
@@ -131,7 +132,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
     checkpoints = Checkpoints(
         engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
-        beside=adapter_beside(empty, base=config.model.path, provenance=origin),
+        beside=adapter_beside(empty, base=config.model.path, provenance=origin), busy=watch.busy,
     )  # fmt: skip
     found_path, done, owed = kept or starting_point(folder / "checkpoints", config.checkpoint.resume), 0, False
     if found_path is not None:
@@ -147,7 +148,16 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
         origin = reached(origin, resumed.state)
         say(f"resumed: {found_path}, saved by {resumed.ranks} ranks; {config.schedule.steps - done} steps to go")
 
+    def save(steps: int, position: Mapping[str, Any], *, stop: int, owed: bool = False, is_best: bool = False) -> None:
+        nonlocal origin
+        watch.save(steps, checkpoints.folder)
+        state = {"data": position, "eval": evaluation.judge.state_dict(), "eval_owed": owed}
+        origin = reached(origin, state)
+        path = checkpoints.save(step=steps, state=state, config=effective(config), is_best=is_best, wait=bool(stop))
+        say(f"checkpoint: {path}" + (" is being written" if config.checkpoint.asynchronous and not stop else ""))
+
     # --- steps
+    saved = done
     watch.reading, idle = lambda: data.stream.reading(), IdleSteps(config.run.idle_steps)
     with Tracker(config, folder, base=base, device=device, log=say, done=done) as tracker:
         share_rows(packed, balance, groups[stage_of(stages, done).sp])
@@ -160,11 +170,17 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
                 share_rows(packed, balance, groups[stage.sp])
                 tracker.stage(stage.peaks)
             checkpoints.poll()
-            watch.data(at)
-            step = data.take(at)
+            before = data.state_dict()
+            try:
+                step = take_together(data, at, watch, device)
+            except Preempted as wish:
+                if saved != at:
+                    save(at, before, stop=wish.number)
+                checkpoints.wait()
+                say(tracker.preempted(wish.number, done=at))
+                return wish.number
             began = time.perf_counter()
-            if at == 0:
-                tracker.look(at, step.batches, packed.spec)
+            tracker.look(at, step.batches, packed.spec)
             rates, random = set_rates(engine, at, stage, config), random_states()
             try:
                 found, load = take_step(engine, step, config, balance, at, device, watch.work)
@@ -182,20 +198,13 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
             if last or not stop:  # a run that is asked to stop has no time for it, and does it when it goes on
                 watch.stage("evaluation", quiet=True)
                 verdict = evaluation.after(engine, at + 1, last=last, tracker=tracker)
+                stop = stop or verdict.preempted
+            owed = bool(stop) and (not last or bool(verdict.preempted))
             if last or stop or verdict.stop or verdict.is_best or (every and (at + 1) % every == 0):
-                watch.save(at + 1, checkpoints.folder)
-                owed = bool(stop) and not last
-                state = {"data": data.state_dict(), "eval": evaluation.judge.state_dict(), "eval_owed": owed}
-                origin = reached(origin, state)
-                saved = checkpoints.save(
-                    step=at + 1, state=state, config=effective(config), is_best=verdict.is_best, wait=bool(stop)
-                )
-                say(
-                    f"checkpoint: {saved}"
-                    + (" is being written" if config.checkpoint.asynchronous and not stop else "")
-                )
+                save(at + 1, data.state_dict(), stop=stop, owed=owed, is_best=verdict.is_best)
+                saved = at + 1
             ended = at + 1
-            if stop and not last:
+            if owed:
                 say(tracker.preempted(stop, done=ended))
                 return stop
             if verdict.stop:
@@ -204,7 +213,8 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
         checkpoints.wait()
         write_learned(empty, folder, origin, range(done, ended), say)
         hand_over(folder, ended, tracker, say)
-    keep_outcome(say, "done", ended)
+    if rank_and_world()[0] == 0:
+        keep_outcome(say, "done", ended)
     return 0
 
 
@@ -251,6 +261,9 @@ def main(argv: Sequence[str]) -> int:
         return report_failure(log, error, since=since).code
     sys.excepthook = before
     log.close()
+    if watch.broken_off is not None:  # readers that may never end are not waited for
+        sys.stdout.flush()
+        os._exit(exit_code(stop))
     return exit_code(stop)
 
 

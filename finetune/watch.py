@@ -2,7 +2,9 @@
 
 The rank itself may be inside a collective that never returns; then no Python of its own runs, but this thread does.
 Outside of steps, where nobody knows how long a rank may take, it ends when the rank after it is not heard any more.
-Signals that ask for an end (SIGTERM, SIGUSR1, SIGHUP) only raise a wish, which the ranks agree on when a step ends.
+Signals that ask for an end (SIGTERM, SIGUSR1, SIGHUP) only raise a wish, which the ranks agree on when a step ends,
+or before one begins; until the first step there is nothing to lose, and they end the rank. Waiting for data is broken
+off.
 Ctrl-C, a rank beside this one that has died, and a lost launcher end the rank now.
 """
 
@@ -20,15 +22,16 @@ from types import FrameType
 from typing import Any
 
 from finetune.beats import Beats
-from finetune.failures import Kind, first_failure, keep_failure
+from finetune.failures import Failure, Kind, first_failure, keep_failure, keep_outcome
 from finetune.flight import forget_flight, write_flight
 from finetune.rank_log import RankLog
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 SHOWN = 4
 SAVE = 8
-"""A save may stand so many times as long as a step may, with not a byte more on the disk: what a disk has taken it may
-still be writing. A rank that is gone is known sooner."""
+"""A rank may write its part of a save so many times as long as a step may take, with not a byte more on the disk: what
+the disk has taken it may still be writing. Ranks that only wait for each other are given the time of a step."""
+SAVING = "the checkpoint"
 LOOK_S, RECORD_S = 0.5, 10.0
 SUSPENDED_S = 5.0
 """When this thread did not run for so long, nothing of the process did: it was suspended, and did not stand still."""
@@ -47,12 +50,16 @@ class Watch:
     def __init__(self, log: RankLog, *, data_stall: float, step_stall: float) -> None:
         self.stop = 0
         self.reading: Callable[[], Sequence[str]] = list
-        self._log, self._limits = log, {"data": data_stall, "step": step_stall, "save": SAVE * step_stall}
+        self._log, self._limits = log, {"data": data_stall, "step": step_stall, "save": step_stall}
         self._beats = Beats(log, limit=step_stall)
         self._stack_path = log.path.with_suffix(".stack")
         self._parent, self._began = os.getppid(), time.time()
         self._here: dict[str, Any] = {"step": None, "stage": "start", "samples": [], "collective": None}
+        self._busy = self._idle_seen = False
         self._kind, self._since = "", time.monotonic()
+        self._begun = False
+        self.broken_off: Exception | None = None
+        """Where the wait for data was left: while it is known, no reader is torn down, which waits for it to end."""
         self._growing: Path | None = None
         self._grown: tuple[float, object] = 0.0, None
         self._over = threading.Event()
@@ -71,8 +78,16 @@ class Watch:
     def save(self, step: int, folder: Path) -> None:
         """From here the rank writes a checkpoint into `folder`, together with all others."""
         self._growing, self._grown = folder, (time.monotonic(), None)
+        self._idle_seen = False
         self._log.note(f"--- checkpoint after {step} steps")
-        self._enter("save", step=step, stage="the checkpoint", samples=[], collective="the checkpoint")
+        self._enter("save", step=step, stage=SAVING, samples=[], collective=SAVING)
+
+    def busy(self, is_busy: bool) -> None:
+        """Within a save: from here the rank works on a file, or waits for others that do."""
+        self._busy = is_busy
+        if self._kind == "save":
+            self._since, self._idle_seen = time.monotonic(), False
+            self._beats.hurry()
 
     def data(self, step: int) -> None:
         """From here the rank waits for the data of a step."""
@@ -80,6 +95,7 @@ class Watch:
 
     def work(self, step: int, what: str, samples: Sequence[str] = ()) -> None:
         """From here the rank computes, in step with all others: any collective may wait for another rank."""
+        self._begun = True
         self._enter("step", step=step, stage=what, samples=list(samples), collective=what)
 
     def _enter(self, kind: str, **here: Any) -> None:
@@ -133,9 +149,10 @@ class Watch:
                 self._beats.excuse(looked - before)
             self._look_around()
             limit = self._limits.get(self._kind, 0.0)
-            if self._kind == "save":
-                self._see_growth(limit / SAVE)
-            if limit and time.monotonic() - self._since > limit:
+            if self._kind == "save" and self._busy:
+                self._see_growth(limit)
+                limit *= SAVE
+            if limit and time.monotonic() - self._since > limit and not self._is_writing_elsewhere(limit):
                 self._stalled(limit)
 
     def _look_around(self) -> None:
@@ -146,7 +163,7 @@ class Watch:
         if not self._beats.due():
             return
         self._beat()
-        if self.stop and (first := first_failure(self._log.folder, since=self._began)):
+        if self.stop and (first := self._failed()):
             self._end("lost", f"rank {first.rank} has failed")
         if self._kind in ("", "save") and (silent := self._beats.silent()):
             self._end(
@@ -154,6 +171,17 @@ class Watch:
                 f"a silent rank: nothing was heard of {silent}. It was killed or suspended, or its machine is cut off; "
                 f"this rank waits in {self._here['stage']}. run.stall_seconds is the limit",
             )
+
+    def _is_writing_elsewhere(self, limit: float) -> bool:
+        """In a save: whether to wait on, as another rank is busy, or may be so since it last said it was not."""
+        if self._kind != "save" or self._busy:
+            return False
+        seen, self._idle_seen = self._idle_seen, not self._beats.busy()
+        self._since = time.monotonic() - (limit / 2 if self._idle_seen else 0.0)
+        return not (seen and self._idle_seen)
+
+    def _failed(self) -> Failure | None:
+        return first_failure(self._log.folder, since=self._began)
 
     def _see_growth(self, every: float) -> None:
         """Count from the last time that a save's folder changed, and look at it as seldom as the limit allows."""
@@ -172,6 +200,11 @@ class Watch:
         if number in WISHES:
             self.stop = self.stop or number
             self._log.note(f"{signal.Signals(number).name}: stops when this step is done")
+            if not self._begun:
+                self._log.note("no step was begun since the start: ends now")
+                if number != signal.SIGTERM:  # launchers send that one too, when another rank has failed
+                    keep_outcome(self._log, "preempted", None)
+                os._exit(exit_code(number))
 
     def _stalled(self, limit: float) -> None:
         here = self._here
@@ -184,16 +217,19 @@ class Watch:
             )
         samples = ", ".join(here["samples"][:SHOWN]) + (", ..." if len(here["samples"]) > SHOWN else "")
         others = "; ".join(self._beats.others()) or "none has written"
+        cause = "No rank writes any more" if self._kind == "save" else "This rank has its data"
+        cause += "; some other rank does not come"
+        if self._busy:
+            cause = "This rank's own files have not grown: look at its disk"
         self._end(
             "stall",
             f"collective stall: step {here['step']} has stood for {limit:g} s in {here['stage']}"
             + (f" of samples {samples}" if samples else "")
-            + f". This rank has its data; some other rank does not come. They last said: {others}. "
-            f"run.stall_seconds is the limit",
+            + f". {cause}. The others last said: {others}. run.stall_seconds is the limit",
         )
 
     def _beat(self) -> None:
-        here = dict(self._here)
+        here = self._here | {"busy": self._busy}
         if self._kind == "data":
             here["samples"] = list(self.reading())
         self._beats.tell(here)
@@ -228,7 +264,11 @@ def _heard(number: int, frame: FrameType | None) -> None:
 
 
 def _care_for_children() -> None:
-    """Let forked children (the data's workers) leave signals to their parent, and never outlive it."""
+    """Let forked children (the data's workers) leave signals to their parent, and never outlive it.
+
+    torchrun signals a rank's whole group, and torch's workers die of SIGTERM whatever they were told to ignore: they
+    get a group of their own.
+    """
     global _children  # noqa: PLW0603  # the hook is the process's, and cannot be taken back
     if not _children:
         os.register_at_fork(after_in_child=_in_child)
@@ -236,6 +276,7 @@ def _care_for_children() -> None:
 
 
 def _in_child() -> None:
+    os.setpgid(0, 0)
     signal.set_wakeup_fd(-1)
     for number in (*WISHES, signal.SIGINT):
         if signal.getsignal(number) is _heard:

@@ -10,7 +10,7 @@ from corpora import LIMITS, corpus_of, renderer, sample_json, write_sample, writ
 
 from data.batch import DUMMY_TOKENS, LossSums
 from data.plan import PlanSettings
-from data.stream import DataStream, StreamSettings, TooManyBadSamples
+from data.stream import DataStream, StreamSettings, TooManyBadSamples, WaitIsOver
 from data.tar import TarWriter
 
 PLAN = PlanSettings(seed=5, packs_per_step=5, tokens_per_pack=LIMITS.tokens, patches_per_pack=LIMITS.patches)
@@ -287,4 +287,7 @@ def test_a_stalled_worker_is_named(corpus, monkeypatch):
     monkeypatch.setattr(SampleReader, "sample", lambda *_: time.sleep(3))
     mine = stream(corpus, workers=1, stall_seconds=1)
     with pytest.raises(TimeoutError, match=r"data stall on data rank 0: no pack for step 0 of epoch 0 .*part-00"):
+        next(iter(mine))
+    mine.is_over = lambda: True
+    with pytest.raises(WaitIsOver, match="step 0"):
         next(iter(mine))

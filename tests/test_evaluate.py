@@ -142,12 +142,12 @@ def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPa
         ):
             Evaluation(
                 config, _renderer(config), families=rows, stops=lambda: frozenset([1]), resident=resident,
-                say=lambda text: None,
+                say=lambda text: None, asked=lambda: 0,
             )  # fmt: skip
     said: list[str] = []
     config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1", "eval.answer_tokens=120"])
     data = held_out(config, packs_per_step=1)
-    asked = Answers(config.eval, data, _renderer(config), stops=frozenset([1]), say=said.append)
+    asked = Answers(config.eval, data, _renderer(config), stops=frozenset([1]), wish=lambda: 0, say=said.append)
     assert not asked.asked
     assert re.search(r"not asked: words/\S+ leaves no room for an answer in data.tokens_per_pack", said[0])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,14 @@ WORDS = [
 
 
 def _start(
-    here: list[Host], folder: Path, name: str, *words: str, restarts: int = 0, min_nodes: int = 0, ranks: int = 2
+    here: list[Host],
+    folder: Path,
+    name: str,
+    *words: str,
+    restarts: int = 0,
+    min_nodes: int = 0,
+    ranks: int = 2,
+    site: Path | None = None,
 ) -> list[tuple[subprocess.Popen, Path]]:
     """Start one run, an agent on each host, from the rendered command."""
     profile = Profile(
@@ -44,6 +52,7 @@ def _start(
             command[at] += f",is_host={'true' if number == 0 else 'false'},last_call_timeout=2,keep_alive_interval=1"
             command.insert(at, f"--local_addr={host.address}")
         settings = environment() | dict(rendered.environment) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        settings["PYTHONPATH"] += f"{os.pathsep}{site}" if site else ""
         output = folder / f"{name}-{number}.txt"
         started.append((host.start(command, folder=folder, environment=settings, output=output), output))
     return started
@@ -108,6 +117,41 @@ def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_o
         found = _losses(tmp_path, "cut")
     assert sorted(found) == list(range(STEPS))
     assert [found[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-5)
+
+
+IN_SAVE = """
+import os, sys, time
+def at_its_file(event, arguments):
+    if event != "open" or os.environ.get("RANK") != "1":
+        return
+    if "shard-00002-" in str(arguments[0]) and "w" in (arguments[1] or ""):
+        open("in-save", "w").close()
+        time.sleep(4)
+sys.addaudithook(at_its_file)
+"""
+
+
+@pytest.mark.slow
+def test_a_host_cut_off_in_a_save_that_still_reaches_the_disk_is_missed_soon(tmp_path: Path) -> None:
+    toy_run(tmp_path, rows=216)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(IN_SAVE)
+    with hosts(2) as here:
+        cut = _start(here, tmp_path, "cut", f"schedule.steps={STEPS}", ranks=1, site=tmp_path / "site")
+        while not (tmp_path / "in-save").exists():
+            assert cut[0][0].poll() is None, cut[0][1].read_text()[-3000:]
+            time.sleep(0.1)
+        here[1].cut_off()
+        began = time.monotonic()
+        assert cut[0][0].wait(120) != 0
+        assert time.monotonic() - began < 4 + 2 * STALL_S + 45  # not the eight limits of a disk
+        said = cut[0][1].read_text()
+        assert re.search(r"in the checkpoint. No rank writes any more; some other rank does not come", said), said[
+            -3000:
+        ]
+        assert not (tmp_path / "runs" / "cut" / "checkpoints" / "step-000003").exists()
+        here[1].end()
+        cut[1][0].wait(20)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from finetune.update import take_step
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
+RUN += ["data.tokens_per_pack=256"]  # two steps an epoch: a signal finds workers that read ahead
 EVERY_FIGURE = {
     "step", "epoch", "tokens", "tokens_nonpad", "tokens_supervised", "images", "video_seconds", "loss", "loss_balance",
     "grad_norm", "lr", "seconds", "seconds_data", "tokens_per_second", "tflops_model", "mfu", "memory_gb",
@@ -60,7 +61,9 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
     steps = metrics(place, "whole")
     assert [step["step"] for step in steps] == list(range(5))
     assert all(set(step) >= EVERY_FIGURE for step in steps)
-    assert all(step["mfu"] is None and step["tflops_model"] > 0 and step["images"] == 36 for step in steps)
+    assert all(step["mfu"] is None and step["tflops_model"] > 0 and step["images"] > 0 for step in steps)
+    assert [step["epoch"] for step in steps] == [0, 0, 1, 1, 2]
+    assert all(one["images"] + other["images"] <= 36 for one, other in zip(steps[:4:2], steps[1:4:2], strict=True))
     assert whole.count("mfu: null in metrics.jsonl, as the peak of a CPU is not known") == 1
     loads = [json.loads(line) for line in (folder / "expert_load.jsonl").read_text().splitlines()]
     assert [load["step"] for load in loads] == [0, 2, 4]
@@ -88,6 +91,17 @@ def _stop(number: int) -> Callable[[int], None]:
     return lambda pid: os.kill(pid, number)
 
 
+IN_SAVE = """
+import os, signal, sys, time
+done = []
+def at_its_file(event, arguments):
+    if event == "open" and os.environ.get("RANK") == "1" and "shard-00002-" in str(arguments[0]) and not done:
+        done.append(True)
+        {what}
+sys.addaudithook(at_its_file)
+"""
+
+
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(place: Path, whole: str) -> None:
     words = [*RUN, "track.wandb=offline", "track.load_every=2"]
     began = time.monotonic()
@@ -104,6 +118,112 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
     (run,) = (place / "runs" / "cut").glob("wandb/offline-run-*")
     losses = [row["loss"] for row in wandb_file.history(run) if "loss" in row]
     assert losses == [step["loss"] for step in metrics(place, "whole")]
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "number"),
+    [
+        ("early", [*TRAIN, "--ranks", "2"], signal.SIGUSR1),
+        pytest.param(  # the same with what a rendered job starts
+            "warned",
+            [*TORCHRUN, "--nproc_per_node=2", "--signals-to-handle=SIGTERM,SIGUSR1", "-m", "finetune.train"],
+            signal.SIGUSR1,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    place: Path, name: str, command: list[str], number: int
+) -> None:
+    began: list[float] = []
+
+    def stop(pid: int) -> None:
+        began.append(time.monotonic())
+        os.kill(pid, number)
+
+    done = start(place, command, name, *RUN, at="loaded:", then=stop)
+    assert time.monotonic() - began[0] < 20  # not the 30 s after which torchrun kills
+    assert "step 0:" not in done.stdout
+    logs = place / "runs" / name / "logs"
+    for rank in (0, 1):
+        assert "no step was begun since the start: ends now" in (logs / f"rank-{rank:04d}.log").read_text()
+    if command[: len(TRAIN)] == TRAIN:
+        assert done.returncode == 75, done.stderr[-3000:]
+        assert "ended by a signal before it could save; the same command goes on from the last save" in done.stderr
+    else:  # torchrun has one exit code for all: the job looks here whether it is to be queued again
+        assert json.loads((logs / "outcome.json").read_text())["outcome"] == "preempted"
+
+
+@pytest.mark.slow  # two starts
+def test_a_signal_breaks_off_an_evaluation_also_the_last_and_the_next_start_makes_up_for_it(place: Path) -> None:
+    turns = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": "Yes."}] for n in range(3000)]
+    (place / "held-out.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    words = [*RUN, "schedule.steps=1", "schedule.warmup_steps=0", "eval.sources.words.path=held-out.jsonl"]
+    words += ["data.workers=0", "eval.every_steps=1"]
+    found = place / "runs" / "judged"
+    cut = start(place, [*TRAIN, "--ranks", "2"], "judged", *words, at="step 0:", then=_stop(signal.SIGTERM))
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    assert "the evaluation at step 1 is left for the next start" in cut.stdout
+    assert "stopped by SIGTERM after 1 steps" in cut.stdout
+    assert (found / "checkpoints" / "step-000001").exists()
+    assert not (found / "adapter").exists()
+    again = start(place, [*TRAIN, "--ranks", "2"], "judged", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    told = [json.loads(line) for line in (found / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in told] == [0, 1]
+    assert told[1]["words/samples"] == 3000
+    assert (found / "adapter").exists()
+
+
+HANGS = """
+import multiprocessing, os, sys, time
+def second_epoch(event, arguments):  # its worker never comes back from opening its shard
+    is_worker = os.environ.get("RANK") == "1" and multiprocessing.parent_process() is not None
+    if event == "open" and is_worker and str(arguments[0]).endswith(".tar"):
+        if [name for name in os.listdir(".") if name.startswith("read-by-") and name != f"read-by-{os.getpid()}"]:
+            time.sleep(3600)
+        os.makedirs(f"read-by-{os.getpid()}", exist_ok=True)
+sys.addaudithook(second_epoch)
+"""
+
+
+@pytest.mark.slow  # two starts
+def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, whole: str) -> None:
+    words = [*RUN, "checkpoint.every_steps=0", "track.wandb=offline", "track.load_every=2"]
+
+    def stop(pid: int) -> None:
+        deadline = time.monotonic() + 40
+        while time.time() - (said := beat(place, "waits", 1))["time"] > 2 or said["stage"] != "waiting for data":
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)  # it writes where it is every 4 s
+        time.sleep(1)
+        os.kill(pid, signal.SIGTERM)
+
+    cut = start(
+        place, [*TRAIN, "--ranks", "2"], "waits", *words, "run.stall_seconds=16", "data.stall_seconds=0", at="step 1:",
+        then=stop, site=HANGS,
+    )  # fmt: skip
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    assert done == 2
+    again = start(place, [*TRAIN, "--ranks", "2"], "waits", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"resumed: runs/waits/checkpoints/step-{done:06d}" in again.stdout
+    _same_as_whole(place, "waits")
+
+
+@pytest.mark.slow  # two starts
+def test_a_signal_waits_for_the_save_behind_the_run_and_writes_one_more(place: Path, whole: str) -> None:
+    slow = IN_SAVE.format(what="time.sleep(5)")
+    words = [*RUN, "checkpoint.every_steps=1", "checkpoint.asynchronous=true", "track.wandb=offline"]
+    words += ["track.load_every=2"]
+    cut = start(place, [*TRAIN, "--ranks", "2"], "behind", *words, at="step 0:", then=_stop(signal.SIGTERM), site=slow)
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    assert (place / "runs" / "behind" / "checkpoints" / f"step-{done:06d}").exists()
+    again = start(place, [*TRAIN, "--ranks", "2"], "behind", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    _same_as_whole(place, "behind")
 
 
 @pytest.mark.slow  # two starts; test_train.py kills a whole run
@@ -208,17 +328,6 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
     assert re.search(text, done.stderr), done.stderr[-3000:]
 
 
-IN_SAVE = """
-import os, signal, sys, time
-done = []
-def at_its_file(event, arguments):
-    if event == "open" and os.environ.get("RANK") == "1" and "shard-00002-" in str(arguments[0]) and not done:
-        done.append(True)
-        {what}
-sys.addaudithook(at_its_file)
-"""
-
-
 @pytest.mark.slow  # waits for its limits
 @pytest.mark.parametrize(
     ("name", "what", "text"),
@@ -261,9 +370,9 @@ def test_the_doctor_says_why_a_real_run_hung(place: Path) -> None:
     assert asked.returncode == 3, asked.stderr
     said = asked.stdout
     assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", said), said
-    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*general/", said), said
+    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*general-000000.tar", said), said
     assert re.search(
-        r"rank\(s\) 0 wait in all_reduce .* of sum_over_ranks \(ranks.py:\d+\), number (\d+) of gloo group 0 "
+        r"rank\(s\) 0 wait in all_reduce .* of require_no_wish \(ranks.py:\d+\), number (\d+) of gloo group 0 "
         r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+", said,
     ), said  # fmt: skip
     assert re.search(r"rank 1, stack, innermost first:\n.*\n", said), said
