@@ -219,7 +219,7 @@ class Watch:
         others = "; ".join(self._beats.others()) or "none has written"
         cause = "No rank writes any more" if self._kind == "save" else "This rank has its data"
         cause += "; some other rank does not come"
-        if self._busy:
+        if self._kind == "save" and self._busy:
             cause = "This rank's own files have not grown: look at its disk"
         self._end(
             "stall",

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from user_runs import ROOT, TORCHRUN, TRAIN, beat, make_place, metrics, start
 
 from data.batch import LossSums, Step
+from finetune.beats import Beats
 from finetune.config import RunConfig
 from finetune.failures import Failure, first_failure
+from finetune.rank_log import RankLog
 from finetune.safety import IdleSteps, kept_rows, require_finite
 from finetune.update import take_step
 
@@ -395,6 +398,41 @@ def test_ctrl_c_ends_every_process_in_seconds(place: Path) -> None:
 
 
 # --- without processes ------------------------------------------------------------------------------------------------
+
+
+def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    here = {"step": 4, "stage": "evaluation", "samples": [], "collective": None, "busy": False}
+    logs = [RankLog(tmp_path / "logs", rank) for rank in (0, 2)]
+    Beats(logs[0], limit=0.4).tell(here)  # of an earlier start
+    first, last = (Beats(log, limit=0.4) for log in logs)
+    last.tell(here)
+    time.sleep(0.5)
+    assert last.silent() == ""
+    first.tell(here | {"busy": True})
+    assert last.silent() == ""
+    assert last.busy()
+    time.sleep(0.5)
+    assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, [01] s ago", last.silent())
+    assert not last.busy()
+    last.excuse(10.0)  # it was suspended itself
+    assert last.silent() == ""
+    last.excuse(-10.0)
+    first.tell(here | {"stage": "ended"})
+    assert last.silent() == ""
+    time.sleep(0.5)
+    assert last.silent() == ""
+    first.tell(here)
+    assert last.silent() == ""
+    time.sleep(0.5)
+    assert last.silent()
+    for log in logs:
+        log.close()
+    shutil.rmtree(tmp_path / "logs")  # who cannot write does not judge
+    last.tell(here)
+    assert last.silent() == ""
 
 
 def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Path) -> None:
