@@ -45,8 +45,9 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far gradients go down: to the tower's output, into the first layer's experts, into any layer."""
+    """How far gradients go down: into the tower's blocks, to its output, into the first layer's experts, any layer."""
 
+    tower: bool
     vision: bool
     first: bool
     layers: bool
@@ -59,9 +60,11 @@ class Reach:
             for field in fields(adapters)
             if getattr(getattr(adapters, field.name), "mode", "frozen") != "frozen"
         }
+        tower = bool(trains & {"vision_blocks", "patch_embed", "pos_embed"})
         vision = bool(trains & set(VISION))
         first = vision or bool(trains & {"embeddings", "attention", "norms"})
-        return cls(vision=vision, first=first, layers=first or bool(trains & {"experts", "router", "mlp"}))
+        layers = first or bool(trains & {"experts", "router", "mlp"})
+        return cls(tower=tower, vision=vision, first=first, layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,8 @@ from finetune.trained import Tensor
 PERSISTENCE, REUSE, SUB_GROUP = 1_000_000, 1_000_000_000, 1_000_000_000
 """The engine's settings, in elements: whole between steps below; what is used again within so many stays whole; so
 many of a rank's own are updated at a time."""
+BUCKET = (1_000_000, 100_000_000)
+"""The engine's setting, in elements: least and most of the bucket through which gradients leave."""
 DECODER = ("attention", "experts", "router", "mlp", "norms")
 """Parts of a decoder layer."""
 
@@ -65,3 +67,8 @@ def small(tensors: Sequence[Tensor], layout: Layout) -> int:
 def gathered(tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     """The tensors that are brought together in every micro-batch."""
     return [t for t in tensors if t.elements >= layout.persistence and layout.group(t) > 1]
+
+
+def bucket(trained: Sequence[Tensor]) -> int:
+    """Elements of the bucket through which gradients leave."""
+    return min(max(sum(tensor.elements for tensor in trained), BUCKET[0]), BUCKET[1])

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.plan_activations import VISION, WIDE
-from finetune.plan_layout import Layout, slices, small
+from finetune.plan_layout import Layout, bucket, slices, small
 from finetune.plan_moments import Moment, moments
 from finetune.trained import Tensor, frozen_tensors, trained_tensors
 
-BUCKET = (1_000_000, 100_000_000)
-"""The engine's setting, in elements: least and most of the bucket."""
 RESERVE_BYTES, RESERVE_SHARE = 1.5e9, 0.03
 """Outside tensors on a GPU: context, kernels and communicators; and what the allocator cannot reuse."""
 
@@ -72,11 +70,6 @@ def memory(config: RunConfig, base: Family, layout: Layout) -> Memory:
     planned = Memory(always=fixed, moments=found, reserve=0, weights=weights)
     reserve = int(RESERVE_BYTES + RESERVE_SHARE * planned.peak) if layout.device else 0
     return replace(planned, reserve=reserve)
-
-
-def bucket(trained: Sequence[Tensor]) -> int:
-    """Elements of the bucket through which gradients leave."""
-    return min(max(sum(tensor.elements for tensor in trained), BUCKET[0]), BUCKET[1])
 
 
 def _fixed(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.plan_activations import VISION, WIDE, Layer, Reach, Rows, embedded, head, layer, row
-from finetune.plan_layout import DECODER, Layout, gathered, largest_layer, slices
+from finetune.plan_layout import BUCKET, DECODER, Layout, bucket, gathered, largest_layer, slices
 from finetune.plan_vision import pixels, tower
 from finetune.trained import Tensor
 
@@ -48,9 +48,11 @@ def moments(
     again = recomputes * (widest.saved - (0.0 if waits else widest.returned + widest.shared))
     gradients = layout.itemsize * max((t.elements for t in trained), default=0)
     weights = (*trained, *(() if layout.resident else frozen))
-    used = (*DECODER, *(VISION if reach.vision else ()))
+    trains = {tensor.part for tensor in trained}
+    used = (*DECODER, *(part for part in VISION if reach.tower or part in trains))
     last = rows.tokens * base.text.hidden_size * (WIDE + rows.itemsize)
     passing = widest.passing if recomputes or not reach.layers else 0.0
+    most = max(sum(tensor.elements for tensor in group) for group in _groups(trained))
     behind = _gather(layout, weights, used, forward=False)
     every = (
         _moment("vision tower", here, {"tower at work": seen.forward}, _gather(layout, weights, None, forward=True)),
@@ -71,15 +73,23 @@ def moments(
             here, {"vision activations": seen.kept, "vision features": seen.outputs},
             {"one block recomputed": seen.again, "one block's gradients": seen.working + gradients}, behind,
         ] if seen.working else ())),
+        # the bucket is emptied once it is full, at the latest when backward is over
+        _moment("gradients leave", *([stays, behind] if bucket(trained) == BUCKET[1] else [here]),
+                {"gradients in one tensor": WIDE * min(bucket(trained), most)}),
         _moment("update", {"gradients as the optimiser sees them": WIDE * _updated(trained, layout)}),
     )  # fmt: skip
     return tuple(one for one in every if one.parts)
 
 
 def _updated(trained: Sequence[Tensor], layout: Layout) -> int:
-    """Elements whose gradients are in one tensor at a time; a group of weights closes once it is large enough."""
+    """Elements of a rank whose gradients are in one tensor at a time: a group's, closed once it is large enough."""
     largest = max((slices([tensor], layout) for tensor in trained), default=0)
-    return min(slices(trained, layout), layout.sub_group + largest)
+    return min(max(slices(group, layout) for group in _groups(trained)), layout.sub_group + largest)
+
+
+def _groups(trained: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The engine's groups of weights, as far as they are alike in every run: experts', and the others."""
+    return [[tensor for tensor in trained if tensor.expert == expert] for expert in (False, True)]
 
 
 def _layers(config: RunConfig, base: Family, layout: Layout, rows: Rows) -> list[tuple[Layer, int]]:

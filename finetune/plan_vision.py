@@ -9,7 +9,7 @@ from typing import Literal
 
 from finetune.config import AdaptersConfig
 from finetune.families import Family, Vision
-from finetune.plan_activations import INDEX, WIDE, Recompute, Rows
+from finetune.plan_activations import INDEX, WIDE, Reach, Recompute, Rows
 
 TAKEN = 4
 """Of the learned positions, those around a patch whose mean is its own."""
@@ -37,7 +37,7 @@ def tower(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     width, inner, levels = vision.hidden_size, vision.intermediate_size, len(vision.deepstack_visual_indexes)
     before = sum(index < vision.depth - 1 for index in vision.deepstack_visual_indexes)
     level = p // vision.spatial_merge_size**2 * vision.out_hidden_size * b
-    trains = any(getattr(adapters, part).mode != "frozen" for part in ("vision_blocks", "patch_embed", "pos_embed"))
+    trains = Reach.of(adapters).tower
     last, deep = (_merger(adapters, part, width * b, below=trains) for part in ("merger", "deepstack_mergers"))
     around = _around(vision, b)
     widest = _forward(vision, b, lora=adapters.vision_blocks.mode == "lora")

@@ -62,7 +62,7 @@ def traffic(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, *
     frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
     found = [
         *_exchanges(config, base, layout, cluster, micro_batches),
-        *_gathers(trained, frozen, layout, cluster, micro_batches),
+        *_gathers(trained, frozen, layout, cluster, micro_batches, Reach.of(config.adapters)),
         *_gradients(trained, layout, cluster, micro_batches),
     ]
     return [one for one in found if one.bytes and one.group > 1]
@@ -123,31 +123,33 @@ def exchanged(
 
 
 def _gathers(
-    trained: Sequence[Tensor], frozen: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int
-) -> list[Traffic]:
+    trained: Sequence[Tensor], frozen: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int,
+    reach: Reach,
+) -> list[Traffic]:  # fmt: skip
     """Small tensors once a step, after the update; larger ones in every micro-batch, as often as they are let go."""
-    reach = sum(tensor.elements for tensor in gathered([*trained, *frozen], layout) if tensor.part in DECODER)
-    again = max(0.0, 1 - layout.reuse / 2 / reach) if reach else 0.0
+    decoder = sum(tensor.elements for tensor in gathered([*trained, *frozen], layout) if tensor.part in DECODER)
+    again = max(0.0, 1 - layout.reuse / 2 / decoder) if decoder else 0.0
     found = []
     for what, tensors in (("trained", trained), ("frozen", frozen)):
         for expert in (False, True):
             mine = [tensor for tensor in tensors if tensor.expert == expert]
-            wide = sum(tensor.elements * _passes(tensor, layout, again) for tensor in gathered(mine, layout))
+            wide = sum(tensor.elements * _passes(tensor, layout, again, reach) for tensor in gathered(mine, layout))
             size = int(layout.itemsize * (small(mine, layout) + micro_batches * wide))
             found.append(_over(f"{what} weights{', experts' if expert else ''}", size, expert, layout, cluster))
     return found
 
 
-def _passes(tensor: Tensor, layout: Layout, again: float) -> float:
+def _passes(tensor: Tensor, layout: Layout, again: float, reach: Reach) -> float:
     """How often a large tensor is brought together in a micro-batch.
 
     Once in forward. `again` is the share of the decoder that forward's end has let go of when backward comes to it: the
     engine keeps what is used again soon. Beside the frozen stacks that share is fetched once more after a layer was
-    recomputed. Tower and head are done when the forward is; so is the embedding, but a frozen one below recomputed
-    layers.
+    recomputed. Tower and head are done when the forward is. As was counted, not as one would think: where layers are
+    recomputed, frozen weights of the lowest ones that are come once more, blocks of the tower or else the embedding.
     """
-    if tensor.part == "embed_tokens":
-        return 1 if layout.recompute == "none" or tensor.trained else 2
+    lowest = "vision_blocks" if reach.tower else "embed_tokens"
+    if tensor.part == lowest and layout.recompute != "none":
+        return 1 if tensor.trained else 2
     if tensor.part not in DECODER:
         return 1
     return 1 + again * (1 if layout.recompute == "none" or (tensor.expert and not tensor.trained) else 2)
