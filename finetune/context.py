@@ -47,6 +47,8 @@ def extension(config: ContextConfig, base: Family) -> Extension | None:
     """What the configuration asks of the base; None where it stays as it is."""
     if config.yarn.factor is None:
         return None
+    if not config.yarn.factor > 1:
+        raise ValueError(f"context.yarn.factor is {config.yarn.factor:g}; a factor above 1 is wanted, or none")
     original = base.text.rope.original_max_position_embeddings or base.text.max_position_embeddings
     return Extension(
         factor=config.yarn.factor,

@@ -50,6 +50,8 @@ class Endpoint:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"--url is {self.url!r}; write http://host:port/v1, as the server prints it at start")
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout is {self.timeout:g}; a request needs some seconds, above 0")
 
     @property
     def root(self) -> str:

@@ -68,6 +68,19 @@ class Speaker:
         assert self.switches, "what was trained in full or added to the weights cannot be left out"
         return adapters_off(self.module)
 
+    def require_room(self, prompt: Sample) -> Sample:
+        """Return the prompt; raise when it reaches beyond the positions that the model was made to tell apart."""
+        wanted, known = (
+            int(prompt.positions[1:].max()) + 1,
+            self.module.config.get_text_config().max_position_embeddings,
+        )
+        if wanted > known:
+            raise ValueError(
+                f"the prompt takes {wanted:,} positions ({len(prompt.input_ids):,} tokens), the model reads {known:,}. "
+                f"Shorten it, show smaller images or fewer frames, or set context.yarn.factor where it was trained so"
+            )
+        return prompt
+
     def stream(self, prompt: Sample, sampling: Sampling) -> Iterator[str]:
         """Text of one answer, piece by piece; a character that is not whole yet waits for its next token."""
         ids: list[int] = []

@@ -12,9 +12,10 @@ WINDOW = 4
 
 
 def prompt_of(speaker: Speaker, asked: Asked) -> Sample:
-    """The question as the model gets it; an error in its media names the sample."""
+    """The question as the model gets it; an error in it names the sample."""
     try:
-        return speaker.renderer.build(asked.record, asked.images, asked.videos, key=asked.key, prompt=True)
+        prompt = speaker.renderer.build(asked.record, asked.images, asked.videos, key=asked.key, prompt=True)
+        return speaker.require_room(prompt)
     except ValueError as error:
         raise ValueError(f"sample {asked.key}: {error}") from error
 

@@ -87,7 +87,7 @@ def _answers(
 
     def stream(speaker: "Speaker") -> Iterator[str]:
         prompt = speaker.renderer.build(record, images, videos, key="question", prompt=True)
-        return speaker.stream(prompt, sampling)
+        return speaker.stream(speaker.require_room(prompt), sampling)
 
     speaker = load_speaker(args.model, args, adapter=args.adapter)
     if args.compare and speaker.switches:

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from finetune.answers import find_questions, put
     from finetune.endpoint import Endpoint, EndpointError, check_sendable
 
+    if not args.tolerance >= 0:
+        raise ValueError(f"--tolerance is {args.tolerance}; a number from 0 on is wanted, 0.1 is usual for bfloat16")
     endpoint = Endpoint(url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout)
     questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed)
     for question in questions:

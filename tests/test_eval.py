@@ -383,6 +383,24 @@ def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
     assert "nowhere.png" in capsys.readouterr().err
 
 
+def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"messages": [{"role": "user", "content": "word " * 9000}, {"role": "assistant", "content": "ho"}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    data, url = str(tmp_path / "long.jsonl"), ["--url", "http://127.0.0.1:9/v1", "--name", "any"]
+    local = ["--model", str(base()), "--max-tokens", "1"]
+    for words, message in (
+        (["eval", data, *local], "sample 000000001: the prompt takes"),
+        (["eval", data, *local, "--out", str(tmp_path / "no" / "a.jsonl")], "a file in a folder that exists is wanted"),
+        (["eval", data, *local, "--out", str(tmp_path)], "a file in a folder that exists is wanted"),
+        (["eval", data, *local, "--set", "context.yarn.factor=0.5"], "context.yarn.factor is 0.5; a factor above 1"),
+        (["eval", data, *url, "--timeout", "0"], "--timeout is 0; a request needs some seconds"),
+        (["serve-check", url[1], data, "--model", str(base()), "--tolerance", "-1"], "--tolerance is -1.0; a number"),
+        (["ask", str(base()), row["messages"][0]["content"]], "the prompt takes 18,0"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
     lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
