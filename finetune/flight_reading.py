@@ -99,7 +99,7 @@ def flight_lines(flight: Flight, shown: int = 3) -> Iterator[str]:
 def _members(flights: Mapping[int, Flight], last: Mapping[int, Mapping[str, Any]], group: str) -> list[int]:
     name = group.partition(":")[2].partition(" ")[0]
     told = {rank for flight in flights.values() for rank in flight.members.get(name, ())}
-    return sorted(told or {rank for rank, found in last.items() if group in found})
+    return sorted(told | {rank for rank, found in last.items() if group in found})
 
 
 def _group(entry: Mapping[str, Any]) -> str:
