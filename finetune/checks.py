@@ -12,6 +12,7 @@ from finetune.context import context_problems
 from finetune.eval_checks import eval_problems
 from finetune.families import Family, family, family_names
 from finetune.hubconfig import hub_config, read_family
+from finetune.media_checks import media_problems, run_problems
 from finetune.problems import ConfigError, Problem, did_you_mean
 from finetune.published import published_problems
 from finetune.schedule_checks import schedule_problems, stage_problems
@@ -124,6 +125,10 @@ def _ranges(facts: Facts) -> list[Problem]:
         if not (isfinite(value) and value > 0)
     ]
     return problems
+
+
+def _media(facts: Facts) -> list[Problem]:
+    return [*media_problems(facts.config), *run_problems(facts.config)]
 
 
 def _sources(facts: Facts) -> list[Problem]:
@@ -260,6 +265,7 @@ def _schedule(facts: Facts) -> list[Problem]:
 
 CHECKS: tuple[Callable[[Facts], list[Problem]], ...] = (
     _ranges,
+    _media,
     _sources,
     _steps_divide,
     _expert_ranks,

@@ -136,3 +136,22 @@ def test_effective_config_is_complete() -> None:
     config, _ = load("tiny-cpu")
     expected = "objective model adapters moe parallel data loss optim schedule stages context engine eval checkpoint"
     assert " ".join(effective(config)) == f"{expected} track run"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.image.max_tokens=0", "data.image.max_tokens = 0: at least 1 is wanted"),
+        ("data.video.max_tokens_per_frame=0", "data.video.max_tokens_per_frame = 0: at least 1 is wanted"),
+        ("data.video.min_frames=900", "data.video.min_frames = 900: it is above data.video.max_frames, 768"),
+        ("data.video.fps=0", "data.video.fps = 0.0: a finite number above 0 is wanted"),
+        ("data.video.timeout_seconds=.nan", "data.video.timeout_seconds = nan: a finite number above 0"),
+        ("run.name=../elsewhere", "run.name = '../elsewhere': it names a folder below runs/"),
+        ("run.name=/tmp/x", "run.name = '/tmp/x': it names a folder below runs/"),
+        ("run.name=.", "run.name = '.': it names a folder below runs/"),
+        ("run.seed=9223372036854775808", "random generators take seeds below 9223372036854775808"),
+    ],
+)
+def test_sizes_names_and_seeds_that_cannot_be(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "tiny-cpu", override]) == 2
+    assert message in capsys.readouterr().err
