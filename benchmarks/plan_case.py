@@ -75,10 +75,13 @@ def write_base(folder: Path, *, experts: int | None = 8) -> Path:
     return folder
 
 
-def packed_row(case: Case, base: Family, spec: VisionSpec) -> Batch:
-    """The case's samples in one row, without padding; the first begins with its images and videos."""
+def packed_row(case: Case, base: Family, spec: VisionSpec, *, row: int = 0) -> Batch:
+    """Return the case's samples in one row, without padding; the first begins with its images and videos.
+
+    Rows of other numbers are of the same sizes and have other contents.
+    """
     samples = [
-        _sample(length, base, spec, case, seed, *((case.images, case.videos) if seed == 0 else ((), ())))
+        _sample(length, base, spec, case, (row, seed), *((case.images, case.videos) if seed == 0 else ((), ())))
         for seed, length in enumerate(case.samples)
     ]
     widths = (3 * spec.patch**2, 3 * spec.temporal * spec.patch**2)
@@ -86,11 +89,11 @@ def packed_row(case: Case, base: Family, spec: VisionSpec) -> Batch:
 
 
 def _sample(
-    length: int, base: Family, spec: VisionSpec, case: Case, seed: int, images: tuple[Grid, ...],
+    length: int, base: Family, spec: VisionSpec, case: Case, seed: tuple[int, int], images: tuple[Grid, ...],
     videos: tuple[Grid, ...],
 ) -> Sample:  # fmt: skip
     """So many tokens, of which one in `case.supervised` is."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([*seed])
     ids = generator.integers(0, base.text.vocab_size - 40, length).astype(np.int32)
     kinds, at = np.zeros(length, dtype=np.int64), 1
     for kind, token, grids in ((1, base.image_token_id, images), (2, base.video_token_id, videos)):

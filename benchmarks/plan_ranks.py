@@ -23,6 +23,7 @@ from finetune.engine import backward, engine_config, engine_device, initialize, 
 from finetune.forward import PackedModel
 from finetune.hubconfig import read_family
 from finetune.model import build
+from finetune.ranks import rank_and_world
 from finetune.sequence import sequence_groups
 from finetune.sequence_attention import use_sequence
 from finetune.setup import engine_options, make_balance, model_options, save_memory, share_rows
@@ -69,7 +70,8 @@ def session(base: Path, cases: list[Case]) -> list[Measured]:
 def measure(base: Path, case: Case) -> Measured:
     """Run four steps of one case, and count in them."""
     start_distributed()
-    batch = packed_row(case, read_family(base), read_spec(base))
+    row = rank_and_world()[0] // case.config().parallel.sp
+    batch = packed_row(case, read_family(base), read_spec(base), row=row)
     gc.collect()
     gc.freeze()  # what there is before is none of the engine's, and a million objects more to look through each time
     engine, balance = _start(base, case)
@@ -82,7 +84,7 @@ def measure(base: Path, case: Case) -> Measured:
     static = max(static, _bytes(_alive()))
     with Allocations() as made:
         _step(engine, balance, batch)
-    row = _bytes(value for value in vars(batch).values() if isinstance(value, Tensor))
+    inputs = _bytes(value for value in vars(batch).values() if isinstance(value, Tensor))
     parameters = list(engine.module.parameters())
     optimizer = engine.optimizer
     states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
@@ -94,7 +96,7 @@ def measure(base: Path, case: Case) -> Measured:
         masters=_bytes(optimizer.fp32_partitioned_groups_flat),
         moments=_bytes(value for value in states if isinstance(value, Tensor) and value.numel() > 1),
         gradients=_bytes(slices.values()),
-        peak=static + row + made.peak_bytes,
+        peak=static + inputs + made.peak_bytes,
         flops=operations.get_total_flops(),
         sent={names[kind]: size for kind, size in sent.bytes.items()},
         leaving={names[kind]: size for kind, size in sent.leaving.items()},
