@@ -87,6 +87,13 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     )  # fmt: skip
 
 
+def require_finite(folder: Path) -> None:
+    """Raise where an adapter holds NaN or infinity: attention on a CPU hides it, and the answers are anything."""
+    for name, stored in read_header(folder / WEIGHTS)[0].items():
+        if not bool(torch.isfinite(read_stored(stored)).all()):
+            raise ValueError(f"{folder}: {name} holds NaN or infinity; the run diverged before it was saved")
+
+
 def _hint(folder: Path) -> str:
     if (folder / "adapter" / CONFIG).is_file():
         return f"; {folder / 'adapter'} is one"

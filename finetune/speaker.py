@@ -13,7 +13,7 @@ import torch
 from data.sample import Renderer
 from data.vision import read_spec
 from finetune.adapter_file import AdapterFile, is_ours, open_adapter
-from finetune.adapter_source import AdapterSource, open_source
+from finetune.adapter_source import AdapterSource, open_source, require_finite
 from finetune.basefiles import open_base
 from finetune.config import RunConfig
 from finetune.context import extension
@@ -54,6 +54,8 @@ def open_speaker(
     files = open_base(folder, empty.expected, layout=layout)
     other = open_source(adapter, files.shapes) if adapter is not None and ours is None else None
     found = ours or other
+    if found is not None:
+        require_finite(found.folder)
     if found is not None and not other_base:
         require_same_base(found.folder, found.metadata, files)
     if other is not None:

@@ -22,6 +22,7 @@ from finetune.merge import merge
 from finetune.merge_plan import plan_merge
 from finetune.speaker import open_speaker
 from finetune.tiny import TinyModel, write_tiny
+from launchers.cli import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -173,3 +174,12 @@ def test_metadata_that_another_program_changed_are_named(tmp_path: Path) -> None
         save_file(tensors, tmp_path / "a" / WEIGHTS, metadata={key: text})
         with pytest.raises(ValueError, match=message):
             plan_merge(open_base(base()), tmp_path / "a")
+
+
+def test_an_adapter_of_nan_gives_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(base(), tmp_path / "a", r=4, target_modules=["q_proj"])
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    next(tensor for name, tensor in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
+    save_file(tensors, tmp_path / "a" / WEIGHTS, metadata={"format": "pt"})
+    assert main(["ask", str(base()), "What?", "--adapter", str(tmp_path / "a"), "--max-tokens", "2"]) == 2
+    assert "lora_B.weight holds NaN or infinity; the run diverged" in capsys.readouterr().err
