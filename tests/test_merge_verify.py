@@ -100,9 +100,10 @@ def test_samples_of_the_user_and_the_exit_code(made: Path, tmp_path: Path, capsy
     assert found["samples"] == 3
     (shards,) = (path for path in tmp_path.iterdir() if path.name.startswith("rows-"))
     assert len(proof_samples(base(), str(shards), 9)) == 5
-    rows.write_text("")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.tar").write_bytes(bytes(1024))
     with pytest.raises(ValueError, match="there is no sample in it"):
-        proof_samples(base(), str(rows), 3)
+        proof_samples(base(), str(tmp_path / "none"), 3)
 
 
 def test_a_failed_proof_ends_with_3(
