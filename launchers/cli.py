@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 3 a check found prob
 """
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -64,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
         args.overrides += rest
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         if args.debug:
             raise
@@ -77,9 +80,20 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:  # a full disk, a folder that may not be written: the run failed, the input is not wrong
         if args.debug:
             raise
-        print(f"moetune {args.command}: {error}", file=sys.stderr)
+        if not _nobody_reads():
+            print(f"moetune {args.command}: {error}", file=sys.stderr)
         return 1
     return code
+
+
+def _nobody_reads() -> bool:
+    """Whether who read our lines has enough, as `head` has; what Python still wants to say goes nowhere then."""
+    stdout = select.poll()
+    stdout.register(1, 0)  # a pipe that has lost its reader shows an error whatever is asked for
+    if not any(event & select.POLLERR for _, event in stdout.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
 
 
 def entry() -> NoReturn:

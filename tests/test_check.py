@@ -155,3 +155,12 @@ def test_effective_config_is_complete() -> None:
 def test_sizes_names_and_seeds_that_cannot_be(override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "tiny-cpu", override]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "launchers.cli", "check", "tiny-cpu"]
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    started.stdout.close()  # as `head` does
+    assert started.communicate()[1] == ""
+    assert started.returncode == 1
