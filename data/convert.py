@@ -12,6 +12,7 @@ from data.record import load_json
 
 _FROM = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _FROM |= {"observation": "tool", "tool": "tool", "tool_response": "tool"}
+_FROM |= {"developer": "system"}  # OpenAI's newer word
 _CALLS = ("function_call", "tool_call")
 _OURS = ("id", "source", "group", "license", "objects", "answers")
 _READ = (

@@ -99,10 +99,12 @@ def test_roles_tools_weights_history_and_systems_of_other_tools():
     assert record.tools == ({"name": "look"},)
     openai = {
         "messages": [
+            {"role": "developer", "content": "Be brief."},
             {"role": "user", "content": "a", "name": "Ann"},
             {"role": "assistant", "content": "b", "weight": 0},
         ]
     }
+    assert record_of(openai)[0].messages[0].role == "system"
     assert not record_of(openai)[0].supervised
     alpaca = {"instruction": "c", "input": "d", "output": "e", "history": [["a", "b"]]}
     assert [text for _, text in conversation(record_of(alpaca)[0])] == ["a", "b", "c\nd", "e"]
