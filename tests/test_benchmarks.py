@@ -411,6 +411,7 @@ def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
     assert figure.target == Target(of="value", rule="at most", floor=1.3)
 
 
+@pytest.mark.slow  # five processes that import PEFT and transformers
 def test_merge_and_export_are_measured_on_any_size(monkeypatch):
     from benchmarks import export, merge, merge_case
 

@@ -31,10 +31,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(vl_model(), tmp_path_factory.mktemp("base") / "base")
 
 
-def test_any_layout_continues_exactly(base: Path, tmp_path: Path) -> None:
-    step = {(world, dtype): tmp_path / f"{world}-{dtype}" / "step-000002" for world in (2, 4) for dtype in DTYPES}
+@pytest.mark.parametrize(
+    ("worlds", "others"),
+    [
+        ((2,), ((1, 1), (4, 4))),
+        pytest.param((2, 4), ((1, 1), (3, 1), (4, 4)), marks=pytest.mark.slow),
+    ],
+)
+def test_any_layout_continues_exactly(
+    worlds: tuple[int, ...], others: tuple[tuple[int, int], ...], base: Path, tmp_path: Path
+) -> None:
+    step = {(world, dtype): tmp_path / f"{world}-{dtype}" / "step-000002" for world in worlds for dtype in DTYPES}
     wanted = {}
-    for world in (2, 4):
+    for world in worlds:
         jobs = [
             Job(folder=step[world, dtype].parent, ep=2, dtype=dtype, save=True, asynchronous=dtype == "float32")
             for dtype in DTYPES
@@ -51,7 +60,7 @@ def test_any_layout_continues_exactly(base: Path, tmp_path: Path) -> None:
         )
         assert list(beside) == list(gathered)
         assert all(torch.equal(beside[name], gathered[name]) for name in gathered), "from the files, from the engine"
-    for world, ep in ((1, 1), (3, 1), (4, 4)):
+    for world, ep in others:
         again = {key: tmp_path / f"{world}-{ep}-of-{key}" for key in wanted}
         jobs = [
             Job(folder=again[key], ep=ep, dtype=key[1], resume=step[key], save=True, resident=key[1] == "float32")

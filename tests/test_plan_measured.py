@@ -46,17 +46,15 @@ def _case(ep: int, resident: str, recompute: str, *more: str, trains=TEXT, sp: i
 STARTS = {
     "1 rank": (1, 8, [
         _case(1, "frozen", "layer", "model.dtype=bfloat16", trains=TOWER, **IMAGES),
-        _case(1, "frozen", "none", trains=(*TOWER, *FULL[3:4], "adapters.patch_embed.mode=full"), **IMAGES),
         _case(1, "frozen", "layer", trains=TOWER, samples=(260, 124), videos=((2, 16, 16),)),
     ]),
     "2 ranks": (2, 8, [
         _case(2, "frozen", "selective", trains=TOWER, supervised=1, **IMAGES),
         _case(2, "none", "layer", **IMAGES),
-        _case(1, "none", "none", trains=FULL, **IMAGES),
         _case(2, "frozen", "layer", sp=2),
-        _case(2, "frozen", "none", "parallel.tile_tokens=64"),
     ]),
     "1 rank more": (1, 8, [
+        _case(1, "frozen", "none", trains=(*TOWER, *FULL[3:4], "adapters.patch_embed.mode=full"), **IMAGES),
         *(_case(1, "frozen", mode, "parallel.tile_tokens=1024", **LONG) for mode in ("none", "layer", "selective")),
         *(_case(1, "frozen", mode, "parallel.offload_activations=true", "parallel.tile_tokens=1024", **LONG)
           for mode in ("layer", "selective")),
@@ -68,6 +66,8 @@ STARTS = {
         _case(1, "frozen", "none", "model.dtype=bfloat16", **IMAGES),
     ]),
     "2 ranks more": (2, 8, [
+        _case(1, "none", "none", trains=FULL, **IMAGES),
+        _case(2, "frozen", "none", "parallel.tile_tokens=64"),
         _case(1, "none", "layer", reuse=0),
         _case(2, "none", "none", "adapters.experts.mode=frozen"),
         *(_case(2, "frozen", mode, trains=TOWER, sp=2, **IMAGES) for mode in ("selective", "none")),
