@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3VLMoeForConditionalGeneration
 
@@ -50,8 +50,9 @@ def spread_evenly(folder: Path, batch: Batch) -> list[float]:
             module.register_forward_pre_hook(choose)
     PackedModel(model, spec=read_spec(folder)).hidden(batch)
     file = folder / "model.safetensors"
-    with safe_open(file, "pt") as weights:
-        tensors, metadata = {name: weights.get_tensor(name) for name in weights.keys()}, weights.metadata()  # noqa: SIM118
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
     assert routers.keys() <= tensors.keys()
     save_file(tensors | {name: weight.contiguous() for name, weight in routers.items()}, file, metadata=metadata)
     return busiest

@@ -13,9 +13,15 @@ from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.hubconfig import read_family
 from finetune.plan_layout import PERSISTENCE, REUSE, SUB_GROUP, Layout
+from finetune.plan_wire import Traffic
 from finetune.recipes import load
 from finetune.tiny import TinyModel, write_tiny
 
+FULL = tuple(
+    f"adapters.{family}.mode=full"
+    for family in ("attention", "experts", "router", "vision_blocks", "merger", "head", "embeddings", "norms")
+)
+COLLECTIVES = ("reduce_scatter", "allgather", "all_to_all_single")
 MERGE = 2
 Grid = tuple[int, int, int]
 
@@ -112,3 +118,10 @@ def _sample(
         positions=sample_positions(kinds, image_grids=shapes[0], video_grids=shapes[1], merge=MERGE),
         image_patches=patches[0], image_grids=shapes[0], video_patches=patches[1], video_grids=shapes[1],
     )  # fmt: skip
+
+
+def collective_of(one: Traffic) -> str:
+    """The collective by which a kind of the plan's traffic goes."""
+    if one.exchange:
+        return "all_to_all_single"
+    return "reduce_scatter" if one.kind.startswith("gradients") else "allgather"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.figure import Figure, Target
-from benchmarks.plan_case import Case, packed_row, write_base
+from benchmarks.plan_case import COLLECTIVES, FULL, Case, collective_of, packed_row, write_base
 from benchmarks.plan_ranks import MICRO_BATCHES, Measured, between_ranks, session
 from benchmarks.spawned import on_ranks
 from data.vision import read_spec
@@ -18,13 +18,8 @@ from finetune.plan_wire import traffic
 
 WORLD, SMALL = 2, 1000
 BOUND, PEAK_BOUND = 0.05, 0.10
-COLLECTIVES = {"gradients": "reduce_scatter", "trained weights": "allgather", "frozen weights": "allgather"}
 LORA = ("parallel.ep=2", "adapters.router.mode=frozen", "model.dtype=float32")
 TEXT = (*LORA, "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=frozen")
-FULL = tuple(
-    f"adapters.{family}.mode=full"
-    for family in ("attention", "experts", "router", "vision_blocks", "merger", "head", "embeddings", "norms")
-)
 LAYOUTS = {
     "LoRA with the tower, resident, recompute selective": (*LORA, "parallel.resident=frozen"),
     "LoRA, partitioned, recompute by layer": (*TEXT, "parallel.resident=none", "parallel.recompute=layer"),
@@ -62,8 +57,8 @@ def _pairs(case: Case, base: Family, ranks: list[Measured], folder: Path) -> Ite
     yield "peak", planned.peak, max(rank.peak for rank in ranks)
     here = cluster("h100-80gb", gpus=WORLD, per_node=None, price=None)
     sent = traffic(config, base, layout, here, micro_batches=MICRO_BATCHES)
-    for kind in ("reduce_scatter", "allgather", "all_to_all_single"):
-        foreseen = [one for one in sent if COLLECTIVES.get(one.kind.partition(",")[0], "all_to_all_single") == kind]
+    for kind in COLLECTIVES:
+        foreseen = [one for one in sent if collective_of(one) == kind]
         counted = sum(between_ranks(rank.sent, kind) for rank in ranks) / WORLD
         if counted or foreseen:
             yield f"bytes of {kind}", sum(one.bytes for one in foreseen), counted

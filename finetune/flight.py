@@ -13,16 +13,18 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+from finetune.flight_reading import GLOO, NCCL
+
 KEPT = 2000
 """So many collectives are kept; a step of a large model has some thousand."""
-RECORDERS = {"flight-gloo-": "_dump_fr_trace", "flight-": "_dump_nccl_trace"}
-"""By the beginning of the file's name; a build of torch without NCCL lacks the second."""
+RECORDERS = {NCCL: "_dump_nccl_trace", GLOO: "_dump_fr_trace"}
+"""By the beginning of the file's name; a build of torch without NCCL lacks the first."""
 
 
 def record_flight(folder: Path) -> None:
     """Let torch record, and write beside the logs should NCCL's own watchdog fire; before the first process group."""
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        os.environ.setdefault(name, str((folder / "flight-").absolute()))
+        os.environ.setdefault(name, str((folder / NCCL).absolute()))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT))
 
 
@@ -38,6 +40,7 @@ def write_flight(folder: Path, rank: int) -> None:
         dump: Callable[..., bytes] | None = getattr(_distributed_c10d, function, None)
         if dump is None:
             continue
+        # torch hands over a pickle that this very process has just made, and its own tool reads pickles
         found = pickle.loads(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
         if found.get("entries"):
             found["pg_config"] = _groups() or found["pg_config"]

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILES = ("flight-", "flight-gloo-")
+NCCL, GLOO = "flight-", "flight-gloo-"
+"""How the files of each backend begin; a rank's number follows."""
 SHOWN = 8
 
 
@@ -39,7 +40,7 @@ def read_flight(logs: Path, rank: int) -> Flight:
     """What a rank left, of every backend; nothing where it left nothing that can be read."""
     entries: list[Mapping[str, Any]] = []
     members: dict[str, tuple[int, ...]] = {}
-    for path in (logs / f"{name}{rank}" for name in FILES):
+    for path in (logs / f"{name}{rank}" for name in (NCCL, GLOO)):
         found = _load(path)
         entries += found.get("entries", ())
         for name, group in found.get("pg_config", {}).items():

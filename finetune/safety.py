@@ -94,7 +94,8 @@ def kept_rows(folder: Path, ranks: int | None = None) -> list[Batch]:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for number, said in enumerate(json.loads(opened.metadata()["rows"])):
-                names = [name for name in opened.keys() if name.startswith(f"{number}.")]  # noqa: SIM118  # safetensors' handle has no `in`  # no mapping
+                held = opened.keys()
+                names = [name for name in held if name.startswith(f"{number}.")]
                 parts = {name.partition(".")[2]: opened.get_tensor(name) for name in names}
                 found.append(Batch(**parts, keys=tuple(said["keys"]), max_length=said["max_length"]))
     return found
@@ -106,5 +107,6 @@ def restore_random(folder: Path) -> None:
     if file.exists():
         with safe_open(file, framework="pt") as opened:
             torch.set_rng_state(opened.get_tensor("random.cpu"))
-            if torch.cuda.is_available() and "random.cuda" in opened.keys():  # noqa: SIM118  # safetensors' handle has no `in`
+            held = opened.keys()  # the file itself is no container
+            if torch.cuda.is_available() and "random.cuda" in held:
                 torch.cuda.set_rng_state(opened.get_tensor("random.cuda"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from base_folders import write_base
 from checkpoint_session import AFTER, Job, killed, saves_again, session, troubles, whole_tensors, with_dropout
 from ranks import RankError, run_ranks
@@ -22,6 +23,8 @@ from finetune.checkpoint_manifest import (
     read_manifest,
     starting_point,
 )
+from finetune.checkpoint_plan import require_whole
+from finetune.checkpoint_slices import Slice
 
 DTYPES = ("float32", "bfloat16")
 
@@ -206,3 +209,18 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     assert starting_point(tmp_path / "x", str(tmp_path)) == tmp_path / "step-000002.replaced"
     with pytest.raises(ValueError, match=r"checkpoint.resume: newest is neither a checkpoint nor a folder of"):
         starting_point(tmp_path, "newest")
+
+
+def test_slices_that_are_not_the_whole_tensor_are_never_written(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group, steps = dist.distributed_c10d._get_default_group(), torch.zeros(())
+        for held in (6, 5, 7):
+            one = Slice(canonical="a", shape=(2, 3), ep=None, views={"master": torch.zeros(held)}, steps=steps)
+            if held == 6:
+                require_whole([one], group)
+            else:
+                with pytest.raises(AssertionError, match="slices overlap, or some are missing"):
+                    require_whole([one], group)
+    finally:
+        dist.destroy_process_group()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from benchmarks.plan_case import Case, write_base
+from benchmarks.plan_case import COLLECTIVES, FULL, Case, collective_of, write_base
 from benchmarks.plan_ranks import MICRO_BATCHES, Measured, between_ranks, session
 from finetune.config import RunConfig
 from finetune.families import Family
@@ -21,15 +21,10 @@ from finetune.plan_wire import Traffic, exchanged, traffic
 
 SMALL = 1000
 """Of elements: below, a tensor stays whole between steps. The real limit is above every tensor of the tiny model."""
-COLLECTIVES = {"gradients": "reduce_scatter", "trained weights": "allgather", "frozen weights": "allgather"}
 
 TEXT = ("adapters.router.mode=frozen", "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=frozen")
 """LoRA on attention and experts. The recipe itself trains the router, too, and the tower."""
 TOWER = ("adapters.router.mode=frozen",)
-FULL = tuple(
-    f"adapters.{family}.mode=full"
-    for family in ("attention", "experts", "router", "vision_blocks", "merger", "head", "embeddings", "norms")
-)
 DENSE = ("adapters.experts.mode=frozen", *TOWER)
 IMAGES = {"samples": (260, 124), "images": ((1, 16, 16), (1, 16, 16))}
 LONG = {"samples": (3000, 1200)}
@@ -143,8 +138,8 @@ def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> 
             assert planned.highest.total == pytest.approx(rank.peak - rank.static, rel=0.20)
     here = cluster("h100-80gb", gpus=world, per_node=None, price=None)
     sent = traffic(config, family, layout, here, micro_batches=MICRO_BATCHES)
-    for collective in {*COLLECTIVES.values(), "all_to_all_single"}:
-        foreseen = [one for one in sent if _collective(one) == collective]
+    for collective in COLLECTIVES:
+        foreseen = [one for one in sent if collective_of(one) == collective]
         counted = sum(between_ranks(rank.sent, collective) for rank in ranks) / world
         assert sum(one.bytes for one in foreseen) == pytest.approx(counted, rel=0.05)
         if collective == "all_to_all_single":
@@ -152,10 +147,6 @@ def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> 
             assert sum(one.leaving for one in foreseen) == pytest.approx(gone, rel=0.05)
     if not _depends_on_more(config, layout):
         _exact_for_what_was_chosen(config, family, layout, ranks, sent)
-
-
-def _collective(one: Traffic) -> str:
-    return COLLECTIVES.get(one.kind.partition(",")[0], "all_to_all_single")
 
 
 def _depends_on_more(config: RunConfig, layout: Layout) -> bool:
