@@ -10,14 +10,17 @@ RUN apt-get update \
 RUN python3 -m venv /opt/moetune
 ENV PATH=/opt/moetune/bin:$PATH
 
-# the locked set first: it changes seldom, and its layer is kept
-COPY requirements-gpu.txt /src/requirements-gpu.txt
-RUN pip install --requirement /src/requirements-gpu.txt
+# torch first: it changes seldom, and its layer of gigabytes is kept
+WORKDIR /src
+COPY constraints.txt .
+RUN pip install -c constraints.txt torch
 # compiled against the torch just installed; without it torch's own kernel of variable lengths is used
-RUN pip install wheel && pip install --no-build-isolation "flash-attn>=2.8" || echo "flash-attn was not built: attention=varlen is used"
+RUN pip install -c constraints.txt setuptools wheel ninja packaging psutil \
+ && pip install -c constraints.txt --no-build-isolation flash-attn \
+ || echo "flash-attn was not built: attention=varlen is used"
 
-COPY . /src
-RUN pip install --no-deps /src && pip check
+COPY . .
+RUN pip install -c constraints.txt ".[wandb]" && pip check
 WORKDIR /work
 ENTRYPOINT ["moetune"]
 CMD ["--help"]

@@ -1,42 +1,70 @@
-# make test | check | test-all | demo | bench. Each creates .venv when it is missing and installs what it needs.
-# Two files of tests run at a time: much of the suite waits for ranks to start. test-all has one, for its real hosts.
-# TORCH_INDEX: an index that carries CPU builds of torch, where the default one only has CUDA builds.
+# make test | check | test-all | test-newest | test-oldest | lock | demo | bench
+# Each target creates its environment when it is missing and installs what constraints.txt locks.
+# Two test files run at a time, because much of the suite waits for ranks to start.
+# PYTHON: the interpreter of new environments. VENV: the environment's folder.
+# TORCH_INDEX: an index that carries CPU builds of torch, for machines whose default index only has CUDA builds.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := .venv-uv/bin/uv
+PYTEST := -m pytest -n 2 --dist loadfile
+QUICK := -m "not slow and not gpu"
 export DS_ACCELERATOR ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-all check demo bench clean
+.PHONY: test test-all test-newest test-oldest lock check demo bench clean
 
-test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+# One thread per process: two test processes and their ranks share the cores.
+test test-all test-newest test-oldest: export OMP_NUM_THREADS ?= 1
 
-test-all: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/installed
+	$(BIN)/python $(PYTEST) $(QUICK) $(ARGS)
 
-check: .venv/installed
+test-all: $(VENV)/installed
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+# The newest and the oldest releases that pyproject.toml allows, each in an environment of its own; gigabytes to download.
+RESOLUTION_newest := highest
+RESOLUTION_oldest := lowest-direct
+test-newest test-oldest: test-%: $(UV)
+	$(PYTHON) -m venv --clear .venv-$*
+	$(UV) pip install --quiet --python .venv-$* --resolution $(RESOLUTION_$*) --editable ".[test,demo]"
+	$(UV) pip install --quiet --resolution $(RESOLUTION_$*) --no-deps --target .venv-$*/oracle --group oracle
+	.venv-$*/bin/python $(PYTEST) $(QUICK) --versions $(ARGS)
+
+# torch is locked at the release of which there are CPU builds for CI; everything else is the newest that fits.
+lock: $(UV)
+	echo torch==2.13.0 | $(UV) pip compile --quiet --universal --upgrade --fork-strategy fewest --all-extras --group oracle \
+	  --no-annotate --custom-compile-command "make lock" --output-file constraints.txt pyproject.toml -
+
+check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed
+bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
 
 # The whole way on two CPU cores, each command printed before it runs; fails when held-out digits are not learned.
-demo: .venv/installed
+demo: $(VENV)/installed
 	rm -rf runs/demo
 	$(BIN)/moetune demo runs/demo
 
-.venv/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"moetune needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch>=2.13,<2.14"
-	$(BIN)/pip install --quiet --editable ".[test,demo]"
+	$(PYTHON) -m venv $(VENV)
+	@# an index of torch builds carries few other packages, so torch comes from it alone
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
+	$(BIN)/pip install --quiet -c constraints.txt --editable ".[test,demo]"
 	@# the judge of the image and video tests, in a folder of its own: beside a CPU torch it cannot be imported
-	$(BIN)/pip install --quiet --no-deps --target .venv/oracle torchvision==0.28.0
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(VENV)/oracle torchvision
 	@touch $@
 
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install --quiet uv
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
