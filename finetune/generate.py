@@ -7,6 +7,7 @@ every prompt has a random generator of its own, so that an answer does not depen
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ class Speaker:
     ) -> None:  # fmt: skip
         self.module, self.renderer, self.spec = module.eval(), renderer, spec
         self.stops, self.device = stops, device
+        # transformers 5.24 gave the argument a shorter name, and warns of the one that 5.23 has
+        self.keyword = "cache" if "cache" in signature(module.model.forward).parameters else "past_key_values"
         self.switches = switches
         """Whether all that the adapter does can be left out again."""
 
@@ -141,7 +144,7 @@ class Speaker:
 
     @torch.inference_mode()  # not around the loop: a generator would leave the mode on for whoever reads it
     def _next_logits(self, inputs: dict[str, Any], cache: DynamicCache) -> Tensor:
-        hidden_BTD = self.module.model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden_BTD = self.module.model(**inputs, **{self.keyword: cache}, use_cache=True).last_hidden_state
         logits_BV: Tensor = self.module.lm_head(hidden_BTD[:, -1]).float()
         return logits_BV
 
