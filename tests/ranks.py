@@ -4,7 +4,8 @@
 level, `def f(rank, world_size, *args)`, and finds the process group up. When a rank raises, vanishes or hangs, one
 `RankError` names it, shows its traceback (or its stack) and what it printed; the other ranks are ended.
 
-One start costs a few seconds of process and import time, so let one start serve many checks.
+Ranks are forked from a server that has the libraries imported, so a start costs tenths of a second; with `fresh=True`
+each rank is a process of its own that has imported nothing, for some seconds of CPU time.
 """
 
 import contextlib
@@ -28,13 +29,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-GRACE_S = 2.0  # after the first failure: time for ranks that failed before it, or with it, to say so
+import pytest
+
+LIMIT_S = 600.0  # ends what hangs; far from what a healthy rank takes on a busy machine
+GRACE_S = 5.0  # after the first failure: time for ranks that failed before it, or with it, to say so
+PRELOADED = ("torch", "torch.distributed", "transformers", "peft", "deepspeed", "finetune.train")
 SHOWN_CHARS = 6000  # of what a rank printed
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Returns `function(rank, world_size, *args)` of every rank; raises RankError about the rank that failed first."""
-    context = _server()
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = LIMIT_S, fresh: bool = False
+) -> list[Any]:
+    """Returns `function(rank, world_size, *args)` of every rank; raises RankError about the rank that failed first.
+
+    `timeout` counts from when all ranks have begun; a collective may wait for half of it.
+    """
+    context = multiprocessing.get_context("spawn") if fresh else _server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         call = pickle.dumps((function, args))
@@ -64,30 +74,25 @@ _RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCK
 
 @functools.cache
 def _server() -> Any:
-    """Starts the process that ranks are forked from: fresh, single-threaded, with torch imported and nothing else."""
+    """Starts the process that ranks are forked from: with one thread, or a fork could find a lock held for ever."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # the BLAS of numpy starts its threads at import; a fork must find none
-    try:
+    context.set_forkserver_preload(list(PRELOADED))
+    with pytest.MonkeyPatch.context() as patch:  # for its imports: each rank gets the caller's environment as it is then
+        for name, value in _RANK_ENVIRONMENT.items():
+            patch.setenv(name, value)  # at import DeepSpeed looks for its accelerator, and BLAS starts its threads
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this clone's code, not that of an installed one
         multiprocessing.forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
     return context
 
 
 def _watch(ranks: list[Any], folder: Path, timeout: float) -> list[int]:
-    """Waits for all ranks, or until GRACE_S after the first failure; returns the ranks that then still run."""
-    deadline = time.monotonic() + timeout
+    """Waits for all ranks, until `timeout` after all began or GRACE_S after the first failure; who then still runs."""
+    deadline = time.monotonic() + LIMIT_S
     running = dict(enumerate(ranks))
-    failed = False
-    while running and time.monotonic() < deadline:
-        multiprocessing.connection.wait(
-            [process.sentinel for process in running.values()], timeout=max(0.0, deadline - time.monotonic())
-        )
+    failed = all_began = False
+    while running and (left := deadline - time.monotonic()) > 0:
+        sentinels = [process.sentinel for process in running.values()]
+        multiprocessing.connection.wait(sentinels, timeout=left if all_began else min(left, 0.1))
         for rank, process in list(running.items()):
             if process.exitcode is None:
                 continue
@@ -95,6 +100,9 @@ def _watch(ranks: list[Any], folder: Path, timeout: float) -> list[int]:
             if not failed and not _succeeded(rank, process, folder):
                 failed = True
                 deadline = min(deadline, time.monotonic() + GRACE_S)
+        if not all_began and not failed and all((folder / f"{rank}.began").exists() for rank in range(len(ranks))):
+            all_began = True
+            deadline = time.monotonic() + timeout
     for process in running.values():
         with contextlib.suppress(ProcessLookupError):  # it just ended
             os.kill(process.pid, signal.SIGUSR1)  # writes the stack, whatever the rank is doing, and ends it
@@ -164,9 +172,13 @@ def _work(
 
         torch.set_num_threads(1)
         function, args = pickle.loads(call)
+        store = torch.distributed.FileStore(str(folder / "store"), world_size)
+        store.set(str(rank), "began")
+        store.wait([str(other) for other in range(world_size)], datetime.timedelta(seconds=LIMIT_S))
+        (folder / f"{rank}.began").touch()
         torch.distributed.init_process_group(
             "gloo",
-            init_method=f"file://{folder / 'store'}",
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=limit),  # before the watchdog: the rank that waits says for what

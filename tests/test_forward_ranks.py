@@ -24,7 +24,7 @@ CASES = {
 def outcomes(world: int) -> dict[str, list[Outcome]]:
     """One start of `world` ranks for all its cases."""
     cases = {name: case for (size, name), case in CASES.items() if size == world}
-    results = run_ranks(session, world, list(cases.values()), timeout=240)
+    results = run_ranks(session, world, list(cases.values()))
     return {name: [rank[number] for rank in results] for number, name in enumerate(cases)}
 
 

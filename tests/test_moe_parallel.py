@@ -58,7 +58,7 @@ def others() -> dict[str, Plan]:
 def outcomes(world: int) -> dict[str, list[Outcome]]:
     """One start of `world` ranks for all its plans."""
     plans = {name: plan for (size, name), plan in PARITY.items() if size == world} | (others() if world == 2 else {})
-    results = run_ranks(session, world, list(plans.values()), timeout=300)
+    results = run_ranks(session, world, list(plans.values()))
     return {name: [result[i] for result in results] for i, name in enumerate(plans)}
 
 

@@ -39,7 +39,7 @@ def _place(folder: Path, model: TinyModel) -> Path:
 def _run(place: Path, world: int, jobs: dict[str, list[str]]) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        return run_ranks(runs, world, jobs, timeout=550)
+        return run_ranks(runs, world, jobs)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def _measured(bases: Path, start: str) -> tuple[Family, list[list[Measured]]]:
     folder = bases / ("dense" if experts is None else "sparse")
     if not folder.exists():
         write_base(folder, experts=experts)
-    ranks = run_ranks(_session, world, folder, cases, timeout=280)
+    ranks = run_ranks(_session, world, folder, cases)
     return read_family(folder), [list(of_case) for of_case in zip(*ranks, strict=True)]
 
 

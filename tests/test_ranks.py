@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankError, run_ranks
+from ranks import LIMIT_S, PRELOADED, RankError, run_ranks
 
 
 def whole_story(rank, world_size, factor):
@@ -21,21 +21,27 @@ def whole_story(rank, world_size, factor):
         "environment": [os.environ[name] for name in names],
         "cwd": str(Path.cwd()),
         "threads": torch.get_num_threads(),
-        "foreign": [name for name in ("deepspeed", "transformers") if name in sys.modules],
+        "loaded": [name for name in PRELOADED if name in sys.modules],
+        "of_parent": (os.getppid(), len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))),
     }
 
 
-def test_every_rank_returns_its_value(monkeypatch, tmp_path):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_every_rank_returns_its_value(monkeypatch, tmp_path, fresh):
     monkeypatch.setenv("MOETUNE_PROBE", "seen")  # set after the start of the server: ranks must still see it
     monkeypatch.chdir(tmp_path)
-    results = run_ranks(whole_story, 3, 10)
+    results = run_ranks(whole_story, 3, 10, fresh=fresh)
     for rank, result in enumerate(results):
         assert result["total"].item() == 60
         assert result["group"] == ("gloo", rank, 3)
         assert result["environment"] == [str(rank), str(rank), "3", "cpu", "1", "seen"]
         assert result["cwd"] == str(tmp_path)
         assert result["threads"] == 1
-        assert result["foreign"] == []
+        assert result["loaded"] == list(PRELOADED[:2] if fresh else PRELOADED)
+        if fresh:
+            assert result["of_parent"][0] == os.getpid()
+        else:
+            assert result["of_parent"] == (results[0]["of_parent"][0], 1)  # one server, of which a fork is safe
 
 
 def raise_on_one(rank, world_size, culprit):
@@ -88,16 +94,16 @@ def hang_on_one(rank, world_size):
 
 
 def sleep_here():
-    time.sleep(600)
+    time.sleep(3600)
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack():
     started = time.monotonic()
-    with pytest.raises(RankError, match=r"^rank 1 of 2 was still running after 4 s; its stack:\n") as caught:
-        run_ranks(hang_on_one, 2, timeout=4)
+    with pytest.raises(RankError, match=r"^rank 1 of 2 was still running after 2 s; its stack:\n") as caught:
+        run_ranks(hang_on_one, 2, timeout=2)
     assert "in sleep_here" in str(caught.value)
     assert "rank 0" not in str(caught.value)
-    assert time.monotonic() - started < 60  # not 600: it was ended
+    assert time.monotonic() - started < 600  # not 3600: it was ended
 
 
 def miss_a_collective(rank, world_size):
@@ -152,7 +158,7 @@ def test_ranks_end_when_the_test_run_is_killed(tmp_path):
 
 
 def wait_for(condition):
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < limit, "waited 60 s in vain"
+        assert time.monotonic() < limit, f"waited {LIMIT_S:g} s in vain"
         time.sleep(0.05)

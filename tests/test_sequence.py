@@ -44,7 +44,7 @@ CASES = {
 def outcomes(world: int) -> dict[str, list[Outcome]]:
     """One start of `world` ranks for all its cases."""
     cases = {name: case for (size, name), case in CASES.items() if size == world}
-    results = run_ranks(session, world, list(cases.values()), timeout=300)
+    results = run_ranks(session, world, list(cases.values()))
     return {name: [rank[number] for rank in results] for number, name in enumerate(cases)}
 
 
@@ -52,7 +52,7 @@ def outcomes(world: int) -> dict[str, list[Outcome]]:
 def whole(world: int, sp: int, how: str, balance: str, length: int) -> Outcome:
     """The same steps with whole rows: as many data ranks, no sequence groups, no expert parallelism."""
     case = Case(how=how, balance=balance, length=length)
-    return run_ranks(session, world // sp, [case], timeout=120)[0][0]
+    return run_ranks(session, world // sp, [case])[0][0]
 
 
 def full_grads(ranks: list[Outcome], step: int, ep: int) -> dict[str, torch.Tensor]:
@@ -186,7 +186,7 @@ def test_peak_memory_grows_with_the_slice_alone() -> None:
     """Counted tensor by tensor: linear in the row's length, and half as steep with twice the ranks."""
     lengths = (768, 1536, 3072)
     setups = [Setup(tokens=tokens, sp=sp) for sp in (2, 4) for tokens in lengths]
-    ranks = run_ranks(_peaks, 4, setups, timeout=200)
+    ranks = run_ranks(_peaks, 4, setups)
     peaks = [max(rank[at].peak for rank in ranks) for at in range(len(setups))]
     slopes = {}
     for sp, mine in ((2, peaks[:3]), (4, peaks[3:])):

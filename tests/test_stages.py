@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(place: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        assert run_ranks(runs, 2, place, timeout=300) == [[0] * 4] * 2
+        assert run_ranks(runs, 2, place) == [[0] * 4] * 2
     return place
 
 
