@@ -4,22 +4,25 @@ A packet index is read first (no decoding), so that only the frames behind the l
 decoded. Times are those in the file, since the first frame.
 """
 
+from __future__ import annotations
+
 import bisect
 import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import torch
-from av.container import InputContainer
-from av.video.stream import VideoStream
 
 from data.facts import VideoFacts
 from data.vision import VisionSpec, decode_image, resize
+
+if TYPE_CHECKING:  # imported where a video is opened: a machine without videos does without it
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
 
 # no playlists, no image sequences, nothing that opens another file or address
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
@@ -59,7 +62,7 @@ class Clip:
 
     def __init__(self, container: InputContainer, *, name: str, timeout: float) -> None:
         stream = container.streams.best("video")  # a cover picture is a video stream too, but never the best one
-        if not isinstance(stream, VideoStream):
+        if not isinstance(stream, _av().VideoStream):
             raise VideoRefused(f"{name}: the file has no video stream")
         self._container, self._stream, self._name = container, stream, name
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
@@ -95,7 +98,7 @@ class Clip:
                 self._deadline.check()
                 try:
                     here, frame = next(walk, (len(index.pts), None))
-                except av.error.InvalidDataError:
+                except _av().error.InvalidDataError:
                     here = len(index.pts)
                 if here > wanted:
                     raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
@@ -120,9 +123,21 @@ class Clip:
                     yield self._number_of[frame.pts], frame
 
 
+def _av() -> Any:
+    """The package that decodes. Not a ValueError where it is missing: that would pass for a fault of the sample."""
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading a video file takes the package av, which is not installed: pip install av", name="av"
+        ) from error
+    return av
+
+
 @contextmanager
 def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> Iterator[Clip]:
     """The file as a clip; ValueError, naming it, for what cannot be read."""
+    av = _av()
     with _reading(name):
         container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
     with container:
@@ -149,7 +164,7 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except VideoRefused:
         raise
-    except (av.FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
+    except (_av().FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
         raise VideoRefused(f"{name}: not a readable video ({type(error).__name__}: {error})") from error
 
 

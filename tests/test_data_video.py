@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -396,3 +398,17 @@ def write_golden():
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_only_a_video_needs_the_package_that_decodes(tmp_path):
+    script = """
+import sys
+sys.modules["av"] = None  # as where it is not installed
+import finetune.train
+from data.frames import probe_video
+probe_video(b"a film")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    wanted = "ModuleNotFoundError: reading a video file takes the package av, which is not installed: pip install av"
+    assert done.stderr.splitlines()[-1] == wanted
