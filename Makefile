@@ -25,6 +25,7 @@ test-all: $(VENV)/installed
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # The newest and the oldest releases that pyproject.toml allows, each in an environment of its own; gigabytes to download.
+# Name the newest and the oldest Python there is with PYTHON: releases of packages depend on it.
 RESOLUTION_newest := highest
 RESOLUTION_oldest := lowest-direct
 test-newest test-oldest: test-%: $(UV)

@@ -1,5 +1,6 @@
 """Settings of the test tools for the whole suite: time, warnings, and the table of versions."""
 
+import platform
 from importlib.metadata import version
 
 import pytest
@@ -27,7 +28,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     counts = [f"{len(terminalreporter.stats[key]):,} {key}" for key in ("passed", "failed", "error", "skipped")
               if terminalreporter.stats.get(key)]  # fmt: skip
-    rows = [(name, version(name), LOCKED[name]) for name in sorted(direct())]
+    rows = [
+        ("python", platform.python_version(), ""),
+        *((name, version(name), LOCKED[name]) for name in sorted(direct())),
+    ]
     terminalreporter.write_line("")
     for row in [("package", "here", "locked"), ("---",) * 3, *rows, ("result", ", ".join(counts), "")]:
         terminalreporter.write_line(f"| {' | '.join(row)} |")

@@ -77,7 +77,9 @@ def _server() -> Any:
     """Starts the process that ranks are forked from: with one thread, or a fork could find a lock held for ever."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    with pytest.MonkeyPatch.context() as patch:  # for its imports: each rank gets the caller's environment as it is then
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # for its imports: each rank gets the caller's environment as it is then
         for name, value in _RANK_ENVIRONMENT.items():
             patch.setenv(name, value)  # at import DeepSpeed looks for its accelerator, and BLAS starts its threads
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this clone's code, not that of an installed one
