@@ -6,6 +6,9 @@ borders and not causal.
 """
 
 import importlib.util
+from collections.abc import Callable
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -68,12 +71,19 @@ def varlen(
         )  # fmt: skip
     _is_causal(module, attention_mask, cu_seq_lens_q)
     q_THd, k_THd, v_THd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_gqa(varlen_attn) else {}
     out = varlen_attn(
         q_THd, k_THd, v_THd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-        window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        window_size=(-1, 0), **grouped,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out[None], None
+
+
+@cache
+def _asks_for_gqa(kernel: Callable[..., object]) -> bool:
+    """Whether the kernel must be told that key heads are fewer; torch 2.11's cannot be told, and takes them."""
+    return "enable_gqa" in signature(kernel).parameters
 
 
 def _is_causal(module: nn.Module, mask: Tensor | None, cuts: Tensor | None) -> bool:

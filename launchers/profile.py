@@ -77,7 +77,7 @@ class Profile:
     restarts: int = 0  # torchrun starts all ranks again so often when one fails, from the last checkpoint
     min_nodes: int = 0  # with fewer than `nodes` a restart goes on when at least so many are there; 0: all
     rendezvous_timeout: int = 900  # seconds to wait for all nodes
-    shutdown_timeout: int = 120  # seconds for a last checkpoint
+    shutdown_timeout: int = 120  # seconds for a last checkpoint; with torch 2.11 always 30
     env: dict[str, str] = field(default_factory=dict)
     slurm: SlurmProfile = field(default_factory=SlurmProfile)
     kubernetes: KubernetesProfile = field(default_factory=KubernetesProfile)

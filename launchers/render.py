@@ -13,6 +13,8 @@ from launchers.profile import Profile
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What torchrun passes on to ranks, as schedulers warn with these; it would die of SIGUSR1 and orphan them."""
 SAFE = {"PYTHONSAFEPATH": "1"}  # a folder `data` where ranks stand is not our package
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds from SIGTERM to SIGKILL. Not --shutdown-timeout: torch 2.11 refuses that; it passes this over, and has 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,13 @@ def torchrun_words(job: Job, profile: Profile, *, endpoint: str, run_id: str) ->
         words += [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_id={run_id}"]
         words += [f"--rdzv_conf=join_timeout={profile.rendezvous_timeout},close_timeout={profile.shutdown_timeout}"]
     words += [f"--nproc_per_node={profile.gpus_per_node}", f"--max_restarts={profile.restarts}"]
-    words += [f"--signals-to-handle={SIGNALS}", f"--shutdown-timeout={profile.shutdown_timeout}"]
+    words += [f"--signals-to-handle={SIGNALS}"]
     return [*words, "-m", "finetune.train", *job.words]
+
+
+def _environment(profile: Profile) -> dict[str, str]:
+    """What torchrun and its ranks are started with; the profile's own word is the last."""
+    return {**SAFE, SHUTDOWN: str(profile.shutdown_timeout), **profile.env}
 
 
 def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
@@ -65,7 +72,7 @@ def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
     # torchrun's one store would hand a restart the addresses of ranks that are gone: one of its own for each start
     own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if profile.nodes > 1 else {}
     note = f"Start this same command on each of: {', '.join(profile.hosts)}" if profile.nodes > 1 else ""
-    return Rendered(command=words, environment={**SAFE, **own, **profile.env}, note=note)
+    return Rendered(command=words, environment=own | _environment(profile), note=note)
 
 
 def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
@@ -93,7 +100,7 @@ def _slurm(job: Job, profile: Profile, folder: str) -> Rendered:
     lines += [f"#SBATCH {shlex.quote(f'--{key}={value}')}" for key, value in options.items() if value != ""]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {shlex.quote(option)}" for option in slurm.extra)]
     lines += ["", "# Rendered by `moetune launch`. The job queues itself again when it was preempted.", "set -u"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**SAFE, **profile.env}.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(profile).items()]
     lines += [f"cd {shlex.quote(profile.workdir)}"] if profile.workdir else []
     lines += ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', ""]
     words = torchrun_words(job, profile, endpoint="@HEAD@", run_id="@ID@")
@@ -154,7 +161,7 @@ def _replica(job: Job, profile: Profile, count: int) -> dict[str, Any]:
     kube = profile.kubernetes
     amounts = {kube.resource: profile.gpus_per_node, "cpu": kube.cpus, "memory": kube.memory}
     limits = {key: value for key, value in amounts.items() if value}
-    environment: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in {**SAFE, **profile.env}.items()]
+    environment: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in _environment(profile).items()]
     for variable, place in kube.secrets.items():
         secret, _, key = place.partition("/")
         environment.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})

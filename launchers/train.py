@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.check import positive
+from launchers.render import SHUTDOWN
 
 EXAMPLE = """\
   moetune tiny base
@@ -76,12 +77,13 @@ def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
     """Run it to its end; returns its exit code, and the signals that came on the way."""
     heard: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
-    command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}", f"--shutdown-timeout={GRACE_S}"]
+    command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}"]
     command += ["-m", "finetune.train", args.config, *args.overrides]
     command += ["--dry-run"] if args.dry_run else []
     command += ["--replay", args.replay] if args.replay else []
     environment = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder `data` where the user stands is not our package
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or a restart reads addresses of ranks that are gone
+    environment |= {SHUTDOWN: str(GRACE_S)}
     # in a group of its own: Ctrl-C comes to us alone, and is passed on once
     with subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent) as process:
 

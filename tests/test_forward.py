@@ -1,5 +1,7 @@
 """The wrapper against transformers alone: every mix of media, every attention, and ranks that see different things."""
 
+from inspect import Parameter, signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,10 +9,11 @@ import torch
 from base_folders import dense_model
 from packed_rows import SPEC, alone, row
 from tiny_moe import text_model, vl_model
+from torch.nn.attention.varlen import varlen_attn
 
 from finetune.attention import MASK_TOKENS, Machine, choose_attention
 from finetune.forward import PackedModel
-from finetune.varlen import machine, register
+from finetune.varlen import machine, register, segments, varlen
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 ROWS = (("", "i", "ji"), ("v", "", "wv"), ("vi", "iw", ""), ("", ""), ())
@@ -79,6 +82,34 @@ def test_a_text_only_model_needs_no_tower_and_takes_no_media():
         wrapped(batch=row("i"))
     with pytest.raises(ValueError, match="the model has a vision tower, but spec is None"):
         PackedModel(dense_model(), spec=None)
+
+
+@pytest.mark.parametrize("lacks", [(), ("enable_gqa",)], ids=["this torch", "torch 2.11"])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_kernel_is_called_with_what_it_takes(lacks, key_heads, monkeypatch):
+    """The kernel itself wants CUDA: attention by its definition stands in for it, behind the signature it has."""
+    whole = signature(varlen_attn)
+    taken = whole.replace(parameters=[one for name, one in whole.parameters.items() if name not in lacks])
+    assert [one.kind for one in taken.parameters.values()].count(Parameter.VAR_KEYWORD) == 0
+
+    def by_hand(*args, **kwargs):
+        given = taken.bind(*args, **kwargs).arguments
+        query, key, value, cuts = (given[name] for name in ("query", "key", "value", "cu_seq_q"))
+        assert given.get("enable_gqa", key_heads != 4) == (key_heads != 4)
+        assert (given["window_size"], given["max_q"], given["max_k"]) == ((-1, 0), 14, 14)
+        key, value = (x.repeat_interleave(4 // key_heads, dim=1) for x in (key, value))
+        owner = torch.bucketize(torch.arange(len(query)), cuts[1:], right=True)
+        scores = torch.einsum("qhd,khd->hqk", query, key) * given["scale"]
+        hidden = (owner[:, None] != owner) | torch.ones_like(scores[0]).triu(1).bool()
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
+
+    by_hand.__signature__ = taken
+    monkeypatch.setattr("finetune.varlen.varlen_attn", by_hand)
+    generator = torch.Generator().manual_seed(0)
+    row = [torch.randn(1, heads, 21, 8, generator=generator) for heads in (4, key_heads, key_heads)]
+    borders = {"cu_seq_lens_q": torch.tensor([0, 6, 7, 21], dtype=torch.int32), "max_length_q": 14, "scaling": 0.3}
+    (found, _), (wanted, _) = (each(SimpleNamespace(is_causal=True), *row, **borders) for each in (varlen, segments))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_choice_of_attention():

@@ -6,15 +6,17 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from starts import ROOT, start_rendered, toy_run
+from torch.distributed.launcher.api import LaunchConfig
 
 from launchers.cli import main
 from launchers.profile import read_profile
-from launchers.render import Job, kubernetes_name, render, shell_line
+from launchers.render import SHUTDOWN, Job, kubernetes_name, render, shell_line
 
 GOLDEN = Path(__file__).parent / "golden"
 JOB = Job(
@@ -69,6 +71,13 @@ def test_what_is_rendered_is_what_it_was(name: str, tmp_path: Path) -> None:
     if os.environ.get("RENEW"):
         path.write_text(text)
     assert text == path.read_text()
+
+
+def test_torchrun_reads_how_long_ranks_may_take_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "shutdown_timeout" not in {one.name for one in fields(LaunchConfig)}:
+        pytest.skip("torchrun of this torch has no such setting")
+    monkeypatch.setenv(SHUTDOWN, "7")
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 7
 
 
 def test_the_batch_script_is_shell_and_hands_every_word_over_whole(tmp_path: Path) -> None:

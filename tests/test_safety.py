@@ -23,6 +23,7 @@ from finetune.failures import Failure, first_failure
 from finetune.rank_log import RankLog
 from finetune.safety import IdleSteps, kept_rows, require_finite
 from finetune.update import take_step
+from launchers.render import SHUTDOWN
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
@@ -320,9 +321,11 @@ def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
     ],
 )
 def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
-    place: Path, name: str, stop: Callable[[Path, str], Callable[[int], None]], limit: str, text: str
-) -> None:
-    raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=3", "-m", "finetune.train"]
+    place: Path, name: str, stop: Callable[[Path, str], Callable[[int], None]], limit: str, text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(SHUTDOWN, "3")
+    raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
     # short packs: an epoch of 24 steps, so that a worker has more to read than it holds ready
     words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
     words += ["data.packs_per_step=2", limit]
@@ -342,9 +345,10 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
     ],
 )  # fmt: skip
 def test_a_rank_lost_in_a_save_is_missed_in_one_limit_and_a_slow_disk_is_waited_for(
-    place: Path, name: str, what: str, text: str
+    place: Path, name: str, what: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=3", "-m", "finetune.train"]
+    monkeypatch.setenv(SHUTDOWN, "3")
+    raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
     words = [*RUN, "schedule.steps=2", "schedule.warmup_steps=0", "run.stall_seconds=10"]
     done = start(place, raw, name, *words, site=IN_SAVE.format(what=what))
     saved = place / "runs" / name / "checkpoints" / "step-000002"
@@ -360,8 +364,9 @@ def test_a_rank_lost_in_a_save_is_missed_in_one_limit_and_a_slow_disk_is_waited_
 
 
 @pytest.mark.slow  # waits for its limit
-def test_the_doctor_says_why_a_real_run_hung(place: Path) -> None:
-    raw = [*TORCHRUN, "--nproc_per_node=2", "--shutdown-timeout=20", "-m", "finetune.train"]
+def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHUTDOWN, "20")
+    raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
     words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
     words += ["data.packs_per_step=2", "run.stall_seconds=15", "data.stall_seconds=0"]
     done = start(place, raw, "hangs", *words, at="step 1:", then=_stopped_worker(place, "hangs"))
