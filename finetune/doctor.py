@@ -5,13 +5,11 @@ this machine's.
 """
 
 import os
-import re
 import resource
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -25,22 +23,14 @@ from finetune.hub import model_folder
 from finetune.plan import STATE_BYTES
 from finetune.shapes import parameter_shapes
 from finetune.trained import trained_tensors
+from finetune.versions import TESTED, command, demand, installed_versions, numbers, untested
 
 LEAST = {
-    "torch": ((2, 13), "pip install 'torch>=2.13,<2.14'"),
-    "deepspeed": ((0, 19, 8), "pip install 'deepspeed>=0.19.8,<0.20': before it experts of ZeRO-3 leak and misreduce"),
-    "transformers": ((5, 23), "pip install 'transformers>=5.23,<6'"),
-    "peft": ((0, 21), "pip install 'peft>=0.21': before it adapters on expert stacks are not read"),
     "flash-attn": ((2, 8), "pip install 'flash-attn>=2.8', or remove it: torch's own kernel is used then"),
-    "nvidia-nccl-cu12": ((2, 27), "pip install 'torch>=2.13', which brings its own"),
-    "nvidia-nccl-cu13": ((2, 27), "pip install 'torch>=2.13', which brings its own"),
+    "nvidia-nccl-cu12": ((2, 27), f"{command('torch')}, which brings its own"),
+    "nvidia-nccl-cu13": ((2, 27), f"{command('torch')}, which brings its own"),
 }
-BAD = {
-    "torch": (((2, 9), (2, 10)), "its Conv3d makes the vision tower 10 to 20 times slower"),
-    "deepspeed": (((0, 20), (99,)), "its expert-parallel layer is subclassed here and was not looked at"),
-    "transformers": (((6,), (99,)), "its model code was not looked at"),
-}
-OPTIONAL = ("flash-attn", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+"""Packages that need not be there."""
 SHM_BYTES_PER_RANK = 1 << 30
 FILES = 4096
 DRIVER, DRIVER_OF = (550, 54), {"nvidia-nccl-cu13": ("CUDA 13", (580, 65))}
@@ -60,37 +50,18 @@ class Finding:
         return f"{self.check}: {self.text}. {self.remedy}"
 
 
-def installed_versions() -> dict[str, str]:
-    """Of the packages that matter, those that are there."""
-    found = {}
-    for name in (*LEAST, "omegaconf", "av"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def version_findings(installed: Mapping[str, str]) -> Iterator[Finding]:
-    """Packages that are missing, too old, or known to be bad."""
-    for name, (least, remedy) in LEAST.items():
+    """Packages that are missing, too old, or newer than what is tested."""
+    for name in TESTED:
         if name not in installed:
-            if name not in OPTIONAL:
-                yield Finding(check="versions", text=f"{name} is not installed", remedy=remedy)
-            continue
-        have = numbers(installed[name])
-        if have < least:
-            wanted = ".".join(map(str, least))
-            yield Finding(check="versions", text=f"{name} {installed[name]} is older than {wanted}", remedy=remedy)
-        (first, end), why = BAD.get(name, (((99,), (99,)), ""))
-        if first <= have < end:
-            yield Finding(check="versions", text=f"{name} {installed[name]}: {why}", remedy=LEAST[name][1])
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The numbers of a version, up to the first part that is none; a name without any is older than all."""
-    found = re.match(r"\d+(\.\d+)*", text.strip())
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+            yield Finding(check="versions", text=f"{name} is not installed", remedy=command(name))
+    for name, have in untested(installed):
+        text = f"{name} {have} is installed, and {demand(name)}"
+        yield Finding(check="versions", text=text, remedy=command(name))
+    for name, (least, remedy) in LEAST.items():
+        if name in installed and numbers(installed[name]) < least:
+            text = f"{name} {installed[name]} is older than {'.'.join(map(str, least))}"
+            yield Finding(check="versions", text=text, remedy=remedy)
 
 
 def kernel_findings(config: RunConfig | None, *, present: Mapping[str, bool]) -> Iterator[Finding]:
@@ -223,11 +194,12 @@ def wandb_findings(config: RunConfig, *, url: str, timeout: float = 5.0) -> Iter
 
 def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -> Iterator[Finding]:
     """Everything about this machine."""
-    yield from version_findings(installed_versions())
+    installed = installed_versions([*TESTED, *LEAST])
+    yield from version_findings(installed)
     yield from kernel_findings(
         config, present={name: find_spec(name) is not None for name in ("deep_ep", "flash_attn")}
     )
-    yield from driver_findings(smi, installed_versions())
+    yield from driver_findings(smi, installed)
     yield from memory_findings(Path("/dev/shm"), ranks=ranks)
     yield from descriptor_findings(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 

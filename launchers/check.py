@@ -11,6 +11,7 @@ from finetune.derive import derive
 from finetune.problems import Problem
 from finetune.recipes import effective, load
 from finetune.typed import leaves
+from finetune.versions import command, demand, installed_versions, untested
 
 EXAMPLE = """\
   moetune check tiny-cpu
@@ -32,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the effective config, the derived numbers, the problems; 2 when there are errors."""
     config, problems = load(args.config, args.overrides)
     problems += cross_check(config, ranks=args.ranks, known=[problem.key for problem in problems])
+    problems += _versions()
     errors = [problem for problem in problems if problem.level == "error"]
     tree = effective(config)
     if args.diff:
@@ -55,6 +57,17 @@ def run(args: argparse.Namespace) -> int:
 def _difference(ours: dict[str, object], theirs: dict[str, object], name: str, other: str) -> dict[str, object]:
     keys = [key for key in ours | theirs if ours.get(key, "absent") != theirs.get(key, "absent")]
     return {key: {name: ours.get(key, "absent"), other: theirs.get(key, "absent")} for key in keys}
+
+
+def _versions() -> list[Problem]:
+    """Warnings only, and none of what is missing: a recipe may be looked at on a laptop that will not run it."""
+    return [
+        Problem(
+            key=name, found=found, source="installed here", allowed=demand(name), remedy=f"Run {command(name)}",
+            level="warning",
+        )
+        for name, found in untested(installed_versions())
+    ]  # fmt: skip
 
 
 def _print_problems(problems: list[Problem]) -> None:

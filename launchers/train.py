@@ -41,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from finetune.checks import require
     from finetune.failures import first_failure, outcome_since
     from finetune.recipes import load
+    from finetune.versions import torch_problem
 
+    if torch_problem():
+        raise ValueError(torch_problem())
     config, problems = load(args.config, args.overrides)
     folder, since = Path("runs") / config.run.name, time.time()
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
