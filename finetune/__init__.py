@@ -1,24 +1,13 @@
-"""Composition: configuration, model, engine, loop, checkpoint, export.
+"""Composition: configuration, model, engine, loop, checkpoint, export."""
 
-Our top-level names are common words. A foreign `data/` or `moe/` in front of ours on the path would be imported in our
-place, half the time silently; the guard below turns that into one sentence before anything else happens.
-"""
+import sys
 
-from importlib.util import find_spec
-from pathlib import Path
+from moetune_guard import require_fit, stop
 
+_STARTED = sys.argv[:1] == ["-m"]  # so Python calls a program while it looks for the module, as of -m finetune.train
+require_fit(program=_STARTED)
+if _STARTED:
+    from finetune.versions import torch_problem
 
-def _refuse_foreign_packages() -> None:
-    home = Path(__file__).resolve().parent.parent
-    for name in ("configs", "data", "moe"):
-        spec = find_spec(name)
-        found = Path(spec.origin).resolve() if spec is not None and spec.origin else None
-        if found is None or found.parent.parent != home:
-            where = found or (list(spec.submodule_search_locations or []) if spec is not None else "nothing")
-            raise ImportError(
-                f"moetune's package `{name}` belongs in {home / name}, but Python finds {where}. "
-                f"Start from another folder, set PYTHONSAFEPATH=1, or install moetune into an environment of its own."
-            )
-
-
-_refuse_foreign_packages()
+    if torch_problem():
+        stop(torch_problem())

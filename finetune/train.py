@@ -73,6 +73,7 @@ from finetune.track import Tracker
 from finetune.update import take_step
 from finetune.watch import PREEMPTED, Watch, exit_code
 from finetune.weights import load as load_weights
+from moetune_guard import require_fit
 
 
 def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: Path | None = None) -> int:
@@ -280,6 +281,7 @@ def _words(argv: Sequence[str]) -> tuple[list[str], bool, Path | None]:
 
 
 if __name__ == "__main__":
+    require_fit(program=True)  # a foreign finetune/__init__.py did not ask
     ended = main(sys.argv[1:])
     sys.stdout.flush()
     if ended in (0, PREEMPTED):
