@@ -1,8 +1,8 @@
 """What must hold before anything of moetune is imported: a Python that it runs on, and packages that are all its own.
 
 Our packages have common names. Another `data` that Python finds first is imported in place of ours, and another
-distribution may write into our folders: half of each would run, often silently. This module's name is nobody else's. It
-compiles on every Python 3, for it is what says that one is too old.
+distribution may write into our folders: half of each would run, often silently. This module's name is nobody else's.
+Nothing in it is newer than Python 3.7, for it is what says that a Python is too old.
 """
 
 import os
@@ -49,14 +49,14 @@ def _old_python() -> str:
 
 
 def _shadowed() -> str:
-    """Whether Python finds another package before ours."""
+    """Whether Python finds another package, or a module of that name, before ours."""
     for name in PACKAGES:
         spec, ours = find_spec(name), HOME / name / "__init__.py"
         if spec is None or not spec.origin:
             return f"moetune's package `{name}` is not whole, {ours} is missing: install moetune again"
         found = Path(spec.origin).resolve()
         if found != ours:
-            root = found.parent.parent
+            root = found.parent if spec.submodule_search_locations is None else found.parent.parent
             owner = _owner(found, root)
             cure = OWN if owner else _way_around(root)
             return f"Python imports `{name}` from {found}{owner} in place of moetune's in {ours.parent}: {cure}"

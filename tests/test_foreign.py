@@ -109,9 +109,10 @@ def _run(folder: Path, words: list[str], place: Path, **settings: str) -> subpro
     start = [str(folder / "bin" / "moetune"), *words[1:]] if words[0] == "moetune" else words
     place.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    kept |= {"DS_ACCELERATOR": "cpu"} | settings
     return subprocess.run(
-        [str(folder / "bin" / "python"), *start, "tiny-cpu"], cwd=place, env=kept | settings, capture_output=True,
-        text=True, timeout=120,
+        [str(folder / "bin" / "python"), *start, "tiny-cpu"], cwd=place, env=kept, capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
 
 
@@ -193,6 +194,11 @@ def test_a_folder_where_the_user_stands_is_foreign_only_to_who_looks_there(here,
         _refused(_run(folder, start, place), f"from {place}/data/__init__.py", ": set PYTHONSAFEPATH=1, or start from")
     assert _run(folder, CLI, place, PYTHONSAFEPATH="1").returncode == 0
     _refused(_run(folder, CONSOLE, tmp_path, PYTHONPATH=str(place)), f": take {place} out of PYTHONPATH")
+    shutil.rmtree(place / "data")
+    (place / "moe.py").write_text("")
+    _refused(
+        _run(folder, TRAIN, place), f"Python imports `moe` from {place}/moe.py", ": set PYTHONSAFEPATH=1, or start"
+    )
 
 
 def test_who_imports_it_gets_an_import_error(here, tmp_path) -> None:

@@ -93,7 +93,9 @@ def test_the_kernel_is_called_with_what_it_takes(lacks, key_heads, monkeypatch):
     assert [one.kind for one in taken.parameters.values()].count(Parameter.VAR_KEYWORD) == 0
 
     def by_hand(*args, **kwargs):
-        given = taken.bind(*args, **kwargs).arguments
+        bound = taken.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         query, key, value, cuts = (given[name] for name in ("query", "key", "value", "cu_seq_q"))
         assert given.get("enable_gqa", key_heads != 4) == (key_heads != 4)
         assert (given["window_size"], given["max_q"], given["max_k"]) == ((-1, 0), 14, 14)
