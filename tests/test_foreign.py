@@ -199,6 +199,10 @@ def test_a_folder_where_the_user_stands_is_foreign_only_to_who_looks_there(here,
     _refused(
         _run(folder, TRAIN, place), f"Python imports `moe` from {place}/moe.py", ": set PYTHONSAFEPATH=1, or start"
     )
+    (_site(folder) / "a.pth").write_text(str(place))  # as another clone's editable install
+    _refused(
+        _run(folder, CONSOLE, tmp_path), f"from {place}/moe.py in place of", f": take {place} off Python's path, or"
+    )
 
 
 def test_who_imports_it_gets_an_import_error(here, tmp_path) -> None:
