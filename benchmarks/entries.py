@@ -52,6 +52,12 @@ ENTRIES = (
         about="time of a step whose kernels have nothing to do, beside the same stock parts",
     ),
     Entry(
+        name="launches",
+        suite="cpu",
+        module="benchmarks.launches",
+        about="operations that a decoder layer hands to a device, counted on meta, beside transformers and PEFT",
+    ),
+    Entry(
         name="merge",
         suite="cpu",
         module="benchmarks.merge",

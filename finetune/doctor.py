@@ -97,8 +97,8 @@ def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[F
         text = f"driver {rows[0][1]} is older than {wanted}, which {build} wants"
         yield Finding(check="driver", text=text, remedy=remedy)
     if any(() < numbers(row[2]) < (9, 0) for row in rows):
-        text = f"compute capability {rows[0][2]}: grouped GEMMs run as compiled kernels there, slower than from 9.0 on"
-        yield Finding(check="grouped_mm", text=text, remedy="It works; plan with a lower --efficiency")
+        text = f"compute capability {rows[0][2]}: torch takes one expert after the other there, slower than from 9.0 on"
+        yield Finding(check="grouped_mm", text=text, remedy="It works; `moetune plan` counts with it")
     for number, row in enumerate(rows):
         used = numbers(row[3])  # a slice of a GPU says [N/A]
         if used > (1024,):

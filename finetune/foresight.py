@@ -14,7 +14,7 @@ from finetune.atomic import write_file
 from finetune.checks import base_family
 from finetune.config import RunConfig
 from finetune.families import Family
-from finetune.gpus import Cluster, Gpu, gpu_like
+from finetune.gpus import HOPPER, Cluster, Gpu, gpu_like
 from finetune.plan import Plan, plan
 from finetune.plan_fit import AUTO_EP, settle
 from finetune.plan_layout import Layout
@@ -102,7 +102,8 @@ def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:
     """The plan for the machines that this rank sees one of."""
     room, device = _room()
     known = gpu_like(torch.cuda.get_device_name()) if device else None
-    here = Gpu(name="CPU", memory_bytes=room, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9)
+    here = Gpu(name="CPU", memory_bytes=room, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9,
+               kernels=HOPPER)  # fmt: skip
     gpu = replace(known or here, memory_bytes=room)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     found = plan(config, base, Cluster(gpu=gpu, gpus=ranks, per_node=min(per_node, ranks)))

@@ -100,7 +100,7 @@ class Plan:
                 "fits": self.fits,
             },
             "traffic": [{**asdict(one), "seconds": one.seconds(self.cluster)} for one in self.traffic],
-            "time": {**asdict(self.time), "step": self.time.step},
+            "time": {**asdict(self.time), "step": self.time.step, "limit": self.time.limit},
             "gpu_hours": self.hours,
             "cost": self.cost,
             "host": asdict(self.host),

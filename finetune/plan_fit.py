@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from finetune.config import RunConfig
 from finetune.families import Family
-from finetune.gpus import GB, Cluster, Gpu
+from finetune.gpus import GB, HOPPER, Cluster, Gpu
 from finetune.plan import Plan, plan
 from finetune.plan_time import Assumed
 
@@ -75,6 +75,7 @@ def settle(config: RunConfig, base: Family, *, ranks: int, per_node: int, memory
     known = Gpu(
         name="this machine", memory_bytes=memory_bytes, flops=989e12 if device else 1e11,
         memory_rate=3e12 if device else 1e10, link_rate=450e9 if device else 1e9, network_rate=50e9 if device else 1e9,
+        kernels=HOPPER,
     )  # fmt: skip
     cluster = Cluster(gpu=known, gpus=ranks, per_node=min(per_node, ranks))
     autos = {"ep": config.parallel.ep == AUTO_EP, "recompute": config.parallel.recompute == "auto"}

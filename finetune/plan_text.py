@@ -43,6 +43,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"a step takes {time.step:.2f} s by the model below: " + ", ".join(
         f"{name} {seconds:.2f}" for name, seconds in time.seconds.items()
     )
+    yield _limit(plan)
     yield f"{time.tokens_per_second:,.0f} tokens/s a GPU, {time.mfu:.1%} of its peak"
     price = "" if plan.cost is None else f", {plan.cost:,.0f} at {cluster.price:g} an hour"
     yield f"{plan.steps:,} steps: {plan.steps * time.step / 3600:.1f} hours, {plan.hours:,.1f} GPU hours{price}"
@@ -54,6 +55,19 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield "assumed"
     for sentence in plan.assumed.sentences():
         yield f"  {sentence}"
+
+
+def _limit(plan: Plan) -> str:
+    """Who is waited for, host or device, and what the device's time is limited by."""
+    time = plan.time
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in sorted(time.limits.items(), key=lambda p: -p[1]))
+    device = sum(time.limits.values())
+    operations = f"{plan.micro_batches} x {time.launches:,} operations"
+    if time.limit == "host":
+        return f"the host decides: {time.host:.2f} s for {operations}; the device needs {device:.2f} ({parts})"
+    return (
+        f"the device decides, most of all its {time.limit}: {parts}; the host needs {time.host:.2f} s for {operations}"
+    )
 
 
 def fit_lines(found: Fit) -> Iterator[str]:

@@ -21,7 +21,7 @@ EXAMPLE = """\
   moetune plan qwen3-vl-30b-a3b-lora --gpus 16 --gpu a100-80gb --fit
   moetune plan qwen3-vl-235b-a22b-lora --gpus 64 --gpu h100-80gb --json"""
 
-_SHARES = ("vision_share", "supervised_share", "efficiency")
+_SHARES = ("vision_share", "supervised_share")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +35,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
     parser.add_argument("--fit", action="store_true", help="propose ep, sp, resident, recompute and tokens a row")
     parser.add_argument("--sample-tokens", type=positive, metavar="N", default=assumed.sample_tokens)
+    parser.add_argument("--image-tokens", type=positive, metavar="N", default=assumed.image_tokens)
     for name in _SHARES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_share, metavar="S", default=getattr(assumed, name))
     parser.add_argument("--skew", type=_skew, metavar="X", default=assumed.skew, help="busiest rank over the mean")
+    parser.add_argument(
+        "--launch-us", type=_above_zero, metavar="U", default=assumed.launch_us, help="of the host, an operation"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
@@ -45,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; 3 when it does not fit."""
     machines = cluster(args.gpu, gpus=args.gpus, per_node=args.per_node, price=args.price)
     assumed = Assumed(
-        sample_tokens=args.sample_tokens, skew=args.skew, **{name: getattr(args, name) for name in _SHARES}
+        sample_tokens=args.sample_tokens,
+        image_tokens=args.image_tokens,
+        launch_us=args.launch_us,
+        skew=args.skew,
+        **{name: getattr(args, name) for name in _SHARES},
     )
     config, problems = load(args.config, args.overrides)
     free = _free(config, args.fit)
@@ -99,8 +107,15 @@ def _fit_dict(found: Fit) -> dict[str, Any]:
 
 def _share(text: str) -> float:
     value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"a share above 0, at most 1, is wanted, found {text!r}")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a share from 0 to 1 is wanted, found {text!r}")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"more than 0 is wanted, found {text!r}")
     return value
 
 

@@ -11,6 +11,7 @@ from finetune.flops import FlopMeter, Training, Work
 from finetune.gpus import cluster, gpu_names
 from finetune.plan import plan
 from finetune.plan_fit import settle
+from finetune.plan_time import Assumed
 from finetune.plan_wire import traffic
 from finetune.recipes import effective, load
 from finetune.trained import trained_tensors
@@ -192,6 +193,47 @@ def test_shares_have_ranges(flag, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "tiny-cpu", "--gpus", "2", "--gpu", "h100-80gb", flag])
     assert "wanted, found" in capsys.readouterr().err
+
+
+def test_a_slow_host_is_waited_for_and_named(capsys) -> None:
+    words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "8", "--gpu", "h100-80gb", "--json"]
+    times = []
+    for microseconds in ("16", "500"):
+        assert main([*words, "--launch-us", microseconds]) == 0
+        times.append(json.loads(capsys.readouterr().out)["time"])
+    fast, slow = times
+    assert fast["limit"] == "memory"
+    assert fast["step"] == pytest.approx(sum(fast["limits"].values()))
+    assert slow["limit"] == "host"
+    assert slow["step"] == pytest.approx(slow["host"])
+    assert slow["limits"] == fast["limits"]
+    assert main([*words[:-1], "--launch-us", "500"]) == 0
+    assert "the host decides: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("--launch-us", "0"), ("--image-tokens", "0"), ("--efficiency", "0.3")])
+def test_what_the_time_model_cannot_use_is_refused(words, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "tiny-cpu", "--gpus", "2", "--gpu", "h100-80gb", *words])
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_row_of_text_skips_a_tower_that_is_whole_and_frozen() -> None:
+    def operations(*words: str, share: float) -> int:
+        config, one = _config(*words), cluster("h100-80gb", gpus=8, per_node=None, price=None)
+        return plan(config, base_family(config), one, assumed=Assumed(vision_share=share)).time.launches
+
+    blocks = 27 * 24  # operations of the tower's blocks
+    assert operations(share=0.5) - operations(share=0.0) > blocks
+    # every rank calls a tower that is gathered, or has gradients to bring down
+    assert operations("parallel.resident=none", share=0.0) - operations(share=0.0) > blocks
+    assert operations("adapters.vision_blocks.mode=lora", share=0.0) - operations(share=0.0) > 2 * blocks
+
+
+def test_weights_that_are_gathered_cost_the_host_their_hooks() -> None:
+    whole = _plan("qwen3-vl-30b-a3b-lora", "parallel.resident=frozen", gpus=8).time
+    cut = _plan("qwen3-vl-30b-a3b-lora", "parallel.resident=none", gpus=8).time
+    assert cut.host > 1.2 * whole.host * cut.launches / whole.launches
 
 
 def test_more_of_everything_takes_more() -> None:

@@ -1,6 +1,6 @@
 """The planner loads no torch, so it repeats numbers of the code that does; here they are held together."""
 
-from finetune import loss, plan_activations, plan_layout, plan_moments
+from finetune import loss, plan_activations, plan_layer, plan_layout, plan_moments
 from finetune.engine import EngineOptions, engine_config
 from moe import experts, host
 
@@ -10,6 +10,7 @@ def test_the_planner_and_the_code_use_the_same_numbers() -> None:
     assert plan_activations.KEEP_BYTES == experts.KEEP_BYTES
     assert plan_activations.MOVED_BYTES == host.LEAST_BYTES
     assert plan_activations.TILE_BYTES == loss.TILE_BYTES
+    assert plan_layer.SLICES == loss.SLICES
     assert EngineOptions().persistence_threshold == plan_layout.PERSISTENCE
     for trained, bucket in ((1, plan_layout.BUCKET[0]), (1 << 40, plan_layout.BUCKET[1])):
         zero = engine_config(EngineOptions(), trained=trained)["zero_optimization"]

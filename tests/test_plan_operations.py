@@ -1,0 +1,184 @@
+"""The operations that the planner counts by formula, held to those that the real modules ask for on the meta device."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen3VLMoeConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionBlock, Qwen3VLMoeVisionPatchMerger
+
+from benchmarks.launches import figures
+from benchmarks.meta_layer import MetaLayer
+from benchmarks.operations import Operations
+from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
+from finetune.families import Experts, Family, Text, Vision, family
+from finetune.gpus import gpu
+from finetune.loss import TILE_BYTES, TiledHead
+from finetune.plan_activations import Rows
+from finetune.plan_layer import decoder_layer, head
+from finetune.plan_ops import Op, mm, spent
+from finetune.plan_tower import block, merger
+
+WITHIN = 0.02
+"""Of the number of each kind's operations and of its bytes; of the products' operations nothing."""
+SMALL = Text(
+    hidden_size=320, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2,
+    head_dim=48, experts=Experts(num_experts=24, num_experts_per_tok=5, moe_intermediate_size=112),
+)  # fmt: skip
+REAL = family("qwen3-vl-30b-a3b").text
+TOWER = Vision(out_hidden_size=320, hidden_size=192, intermediate_size=400, num_heads=6, depth=2)
+ONCE = "flash_in_one_call"  # transformers hands a row's borders to attentions whose name has "flash" in it
+
+
+def _base(text: Text = SMALL) -> Family:
+    return Family(name="small", text=text, vision=TOWER)
+
+
+def _same(counted: Operations, ops: Iterable[Op], *, within: float = WITHIN) -> None:
+    """Every kind: as many operations, bytes and floating-point operations; of attention's the last is not counted."""
+    ops = list(ops)
+    for kind in {*counted.kinds, *(op.kind for op in ops)}:
+        mine, here = [op for op in ops if op.kind == kind], counted.kinds[kind]
+        found = (sum(op.times for op in mine), sum(op.bytes * op.times for op in mine))
+        slack = 1 / max(1, here.launches)  # one of few is more than two in a hundred
+        assert found[0] == pytest.approx(here.launches, rel=max(within, slack)), (kind, found[0], here.launches)
+        assert found[1] == pytest.approx(here.bytes, rel=within, abs=2e5), (kind, found[1], here.bytes)
+        if kind != "attention":
+            assert sum(op.flops * op.times for op in mine) == pytest.approx(here.flops, rel=1e-3), kind
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "modes", "resident", "balance", "recompute"),
+    [
+        (REAL, 4096, ("lora", "lora", "frozen"), True, "off", "layer"),
+        (REAL, 8192, ("lora", "lora", "frozen"), True, "off", "selective"),  # two chunks of the experts' rows
+        (REAL, 8192, ("lora", "lora", "frozen"), False, "off", "none"),
+        (SMALL, 1000, ("full", "full", "full"), True, "off", "none"),
+        (replace(SMALL, experts=None), 900, ("lora", "frozen", "frozen"), True, "off", "layer"),
+        (SMALL, 700, ("frozen", "frozen", "lora"), True, "micro", "layer"),
+    ],
+    ids=["30b", "30b, two chunks", "30b, partitioned", "small, full", "dense", "small, router"],
+)
+def test_a_decoder_layer_asks_for_what_the_planner_counts(text, tokens, modes, resident, balance, recompute):
+    attention, experts, router = modes
+    adapters = AdaptersConfig(
+        attention=DenseFamilyConfig(mode=attention), experts=ExpertFamilyConfig(mode=experts),
+        router=RouterFamilyConfig(mode=router), mlp=DenseFamilyConfig(mode=attention),
+    )  # fmt: skip
+    forward, backward = MetaLayer(text, adapters, resident=resident, balance=balance).count(tokens, recompute)
+    arriving = tokens * text.experts.num_experts_per_tok if text.experts else 0
+    rows = Rows(tokens=tokens, supervised=tokens, patches=0, arriving=arriving, itemsize=2)
+    found = decoder_layer(
+        _base(text), adapters, rows, recompute, squares=tokens**2, sparse=text.experts is not None, resident=resident,
+        balances=balance != "off",
+    )  # fmt: skip
+    _same(forward, found.forward)
+    _same(backward, [*found.again, *found.backward])
+
+
+def _in_one_call(module: Any, query, key, value, attention_mask=None, *, cu_seq_lens_q, max_length_q, scaling, **_):
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling)
+    return out[None], None
+
+
+@pytest.mark.parametrize(
+    ("mode", "recompute"), [("frozen", "layer"), ("lora", "none"), ("lora", "layer"), ("full", "layer")]
+)
+def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
+    patches = 1024
+    ALL_ATTENTION_FUNCTIONS.register(ONCE, _in_one_call)
+    sizes = {k: getattr(TOWER, k) for k in ("out_hidden_size", "hidden_size", "intermediate_size", "num_heads")}
+    config = Qwen3VLMoeConfig(vision_config=sizes).vision_config
+    config._attn_implementation = ONCE
+    dense = DenseFamilyConfig(mode=mode)
+    adapters = AdaptersConfig(vision_blocks=dense, merger=dense)
+    rows = Rows(tokens=1, supervised=0, patches=patches, arriving=0, itemsize=2)
+    parts = [
+        (Qwen3VLMoeVisionBlock(config), block(_base(), adapters, rows, recompute, frame_squares=patches**2)),
+        *(
+            (Qwen3VLMoeVisionPatchMerger(config, grouped), merger(_base(), dense, patches, 2, below=True))
+            for grouped in (False, True)
+        ),
+    ]
+    cuts, table = torch.zeros(2, dtype=torch.int32, device="meta"), torch.empty(patches, 32, device="meta")
+    given = {"cu_seqlens": cuts, "max_seqlen": patches, "position_embeddings": (table, table)}
+    for module, found in parts:
+        for parameter in module.parameters():
+            parameter.requires_grad_(mode == "full")
+        if mode == "lora":
+            names = ["qkv", "proj", "linear_fc1", "linear_fc2"]
+            inject_adapter_in_model(LoraConfig(r=dense.r, target_modules=names), module)
+        module.to("meta", torch.bfloat16)
+        x = torch.empty(patches, 192, dtype=torch.bfloat16, device="meta", requires_grad=mode != "frozen")
+        blocks = isinstance(module, Qwen3VLMoeVisionBlock)
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        with Operations() as forward:
+            if blocks and found.again:
+                y = checkpoint(module, x, **given, **again)
+            else:
+                y = module(x, **given if blocks else {})
+        _same(forward, found.forward)
+        assert bool(found.again) == (blocks and mode != "frozen" and recompute == "layer")
+        if mode != "frozen":
+            grad = torch.empty_like(y)
+            with Operations() as backward:
+                y.backward(grad)
+            _same(backward, [*found.again, *found.backward])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_head_asks_for_what_the_planner_counts(trained):
+    tokens = 1000  # three tiles and a rest
+    with torch.device("meta"):
+        module = TiledHead(SMALL.hidden_size, SMALL.vocab_size, bias=False, dtype=torch.bfloat16)
+        hidden = torch.empty(tokens, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        labels, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
+    module.tile_bytes = TILE_BYTES
+    module.weight.requires_grad_(trained)
+    rows = Rows(tokens=2 * tokens, supervised=tokens, patches=0, arriving=0, itemsize=2)
+    found = head(_base(), rows, trained=trained, passes=True)
+    with Operations() as forward:
+        objective, _ = module(hidden, labels, weights)
+    _same(forward, found.forward)
+    grad = torch.empty_like(objective)
+    with Operations() as backward:
+        objective.backward(grad)
+    _same(backward, found.backward)
+
+
+def test_an_operation_takes_as_long_as_its_slowest_need():
+    h100 = gpu("h100-80gb")
+    memory, compute = mm(4096, 2048, 16, 2), mm(8192, 8192, 8192, 2)
+    found = spent([(memory, 1), (compute, 2), (mm(1, 1, 1, 2), 10)], h100, local_experts=1)
+    assert found.limits == pytest.approx({
+        "memory": memory.bytes / (0.8 * 3.35e12), "compute": 2 * compute.flops / (0.63 * 989.4e12),
+        "small kernels": 10 * 2.5e-6,
+    })  # fmt: skip
+    assert found.launches == 13
+    assert math.isclose(sum(found.kinds.values()), sum(found.limits.values()))
+
+
+def test_without_a_grouped_kernel_each_expert_is_a_product_of_its_own():
+    grouped = [(Op("grouped_mm", 1e3, 1e3), 1)]
+    for name, launches in (("a100-80gb", 16), ("h100-80gb", 1)):
+        assert spent(grouped, gpu(name), local_experts=16).launches == launches
+
+
+def test_launches_are_counted_beside_the_stock_parts():
+    """All counts are of real modules; the stock parts rebuild every expert's weights, which the bytes show."""
+    found = {figure.metric.rpartition(", ")[2]: figure for figure in figures(SMALL, (300,))}
+    assert list(found) == ["forward", "recompute", "backward", "all", "read and written"]
+    every = found["all"]
+    for of in ("value", "peer_value"):
+        counts = [getattr(found[name], of) for name in ("forward", "recompute", "backward")]
+        assert getattr(every, of) == sum(counts)
+        assert min(counts) > 50
+    assert found["read and written"].ratio > 1
