@@ -74,7 +74,7 @@ def _kind(name: str, outs: list[Tensor]) -> Kind:
     if name in ("index_select", "bmm"):
         return "row permutes"
     indices = not any(x.is_floating_point() for x in outs)
-    return "routing" if indices or name in ("topk", "sort") else "pointwise, norms, copies"
+    return "routing" if indices or name in ("topk", "sort") else "pointwise"
 
 
 def _bytes(name: str, ins: list[Tensor], outs: list[Tensor], rows: int) -> float:

@@ -179,7 +179,7 @@ def _weight_gradients(at: Block) -> list[Op]:
         product = outer(rows / n, out, into, e, b)
         found += [product._replace(times=n), routing(4 * n), *touch(size, *(2 * b,) * n)]
         found += touch(size, cast(b), *(2 * WIDE + b,) * (n - 1), cast(b)) if n > 1 else []
-    if r and n == 1:  # those of both B are made turned round
+    if r:  # those of both B are made turned round
         found += touch(e * r, 2 * b * 2 * f, 2 * b * d)
     return found
 

@@ -85,7 +85,7 @@ def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: floa
     back = [*linear_back(t, wide, d, b, family), *touch(lse, 1), routing(1)]
     back += [*slices, Op("attention", b * (4 * q + 4 * k) + lse, BACKWARD * flops)]
     back += [*turn_back(k, table, b), *turn_back(q, table, b)]
-    back += [op for part in (q, k, k) for op in touch(part, b, 2 * b)] + touch(q, 2 * b) + touch(k, 2 * b)
+    back += [op for part in (q, k, k) for op in touch(part, b, 2 * b)] + touch(q, 2 * b) + touch(k, 2 * b, 2 * b)
     back += [*norm_back(q, t * heads, b, full=full), *norm_back(k, t * kv, b, full=full)]
     back += [op for out in (wide, narrow, narrow) for op in linear_back(t, d, out, b, family)]
     back += touch(t * d, 3 * b, 3 * b)

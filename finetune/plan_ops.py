@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from finetune.gpus import Gpu
 
-Kind = Literal["pointwise, norms, copies", "attention", "grouped_mm", "dense mm", "row permutes", "routing"]
+Kind = Literal["pointwise", "attention", "grouped_mm", "dense mm", "row permutes", "routing"]
 WIDE = 4
 """Bytes of a float32."""
 KERNEL = 2.5e-6
@@ -71,7 +71,7 @@ class Spent:
 
 def touch(size: float, *bytes_each: float) -> list[Op]:
     """Pointwise operations and reductions over so many elements, by the bytes that each moves an element; 0 is none."""
-    return [Op("pointwise, norms, copies", size * each) for each in bytes_each if each]
+    return [Op("pointwise", size * each) for each in bytes_each if each]
 
 
 def cast(b: int) -> int:
@@ -143,13 +143,13 @@ def norm_back(size: float, rows: float, b: int, *, full: bool) -> list[Op]:
 
 def turn(size: float, table: float, b: int) -> list[Op]:
     """Rotary positions: times cosines, halves changed and times sines, added; `table` elements of either."""
-    times = Op("pointwise, norms, copies", 2 * b * size + b * table)
+    times = Op("pointwise", 2 * b * size + b * table)
     return [times, times, *touch(size, b, 2 * b, 3 * b)]
 
 
 def turn_back(size: float, table: float, b: int) -> list[Op]:
     """Backward: each half's gradient goes into a tensor of zeros, and both are added."""
-    times = Op("pointwise, norms, copies", 2 * b * size + b * table)
+    times = Op("pointwise", 2 * b * size + b * table)
     return [times, times, *touch(size, b, *(b, b) * 2, 3 * b, 3 * b)]
 
 

@@ -40,8 +40,9 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield "  nothing"
     yield ""
     yield f"operations: {time.flops_per_token / 1e9:.2f} G a token, {time.model_flops / 1e12:.1f} T a rank and step"
+    longest = sorted(time.seconds.items(), key=lambda part: -part[1])
     yield f"a step takes {time.step:.2f} s by the model below: " + ", ".join(
-        f"{name} {seconds:.2f}" for name, seconds in time.seconds.items()
+        f"{name} {seconds:.2f}" for name, seconds in longest if seconds >= 0.01 * time.step
     )
     yield _limit(plan)
     yield f"{time.tokens_per_second:,.0f} tokens/s a GPU, {time.mfu:.1%} of its peak"
