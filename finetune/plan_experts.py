@@ -1,6 +1,7 @@
 """What an expert block asks of the device: choice, rows to their experts, the experts, and the sum. Loads no torch.
 
-As `moe/` runs them, operation by operation; a test counts both on the meta device. Dropout's masks are not in it.
+As `moe/` runs them, operation by operation; a test counts them on the meta device at ep 1. What is done with rows that
+come from other ranks is read off the code; dropout's masks are left out.
 """
 
 from dataclasses import dataclass
@@ -79,13 +80,12 @@ def choice(base: Family, adapters: AdaptersConfig, rows: Rows, *, balances: bool
     chosen = Op("routing", t * e * WIDE + t * k * (WIDE + INDEX), least=TOP_K)
     trains = family.mode != "frozen"
     of_base = [chosen] * trains + [mm(t, d, e, b)] * (family.mode == "full")
-    observed = [
-        routing(2, t * e),
-        routing(1, t * k * INDEX),
-        routing(3 + 3 * trains),
+    observed = [routing(2, t * e), routing(1, t * k * INDEX), routing(3 + 3 * trains)]
+    observed += [
         *touch(t * e, cast(b), WIDE, 2 * WIDE, WIDE),
+        *touch(t, 2 * WIDE, 2 * WIDE, WIDE),
+        *touch(e, *(WIDE,) * (7 + 4 * trains)),
     ]
-    observed += [*touch(t, 2 * WIDE, 2 * WIDE, WIDE), *touch(e, *(WIDE,) * (7 + 4 * trains))]
     backward = touch(t * k, cast(b), *((8, 8, 4, 12, 8, 4, 8) if normalises else ()))
     backward += touch(t * e, WIDE, 2 * WIDE, 3 * WIDE, cast(b)) + linear_back(t, d, e, b, family)
     backward += touch(t * d, 3 * b)
@@ -99,14 +99,14 @@ def experts(at: Block, recompute: Recompute) -> Passes:
     """From the tokens to the sum of their experts' outputs, and back; the sum itself is not computed again."""
     there, home = _there(at), _home(at)
     first, wide, rest, end = _forward(at)
-    thin = at.arriving * 2 * at.f * at.b > KEEP_BYTES  # too many rows: backward computes them again
-    middle = [*(wide if recompute == "layer" or thin else []), *rest]
-    again = [*there, *first, *middle, *(end if recompute == "layer" else []), permuted(at.sent, at.d, at.b)]
+    many = at.arriving * 2 * at.f * at.b > KEEP_BYTES  # too much to keep: backward starts from the rows
+    within = [*wide, *rest, *end] if recompute == "layer" else [] if many else rest
+    again = [*there, *first, *within, permuted(at.sent, at.d, at.b)]
     if at.ep > 1:
         again.append(permuted(at.arriving, at.d, at.b))
     summed = Op("row permutes", at.b * (at.sent + at.sent * at.d + at.t * at.d), 2 * at.sent * at.d)
     back = [summed, summed, permuted(at.sent, at.d, at.b), *_backward(at)]
-    back += [*wide, *rest] if thin else []
+    back += [*wide, *rest] if many else []
     back += [permuted(at.arriving, at.d, at.b)] * (2 * (at.ep > 1))
     back += [permuted(at.sent, at.d, at.b), *touch(at.d * at.b, at.sent + at.t)]
     return Passes(

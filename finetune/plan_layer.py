@@ -1,6 +1,7 @@
 """What the decoder and the head ask of the device in one micro-batch, operation by operation. Loads no torch.
 
-As transformers, PEFT and `moe/` run them; a test counts the same on the meta device.
+As transformers, PEFT and `moe/` run them; a test counts the same on the meta device. The copies of rows in slices are
+read off the code, and norms in tiles are taken for whole ones.
 """
 
 from finetune.config import AdaptersConfig
@@ -93,13 +94,8 @@ def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: floa
 
 
 def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
-    t, b, d, inner, family = (
-        rows.tokens,
-        rows.itemsize,
-        base.text.hidden_size,
-        base.text.intermediate_size,
-        adapters.mlp,
-    )
+    t, b, family = rows.tokens, rows.itemsize, adapters.mlp
+    d, inner = base.text.hidden_size, base.text.intermediate_size
     enter = [*linear(t, d, inner, b, family), *linear(t, d, inner, b, family), *touch(t * inner, 2 * b, 3 * b)]
     back = [*linear_back(t, inner, d, b, family), *touch(t * inner, 3 * b, 3 * b, 3 * b)]
     back += [*linear_back(t, d, inner, b, family), *linear_back(t, d, inner, b, family), *touch(t * d, 3 * b)]
@@ -111,7 +107,7 @@ def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
     """Loss and gradients by tiles of supervised tokens, all in forward."""
     v, d, b, count = base.text.vocab_size, base.text.hidden_size, rows.itemsize, rows.supervised
     size = min(max(1, TILE_BYTES // (WIDE * v)), count)
-    found: list[Op] = touch(count, 3 * WIDE, 3 * WIDE, 4 * WIDE, 0.1)
+    found: list[Op] = touch(count, 3 * WIDE, 3 * WIDE, 4 * WIDE) + touch(1, 3 * WIDE)
     for n, times in ((size, count // size), (count % size, 1)) if size else ():
         tile = [mm(n, d, v, b), *touch(n * v, WIDE + b, WIDE, 2 * WIDE, 2 * WIDE, WIDE)]
         tile += touch(n, 3 * WIDE, 2 * WIDE, 3 * WIDE, 2 * WIDE)
@@ -119,9 +115,8 @@ def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
             tile += [*touch(n * v, WIDE, 2 * WIDE, WIDE + b), *touch(n, 3 * WIDE, 2 * WIDE, 2 * WIDE + INDEX)]
         tile += [mm(n, v, d, b)] if passes else []
         if trained:
-            tile += [
-                op._replace(times=SLICES) for op in (mm(v / SLICES, n, d, b), *touch(v * d / SLICES, 2 * WIDE + b))
-            ]
+            part = [mm(v / SLICES, n, d, b), *touch(v * d / SLICES, 2 * WIDE + b)]
+            tile += [op._replace(times=SLICES) for op in part]
         found += [op._replace(times=op.times * times) for op in tile if n]
     found += touch(v * d, WIDE, WIDE + b) if trained else []
     back = touch(count * d, *(2 * b,) * passes) + touch(v * d, *(2 * b,) * trained)

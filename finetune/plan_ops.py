@@ -17,7 +17,7 @@ Kind = Literal["pointwise", "attention", "grouped_mm", "dense mm", "row permutes
 WIDE = 4
 """Bytes of a float32."""
 KERNEL = 2.5e-6
-"""Seconds that a kernel takes at least, until the next one starts (cuda.md: estimated for H100, not measured)."""
+"""Seconds that a kernel takes at least, until the next one starts; estimated, not measured."""
 SORT, TOP_K = 45e-6, 30e-6
 """The least of a sort and of a top-k, which are several kernels."""
 

@@ -24,7 +24,7 @@ from finetune.trained import Tensor, frozen_tensors, trained_tensors
 
 LAUNCH_US = 16.0
 """Microseconds of the host for one operation, its share of Python included: measured on a slow CPU, 56 and 93 ms for
-the 3,900 and 5,000 operations of a micro-batch of 12 layers, without recompute and with it."""
+about 3,900 and 5,000 operations, a micro-batch of 12 layers, without recompute and with it."""
 HOOK = 0.17e-3
 """Seconds of the host for a module with weights that are gathered, in each pass: the engine's hooks, measured there."""
 WAITING = "waiting for the host"

@@ -59,7 +59,7 @@ def block(
     back += touch(lse, 1) + [routing(1)] + touch(size, *(b, 2 * b) * 3)
     turned = touch(size, cast(b), times, times, 4, *(4, 4) * 2, 12, 12, cast(b))
     back += [*turned, *turned, *touch(3 * size, 2 * b, 2 * b), *_linear_back(p, width, 3 * width, b, family)]
-    back += [*touch(size, 3 * b, 3 * b)]
+    back += touch(size, 3 * b, 3 * b)
     return Passes(forward=forward, again=again, backward=back)
 
 
