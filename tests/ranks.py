@@ -13,6 +13,7 @@ import datetime
 import faulthandler
 import fcntl
 import functools
+import gc
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -33,7 +34,10 @@ import pytest
 
 LIMIT_S = 600.0  # ends what hangs; far from what a healthy rank takes on a busy machine
 GRACE_S = 5.0  # after the first failure: time for ranks that failed before it, or with it, to say so
-PRELOADED = ("torch", "torch.distributed", "transformers", "peft", "deepspeed", "finetune.train")
+PRELOADED = (
+    "torch", "torch.distributed", "transformers", "peft", "deepspeed", "finetune.train",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # each engine imports it at its start, and torch's compiler with it
+)  # fmt: skip
 SHOWN_CHARS = 6000  # of what a rank printed
 
 
@@ -77,9 +81,7 @@ def _server() -> Any:
     """Starts the process that ranks are forked from: with one thread, or a fork could find a lock held for ever."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # for its imports: each rank gets the caller's environment as it is then
+    with pytest.MonkeyPatch.context() as patch:  # what its imports see; a rank then gets the caller's environment
         for name, value in _RANK_ENVIRONMENT.items():
             patch.setenv(name, value)  # at import DeepSpeed looks for its accelerator, and BLAS starts its threads
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this clone's code, not that of an installed one
@@ -169,6 +171,7 @@ def _work(
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     os.chdir(cwd)
+    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not among all that the server imported
     with _reported(rank, world_size, folder), _alive(rank, folder):
         import torch
 
