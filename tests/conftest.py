@@ -1,14 +1,33 @@
-"""Settings of the test tools for the whole suite: time, warnings, and the table of versions."""
+"""Settings of the test tools for the whole suite: threads, the order of files, warnings, the table of versions."""
 
+import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from locked import LOCKED, direct, is_locked
 
+# Two workers and the ranks that they start share the cores: with more threads each, most of the CPU time is theirs that
+# wait for one another. Torch and BLAS read it at import, which comes later.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("moetune", deadline=None)  # a busy machine must not fail a property
 settings.load_profile("moetune")
+
+LONG_FIRST = (
+    "test_train.py", "test_safety.py", "test_moe_parallel.py", "test_plan_measured.py", "test_parity.py",
+    "test_checkpoint.py", "test_weights.py", "test_launch.py", "test_benchmarks.py", "test_evaluate.py",
+    "test_stages.py", "test_merge_verify.py", "test_forward_ranks.py", "test_sequence.py", "test_ranks.py",
+    "test_plan_256.py", "test_demo.py",
+)  # fmt: skip
+"""Files that take long, longest first: workers begin with them, so that none is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG_FIRST)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,9 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Outside the lock, what a library deprecates today must not fail who only wants to know whether moetune works."""
+    config.option.loadscopereorder = False  # else pytest-xdist hands out files by their number of tests
+    missing = [name for name in LONG_FIRST if not Path(__file__).with_name(name).exists()]
+    if missing:
+        raise pytest.UsageError(
+            f"LONG_FIRST in {__file__} names {', '.join(missing)}: no such files. Name them as they are now"
+        )
     if config.getoption("--versions") or all(map(is_locked, LOCKED.keys() & direct())):
-        return
+        return  # outside the lock, what a library deprecates today must fail nobody
     for kind in ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"):
         config.addinivalue_line("filterwarnings", f"default::{kind}")
 

@@ -1,9 +1,13 @@
 """House rules that no linter keeps: torch-free start, where torch.distributed may be used."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 COLLECTIVES_LIVE_IN = {
@@ -56,3 +60,12 @@ def test_configuration_and_command_line_start_without_torch() -> None:
     script = f"import sys, {modules}, {launchers}; {checked}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_run_begins_with_its_long_files_and_one_thread(request: pytest.FixtureRequest) -> None:
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    names = list(dict.fromkeys(item.path.name for item in request.session.items))
+    long = [name for name in conftest.LONG_FIRST if name in names]
+    assert names[: len(long)] == long
+    assert request.config.option.loadscopereorder is False  # the order is what pytest-xdist goes by
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
