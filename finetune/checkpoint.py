@@ -41,6 +41,7 @@ from finetune.checkpoint_manifest import (
 )
 from finetune.checkpoint_plan import Meshes, flat_tensors, read, require_whole, write
 from finetune.checkpoint_slices import Slice, put_in_service, slices
+from finetune.hooks import keep_whole
 from finetune.model import EmptyModel
 
 T = TypeVar("T")
@@ -192,6 +193,7 @@ class Checkpoints:
         for slice_ in held:
             slice_.steps.fill_(saved.trained[slice_.canonical].updates)
         put_in_service(self.engine)
+        keep_whole(self.engine)
         _reseed(random)
         return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state))
 

@@ -107,15 +107,11 @@ def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor
 
 
 def put_in_service(engine: Any) -> None:
-    """Bring restored masters into the weights that the forward reads; every rank must call this.
+    """Bring restored masters into the slices that weights are gathered from; every rank must call this.
 
-    Small parameters are kept gathered from one step to the next: their copies are dropped and gathered again, or the
-    next forward would still see the values of before.
+    Whole copies are dropped, or the next forward would still see the values of before; small ones are to be made again.
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()
     for group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
-    if zero.persistent_parameters:
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
-    zero.checkpoint_event_epilogue()

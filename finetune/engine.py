@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
+from finetune.hooks import keep_whole, only_root_runs, settle_hooks
 from finetune.ranks import join_restarted, parameter_table, require_equal_tables
 
 LIMITS = {
@@ -118,32 +120,8 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
     made = [made for group in groups for made in _decay_groups(group, options.weight_decay)]
     optimizer = torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-    _drop_idle_hooks(engine, groups)
+    settle_hooks(engine, [p for group in groups if all(group.peaks) for p in group.parameters])
     return engine
-
-
-def _drop_idle_hooks(engine: Any, groups: Sequence[Group]) -> None:
-    """Take ZeRO-3's hooks off modules that have nothing to fetch.
-
-    It hangs four on every module, two of which put a node into the graph. They fetch and release the module's own
-    parameters; most modules of a model with resident weights have none, and a layer would pay them some fifty times.
-    Around partitioned weights that do not always train they stay: a recompute finds by them when to release these.
-    """
-    offload = engine.optimizer.parameter_offload
-    always = {id(p) for group in groups if all(group.peaks) for p in group.parameters}
-    needed = {
-        id(hooks)
-        for module in engine.module.modules()
-        if any(p is not None for p in module._parameters.values())
-        or any(id(p) not in always for p in module.parameters())
-        or deepspeed.utils.z3_leaf_module(module)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-    }
-    for handles in (offload.forward_hooks, offload.backward_hooks):
-        for handle in handles:
-            if id(handle.hooks_dict_ref()) not in needed:
-                handle.remove()
-        handles[:] = [handle for handle in handles if id(handle.hooks_dict_ref()) in needed]
 
 
 def start_distributed() -> None:
@@ -174,11 +152,13 @@ def engine_device() -> torch.device:
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
     """Back-propagate one micro-batch's share: a sum over this rank's part of a step whose total weight is given."""
     engine.backward(local_sum * (engine.world_size / step_total), scale_wrt_gas=False)
+    only_root_runs(engine.module)
 
 
 def require_step_applied(engine: Any, step: int) -> None:
     """Raise unless the last `engine.step()` changed the weights: ZeRO-3 skips a non-finite norm without a word."""
     if not engine.was_step_applied():
+        keep_whole(engine)
         raise NotFinite(
             f"step {step}: the engine did not apply the update; the gradient norm was {engine.get_global_grad_norm()}"
         )
@@ -239,6 +219,10 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
 
 
 def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it."""
-    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id"))
+    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it.
+
+    One that is whole already stays so: the engine's context would leave it partitioned.
+    """
+    in_pieces = getattr(tensor, "ds_status", ZeroParamStatus.AVAILABLE) is not ZeroParamStatus.AVAILABLE
+    whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=in_pieces)
     return whole

@@ -25,6 +25,7 @@ from finetune.config import RunConfig
 from finetune.engine import engine_device
 from finetune.eval_answers import Answers
 from finetune.eval_verdict import Judge, Measured, Verdict
+from finetune.hooks import forget_order
 from finetune.ranks import Preempted, barrier, gather_lists, rank_and_world, require_no_wish, sum_over_ranks
 from finetune.sequence import SequenceGroup
 from finetune.stages import longest_pack, run_stages
@@ -122,7 +123,7 @@ class Evaluation:
             result = self.run(engine, step)
             rows = list[Mapping[str, Any]]()
             if self._answers is not None:
-                with _untouched(engine):
+                with untouched(engine):
                     rows = self._answers.rows(engine, engine_device())
         except Preempted as wish:
             self._say(f"the evaluation at step {step} is left for the next start")
@@ -142,7 +143,7 @@ class Evaluation:
         measure = partial(compare_row, with_base=self.with_base)
         group = engine.module.sequence  # of the present stage: its ranks read the same rows
         stream, counts, bad = self._stream(group), group is None or group.rank == 0, list[BadSample]()
-        with _untouched(engine):
+        with untouched(engine):
             for taken in stream:
                 for batch in taken.batches:
                     require_no_wish(self._asked(), device)
@@ -191,15 +192,17 @@ def _scope(rows: list[FamilyRow]) -> str:
 
 
 @contextmanager
-def _untouched(engine: Any) -> Any:
+def untouched(engine: Any) -> Any:
     """Evaluate without dropout or gradient, and leave random states as they were: readers draw from them."""
     device = engine_device()
     engine.eval()
+    forget_order(engine)
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         engine.train()
+        forget_order(engine)
 
 
 def _add(sums: torch.Tensor, names: list[str], batch: Batch, found: Compared, *, count_samples: bool) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from finetune.adapters import adapted_part
 from finetune.config import RunConfig
 from finetune.engine import Group
+from finetune.hooks import forget_order
 from finetune.model import EmptyModel
 from finetune.parts import FAMILIES
 from finetune.schedule import learning_rate
@@ -42,6 +43,7 @@ def enter(engine: Any, stage: Stage, *, at: int) -> str:
         if at == stage.first and trains and not trained:
             for moment in engine.optimizer.optimizer.state[flat].values():
                 moment.zero_()
+    forget_order(engine)
     return f"from step {at}{f', stage {stage.name}' if stage.name else ''}: {', '.join(stage.peaks)} train"
 
 

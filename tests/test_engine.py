@@ -1,11 +1,13 @@
 """The engine's dictionary, its limits, what ranks compare before it starts, and steps that it silently skips."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param
 from ranks import run_ranks
 from torch import nn
@@ -16,6 +18,7 @@ from finetune.engine import (
     EngineOptions,
     backward,
     engine_config,
+    gathered,
     initialize,
     require_step_applied,
     start_distributed,
@@ -124,15 +127,39 @@ class Toy(nn.Module):
         return self.norm(self.inner(x)).square().sum()
 
 
+def hooks_of(model: nn.Module) -> dict[str, int]:
+    return {name: len(part._forward_hooks) + len(part._forward_pre_hooks) for name, part in model.named_modules()}
+
+
+def whole(model: nn.Module) -> list[bool]:
+    return [tuple(p.shape) == tuple(p.ds_shape) for p in model.parameters()]
+
+
+def fetching(rank: int) -> dict[str, Any]:
+    """An engine that keeps vectors and fetches matrices; a forward that fails inside a module that fetches."""
+    model, running = Toy(), list[list[nn.Module]]()
+    engine = initialize(model, EngineOptions(dtype="float32", persistence_threshold=3))
+    model.register_forward_pre_hook(lambda *_: running.append(list(FWD_MODULE_STACK)))
+    for columns in (5, 4, 5):
+        with contextlib.suppress(RuntimeError):
+            engine(torch.ones(2, columns))
+    found: dict[str, Any] = {"hooks": {"matrices fetched": hooks_of(model)}}
+    found["running"] = [modules == [model] for modules in running]
+    with gathered(model.inner.weight):
+        found["gathered"] = whole(model)
+    found["partitioned"] = whole(model)
+    engine.destroy()
+    return found
+
+
 def stepping(rank: int, world: int) -> dict[str, Any]:
     """An engine in bfloat16: dtypes on the wire and of masters; weight decay; a step with an infinite gradient."""
     start_distributed()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = fetching(rank)
     model = Toy()
     engine = initialize(model, EngineOptions(lr=0.1, weight_decay=0.5, clip_norm=1e9))
-    found["hooks"] = {
-        name: len(part._forward_hooks) + len(part._forward_pre_hooks) for name, part in model.named_modules()
-    }
+    found["hooks"] |= {"all kept": hooks_of(model)}
+    found["whole"] = {"after the start": whole(model)}
     master = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
     x = torch.full((4, 5), 0.25 + rank, dtype=torch.bfloat16)
     with CollectiveCounter() as counter:
@@ -150,6 +177,10 @@ def stepping(rank: int, world: int) -> dict[str, Any]:
         require_step_applied(engine, 2)
     except RuntimeError as error:
         found["skipped"] = str(error)
+    found["whole"]["after a skipped step"] = whole(model)
+    with gathered(model.inner.weight):
+        pass
+    found["whole"]["after it was asked for whole"] = whole(model)
     engine.destroy()
     other = Toy() if rank == 0 else nn.Sequential(Toy())
     try:
@@ -168,9 +199,26 @@ def two_ranks() -> list[tuple[dict[str, str], dict[str, Any]]]:
     return run_ranks(both, 2)
 
 
-def test_only_modules_with_parameters_pay_for_fetching_them(two_ranks: Any) -> None:
+def test_only_modules_that_fetch_pay_for_it(two_ranks: Any) -> None:
     for _, found in two_ranks:
-        assert found["hooks"] == {"": 3, "inner": 4, "norm": 4}  # the outermost has the engine's own
+        assert found["hooks"] == {
+            "all kept": {"": 4, "inner": 0, "norm": 0},  # the outermost has the engine's own
+            "matrices fetched": {"": 5, "inner": 4, "norm": 0},  # and the test's
+        }
+
+
+def test_what_is_kept_is_whole_whatever_happened(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["whole"] == dict.fromkeys(
+            ("after the start", "after a skipped step", "after it was asked for whole"), [True] * 4
+        )
+        assert found["gathered"] == [True] * 4
+        assert found["partitioned"] == [False, True, True, True]
+
+
+def test_a_forward_that_failed_leaves_nothing_to_the_next(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["running"] == [True] * 3
 
 
 def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:

@@ -16,6 +16,7 @@ COLLECTIVES_LIVE_IN = {
 }
 ENGINE_LIVES_IN = {
     "finetune/engine.py",
+    "finetune/hooks.py",
     "finetune/checkpoint.py",
     "finetune/checkpoint_plan.py",
     "finetune/weights.py",
