@@ -1,0 +1,85 @@
+"""The shipped recipes as they are, on tiny bases and small rows: they train, evaluate, and go on from a checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_session import whole_tensors
+from corpora import write_shards
+from ranks import run_ranks
+from recipe_session import SAVED_AT, runs
+from safetensors.torch import load_file
+
+import configs
+from finetune.tiny import TinyModel, write_tiny
+
+STEPS = 3
+SHORT = (
+    f"schedule.steps={STEPS}", "schedule.warmup_steps=1", "checkpoint.every_steps=1", "eval.every_steps=1",
+    "eval.sources.held.path=shards/general", "data.remainder=keep", "data.workers=0",
+)  # fmt: skip
+"""A short run over few samples: the last packs of an epoch are all that there are."""
+TINY = {"tiny-cpu": ("model.path=tiny", *SHORT)}
+BASE = ('model.family=""', "model.path=base", *SHORT)
+BIG = {
+    "qwen3-vl-30b-a3b-lora": BASE,
+    "qwen3-vl-235b-a22b-lora": BASE,
+    "qwen3-vl-30b-a3b-long": (*BASE, "stages.middle.from_step=1", "stages.long.from_step=2",
+                              "stages.middle.warmup_steps=0", "stages.long.warmup_steps=0"),
+}  # fmt: skip
+HALVED = {name: (*words, "parallel.ep=2") for name, words in BIG.items() if "long" not in name}
+"""On two ranks, which the recipes' eight would take a minute to start."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Bases, and shards where the recipes look for them: text, images, and a video."""
+    write_tiny(tmp_path / "tiny", TinyModel(image_min_tokens=4))
+    big = TinyModel(layers=2, vision_depth=2, heads=8, kv_heads=4, max_positions=262_144, image_min_tokens=4)
+    write_tiny(tmp_path / "base", big)
+    for name in ("general", "long"):
+        write_shards(tmp_path / "shards" / name, count=12, per_shard=12)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("ranks", "jobs"),
+    [
+        pytest.param(2, TINY | HALVED, id="2 ranks"),
+        pytest.param(8, BIG, id="8 ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_a_shipped_recipe_trains_evaluates_and_goes_on(place: Path, ranks: int, jobs: dict) -> None:
+    assert run_ranks(runs, ranks, jobs, timeout=600) == [dict.fromkeys(jobs, [0, 0])] * ranks
+    for recipe in jobs:
+        whole, again = place / "runs" / recipe, place / "runs" / f"{recipe}-again"
+        steps, resumed = lines(whole / "metrics.jsonl"), lines(again / "metrics.jsonl")
+        assert [step["step"] for step in steps] == list(range(STEPS))
+        assert all(step["grad_norm"] > 0 for step in steps)
+        evaluations, later = lines(whole / "evaluations.jsonl"), lines(again / "evaluations.jsonl")
+        assert [found["step"] for found in evaluations] == list(range(STEPS + 1))
+        assert evaluations[-1]["held/loss"] != evaluations[0]["held/loss"]
+        for found, wanted in ((resumed, steps[SAVED_AT:]), (later, evaluations[SAVED_AT + 1 :])):
+            assert [exact(line) for line in found] == [exact(line) for line in wanted]
+        for folder in ("adapter", "checkpoints/step-000003/adapter"):
+            one, other = (load_file(run / folder / "adapter_model.safetensors") for run in (whole, again))
+            assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+        one, other = (whole_tensors(run / "checkpoints/step-000003") for run in (whole, again))
+        assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
+
+
+def test_every_shipped_recipe_is_run_here() -> None:
+    shipped = {path.stem for path in Path(configs.__file__).parent.glob("*.yaml")}
+    assert shipped == {*TINY, *BIG}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def exact(line: dict) -> dict:
+    """What does not depend on the clock."""
+    kept = ("step", "loss", "grad_norm", "tokens", "lr", "held/loss", "held/accuracy", "held/kl", "held/loss_base")
+    return {name: line[name] for name in kept if name in line}
