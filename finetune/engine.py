@@ -124,8 +124,28 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
     return engine
 
 
+def take_device() -> None:
+    """Make this rank's device the current one of this thread: a thread begins with device 0, whatever the others use.
+
+    The engine binds rank LOCAL_RANK to the device of that number, so a rank must see its neighbours' devices too.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        deepspeed.accelerator.get_accelerator().set_device(local)
+    except RuntimeError as error:
+        raise ValueError(
+            f"LOCAL_RANK is {local}, but this process cannot use device {local} ({str(error).splitlines()[0]}). Start "
+            f"as many ranks as there are GPUs, and let each see all of its node's: with Slurm --gpus-per-node, not "
+            f"--gpus-per-task; or set CUDA_VISIBLE_DEVICES alike for all"
+        ) from error
+
+
 def start_distributed() -> None:
-    """Tell the engine of the process group, or start one from the launcher's environment; every rank must call this."""
+    """Take the device, then tell the engine of the process group, or start one from the launcher's environment.
+
+    Every rank must call this. What asks for the current device before would find device 0 on every rank.
+    """
+    take_device()
     if deepspeed.comm.is_initialized():
         return
     # on CPU DeepSpeed compiles a shared-memory all-reduce for inference at its first start: half a minute and a C++
@@ -140,7 +160,12 @@ def start_distributed() -> None:
     # or each reduction of a gradient on CPU starts a program that counts the sockets
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = deepspeed.accelerator.get_accelerator()
-    join_restarted(accelerator.communication_backend_name(), deepspeed.constants.default_pg_timeout)
+    # bound to the device as the engine binds it: a world of one is not (DeepSpeed issue 8248)
+    is_bound = accelerator.device_name() == "cuda" and os.environ["WORLD_SIZE"] != "1"
+    join_restarted(
+        accelerator.communication_backend_name(), deepspeed.constants.default_pg_timeout,
+        device=engine_device() if is_bound else None,
+    )  # fmt: skip
     deepspeed.init_distributed()
 
 

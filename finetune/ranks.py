@@ -26,8 +26,10 @@ class Preempted(Exception):
         self.number = number
 
 
-def join_restarted(backend: str, timeout: timedelta) -> None:
+def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | None = None) -> None:
     """After an elastic restart, meet the other ranks under names that the start before did not use.
+
+    `device` is what the group is bound to; None: what its collectives' tensors are on.
 
     torchrun keeps one store over its restarts, with the addresses of ranks that are gone: a group that reads one waits
     for ever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
@@ -39,7 +41,7 @@ def join_restarted(backend: str, timeout: timedelta) -> None:
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = PrefixStore(f"restart-{count}", TCPStore(address, port, world_size=world, is_master=False))
-    dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timeout)
+    dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timeout, device_id=device)
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -35,6 +35,7 @@ from finetune.engine import (
     engine_device,
     initialize,
     start_distributed,
+    take_device,
 )
 from finetune.eval_verdict import Verdict
 from finetune.evaluate import Evaluation
@@ -234,6 +235,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
+        take_device()  # what is settled next may look at the device's memory
         config, problems = load(words[0], words[1:])
         folder = Path("runs") / config.run.name
         config = config if any(p.level == "error" for p in problems) else settled(config, ranks=world)

@@ -1,0 +1,91 @@
+"""What a run asks of the accelerator and of torch.distributed: in order, each with its phase and its thread.
+
+On a CPU most of these calls do nothing; on a GPU they decide which device is used, and which communicators are made.
+"""
+
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from checkpoint_session import Job, start
+from deepspeed.accelerator import get_accelerator
+
+from finetune.engine import engine_device, start_distributed
+
+MADE = "a process group"
+FIRST_LOCAL = 5
+"""Of rank 0: no rank's device is number 0, so that a rank which does not choose is seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    phase: str
+    thread: str
+    what: str
+    value: Any
+
+
+class Record:
+    def __init__(self) -> None:
+        self.phase, self.calls = "set-up", list[Call]()
+
+    def add(self, what: str, value: Any = None) -> None:
+        thread = threading.current_thread().name.partition("_")[0]
+        self.calls.append(Call(phase=self.phase, thread=thread, what=what, value=value))
+
+    def calling(self, name: str, function: Callable[..., Any], shown: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def told(*args: Any, **options: Any) -> Any:
+            self.add(name, shown(*args, **options))
+            return function(*args, **options)
+
+        return told
+
+
+@contextmanager
+def recorded() -> Iterator[Record]:
+    """Every call of the accelerator's, by its name and first argument, and every group's ranks, backend and limit."""
+    record, kind = Record(), type(get_accelerator())
+    for name, member in inspect.getmembers_static(kind):
+        if name.startswith("_"):
+            continue
+        if inspect.isfunction(member):
+            setattr(kind, name, record.calling(name, member, lambda _, *args, **__: args[0] if args else None))
+        elif isinstance(member, property):
+            assert member.fget is not None
+            setattr(kind, name, property(record.calling(name, member.fget, lambda _: None)))
+    torch_s = dist.distributed_c10d
+    torch_s._new_process_group_helper = record.calling(
+        MADE, torch_s._new_process_group_helper,
+        lambda size, rank, ranks, backend, *_, timeout, **__: (tuple(ranks), str(backend), timeout),
+    )  # fmt: skip
+    yield record
+
+
+def run(rank: int, world: int, base: Path, folder: Path, port: int) -> list[Call]:
+    """Set-up, a step, a save behind the run, one before it goes on, a restore and a step; with a group of its own."""
+    dist.destroy_process_group()  # the test's: this one begins as a rank that a launcher starts
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank + FIRST_LOCAL)}
+    with recorded() as record:
+        start_distributed()
+        engine_device()
+        session = start(rank, world, base, Job(folder=folder, ep=world, asynchronous=True))
+        record.phase = "step"
+        session.train(1)
+        record.phase = "save behind"
+        session.save()
+        session.checkpoints.wait()
+        record.phase = "save"
+        saved = session.save(wait=True)
+        record.phase = "restore"
+        session.restore(saved)
+        record.phase = "step after"
+        session.train(1)
+    return record.calls

@@ -1,0 +1,83 @@
+"""In which order a run takes its device, makes groups and starts threads: what only a GPU would complain about."""
+
+import functools
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from base_folders import write_base
+from deepspeed.accelerator import get_accelerator
+from engine_calls import FIRST_LOCAL, MADE, Call, run
+from ranks import run_ranks
+from tiny_moe import vl_model
+
+from finetune.engine import start_distributed
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(vl_model(), tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ranks(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[Call]]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    found: list[list[Call]] = run_ranks(run, request.param, base, tmp_path_factory.mktemp("run"), port)
+    return found
+
+
+def test_a_rank_takes_its_own_device_before_anything_else(ranks: list[list[Call]]) -> None:
+    for rank, calls in enumerate(ranks):
+        assert (calls[0].what, calls[0].value) == ("set_device", rank + FIRST_LOCAL)
+        # the engine sets it again, also as a torch.device, which on a CPU has no number
+        taken = {call.value for call in calls if call.what == "set_device"} - {torch.device("cpu")}
+        assert taken == {rank + FIRST_LOCAL}
+        whats = [call.what for call in calls]
+        assert whats.index("set_device") < whats.index(MADE) < whats.index("current_device_name")
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize(("world", "bound"), [(2, torch.device("cuda", 1)), (1, None)])
+def test_a_group_on_gpus_is_bound_to_the_rank_s_own_also_after_a_restart(
+    world: int, bound: torch.device | None, restarts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    @functools.wraps(dist.init_process_group)  # the engine looks at its parameters
+    def ask(*_: Any, **options: Any) -> None:
+        raise Asked(options.get("device_id"))
+
+    launcher_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {
+        "RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": launcher_s.port, "TORCHELASTIC_RESTART_COUNT": restarts,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    # as cuda_accelerator.py answers: from torch's current device
+    current, kind = [0], type(get_accelerator())
+    monkeypatch.setattr(kind, "set_device", lambda _, number: current.insert(0, number))
+    monkeypatch.setattr(kind, "current_device_name", lambda _: f"cuda:{current[0]}")
+    monkeypatch.setattr(kind, "device", lambda _, number: torch.device("cuda", number))
+    monkeypatch.setattr(kind, "device_name", lambda _, *number: "cuda")
+    monkeypatch.setattr(dist, "init_process_group", ask)
+    with pytest.raises(Asked) as asked:
+        start_distributed()
+    assert asked.value.args == (bound,)
+
+
+def test_a_rank_that_does_not_see_its_device_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any, number: int) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be ...")
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(type(get_accelerator()), "set_device", refuse)
+    words = (
+        r"^LOCAL_RANK is 3, but this process cannot use device 3 \(CUDA error: invalid device ordinal\)\. Start as many"
+    )
+    with pytest.raises(ValueError, match=words):
+        start_distributed()
