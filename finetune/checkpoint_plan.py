@@ -34,7 +34,11 @@ class Meshes:
         """All ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
         if (ep, device) not in self._made:
             ranks = torch.arange(dist.get_world_size())
-            self._made[ep, device] = DeviceMesh(device, ranks if ep is None else ranks.view(-1, ep).T)
+            # Only for where the slices lie: nothing is ever sent over a mesh. With its backend torch would make groups,
+            # on GPUs by splitting the world's communicator, which the engine may be using while a thread saves.
+            self._made[ep, device] = DeviceMesh(
+                device, ranks if ep is None else ranks.view(-1, ep).T, _init_backend=False
+            )
         return self._made[ep, device]
 
 

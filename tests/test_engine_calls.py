@@ -40,6 +40,11 @@ def test_a_rank_takes_its_own_device_before_anything_else(ranks: list[list[Call]
         assert whats.index("set_device") < whats.index(MADE) < whats.index("current_device_name")
 
 
+def test_groups_are_made_at_set_up_alone_and_by_the_main_thread(ranks: list[list[Call]]) -> None:
+    for calls in ranks:
+        assert {(call.phase, call.thread) for call in calls if call.what == MADE} == {("set-up", "MainThread")}
+
+
 @pytest.mark.parametrize("restarts", [0, 1])
 @pytest.mark.parametrize(("world", "bound"), [(2, torch.device("cuda", 1)), (1, None)])
 def test_a_group_on_gpus_is_bound_to_the_rank_s_own_also_after_a_restart(
