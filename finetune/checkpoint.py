@@ -41,6 +41,7 @@ from finetune.checkpoint_manifest import (
 )
 from finetune.checkpoint_plan import Meshes, flat_tensors, read, require_whole, write
 from finetune.checkpoint_slices import Slice, put_in_service, slices
+from finetune.engine import take_device
 from finetune.hooks import keep_whole
 from finetune.model import EmptyModel
 
@@ -91,7 +92,7 @@ class Checkpoints:
         self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
         self._meshes = Meshes()
         self._copies: dict[str, Tensor] = {}
-        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=take_device) if asynchronous else None
         self._under_way: Future[None] | None = None
 
     def save(

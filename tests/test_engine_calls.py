@@ -45,6 +45,13 @@ def test_groups_are_made_at_set_up_alone_and_by_the_main_thread(ranks: list[list
         assert {(call.phase, call.thread) for call in calls if call.what == MADE} == {("set-up", "MainThread")}
 
 
+def test_the_thread_that_saves_takes_the_rank_s_device_first(ranks: list[list[Call]]) -> None:
+    for rank, calls in enumerate(ranks):
+        theirs = [call for call in calls if call.thread != "MainThread"]
+        assert {(call.thread, call.phase) for call in theirs} == {("checkpoint", "save behind")}
+        assert (theirs[0].what, theirs[0].value) == ("set_device", rank + FIRST_LOCAL)
+
+
 @pytest.mark.parametrize("restarts", [0, 1])
 @pytest.mark.parametrize(("world", "bound"), [(2, torch.device("cuda", 1)), (1, None)])
 def test_a_group_on_gpus_is_bound_to_the_rank_s_own_also_after_a_restart(
