@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,11 +43,9 @@ from finetune.checkpoint_slices import Slice, put_in_service, slices
 from finetune.engine import take_device
 from finetune.hooks import keep_whole
 from finetune.model import EmptyModel
+from finetune.ranks import PATIENCE
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)
-"""So long a rank waits for the slowest writer, in a group of its own: no collective of the engine waits for a disk. One
-that is gone is not waited for: its connections break, or the watch misses it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +85,7 @@ class Checkpoints:
         self._busy = busy
         self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
         self.beside = beside
+        # a group of its own: no collective of the engine waits for a disk
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
         self._meshes = Meshes()

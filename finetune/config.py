@@ -238,8 +238,8 @@ class RunSectionConfig:
     seed: int = 0
     idle_steps: int = 10  # so many steps in a row with a loss of exactly zero, or with nothing supervised
     # longer than the slowest pass over a row, and than data.stall_seconds: so that a rank without data is found before
-    # those that wait for it; shorter than the 600 s after which NCCL ends a rank without a sentence; 0: wait for ever.
-    # Outside of steps, a rank that is not heard for so long; a save may stand eight times as long without a new byte
+    # those that wait for it; 0: wait for ever. The ranks must meet within it at the start, and outside of steps each
+    # must be heard within it; a save may stand eight times as long without a new byte
     stall_seconds: float = 540.0
 
 

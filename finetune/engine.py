@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from finetune.hooks import keep_whole, only_root_runs, settle_hooks
-from finetune.ranks import join_restarted, parameter_table, require_equal_tables
+from finetune.ranks import PATIENCE, be_patient, has_group, join_restarted, parameter_table, require_equal_tables
 
 LIMITS = {
     "zero_optimization.stage": "the engine is ZeRO-3 in every case",
@@ -140,14 +140,16 @@ def take_device() -> None:
         ) from error
 
 
-def start_distributed() -> None:
+def start_distributed() -> bool:
     """Take the device, then tell the engine of the process group, or start one from the launcher's environment.
 
-    Every rank must call this. What asks for the current device before would find device 0 on every rank.
+    Every rank must call this. What asks for the current device before would find device 0 on every rank. Returns
+    whether one was started, which is then the caller's to end.
     """
     take_device()
+    was_there = has_group()
     if deepspeed.comm.is_initialized():
-        return
+        return False
     # on CPU DeepSpeed compiles a shared-memory all-reduce for inference at its first start: half a minute and a C++
     # compiler, for a kernel that training never calls
     if "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__:
@@ -160,13 +162,23 @@ def start_distributed() -> None:
     # or each reduction of a gradient on CPU starts a program that counts the sockets
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = deepspeed.accelerator.get_accelerator()
+    # not DeepSpeed's ten minutes, in which rank 0 does not fetch a base; who stands still in a step, the watch ends
+    limit = deepspeed.constants.default_pg_timeout if "DEEPSPEED_TIMEOUT" in os.environ else PATIENCE
+    be_patient(limit)
     # bound to the device as the engine binds it: a world of one is not (DeepSpeed issue 8248)
     is_bound = accelerator.device_name() == "cuda" and os.environ["WORLD_SIZE"] != "1"
-    join_restarted(
-        accelerator.communication_backend_name(), deepspeed.constants.default_pg_timeout,
-        device=engine_device() if is_bound else None,
-    )  # fmt: skip
-    deepspeed.init_distributed()
+    device = engine_device() if is_bound else None
+    join_restarted(accelerator.communication_backend_name(), limit, device=device)
+    deepspeed.init_distributed(timeout=limit)
+    return not was_there
+
+
+def end_distributed() -> None:
+    """End every process group, after the last collective; every rank must call this.
+
+    What an exit tears down itself, NCCL complains about, and sometimes waits in for ever.
+    """
+    deepspeed.comm.destroy_process_group()
 
 
 def engine_device() -> torch.device:

@@ -16,6 +16,9 @@ from moe.experts import GroupedExperts
 T = TypeVar("T")
 SHOWN = 8
 """So many differences are printed."""
+PATIENCE = timedelta(days=1)
+"""So long a collective waits for the slowest rank: one may fetch or index terabytes, or write a model, while the others
+stand in it. One that is gone is not waited for: its connections break, or the watch misses it."""
 
 
 class Preempted(Exception):
@@ -24,6 +27,16 @@ class Preempted(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
         self.number = number
+
+
+def be_patient(limit: timedelta) -> None:
+    """Let the groups that are made from here on wait so long for a rank, where who makes them does not say.
+
+    DeepSpeed does not, and those of NCCL would end a run after ten minutes: counted from when a collective is issued,
+    which on a GPU is long before its turn comes, if rank 0 writes what the others hand over.
+    """
+    torch_s = dist.distributed_c10d
+    torch_s.default_pg_timeout = torch_s.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]  # not exported
 
 
 def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | None = None) -> None:
@@ -42,6 +55,11 @@ def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | N
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = PrefixStore(f"restart-{count}", TCPStore(address, port, world_size=world, is_master=False))
     dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timeout, device_id=device)
+
+
+def has_group() -> bool:
+    """Whether there is a process group."""
+    return dist.is_initialized()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -31,6 +31,7 @@ from finetune.context import check_rotary
 from finetune.derive import derive
 from finetune.engine import (
     NotFinite,
+    end_distributed,
     engine_config,
     engine_device,
     initialize,
@@ -50,7 +51,7 @@ from finetune.metrics import keys_of
 from finetune.model import build
 from finetune.provenance import Provenance
 from finetune.rank_log import RankLog
-from finetune.ranks import Preempted, rank_and_world
+from finetune.ranks import Preempted, barrier, rank_and_world
 from finetune.recipes import effective, load
 from finetune.rehearse import rehearse
 from finetune.replay import replay
@@ -256,18 +257,25 @@ def main(argv: Sequence[str]) -> int:
             log.shout("\n".join(f"warning: {problem}" for problem in warned)) if warned else None
         with watch.on():
             record_flight(log.folder)
-            start_distributed()
+            watch.together("start")
+            is_ours = start_distributed()
+            barrier()
+            watch.stage("start", quiet=True)
             if is_dry:
-                return rehearse(config, folder, train, log, watch)
-            stop = train(config, folder, log, watch, kept=kept)
+                code = rehearse(config, folder, train, log, watch)
+            else:
+                code = exit_code(train(config, folder, log, watch, kept=kept))
+            if is_ours:
+                watch.together("end")
+                end_distributed()
     except ValueError as error:
         return report_failure(log, error, since=since).code
     sys.excepthook = before
     log.close()
     if watch.broken_off is not None:  # readers that may never end are not waited for
         sys.stdout.flush()
-        os._exit(exit_code(stop))
-    return exit_code(stop)
+        os._exit(code)
+    return code
 
 
 def _words(argv: Sequence[str]) -> tuple[list[str], bool, Path | None]:

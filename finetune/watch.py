@@ -1,7 +1,8 @@
 """A thread beside each rank: it hears signals at once, says where the rank is, and ends a rank that stands still.
 
 The rank itself may be inside a collective that never returns; then no Python of its own runs, but this thread does.
-Outside of steps, where nobody knows how long a rank may take, it ends when the rank after it is not heard any more.
+Outside of steps, where nobody knows how long a rank may take, it ends when the rank after it is not heard any more;
+only the first exchange of all has the limit of a step, as networks fail there.
 Signals that ask for an end (SIGTERM, SIGUSR1, SIGHUP) only raise a wish, which the ranks agree on when a step ends,
 or before one begins; until the first step there is nothing to lose, and they end the rank. Waiting for data is broken
 off.
@@ -25,13 +26,15 @@ from finetune.beats import Beats
 from finetune.failures import Failure, Kind, first_failure, keep_failure, keep_outcome
 from finetune.flight import forget_flight, write_flight
 from finetune.rank_log import RankLog
+from finetune.stall_text import stall_text
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-SHOWN = 4
 SAVE = 8
 """A rank may write its part of a save so many times as long as a step may take, with not a byte more on the disk: what
 the disk has taken it may still be writing. Ranks that only wait for each other are given the time of a step."""
 SAVING = "the checkpoint"
+WITH_OTHERS = ("step", "save", "together")
+"""What a rank may be in that takes all of them, and so has a limit."""
 LOOK_S, RECORD_S = 0.5, 10.0
 SUSPENDED_S = 5.0
 """When this thread did not run for so long, nothing of the process did: it was suspended, and did not stand still."""
@@ -44,13 +47,14 @@ _children = False  # whether forked children are already cared for
 class Watch:
     """One rank's watch. `stop` is the signal that asks for an end, 0 for none.
 
-    `stalls` says what stands still after how many seconds: "data", waiting for a pack; "step", anything else in a step.
+    `data_stall` is after how many seconds of waiting for a pack it ends, `step_stall` of waiting for other ranks where
+    nobody works alone: at the start of the run and its end, in a step, in a save.
     """
 
     def __init__(self, log: RankLog, *, data_stall: float, step_stall: float) -> None:
         self.stop = 0
         self.reading: Callable[[], Sequence[str]] = list
-        self._log, self._limits = log, {"data": data_stall, "step": step_stall, "save": step_stall}
+        self._log, self._limits = log, {"data": data_stall, **dict.fromkeys(WITH_OTHERS, step_stall)}
         self._beats = Beats(log, limit=step_stall)
         self._stack_path = log.path.with_suffix(".stack")
         self._parent, self._began = os.getppid(), time.time()
@@ -74,6 +78,11 @@ class Watch:
         if not quiet:
             self._log.note(f"--- {name}")
             self._beat()
+
+    def together(self, stage: str) -> None:
+        """From here the rank only waits for all others to be there: at the start of the run, or at its end."""
+        self._enter("together", step=None, stage=stage, samples=[], collective="the meeting of all ranks")
+        self._beat()
 
     def save(self, step: int, folder: Path) -> None:
         """From here the rank writes a checkpoint into `folder`, together with all others."""
@@ -207,26 +216,10 @@ class Watch:
                 os._exit(exit_code(number))
 
     def _stalled(self, limit: float) -> None:
-        here = self._here
-        if self._kind == "data":
-            reading = "; ".join(self.reading()) or "nothing of this process"
-            self._end(
-                "stall",
-                f"data stall: step {here['step']} has waited {limit:g} s for data. Being read: {reading}. Look at "
-                f"these samples with `moetune shards check`; data.stall_seconds is the limit",
-            )
-        samples = ", ".join(here["samples"][:SHOWN]) + (", ..." if len(here["samples"]) > SHOWN else "")
-        others = "; ".join(self._beats.others()) or "none has written"
-        cause = "No rank writes any more" if self._kind == "save" else "This rank has its data"
-        cause += "; some other rank does not come"
-        if self._kind == "save" and self._busy:
-            cause = "This rank's own files have not grown: look at its disk"
-        self._end(
-            "stall",
-            f"collective stall: step {here['step']} has stood for {limit:g} s in {here['stage']}"
-            + (f" of samples {samples}" if samples else "")
-            + f". {cause}. The others last said: {others}. run.stall_seconds is the limit",
+        text = stall_text(
+            self._kind, self._here, limit, reading=self.reading(), others=self._beats.others(), is_busy=self._busy
         )
+        self._end("stall", text)
 
     def _beat(self) -> None:
         here = self._here | {"busy": self._busy}

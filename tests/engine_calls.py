@@ -3,6 +3,7 @@
 On a CPU most of these calls do nothing; on a GPU they decide which device is used, and which communicators are made.
 """
 
+import datetime
 import functools
 import inspect
 import os
@@ -32,6 +33,12 @@ class Call:
     value: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    ranks: tuple[int, ...]
+    limit: datetime.timedelta
+
+
 class Record:
     def __init__(self) -> None:
         self.phase, self.calls = "set-up", list[Call]()
@@ -51,7 +58,7 @@ class Record:
 
 @contextmanager
 def recorded() -> Iterator[Record]:
-    """Every call of the accelerator's, by its name and first argument, and every group's ranks, backend and limit."""
+    """Every call of the accelerator's, by its name and first argument, and every group's ranks and limit."""
     record, kind = Record(), type(get_accelerator())
     for name, member in inspect.getmembers_static(kind):
         if name.startswith("_"):
@@ -64,7 +71,7 @@ def recorded() -> Iterator[Record]:
     torch_s = dist.distributed_c10d
     torch_s._new_process_group_helper = record.calling(
         MADE, torch_s._new_process_group_helper,
-        lambda size, rank, ranks, backend, *_, timeout, **__: (tuple(ranks), str(backend), timeout),
+        lambda size, rank, ranks, *_, timeout, **__: Group(ranks=tuple(ranks), limit=timeout),
     )  # fmt: skip
     yield record
 

@@ -1,10 +1,12 @@
 """In which order a run takes its device, makes groups and starts threads: what only a GPU would complain about."""
 
+import datetime
 import functools
 import socket
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from ranks import run_ranks
 from tiny_moe import vl_model
 
 from finetune.engine import start_distributed
+from finetune.ranks import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,17 @@ def test_groups_are_made_at_set_up_alone_and_by_the_main_thread(ranks: list[list
         assert {(call.phase, call.thread) for call in calls if call.what == MADE} == {("set-up", "MainThread")}
 
 
+def test_streams_are_entered_in_steps_by_the_main_thread(ranks: list[list[Call]]) -> None:
+    for calls in ranks:
+        found = {(call.phase, call.thread) for call in calls if call.what == "stream"}
+        assert found == {("step", "MainThread"), ("step after", "MainThread")}
+
+
+def test_no_group_ends_a_run_while_rank_0_works_for_all(ranks: list[list[Call]]) -> None:
+    for calls in ranks:
+        assert {call.value.limit for call in calls if call.what == MADE} == {PATIENCE}
+
+
 def test_the_thread_that_saves_takes_the_rank_s_device_first(ranks: list[list[Call]]) -> None:
     for rank, calls in enumerate(ranks):
         theirs = [call for call in calls if call.thread != "MainThread"]
@@ -57,19 +71,35 @@ def test_the_thread_that_saves_takes_the_rank_s_device_first(ranks: list[list[Ca
 def test_a_group_on_gpus_is_bound_to_the_rank_s_own_also_after_a_restart(
     world: int, bound: torch.device | None, restarts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert _asked(monkeypatch, world=world, restarts=restarts) == {"device_id": bound, "timeout": PATIENCE}
+
+
+def test_a_limit_of_the_user_s_holds_for_the_groups_of_nccl_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = datetime.timedelta(minutes=7)
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
+    monkeypatch.setattr(deepspeed.constants, "default_pg_timeout", mine)  # read when it was imported
+    assert _asked(monkeypatch, world=2, restarts=0)["timeout"] == mine
+    assert {dist.distributed_c10d._get_default_timeout(kind) for kind in ("gloo", "nccl")} == {mine}
+
+
+def _asked(monkeypatch: pytest.MonkeyPatch, *, world: int, restarts: int) -> dict[str, Any]:
+    """What torch is asked for, of a group on two GPUs that torch's agent starts."""
+
     class Asked(Exception):
         pass
 
     @functools.wraps(dist.init_process_group)  # the engine looks at its parameters
     def ask(*_: Any, **options: Any) -> None:
-        raise Asked(options.get("device_id"))
+        raise Asked(options)
 
-    launcher_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {
         "RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": launcher_s.port, "TORCHELASTIC_RESTART_COUNT": restarts,
+        "MASTER_PORT": agent_s.port, "TORCHELASTIC_RESTART_COUNT": restarts,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # put back afterwards
+        monkeypatch.setattr(dist.distributed_c10d, name, datetime.timedelta(0))
     # as cuda_accelerator.py answers: from torch's current device
     current, kind = [0], type(get_accelerator())
     monkeypatch.setattr(kind, "set_device", lambda _, number: current.insert(0, number))
@@ -79,7 +109,8 @@ def test_a_group_on_gpus_is_bound_to_the_rank_s_own_also_after_a_restart(
     monkeypatch.setattr(dist, "init_process_group", ask)
     with pytest.raises(Asked) as asked:
         start_distributed()
-    assert asked.value.args == (bound,)
+    (options,) = asked.value.args
+    return {name: options.get(name) for name in ("device_id", "timeout")}
 
 
 def test_a_rank_that_does_not_see_its_device_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,12 +42,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("user"))
 
 
+AT_EXIT = """
+import atexit, os, sys
+def tell():
+    if "RANK" in os.environ and (torch_s := sys.modules.get("torch.distributed")) is not None:
+        with open("at-exit", "a") as file:
+            file.write(f"rank {os.environ['RANK']}: {'a' if torch_s.is_initialized() else 'no'} process group\\n")
+atexit.register(tell)
+"""
+
+
 @pytest.fixture(scope="module")
 def whole(place: Path) -> str:
     """What a run that nothing happens to says."""
-    done = start(place, [*TRAIN, "--ranks", "2"], "whole", *RUN, "track.wandb=offline", "track.load_every=2")
+    words = [*RUN, "track.wandb=offline", "track.load_every=2"]
+    done = start(place, [*TRAIN, "--ranks", "2"], "whole", *words, site=AT_EXIT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_a_run_that_is_over_has_ended_its_process_groups(place: Path, whole: str) -> None:
+    assert sorted((place / "at-exit").read_text().splitlines()) == [f"rank {n}: no process group" for n in (0, 1)]
 
 
 def _same_as_whole(place: Path, name: str) -> None:
@@ -384,6 +400,19 @@ def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.Mo
         r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+", said,
     ), said  # fmt: skip
     assert re.search(r"rank 1, stack, innermost first:\n.*\n", said), said
+
+
+def test_ranks_that_do_not_meet_say_so_within_the_limit(place: Path) -> None:
+    alone = ["RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=0"]
+    command = ["env", *alone, sys.executable, "-m", "finetune.train"]
+    done = start(place, command, "alone", *RUN, "run.stall_seconds=4")
+    assert done.returncode != 0
+    words = (
+        r"rank 0: the ranks have not come together for 4 s at the start of the run: some are missing, .*others last sa"
+    )
+    assert re.search(words, done.stderr), done.stderr[-3000:]
+    failure = json.loads((place / "runs" / "alone" / "logs" / "failure-0000.json").read_text())
+    assert failure["kind"] == "stall"
 
 
 def test_ctrl_c_ends_every_process_in_seconds(place: Path) -> None:
