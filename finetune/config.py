@@ -103,7 +103,8 @@ class ParallelConfig:
     offload_activations: bool = False  # what recomputed layers keep for backward waits in host memory
     # norms and experts take so many tokens at a time, the experts once more in backward; 0: all of them at once
     tile_tokens: int = 0
-    resident: Literal["auto", "frozen", "none"] = "auto"  # frozen weights whole on each rank, or partitioned by ZeRO-3
+    # frozen weights whole on each rank, or partitioned by ZeRO-3; auto: whole where the planner finds room for them
+    resident: Literal["auto", "frozen", "none"] = "auto"
     recompute: Literal["none", "layer", "selective", "auto"] = "selective"  # auto: the fastest that fits
 
 

@@ -15,11 +15,13 @@ from finetune.checks import base_family
 from finetune.config import RunConfig
 from finetune.families import Family
 from finetune.gpus import HOPPER, Cluster, Gpu, gpu_like
-from finetune.plan import Plan, plan
+from finetune.plan import Plan, plan, resident_choice
 from finetune.plan_fit import AUTO_EP, settle
 from finetune.plan_layout import Layout
 from finetune.plan_memory import memory
+from finetune.plan_time import Assumed
 from finetune.ranks import rank_and_world
+from finetune.residency import ResidentChoice
 
 TOLERANCE = 0.15
 LOOKED_AT = 2
@@ -33,6 +35,11 @@ def settled(config: RunConfig, *, ranks: int) -> RunConfig:
     room, device = _room()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return settle(config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room, device=device)
+
+
+def resident_here(config: RunConfig, base: Family) -> ResidentChoice:
+    """Decide `parallel.resident` for this machine, as its plan does; every rank finds the same where all are alike."""
+    return resident_choice(config, base, _cluster_here(rank_and_world()[1]), Assumed())
 
 
 class Foresight:
@@ -100,17 +107,20 @@ class Foresight:
 
 def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:
     """The plan for the machines that this rank sees one of."""
+    found = plan(config, base, _cluster_here(ranks))
+    if torch.cuda.is_available():
+        return found
+    layout = replace(found.layout, device=False, segmented=True)
+    return replace(found, layout=layout, memory=memory(config, base, layout))
+
+
+def _cluster_here(ranks: int) -> Cluster:
     room, device = _room()
     known = gpu_like(torch.cuda.get_device_name()) if device else None
     here = Gpu(name="CPU", memory_bytes=room, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9,
                kernels=HOPPER)  # fmt: skip
-    gpu = replace(known or here, memory_bytes=room)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    found = plan(config, base, Cluster(gpu=gpu, gpus=ranks, per_node=min(per_node, ranks)))
-    if device:
-        return found
-    layout = replace(found.layout, device=False, segmented=True)
-    return replace(found, layout=layout, memory=memory(config, base, layout))
+    return Cluster(gpu=replace(known or here, memory_bytes=room), gpus=ranks, per_node=min(per_node, ranks))
 
 
 def _room() -> tuple[int, bool]:

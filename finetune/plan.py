@@ -4,7 +4,7 @@
 writes it to plan.json beside what it then measures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
@@ -17,8 +17,7 @@ from finetune.plan_memory import Memory, memory
 from finetune.plan_moments import waiting
 from finetune.plan_time import Assumed, Time, step_time
 from finetune.plan_wire import Traffic, traffic
-from finetune.reading import rank_shares
-from finetune.residency import choose_resident
+from finetune.residency import ResidentChoice, choose_resident, has_room
 from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
 from finetune.stages import run_stages
 from finetune.trained import trained_tensors
@@ -66,8 +65,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has room."""
-        return self.margin >= 0
+        """Whether every rank has room, and some to spare."""
+        return has_room(needed_bytes=self.memory.total, room_bytes=self.cluster.gpu.memory_bytes)
 
     @property
     def hours(self) -> float:
@@ -108,36 +107,47 @@ class Plan:
         }
 
 
-def layout_of(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed) -> tuple[Layout, str]:
-    """The layout of a configuration whose `auto`s are settled, and why weights are resident or not."""
-    if config.parallel.recompute == "auto" or config.parallel.ep < 1:
-        raise ValueError("parallel.ep, parallel.recompute: auto is settled before a plan is made (finetune.plan_fit)")
-    itemsize = ITEMSIZE[config.model.dtype]
-    share = rank_shares(
-        parameter_shapes(base), world_size=cluster.gpus, ep_size=config.parallel.ep, itemsize=itemsize, resident=True
-    )[0]
-    resident = choose_resident(config.parallel.resident, frozen_bytes=share.held, room_bytes=cluster.gpu.memory_bytes)
-    layout = Layout(
-        world=cluster.gpus, ep=config.parallel.ep, sp=config.parallel.sp, layers=base.text.num_hidden_layers,
-        resident=resident.resident, tile_tokens=config.parallel.tile_tokens,
-        offload=config.parallel.offload_activations,
-        recompute=config.parallel.recompute, itemsize=itemsize, skew=assumed.skew_of(config.parallel.ep),
-    )  # fmt: skip
-    return layout, resident.reason
+def resident_choice(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed) -> ResidentChoice:
+    """Decide `parallel.resident` once for a run: its fullest stage must have room where frozen weights stay whole."""
+
+    def needed() -> int:
+        layouts = ((then, _layout(then, base, cluster, assumed, resident=True)) for _, then in _stages(config))
+        return max(memory(then, base, layout).total for then, layout in layouts)
+
+    return choose_resident(config.parallel.resident, needed_bytes=needed, room_bytes=cluster.gpu.memory_bytes)
 
 
 def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed | None = None) -> Plan:
     """Foresee a run whose configuration passed every check for so many ranks; of several stages, the fullest."""
-    found = []
-    for stage in run_stages(config):
-        parallel = replace(config.parallel, sp=stage.sp)
-        as_then = replace(config, data=stage.data, parallel=parallel)
-        found.append(_plan(as_then, base, cluster, assumed or Assumed(), stage.name))
+    if config.parallel.recompute == "auto" or config.parallel.ep < 1:
+        raise ValueError("parallel.ep, parallel.recompute: auto is settled before a plan is made (finetune.plan_fit)")
+    assumed = assumed or Assumed()
+    choice = resident_choice(config, base, cluster, assumed)
+    found = [_plan(then, base, cluster, assumed, name, choice) for name, then in _stages(config)]
     return max(found, key=lambda one: one.memory.total)
 
 
-def _plan(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, stage: str) -> Plan:
-    layout, reason = layout_of(config, base, cluster, assumed)
+def _stages(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Each stage by its name, as a run of its own."""
+    for stage in run_stages(config):
+        yield stage.name, replace(config, data=stage.data, parallel=replace(config.parallel, sp=stage.sp))
+
+
+def _layout(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, *, resident: bool) -> Layout:
+    """The layout of a configuration whose `auto`s are settled."""
+    parallel = config.parallel
+    assert parallel.recompute != "auto"
+    return Layout(
+        world=cluster.gpus, ep=parallel.ep, sp=parallel.sp, layers=base.text.num_hidden_layers, resident=resident,
+        tile_tokens=parallel.tile_tokens, offload=parallel.offload_activations, recompute=parallel.recompute,
+        itemsize=ITEMSIZE[config.model.dtype], skew=assumed.skew_of(parallel.ep),
+    )  # fmt: skip
+
+
+def _plan(
+    config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, stage: str, choice: ResidentChoice
+) -> Plan:
+    layout = _layout(config, base, cluster, assumed, resident=choice.resident)
     micro_batches = -(-config.data.packs_per_step // (cluster.gpus // layout.sp))
     moved = traffic(config, base, layout, cluster, micro_batches=micro_batches)
     counts = parameter_counts(base)
@@ -148,7 +158,7 @@ def _plan(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, s
         stage=stage,
         cluster=cluster,
         layout=layout,
-        resident_reason=reason,
+        resident_reason=choice.reason,
         micro_batches=micro_batches,
         steps=config.schedule.steps,
         memory=memory(config, base, layout),

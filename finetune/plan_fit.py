@@ -19,8 +19,6 @@ AUTO_EP = 0
 GATHERING, SLICING = 0.8, 0.95
 """How far the promised rate counts where weights are gathered, and for each doubling of a sequence group: what hides
 behind the computing is the least certain of the assumptions."""
-LEAST_MARGIN = 0.05
-"""Of a device's memory: what `--fit` leaves free beyond the reserve."""
 RECOMPUTE: tuple[Literal["none", "selective", "layer"], ...] = ("none", "selective", "layer")
 TOKENS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 
@@ -53,9 +51,7 @@ def fit(
     "resident", "recompute", "tokens"),
 ) -> Fit:  # fmt: skip
     """Search the layouts; `free` names what may change."""
-    fitting = sorted(
-        (one for one in _proposals(config, base, cluster, assumed, free) if _has_room(one.plan)), key=_order
-    )
+    fitting = sorted((one for one in _proposals(config, base, cluster, assumed, free) if one.plan.fits), key=_order)
     if fitting:
         chosen: list[Proposal] = []
         for one in fitting:  # one of each kind: runners-up that differ in more than a detail
@@ -89,10 +85,6 @@ def settle(config: RunConfig, base: Family, *, ranks: int, per_node: int, memory
         )
     layout = found.best.plan.layout
     return replace(config, parallel=replace(config.parallel, ep=layout.ep, recompute=layout.recompute))
-
-
-def _has_room(plan: Plan) -> bool:
-    return plan.margin >= LEAST_MARGIN * plan.cluster.gpu.memory_bytes
 
 
 def _order(one: Proposal) -> tuple[float, int, int]:
@@ -195,7 +187,7 @@ def _advice(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed,
     every = tuple(key for key in every if key not in ("recompute", "tokens"))
 
     def helps(changed: RunConfig, machines: Cluster) -> bool:
-        return any(_has_room(one.plan) for one in _proposals(changed, base, machines, assumed, every))
+        return any(one.plan.fits for one in _proposals(changed, base, machines, assumed, every))
 
     for tokens in (config.data.tokens_per_pack // n for n in (2, 4, 8, 16)):
         if tokens >= 512 and helps(_changed(least, {"data.tokens_per_pack": tokens}), cluster):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from finetune.gpus import GB
 from finetune.plan import Plan
 from finetune.plan_fit import Fit
+from finetune.residency import LEAST_MARGIN
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
@@ -24,7 +25,10 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield f"memory of a rank at its highest moment ({plan.memory.highest.name})"
     for name, size in plan.memory.components.items():
         yield f"  {name:<36}{size / GB:>9.2f} GB"
-    room = f"{cluster.gpu.memory_bytes / GB:.2f}: {abs(plan.margin) / GB:.2f} GB {'free' if plan.fits else 'MISSING'}"
+    room = f"{cluster.gpu.memory_bytes / GB:.2f}: {abs(plan.margin) / GB:.2f} GB "
+    room += (
+        "MISSING" if plan.margin < 0 else "free" if plan.fits else f"free, LESS than the {LEAST_MARGIN:.0%} to spare"
+    )
     yield f"  {'in all':<36}{plan.memory.total / GB:>9.2f} GB of {room}"
     others = (f"{one.name} {(plan.memory.static + one.total) / GB:.2f}" for one in plan.memory.moments)
     yield f"  tensors by moment, GB: {', '.join(others)}"

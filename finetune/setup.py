@@ -1,6 +1,5 @@
 """From a configuration to the options of model, engine and balance; what was chosen is said in sentences."""
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,15 +15,13 @@ from finetune.config import RunConfig
 from finetune.context import Extension, extension, need_lines, serving_lines
 from finetune.engine import EngineOptions
 from finetune.families import Family
+from finetune.foresight import resident_here
 from finetune.forward import PackedModel
 from finetune.hub import model_folder
 from finetune.model import ModelOptions
 from finetune.ranks import barrier, rank_and_world
-from finetune.reading import rank_shares
 from finetune.recompute import set_recompute
-from finetune.residency import choose_resident
 from finetune.sequence import SequenceGroup
-from finetune.shapes import parameter_shapes
 from finetune.stages import longest_pack, run_stages
 from finetune.tiled_norm import tile_norms
 from finetune.varlen import machine, register
@@ -55,11 +52,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
     longest = longest_pack(run_stages(config))
     attention = choose_attention(config.model.attention, tokens=longest, machine=machine(device, dtype))
     say(f"attention: {attention.reason}")
-    shares = rank_shares(
-        parameter_shapes(base), world_size=rank_and_world()[1], ep_size=config.parallel.ep, itemsize=dtype.itemsize,
-        resident=True,
-    )  # fmt: skip
-    resident = choose_resident(config.parallel.resident, frozen_bytes=shares[0].held, room_bytes=_room(device))
+    resident = resident_here(config, base)
     say(f"frozen weights {'resident' if resident.resident else 'partitioned'}: {resident.reason}")
     layer = LayerOptions(
         router=RouterOptions(float32=config.moe.router_float32),
@@ -147,11 +140,3 @@ def context_lines(
     )
     lines = need_lines(base, context, largest=found.positions, exact=found.exact, sample=found.sample)
     return [*lines, *serving_lines(base, context)]
-
-
-def _room(device: torch.device) -> int:
-    """Bytes of memory that one rank has for itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here

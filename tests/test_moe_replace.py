@@ -208,15 +208,15 @@ def test_tied_weights_stay_tied_when_resident() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "frozen", "resident"),
-    [("auto", 60, True), ("auto", 61, False), ("frozen", 1000, True), ("none", 1, False)],
+    ("choice", "needed", "resident"),
+    [("auto", 95, True), ("auto", 96, False), ("frozen", 1000, True), ("none", 1, False)],
 )
-def test_resident_is_chosen_by_what_fits(choice: Any, frozen: int, resident: bool) -> None:
-    chosen = choose_resident(choice, frozen_bytes=frozen * 10**9, room_bytes=100 * 10**9)
+def test_resident_is_chosen_by_what_fits(choice: Any, needed: int, resident: bool) -> None:
+    chosen = choose_resident(choice, needed_bytes=lambda: needed * 10**9, room_bytes=100 * 10**9)
     assert chosen.resident is resident
     assert choice in chosen.reason
 
 
 def test_an_unknown_resident_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel\.resident: 'some' is not one of auto, frozen, none"):
-        choose_resident("some", frozen_bytes=1, room_bytes=2)  # type: ignore[arg-type]  # what a user may write
+        choose_resident("some", needed_bytes=lambda: 1, room_bytes=2)  # type: ignore[arg-type]  # what a user may write

@@ -1,6 +1,8 @@
 """The planner's arithmetic: published points, what ships fits, what it proposes, and what the command says."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from finetune.checks import base_family
 from finetune.families import family
 from finetune.flops import FlopMeter, Training, Work
+from finetune.foresight import resident_here
 from finetune.gpus import cluster, gpu_names
 from finetune.plan import plan
 from finetune.plan_fit import settle
@@ -81,6 +84,47 @@ def test_the_shipped_recipes_fit_80_gb_with_a_margin(recipe, gpus, capsys) -> No
     found = _plan(recipe, gpus=gpus)
     assert found.margin > 0.1 * found.cluster.gpu.memory_bytes
     assert found.memory.total == sum(found.memory.components.values())
+
+
+def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
+    """Of the plan, of its search, of both `auto`s of a run, and of the page."""
+    recipe, words = "qwen3-vl-30b-a3b-lora", ("parallel.ep=1", "parallel.recompute=layer", "data.packs_per_step=8")
+    found = _plan(recipe, *words, gpus=1)
+    assert found.fits
+    assert found.layout.resident
+    assert main(["plan", recipe, "data.packs_per_step=8", "--gpus", "1", "--gpu", "h100-80gb", "--fit", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"]
+    assert best == {"parallel.ep": 1, "parallel.resident": "frozen", "parallel.recompute": "layer"}
+    memory, base = found.cluster.gpu.memory_bytes, base_family(_config())
+    open_config = _config("parallel.ep=auto", "parallel.recompute=auto", "data.packs_per_step=8")
+    settled = settle(open_config, base, ranks=1, per_node=1, memory_bytes=memory, device=True)
+    assert (settled.parallel.ep, settled.parallel.recompute) == (1, "layer")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.__getitem__)
+    here = resident_here(settled, base)
+    assert (here.resident, here.reason) == (True, found.resident_reason)
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    assert f"{found.memory.total / 1e9:.1f} of {memory / 1e9:.1f} GB are foreseen, and 5 % have to stay free" in page
+    assert f"\nmoetune plan {recipe} --gpus 1 --gpu h100-80gb {' '.join(words)}\n" in page
+
+
+def test_without_5_percent_to_spare_it_does_not_fit(capsys) -> None:
+    words = ["data.packs_per_step=8", "parallel.ep=1", "parallel.recompute=layer", "data.tokens_per_pack=22528"]
+    assert main(["plan", "qwen3-vl-30b-a3b-lora", *words, "--gpus", "1", "--gpu", "h100-80gb"]) == 3
+    said = capsys.readouterr().out
+    assert re.search(r"GB of 84\.93: [0-4]\.\d+ GB free, LESS than the 5% to spare", said)
+    assert re.search(
+        r"frozen weights partitioned \(auto: with whole .* needs 8\d\.\d GB of 84.9, 5% of which stay free", said
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "resident"),
+    [("qwen3-vl-30b-a3b-lora", 8, True), ("qwen3-vl-30b-a3b-long", 16, True), ("qwen3-vl-235b-a22b-lora", 64, False)],
+)
+def test_shipped_recipes_keep_weights_as_auto_would(recipe, gpus, resident) -> None:
+    asked = _plan(recipe, gpus=gpus)
+    assert asked.fits
+    assert asked.layout.resident == _plan(recipe, "parallel.resident=auto", gpus=gpus).layout.resident == resident
 
 
 def test_what_does_not_fit_exits_with_3_and_says_what_does(capsys) -> None:
