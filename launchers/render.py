@@ -12,7 +12,11 @@ from launchers.profile import Profile
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """What torchrun passes on to ranks, as schedulers warn with these; it would die of SIGUSR1 and orphan them."""
-SAFE = {"PYTHONSAFEPATH": "1"}  # a folder `data` where ranks stand is not our package
+SAFE = {
+    "PYTHONSAFEPATH": "1",  # a folder `data` where ranks stand is not our package
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ from step to step, and so would leave holes
+}
+"""The environment of every rank, unless the profile's says otherwise."""
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds from SIGTERM to SIGKILL. Not --shutdown-timeout: torch 2.11 refuses that; it passes this over, and has 30."""
 
@@ -62,8 +66,11 @@ def torchrun_words(job: Job, profile: Profile, *, endpoint: str, run_id: str) ->
 
 
 def _environment(profile: Profile) -> dict[str, str]:
-    """What torchrun and its ranks are started with; the profile's own word is the last."""
-    return {**SAFE, SHUTDOWN: str(profile.shutdown_timeout), **profile.env}
+    """What ranks are started with. Beside ours, torch would ignore the profile's setting under its older name."""
+    older = "PYTORCH_CUDA_ALLOC_CONF" in profile.env
+    ours = {name: value for name, value in SAFE.items() if not (older and name == "PYTORCH_ALLOC_CONF")}
+    patience = {} if profile.kind == "deepspeed" else {SHUTDOWN: str(profile.shutdown_timeout)}
+    return ours | patience | profile.env
 
 
 def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
@@ -76,7 +83,7 @@ def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
 
 
 def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
-    environment = {**SAFE, **profile.env}
+    environment = _environment(profile)
     files = {"deepspeed_env": "".join(f"{name}={value}\n" for name, value in environment.items())}
     words = [profile.python, "-m", "deepspeed.launcher.runner", "--master_port", str(profile.port)]
     if profile.hosts:

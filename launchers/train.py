@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -76,6 +77,18 @@ def _say(text: str, code: int) -> int:
     return code
 
 
+def rank_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the ranks, from this process's own."""
+    added = {
+        "PYTHONSAFEPATH": "1",  # a folder `data` where the user stands is not our package
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or a restart reads addresses of ranks that are gone
+        SHUTDOWN: str(GRACE_S),
+    }
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & ours.keys():
+        added["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # rows differ, and would leave holes in GPU memory
+    return {**ours, **added}
+
+
 def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
     """Run it to its end; returns its exit code, and the signals that came on the way."""
     heard: list[int] = []
@@ -84,9 +97,7 @@ def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
     command += ["-m", "finetune.train", args.config, *args.overrides]
     command += ["--dry-run"] if args.dry_run else []
     command += ["--replay", args.replay] if args.replay else []
-    environment = os.environ | {"PYTHONSAFEPATH": "1"}  # a folder `data` where the user stands is not our package
-    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # or a restart reads addresses of ranks that are gone
-    environment |= {SHUTDOWN: str(GRACE_S)}
+    environment = rank_environment(os.environ)
     # in a group of its own: Ctrl-C comes to us alone, and is passed on once
     with subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent) as process:
 

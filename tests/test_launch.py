@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from launchers.cli import main
 from launchers.profile import read_profile
 from launchers.render import SHUTDOWN, Job, kubernetes_name, render, shell_line
+from launchers.train import rank_environment
 
 GOLDEN = Path(__file__).parent / "golden"
 JOB = Job(
@@ -110,6 +111,21 @@ def test_the_batch_script_is_shell_and_hands_every_word_over_whole(tmp_path: Pat
     assert "--rdzv_endpoint=first:29500" in words
     assert "--rdzv_id=77" in words
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+ALLOC, OLDER = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+def test_memory_of_ranks_grows_by_segments_unless_the_user_says_otherwise(kind: str, tmp_path: Path) -> None:
+    def rendered(**env: str) -> dict[str, str]:
+        return dict(render(JOB, _profile(tmp_path, {"kind": kind, "env": env}), folder="x").environment)
+
+    for given in (rendered, lambda **env: rank_environment(env)):
+        assert given()[ALLOC] == "expandable_segments:True"
+        assert given(**{ALLOC: "max_split_size_mb:64"})[ALLOC] == "max_split_size_mb:64"
+        older = given(**{OLDER: "max_split_size_mb:64"})
+        assert (older.get(ALLOC), older[OLDER]) == (None, "max_split_size_mb:64")
 
 
 def test_kubernetes_gets_words_and_a_name_that_it_takes(tmp_path: Path) -> None:
