@@ -35,6 +35,8 @@ SHM_BYTES_PER_RANK = 1 << 30
 FILES = 4096
 DRIVER, DRIVER_OF = (550, 54), {"nvidia-nccl-cu13": ("CUDA 13", (580, 65))}
 """The oldest driver, and that of a build of torch that brings this package."""
+GROUPED = (9, 10)
+"""Major compute capabilities for which torch has a grouped GEMM."""
 QUERY = "name,driver_version,compute_cap,memory.used,memory.total"
 
 
@@ -96,14 +98,36 @@ def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[F
         remedy = "Update the driver, or install the compatibility package of your CUDA version"
         text = f"driver {rows[0][1]} is older than {wanted}, which {build} wants"
         yield Finding(check="driver", text=text, remedy=remedy)
-    if any(() < numbers(row[2]) < (9, 0) for row in rows):
-        text = f"compute capability {rows[0][2]}: torch takes one expert after the other there, slower than from 9.0 on"
-        yield Finding(check="grouped_mm", text=text, remedy="It works; `moetune plan` counts with it")
+    slow = [row[2] for row in rows if numbers(row[2]) and numbers(row[2])[0] not in GROUPED]
+    if slow:
+        text = (
+            f"compute capability {slow[0]}: experts run one by one there, after a wait for the device; torch has a "
+            f"kernel for all at once on {' and '.join(f'{major}.x' for major in GROUPED)}, in bfloat16"
+        )
+        yield Finding(check="grouped_mm", text=text, remedy="It works, slowly; `moetune plan` counts with it")
     for number, row in enumerate(rows):
         used = numbers(row[3])  # a slice of a GPU says [N/A]
         if used > (1024,):
             remedy = "End whatever holds it (nvidia-smi names the processes), or take another node"
             yield Finding(check="driver", text=f"GPU {number} has {used[0]:,} MiB in use already", remedy=remedy)
+
+
+def visible_findings(smi: str | None, *, ranks: int, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether each rank sees its GPU: rank n of a node takes the n-th that is visible to it."""
+    there = sum(line.count(",") == 4 for line in (smi or "").splitlines())
+    if not there:
+        return
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    seen = there if named is None else sum(bool(one.strip()) for one in named.split(","))
+    local = max((int(environment.get(name, "0")) for name in ("LOCAL_RANK", "SLURM_LOCALID")), default=0)
+    if seen < max(ranks, local + 1):
+        why = "" if named is None else f" (CUDA_VISIBLE_DEVICES={named})"
+        text = f"{seen} GPU(s) can be seen{why}, and {max(ranks, local + 1)} rank(s) of this node take one each"
+        remedy = (
+            "Let every rank see all GPUs of its node: Slurm's --gpus-per-node with one task a node, not "
+            "--gpus-per-task or --gpu-bind; or start as many ranks as there are GPUs"
+        )
+        yield Finding(check="visible GPUs", text=text, remedy=remedy)
 
 
 def memory_findings(shm: Path, *, ranks: int) -> Iterator[Finding]:
@@ -200,6 +224,7 @@ def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -
         config, present={name: find_spec(name) is not None for name in ("deep_ep", "flash_attn")}
     )
     yield from driver_findings(smi, installed)
+    yield from visible_findings(smi, ranks=ranks, environment=os.environ)
     yield from memory_findings(Path("/dev/shm"), ranks=ranks)
     yield from descriptor_findings(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 

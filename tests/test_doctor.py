@@ -31,6 +31,7 @@ from finetune.doctor import (
     memory_findings,
     shard_findings,
     version_findings,
+    visible_findings,
     wandb_findings,
 )
 from finetune.flight import write_flight
@@ -90,7 +91,9 @@ def test_kernels_that_are_asked_for_and_absent() -> None:
         ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", "NVIDIA-SMI has failed"),
         ("NVIDIA H100, 550.90, 9.0, 3, 81559\nNVIDIA A100, 550.90, 8.0, 3, 81920", "GPUs of different kinds"),
         ("NVIDIA H100, 535.10, 9.0, 3, 81559", "driver 535.10 is older than 550.54"),
-        ("NVIDIA A100, 550.90, 8.0, 3, 81559", "compute capability 8.0"),
+        ("NVIDIA A100, 550.90, 8.0, 3, 81559", "compute capability 8.0: experts run one by one there"),
+        ("NVIDIA L40S, 550.90, 8.9, 3, 46068", "on 9.x and 10.x, in bfloat16"),
+        ("NVIDIA RTX 5090, 580.90, 12.0, 3, 32607", "compute capability 12.0: experts run one by one there"),
         ("NVIDIA H100, 550.90, 9.0, 70123, 81559", "GPU 0 has 70,123 MiB in use already"),
     ],
 )
@@ -98,6 +101,34 @@ def test_driver(smi: str, text: str) -> None:
     assert text in "\n".join(map(str, driver_findings(smi, {})))
     assert list(driver_findings(None, {})) == []
     assert list(driver_findings("NVIDIA H100, 550.90, 9.0, 3, 81559", {})) == []
+    assert list(driver_findings("NVIDIA B200, 580.90, 10.0, 3, 183359", {})) == []
+
+
+FOUR = "\n".join(["NVIDIA H100, 550.90, 9.0, 3, 81559"] * 4)
+
+
+@pytest.mark.parametrize(
+    ("smi", "ranks", "environment", "text"),
+    [
+        # Slurm with --gpus-per-task=1: each of four tasks has a GPU of its own, which is number 0 to it
+        (
+            FOUR.splitlines()[0],
+            1,
+            {"CUDA_VISIBLE_DEVICES": "0", "SLURM_LOCALID": "3"},
+            "1 GPU(s) can be seen (CUDA_V",
+        ),
+        (FOUR, 4, {"CUDA_VISIBLE_DEVICES": "2,3"}, "2 GPU(s) can be seen (CUDA_VISIBLE_DEVICES=2,3), and 4 rank(s)"),
+        (FOUR, 8, {}, "4 GPU(s) can be seen, and 8 rank(s) of this node take one each"),
+        (FOUR, 4, {}, ""),
+        (FOUR, 2, {"CUDA_VISIBLE_DEVICES": "2,3", "LOCAL_RANK": "1"}, ""),
+        (None, 8, {}, ""),
+        ("no driver", 8, {}, ""),
+    ],
+)
+def test_every_rank_must_see_its_gpu(smi: str | None, ranks: int, environment: dict[str, str], text: str) -> None:
+    found = list(visible_findings(smi, ranks=ranks, environment=environment))
+    assert len(found) == bool(text)
+    assert all(text in one.text and "--gpus-per-node" in one.remedy for one in found)
 
 
 def test_a_torch_of_a_newer_cuda_wants_a_newer_driver() -> None:
