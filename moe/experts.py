@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -168,6 +168,9 @@ class GroupedExperts(nn.Module):
         )
         gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
         factors = tuple(self.get_parameter(key) for key in self._factors if lora is not None)
+        if x_RD.is_cuda:
+            named = {"gate_up": gate_up, "down": down, **dict(zip(self._factors, factors, strict=False))}
+            check_aligned(self.name, named)
         return grouped_experts(x_RD, counts_L, gate_up, down, factors, plan)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedExperts":
@@ -202,3 +205,15 @@ def _check(name: str, mode: str, lora: ExpertLora | None, hidden: int, intermedi
             )
     if lora is not None and not 0.0 <= lora.dropout < 1.0:
         raise ValueError(f"{name}: LoRA dropout {lora.dropout} is not in [0, 1)")
+
+
+def check_aligned(name: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise unless the grouped GEMM can read these: on a GPU it wants them to begin at a multiple of 16 bytes."""
+    for key, weight in weights.items():
+        past = weight.data_ptr() & 15
+        if past:
+            raise ValueError(
+                f"{name}: {key} {tuple(weight.shape)} begins {past} bytes behind a multiple of 16, where the grouped "
+                f"GEMM cannot read it. One rank alone holds what trains end to end, and a tensor before this one has a "
+                f"size that is no multiple of {16 // weight.element_size()}: freeze its family, or take 2 ranks"
+            )
