@@ -44,8 +44,11 @@ from finetune.engine import take_device
 from finetune.hooks import keep_whole
 from finetune.model import EmptyModel
 from finetune.ranks import PATIENCE
+from moe.host import HostCopy, HostMemory
 
 T = TypeVar("T")
+BLOCK_BYTES = 1 << 28
+"""Of the host's memory for copies of slices; these are megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
         self._meshes = Meshes()
-        self._copies: dict[str, Tensor] = {}
+        self._host, self._copies = HostMemory(BLOCK_BYTES), list[HostCopy]()
         self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=take_device) if asynchronous else None
         self._under_way: Future[None] | None = None
 
@@ -158,15 +161,12 @@ class Checkpoints:
 
     def _copied(self, held: list[Slice]) -> list[Slice]:
         """The slices in memory of the host; it is taken once, as one save is written at a time."""
+        self._copies.clear()
         found = []
         for slice_ in held:
-            views = {}
-            for kind, view in slice_.views.items():
-                name = f"{kind}/{slice_.canonical}"
-                if name not in self._copies:
-                    self._copies[name] = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
-                views[kind] = self._copies[name].copy_(view, non_blocking=True)
-            found.append(replace(slice_, views=views))
+            copies = {kind: self._host.copy(view) for kind, view in slice_.views.items()}
+            self._copies += copies.values()
+            found.append(replace(slice_, views={kind: copy.values for kind, copy in copies.items()}))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         return found
