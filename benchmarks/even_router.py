@@ -48,7 +48,8 @@ def spread_evenly(folder: Path, batch: Batch) -> list[float]:
         if name.endswith(".mlp.gate"):
             routers[f"{name}.weight"] = module.weight
             module.register_forward_pre_hook(choose)
-    PackedModel(model, spec=read_spec(folder)).hidden(batch)
+    packed = PackedModel(model, spec=read_spec(folder))
+    packed.hidden(packed.send(batch, torch.device("cpu")).arrived())
     file = folder / "model.safetensors"
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:

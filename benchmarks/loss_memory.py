@@ -12,6 +12,7 @@ from benchmarks.memory import Allocations
 from benchmarks.outputs import same_tensors
 from data.batch import Batch
 from finetune.loss import row_losses, tile_head
+from finetune.row import lay_out
 
 VOCAB, HIDDEN, TOKENS = 151_936, 128, 2048
 SUPERVISED = (128, 512, 1024, 2047)
@@ -87,11 +88,11 @@ def _peak(case: Case) -> tuple[Figure, Outcome]:
 
 
 def _ours(case: Case, hidden: Tensor, batch: Batch) -> Outcome:
-    model, hidden = _Headed(case), hidden.clone().requires_grad_()
+    model, hidden, row = _Headed(case), hidden.clone().requires_grad_(), lay_out(batch)
     tile_head(model)
     total = float(batch.loss_weights.sum())
     with Allocations() as seen:
-        loss = row_losses(model.lm_head, hidden, batch, "token").objective / total
+        loss = row_losses(model.lm_head, hidden, row, "token").objective / total
         kept = seen.live_bytes
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return _outcome(model, hidden, loss, seen, kept)

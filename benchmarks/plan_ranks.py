@@ -140,9 +140,10 @@ def _step(engine: Any, balance: Any, batch: Batch) -> list[list[int]]:
         balance.start_step(tokens)
     for number in range(MICRO_BATCHES):
         engine.set_gradient_accumulation_boundary(number == MICRO_BATCHES - 1)
+        row = engine.module.send(batch, engine_device()).arrived()
         if balance is not None:
-            balance.start_micro_batch(engine.module.valid(batch))
-        losses = engine(batch=batch)
+            balance.start_micro_batch(row.valid_T)
+        losses = engine(batch=row)
         backward(engine, losses.objective, float(tokens))
         del losses
     if balance is not None:

@@ -1,7 +1,7 @@
 """A pack as tensors: what one forward pass of one rank takes, and a step as what one optimiser step takes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,16 +34,6 @@ class Batch:
         """All four variable-length arguments: with fewer of them attention leaks across samples without an error."""
         cuts, longest = self.cu_seq_lens, self.max_length
         return {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts, "max_length_q": longest, "max_length_k": longest}
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on a device."""
-        found = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in found.items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +88,25 @@ def loss_sums(batch: Batch) -> LossSums:
     return LossSums(
         tokens=float(per_sample.sum()), samples=float((per_sample > 0).sum()), sqrt=float(per_sample.sqrt().sum())
     )
+
+
+def label_places(batch: Batch) -> Tensor:
+    """Where in the row a supervised token stands: int64, in their order."""
+    return ((batch.loss_weights[0] != 0) & (batch.sample_ids[0] >= 0)).nonzero()[:, 0]
+
+
+def media_places(batch: Batch, *, merge: int, image_id: int, video_id: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens of a row's images stand, and of its videos; ValueError unless their patches make as many."""
+    ids_T, found = batch.input_ids[0], []
+    for kind, token, patches in (("images", image_id, batch.image_patches), ("videos", video_id, batch.video_patches)):
+        at_N, made = (ids_T == token).nonzero()[:, 0], len(patches) // merge**2
+        if len(at_N) != made:
+            raise ValueError(
+                f"{', '.join(batch.keys)}: the row has {len(at_N)} tokens for {kind}, their patches make {made}. The "
+                f"template that wrote the tokens is not of this base"
+            )
+        found.append(at_N)
+    return found[0], found[1]
 
 
 def collate(

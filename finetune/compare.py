@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.batch import Batch
 from finetune.adapter_switch import adapters_off
 from finetune.forward import PackedModel
+from finetune.row import Row
 
 BUFFERS = 3
 """Logits of both models and one tensor in between share the bytes of a tile."""
@@ -31,21 +31,19 @@ class Compared(NamedTuple):
 
 
 @torch.no_grad()
-def compare_row(packed: PackedModel, batch: Batch, part: slice, *, with_base: bool) -> Compared:
+def compare_row(packed: PackedModel, row: Row, *, with_base: bool) -> Compared:
     """Run one row, and `with_base` once more without adapters; the head is called once. Every rank must call this.
 
-    Found are the tokens that `part` of the row predicts, which may end in the next part.
+    Found are the tokens that this rank's part of the row predicts, which may end in the next part.
     """
-    first, weights_T, owners_T = part.start, batch.loss_weights[0], batch.sample_ids[0]
-    wanted = (weights_T > 0) & (owners_T >= 0)
-    labels_N = wanted[first + 1 : part.stop + 1].nonzero()[:, 0] + first + 1
-    hidden_ND, base_ND = packed.hidden(batch)[labels_N - 1 - first], None
+    batch, labels_N = row.batch, row.labels_N
+    hidden_ND, base_ND = packed.hidden(row)[labels_N - 1 - row.part.start], None
     if with_base:
         with adapters_off(packed):
-            base_ND = packed.hidden(batch)[labels_N - 1 - first]
+            base_ND = packed.hidden(row)[labels_N - 1 - row.part.start]
     compare = partial(compare_tiles, base_ND=base_ND, labels_N=batch.input_ids[0, labels_N])
     found = packed.model.lm_head(hidden_ND, compare=compare)
-    return Compared(owners_T[labels_N].long(), weights_T[labels_N], *found)
+    return Compared(batch.sample_ids[0, labels_N].long(), batch.loss_weights[0, labels_N], *found)
 
 
 def compare_tiles(

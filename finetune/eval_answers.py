@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, collate
+from data.batch import collate
 from data.config import DataConfig
 from data.open import find_sources
 from data.questions import Question, read_questions
@@ -23,6 +23,7 @@ from data.sample import Renderer, Sample
 from finetune.config import EvalConfig
 from finetune.forward import PackedModel
 from finetune.ranks import rank_and_world, require_no_wish, sum_over_ranks
+from finetune.row import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Answers:
                 samples, keys=[asked.question.key for asked in together], pad_id=self._renderer.pad_id, multiple=1,
                 widths=self._renderer.patch_widths,
             )  # fmt: skip
-            tokens = engine(batch=batch.to(device), measure=next_tokens).tolist()
+            tokens = engine(batch=batch, measure=next_tokens).tolist()
             require_no_wish(self._wish(), device)
             for at, token in enumerate(tokens):
                 ended[at] = ended[at] or token in self._stops
@@ -108,12 +109,12 @@ class Answers:
 
 
 @torch.no_grad()
-def next_tokens(packed: PackedModel, batch: Batch, part: slice) -> Tensor:
+def next_tokens(packed: PackedModel, row: Row) -> Tensor:
     """Return the likeliest token behind each sample of a whole row; every rank must call this."""
-    assert part.start == 0
-    assert part.stop == batch.input_ids.shape[1]
+    batch = row.batch
+    assert row.part == slice(0, batch.input_ids.shape[1])
     ends_S = batch.cu_seq_lens[1 : len(batch.keys) + 1].long() - 1
-    chosen_S: Tensor = packed.model.lm_head(packed.hidden(batch)[ends_S]).argmax(-1)
+    chosen_S: Tensor = packed.model.lm_head(packed.hidden(row)[ends_S]).argmax(-1)
     return chosen_S
 
 

@@ -147,8 +147,7 @@ class Evaluation:
             for taken in stream:
                 for batch in taken.batches:
                     require_no_wish(self._asked(), device)
-                    on_device = batch.to(device)
-                    _add(sums, names, batch, engine(batch=on_device, measure=measure), count_samples=counts)
+                    _add(sums, names, batch, engine(batch=batch, measure=measure), count_samples=counts)
                 bad += taken.bad if counts else ()
         everyone = torch.tensor(sum_over_ranks(sums.flatten().tolist(), device)).view_as(sums).tolist()
         left_out = gather_lists(bad)

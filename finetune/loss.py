@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from data.batch import Batch, LossSums
+from data.batch import LossSums
 from finetune.ranks import sum_over_ranks
+from finetune.row import Row
 from moe.load import StepLoad
 
 Normalise = Literal["token", "sample", "sqrt"]
@@ -65,25 +66,20 @@ def factors(weights_T: Tensor, sample_ids_T: Tensor, samples: int, how: Normalis
     return (weights_T * factors_S[owner_T]).float(), n_S[:samples].float()
 
 
-def row_losses(
-    head: nn.Module, hidden_TD: Tensor, batch: Batch, how: Normalise, *, part: slice | None = None
-) -> Losses:
-    """Return the losses of one packed row from its last hidden states; calls the head exactly once.
+def row_losses(head: nn.Module, hidden_TD: Tensor, row: Row, how: Normalise) -> Losses:
+    """Return a row's losses from the last hidden states of this rank's tokens; calls the head exactly once.
 
-    With `part` the hidden states are those of these tokens of the row, and the losses those of the labels that they
-    predict: the first label behind a slice is its last token's. Factors are made from the whole row's weights.
+    They are those of the labels that these tokens predict: the first label behind a slice is its last token's. Factors
+    are made from the whole row's weights.
     """
+    batch, labels_N = row.batch, row.labels_N
     weights_T, ids_T, owners_T = batch.loss_weights[0], batch.input_ids[0], batch.sample_ids[0]
     scaled_T, n_S = factors(weights_T, owners_T, len(batch.keys), how)
-    first = 0 if part is None else part.start
-    predicted = slice(first + 1, None if part is None else part.stop + 1)  # a label is predicted by the token before it
-    labels_N = scaled_T[predicted].nonzero()[:, 0] + first + 1
-    objective, ce_N = head(hidden_TD[labels_N - 1 - first], ids_T[labels_N], scaled_T[labels_N])
+    objective, ce_N = head(hidden_TD[labels_N - 1 - row.part.start], ids_T[labels_N], scaled_T[labels_N])
     owners_N = owners_T[labels_N].long()
     ce_S = torch.zeros_like(n_S).index_add(0, owners_N, weights_T[labels_N] * ce_N)
-    if part is not None:
-        n_S = torch.zeros_like(n_S).index_add(0, owners_N, weights_T[labels_N])
-    return Losses(objective=objective, ce_S=ce_S, weights_S=n_S)
+    mine_S = torch.zeros_like(n_S).index_add(0, owners_N, weights_T[labels_N])
+    return Losses(objective=objective, ce_S=ce_S, weights_S=mine_S)
 
 
 def report(objectives: Sequence[Tensor], total: float, load: StepLoad | None) -> Mapping[str, float]:

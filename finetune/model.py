@@ -108,8 +108,9 @@ def extend(config: Any, context: Extension | None) -> None:
 def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     register()
+    attention = "kernel" if options.attention == "flash_attention_2" else options.attention
     with torch.device("meta"):
-        module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=options.attention)
+        module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=attention)
     return module
 
 

@@ -115,10 +115,10 @@ def replay(
         balance.start_step(tokens)
     for number, row in enumerate(rows):
         probe.row(number, row.keys)
-        on_device = row.to(device)
+        sent = packed.send(row, device).arrived()
         if balance is not None:
-            balance.start_micro_batch(packed.valid(on_device))
-        backward(engine, engine(batch=on_device).objective, total)
+            balance.start_micro_batch(sent.valid_T)
+        backward(engine, engine(batch=sent).objective, total)
     probe.close()
     found = gather_lists([probe.found] if probe.found else [])
     first = min(found, key=lambda finding: (finding.place, finding.rank), default=None)

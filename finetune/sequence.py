@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn.functional import pad
 
 from data.batch import Batch, LossSums, Step
@@ -85,12 +84,6 @@ def own_part(batch: Batch, group: SequenceGroup | None) -> slice:
         return slice(0, tokens)
     each = tokens // group.size
     return slice(group.rank * each, (group.rank + 1) * each)
-
-
-def own_valid(batch: Batch, group: SequenceGroup | None) -> Tensor:
-    """Which of this rank's tokens belong to a sample, in the order the routers see them."""
-    batch = divisible(batch, group)
-    return batch.sample_ids[0, own_part(batch, group)] >= 0
 
 
 def counted_once(step: Step, group: SequenceGroup | None) -> Step:

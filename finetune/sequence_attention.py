@@ -18,14 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.attention import AttentionName
 from finetune.sequence import SequenceGroup
-from finetune.varlen import NO_BORDERS, segments, varlen
+from finetune.varlen import NO_BORDERS, kernel, segments, varlen
 from moe.dispatch import exchange
 
 NAMES: dict[AttentionName, str] = {
     "segments": "sequence_segments",
     "varlen": "sequence_varlen",
     "sdpa": "sequence_masked",
-    "flash_attention_2": "sequence_kernel",  # transformers would take any name with "flash" for one of its own
+    "flash_attention_2": "sequence_kernel",
 }
 """What transformers calls attention over slices, by the attention that computes it."""
 
@@ -63,7 +63,7 @@ def bytes_per_layer(*, tokens: int, heads: int, kv_heads: int, head_dim: int, sl
 
 
 def _attention(name: AttentionName) -> Callable[..., tuple[Tensor, None]]:
-    inside = {"segments": segments, "varlen": varlen, "sdpa": _masked, "flash_attention_2": _flash}[name]
+    inside = {"segments": segments, "varlen": varlen, "sdpa": _masked, "flash_attention_2": kernel}[name]
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
@@ -111,18 +111,3 @@ def _masked(
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2), None
-
-
-def _flash(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    cu_seq_lens_q: Tensor, max_length_q: int, dropout: float = 0.0, scaling: float | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """flash-attention's kernel of variable lengths, called by itself: transformers' way to it knows no slices."""
-    from flash_attn import flash_attn_varlen_func  # there where model.attention chose it
-
-    q_Thd, k_Thd, v_Thd = (x[0].transpose(0, 1) for x in (query, key, value))
-    out: Tensor = flash_attn_varlen_func(
-        q_Thd, k_Thd, v_Thd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout_p=dropout,
-        softmax_scale=scaling, causal=True,
-    )  # fmt: skip
-    return out[None], None

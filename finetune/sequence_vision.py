@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.batch import Batch
-from finetune.sequence import SequenceGroup, own_part
+from finetune.sequence import SequenceGroup
 from moe.dispatch import exchange
 
 Grid = tuple[int, int, int]
@@ -36,8 +35,6 @@ class Delivery:
     order: Tensor
     send: list[int]
     receive: list[int]
-    images: int
-    """So many of the tokens that arrive are images', and come first."""
     total: int
     """Visual tokens of the whole row."""
 
@@ -58,33 +55,20 @@ def shares(grids: Sequence[Grid], size: int) -> list[Share]:
     return runs
 
 
-def delivery(
-    batch: Batch, runs: Sequence[Share], group: SequenceGroup, *, merge: int, image_id: int, video_id: int
-) -> Delivery:
-    """Plan the way of each visual token, from the rank that saw it to the one whose slice holds it."""
-    ids_T = batch.input_ids[0]
-    images_at, videos_at = ((ids_T == token).nonzero()[:, 0] for token in (image_id, video_id))
-    row_at_N = torch.cat([images_at, videos_at])  # in the tower's order: all images, then all videos
-    part = own_part(batch, group)
-    receiver_N = row_at_N // (part.stop - part.start)
-    made = torch.tensor([(run.last - run.first) // merge**2 for run in runs], device=ids_T.device)
-    maker_N = torch.arange(group.size, device=ids_T.device).repeat_interleave(made)
-    if len(maker_N) != len(receiver_N):
-        raise ValueError(
-            f"{', '.join(batch.keys)}: the row has {len(receiver_N)} tokens for images and videos, their patches make "
-            f"{len(maker_N)}. The template that wrote the tokens is not of this base"
-        )
+def delivery(at_N: Tensor, runs: Sequence[Share], group: SequenceGroup, *, part: slice, merge: int) -> Delivery:
+    """Plan the way of each visual token, from the rank that saw it to the one whose slice holds its place.
+
+    `at_N` are the places in the whole row, in the tower's order; `part` is this rank's slice. All of it on the CPU.
+    """
+    receiver_N = at_N // (part.stop - part.start)
+    made = torch.tensor([(run.last - run.first) // merge**2 for run in runs])
+    maker_N = torch.arange(group.size).repeat_interleave(made)
     counts_SS = torch.bincount(maker_N * group.size + receiver_N, minlength=group.size**2).view(group.size, -1)
-    mine_N = receiver_N[maker_N == group.rank]
-    here = (images_at >= part.start) & (images_at < part.stop)
-    numbers = torch.cat([counts_SS.flatten(), here.sum()[None]]).tolist()  # the one wait for the device
-    by_maker = [numbers[row * group.size : (row + 1) * group.size] for row in range(group.size)]
     return Delivery(
-        order=mine_N.argsort(stable=True),
-        send=by_maker[group.rank],
-        receive=[row[group.rank] for row in by_maker],
-        images=numbers[-1],
-        total=len(receiver_N),
+        order=receiver_N[maker_N == group.rank].argsort(stable=True),
+        send=counts_SS[group.rank].tolist(),
+        receive=counts_SS[:, group.rank].tolist(),
+        total=len(at_N),
     )
 
 

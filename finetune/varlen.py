@@ -1,8 +1,8 @@
 """Attention inside the samples of a packed row, as functions that transformers' models call by name.
 
-Both take the samples' borders from the four variable-length arguments and build no mask. A model whose attention is
-named by a function registered here is not given a mask either. The vision tower calls them once a frame, without
-borders and not causal.
+They take the samples' borders from the four variable-length arguments and build no mask. A model whose attention is
+named by a function registered here is not given a mask either. The vision tower, whose samples are frames, calls them
+once a block for all frames, not causal.
 """
 
 import importlib.util
@@ -33,20 +33,37 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def register() -> None:
-    """Make `varlen` and `segments` names that transformers knows; calling it again changes nothing."""
-    ALL_ATTENTION_FUNCTIONS.register("varlen", varlen)
-    ALL_ATTENTION_FUNCTIONS.register("segments", segments)
+    """Make our names known to transformers; calling it again changes nothing."""
+    for name, function in OURS.items():
+        ALL_ATTENTION_FUNCTIONS.register(name, function)
+        ALL_ATTENTION_FUNCTIONS.register(AT_ONCE + name, function)
+
+
+def attend_at_once(tower: Any) -> None:
+    """Let a tower's attention take all frames in one call, with their borders, instead of a call for each.
+
+    transformers decides it by the name: one with "flash" in it is given borders. Without, the tower is cut into frames
+    by a list that each block asks the device for, three times.
+    """
+    name = {"sdpa": "segments"}.get(tower.config._attn_implementation, tower.config._attn_implementation)
+    if name in OURS:
+        register()
+        tower.config._attn_implementation = AT_ONCE + name
 
 
 def segments(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None, **_: Any,
+    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
+    borders: tuple[int, ...] | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Call torch's sdpa on one sample after the other; works on every device and in every type."""
+    """Call torch's sdpa on one sample after the other; works on every device and in every type.
+
+    `borders` are `cu_seq_lens_q` as numbers: without them the host asks the device.
+    """
     causal = _is_causal(module, attention_mask, cu_seq_lens_q)
     parts = [slice(None)]
     if cu_seq_lens_q is not None:
-        cuts = cu_seq_lens_q.tolist()
+        cuts = borders or cu_seq_lens_q.tolist()
         parts = [slice(first, last) for first, last in zip(cuts, cuts[1:], strict=False) if last > first]
     outputs = [
         nn.functional.scaled_dot_product_attention(
@@ -69,12 +86,12 @@ def varlen(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, cu_seq_lens_q=cu_seq_lens_q,
             **others,
         )  # fmt: skip
-    _is_causal(module, attention_mask, cu_seq_lens_q)
+    causal = _is_causal(module, attention_mask, cu_seq_lens_q)
     q_THd, k_THd, v_THd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_gqa(varlen_attn) else {}
     out = varlen_attn(
         q_THd, k_THd, v_THd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-        window_size=(-1, 0), **grouped,
+        window_size=(-1, 0 if causal else -1), **grouped,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out[None], None
@@ -84,6 +101,28 @@ def varlen(
 def _asks_for_gqa(kernel: Callable[..., object]) -> bool:
     """Whether the kernel must be told that key heads are fewer; torch 2.11's cannot be told, and takes them."""
     return "enable_gqa" in signature(kernel).parameters
+
+
+def kernel(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
+    cu_seq_lens_q: Tensor, max_length_q: int, dropout: float = 0.0, scaling: float | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Call flash-attention's kernel by itself: on transformers' way to it a mask is looked for, by a wait a row."""
+    from flash_attn import flash_attn_varlen_func  # there where model.attention chose it
+
+    q_THd, k_THd, v_THd = (x[0].transpose(0, 1) for x in (query, key, value))
+    out: Tensor = flash_attn_varlen_func(
+        q_THd, k_THd, v_THd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout_p=dropout,
+        softmax_scale=scaling, causal=_is_causal(module, attention_mask, cu_seq_lens_q),
+    )  # fmt: skip
+    return out[None], None
+
+
+OURS: dict[str, Callable[..., tuple[Tensor, None]]] = {"varlen": varlen, "segments": segments, "kernel": kernel}
+"""By the names that transformers' models are given; `kernel` is what `flash_attention_2` means here."""
+
+AT_ONCE = "flash_"
+"""Before one of our names: the same function, called by a tower for all of its frames."""
 
 
 def _is_causal(module: nn.Module, mask: Tensor | None, cuts: Tensor | None) -> bool:

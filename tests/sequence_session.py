@@ -161,8 +161,9 @@ def _step(
     for batch in rows:
         if losses:
             engine.step()
-        balance.start_micro_batch(packed.valid(batch))
-        losses.append(engine(batch=batch))
+        sent = packed.send(batch, cpu).arrived()
+        balance.start_micro_batch(sent.valid_T)
+        losses.append(engine(batch=sent))
         backward(engine, losses[-1].objective, total)
     trained = {n: p for n, p in packed.named_parameters() if p.requires_grad}
     out.grads.append({n: safe_get_full_grad(p).float().clone() for n, p in trained.items()})

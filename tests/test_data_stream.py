@@ -162,7 +162,6 @@ def test_ranks_without_a_pack_get_a_dummy_of_zero_weight(corpus):
         assert vars(step.sums) == {"tokens": 0, "samples": 0, "sqrt": 0}
         assert batch.image_patches.shape == (0, 768)
         assert batch.video_patches.shape == (0, 1536)
-        assert batch.to("cpu").keys == ()
 
 
 def damaged(folder):

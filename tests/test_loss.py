@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.memory import Allocations
 from data.batch import Batch, LossSums, loss_sums
 from finetune.loss import TiledHead, factors, normaliser, report, row_losses, step_sums, tile_head
+from finetune.row import lay_out
 
 VOCAB, HIDDEN = 61, 14
 HOW = ("token", "sample", "sqrt")
@@ -80,7 +81,7 @@ def step(model, rows, how):
     for batch in rows:
         sums += loss_sums(batch)
     total = normaliser(sums, how)
-    losses = [row_losses(model.lm_head, model.embed(batch.input_ids[0]), batch, how) for batch in rows]
+    losses = [row_losses(model.lm_head, model.embed(batch.input_ids[0]), lay_out(batch), how) for batch in rows]
     for each in losses:
         (each.objective / total).backward()
     return losses, report([each.objective for each in losses], total, None)["loss"]
@@ -157,7 +158,7 @@ def test_a_row_without_supervised_tokens_still_gives_every_gradient():
     for samples in ([], [SAMPLES[3]]):
         model = Headed()
         tile_head(model)
-        losses = row_losses(model.lm_head, model.embed(row(samples).input_ids[0]), row(samples), "token")
+        losses = row_losses(model.lm_head, model.embed(row(samples).input_ids[0]), lay_out(row(samples)), "token")
         losses.objective.backward()
         assert losses.objective == 0
         assert len(losses.ce_S) == len(samples)
@@ -175,7 +176,7 @@ def test_the_head_is_called_once_and_keeps_one_gradient_a_token():
     weights[100:300] = 1
     batch = row([(ids, weights)], padding=0)
     with Allocations() as made:
-        losses = row_losses(model.lm_head, hidden, batch, "token")
+        losses = row_losses(model.lm_head, hidden, lay_out(batch), "token")
     assert calls == [1]
     assert made.largest_bytes <= 200 * HIDDEN * 4  # what the supervised tokens' own states take; their logits: 48,800
     losses.objective.backward()
@@ -190,7 +191,7 @@ def test_evaluation_makes_no_gradient_and_the_head_still_makes_logits():
     assert type(model.lm_head) is TiledHead
     assert torch.equal(model.lm_head(torch.ones(2, HIDDEN)), plain)
     with torch.no_grad():
-        losses = row_losses(model.lm_head, model.embed(row(SAMPLES).input_ids[0]), row(SAMPLES), "token")
+        losses = row_losses(model.lm_head, model.embed(row(SAMPLES).input_ids[0]), lay_out(row(SAMPLES)), "token")
     assert not losses.objective.requires_grad
     assert float(losses.objective / losses.weights_S.sum()) == pytest.approx(
         float(reference(Headed(), SAMPLES, "token").detach()), rel=1e-6

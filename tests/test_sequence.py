@@ -16,9 +16,11 @@ from tiny_moe import IMAGE, VIDEO
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.long_ranks import Found, Setup, run_setups
-from finetune.sequence import SequenceGroup, divisible, own_part, own_valid, sequence_group
+from data.batch import media_places
+from finetune.row import lay_out
+from finetune.sequence import SequenceGroup, divisible, own_part, sequence_group
 from finetune.sequence_attention import NAMES, key_copies, use_sequence
-from finetune.sequence_vision import delivery, shares
+from finetune.sequence_vision import shares
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 CASES = {
@@ -89,7 +91,7 @@ def group(size: int, rank: int = 0) -> SequenceGroup:
 
 
 def test_a_row_is_padded_until_it_divides_and_loses_nothing() -> None:
-    batch = row("i", "v", length=10)
+    batch, text = row("i", "v", length=10), row("", "")
     tokens = batch.input_ids.shape[1]
     for size in (1, 2, 3, 5, 7):
         longer = divisible(batch, group(size))
@@ -100,8 +102,8 @@ def test_a_row_is_padded_until_it_divides_and_loses_nothing() -> None:
         assert torch.equal(longer.positions[..., :tokens], batch.positions)
         parts = [own_part(longer, group(size, rank)) for rank in range(size)]
         assert len({part.stop - part.start for part in parts}) == 1
-        valid = torch.cat([own_valid(batch, group(size, rank)) for rank in range(size)])
-        assert torch.equal(valid[:tokens], batch.sample_ids[0] >= 0)
+        valid = torch.cat([lay_out(text, group(size, rank)).valid_T for rank in range(size)])
+        assert torch.equal(valid[: text.input_ids.shape[1]], text.sample_ids[0] >= 0)
     assert divisible(batch, None) is batch
 
 
@@ -142,8 +144,8 @@ def test_refusals() -> None:
         replace_moe_blocks(adapted_model(), ep_size=1, options=LayerOptions(tiles=2, dispatch="deepep"))
     batch = row("i")
     wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
-    with pytest.raises(ValueError, match=r"s/i: the row has 0 tokens for images and videos, their patches make 6"):
-        delivery(wrong, shares([(1, 4, 6)], 2), group(2), merge=2, image_id=IMAGE, video_id=VIDEO)
+    with pytest.raises(ValueError, match=r"s/i: the row has 0 tokens for images, their patches make 6"):
+        media_places(wrong, merge=2, image_id=IMAGE, video_id=VIDEO)
 
 
 def test_each_attention_computes_the_same_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
