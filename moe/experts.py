@@ -158,7 +158,7 @@ class GroupedExperts(nn.Module):
         if inside:
             self.make_room()
         plan = Plan(
-            scale=lora.scale if lora is not None else 0.0,
+            scale=lora.scale / (1.0 - dropout) if lora is not None else 0.0,
             dropout=dropout,
             # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
             dropout_seed=int(torch.randint(1 << 40, ())) if dropout else 0,

@@ -142,6 +142,25 @@ def test_dropout_falls_on_the_input_of_a_only(chunks: dict[str, int]) -> None:
     same(run(module, x, counts, grad), wanted(module, x, [100, 0, 80, 0, 20], grad))
 
 
+def test_dropout_is_unbiased_in_bfloat16() -> None:
+    r = 8
+    module = made(lora=ExpertLora(r=r, alpha=6.0, dropout=0.1), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for tensor in (module.gate_up_lora_B, module.down, module.down_lora_A, module.down_lora_B):
+            tensor.zero_()
+        for factor in (module.down_lora_A, module.down_lora_B):  # y is the scale times some features of h
+            factor.diagonal(dim1=1, dim2=2).fill_(1.0)
+    x = torch.randn(4000, module.hidden, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    counts = torch.tensor([4000, *[0] * (len(module.local_experts) - 1)])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        dropped, whole = module(x, counts).double(), module.eval()(x, counts).double()
+    kept = dropped[:, :r] != 0
+    ratio = (dropped[:, :r][kept] / whole[:, :r][kept]).mean()
+    assert kept.double().mean() == pytest.approx(0.9, abs=0.01)
+    assert float(ratio) == pytest.approx(1 / 0.9, rel=2e-4)
+
+
 @pytest.mark.parametrize("chunks", CHUNKED.values(), ids=CHUNKED.keys())
 def test_dropout_has_the_gradient_of_the_mask_it_used(chunks: dict[str, int]) -> None:
     module = made(lora=ExpertLora(r=R_LORA, alpha=6.0, dropout=0.4), **chunks)
