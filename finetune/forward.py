@@ -23,6 +23,7 @@ from finetune.row import Coming, Row, lay_out
 from finetune.sequence import SequenceGroup
 from finetune.sequence_vision import deliver
 from finetune.sight import Look, Sight
+from finetune.tower import embed_flat
 from finetune.varlen import attend_at_once
 
 Measure = Callable[["PackedModel", Row], Any]
@@ -51,6 +52,7 @@ class PackedModel(nn.Module):
         self.sight: Sight | None = None
         if spec is not None:
             attend_at_once(tower)
+            embed_flat(tower)
             place_levels(self.model.model.language_model)
             config = self.model.config
             self.sight = Sight(tower=tower, spec=spec, image_id=config.image_token_id, video_id=config.video_token_id)

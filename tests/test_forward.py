@@ -1,5 +1,6 @@
 """The wrapper against transformers alone: every mix of media, every attention, and ranks that see different things."""
 
+from dataclasses import replace
 from inspect import Parameter, signature
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from base_folders import dense_model
 from packed_rows import SPEC, alone, row
-from tiny_moe import text_model, vl_model
+from tiny_moe import IMAGE, text_model, vl_model
 from torch.nn.attention.varlen import varlen_attn
 
 from finetune.attention import MASK_TOKENS, Machine, choose_attention
@@ -52,6 +53,44 @@ def test_a_packed_row_is_its_samples_alone(kind, attention, expected):
             assert losses.ce_S.tolist() == pytest.approx(wanted, rel=1e-5)
             assert float(losses.objective) == pytest.approx(sum(wanted), rel=1e-5)
     assert len(calls) == len(ROWS)
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_the_tower_takes_all_that_is_found_for_it(kind):
+    """Names that are private to transformers: where one moves, the tower makes the value itself, and waits for it."""
+    model = vl_model() if kind == "moe" else dense_model()
+    wrapped, handed = packed(model), []
+    model.model.visual.blocks[0].register_forward_pre_hook(lambda *it: handed.append(it[-1]), with_kwargs=True)
+    with torch.no_grad():
+        wrapped(batch=row("v", "i"))
+    assert handed[0].keys() == {"cu_seqlens", "max_seqlen", "position_embeddings", "borders"}
+    assert handed[0]["borders"] == (0, 24, 32, 40, 48) == tuple(handed[0]["cu_seqlens"].tolist())
+    assert handed[0]["max_seqlen"] == 24
+
+
+def test_a_row_on_the_cpu_is_not_copied():
+    wrapped, batch = packed(dense_model()), row("vi", "")
+    sent = wrapped.send(batch, torch.device("cpu")).arrived()
+    for name in ("input_ids", "positions", "cu_seq_lens", "image_patches", "video_patches"):
+        assert getattr(sent.batch, name).data_ptr() == getattr(batch, name).data_ptr(), name
+
+
+def test_a_tower_that_nothing_trains_is_not_called_for_text():
+    model, calls = dense_model(), []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    wrapped = packed(model)
+    wanted = [wrapped(batch=row(*mixes)).ce_S.tolist() for mixes in ROWS]
+    model.model.visual.requires_grad_(False)
+    found = [wrapped(batch=row(*mixes)).ce_S.tolist() for mixes in ROWS]
+    assert found == wanted
+    assert len(calls) == len(ROWS) + sum(any(mixes) for mixes in ROWS)
+
+
+def test_tokens_and_patches_must_be_as_many():
+    batch = row("i")
+    wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
+    with pytest.raises(ValueError, match="s/i: the row has 0 tokens for images, their patches make 6. The template"):
+        packed(dense_model())(batch=wrong)
 
 
 def test_attention_without_borders_is_refused():

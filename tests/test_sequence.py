@@ -2,7 +2,6 @@
 
 import functools
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +11,9 @@ from hypothesis import strategies as st
 from packed_rows import row
 from ranks import run_ranks
 from sequence_session import Case, Outcome, adapted_model, session
-from tiny_moe import IMAGE, VIDEO
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.long_ranks import Found, Setup, run_setups
-from data.batch import media_places
 from finetune.row import lay_out
 from finetune.sequence import SequenceGroup, divisible, own_part, sequence_group
 from finetune.sequence_attention import NAMES, key_copies, use_sequence
@@ -142,10 +139,6 @@ def test_refusals() -> None:
         model.model(input_ids=torch.arange(8)[None])
     with pytest.raises(ValueError, match="tile_tokens exchanges rows tile by tile, but moe.dispatch: deepep"):
         replace_moe_blocks(adapted_model(), ep_size=1, options=LayerOptions(tiles=2, dispatch="deepep"))
-    batch = row("i")
-    wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
-    with pytest.raises(ValueError, match=r"s/i: the row has 0 tokens for images, their patches make 6"):
-        media_places(wrong, merge=2, image_id=IMAGE, video_id=VIDEO)
 
 
 def test_each_attention_computes_the_same_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
