@@ -1,0 +1,85 @@
+"""The modules on a device of their own: the CPU's results, nothing of two devices in one operation, and no waits.
+
+A host that waits for its device queues nothing meanwhile. So a new `.item()` in a layer fails here, without a GPU.
+"""
+
+import functools
+
+import pytest
+import torch
+from device_session import Case, Outcome, rules, session
+from ranks import run_ranks
+
+LIMITS = {"segments": 0, "varlen": 0, "sdpa": 1}
+"""Waits of a micro-batch, whatever it shows and however many layers it goes through; sdpa looks for its mask once."""
+
+CASES = {
+    "recomputed by layer, the tower frozen": Case(),
+    "nothing recomputed, the tower adapted": Case(recompute="none", tower="lora", attention="segments"),
+    "selective, the tower adapted": Case(recompute="selective", tower="lora"),
+    "selective, a mask": Case(recompute="selective", tower="lora", attention="sdpa"),
+    "selective, tiled, kept by the host": Case(recompute="selective", tile=5, offload=True),
+    "all of the tower trains, dropout": Case(tower="all", dropout=0.3, balance="off"),
+    "a dense model": Case(kind="dense", tower="all"),
+    "text alone": Case(kind="text", recompute="selective"),
+}
+SLOW = {
+    f"{recompute}, {attention}{', ' * bool(words)}{', '.join(words)}": Case(
+        recompute=recompute, attention=attention, tower="lora" if not words else "nothing", **words
+    )
+    for recompute, attention, words in [
+        *(
+            (recompute, attention, {})
+            for recompute in ("none", "layer", "selective")
+            for attention in ("segments", "varlen", "sdpa")
+            if (recompute, attention) not in (("none", "segments"), ("selective", "varlen"), ("selective", "sdpa"))
+        ),
+        *(("layer", attention, {"tile": 5}) for attention in ("segments", "varlen", "sdpa")),
+        *(("layer", attention, {"offload": True}) for attention in ("segments", "varlen", "sdpa")),
+        ("selective", "segments", {"dropout": 0.5}),
+    ]
+}
+
+
+@functools.cache
+def outcomes(*, slow: bool) -> dict[str, tuple[Outcome, Outcome]]:
+    """One process for all cases: the name of torch's spare device is given once, for ever."""
+    cases = SLOW if slow else CASES
+    return dict(zip(cases, run_ranks(session, 1, list(cases.values()), timeout=600)[0], strict=True))
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_step_on_a_device_is_the_cpus_and_waits_for_nothing(name: str) -> None:
+    case = CASES.get(name) or SLOW[name]
+    here, there = outcomes(slow=name in SLOW)[name]
+    assert there.losses.keys() == here.losses.keys()
+    for row, losses in here.losses.items():
+        assert there.losses[row] == pytest.approx(losses, rel=1e-5, abs=1e-6), row
+    assert there.grads.keys() == here.grads.keys() != set()
+    for key, grad in here.grads.items():
+        assert (there.grads[key] - grad).abs().max() <= 2e-5 * grad.abs().max(), key
+    assert there.counts == here.counts
+    for mine, wanted in zip(there.evaluated, here.evaluated, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+    for row, waits in there.waits.items():
+        # page-locked memory for activations is asked for where no mode sees it, and on CUDA only
+        counted = {place: n for place, n in waits.items() if not (case.offload and "moe/host.py" in place)}
+        passes = 2 if row == "evaluation" else 1
+        assert sum(counted.values()) <= passes * LIMITS[case.attention], (row, counted)
+
+
+def test_what_a_real_device_would_wait_for_is_counted_and_what_it_would_refuse_is_refused() -> None:
+    found = run_ranks(rules, 1)[0]
+    for name in ("item", "tolist", "cpu", "bool", "nonzero", "boolean index", "boolean store", "blocking copy",
+                 "copy of pageable memory", "a list made a tensor"):  # fmt: skip
+        assert found[name] == 1, (name, found[name])
+    assert found["repeats"] == 2, "the copy of the list, and the unknown length"
+    for name in ("page-locked copy there", "page-locked copy back", "known repeats", "integer index", "masked fill",
+                 "a number", "grouped"):  # fmt: skip
+        assert found[name] == 0, (name, found[name])
+    for name, why in {
+        "mixed": "are on the CPU, not on second", "mixed weights": "are on the CPU, not on second",
+        "rows 12 bytes apart": "rows of [4, 3] lie 12 bytes apart", "long offsets": "ffsets",
+        "shifted": "begins 1 elements into its memory", "convolution": "cuDNN",
+    }.items():  # fmt: skip
+        assert why in str(found[name]), (name, found[name])
