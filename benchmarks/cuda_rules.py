@@ -25,6 +25,7 @@ ASKS_VALUE = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.eq
 """`.item()`, `int(...)`, `bool(...)` and torch.equal."""
 
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
+"""Over patches cuDNN takes seconds for one, and in 9.20 has none for its way back."""
 
 GROUPS = 1024
 UNIT_BYTES = 16
@@ -42,14 +43,6 @@ def waits_for_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if func is aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
     return func in SIZE_UNKNOWN or func in ASKS_VALUE
-
-
-def require_kernel(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse what there is no kernel for, or none to wait for."""
-    if func is GROUPED:
-        require_grouped(args[0], args[1], kwargs.get("offs"))
-    elif func in CONVOLUTIONS:
-        raise Refused("convolution: cuDNN takes seconds for one over patches, and has none for its way back in 9.20")
 
 
 def require_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:

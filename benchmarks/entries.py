@@ -58,6 +58,12 @@ ENTRIES = (
         about="operations that a decoder layer hands to a device, counted on meta, beside transformers and PEFT",
     ),
     Entry(
+        name="waits",
+        suite="cpu",
+        module="benchmarks.waits",
+        about="how often the host waits for the device in a micro-batch, counted without one, beside stock parts",
+    ),
+    Entry(
         name="merge",
         suite="cpu",
         module="benchmarks.merge",

@@ -21,6 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from benchmarks import cuda_rules, varlen_by_hand
 from benchmarks.cuda_rules import Refused
+from moe.experts import GroupedExperts
 
 NAME = "second"
 ROOT = Path(__file__).parent.parent
@@ -81,6 +82,7 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
+        self.convolutions = 0
         self.pinned: list[Tensor] = []  # kept: another tensor at a freed address would pass for page-locked
 
     def __enter__(self) -> Self:
@@ -127,6 +129,9 @@ def move_module(module: nn.Module) -> None:
         tables: list[Any] = [owner._parameters, owner._buffers]
         for table in tables:
             table.update({name: there(tensor) for name, tensor in table.items() if tensor is not None})
+    for owner in module.modules():
+        if isinstance(owner, GroupedExperts):
+            owner.make_room()
 
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -143,7 +148,10 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     here = [t.here if isinstance(t, Elsewhere) else t for t in flat]
     here = [torch.device("cpu") if isinstance(t, torch.device) and t.type == NAME else t for t in here]
     here_args, here_kwargs = tree_unflatten(here, spec)
-    cuda_rules.require_kernel(func, here_args, here_kwargs)
+    if func is cuda_rules.GROUPED:
+        cuda_rules.require_grouped(here_args[0], here_args[1], here_kwargs.get("offs"))
+    if func in cuda_rules.CONVOLUTIONS and SecondDevice.now is not None:
+        SecondDevice.now.convolutions += 1
     made = _COMPUTED.get(str(func).rpartition(".")[0], func)(*here_args, **here_kwargs)
     if func is aten.copy_.default:
         return args[0]
@@ -212,4 +220,5 @@ def _is_second(device: Any) -> bool:
 _COMPUTED = {
     "torch_attn._varlen_attn": varlen_by_hand.forward,
     "torch_attn._varlen_attn_backward": varlen_by_hand.backward,
+    "aten.histc": lambda x, *bins: aten.histc(x.float(), *bins).to(x.dtype),  # the CPU has none for integers
 }

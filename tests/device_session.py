@@ -57,6 +57,7 @@ class Outcome:
     evaluated: list[Tensor] = field(default_factory=list)
     counts: Any = None
     waits: dict[str, dict[str, int]] = field(default_factory=dict)
+    convolutions: int = 0
 
 
 def session(rank: int, world: int, cases: list[Case]) -> list[tuple[Outcome, Outcome]]:
@@ -73,12 +74,11 @@ def _on_device(case: Case) -> Outcome:
     packed, balance = _built(case, case.attention)
     with SecondDevice() as device:
         move_module(packed)
-        for module in packed.modules():
-            if hasattr(module, "make_room"):
-                module.make_room()
         if balance is not None:
             balance._device = DEVICE
-        return _step(case, packed, balance, DEVICE, partial(_emptied, device))
+        out = _step(case, packed, balance, DEVICE, partial(_emptied, device))
+        out.convolutions = device.convolutions
+        return out
 
 
 def _emptied(device: SecondDevice) -> dict[str, int]:
@@ -148,7 +148,6 @@ def _step(
 def rules(rank: int, world: int) -> dict[str, Any]:
     """What the device counts and refuses, one operation at a time."""
     here = torch.arange(6.0).view(2, 3)
-    pinned_to = torch.empty(2, 3, pin_memory=False)
     operations: dict[str, Callable[[Tensor], Any]] = {
         "item": lambda x: x[0, 0].item(),
         "tolist": lambda x: x.tolist(),
@@ -179,7 +178,7 @@ def rules(rank: int, world: int) -> dict[str, Any]:
         "grouped": lambda x: F.grouped_mm(x.new_zeros(4, 4), x.new_zeros(2, 4, 4), offs=_offsets(torch.int32)),
         "convolution": lambda x: F.conv1d(x[None], x.new_zeros(1, 2, 2)),
     }
-    found: dict[str, Any] = {"pinned": pinned_to.is_pinned()}
+    found: dict[str, Any] = {}
     with SecondDevice() as device:
         for name, operation in operations.items():
             there = here.to(DEVICE)
@@ -190,6 +189,7 @@ def rules(rank: int, world: int) -> dict[str, Any]:
                 found[name] = str(error)
             else:
                 found[name] = sum(device.waits.values())
+        found["convolutions"] = device.convolutions
     return found
 
 

@@ -443,6 +443,18 @@ def test_a_merge_that_differs_from_the_peers_is_not_measured(tmp_path):
         _same_outputs(tmp_path / "ours", tmp_path / "other")
 
 
+@pytest.mark.slow  # two starts of a rank
+def test_waits_are_counted_for_both(monkeypatch):
+    from benchmarks import waits
+
+    monkeypatch.setattr(waits, "LAYERS", (3, 4))
+    monkeypatch.setattr(waits, "TOWER_BLOCKS", 4)
+    text, text_layer, media, media_layer = waits.run()
+    assert all(figure.met_goal for figure in (text, text_layer, media, media_layer))
+    assert media.peer_value == sum(media.config["peer"].values()) > 6 * 4, "three lists a block, in both passes"
+    assert text_layer.value == media_layer.value == 0
+
+
 @pytest.mark.slow  # five starts of a rank
 def test_the_gpu_benchmarks_run_on_any_device():
     from benchmarks import gpu_experts, gpu_step

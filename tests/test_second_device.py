@@ -52,6 +52,7 @@ def outcomes(*, slow: bool) -> dict[str, tuple[Outcome, Outcome]]:
 def test_a_step_on_a_device_is_the_cpus_and_waits_for_nothing(name: str) -> None:
     case = CASES.get(name) or SLOW[name]
     here, there = outcomes(slow=name in SLOW)[name]
+    assert there.convolutions == 0, "of patches: products"
     assert there.losses.keys() == here.losses.keys()
     for row, losses in here.losses.items():
         assert there.losses[row] == pytest.approx(losses, rel=1e-5, abs=1e-6), row
@@ -75,11 +76,12 @@ def test_what_a_real_device_would_wait_for_is_counted_and_what_it_would_refuse_i
         assert found[name] == 1, (name, found[name])
     assert found["repeats"] == 2, "the copy of the list, and the unknown length"
     for name in ("page-locked copy there", "page-locked copy back", "known repeats", "integer index", "masked fill",
-                 "a number", "grouped"):  # fmt: skip
+                 "a number", "grouped", "convolution"):  # fmt: skip
         assert found[name] == 0, (name, found[name])
+    assert found["convolutions"] == 1
     for name, why in {
         "mixed": "are on the CPU, not on second", "mixed weights": "are on the CPU, not on second",
         "rows 12 bytes apart": "rows of [4, 3] lie 12 bytes apart", "long offsets": "ffsets",
-        "shifted": "begins 1 elements into its memory", "convolution": "cuDNN",
+        "shifted": "begins 1 elements into its memory", 
     }.items():  # fmt: skip
         assert why in str(found[name]), (name, found[name])
