@@ -47,6 +47,8 @@ class TinyModel:
     max_positions: int = 4096
     image_min_tokens: int = 64
     tokenizer: Literal["tiny", "qwen3"] = "tiny"
+    vocabulary: int | None = None
+    """Rows of embedding and head; None: the tokens, and some that none uses."""
     dtype: str = "float32"
     tied: bool = False
     seed: int = 0
@@ -91,7 +93,7 @@ def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:
             num_attention_heads=model.heads,
             num_key_value_heads=model.kv_heads,
             head_dim=model.head_dim,
-            vocab_size=_padded(vocabulary.size),
+            vocab_size=_padded(vocabulary.size) if model.vocabulary is None else model.vocabulary,
             max_position_embeddings=model.max_positions,
             experts=experts,
             rope=Rope(mrope_section=(half - 2 * side, side, side)),
@@ -114,7 +116,7 @@ def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:
         vision_start_token_id=token["<|vision_start|>"],
         vision_end_token_id=token["<|vision_end|>"],
     )
-    problems = _option_problems(model) or family_problems(family)
+    problems = _option_problems(model, vocabulary) or family_problems(family)
     if problems:
         raise ValueError("no tiny model can have these dimensions:\n  " + "\n  ".join(problems))
     return family
@@ -162,8 +164,12 @@ def _deepstack(model: TinyModel) -> tuple[int, ...]:
     return tuple(range(model.vision_depth - taps, model.vision_depth))
 
 
-def _option_problems(model: TinyModel) -> list[str]:
+def _option_problems(model: TinyModel, vocabulary: Vocabulary) -> list[str]:
     found = []
+    if model.vocabulary is not None and 1 <= model.vocabulary < vocabulary.size:
+        found.append(
+            f"--vocabulary is {model.vocabulary}; the tokenizer has {vocabulary.size} tokens: give as many rows or more"
+        )
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:

@@ -27,6 +27,7 @@ _DIMS = (
     ("vision-intermediate", "hidden width of the tower's MLPs (default 56)"),
     ("vision-heads", "attention heads of the tower (default 2)"),
     ("max-positions", "native context in tokens (default 4096)"),
+    ("vocabulary", "rows of embedding and head (default: the tokens, padded to a multiple of 64)"),
     ("image-min-tokens", "smaller images are enlarged to so many tokens, as published (default 64)"),
     ("seed", "seed of the weights (default 0)"),
     ("shard-bytes", "largest size of one weight file (default 5 GB)"),

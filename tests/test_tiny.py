@@ -231,6 +231,7 @@ def test_commands_help_states_the_real_defaults():
         ("--head-dim 17", r"--head-dim is 17"),
         ("--hidden 80", r"--hidden 80 with --expert-hidden 40: transposed experts would have the same shape"),
         ("--layers 0 --heads 0", r"--layers is 0; it must be at least 1\n  --heads is 0"),
+        ("--vocabulary 1017", r"--vocabulary is 1017; the tokenizer has 1018 tokens: give as many rows or more"),
         ("--vision-heads 4", r"vision_config.hidden_size 24 is not a multiple of 4 x num_heads 4"),
     ],
 )
@@ -238,6 +239,12 @@ def test_impossible_dimensions_are_named(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         run_command(tmp_path / "out", *words.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_has_as_many_rows_as_asked_for(tmp_path):
+    run_command(tmp_path / "out", "--vocabulary", "1111")
+    assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].shape == (1111, 48)
+    assert read_family(tmp_path / "out").text.vocab_size == 1111
 
 
 def test_wrong_words_are_named(tmp_path):
