@@ -1,4 +1,4 @@
-# make test | check | test-all | test-newest | test-oldest | lock | demo | bench
+# make test | check | test-all | test-newest | test-oldest | lock | demo | bench | gpu-kit
 # Each target creates its environment when it is missing and installs what constraints.txt locks.
 # Two test files run at a time, because much of the suite waits for ranks to start.
 # PYTHON: the interpreter of new environments. VENV: the environment's folder.
@@ -13,7 +13,7 @@ QUICK := -m "not slow and not gpu"
 export DS_ACCELERATOR ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-all test-newest test-oldest lock check demo bench clean
+.PHONY: test test-all test-newest test-oldest lock check demo bench gpu-kit clean
 
 # One thread per process: two test processes and their ranks share the cores.
 test test-all test-newest test-oldest: export OMP_NUM_THREADS ?= 1
@@ -46,7 +46,11 @@ check: $(VENV)/installed
 	$(BIN)/lint-imports
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks --suite cpu $(ARGS)
+	$(BIN)/python -m benchmarks --all $(ARGS)
+
+# What a CUDA machine without a network lacks; then, there: bash benchmarks/gpu/run.sh [minutes]
+gpu-kit: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu.kit gpu-kit
 
 # The whole way on two CPU cores, each command printed before it runs; fails when held-out digits are not learned.
 demo: $(VENV)/installed
@@ -68,4 +72,4 @@ $(UV):
 	.venv-uv/bin/pip install --quiet uv
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* gpu-kit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

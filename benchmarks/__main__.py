@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME`: figures beside the peer's. See --help.
 
-Exit codes: 0 every floor passed; 1 a floor was missed, or outputs differ; 2 no such benchmark, or no device for it.
+Exit codes: 0 every floor passed; 1 a floor was missed, or outputs differ; 2 no such benchmark. On GPUs it is
+`bash benchmarks/gpu/run.sh`.
 """
 
 import argparse
@@ -13,10 +14,8 @@ from pathlib import Path
 
 from benchmarks.entries import ENTRIES, Entry
 from benchmarks.figure import refusal
-from benchmarks.machine import ROOT, commit, surroundings
+from benchmarks.machine import surroundings
 from benchmarks.measure import OutputsDiffer
-
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
@@ -24,30 +23,24 @@ def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Figures beside the peer's. Outputs are compared first: a faster wrong answer is refused.",
-        epilog="exit codes: 0 every floor passed, 1 a floor missed or outputs differ, 2 wrong name or no device",
+        epilog="exit codes: 0 every floor passed, 1 a floor missed or outputs differ, 2 wrong name",
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
-    what.add_argument("--list", action="store_true", help="name, suite and meaning of each")
-    what.add_argument("--suite", choices=("cpu", "gpu"), help="all of a suite; gpu writes its records by itself")
+    what.add_argument("--list", action="store_true", help="name and meaning of each")
+    what.add_argument("--all", action="store_true", help="one after the other")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here, a JSON array")
     args = parser.parse_args(argv)
     if args.list:
         for entry in entries:
-            print(f"{entry.name:<20} {entry.suite}  {entry.about}")
+            print(f"{entry.name:<20} {entry.about}")
         return 0
-    chosen = [entry for entry in entries if args.name == entry.name or args.suite == entry.suite]
-    if args.name and not chosen:
-        return _refuse(_unknown(args.name, entries))
-    if (args.suite == "gpu" or any(entry.suite == "gpu" for entry in chosen)) and not _cuda():
-        return _refuse(f"{args.name or 'suite gpu'} needs a CUDA device, and torch sees none on this machine")
+    chosen = [entry for entry in entries if args.all or args.name == entry.name]
     if not chosen:
-        return _refuse(f"suite {args.suite} has no benchmark yet")
-    path = args.json
-    if path is None and args.suite == "gpu":
-        path = RESULTS / f"gpu-{commit(ROOT).replace(' ', '-')}.json"
-    return _run(chosen, path)
+        print(f"benchmarks: {_unknown(args.name, entries)}", file=sys.stderr)
+        return 2
+    return _run(chosen, args.json)
 
 
 def _run(entries: Sequence[Entry], path: Path | None) -> int:
@@ -82,17 +75,6 @@ def _unknown(name: str, entries: Sequence[Entry]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     meant = f" Did you mean {near[0]!r}?" if near else ""
     return f"no benchmark is called {name!r}.{meant} There are: {', '.join(names)}"
-
-
-def _refuse(why: str) -> int:
-    print(f"benchmarks: {why}", file=sys.stderr)
-    return 2
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

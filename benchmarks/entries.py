@@ -1,7 +1,9 @@
-"""The table of benchmarks. A module is imported when its benchmark runs, so that listing costs nothing."""
+"""The table of benchmarks on a CPU; those on GPUs are parts of `benchmarks.gpu`.
+
+A module is imported when its benchmark runs, so that listing costs nothing.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -9,7 +11,6 @@ class Entry:
     """A benchmark: `module` has `def run() -> Iterator[Figure]`, which compares outputs before it measures."""
 
     name: str
-    suite: Literal["cpu", "gpu"]
     module: str
     about: str
 
@@ -17,37 +18,31 @@ class Entry:
 ENTRIES = (
     Entry(
         name="config-check",
-        suite="cpu",
         module="benchmarks.config_check",
         about="cold start of `moetune check` beside `import torch`",
     ),
     Entry(
         name="load",
-        suite="cpu",
         module="benchmarks.load",
         about="a base of 1 GB into two ZeRO-3 ranks beside transformers' from_pretrained: time, peak memory",
     ),
     Entry(
         name="mem-per-rank",
-        suite="cpu",
         module="benchmarks.mem_per_rank",
         about="weights that a rank keeps at several layouts beside the formula",
     ),
     Entry(
         name="ckpt-save",
-        suite="cpu",
         module="benchmarks.ckpt_save",
         about="bytes of a checkpoint beside the trained state, seconds of a save and stall of an asynchronous one",
     ),
     Entry(
         name="train-step",
-        suite="cpu",
         module="benchmarks.train_step",
         about="whole training steps on two ranks, beside transformers with PEFT and DeepSpeed ZeRO-3",
     ),
     Entry(
         name="host-overhead",
-        suite="cpu",
         module="benchmarks.host_overhead",
         about="time of a step whose kernels have nothing to do, beside the same stock parts",
     ),
@@ -65,128 +60,97 @@ ENTRIES = (
     ),
     Entry(
         name="merge",
-        suite="cpu",
         module="benchmarks.merge",
         about="an adapter into a base of 4 GB (MOETUNE_BENCH_GB), beside PEFT's merge_and_unload and a plain copy",
     ),
     Entry(
         name="export",
-        suite="cpu",
         module="benchmarks.export",
         about="an adapter into each form that servers read: seconds per GB",
     ),
     Entry(
         name="moe-lora-step",
-        suite="cpu",
         module="benchmarks.moe_lora_step",
         about="forward and backward of one expert block with LoRA, beside PEFT's",
     ),
     Entry(
         name="moe-lora-memory",
-        suite="cpu",
         module="benchmarks.moe_lora_memory",
         about="bytes that block keeps for backward, and its largest allocation, beside PEFT's",
     ),
     Entry(
         name="scaling-shape",
-        suite="cpu",
         module="benchmarks.scaling_shape",
         about="cost of four times the experts at the same top-k, beside PEFT's",
     ),
     Entry(
         name="comm-bytes",
-        suite="cpu",
         module="benchmarks.comm_bytes",
         about="weights gathered a micro-batch at ep = world, beside plain ZeRO-3",
     ),
     Entry(
         name="a2a-units",
-        suite="cpu",
         module="benchmarks.a2a_units",
         about="rows sent a layer by recompute mode, against the formula",
     ),
     Entry(
         name="packing",
-        suite="cpu",
         module="benchmarks.data_packing",
         about="fill of packs and evenness of a step's packs, beside samples strung together",
     ),
     Entry(
         name="plan",
-        suite="cpu",
         module="benchmarks.data_plan",
         about="laying out an epoch of a million samples",
     ),
     Entry(
         name="resume-cost",
-        suite="cpu",
         module="benchmarks.data_resume",
         about="from a saved position to the next step, beside webdataset reading up to there",
     ),
     Entry(
         name="shards-build",
-        suite="cpu",
         module="benchmarks.data_build",
         about="rows and photos into checked, indexed shards, beside webdataset's TarWriter in a loop",
     ),
     Entry(
         name="data-throughput",
-        suite="cpu",
         module="benchmarks.data_throughput",
         about="shard to samples, images and video, beside webdataset and transformers' processors",
     ),
     Entry(
         name="gather-per-step",
-        suite="cpu",
         module="benchmarks.gather_per_step",
         about="frozen weights gathered in one step by its number of micro-batches, resident and partitioned",
     ),
     Entry(
         name="loss-memory",
-        suite="cpu",
         module="benchmarks.loss_memory",
         about="memory of head and loss at the real vocabulary, beside transformers' full logits",
     ),
     Entry(
         name="sequence",
-        suite="cpu",
         module="benchmarks.sequence",
         about="bytes that attention moves a layer over two ranks, against the formula; one row beside one rank's",
     ),
     Entry(
         name="long-memory",
-        suite="cpu",
         module="benchmarks.long_memory",
         about="what one more token of a row costs at the peak, with each option that saves memory",
     ),
     Entry(
         name="needle",
-        suite="cpu",
         module="benchmarks.needle",
         about="a small model trained at 4K, rows over two ranks: needles found there, and beyond by YaRN (minutes)",
     ),
     Entry(
         name="planner-accuracy",
-        suite="cpu",
         module="benchmarks.planner_accuracy",
         about="what the planner says of memory, traffic and operations over what is counted, at four layouts",
     ),
     Entry(
         name="flop-meter",
-        suite="cpu",
         module="benchmarks.flop_meter",
         about="the FLOP meter beside published pairs of tokens/s and TFLOP/s",
-    ),
-    Entry(
-        name="gpu-experts",
-        suite="gpu",
-        module="benchmarks.gpu_experts",
-        about="one expert block of the 30B model with LoRA in bfloat16, beside PEFT's: time and memory of a step",
-    ),
-    Entry(
-        name="gpu-step",
-        suite="gpu",
-        module="benchmarks.gpu_step",
-        about="whole training steps on one GPU, four layers of the 30B model, beside transformers, PEFT and DeepSpeed",
     ),
 )

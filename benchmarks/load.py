@@ -56,15 +56,13 @@ def run() -> Iterator[Figure]:
         )  # fmt: skip
 
 
-def start_ranks(
-    ranks: int, side: str, folder: Path, *words: str, module: str = "benchmarks.load_ranks", accelerator: str = "cpu"
-) -> list[Any]:
+def start_ranks(ranks: int, side: str, folder: Path, *words: str, module: str = "benchmarks.load_ranks") -> list[Any]:
     """Start a module on N ranks of this machine and return what each found."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "rank"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [*launch, "-m", module, side, str(folder), str(out), *words]
-        environment = os.environ | {"DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

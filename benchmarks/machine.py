@@ -1,5 +1,6 @@
 """Where a figure comes from: commit, versions, machine. Loads no torch."""
 
+import hashlib
 import os
 import platform
 import shutil
@@ -8,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+KIT = ROOT / "gpu-kit"
+"""What `make gpu-kit` makes, beside the tree."""
+_SOURCES = ("benchmarks", "configs", "data", "finetune", "launchers", "moe", "tests")
 _DISTRIBUTIONS = ("moetune", "torch", "transformers", "deepspeed", "peft", "webdataset", "numpy")
 
 
@@ -17,12 +21,29 @@ def surroundings() -> dict[str, object]:
 
 
 def commit(root: Path) -> str:
-    """Return the commit of the clone at `root`, marked when it has changes; else the installed version."""
+    """Return the commit of the clone at `root`, marked when it has changes.
+
+    Without git it is what the GPU kit says, marked when the source is not the one that the kit was made of; without a
+    kit it is the installed version.
+    """
     if _git(root, "rev-parse", "--show-toplevel") == str(root):  # an environment inside another clone is not ours
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         if head:
             return f"{head}-dirty" if _git(root, "status", "--porcelain") else head
+    if (root / KIT.name / "commit").is_file():
+        said, digest = (root / KIT.name / "commit").read_text().splitlines()
+        return said if digest == source_digest(root) or said.endswith("-dirty") else f"{said}-dirty"
     return f"version {_version('moetune')}"
+
+
+def source_digest(root: Path) -> str:
+    """Return a digest of the tree's Python files and recipes."""
+    digest = hashlib.sha256()
+    for folder in _SOURCES:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".yaml", ".sh"):
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

@@ -3,7 +3,8 @@
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,43 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 
-def on_ranks(world: int, run: Callable[..., Any], *args: Any) -> Sequence[Any]:
-    """Return what `run(*args)` returned on each rank; it is a module's own function, called with gloo up."""
-    with tempfile.TemporaryDirectory() as folder:
+def on_ranks(world: int, run: Callable[..., Any], *args: Any, accelerator: str = "cpu") -> Sequence[Any]:
+    """Return what `run(*args)` returned on each rank; it is a module's own function, called with gloo or NCCL up."""
+    with tempfile.TemporaryDirectory() as folder, _environment(DS_ACCELERATOR=accelerator):
         start_processes(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            _rank, args=(world, run, args, folder), nprocs=world, start_method="spawn"
+            _rank, args=(world, run, args, folder, accelerator), nprocs=world, start_method="spawn"
         )
         # our own children's answers
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, run: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """What processes started meanwhile find: DeepSpeed looks as soon as it is imported, before `_rank` runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _rank(rank: int, world: int, run: Callable[..., Any], args: tuple[Any, ...], folder: str, accelerator: str) -> None:
     os.dup2(2, 1)  # DeepSpeed logs to stdout, which may be a record
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world)}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    device = torch.device("cuda", rank) if accelerator == "cuda" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device is not None else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        device_id=device,
+    )  # fmt: skip
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(run(*args)))
     dist.barrier()
     dist.destroy_process_group()

@@ -56,20 +56,18 @@ def run() -> Iterator[Figure]:
             )  # fmt: skip
 
 
-def race_side(
-    side: str, base: Path, cases: Sequence[tuple[int, int]], *words: str, ranks: int = RANKS, accelerator: str = "cpu"
-) -> Any:
+def race_side(side: str, base: Path, cases: Sequence[tuple[int, int]], *words: str, ranks: int = RANKS) -> Any:
     """Return, by case, seconds and losses of the steps of one side; a step is as slow as its slowest rank."""
     given = ["--cases", json.dumps(cases), "--steps", str(STEPS), *words]
-    found = start_ranks(ranks, side, base, *given, module="benchmarks.train_ranks", accelerator=accelerator)
+    found = start_ranks(ranks, side, base, *given, module="benchmarks.train_ranks")
     return [
         {"seconds": tuple(map(max, *(rank[n]["seconds"] for rank in found), [0.0] * (STEPS - 1))),
-         "losses": found[0][n]["losses"], "peak": max(rank[n]["peak"] for rank in found)}
+         "losses": found[0][n]["losses"]}
         for n in range(len(cases))
     ]  # fmt: skip
 
 
-def same_losses(ours: Any, peer: Any, relative: float = RELATIVE) -> None:
+def same_losses(ours: Any, peer: Any) -> None:
     """Refuse sides that do not learn the same."""
     mine, theirs = ({"losses": torch.tensor(side["losses"], dtype=torch.float64)} for side in (ours, peer))
-    same_tensors(mine, theirs, relative=relative)
+    same_tensors(mine, theirs, relative=RELATIVE)

@@ -59,10 +59,10 @@ def entry(tmp_path, monkeypatch):
     """Makes real benchmark modules from source."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def make(name, source, suite="cpu"):
+    def make(name, source):
         module = f"synthetic_{tmp_path.name}_{name}".replace("-", "_")
         (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
-        return Entry(name=name, suite=suite, module=module, about=f"the {name} one")
+        return Entry(name=name, module=module, about=f"the {name} one")
 
     return make
 
@@ -94,9 +94,9 @@ def test_a_figure_becomes_a_record_and_a_line(entry, tmp_path, capsys):
     assert "value exactly 4: goal met" in printed
 
 
-def test_a_missed_floor_fails_and_the_suite_runs_on(entry, tmp_path, capsys):
-    entries = [entry("missed", MISSED), entry("good", GOOD), entry("elsewhere", "raise SystemExit", suite="gpu")]
-    assert main(["--suite", "cpu", "--json", str(tmp_path / "out.json")], entries=entries) == 1
+def test_a_missed_floor_fails_and_the_others_run_on(entry, tmp_path, capsys):
+    entries = [entry("missed", MISSED), entry("good", GOOD)]
+    assert main(["--all", "--json", str(tmp_path / "out.json")], entries=entries) == 1
     records = json.loads((tmp_path / "out.json").read_text())
     assert [(record["name"], record["pass"]) for record in records] == [
         ("missed", False),
@@ -123,39 +123,13 @@ def test_a_faster_wrong_answer_is_refused(entry, tmp_path, capsys):
 def test_a_crash_keeps_the_records_before_it(entry, tmp_path):
     entries = [entry("good", GOOD), entry("broken", "def run():\n    yield 1 / 0\n")]
     with pytest.raises(ZeroDivisionError):
-        main(["--suite", "cpu", "--json", str(tmp_path / "out.json")], entries=entries)
+        main(["--all", "--json", str(tmp_path / "out.json")], entries=entries)
     assert len(json.loads((tmp_path / "out.json").read_text())) == 3
 
 
 def test_an_unknown_name_says_what_was_meant(capsys):
     assert main(["config-chek"]) == 2
     assert "no benchmark is called 'config-chek'. Did you mean 'config-check'? There are: " in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_gpu_benchmarks_say_that_they_need_a_device(entry, capsys):
-    entries = [entry("fast", GOOD, suite="gpu")]
-    assert main(["--suite", "gpu"], entries=entries) == 2
-    assert main(["fast"], entries=entries) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said == [
-        "benchmarks: suite gpu needs a CUDA device, and torch sees none on this machine",
-        "benchmarks: fast needs a CUDA device, and torch sees none on this machine",
-    ]
-
-
-def test_the_gpu_suite_writes_its_records_by_itself(entry, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a device would change nothing in this path
-    monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path / "results")
-    assert main(["--suite", "gpu"], entries=[entry("good", GOOD, suite="gpu")]) == 0
-    (path,) = (tmp_path / "results").iterdir()
-    assert re.fullmatch(r"gpu-[\w.-]+\.json", path.name)
-    assert len(json.loads(path.read_text())) == 3
-
-
-def test_an_empty_suite_is_not_a_success(capsys):
-    assert main(["--suite", "cpu"], entries=[]) == 2
-    assert "suite cpu has no benchmark yet" in capsys.readouterr().err
 
 
 def test_listing_loads_neither_torch_nor_an_entry():
@@ -167,7 +141,7 @@ def test_listing_loads_neither_torch_nor_an_entry():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     for listed, line in zip(ENTRIES, done.stdout.splitlines(), strict=True):
-        assert line.split()[:2] == [listed.name, listed.suite]
+        assert line.split()[0] == listed.name
         assert line.endswith(listed.about)
 
 
@@ -453,20 +427,3 @@ def test_waits_are_counted_for_both(monkeypatch):
     assert all(figure.met_goal for figure in (text, text_layer, media, media_layer))
     assert media.peer_value == sum(media.config["peer"].values()) > 6 * 4, "three lists a block, in both passes"
     assert text_layer.value == media_layer.value == 0
-
-
-@pytest.mark.slow  # five starts of a rank
-def test_the_gpu_benchmarks_run_on_any_device():
-    from benchmarks import gpu_experts, gpu_step
-    from finetune.tiny import TinyModel
-
-    shape = Shape(hidden=64, intermediate=24, experts=6, top_k=2, r=8)  # rows of 16 bytes: what grouped_mm asks for
-    (experts,) = gpu_experts.figures("cpu", shape, (40,), rounds=1)
-    assert (experts.config["dtype"], experts.config["tokens"]) == ("bfloat16", 40)
-    found = list(gpu_step.figures("cpu", TinyModel(dtype="bfloat16"), ((48, 1), (32, 2))))
-    assert [figure.metric for figure in found[::2]] == [
-        f"useful tokens/s, {rows}, recompute {recompute}"
-        for rows in ("1 x 48 tokens", "2 x 32 tokens")
-        for recompute in ("layer", "selective")
-    ]
-    assert all(figure.value > 0 and figure.config["tflops"] > 0 for figure in found)

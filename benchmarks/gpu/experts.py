@@ -1,4 +1,4 @@
-"""`gpu-experts`: one expert block of the 30B model with LoRA on a GPU, beside PEFT's: time and memory of a step."""
+"""One expert block of the 30B model with LoRA, beside PEFT's: time and memory of a step."""
 
 from collections.abc import Iterator
 
@@ -7,38 +7,37 @@ from torch import Tensor
 
 from benchmarks.expert_block import Inputs, Pair, Shape
 from benchmarks.figure import Figure, Target
+from benchmarks.gpu.device import synchronise
+from benchmarks.gpu.sizes import Sizes
 from benchmarks.measure import Side, race
 from benchmarks.outputs import same_tensors
 
-SHAPE = Shape(hidden=2048, intermediate=768, experts=128, r=16)
-TOKENS = (1024, 4096, 16384)
 RELATIVE = 3e-2
 """Both round to bfloat16 at other places: as a share of each tensor's largest value."""
 
 
-def run() -> Iterator[Figure]:
-    """Yield time and memory at each number of tokens."""
-    yield from figures("cuda", SHAPE, TOKENS, rounds=10)
-
-
-def figures(device: str, shape: Shape, tokens: tuple[int, ...], *, rounds: int) -> Iterator[Figure]:
-    """The same on any device; memory is counted where the device counts it."""
-    pair = Pair(shape, device=device, dtype=torch.bfloat16)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for count in tokens:
-        inputs = pair.inputs(count)
+def run(sizes: Sizes) -> Iterator[Figure]:
+    """Yield time and, where the device counts it, memory at each number of tokens."""
+    assert sizes.model.experts is not None
+    shape = Shape(
+        hidden=sizes.model.hidden, intermediate=sizes.model.expert_hidden, experts=sizes.model.experts,
+        top_k=sizes.model.top_k, r=16,
+    )  # fmt: skip
+    pair = Pair(shape, device=sizes.device, dtype=torch.bfloat16)
+    for tokens in sizes.expert_tokens:
+        inputs = pair.inputs(tokens)
         raced = race(
-            *pair.sides(inputs), same=_same, rounds=rounds, warmup=3,
-            statistic="median", synchronise=wait,
+            *pair.sides(inputs), same=_same, rounds=2 * sizes.rounds, warmup=3, statistic="median",
+            synchronise=synchronise,
         )  # fmt: skip
         yield raced.figure(
-            metric=f"step, {count} tokens", config=pair.config(count),
-            target=Target(of="ratio", rule="at least", floor=1.0),
+            metric=f"step, {tokens} tokens", config=pair.config(tokens),
+            target=Target(of="ratio", rule="at least", floor=1.0) if sizes.name == "full" else None,
         )  # fmt: skip
-        if device == "cuda":
+        if sizes.device == "cuda":
             ours, peer = (_peak(pair, inputs, side) for side in pair.sides(inputs))
             yield Figure(
-                metric=f"memory of a step, {count} tokens", value=ours, unit="bytes", config=pair.config(count),
+                metric=f"memory of a step, {tokens} tokens", value=ours, unit="bytes", config=pair.config(tokens),
                 peer=pair.peer_name, peer_value=peer, target=Target(of="ratio", rule="at least", floor=1.0),
             )  # fmt: skip
 

@@ -1,0 +1,96 @@
+"""`python -m benchmarks.gpu [minutes]`: run every part and write the record; `run.sh` prepares the machine for it.
+
+Exit codes: 0 every part passed or had nothing to do, 1 a part failed, 2 wrong words.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu import predictions
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.gpu.runner import run_parts
+from benchmarks.gpu.sizes import Sizes, sizes_here
+from benchmarks.machine import surroundings
+
+
+def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
+    """Run the parts, print what came of each, compare with the predictions."""
+    parser = argparse.ArgumentParser(prog="bash benchmarks/gpu/run.sh", description=__doc__, allow_abbrev=False)
+    parser.add_argument("minutes", nargs="?", type=_minutes, default=10.0, help="for all parts together (10)")
+    parser.add_argument("--out", type=Path, default=predictions.PATH.parent, metavar="FOLDER", help="of record and log")
+    parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in parts], metavar="PART")
+    args = parser.parse_args(argv)
+    sizes = sizes_here()
+    record: dict[str, object] = {
+        **surroundings(), **_device(), "gpu": sizes.gpu, "gpus": sizes.world, "sizes": sizes.name,
+        "minutes": args.minutes, "parts": [], "predictions": [],
+    }  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-{_slug(sizes.gpu)}x{sizes.world}-{_slug(str(record['commit']))}.json"
+    chosen = [part for part in parts if not args.only or part.name in args.only]
+    found, environment = [], {"DS_ACCELERATOR": sizes.device}
+    with path.with_suffix(".log").open("w+") as log:
+        log.write(json.dumps({key: record[key] for key in record if key not in ("parts", "predictions")}, indent=1))
+        for one in run_parts(chosen, sizes, minutes=args.minutes, log=log, environment=environment):
+            found.append(one)
+            reason = f": {one['reason']}" if one["reason"] else ""
+            print(f"{one['part']:<16} {one['outcome']:<10} {one['seconds']:6.1f} s{reason}", flush=True)
+            for figure in one["figures"]:
+                print(f"  {_line(figure)}", flush=True)
+            compared = _compare(sizes, [figure for part in found for figure in part["figures"]])
+            path.write_text(json.dumps(record | {"parts": found, "predictions": compared}, indent=1) + "\n")
+        said = predictions.lines(_compare(sizes, [figure for part in found for figure in part["figures"]]))
+        print("\n".join(said))
+        log.write("\n".join(["", *said, ""]))
+    print(f"record: {path}\nlog: {path.with_suffix('.log')}")
+    return 1 if any(one["outcome"] in ("failed", "timed out") for one in found) else 0
+
+
+def _compare(sizes: Sizes, figures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    said = predictions.read(predictions.PATH)
+    steps = [figure for figure in figures if str(figure["name"]).startswith("gpu-step")]
+    return predictions.compare(said, steps, device=sizes.gpu, visible=sizes.world)
+
+
+def _line(figure: dict[str, object]) -> str:
+    value, beside = figure["value"], ""
+    if figure["peer"]:
+        beside = f" | {figure['peer']}: {figure['peer_value']:,.4g} | {figure['ratio'] or 0:.2f}x"
+    missed = " | NOT REACHED" if figure["pass"] is False else ""
+    return f"{figure['metric']}: {value:,.4g} {figure['unit']}{beside}{missed}"
+
+
+def _device() -> dict[str, object]:
+    """What torch says of the GPUs and of the libraries that decide speed."""
+    import torch
+
+    from benchmarks.gpu.device import cudnn_version, nccl_version
+
+    if not torch.cuda.is_available():
+        return {"cuda": None}
+    first = torch.cuda.get_device_properties(0)
+    return {
+        "cuda": torch.version.cuda, "cudnn": cudnn_version(),
+        "nccl": nccl_version(), "capability": [first.major, first.minor],
+        "memory_bytes": first.total_memory,
+        "peers": [torch.cuda.can_device_access_peer(0, n) for n in range(1, torch.cuda.device_count())],
+    }  # fmt: skip
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"minutes above 0, at most a day, are wanted, found {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""One micro-batch of each kind on the device and on the CPU: losses and every gradient, by recompute and attention."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figure import Figure, Target
+from benchmarks.gpu.material import conversation, film, packed, photographs, renderer, sample
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.outputs import same_tensors
+from benchmarks.spawned import on_ranks
+from data.batch import Batch, loss_sums
+from data.sample import Renderer
+from data.vision import read_spec
+from finetune.basefiles import open_base
+from finetune.config import RunConfig
+from finetune.engine import engine_device, start_distributed
+from finetune.forward import PackedModel
+from finetune.hubconfig import read_family
+from finetune.model import build
+from finetune.recipes import load as load_recipe
+from finetune.setup import make_balance, model_options, save_memory
+from finetune.tiny import TinyModel, write_tiny
+from finetune.weights import load
+
+# every vision part trains, so that the tower's backward and DeepStack's are in it
+WORDS = (
+    "adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full",
+    "adapters.vision_blocks.mode=lora", "adapters.merger.mode=full", "adapters.deepstack_mergers.mode=full",
+    "moe.balance=micro",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How the device computes it, and how far it may be off, as a share of each tensor's largest value."""
+
+    words: tuple[str, ...]
+    relative: float
+
+
+def ways(device: str) -> dict[str, Way]:
+    """In float32 all but exact; in bfloat16 with the kernels that training takes."""
+    found = {
+        f"float32, recompute {mode}": Way(
+            words=("model.dtype=float32", "model.attention=segments", f"parallel.recompute={mode}"), relative=2e-3
+        )
+        for mode in ("none", "layer", "selective")
+    }
+    offload = ("model.dtype=float32", "parallel.recompute=layer", "parallel.offload_activations=true")
+    found["float32, offload and tiles"] = Way(words=(*offload, "parallel.tile_tokens=64"), relative=2e-3)
+    if device == "cuda":
+        for mode in ("layer", "selective"):
+            words = ("model.dtype=bfloat16", "model.attention=auto", f"parallel.recompute={mode}")
+            found[f"bfloat16, recompute {mode}"] = Way(words=words, relative=1e-1)
+    return found
+
+
+def run(sizes: Sizes) -> Iterator[Figure]:
+    """Yield each way's largest error over rows of text, images and video, and a row without a sample."""
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name) / "base"
+        write_tiny(base, TinyModel(layers=4, image_min_tokens=4))  # the last level of DeepStack must reach the loss
+        chosen = ways(sizes.device)
+        (wanted,) = on_ranks(
+            1, _all, base, {"": Way(words=("model.dtype=float32", "parallel.recompute=none"), relative=0)}
+        )
+        (found,) = on_ranks(1, _all, base, chosen, accelerator=sizes.device)
+    for name, way in chosen.items():
+        errors = same_tensors(found[name], wanted[""], relative=way.relative)
+        worst = max(errors, key=lambda key: errors[key])
+        yield Figure(
+            metric=f"{sizes.device} against the CPU, {name}: largest error of {len(errors)} losses and gradients",
+            value=errors[worst], unit="of the largest value",
+            config={"words": [*WORDS, *way.words], "worst": worst, "rows": list(ROWS)},
+            target=Target(of="value", rule="at most", floor=way.relative),
+        )  # fmt: skip
+
+
+def _all(base: Path, chosen: dict[str, Way]) -> dict[str, dict[str, torch.Tensor]]:
+    start_distributed()
+    torch.backends.cudnn.allow_tf32 = False  # of the patch embedding, where it is a convolution
+    rows = _rows(renderer(base, max_tokens=16))
+    return {name: _step(base, rows, [*WORDS, f"model.path={base}", *way.words]) for name, way in chosen.items()}
+
+
+ROWS = {
+    "text": (("text", 0, 0), ("text", 0, 0)),
+    "image and text": (("image", 1, 0), ("text", 0, 0), ("two images", 2, 0)),
+    "video": (("video", 0, 6),),
+    "all": (("video", 0, 6), ("two images", 2, 0), ("text", 0, 0)),
+    "nothing": (),
+}
+"""Samples of each row: name, images, frames of a video."""
+
+
+def _rows(made: Renderer) -> dict[str, Batch]:
+    seen, moving = photographs(), film()
+    return {
+        name: packed(made, [
+            sample(
+                made, f"{name}/{at}", conversation(f"What is {at}?", f"It is {what}.", images=images, frames=frames),
+                images=seen[:images], film=moving[:frames],
+            )
+            for at, (what, images, frames) in enumerate(samples)
+        ], multiple=4)
+        for name, samples in ROWS.items()
+    }  # fmt: skip
+
+
+def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, torch.Tensor]:
+    """Losses by row, and the gradients of all rows together."""
+    config: RunConfig = load_recipe("", words)[0]
+    device = engine_device()
+    family = read_family(base)
+    balance = make_balance(config, family, device)
+    assert balance is not None
+    empty = build(base, model_options(config, family, device, print), balance=balance)
+    load(empty, open_base(base, empty.expected))
+    _fill_factors(empty.module)
+    model = PackedModel(empty.module, spec=read_spec(base))
+    save_memory(model, config)
+    model.train()
+    found: dict[str, Any] = {}
+    balance.start_step(sum(int((row.sample_ids >= 0).sum()) for row in rows.values()))
+    for name, row in rows.items():
+        on_device = row.to(device)
+        balance.start_micro_batch(model.valid(on_device))
+        losses = model(batch=on_device)
+        (losses.objective / max(loss_sums(row).tokens, 1.0)).backward()
+        if row.keys:
+            found[name] = losses.objective
+    found |= {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+
+
+@torch.no_grad()
+def _fill_factors(module: torch.nn.Module) -> None:
+    """Factors that start at zero would hide each other's gradients; drawn on the CPU, to be equal everywhere."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)

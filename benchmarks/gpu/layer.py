@@ -1,0 +1,118 @@
+"""One decoder layer of the 30B model: forward, what is computed again, backward; time by what the kernels are for.
+
+With 16 local experts each token still chooses 8: a rank of eight gets as many rows from the others as it sends away, so
+this is its work on a layer, without the exchange itself.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.figure import Figure
+from benchmarks.gpu.device import Profiled, profiled, synchronise
+from benchmarks.gpu.drawn import drawn_base
+from benchmarks.gpu.material import write_sides
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.measure import Side, spread, take_turns
+from finetune.engine import engine_device, start_distributed
+from finetune.hubconfig import read_family
+from finetune.model import build
+from finetune.recipes import load as load_recipe
+from finetune.recompute import set_recompute
+from finetune.setup import make_balance, model_options
+from finetune.weights import load
+
+RECOMPUTE: tuple[Literal["layer", "selective"], ...] = ("layer", "selective")
+WORDS = ("adapters.attention.mode=lora", "adapters.experts.mode=lora", "model.attention=auto")
+
+
+def run(sizes: Sizes) -> Iterator[Figure]:
+    """Yield each case's wall time, device time, and device time by kind; one sample is as long as the row."""
+    start_distributed()
+    for experts in sizes.local_experts:
+        with tempfile.TemporaryDirectory() as name:
+            base = write_sides(Path(name) / "base", replace(sizes.model, layers=1, experts=experts, vocabulary=None))
+            for tokens in sizes.layer_tokens:
+                for recompute in RECOMPUTE:
+                    side = _side(base, tokens, recompute)
+                    (seconds,) = take_turns([side], rounds=2 * sizes.rounds, warmup=2, synchronise=synchronise)
+                    config = {
+                        "tokens": tokens, "local_experts": experts, "recompute": recompute, "dtype": "bfloat16",
+                        "hidden": sizes.model.hidden, "gpu": sizes.gpu, "samples": 1,
+                    }  # fmt: skip
+                    yield from _figures(config, min(seconds), spread(seconds), len(seconds), profiled(side))
+
+
+def _side(base: Path, tokens: int, recompute: Literal["layer", "selective"]) -> Side:
+    """The layer as training calls it, with hidden states that need a gradient."""
+    device, family = engine_device(), read_family(base)
+    config = load_recipe("", [f"model.path={base}", f"data.tokens_per_pack={tokens}", *WORDS])[0]
+    balance = make_balance(config, family, device)
+    assert balance is not None
+    empty = build(base, model_options(config, family, device, print), balance=balance)
+    files = drawn_base(base, empty.expected, device)
+    load(empty, files)
+    set_recompute(empty.module, recompute)
+    empty.module.train()
+    text: Any = empty.module.get_submodule("model.language_model")
+    torch.manual_seed(0)
+    x = torch.randn(1, tokens, family.text.hidden_size, device=device, dtype=torch.bfloat16).requires_grad_()
+    gradient = torch.randn_like(x)
+    places = torch.arange(tokens, device=device).expand(3, 1, -1)
+    turned = text.rotary_emb(x.detach(), places)
+    cuts = torch.tensor([0, tokens], device=device, dtype=torch.int32)
+    borders = {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts, "max_length_q": tokens, "max_length_k": tokens}
+    valid = torch.ones(tokens, device=device, dtype=torch.bool)
+
+    def step() -> Tensor:
+        for tensor in (x, *empty.module.parameters()):
+            tensor.grad = None
+        balance.start_step(tokens)
+        balance.start_micro_batch(valid)
+        out = text.layers[0](x, attention_mask=None, position_embeddings=turned, **borders)
+        out = out[0] if isinstance(out, tuple) else out
+        out.backward(gradient)
+        assert x.grad is not None
+        return x.grad
+
+    return Side(name="one layer", run=step)
+
+
+def _figures(config: dict[str, Any], wall: float, apart: float, rounds: int, seen: Profiled) -> Iterator[Figure]:
+    what = f"{config['local_experts']} local experts, {config['tokens']} tokens, recompute {config['recompute']}"
+    kernels = {name[:100]: round(1e3 * seconds, 4) for name, seconds in list(seen.kernels.items())[:20]}
+    yield Figure(
+        metric=f"one layer, {what}", value=1e3 * wall, unit="ms", config=config | {"kernels_ms": kernels}, n=rounds,
+        spread={"ours": apart},
+    )  # fmt: skip
+    kinds: dict[str, float] = defaultdict(float)
+    for name, seconds in seen.operations.items():
+        kinds[kind(name)] += seconds
+    for name, seconds in [
+        ("device", seen.device),
+        ("host", seen.host),
+        *sorted(kinds.items(), key=lambda item: -item[1]),
+    ]:
+        yield Figure(metric=f"{name}, one layer, {what}", value=1e3 * seconds, unit="ms", config=config)
+
+
+def kind(operation: str) -> str:
+    """What an operation of torch's is for: the planner's kinds."""
+    name = operation.rpartition("::")[2]
+    if "grouped_mm" in name:
+        return "grouped_mm"
+    if name in ("mm", "addmm", "convolution"):
+        return "dense mm"
+    if "attn" in name or "attention" in name:
+        return "attention"
+    if name in ("index_select", "bmm", "index", "index_put_"):
+        return "row permutes"
+    if name in ("topk", "sort", "searchsorted", "scatter_", "cumsum", "arange", "diff", "gather", "bincount"):
+        return "routing"
+    return "pointwise, norms, copies"

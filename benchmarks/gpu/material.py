@@ -1,0 +1,125 @@
+"""What is trained on: the kit's photographs, text of this package, videos made here, and a base's files but weights."""
+
+import io
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.machine import KIT
+from data.batch import Batch, collate
+from data.config import ChatConfig, ImageConfig, VideoConfig
+from data.record import parse_record
+from data.sample import Renderer, Sample
+from finetune.hubconfig import config_text, hub_config
+from finetune.hubfiles import side_files
+from finetune.tiny import TinyModel, tiny_family
+from finetune.vocabulary import tiny_vocabulary
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+ANSWER_WORDS = 40
+
+
+def photographs() -> list[bytes]:
+    """scikit-learn's two photographs: of the kit, else of scikit-learn."""
+    if KIT.is_dir():
+        return [(KIT / "photographs" / name).read_bytes() for name in PHOTOGRAPHS]
+    return [(files("sklearn.datasets.images") / name).read_bytes() for name in PHOTOGRAPHS]
+
+
+def write_sides(folder: Path, model: TinyModel) -> Path:
+    """Write a base's folder without its weights: config, processors, tokenizer."""
+    folder.mkdir(parents=True)
+    vocabulary = tiny_vocabulary()
+    family = tiny_family(model, vocabulary)
+    sides = {**side_files(family, vocabulary.base_size, image_min_tokens=model.image_min_tokens), **vocabulary.files}
+    for name, content in sides.items():
+        (folder / name).write_bytes(content)
+    (folder / "config.json").write_text(config_text(hub_config(family)))
+    return folder
+
+
+def renderer(base: Path, *, max_tokens: int | None = None) -> Renderer:
+    """Make samples for a base; `max_tokens` of an image, None: as large as released models see it."""
+    image = ImageConfig(min_tokens=4 if max_tokens else None, max_tokens=max_tokens)
+    return Renderer(base, image=image, video=VideoConfig(max_tokens=64), chat=ChatConfig())
+
+
+def conversation(question: str, answer: str, *, images: int = 0, frames: int = 0) -> dict[str, Any]:
+    """One question and its answer, about so many photographs and a video of so many frames."""
+    marks = "<image>" * images + "<video>" * bool(frames)
+    raw: dict[str, Any] = {
+        "messages": [{"role": "user", "content": marks + question}, {"role": "assistant", "content": answer}],
+    }
+    if images:
+        raw["images"] = [f"{at}.jpg" for at in range(images)]
+    if frames:
+        raw["videos"] = [
+            {"frames": [f"{at}.png" for at in range(frames)], "times": [float(at) for at in range(frames)]}
+        ]
+    return raw
+
+
+def sample(
+    made: Renderer, key: str, raw: dict[str, Any], *, images: Sequence[bytes] = (), film: Sequence[bytes] = ()
+) -> Sample:
+    """Render a conversation as a row of the data would be."""
+    record = parse_record({"v": 1, **raw}, shard="", key=key)
+    return made.build(record, images, [film] if film else [], key=key)
+
+
+def packed(made: Renderer, samples: Sequence[Sample], *, multiple: int = 1) -> Batch:
+    """Put samples into one row."""
+    return collate(
+        samples, keys=[one.key for one in samples], pad_id=made.pad_id, multiple=multiple, widths=made.patch_widths
+    )
+
+
+def full_row(made: Renderer, tokens: int, seed: int) -> Batch:
+    """A row of exactly `tokens`: samples of many lengths, every other about a photograph, while they fit; padding."""
+    drawn, seen, words = np.random.default_rng(seed), photographs(), text()
+    samples: list[Sample] = []
+    left = tokens
+    while True:
+        number, length = len(samples), int(drawn.integers(10, 250))
+        first = int(drawn.integers(0, len(words) - length))
+        images = [seen[number // 2 % 2]] if number % 2 == 0 else []
+        raw = conversation("What is this?", " ".join(words[first : first + length]), images=len(images))
+        one = sample(made, f"{seed}/{number}", raw, images=images)
+        if len(one.input_ids) > left:
+            return packed(made, samples, multiple=tokens)
+        samples.append(one)
+        left -= len(one.input_ids)
+
+
+def text() -> list[str]:
+    """Words of the text that the tiny vocabulary was trained on."""
+    return files("finetune").joinpath("assets", "tokenizer_text.txt").read_text(encoding="utf-8").split()
+
+
+def film(frames: int = 6) -> list[bytes]:
+    """A white square that moves: images, because the kit has no decoder of videos."""
+    made = []
+    for at in range(frames):
+        pixels = np.zeros((64, 96, 3), dtype=np.uint8)
+        pixels[20:44, 4 + 10 * at : 28 + 10 * at] = 255
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        made.append(buffer.getvalue())
+    return made
+
+
+def write_rows(folder: Path, number: int = 24) -> None:
+    """Write rows.jsonl, three of four with a photograph, as a user has them."""
+    for name, data in zip(PHOTOGRAPHS, photographs(), strict=True):
+        (folder / name).write_bytes(data)
+    words = text()
+    rows = []
+    for at in range(number):
+        row = conversation(f"Number {at}?", " ".join(words[7 * at : 7 * at + ANSWER_WORDS]), images=at % 4 != 3)
+        rows.append(row | ({"images": [PHOTOGRAPHS[at % 2]]} if at % 4 != 3 else {}))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,36 @@
+"""The patch embedding as a linear product, beside the Conv3d that transformers calls: kernel and stride are equal."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.figure import Figure
+from benchmarks.gpu.device import cudnn_version, synchronise
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.measure import Side, race
+from benchmarks.outputs import same_tensors
+
+KERNEL = (2, 16, 16)
+RELATIVE = 2e-2
+
+
+def run(sizes: Sizes) -> Iterator[Figure]:
+    """Yield the time of one forward over all patches of a row."""
+    torch.manual_seed(0)
+    width = sizes.model.vision_hidden
+    convolution = nn.Conv3d(3, width, KERNEL, stride=KERNEL).to(sizes.device, torch.bfloat16)
+    rows = torch.randn(sizes.patches, 3 * 2 * 16 * 16).to(sizes.device, torch.bfloat16)
+    with torch.no_grad():
+        raced = race(
+            Side(name="linear", run=lambda: {"y": F.linear(rows, convolution.weight.flatten(1), convolution.bias)}),
+            Side(name="Conv3d", run=lambda: {"y": convolution(rows.view(-1, 3, *KERNEL)).view(-1, width)}),
+            same=_same, rounds=sizes.rounds, warmup=0, synchronise=synchronise,  # Conv3d may take seconds
+        )  # fmt: skip
+    config = {"patches": sizes.patches, "width": width, "dtype": "bfloat16", "cudnn": cudnn_version()}
+    yield raced.figure(metric=f"patch embedding of {sizes.patches} patches", config=config)
+
+
+def _same(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
+    same_tensors(ours, peer, relative=RELATIVE)

@@ -1,0 +1,214 @@
+"""`gpu-step`: whole steps of layers of the 30B model, packed rows with photographs, beside transformers with PEFT."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.figure import Figure
+from benchmarks.gpu.device import Profiled, held, peak_of, profiled, synchronise
+from benchmarks.gpu.material import full_row, renderer, write_sides
+from benchmarks.gpu.parts import Skipped
+from benchmarks.gpu.predictions import first_predicted
+from benchmarks.gpu.sides import Trainer, ours, peer, useful
+from benchmarks.gpu.sizes import Sizes, StepCase
+from benchmarks.measure import OutputsDiffer, Side, spread, take_turns
+from benchmarks.spawned import on_ranks
+from data.batch import Batch
+from finetune.config import RunConfig
+from finetune.engine import start_distributed
+from finetune.recipes import load
+
+RELATIVE = {"loss": 5e-3, "grad_norm": 5e-2}
+"""How far a step may be apart: in bfloat16 experts of nearly equal score change places."""
+COUNTS = ("useful_tokens", "row_tokens", "samples", "images")
+WARMUP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one side took."""
+
+    name: str
+    seconds: tuple[float, ...]
+    peak: int
+    seen: Profiled
+
+
+def run(sizes: Sizes) -> Iterator[Figure]:
+    """Yield the figures of each case beside plain torch, and the first one's beside ZeRO-3 too."""
+    for number, case in enumerate(
+        first_predicted(sizes.steps, sizes, gpus=1)
+    ):  # each in a process of its own, as no engine gives all memory back
+        facts, found = on_ranks(1, beside, sizes, case, number == 0, accelerator=sizes.device)[0]
+        yield from figures(sizes, case, facts, found)
+
+
+def run_whole(sizes: Sizes) -> Iterator[Figure]:
+    """The same with all layers, one side after the other: two models of 61 GB have no room beside each other."""
+    if sizes.device == "cuda":
+        there = torch.cuda.get_device_properties(0).total_memory
+        if there < sizes.whole_bytes:
+            raise Skipped(f"all layers take {sizes.whole_bytes / 1e9:.0f} GB, this GPU has {there / 1e9:.0f}")
+    for number, case in enumerate(first_predicted(sizes.whole, sizes, gpus=1, whole=True)):
+        with tempfile.TemporaryDirectory() as name:
+            adapter = Path(name) / "adapter"
+            (mine,) = on_ranks(1, alone, sizes, case, adapter, None, accelerator=sizes.device)
+            found = [mine]
+            if number == 0:
+                found += on_ranks(1, alone, sizes, case, adapter, mine[1], accelerator=sizes.device)
+        yield from figures(sizes, case, mine[2], [one[0] for one in found], in_turns=False)
+
+
+def run_ranks(sizes: Sizes) -> Iterator[Figure]:
+    """The same on all GPUs; ours alone."""
+    if sizes.world < 2:
+        raise Skipped("one GPU: ranks share a step on two or more")
+    for case in first_predicted(sizes.ranks, sizes, gpus=sizes.world):
+        found = on_ranks(sizes.world, alone, sizes, case, None, None, accelerator=sizes.device)
+        slowest = max((one[0] for one in found), key=lambda one: median(one.seconds))
+        facts = found[0][2] | {key: sum(one[2][key] for one in found) for key in COUNTS}
+        yield from figures(sizes, case, facts, [slowest], in_turns=False)
+
+
+def run_liger(sizes: Sizes) -> Iterator[Figure]:
+    """The peer with Liger's kernels beside itself without: in a process of its own, as Liger changes transformers."""
+    if find_spec("liger_kernel") is None:
+        raise Skipped("liger_kernel is not installed, on this machine or in the kit")
+    start_distributed()
+    case = sizes.steps[0]
+    with tempfile.TemporaryDirectory() as name:
+        base, config, rows = prepare(Path(name), sizes, case)
+        ours(base, config).write(Path(name) / "adapter")
+        plain = peer(base, Path(name) / "adapter", config)
+        wanted = plain.step(rows)
+        fast = peer(base, Path(name) / "adapter", config, liger=True)
+        same_step(fast.name, fast.step(rows), plain.name, wanted)
+        yield from figures(sizes, case, facts_of(rows), in_turns([fast, plain], rows, sizes.rounds, [0, 0]))
+
+
+def beside(sizes: Sizes, case: StepCase, zero3: bool) -> tuple[dict[str, Any], list[Measured]]:
+    """Build the sides one after the other over one adapter, compare a step of theirs, then time them in turns."""
+    start_distributed()
+    with tempfile.TemporaryDirectory() as name:
+        base, config, rows = prepare(Path(name), sizes, case)
+        before = held()
+        sides = [ours(base, config)]
+        wanted = _begun(sides[0], rows, Path(name) / "adapter")
+        sizes_of = [held() - before]
+        for with_zero3 in (False, True)[: 1 + zero3]:
+            before = held()
+            sides.append(peer(base, Path(name) / "adapter", config, zero3=with_zero3))
+            same_step(sides[0].name, wanted, sides[-1].name, sides[-1].step(rows))
+            sizes_of.append(held() - before)
+        others = [sum(sizes_of) - size for size in sizes_of]
+        return facts_of(rows), in_turns(sides, rows, sizes.rounds, others)
+
+
+def alone(
+    sizes: Sizes, case: StepCase, adapter: Path | None, wanted: dict[str, float] | None
+) -> tuple[Measured, dict[str, float], dict[str, Any]]:
+    """One side of a rank by itself: ours, which writes `adapter`; the peer from it where `wanted` is our step."""
+    start_distributed()
+    with tempfile.TemporaryDirectory() as name:
+        base, config, rows = prepare(Path(name), sizes, case)
+        if wanted is None:
+            side = ours(base, config)
+            first = _begun(side, rows, adapter)
+        else:
+            assert adapter is not None
+            side = peer(base, adapter, config)
+            first = side.step(rows)
+            same_step("moetune", wanted, side.name, first)
+        return in_turns([side], rows, sizes.rounds, [0])[0], first, facts_of(rows)
+
+
+def _begun(side: Trainer, rows: Sequence[Batch], adapter: Path | None) -> dict[str, float]:
+    """Take some steps, so that no factor is zero and every gradient says something; write them; take one more."""
+    for _ in range(WARMUP):
+        side.step(rows)
+    if adapter is not None:
+        side.write(adapter)
+    return side.step(rows)
+
+
+def prepare(folder: Path, sizes: Sizes, case: StepCase) -> tuple[Path, RunConfig, list[Batch]]:
+    """Write the base's folder without weights; read the case's words; pack this rank's rows."""
+    model = replace(sizes.model, layers=case.layers)
+    base = write_sides(folder / "base", model)
+    recipe, words = ("", case.words) if "=" in case.words[0] else (case.words[0], case.words[1:])
+    config, problems = load(recipe, [*words, f"model.path={base}", 'model.family=""'])
+    wrong = [str(problem) for problem in problems if problem.level == "error"]
+    if wrong:
+        raise ValueError(f"{case.name}: {'; '.join(wrong)}")
+    made, (rank, world) = renderer(base), (dist.get_rank(), dist.get_world_size())
+    numbers = range(rank, config.data.packs_per_step, world)
+    return base, config, [full_row(made, config.data.tokens_per_pack, number) for number in numbers]
+
+
+def same_step(name: str, found: dict[str, float], other: str, wanted: dict[str, float]) -> None:
+    """Refuse sides whose loss or gradient norm of the same step differs."""
+    for key, value in wanted.items():
+        print(f"{key}: {name} {found[key]:.6g}, {other} {value:.6g}", flush=True)
+        if not abs(found[key] - value) <= RELATIVE[key] * abs(value):
+            raise OutputsDiffer(f"{key} of {name} is {found[key]:.6g}, of {other} {value:.6g}")
+
+
+def in_turns(
+    sides: Sequence[Trainer], rows: Sequence[Batch], rounds: int, others_bytes: Sequence[int]
+) -> list[Measured]:
+    """Time the sides in turns; then memory, without what the other sides hold, and a profiled step of each."""
+    runs = [Side(name=side.name, run=partial(side.step, rows)) for side in sides]
+    times = take_turns(runs, rounds=rounds, synchronise=synchronise)
+    peaks = [peak_of(side) - other for side, other in zip(runs, others_bytes, strict=True)]
+    return [
+        Measured(name=side.name, seconds=seconds, peak=peak, seen=profiled(side))
+        for side, seconds, peak in zip(runs, times, peaks, strict=True)
+    ]
+
+
+def facts_of(rows: Sequence[Batch]) -> dict[str, Any]:
+    """What this rank's rows hold."""
+    return {
+        "gpus": dist.get_world_size(), "useful_tokens": useful(rows),
+        "row_tokens": sum(row.input_ids.numel() for row in rows),
+        "samples": sum(len(row.keys) for row in rows), "images": sum(len(row.image_grids) for row in rows),
+    }  # fmt: skip
+
+
+def figures(
+    sizes: Sizes, case: StepCase, facts: dict[str, Any], sides: Sequence[Measured], *, in_turns: bool = True
+) -> Iterator[Figure]:
+    """Tokens per second, peak memory, device and host time of the first side, beside each of the others."""
+    mine = sides[0]
+    config = {
+        "case": case.name, "words": list(case.words), "layers": case.layers, "gpu": sizes.gpu, "sizes": sizes.name,
+        "vocabulary": sizes.model.vocabulary, "weights": "drawn on the device", "in_turns": in_turns, **facts,
+        "kernels_ms": {name[:100]: round(1e3 * seconds, 3) for name, seconds in list(mine.seen.kernels.items())[:15]},
+    }  # fmt: skip
+    tokens = facts["useful_tokens"]
+    what: list[tuple[str, str, Callable[[Measured], float]]] = [
+        ("useful tokens/s", "tokens/s", lambda side: tokens / median(side.seconds)),
+        ("peak memory", "bytes", lambda side: side.peak),
+        ("device time of a step, sum of kernels", "ms", lambda side: 1e3 * side.seen.device),
+        ("host time of a profiled step, without its waits", "ms", lambda side: 1e3 * side.seen.host),
+    ]
+    for metric, unit, value in what:
+        if metric == "peak memory" and sizes.device == "cpu":
+            continue  # not counted there
+        figure = Figure(
+            metric=f"{metric}, {case.name}", value=value(mine), unit=unit, config=config, n=sizes.rounds,
+            better="higher" if unit == "tokens/s" else "lower", spread={"ours": spread(mine.seconds)},
+        )  # fmt: skip
+        if len(sides) == 1:
+            yield figure
+        for other in sides[1:]:
+            shown = {**figure.spread, "peer": spread(other.seconds)}
+            yield replace(figure, peer=other.name, peer_value=value(other), spread=shown)

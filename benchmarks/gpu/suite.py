@@ -1,0 +1,30 @@
+"""The tests marked `gpu`, by pytest."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from benchmarks.figure import Figure, Target
+from benchmarks.gpu.parts import Skipped
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.machine import ROOT
+
+MARK = "@pytest.mark.gpu"
+
+
+def run(sizes: Sizes) -> Iterator[Figure]:
+    """Yield how many passed; only files with such a test are read, as others import what the kit does not carry."""
+    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if MARK in path.read_text())
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
+    done = subprocess.run([*command, *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, flush=True)
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
+    if done.returncode:
+        raise RuntimeError(f"pytest -m gpu ended with {done.returncode}: {counts or done.stdout[-300:]}")
+    if not counts.get("passed"):
+        raise Skipped(f"{counts.get('skipped', 0)} tests marked gpu need a CUDA device")
+    yield Figure(
+        metric="tests marked gpu that pass", value=counts["passed"], unit="tests", config=counts, better="higher",
+        target=Target(of="value", rule="at least", floor=1),
+    )  # fmt: skip
