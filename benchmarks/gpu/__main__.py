@@ -8,6 +8,8 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.gpu import predictions
@@ -24,9 +26,10 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
     parser.add_argument("--out", type=Path, default=predictions.PATH.parent, metavar="FOLDER", help="of record and log")
     parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in parts], metavar="PART")
     args = parser.parse_args(argv)
-    sizes = sizes_here()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # or this process held memory of each GPU
+        sizes, device = pool.submit(_look).result()
     record: dict[str, object] = {
-        **surroundings(), **_device(), "gpu": sizes.gpu, "gpus": sizes.world, "sizes": sizes.name,
+        **surroundings(), **device, "gpu": sizes.gpu, "gpus": sizes.world, "sizes": sizes.name,
         "minutes": args.minutes, "parts": [], "predictions": [],
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
@@ -64,16 +67,16 @@ def _line(figure: dict[str, object]) -> str:
     return f"{figure['metric']}: {value:,.4g} {figure['unit']}{beside}{missed}"
 
 
-def _device() -> dict[str, object]:
-    """What torch says of the GPUs and of the libraries that decide speed."""
+def _look() -> tuple[Sizes, dict[str, object]]:
+    """What to run here, and what torch says of the GPUs and of the libraries that decide speed."""
     import torch
 
     from benchmarks.gpu.device import cudnn_version, nccl_version
 
     if not torch.cuda.is_available():
-        return {"cuda": None}
+        return sizes_here(), {"cuda": None}
     first = torch.cuda.get_device_properties(0)
-    return {
+    return sizes_here(), {
         "cuda": torch.version.cuda, "cudnn": cudnn_version(),
         "nccl": nccl_version(), "capability": [first.major, first.minor],
         "memory_bytes": first.total_memory,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
         row = _Row(sizes, lengths)
         wanted = row.wanted()
         for name, attend in ways.items():
-            errors = same_tensors(row.step(attend), wanted, relative=RELATIVE)
+            errors = same_tensors(row.step(attend), wanted, relative=inf)  # the figure says whether it is too large
             yield Figure(
                 metric=f"{name}, {row.words}: largest error", value=max(errors.values()), unit="of the largest value",
                 config=row.config | {"errors": errors},

@@ -33,7 +33,7 @@ WORDS = (
 def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield how far a run that goes on from a checkpoint, with other means, is from the one that wrote it."""
     with tempfile.TemporaryDirectory() as name:
-        place = _place(Path(name))
+        place = _place(Path(name), packs=4)
         straight = train(
             place, sizes, "straight", "data.packs_per_step=4", "eval.answers=2", "parallel.recompute=layer"
         )
@@ -67,7 +67,7 @@ def run_ranks(sizes: Sizes) -> Iterator[Figure]:
     if sizes.world % 2 == 0:
         ways["rows over 2 ranks, ep 2"] = ["parallel.sp=2", "parallel.ep=2"]
     with tempfile.TemporaryDirectory() as name:
-        place, packs = _place(Path(name)), f"data.packs_per_step={2 * sizes.world}"
+        place, packs = _place(Path(name), packs=2 * sizes.world), f"data.packs_per_step={2 * sizes.world}"
         alone = train(place, sizes, "alone", packs)
         for number, (what, words) in enumerate(ways.items()):
             found = train(place, sizes, f"way-{number}", packs, *words, ranks=sizes.world)
@@ -101,9 +101,10 @@ def train(place: Path, sizes: Sizes, name: str, *words: str, ranks: int = 1) -> 
     return [json.loads(line) for line in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def _place(folder: Path) -> Path:
+def _place(folder: Path, *, packs: int) -> Path:
+    """A base, and rows for one step and more of an epoch."""
     write_tiny(folder / "base")
-    write_rows(folder)
+    write_rows(folder, 8 * packs)  # five fill a pack
     return folder
 
 

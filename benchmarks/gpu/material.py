@@ -113,13 +113,13 @@ def film(frames: int = 6) -> list[bytes]:
     return made
 
 
-def write_rows(folder: Path, number: int = 24) -> None:
+def write_rows(folder: Path, number: int) -> None:
     """Write rows.jsonl, three of four with a photograph, as a user has them."""
     for name, data in zip(PHOTOGRAPHS, photographs(), strict=True):
         (folder / name).write_bytes(data)
     words = text()
     rows = []
     for at in range(number):
-        row = conversation(f"Number {at}?", " ".join(words[7 * at : 7 * at + ANSWER_WORDS]), images=at % 4 != 3)
+        row = conversation(f"Number {at}?", " ".join(words[7 * at % 500 :][:ANSWER_WORDS]), images=at % 4 != 3)
         rows.append(row | ({"images": [PHOTOGRAPHS[at % 2]]} if at % 4 != 3 else {}))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
