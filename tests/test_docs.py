@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.__main__ import main as measure
 from launchers.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,10 @@ def test_shell_lines_hold(page: str, line: str, tmp_path: Path, monkeypatch: pyt
     elif words[0] == "moetune":
         with pytest.raises(SystemExit, match="0"):
             main([words[1], "--help"])
+    elif words[0] == "bash":
+        assert words[1] == "benchmarks/gpu/run.sh"
+        with pytest.raises(SystemExit, match="0"):
+            measure([*words[2:], "--help"])
     else:
         assert words[0] in {"git", "cd", "pip", "python", "python3", "source", "torchrun"}, f"{page}: {line}"
         subprocess.run(["bash", "-n", "-c", line], check=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import predictions
+from benchmarks.gpu import misses
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import LIMIT, packages, weigh
 from benchmarks.gpu.layer import kind
+from benchmarks.gpu.material import even_row, full_row, renderer, write_sides
 from benchmarks.gpu.parts import Part
-from benchmarks.gpu.sizes import full, toy
+from benchmarks.gpu.sizes import Assumed, full, toy
 from benchmarks.machine import commit, source_digest
 from finetune.problems import Problem
 from finetune.recipes import load
@@ -144,7 +145,7 @@ def test_without_git_the_kit_says_the_commit_and_a_change_is_seen(tmp_path):
 
 
 def prediction(**values):
-    return {"name": "p", "gpu": "h200-141gb", "gpus": 1, "words": ["r", "a=1", "b=2"], "layers": 4,
+    return {"name": "p", "gpu": "h200-141gb", "gpus": 1, "words": ["r", "a=1", "b=2"], "layers": 4, "assumed": {},
             "tokens_per_second": 1000.0, "peak_bytes": 100, **values}  # fmt: skip
 
 
@@ -161,30 +162,32 @@ def test_predictions_are_compared_with_what_ran_here_only():
             prediction(name="many", gpus=8)]  # fmt: skip
     measured = [step_figure("useful tokens/s", 800.0), step_figure("peak memory", 95.0),
                 step_figure("useful tokens/s", 1, gpus=4), step_figure("useful tokens/s", 1, layers=48)]  # fmt: skip
-    found = predictions.compare(made, measured, device="NVIDIA H200", visible=1)
+    found = misses.compare(made, measured, device="NVIDIA H200", visible=1)
     assert [(one["name"], one["what"], one["measured"], one["missed"]) for one in found] == [
         ("p", "tokens_per_second", 800.0, True), ("p", "peak_bytes", 95.0, False),
         ("q", "tokens_per_second", None, None), ("q", "peak_bytes", None, None),
     ]  # fmt: skip
-    assert predictions.lines(found) == [
+    assert misses.lines(found) == [
         "MISSED: p, tokens_per_second: predicted 1,000, measured 800 (+25%)",
         "did not run: q, tokens_per_second: predicted 1,000",
         "did not run: q, peak_bytes: predicted 100",
         "1 of 2 predictions for this machine held",
     ]
-    assert {one["name"] for one in predictions.compare(made, [], device="NVIDIA H200", visible=8)} == {"p", "q", "many"}
+    assert {one["name"] for one in misses.compare(made, [], device="NVIDIA H200", visible=8)} == {"p", "q", "many"}
 
 
 def test_a_prediction_without_a_field_is_refused(tmp_path):
     path = tmp_path / "predictions.json"
-    assert predictions.read(path) == []
+    assert misses.read(path) == []
     path.write_text(json.dumps([prediction(), {key: 1 for key in prediction() if key != "words"}]))
-    with pytest.raises(ValueError, match="prediction 1 lacks words. Each has name, gpu, gpus, words, layers, tokens_"):
-        predictions.read(path)
+    with pytest.raises(
+        ValueError, match="prediction 1 lacks words. Each has name, gpu, gpus, words, layers, assumed, tokens_"
+    ):
+        misses.read(path)
 
 
 def test_the_committed_predictions_can_be_read_and_run():
-    for one in predictions.read(predictions.PATH):
+    for one in misses.read(misses.PATH):
         assert one["tokens_per_second"] > 0
 
 
@@ -218,3 +221,17 @@ def test_the_whole_kit_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, (outcomes, path.with_suffix(".log").read_text()[-6000:])
     assert {name for name, outcome in outcomes.items() if outcome == "skipped"} == {"tests", "gpu-step-liger"}
     assert all(part["figures"] for part in record["parts"] if part["outcome"] == "passed")
+
+
+def test_rows_are_full_of_samples_as_they_are_asked_for(tmp_path):
+    made = renderer(write_sides(tmp_path / "base", toy().model))
+    row = full_row(made, 2048, seed=3)
+    assert row.input_ids.numel() == 2048
+    assert 1500 < int((row.sample_ids >= 0).sum()) <= 2048
+    assert len(row.keys) > len(row.image_grids) > 1
+    even = even_row(made, 4096, 0, Assumed(sample_tokens=1360, vision_share=0.4, supervised_share=0.3))
+    lengths = even.cu_seq_lens.diff().tolist()
+    assert [length <= 1360 for length in lengths] == [True] * 4  # three samples and padding
+    assert all(length > 1340 for length in lengths[:3])
+    assert even.image_grids.tolist() == [[1, 26, 40]] * 6  # 640 x 427: two of 260 tokens in each
+    assert int((even.loss_weights > 0).sum()) == pytest.approx(0.3 * 3 * 1360, rel=0.1)

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.gpu import predictions
+from benchmarks.gpu import misses
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import run_parts
 from benchmarks.gpu.sizes import Sizes, sizes_here
@@ -23,7 +23,7 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
     """Run the parts, print what came of each, compare with the predictions."""
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu/run.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("minutes", nargs="?", type=_minutes, default=10.0, help="for all parts together (10)")
-    parser.add_argument("--out", type=Path, default=predictions.PATH.parent, metavar="FOLDER", help="of record and log")
+    parser.add_argument("--out", type=Path, default=misses.PATH.parent, metavar="FOLDER", help="of record and log")
     parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in parts], metavar="PART")
     args = parser.parse_args(argv)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # or this process held memory of each GPU
@@ -46,7 +46,7 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
                 print(f"  {_line(figure)}", flush=True)
             compared = _compare(sizes, [figure for part in found for figure in part["figures"]])
             path.write_text(json.dumps(record | {"parts": found, "predictions": compared}, indent=1) + "\n")
-        said = predictions.lines(_compare(sizes, [figure for part in found for figure in part["figures"]]))
+        said = misses.lines(_compare(sizes, [figure for part in found for figure in part["figures"]]))
         print("\n".join(said))
         log.write("\n".join(["", *said, ""]))
     print(f"record: {path}\nlog: {path.with_suffix('.log')}")
@@ -54,9 +54,9 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
 
 
 def _compare(sizes: Sizes, figures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    said = predictions.read(predictions.PATH)
+    said = misses.read(misses.PATH)
     steps = [figure for figure in figures if str(figure["name"]).startswith("gpu-step")]
-    return predictions.compare(said, steps, device=sizes.gpu, visible=sizes.world)
+    return misses.compare(said, steps, device=sizes.gpu, visible=sizes.world)
 
 
 def _line(figure: dict[str, object]) -> str:

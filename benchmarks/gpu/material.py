@@ -2,7 +2,9 @@
 
 import io
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.gpu.sizes import Assumed
 from benchmarks.machine import KIT
 from data.batch import Batch, collate
 from data.config import ChatConfig, ImageConfig, VideoConfig
@@ -94,6 +97,27 @@ def full_row(made: Renderer, tokens: int, seed: int) -> Batch:
             return packed(made, samples, multiple=tokens)
         samples.append(one)
         left -= len(one.input_ids)
+
+
+def even_row(made: Renderer, tokens: int, seed: int, like: Assumed) -> Batch:
+    """A row of exactly `tokens`, of as many samples as fit that are all of the same length and make; padding."""
+    seen = photographs()
+    each = np.prod(sample(made, "one", conversation("", "", images=1), images=seen[:1]).image_grids[0]) // 4
+    images = [seen[at % 2] for at in range(round(like.vision_share * like.sample_tokens / each))]
+    answer = _words(made, int(like.supervised_share * like.sample_tokens), seed)
+    without = sample(made, "one", conversation("", answer, images=len(images)), images=images)
+    question = _words(made, like.sample_tokens - len(without.input_ids) - 2, seed)
+    one = sample(made, "one", conversation(question, answer, images=len(images)), images=images)
+    samples = [replace(one, key=f"{seed}/{at}") for at in range(tokens // len(one.input_ids))]
+    return packed(made, samples, multiple=tokens)
+
+
+def _words(made: Renderer, tokens: int, seed: int) -> str:
+    """As many words as are no more than so many tokens."""
+    words = text()
+    many = [words[(seed + at) % len(words)] for at in range(tokens)]
+    count = bisect_right(range(tokens), tokens, key=lambda count: len(made.encode(" ".join(many[:count])))) - 1
+    return " ".join(many[: max(count, 0)])
 
 
 def text() -> list[str]:

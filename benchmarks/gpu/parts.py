@@ -52,13 +52,13 @@ PARTS = (
         about="one expert block of the 30B model with LoRA beside PEFT's: time and memory",
     ),
     Part(
-        name="gpu-step", run="benchmarks.gpu.step:run", seconds=110,
+        name="gpu-step", run="benchmarks.gpu.step:run", seconds=120,
         about="whole steps of some layers of the 30B model, beside transformers with PEFT: tokens/s, memory, time",
     ),
     Part(
-        name="gpu-step-whole", run="benchmarks.gpu.step:run_whole", seconds=60,
+        name="gpu-step-whole", run="benchmarks.gpu.step:run_whole", seconds=170,
         about="whole steps of all layers, where the GPU has the memory",
     ),
-    Part(name="gpu-step-ranks", run="benchmarks.gpu.step:run_ranks", seconds=40, about="whole steps on all GPUs"),
+    Part(name="gpu-step-ranks", run="benchmarks.gpu.step:run_ranks", seconds=60, about="whole steps on all GPUs"),
     Part(name="gpu-step-liger", run="benchmarks.gpu.step:run_liger", seconds=20, about="the peer with Liger's kernels"),
 )  # fmt: skip

@@ -1,18 +1,31 @@
 """What is run: the 30B model's sizes on GPUs, and toy sizes on a CPU, so that no typo waits for a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.tiny import TinyModel
 
 
 @dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """Samples that are alike, as the planner takes them: their tokens, and which part of them is seen or learned."""
+
+    sample_tokens: int
+    vision_share: float
+    supervised_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """One configuration of `gpu-step`: layers of the model, and the words of its recipe."""
+    """One configuration of `gpu-step`: layers of the model, and the words of its recipe.
+
+    Its samples are of many lengths, every other one about a photograph; or all alike, where `assumed` says how.
+    """
 
     name: str
     layers: int
     words: tuple[str, ...]
+    assumed: Assumed | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +94,8 @@ def toy() -> Sizes:
         model=TinyModel(dtype="bfloat16", vocabulary=2048, max_positions=2048),
         local_experts=(8, 4), layer_tokens=(48,), expert_tokens=(40,), exchange_rows=64,
         steps=(case(2, 1024), case(3, 1024, micro_batches=2, recompute="layer")),
-        whole=(case(3, 1024),), whole_bytes=0,
-        ranks=(case(2, 1024, ep=2),),
+        whole=(replace(case(3, 1024), assumed=Assumed(sample_tokens=500, vision_share=0.5, supervised_share=0.2)),),
+        whole_bytes=0, ranks=(case(2, 1024, ep=2),),
     )  # fmt: skip
 
 

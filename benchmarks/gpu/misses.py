@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.sizes import Sizes, StepCase
+from benchmarks.gpu.sizes import Assumed, Sizes, StepCase
 from benchmarks.machine import ROOT
 from finetune.gpus import gpu_like
 
@@ -15,7 +16,7 @@ ALLOWED = {"tokens_per_second": 0.15, "peak_bytes": 0.10}
 LAYERS = 48
 """Of the whole 30B model."""
 METRICS = {"tokens_per_second": "useful tokens/s, ", "peak_bytes": "peak memory, "}
-FIELDS = ("name", "gpu", "gpus", "words", "layers", *METRICS)
+FIELDS = ("name", "gpu", "gpus", "words", "layers", "assumed", *METRICS)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -35,7 +36,12 @@ def first_predicted(
 ) -> tuple[StepCase, ...]:
     """Return what was predicted for so many of this GPU, with some layers or the whole; then the other cases."""
     predicted = [
-        StepCase(name=one["name"], layers=one["layers"], words=_words(one["words"]))
+        StepCase(
+            name=one["name"],
+            layers=one["layers"],
+            words=tuple(one["words"]),
+            assumed=Assumed(**{field.name: one["assumed"][field.name] for field in fields(Assumed)}),
+        )  # fmt: skip
         for one in read(PATH)
         if _is_here(one, sizes.gpu, gpus) and (one["layers"] == LAYERS) == whole
     ]
@@ -56,7 +62,7 @@ def compare(
                 figure["value"] for figure in figures
                 if figure["metric"].startswith(prefix) and figure["config"]["layers"] == one["layers"]
                 and figure["config"]["gpus"] == one["gpus"]
-                and sorted(figure["config"]["words"]) == sorted(_words(one["words"]))
+                and sorted(figure["config"]["words"]) == sorted(one["words"])
             ]  # fmt: skip
             measured = same[0] if same else None
             off = None if measured is None else one[key] / measured - 1
@@ -83,7 +89,3 @@ def lines(compared: Sequence[Mapping[str, Any]]) -> list[str]:
 def _is_here(one: Mapping[str, Any], device: str, gpus: int) -> bool:
     here = gpu_like(device)
     return here is not None and one["gpus"] == gpus and here.name.partition("-")[0] == one["gpu"].partition("-")[0]
-
-
-def _words(words: str | Sequence[str]) -> tuple[str, ...]:
-    return tuple(words.split() if isinstance(words, str) else words)
