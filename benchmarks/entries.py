@@ -48,7 +48,6 @@ ENTRIES = (
     ),
     Entry(
         name="launches",
-        suite="cpu",
         module="benchmarks.launches",
         about="operations that a decoder layer hands to a device, counted on meta, beside transformers and PEFT",
     ),

@@ -14,11 +14,14 @@ import torch
 from benchmarks.gpu import misses
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.kit import LIMIT, packages, weigh
-from benchmarks.gpu.layer import kind
+from benchmarks.gpu.layer import kind, roofline
 from benchmarks.gpu.material import even_row, full_row, renderer, write_sides
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.sizes import Assumed, full, toy
 from benchmarks.machine import commit, source_digest
+from benchmarks.predictions import PATH
+from finetune.families import family
+from finetune.gpus import gpu
 from finetune.problems import Problem
 from finetune.recipes import load
 
@@ -186,9 +189,26 @@ def test_a_prediction_without_a_field_is_refused(tmp_path):
         misses.read(path)
 
 
-def test_the_committed_predictions_can_be_read_and_run():
-    for one in misses.read(misses.PATH):
-        assert one["tokens_per_second"] > 0
+def test_what_was_predicted_for_a_gpu_runs_there_first():
+    here = full("NVIDIA H200", 1)
+    made = [one for one in misses.read(PATH) if one["gpu"] == "h200-141gb"]
+    whole = misses.first_predicted(here.whole, here, gpus=1, whole=True)
+    some = misses.first_predicted(here.steps, here, gpus=1)
+    assert [case.name for case in whole[:4]] == [one["name"] for one in made if one["layers"] == 48]
+    assert [case.name for case in some[:1]] == [one["name"] for one in made if one["layers"] < 48]
+    assert whole[4:] == here.whole
+    assert some[1:] == here.steps
+    assert misses.first_predicted(here.ranks, here, gpus=8) == here.ranks
+    assert whole[0].assumed == Assumed(sample_tokens=2048, vision_share=0.0, supervised_share=0.3)
+
+
+def test_the_roofline_of_a_layer_is_the_planners():
+    base = family("qwen3-vl-30b-a3b")
+    found = {tokens: roofline(base, gpu("h200-141gb"), tokens, "layer") for tokens in (4096, 8192)}
+    kinds = {kind(name) for name in OPERATIONS}
+    assert {name: set(seconds) for name, seconds in found.items()} == {4096: kinds, 8192: kinds}
+    assert sum(found[8192].values()) > 1.8 * sum(found[4096].values())
+    assert found[8192]["attention"] == pytest.approx(4 * found[4096]["attention"], rel=0.01)
 
 
 @pytest.mark.parametrize("sizes", [toy(), full("NVIDIA H200", 8)], ids=["toy", "full"])
@@ -199,12 +219,14 @@ def test_every_case_of_a_step_is_a_recipe(sizes):
         assert config.data.packs_per_step % config.parallel.ep == 0
 
 
+OPERATIONS = {
+    "aten::_grouped_mm": "grouped_mm", "aten::mm": "dense mm", "torch_attn::_varlen_attn_backward": "attention",
+    "aten::index_select": "row permutes", "aten::topk": "routing", "aten::mul": "pointwise",
+}  # fmt: skip
+
+
 def test_operations_are_told_apart():
-    names = ("aten::_grouped_mm", "aten::mm", "torch_attn::_varlen_attn_backward", "aten::index_select", "aten::topk",
-             "aten::mul")  # fmt: skip
-    assert [kind(name) for name in names] == [
-        "grouped_mm", "dense mm", "attention", "row permutes", "routing", "pointwise, norms, copies",
-    ]  # fmt: skip
+    assert {name: kind(name) for name in OPERATIONS} == OPERATIONS
 
 
 @pytest.mark.slow  # every part, with engines and ranks: minutes

@@ -17,13 +17,14 @@ from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import run_parts
 from benchmarks.gpu.sizes import Sizes, sizes_here
 from benchmarks.machine import surroundings
+from benchmarks.predictions import PATH
 
 
 def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
     """Run the parts, print what came of each, compare with the predictions."""
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu/run.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("minutes", nargs="?", type=_minutes, default=10.0, help="for all parts together (10)")
-    parser.add_argument("--out", type=Path, default=misses.PATH.parent, metavar="FOLDER", help="of record and log")
+    parser.add_argument("--out", type=Path, default=PATH.parent, metavar="FOLDER", help="of record and log")
     parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in parts], metavar="PART")
     args = parser.parse_args(argv)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # or this process held memory of each GPU
@@ -54,7 +55,7 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
 
 
 def _compare(sizes: Sizes, figures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    said = misses.read(misses.PATH)
+    said = misses.read(PATH)
     steps = [figure for figure in figures if str(figure["name"]).startswith("gpu-step")]
     return misses.compare(said, steps, device=sizes.gpu, visible=sizes.world)
 

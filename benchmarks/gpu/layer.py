@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +21,19 @@ from benchmarks.gpu.material import write_sides
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.measure import Side, spread, take_turns
 from finetune.engine import engine_device, start_distributed
+from finetune.families import Family
+from finetune.gpus import Gpu, gpu_like
 from finetune.hubconfig import read_family
 from finetune.model import build
+from finetune.plan_activations import Recompute, Rows
+from finetune.plan_layer import decoder_layer
+from finetune.plan_ops import Kind, spent
 from finetune.recipes import load as load_recipe
 from finetune.recompute import set_recompute
 from finetune.setup import make_balance, model_options
 from finetune.weights import load
 
-RECOMPUTE: tuple[Literal["layer", "selective"], ...] = ("layer", "selective")
+RECOMPUTE: tuple[Recompute, ...] = ("layer", "selective")
 WORDS = ("adapters.attention.mode=lora", "adapters.experts.mode=lora", "model.attention=auto")
 
 
@@ -42,14 +47,18 @@ def run(sizes: Sizes) -> Iterator[Figure]:
                 for recompute in RECOMPUTE:
                     side = _side(base, tokens, recompute)
                     (seconds,) = take_turns([side], rounds=2 * sizes.rounds, warmup=2, synchronise=synchronise)
+                    gpu = gpu_like(sizes.gpu)
+                    said = roofline(read_family(base), gpu, tokens, recompute) if gpu is not None else {}
                     config = {
                         "tokens": tokens, "local_experts": experts, "recompute": recompute, "dtype": "bfloat16",
                         "hidden": sizes.model.hidden, "gpu": sizes.gpu, "samples": 1,
                     }  # fmt: skip
-                    yield from _figures(config, min(seconds), spread(seconds), len(seconds), profiled(side))
+                    yield from _figures(
+                        config, min(seconds), spread(seconds), len(seconds), profiled(side), said
+                    )  # fmt: skip
 
 
-def _side(base: Path, tokens: int, recompute: Literal["layer", "selective"]) -> Side:
+def _side(base: Path, tokens: int, recompute: Recompute) -> Side:
     """The layer as training calls it, with hidden states that need a gradient."""
     device, family = engine_device(), read_family(base)
     config = load_recipe("", [f"model.path={base}", f"data.tokens_per_pack={tokens}", *WORDS])[0]
@@ -84,7 +93,19 @@ def _side(base: Path, tokens: int, recompute: Literal["layer", "selective"]) -> 
     return Side(name="one layer", run=step)
 
 
-def _figures(config: dict[str, Any], wall: float, apart: float, rounds: int, seen: Profiled) -> Iterator[Figure]:
+def roofline(base: Family, gpu: Gpu, tokens: int, recompute: Recompute) -> dict[str, float]:
+    """Seconds by kind as the planner counts them for a GPU: one sample as long as the row, an even load."""
+    assert base.text.experts is not None
+    arriving = tokens * base.text.experts.num_experts_per_tok
+    rows = Rows(tokens=tokens, supervised=0, patches=0, arriving=arriving, itemsize=2)
+    adapters = load_recipe("", WORDS)[0].adapters
+    made = decoder_layer(base, adapters, rows, recompute, squares=tokens**2, sparse=True)
+    return spent([(op, 1) for op in made.every], gpu, local_experts=base.text.experts.num_experts).kinds
+
+
+def _figures(
+    config: dict[str, Any], wall: float, apart: float, rounds: int, seen: Profiled, said: dict[str, float]
+) -> Iterator[Figure]:
     what = f"{config['local_experts']} local experts, {config['tokens']} tokens, recompute {config['recompute']}"
     kernels = {name[:100]: round(1e3 * seconds, 4) for name, seconds in list(seen.kernels.items())[:20]}
     yield Figure(
@@ -99,11 +120,16 @@ def _figures(config: dict[str, Any], wall: float, apart: float, rounds: int, see
         ("host", seen.host),
         *sorted(kinds.items(), key=lambda item: -item[1]),
     ]:
-        yield Figure(metric=f"{name}, one layer, {what}", value=1e3 * seconds, unit="ms", config=config)
+        beside = sum(said.values()) if name == "device" and said else said.get(name)
+        yield Figure(
+            metric=f"{name}, one layer, {what}", value=1e3 * seconds, unit="ms", config=config,
+            peer=None if beside is None else "roofline",
+            peer_value=None if beside is None else 1e3 * beside,
+        )  # fmt: skip
 
 
-def kind(operation: str) -> str:
-    """What an operation of torch's is for: the planner's kinds."""
+def kind(operation: str) -> Kind:
+    """What an operation of torch's is for, by the planner's kinds."""
     name = operation.rpartition("::")[2]
     if "grouped_mm" in name:
         return "grouped_mm"
@@ -115,4 +141,4 @@ def kind(operation: str) -> str:
         return "row permutes"
     if name in ("topk", "sort", "searchsorted", "scatter_", "cumsum", "arange", "diff", "gather", "bincount"):
         return "routing"
-    return "pointwise, norms, copies"
+    return "pointwise"

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.sizes import Assumed, Sizes, StepCase
-from benchmarks.machine import ROOT
+from benchmarks.predictions import PATH
 from finetune.gpus import gpu_like
 
-PATH = ROOT / "benchmarks" / "results" / "predictions.json"
 ALLOWED = {"tokens_per_second": 0.15, "peak_bytes": 0.10}
 """How far a prediction may be off, as a share of what was measured, before it is a miss."""
 LAYERS = 48
