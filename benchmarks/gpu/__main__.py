@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.gpu import misses
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import run_parts
-from benchmarks.gpu.sizes import Sizes, sizes_here
+from benchmarks.gpu.sizes import Sizes, look
 from benchmarks.machine import surroundings
 from benchmarks.predictions import PATH
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
     parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in parts], metavar="PART")
     args = parser.parse_args(argv)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # or this process held memory of each GPU
-        sizes, device = pool.submit(_look).result()
+        sizes, device = pool.submit(look).result()
     record: dict[str, object] = {
         **surroundings(), **device, "gpu": sizes.gpu, "gpus": sizes.world, "sizes": sizes.name,
         "minutes": args.minutes, "parts": [], "predictions": [],
@@ -66,23 +66,6 @@ def _line(figure: dict[str, object]) -> str:
         beside = f" | {figure['peer']}: {figure['peer_value']:,.4g} | {figure['ratio'] or 0:.2f}x"
     missed = " | NOT REACHED" if figure["pass"] is False else ""
     return f"{figure['metric']}: {value:,.4g} {figure['unit']}{beside}{missed}"
-
-
-def _look() -> tuple[Sizes, dict[str, object]]:
-    """What to run here, and what torch says of the GPUs and of the libraries that decide speed."""
-    import torch
-
-    from benchmarks.gpu.device import cudnn_version, nccl_version
-
-    if not torch.cuda.is_available():
-        return sizes_here(), {"cuda": None}
-    first = torch.cuda.get_device_properties(0)
-    return sizes_here(), {
-        "cuda": torch.version.cuda, "cudnn": cudnn_version(),
-        "nccl": nccl_version(), "capability": [first.major, first.minor],
-        "memory_bytes": first.total_memory,
-        "peers": [torch.cuda.can_device_access_peer(0, n) for n in range(1, torch.cuda.device_count())],
-    }  # fmt: skip
 
 
 def _slug(text: str) -> str:

@@ -99,10 +99,17 @@ def toy() -> Sizes:
     )  # fmt: skip
 
 
-def sizes_here() -> Sizes:
-    """By what this machine has: every visible GPU, or the CPU with two ranks."""
+def look() -> tuple[Sizes, dict[str, object]]:
+    """What to run here, and what torch says of the GPUs and of the libraries that decide speed."""
     import torch  # here, so that a part's process does not load it before it has to
 
+    from benchmarks.gpu.device import cudnn_version, nccl_version
+
     if not torch.cuda.is_available():
-        return toy()
-    return full(torch.cuda.get_device_name(0), torch.cuda.device_count())
+        return toy(), {"cuda": None}
+    first, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    return full(first.name, count), {
+        "cuda": torch.version.cuda, "cudnn": cudnn_version(), "nccl": nccl_version(),
+        "capability": [first.major, first.minor], "memory_bytes": first.total_memory,
+        "peers": [torch.cuda.can_device_access_peer(0, other) for other in range(1, count)],
+    }  # fmt: skip

@@ -43,9 +43,8 @@ class Measured:
 
 def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield the figures of each case beside plain torch, and the first one's beside ZeRO-3 too."""
-    for number, case in enumerate(
-        first_predicted(sizes.steps, sizes, gpus=1)
-    ):  # each in a process of its own, as no engine gives all memory back
+    for number, case in enumerate(first_predicted(sizes.steps, sizes, gpus=1)):
+        # each in a process of its own, as no engine gives all its memory back
         facts, found = on_ranks(1, beside, sizes, case, number == 0, accelerator=sizes.device)[0]
         yield from figures(sizes, case, facts, found)
 
