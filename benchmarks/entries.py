@@ -53,7 +53,6 @@ ENTRIES = (
     ),
     Entry(
         name="waits",
-        suite="cpu",
         module="benchmarks.waits",
         about="how often the host waits for the device in a micro-batch, counted without one, beside stock parts",
     ),

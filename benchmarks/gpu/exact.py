@@ -150,9 +150,9 @@ def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Ten
     found: dict[str, Any] = {}
     balance.start_step(sum(int((row.sample_ids >= 0).sum()) for row in rows.values()))
     for name, row in rows.items():
-        on_device = row.to(device)
-        balance.start_micro_batch(model.valid(on_device))
-        losses = model(batch=on_device)
+        there = model.send(row, device).arrived()
+        balance.start_micro_batch(there.valid_T)
+        losses = model(batch=there)
         (losses.objective / max(loss_sums(row).tokens, 1.0)).backward()
         if row.keys:
             found[name] = losses.objective
