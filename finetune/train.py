@@ -266,6 +266,7 @@ def main(argv: Sequence[str]) -> int:
             else:
                 code = exit_code(train(config, folder, log, watch, kept=kept))
             if is_ours:
+                barrier()  # rank 0 may still hand things over, for as long as it takes
                 watch.together("end")
                 end_distributed()
     except ValueError as error:
