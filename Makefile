@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 UV := .venv-uv/bin/uv
 PYTEST := -m pytest -n 2 --dist loadfile
 QUICK := -m "not slow and not gpu"
-export DS_ACCELERATOR ?= cpu
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: test test-all test-newest test-oldest lock check demo bench gpu-kit clean
 
+test test-newest test-oldest bench demo: export DS_ACCELERATOR ?= cpu
+test-all: export DS_ACCELERATOR ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 # One thread per process: two test processes and their ranks share the cores.
 test test-all test-newest test-oldest: export OMP_NUM_THREADS ?= 1
 
@@ -31,7 +32,7 @@ RESOLUTION_oldest := lowest-direct
 test-newest test-oldest: test-%: $(UV)
 	$(PYTHON) -m venv --clear .venv-$*
 	$(UV) pip install --quiet --python .venv-$* --resolution $(RESOLUTION_$*) --editable ".[test,demo]"
-	$(UV) pip install --quiet --resolution $(RESOLUTION_$*) --no-deps --target .venv-$*/oracle --group oracle
+	$(UV) pip install --quiet --python .venv-$* --resolution $(RESOLUTION_$*) --no-deps --target .venv-$*/oracle --group oracle
 	.venv-$*/bin/python $(PYTEST) $(QUICK) --versions $(ARGS)
 
 # torch is locked at the release of which there are CPU builds for CI; everything else is the newest that fits.
