@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 OURS = set(PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
+GPU_ONLY = {"liger_kernel"}  # a peer where it is installed
 
 
 def test_every_package_that_the_project_names_is_locked_within_its_range() -> None:
@@ -63,7 +64,7 @@ def test_every_package_that_a_benchmark_imports_comes_with_the_extra_test() -> N
     sources = packages_distributions()
     missing = {}
     for path in (ROOT / "benchmarks").rglob("*.py"):
-        for module in _imported(path) - OURS - sys.stdlib_module_names:
+        for module in _imported(path) - OURS - GPU_ONLY - sys.stdlib_module_names:
             distributions = {canonicalize_name(name) for name in sources.get(module, ())}
             if not distributions & named:
                 missing[module] = path.name

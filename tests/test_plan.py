@@ -94,7 +94,7 @@ def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
     assert found.layout.resident
     assert main(["plan", recipe, "data.packs_per_step=8", "--gpus", "1", "--gpu", "h100-80gb", "--fit", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"]
-    assert best == {"parallel.ep": 1, "parallel.resident": "frozen", "parallel.recompute": "layer"}
+    assert best.items() >= {"parallel.ep": 1, "parallel.resident": "frozen", "parallel.recompute": "layer"}.items()
     memory, base = found.cluster.gpu.memory_bytes, base_family(_config())
     open_config = _config("parallel.ep=auto", "parallel.recompute=auto", "data.packs_per_step=8")
     settled = settle(open_config, base, ranks=1, per_node=1, memory_bytes=memory, device=True)
