@@ -135,7 +135,7 @@ def whole(model: nn.Module) -> list[bool]:
     return [tuple(p.shape) == tuple(p.ds_shape) for p in model.parameters()]
 
 
-def fetching(rank: int) -> dict[str, Any]:
+def fetching() -> dict[str, Any]:
     """An engine that keeps vectors and fetches matrices; a forward that fails inside a module that fetches."""
     model, running = Toy(), list[list[nn.Module]]()
     engine = initialize(model, EngineOptions(dtype="float32", persistence_threshold=3))
@@ -155,7 +155,7 @@ def fetching(rank: int) -> dict[str, Any]:
 def stepping(rank: int, world: int) -> dict[str, Any]:
     """An engine in bfloat16: dtypes on the wire and of masters; weight decay; a step with an infinite gradient."""
     start_distributed()
-    found: dict[str, Any] = fetching(rank)
+    found: dict[str, Any] = fetching()
     model = Toy()
     engine = initialize(model, EngineOptions(lr=0.1, weight_decay=0.5, clip_norm=1e9))
     found["hooks"] |= {"all kept": hooks_of(model)}
