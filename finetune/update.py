@@ -34,16 +34,17 @@ def take_step(
     if balance is not None:
         balance.start_step(tokens)
     objectives: list[torch.Tensor] = []
-    coming = [engine.module.send(step.batches[0], device)]
+    coming = engine.module.send(step.batches[0], device)
     for at, batch in enumerate(step.batches):
         engine.set_gradient_accumulation_boundary(at == len(step.batches) - 1)
         tell(number, f"row {at} of {len(step.batches)}", batch.keys)
-        row = coming.pop().arrived()
+        row = coming.arrived()
         if balance is not None:
             balance.start_micro_batch(row.valid_T)
         losses = engine(batch=row)
         # with this forward queued, and before backward, at whose end the engine waits for the device
-        coming += [engine.module.send(after, device) for after in step.batches[at + 1 : at + 2]]
+        if at + 1 < len(step.batches):
+            coming = engine.module.send(step.batches[at + 1], device)
         backward(engine, losses.objective, total)
         objectives.append(losses.objective.detach())
     tell(number, "the sums after the last backward")
