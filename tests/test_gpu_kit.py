@@ -232,7 +232,7 @@ def test_operations_are_told_apart():
 @pytest.mark.slow  # every part, with engines and ranks: minutes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the way without a GPU")
 def test_the_whole_kit_runs_on_a_cpu(tmp_path):
-    command = ["bash", "benchmarks/gpu/run.sh", "30", "--out", str(tmp_path)]
+    command = ["bash", "benchmarks/gpu/run.sh", "60", "--out", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "HOME": "/nonexistent", "PYTHON": sys.executable,
     }  # fmt: skip

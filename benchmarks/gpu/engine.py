@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figure import Figure, Target
-from benchmarks.gpu.material import write_rows
+from benchmarks.gpu.material import TINY, write_rows
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.measure import OutputsDiffer
@@ -24,7 +24,7 @@ from finetune.tiny import write_tiny
 RELATIVE = 3e-2
 """Losses and gradient norms of one step in two runs: sums in another order, in bfloat16."""
 WORDS = (
-    "tiny-cpu", "model.path=base", "data.sources.general.path=rows.jsonl", "data.image.min_tokens=4",
+    "tiny-cpu", "model.path=base", 'model.family=""', "data.sources.general.path=rows.jsonl", "data.image.min_tokens=4",
     "data.image.max_tokens=32", "data.workers=2", "schedule.steps=4", "checkpoint.every_steps=2", "parallel.ep=1",
     "eval.every_steps=0", "eval.sources.held.path=rows.jsonl", "moe.balance=global",
 )  # fmt: skip
@@ -103,7 +103,7 @@ def train(place: Path, sizes: Sizes, name: str, *words: str, ranks: int = 1) -> 
 
 def _place(folder: Path, *, packs: int) -> Path:
     """A base, and rows for one step and more of an epoch."""
-    write_tiny(folder / "base")
+    write_tiny(folder / "base", TINY)
     write_rows(folder, 8 * packs)  # five fill a pack
     return folder
 

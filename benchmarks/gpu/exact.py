@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.figure import Figure, Target
-from benchmarks.gpu.material import conversation, film, packed, photographs, renderer, sample
+from benchmarks.gpu.material import TINY, conversation, film, packed, photographs, renderer, sample
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.outputs import same_tensors
 from benchmarks.spawned import on_ranks
@@ -26,7 +26,7 @@ from finetune.hubconfig import read_family
 from finetune.model import build
 from finetune.recipes import load as load_recipe
 from finetune.setup import make_balance, model_options, save_memory
-from finetune.tiny import TinyModel, write_tiny
+from finetune.tiny import write_tiny
 from finetune.weights import load
 
 # every vision part trains, so that the tower's backward and DeepStack's are in it
@@ -71,7 +71,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield each way's largest error over rows of text, images and video, and a row without a sample."""
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
-        write_tiny(base, TinyModel(layers=4, image_min_tokens=4))  # the last level of DeepStack must reach the loss
+        write_tiny(base, TINY)
         exactly = Way(words=("model.dtype=float32", "parallel.recompute=none"))
         (wanted,) = on_ranks(1, _all, base, {"": exactly})
         (found,) = on_ranks(1, _all, base, ways(), accelerator=sizes.device)

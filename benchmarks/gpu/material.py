@@ -25,6 +25,8 @@ from finetune.vocabulary import tiny_vocabulary
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 ANSWER_WORDS = 40
+TINY = TinyModel(layers=4, vision_hidden=32, image_min_tokens=4)
+"""Four layers, so that the last level of DeepStack reaches the loss; heads of 16: kernels want multiples of 8."""
 
 
 def photographs() -> list[bytes]:
