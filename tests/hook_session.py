@@ -12,7 +12,6 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import nn
 
 from benchmarks.plan_case import Case, packed_row
-from data.batch import Batch
 from data.vision import read_spec
 from finetune.adapter_switch import adapters_off
 from finetune.basefiles import open_base
@@ -31,6 +30,7 @@ from finetune.forward import PackedModel
 from finetune.hubconfig import read_family
 from finetune.loss import row_losses
 from finetune.model import build
+from finetune.row import Row
 from finetune.setup import model_options, save_memory
 from finetune.weights import load
 
@@ -139,12 +139,12 @@ def _start(base: Path, case: Case, job: Job) -> Any:
     return engine
 
 
-def _twice(packed: PackedModel, batch: Batch, part: slice) -> torch.Tensor:
+def _twice(packed: PackedModel, row: Row) -> torch.Tensor:
     """Two passes that train and one of the base, in one forward: more than preference training or distillation need."""
     with torch.no_grad(), adapters_off(packed):
-        base_TD = packed.hidden(batch)
-    first_TD, second_TD = packed.hidden(batch), packed.hidden(batch)
-    losses = [row_losses(packed.model.lm_head, h_TD, batch, "token", part=part) for h_TD in (first_TD, second_TD)]
+        base_TD = packed.hidden(row)
+    first_TD, second_TD = packed.hidden(row), packed.hidden(row)
+    losses = [row_losses(packed.model.lm_head, hidden_TD, row, "token") for hidden_TD in (first_TD, second_TD)]
     return losses[0].objective + 0.5 * losses[1].objective + 0.1 * (second_TD - base_TD).square().sum()
 
 
