@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
 
 FOLDER = Path(sys.prefix) / "oracle"
 
@@ -47,7 +48,7 @@ def _start():
 def _stop(process):
     process.stdin.close()
     process.stdout.close()
-    process.wait(timeout=10)
+    process.wait(timeout=LIMIT_S)
 
 
 def images(*, pictures, size):

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_S
 
-LIMIT_S = 600.0  # ends what hangs; far from what a healthy rank takes on a busy machine
 GRACE_S = 5.0  # after the first failure: time for ranks that failed before it, or with it, to say so
 PRELOADED = (
     "torch", "torch.distributed", "transformers", "peft", "deepspeed", "finetune.train",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
 
 from finetune.recipes import effective, load, recipe_names
 from launchers.cli import COMMANDS, main
@@ -55,7 +56,7 @@ def test_two_problems_exit_2_and_no_traceback() -> None:
         "optim.lr=abc",
         "data.sourcez=[]",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2
     assert "error: optim.lr = 'abc' (command line): a number is wanted" in done.stderr
     assert "error: data.sourcez = [] (command line): no such key. Did you mean `data.sources`" in done.stderr

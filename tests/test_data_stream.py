@@ -283,8 +283,8 @@ def test_a_stalled_worker_is_named(corpus, monkeypatch):
 
     from data.reader import SampleReader
 
-    monkeypatch.setattr(SampleReader, "sample", lambda *_: time.sleep(3))
-    mine = stream(corpus, workers=1, stall_seconds=1)
+    monkeypatch.setattr(SampleReader, "sample", lambda *_: time.sleep(5))
+    mine = stream(corpus, workers=1, stall_seconds=3)  # within it the worker has to begin
     with pytest.raises(TimeoutError, match=r"data stall on data rank 0: no pack for step 0 of epoch 0 .*part-00"):
         next(iter(mine))
     mine.is_over = lambda: True

@@ -1,23 +1,22 @@
 """The demo's material and recipes are sound; the whole of it runs, and asserts what it learned, in the slow suite."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from limits import LIMIT_S
 from PIL import Image
 from sklearn.datasets import load_digits
+from starts import environment
 
 from finetune.recipes import load
 from launchers.cli import COMMANDS as KNOWN
 from launchers.cli import main
 from launchers.demo import COMMANDS
 from launchers.demo_material import HELD_OUT, LETTERS, picture_lines, write_material
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +75,8 @@ def test_missing_digits_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_the_whole_demo_learns_digits(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "launchers.cli", "demo", "shown"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=2 * LIMIT_S)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for said in ("base, before", "base + adapter, after", "after, images shuffled", "the digit shown is a"):
         assert said in done.stdout

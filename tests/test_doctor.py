@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from limits import LIMIT_S
 from ranks import run_ranks
 from starts import environment, toy_run
 from torch.distributed.flight_recorder.components.builder import build_db
@@ -238,7 +239,7 @@ def test_what_is_found_between_nodes(odd, text) -> None:
 def test_two_ranks_measure_each_other(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launchers.cli", "doctor", "--cluster", "--ranks", "2", "--json"], cwd=tmp_path,
-        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=150,
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     ranks = json.loads(done.stdout.strip().splitlines()[-1])["ranks"]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from bases import base
 from chat_server import Server, serving
+from limits import LIMIT_S
 from media_files import clip, encode, moving, picture
 from PIL import Image
 from transformers import AutoModelForImageTextToText
@@ -405,7 +406,7 @@ def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
     lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(60)
+        silent.settimeout(LIMIT_S)
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         words = ["eval", "held.jsonl", "--url", url, "--name", "any"]
         started = subprocess.Popen(
@@ -414,7 +415,7 @@ def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
         )  # fmt: skip
         with silent.accept()[0]:
             started.send_signal(signal.SIGINT)
-            said = started.communicate(timeout=20)[1]
+            said = started.communicate(timeout=LIMIT_S)[1]
     assert started.returncode == 130
     assert said.endswith("moetune eval: interrupted\n")
     assert "Traceback" not in said

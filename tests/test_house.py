@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import LIMIT_S
 
 ROOT = Path(__file__).parent.parent
 COLLECTIVES_LIVE_IN = {
@@ -59,7 +60,7 @@ def test_configuration_and_command_line_start_without_torch() -> None:
     heavy = "{'torch', 'transformers', 'deepspeed'}"
     checked = "launchers.cli.main(['check', 'tiny-cpu'])"
     script = f"import sys, {modules}, {launchers}; {checked}; sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stderr) == (0, "")
 
 

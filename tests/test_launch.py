@@ -191,7 +191,7 @@ def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None
              "schedule.steps=2", "run.name=by deepspeed", "data.packs_per_step=2",
              "parallel.ep=auto", "parallel.recompute=auto"]  # fmt: skip
     job = Job(recipe="tiny-cpu", overrides=words, run="by deepspeed")
-    done = start_rendered(render(job, profile, folder="launch"), tmp_path, timeout=200)
+    done = start_rendered(render(job, profile, folder="launch"), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = (tmp_path / "runs" / "by deepspeed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == [0, 1]

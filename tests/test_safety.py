@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import wandb_file
+from limits import LIMIT_S
 from safetensors.torch import load_file, save_file
 from user_runs import ROOT, TORCHRUN, TRAIN, beat, make_place, metrics, start
 
@@ -124,13 +125,11 @@ sys.addaudithook(at_its_file)
 
 def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(place: Path, whole: str) -> None:
     words = [*RUN, "track.wandb=offline", "track.load_every=2"]
-    began = time.monotonic()
     cut = start(place, [*TRAIN, "--ranks", "2"], "cut", *words, at="step 0:", then=_stop(signal.SIGTERM))
     assert cut.returncode == 75, cut.stderr[-3000:]
     done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
     assert done in (1, 2, 3)
     assert "moetune train: preempted; run the same command again to go on" in cut.stderr
-    assert time.monotonic() - began < 60
     assert [path.name for path in (place / "runs" / "cut" / "checkpoints").glob("step-*")][-1:] == [f"step-{done:06d}"]
     again = start(place, [*TRAIN, "--ranks", "2"], "cut", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -155,17 +154,10 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
 def test_a_signal_before_the_first_step_ends_the_run_at_once(
     place: Path, name: str, command: list[str], number: int
 ) -> None:
-    began: list[float] = []
-
-    def stop(pid: int) -> None:
-        began.append(time.monotonic())
-        os.kill(pid, number)
-
-    done = start(place, command, name, *RUN, at="loaded:", then=stop)
-    assert time.monotonic() - began[0] < 20  # not the 30 s after which torchrun kills
+    done = start(place, command, name, *RUN, at="loaded:", then=_stop(number))
     assert "step 0:" not in done.stdout
     logs = place / "runs" / name / "logs"
-    for rank in (0, 1):
+    for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
         assert "no step was begun since the start: ends now" in (logs / f"rank-{rank:04d}.log").read_text()
     if command[: len(TRAIN)] == TRAIN:
         assert done.returncode == 75, done.stderr[-3000:]
@@ -212,7 +204,7 @@ def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, 
     words = [*RUN, "checkpoint.every_steps=0", "track.wandb=offline", "track.load_every=2"]
 
     def stop(pid: int) -> None:
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + LIMIT_S
         while time.time() - (said := beat(place, "waits", 1))["time"] > 2 or said["stage"] != "waiting for data":
             assert time.monotonic() < deadline, said
             time.sleep(0.1)  # it writes where it is every 4 s
@@ -415,18 +407,17 @@ def test_ranks_that_do_not_meet_say_so_within_the_limit(place: Path) -> None:
     assert failure["kind"] == "stall"
 
 
-def test_ctrl_c_ends_every_process_in_seconds(place: Path) -> None:
-    pressed: list[float] = []
+def test_ctrl_c_ends_every_process(place: Path) -> None:
     pids: list[int] = []
 
     def press(pid: int) -> None:
         pids.extend(beat(place, "interrupted", rank)["pid"] for rank in (0, 1))
-        pressed.append(time.monotonic())
         os.kill(pid, signal.SIGINT)
 
     done = start(place, [*TRAIN, "--ranks", "2"], "interrupted", *RUN, at="loaded:", then=press)
     assert done.returncode == 1
-    assert time.monotonic() - pressed[0] < 15
+    for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
+        assert "Ctrl-C: ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
     assert "moetune train: interrupted" in done.stderr
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -434,33 +425,51 @@ def test_ctrl_c_ends_every_process_in_seconds(place: Path) -> None:
 # --- without processes ------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """A clock that goes when it is told to: the test's own pace on a busy machine is no rank's silence."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+    def goes_on(self, seconds: float) -> None:
+        self.now += seconds
+        time.sleep(0.02)  # two files written within one tick of the kernel have the same time
+
+
 def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = Clock()
+    monkeypatch.setattr("finetune.beats.time", clock)
     monkeypatch.setenv("WORLD_SIZE", "3")
     here = {"step": 4, "stage": "evaluation", "samples": [], "collective": None, "busy": False}
     logs = [RankLog(tmp_path / "logs", rank) for rank in (0, 2)]
-    Beats(logs[0], limit=0.4).tell(here)  # of an earlier start
-    first, last = (Beats(log, limit=0.4) for log in logs)
+    Beats(logs[0], limit=4.0).tell(here)  # of an earlier start
+    first, last = (Beats(log, limit=4.0) for log in logs)
     last.tell(here)
-    time.sleep(0.5)
+    clock.goes_on(5.0)
     assert last.silent() == ""
     first.tell(here | {"busy": True})
     assert last.silent() == ""
     assert last.busy()
-    time.sleep(0.5)
-    assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, [01] s ago", last.silent())
+    clock.goes_on(5.0)
+    assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, 5 s ago", last.silent())
     assert not last.busy()
     last.excuse(10.0)  # it was suspended itself
     assert last.silent() == ""
     last.excuse(-10.0)
     first.tell(here | {"stage": "ended"})
     assert last.silent() == ""
-    time.sleep(0.5)
+    clock.goes_on(5.0)
     assert last.silent() == ""
     first.tell(here)
     assert last.silent() == ""
-    time.sleep(0.5)
+    clock.goes_on(5.0)
     assert last.silent()
     for log in logs:
         log.close()

@@ -8,14 +8,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from limits import LIMIT_S
 from PIL import Image
+from starts import ROOT, environment
 
 from finetune.tiny import write_tiny
 
-ROOT = Path(__file__).parent.parent
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 TRAIN = [sys.executable, "-m", "launchers.cli", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+PATIENT = f"""
+import os
+if os.environ.get("RANK") == "0":  # what gives W&B's client seconds to start and to end; a busy machine takes longer
+    import finetune.wandb_link
+    finetune.wandb_link.START_S = finetune.wandb_link.FINISH_S = {LIMIT_S}
+"""
 
 
 def make_place(folder: Path) -> Path:
@@ -49,14 +56,13 @@ def start(
     """
     line = [*command, "tiny-cpu", f"run.name={name}", "model.path=base", "model.dtype=float32",
             "data.sources.general.path=rows.jsonl", *words]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    if site:
-        (place / f"{name}.site").mkdir()
-        (place / f"{name}.site" / "sitecustomize.py").write_text(site)
-        environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{place / f'{name}.site'}"
+    folder = place / f"{name}.site"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(PATIENT + site)
+    settings = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     errors = place / f"{name}.stderr"
     with errors.open("w") as stderr, subprocess.Popen(
-        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        line, cwd=place, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
     ) as process:  # fmt: skip
         said = []
         try:
@@ -66,7 +72,7 @@ def start(
                 if then is not None and text.startswith(at):
                     then(process.pid)
                     then = None
-            process.wait(60)
+            process.wait(LIMIT_S)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
