@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from limits import LIMIT_S
 
 import moetune_guard
 from finetune.versions import TESTED, untested
@@ -75,7 +76,7 @@ def _environment(folder: Path, files: Mapping[str, str]) -> Path:
         "--no-index",
         "--no-deps",
     ]
-    subprocess.run([*pip, "--quiet", str(wheel)], check=True, env=os.environ | {"PYTHONPATH": ""}, timeout=120)
+    subprocess.run([*pip, "--quiet", str(wheel)], check=True, env=os.environ | {"PYTHONPATH": ""}, timeout=LIMIT_S)
     return folder
 
 
@@ -112,7 +113,7 @@ def _run(folder: Path, words: list[str], place: Path, **settings: str) -> subpro
     kept |= {"DS_ACCELERATOR": "cpu"} | settings
     return subprocess.run(
         [str(folder / "bin" / "python"), *start, "tiny-cpu"], cwd=place, env=kept, capture_output=True, text=True,
-        timeout=120,
+        timeout=LIMIT_S,
     )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def test_check_names_it_and_train_refuses_it(
     assert capsys.readouterr().err == f"moetune train: {sentence}"
     start = [sys.executable, *TRAIN, "tiny-cpu"]
     settings = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run(start, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(start, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=LIMIT_S)
     assert (done.returncode, done.stderr) == (2, f"moetune: {sentence}")
 
 
@@ -267,5 +268,5 @@ def test_what_every_start_runs_first_compiles_on_an_old_python() -> None:
 def test_an_old_python_is_told_which_is_wanted(module: str) -> None:
     """By this Python, which says that it is an older one; that an older one reads the first files is tested above."""
     script = f"import runpy, sys; sys.version_info = (3, 10, 13); sys.argv = ['-m']; runpy.run_module({module!r})"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     _refused(done, "is Python 3.10.13, and moetune needs Python 3.11 or newer: python3.11 -m venv .venv && ")

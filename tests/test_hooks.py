@@ -42,7 +42,7 @@ def reference(job: Job) -> Job:
 def found(base: Path, world: int, jobs: tuple[Job, ...]) -> dict[Job, list[Told]]:
     """One start for all jobs and their references; by job what each rank told."""
     jobs = (*dict.fromkeys(map(reference, jobs)), *jobs)
-    ranks = run_ranks(session, world, base, list(jobs), timeout=60 + 30 * len(jobs))
+    ranks = run_ranks(session, world, base, list(jobs))
     return {job: [rank[number] for rank in ranks] for number, job in enumerate(jobs)}
 
 

@@ -45,7 +45,7 @@ SLOW = {
 def outcomes(*, slow: bool) -> dict[str, tuple[Outcome, Outcome]]:
     """One process for all cases: the name of torch's spare device is given once, for ever."""
     cases = SLOW if slow else CASES
-    return dict(zip(cases, run_ranks(session, 1, list(cases.values()), timeout=600)[0], strict=True))
+    return dict(zip(cases, run_ranks(session, 1, list(cases.values()))[0], strict=True))
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
