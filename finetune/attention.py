@@ -4,6 +4,7 @@ In a packed row attention must stay inside each sample. A kernel that takes the 
 a mask of the whole row grows with the square of its tokens.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,9 +33,14 @@ class AttentionChoice:
     reason: str
 
 
-def choose_attention(choice: str, *, tokens: int, machine: Machine) -> AttentionChoice:
-    """Decide `model.attention` for rows of so many tokens; refuse what the machine lacks or what needs a wide mask."""
-    missing = {name: _missing(name, machine) for name in get_args(AttentionName)}
+def choose_attention(
+    choice: str, *, tokens: int, machine: Machine, head_sizes: Collection[int] = ()
+) -> AttentionChoice:
+    """Decide `model.attention` for rows of so many tokens; refuse what the machine lacks or what needs a wide mask.
+
+    `head_sizes` are those of the text model and of the vision tower, which attends by the same kernel.
+    """
+    missing = {name: _missing(name, machine, head_sizes) for name in get_args(AttentionName)}
     usable = [name for name in get_args(AttentionName) if not missing[name] and not _too_wide(name, tokens)]
     best: AttentionName = usable[0]  # `segments` needs nothing, so there always is one
     if choice == "auto":
@@ -58,8 +64,8 @@ def _too_wide(name: str, tokens: int) -> bool:
     return name == "sdpa" and tokens > MASK_TOKENS
 
 
-def _missing(name: AttentionName, machine: Machine) -> str:
-    """Return what the machine lacks for it, or nothing."""
+def _missing(name: AttentionName, machine: Machine, head_sizes: Collection[int]) -> str:
+    """Return what the machine or the model lacks for it, or nothing."""
     if name in ("segments", "sdpa"):
         return ""
     if not machine.cuda:
@@ -71,4 +77,5 @@ def _missing(name: AttentionName, machine: Machine) -> str:
         return f"the device has compute capability {major}.{minor}, the kernel needs 8.0"
     if name == "flash_attention_2" and not machine.flash_attention_2:
         return "the package flash-attn is not installed"
-    return ""
+    odd = sorted(size for size in head_sizes if size % 8)
+    return f"a head size is {odd[0]}, the kernel takes multiples of 8" if odd else ""

@@ -112,6 +112,11 @@ class Family:
         return "Qwen3VLMoeForConditionalGeneration" if self.is_moe else "Qwen3VLForConditionalGeneration"
 
     @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Of an attention head of the text model, and of one of the vision tower."""
+        return self.text.head_dim, self.vision.hidden_size // self.vision.num_heads
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indexes of the layers whose MLP is a mixture of experts, by transformers' own rule."""
         experts = self.text.experts

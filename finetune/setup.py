@@ -50,7 +50,9 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
     dtype = DTYPES[config.model.dtype]
     register()
     longest = longest_pack(run_stages(config))
-    attention = choose_attention(config.model.attention, tokens=longest, machine=machine(device, dtype))
+    attention = choose_attention(
+        config.model.attention, tokens=longest, machine=machine(device, dtype), head_sizes=base.head_sizes
+    )
     say(f"attention: {attention.reason}")
     resident = resident_here(config, base)
     say(f"frozen weights {'resident' if resident.resident else 'partitioned'}: {resident.reason}")

@@ -176,3 +176,7 @@ def test_choice_of_attention():
     with pytest.raises(ValueError, match=r"model.attention: 'eager' is not one of auto, flash_attention_2, varlen"):
         choose_attention("eager", tokens=9, machine=cpu)
     assert machine(torch.device("cpu"), torch.bfloat16) == cpu
+    assert choose_attention("auto", tokens=9, machine=h100, head_sizes=(128, 72)).name == "flash_attention_2"
+    tiny = choose_attention("auto", tokens=9, machine=h100, head_sizes=(16, 12))
+    assert tiny.name == "segments"
+    assert "varlen: a head size is 12, the kernel takes multiples of 8" in tiny.reason
