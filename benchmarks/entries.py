@@ -44,7 +44,7 @@ ENTRIES = (
     Entry(
         name="host-overhead",
         module="benchmarks.host_overhead",
-        about="time of a step whose kernels have nothing to do, beside the same stock parts",
+        about="time of a micro-batch whose kernels have nothing to do, beside the same stock parts",
     ),
     Entry(
         name="launches",
