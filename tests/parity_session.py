@@ -30,7 +30,7 @@ from finetune.stages import run_stages
 from finetune.steps import RunData
 from finetune.weights import load as load_weights
 
-STEPS, WARMUP, LR, EXPERTS_LR, CLIP = 20, 4, 1e-3, 6e-4, 0.5
+STEPS, WARMUP, LR, EXPERTS_LR, CLIP = 8, 2, 1e-3, 6e-4, 0.5
 EVERYTHING = [
     "adapters.attention.mode=lora", "adapters.experts.mode=lora", f"adapters.experts.lr={EXPERTS_LR}",
     "adapters.vision_blocks.mode=lora", "adapters.merger.mode=full", "adapters.deepstack_mergers.mode=lora",

@@ -54,7 +54,7 @@ def _holds(place: Path, name: str, reference: dict[int, list[float]], packs: int
         reference[packs] = plain_loop(place, packs, out)
     assert len(reference[packs]) == STEPS
     assert losses_of(place, name) == pytest.approx(reference[packs], rel=1e-5)
-    assert apart(place, name, out) < (1e-4, "")
+    assert apart(place, name, out) < (3e-5, "")
     assert apart(place, name, place / "start") > (0.01, "")
 
 
@@ -121,7 +121,7 @@ def test_every_layout_trains_what_a_plain_loop_does(
         _holds(place, name, reference, 4)
 
 
-@pytest.mark.slow  # two starts of four ranks, a plain loop over 320 packs
+@pytest.mark.slow  # two starts of four ranks, a plain loop over 128 packs
 def test_four_micro_batches_on_each_of_four_ranks(tmp_path: Path) -> None:
     """Every token goes to all experts here: over this many tokens some choice is always within rounding of a tie,
     and one token that goes elsewhere moves an expert by 4e-4. Without a choice nothing hides a difference."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import LIMIT_S
 from starts import environment
 
 from finetune.checks import base_family
@@ -28,11 +29,12 @@ WORLD, EP, RECIPE = 256, 8, "qwen3-vl-235b-a22b-lora"
 BUILD = """
 import gc, json, sys
 from pathlib import Path
-import torch, deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from finetune.checks import require
+from finetune.engine import start_distributed
 from finetune.hubconfig import read_family
 from finetune.model import build
 from finetune.recipes import load
@@ -40,7 +42,7 @@ from finetune.setup import make_balance, model_options
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-deepspeed.init_distributed()
+start_distributed()
 config, problems = load(sys.argv[4], [f"data.packs_per_step={world}"])
 require(config, problems, ranks=world)
 base, said = read_family(folder), []
@@ -93,7 +95,7 @@ def _run(folder: Path, base: Family, code: str, rank: int, *words: str) -> Any:
     (folder / "config.json").write_text(json.dumps(hub_config(base)))
     command = [sys.executable, "-W", "ignore", "-c", BUILD + code, str(rank), str(WORLD), str(folder), RECIPE, *words]
     environ = environment() | {"RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": "0"}
-    done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=4 * LIMIT_S)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

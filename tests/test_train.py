@@ -4,16 +4,15 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from corpora import write_shards
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
-from user_runs import make_place
+from user_runs import TORCHRUN, TRAIN, make_place, metrics, start
 
 from finetune.config import ScheduleConfig
 from finetune.rank_log import RankLog
@@ -23,7 +22,6 @@ from finetune.schedule import learning_rate
 from finetune.train import main
 from finetune.watch import Watch
 
-ROOT = Path(__file__).parent.parent
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 
 
@@ -33,34 +31,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_place(tmp_path_factory.mktemp("user"))
 
 
-def _train(
-    place: Path, name: str, *words: str, ranks: int = 2, command: list[str] | None = None, kill_after: str = ""
-) -> subprocess.CompletedProcess:
+def _train(place: Path, name: str, *words: str, ranks: int = 2, kill_after: str = "") -> CompletedProcess[str]:
     """Run to the end, or until a line of standard output begins with `kill_after`: then kill every process."""
-    start = command or [sys.executable, "-m", "launchers.cli", "train"]
-    setting = ["model.path=base", "model.dtype=float32", "data.sources.general.path=rows.jsonl", "data.workers=0"]
-    line = [*start, "tiny-cpu", *([] if command else ["--ranks", str(ranks)]), f"run.name={name}", *setting, *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    if not kill_after:
-        return subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True, timeout=280)
-    with subprocess.Popen(
-        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert any(text.startswith(kill_after) for text in process.stdout)
-        os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(line, process.wait())
-
-
-def _metrics(place: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    kill = (lambda pid: os.killpg(pid, signal.SIGKILL)) if kill_after else None
+    return start(place, [*TRAIN, "--ranks", str(ranks)], name, "data.workers=0", *words, at=kill_after, then=kill)
 
 
 def test_two_ranks_learn_and_stock_peft_reads_the_adapter(place: Path) -> None:
     done = _train(place, "two", *LORA, "schedule.steps=8", "schedule.warmup_steps=2", "optim.lr=5e-3")
     assert done.returncode == 0, done.stderr[-3000:]
-    steps = _metrics(place, "two")
+    steps = metrics(place, "two")
     assert [step["step"] for step in steps] == list(range(8))
     assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
     assert all(step["loss_balance"] >= 1 and step["grad_norm"] > 0 for step in steps)
@@ -80,34 +60,39 @@ def test_two_ranks_learn_and_stock_peft_reads_the_adapter(place: Path) -> None:
     assert (after - before).abs().max() > 0.1
 
 
-def test_one_rank_takes_the_same_steps_as_two(place: Path) -> None:
-    """Also by the second way in: the raw module under torchrun, as a cluster starts it."""
-    raw = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "finetune.train"]
-    words = [*LORA, "schedule.steps=3", "optim.eps=1e-6", "moe.balance=off"]
-    assert _train(place, "a", *words).returncode == 0
-    assert _train(place, "b", *words, "parallel.ep=1", "parallel.resident=none", command=raw).returncode == 0
-    for two, one in zip(_metrics(place, "a"), _metrics(place, "b"), strict=True):
-        for key in ("loss", "grad_norm", "tokens", "tokens_supervised"):
-            assert one[key] == pytest.approx(two[key], rel=1e-4), key
-
-
-def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path) -> None:
-    """Two ranks shared each row in the first stage; three go on with whole rows, by which 8 packs do not divide."""
+@pytest.fixture(scope="module")
+def whole(place: Path) -> list[str]:
+    """What was asked of a run of two ranks that nothing happens to."""
     words = [*LORA, "schedule.steps=6", "optim.eps=1e-6", "checkpoint.every_steps=2", "moe.balance=off"]
     words += ["context.yarn.factor=2", "stages.grown.from_step=3"]
     done = _train(place, "whole", *words)
     assert done.returncode == 0, done.stderr[-3000:]
-    first = _train(place, "cut", *words, "parallel.sp=2", "stages.grown.sp=1", kill_after="step 4:")
+    return words
+
+
+def test_one_rank_takes_the_same_steps_as_two(place: Path, whole: list[str]) -> None:
+    """Also by the second way in: the raw module under torchrun, as a cluster starts it."""
+    raw = [*TORCHRUN, "--nproc_per_node=1", "-m", "finetune.train"]
+    done = start(place, raw, "one", *whole, "data.workers=0", "parallel.ep=1", "parallel.resident=none")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for two, one in zip(metrics(place, "whole"), metrics(place, "one"), strict=True):
+        for key in ("loss", "grad_norm", "tokens", "tokens_supervised"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+
+
+def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path, whole: list[str]) -> None:
+    """Two ranks shared each row in the first stage; three go on with whole rows, by which 8 packs do not divide."""
+    first = _train(place, "cut", *whole, "parallel.sp=2", "stages.grown.sp=1", kill_after="step 4:")
     assert first.returncode != 0
-    again = _train(place, "cut", *words, "parallel.ep=1", ranks=3)
+    again = _train(place, "cut", *whole, "parallel.ep=1", ranks=3)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "of 3 data ranks 2 take 3 packs a step" in again.stderr
     assert "resumed: runs/cut/checkpoints/step-000004, saved by 2 ranks; 2 steps to go" in again.stdout
     assert "rotary positions: yarn x 2 over 4,096, theta 5,000,000" in again.stdout
     assert "warning: context.yarn.factor=2 is not needed: the largest position in the data is below" in again.stdout
-    for whole, cut in zip(_metrics(place, "whole"), _metrics(place, "cut"), strict=True):
-        assert cut["step"] == whole["step"]
-        assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    for uncut, cut in zip(metrics(place, "whole"), metrics(place, "cut"), strict=True):
+        assert cut["step"] == uncut["step"]
+        assert cut["loss"] == pytest.approx(uncut["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
