@@ -412,6 +412,8 @@ def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
         started = subprocess.Popen(
             [sys.executable, "-m", "launchers.cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+            # a shell starts what runs in the background with Ctrl-C ignored, and a child would inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         with silent.accept()[0]:
             started.send_signal(signal.SIGINT)
