@@ -66,6 +66,8 @@ class Clip:
             raise VideoRefused(f"{name}: the file has no video stream")
         self._container, self._stream, self._name = container, stream, name
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
+        # av 19 would take one of the whole process, with threads: a reader forked later would wait for them for ever
+        self._converter = _av().video.reformatter.VideoReformatter()
         self._deadline = _Deadline(timeout, name)
         indexed = container.format.name.split(",")[0] in _INDEXED
         read = _index_packets if indexed else _index_by_decoding
@@ -75,14 +77,14 @@ class Clip:
         if first is None or not self._index.pts:
             raise VideoRefused(f"{name}: no frame can be decoded")
         self._number_of = {pts: number for number, pts in enumerate(self._index.pts)}
-        self.facts = _facts(_upright(first).shape, self._index.pts, self._stream)
+        self.facts = _facts(_upright(first, self._converter).shape, self._index.pts, self._stream)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
         """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
         with _reading(self._name):
             for number, frame in zip(numbers, self._find(numbers), strict=True):
                 assert frame is not None, f"frame {number} was found"
-                yield torch.from_numpy(_upright(frame))
+                yield torch.from_numpy(_upright(frame, self._converter))
 
     def _find(self, numbers: Sequence[int]) -> Iterator[Any]:
         index, name = self._index, self._name
@@ -211,10 +213,10 @@ def _index_by_decoding(container: InputContainer, stream: VideoStream, deadline:
     return _Index(pts=[round(number * beat) for number in range(len(pts))], keys=[0], by_arrival=True)
 
 
-def _upright(frame: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _upright(frame: Any, converter: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """RGB as a player shows it: turned by the file's rotation, which phones write instead of turning pixels."""
     turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+    return np.ascontiguousarray(np.rot90(converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), turns))
 
 
 def decode_images(frames: Sequence[bytes], numbers: Sequence[int], *, name: str) -> Iterator[torch.Tensor]:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import LIMIT_S
 from media_files import clip, decode_all, encode, moving, picture, turned
 from PIL import Image
 
@@ -293,6 +295,16 @@ def test_frames_of_different_sizes_are_refused():
     sizes = [ImageFacts(height=64, width=96), ImageFacts(height=96, width=64)]
     with pytest.raises(ValueError, match="of one size, found 96 x 64, 64 x 96 pixels"):
         frame_list_facts(VideoRef(frames=FRAMES[:2], rate=1.0), sizes)
+
+
+def test_a_process_forked_from_one_that_has_decoded_decodes():
+    """As readers are; av 19 converts with threads of the whole process, which the fork would not have."""
+    data = clip(moving(6, 360, 640))
+    here = decoded(data, [0, 5])
+    decode_all(data)  # by av's own way
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        there = pool.apply_async(decoded, (data, [0, 5])).get(LIMIT_S)
+    assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
 
 
 def test_decoding_stops_at_the_timeout():
