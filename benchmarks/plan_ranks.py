@@ -28,6 +28,7 @@ from finetune.sequence import sequence_groups
 from finetune.sequence_attention import use_sequence
 from finetune.setup import engine_options, make_balance, model_options, save_memory, share_rows
 from finetune.weights import load
+from moe.host import to_host
 
 MICRO_BATCHES = 2
 
@@ -72,6 +73,7 @@ def measure(base: Path, case: Case) -> Measured:
     start_distributed()
     row = rank_and_world()[0] // case.config().parallel.sp
     batch = packed_row(case, read_family(base), read_spec(base), row=row)
+    to_host(torch.empty(1))  # makes the block of host memory for activations, which is none of the device's
     gc.collect()
     gc.freeze()  # what there is before is none of the engine's, and a million objects more to look through each time
     engine, balance = _start(base, case)
