@@ -57,7 +57,11 @@ class WandbLink:
         self._lock = threading.Lock()
         self._over = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="wandb")
+        self._made = threading.Event()
         self._thread.start()
+        # Readers are forked next. One that is forked while a process is being made keeps a pipe of the making open, and
+        # the thread would wait until that reader ends.
+        self._made.wait(START_S)
 
     def send(self, kind: str, values: Mapping[str, Any]) -> None:
         """Hand over a message, which is on its way or dropped; never waits."""
@@ -119,19 +123,26 @@ class WandbLink:
                     self._give_up("its process ended before all was written" + self._log_tail())
                 return
 
+    def _make(self) -> "subprocess.Popen[str]":
+        with self._log_path().open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("wandb_writer.py"))], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                env=os.environ | {"PYTHONSAFEPATH": "1"},
+            )  # fmt: skip
+
     def _open(self, mode: str) -> str:
         """Start the process and open a run; returns why it failed, or nothing."""
-        if find_spec("wandb") is None:
-            return "it is not installed: pip install 'moetune[wandb]'"
         try:
+            if find_spec("wandb") is None:
+                return "it is not installed: pip install 'moetune[wandb]'"
             start = {**self._start, "mode": mode, "id": run_id(self._folder)}
-            with self._log_path().open("a") as log:
-                process = subprocess.Popen(
-                    [sys.executable, str(Path(__file__).with_name("wandb_writer.py"))], stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-                    env=os.environ | {"PYTHONSAFEPATH": "1"},
-                )  # fmt: skip
-            self._process = process
+            process = self._process = self._make()
+        except OSError as error:
+            return str(error)
+        finally:
+            self._made.set()
+        try:
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(json.dumps(start) + "\n")
