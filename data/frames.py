@@ -66,7 +66,7 @@ class Clip:
             raise VideoRefused(f"{name}: the file has no video stream")
         self._container, self._stream, self._name = container, stream, name
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
-        # av 19 would take one of the whole process, with threads: a reader forked later would wait for them for ever
+        # av 19 would take one of the whole process, with threads: a reader forked later would hang on them
         self._converter = _av().video.reformatter.VideoReformatter()
         self._deadline = _Deadline(timeout, name)
         indexed = container.format.name.split(",")[0] in _INDEXED

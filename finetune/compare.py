@@ -34,7 +34,7 @@ class Compared(NamedTuple):
 def compare_row(packed: PackedModel, row: Row, *, with_base: bool) -> Compared:
     """Run one row, and `with_base` once more without adapters; the head is called once. Every rank must call this.
 
-    Found are the tokens that this rank's part of the row predicts, which may end in the next part.
+    The result covers the tokens that this rank's part of the row predicts, which may end in the next part.
     """
     batch, labels_N = row.batch, row.labels_N
     hidden_ND, base_ND = packed.hidden(row)[labels_N - 1 - row.part.start], None

@@ -176,7 +176,7 @@ def start_distributed() -> bool:
 def end_distributed() -> None:
     """End every process group, after the last collective; every rank must call this.
 
-    What an exit tears down itself, NCCL complains about, and sometimes waits in for ever.
+    What an exit tears down itself, NCCL complains about, and sometimes hangs in.
     """
     deepspeed.comm.destroy_process_group()
 

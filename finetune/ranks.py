@@ -17,7 +17,7 @@ T = TypeVar("T")
 SHOWN = 8
 """So many differences are printed."""
 PATIENCE = timedelta(days=1)
-"""So long a collective waits for the slowest rank: one may fetch or index terabytes, or write a model, while the others
+"""How long a collective waits for the slowest rank, which may fetch or index terabytes, or write a model, while others
 stand in it. One that is gone is not waited for: its connections break, or the watch misses it."""
 
 

@@ -75,7 +75,7 @@ def _slug(text: str) -> str:
 def _minutes(text: str) -> float:
     value = float(text)
     if not 0 < value <= 24 * 60:
-        raise argparse.ArgumentTypeError(f"minutes above 0, at most a day, are wanted, found {text!r}")
+        raise argparse.ArgumentTypeError(f"minutes must be above 0 and at most a day, got {text!r}")
     return value
 
 
