@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.entries import ENTRIES, Entry
-from benchmarks.figure import refusal
-from benchmarks.machine import surroundings
-from benchmarks.measure import OutputsDiffer
+from benchmarks.harness.figure import refusal
+from benchmarks.harness.machine import surroundings
+from benchmarks.harness.measure import OutputsDiffer
 
 
 def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:

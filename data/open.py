@@ -6,11 +6,11 @@ from pathlib import Path
 
 from data.checks import data_problems
 from data.config import DataConfig
-from data.corpus import Corpus, Limits, find_shards, load_corpus
-from data.plan import PlanSettings
-from data.prepare import shards_of_rows
-from data.sample import Renderer
-from data.stream import DataStream, StreamSettings
+from data.prepare.build import shards_of_rows
+from data.render.sample import Renderer
+from data.stream.corpus import Corpus, Limits, find_shards, load_corpus
+from data.stream.plan import PlanSettings
+from data.stream.stream import DataStream, StreamSettings
 
 # a token of an image or a video is merge x merge = 4 patches in every model of the family
 PATCHES_PER_TOKEN = 4

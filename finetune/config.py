@@ -1,7 +1,7 @@
 """The whole configuration, composed of the floors' own sections. Loads no torch.
 
 A key enters here in the commit that makes it work; a section without keys is a frame that refuses every key.
-`finetune.recipes` fills it from YAML and the command line, `finetune.checks` looks across sections.
+`finetune.settings.recipes` fills it from YAML and the command line, `finetune.settings.checks` looks across sections.
 """
 
 from dataclasses import dataclass, field
@@ -118,7 +118,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser. Ranges that others published, with their sources, are in `finetune.published`."""
+    """The optimiser. Ranges that others published, with their sources, are in `finetune.settings.published`."""
 
     lr: float = 1e-4  # for LoRA, as ms-swift's best practice for Qwen3-VL has it; full tuning wants 1e-5 and less
     betas: tuple[float, float] = (0.9, 0.95)

@@ -17,19 +17,28 @@ from typing import Any
 
 import torch
 
-from data.sample import Renderer
-from data.vision import read_spec
-from finetune.adapter_file import open_adapter
-from finetune.adapters import table_lines, trainable_table
-from finetune.basefiles import open_base
-from finetune.checkpoint import Checkpoints
-from finetune.checkpoint_adapter import adapter_beside, reached
-from finetune.checkpoint_manifest import starting_point
-from finetune.checks import require
+from data.render.sample import Renderer
+from data.render.vision import read_spec
+from data.stream.batch import keys_of
+from finetune.adapters.file import open_adapter
+from finetune.adapters.provenance import Provenance
+from finetune.architecture.yarn import check_rotary
+from finetune.checkpoint.adapter import adapter_beside, reached
+from finetune.checkpoint.checkpoints import Checkpoints
+from finetune.checkpoint.folder import starting_point
 from finetune.config import RunConfig
-from finetune.context import check_rotary
-from finetune.derive import derive
-from finetune.engine import (
+from finetune.files.basefiles import open_base
+from finetune.files.hubconfig import read_family
+from finetune.files.hubfiles import stop_tokens
+from finetune.model.build import build
+from finetune.model.forward import PackedModel
+from finetune.model.lora import table_lines, trainable_table
+from finetune.model.sequence import sequence_groups
+from finetune.model.sequence_attention import use_sequence
+from finetune.model.weights import load as load_weights
+from finetune.planner.foresight import Foresight, settled
+from finetune.ranks.collectives import Preempted, barrier, rank_and_world
+from finetune.ranks.engine import (
     NotFinite,
     end_distributed,
     engine_config,
@@ -38,28 +47,22 @@ from finetune.engine import (
     start_distributed,
     take_device,
 )
-from finetune.eval_verdict import Verdict
-from finetune.evaluate import Evaluation
-from finetune.failures import end_at_failure, forget_failure, keep_outcome, report_failure
-from finetune.flight import record_flight
-from finetune.foresight import Foresight, settled
-from finetune.forward import PackedModel
-from finetune.groups import enter, set_rates, trained_groups
-from finetune.hubconfig import read_family
-from finetune.learned import hand_over, write_learned
-from finetune.metrics import keys_of
-from finetune.model import build
-from finetune.provenance import Provenance
-from finetune.rank_log import RankLog
-from finetune.ranks import Preempted, barrier, rank_and_world
-from finetune.recipes import effective, load
-from finetune.rehearse import rehearse
-from finetune.replay import replay
-from finetune.run_folder import make_run_folder
-from finetune.safety import IdleSteps, kept_step, random_states
-from finetune.sequence import sequence_groups
-from finetune.sequence_attention import use_sequence
-from finetune.setup import (
+from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_failure
+from finetune.ranks.flight import record_flight
+from finetune.ranks.log import RankLog
+from finetune.ranks.watch import PREEMPTED, Watch, exit_code
+from finetune.settings.checks import require
+from finetune.settings.derive import derive
+from finetune.settings.recipes import effective, load
+from finetune.settings.stages import run_stages, stage_of
+from finetune.training.bad_steps import IdleSteps, kept_step, random_states
+from finetune.training.dry_run import rehearse
+from finetune.training.evaluation import Evaluation
+from finetune.training.optimiser_groups import enter, set_rates, trained_groups
+from finetune.training.replay import replay
+from finetune.training.results import hand_over, write_learned
+from finetune.training.run_folder import make_run_folder
+from finetune.training.setup import (
     context_lines,
     engine_options,
     fetch_base,
@@ -68,13 +71,10 @@ from finetune.setup import (
     save_memory,
     share_rows,
 )
-from finetune.speaker import stop_tokens
-from finetune.stages import run_stages, stage_of
-from finetune.steps import RunData, take_together
-from finetune.track import Tracker
-from finetune.update import take_step
-from finetune.watch import PREEMPTED, Watch, exit_code
-from finetune.weights import load as load_weights
+from finetune.training.steps import RunData, take_together
+from finetune.training.track import Tracker
+from finetune.training.update import take_step
+from finetune.training.verdict import Verdict, scores
 from moetune_guard import require_fit
 
 
@@ -154,7 +154,8 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
     def save(steps: int, position: Mapping[str, Any], *, stop: int, owed: bool = False, is_best: bool = False) -> None:
         nonlocal origin
         watch.save(steps, checkpoints.folder)
-        state = {"data": position, "eval": evaluation.judge.state_dict(), "eval_owed": owed}
+        judged = evaluation.judge.state_dict()
+        state = {"data": position, "eval": judged, "scores": scores(judged), "eval_owed": owed}
         origin = reached(origin, state)
         path = checkpoints.save(step=steps, state=state, config=effective(config), is_best=is_best, wait=bool(stop))
         say(f"checkpoint: {path}" + (" is being written" if config.checkpoint.asynchronous and not stop else ""))

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.check import positive
-from launchers.model_options import load_speaker, model_arguments
+from launchers.arguments import load_speaker, model_arguments, positive
 
 if TYPE_CHECKING:
-    from data.reader import VideoBytes
-    from data.record import Record
-    from finetune.generate import Speaker
+    from data.format.record import Record
+    from data.shards.bytes import VideoBytes
+    from finetune.ask.speaker import Speaker
 
 EXAMPLE = """\
   moetune ask base "Which digit is this?" --image 7.png --adapter runs/digits/adapter --compare
@@ -61,9 +60,9 @@ def question(
     text: str, images: list[str], videos: list[str], *, system: str = ""
 ) -> tuple["Record", list[bytes], list["VideoBytes"]]:
     """The record of one question, and the bytes of its media; those that no mark places stand before the text."""
-    from data.convert import convert_row
-    from data.reader import SampleReader
-    from data.record import parse_record
+    from data.format.record import parse_record
+    from data.prepare.convert import convert_row
+    from data.shards.reader import SampleReader
 
     row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
     if system:
@@ -81,7 +80,7 @@ def _answers(
     args: argparse.Namespace, record: "Record", images: list[bytes], videos: list["VideoBytes"]
 ) -> Iterator[tuple[str, Iterator[str]]]:
     """Who answers, and the pieces of the answer. The base is the same model without its adapter where that is exact."""
-    from finetune.generate import Sampling
+    from finetune.ask.speaker import Sampling
 
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
 

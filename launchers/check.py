@@ -6,12 +6,13 @@ import sys
 
 from omegaconf import OmegaConf
 
-from finetune.checks import cross_check
-from finetune.derive import derive
-from finetune.problems import Problem
-from finetune.recipes import effective, load
-from finetune.typed import leaves
-from finetune.versions import command, demand, installed_versions, untested
+from finetune.ranks.versions import command, demand, installed_versions, untested
+from finetune.settings.checks import cross_check
+from finetune.settings.derive import derive
+from finetune.settings.problems import Problem
+from finetune.settings.recipes import effective, load
+from finetune.settings.typed import leaves
+from launchers.arguments import positive
 
 EXAMPLE = """\
   moetune check tiny-cpu
@@ -75,10 +76,3 @@ def _print_problems(problems: list[Problem]) -> None:
         for problem in problems:
             if problem.level == level:
                 print(f"{level}: {problem}", file=sys.stderr)
-
-
-def positive(text: str) -> int:
-    """Read a count from the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, found {text!r}")
-    return int(text)

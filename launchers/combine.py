@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the sum and say how exact it is."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
-    from finetune.combine import combine
+    from finetune.adapters.combine import combine
 
     if args.rank < 0:
         raise ValueError(f"--rank {args.rank}: a number from 1 on is wanted, or none for the exact sum")

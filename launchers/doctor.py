@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune.autopsy import is_run, page
-from launchers.check import positive
+from finetune.ranks.autopsy import is_run, page
+from launchers.arguments import positive
 
 EXAMPLE = """\
   moetune doctor                                            # this machine
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace) -> int:
-    from finetune.checks import cross_check
-    from finetune.doctor import machine_findings, run_findings
-    from finetune.problems import ConfigError
-    from finetune.recipes import load
+    from finetune.planner.doctor import machine_findings, run_findings
+    from finetune.settings.checks import cross_check
+    from finetune.settings.problems import ConfigError
+    from finetune.settings.recipes import load
 
     config = None
     if args.target:
@@ -62,7 +62,7 @@ def _machine(args: argparse.Namespace) -> int:
 
 
 def _smi() -> str | None:
-    from finetune.doctor import QUERY
+    from finetune.planner.doctor import QUERY
 
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
@@ -83,5 +83,5 @@ def _cluster(args: argparse.Namespace) -> int:
         command += [f"--nnodes={args.nnodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={args.rdzv_endpoint}"]
         command += ["--rdzv_id=moetune-doctor"]
     environment = os.environ | {"PYTHONSAFEPATH": "1"} | ({"MOETUNE_JSON": "1"} if args.json else {})
-    done = subprocess.run([*command, "-m", "finetune.cluster_check"], env=environment)
+    done = subprocess.run([*command, "-m", "finetune.planner.cluster_check"], env=environment)
     return 0 if done.returncode == 0 else 3

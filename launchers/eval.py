@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.check import positive
-from launchers.model_options import load_speaker, model_arguments
+from launchers.arguments import endpoint_of, load_speaker, model_arguments, positive
 
 if TYPE_CHECKING:
-    from finetune.answers import Respond, Row, Scored
-    from finetune.endpoint import Endpoint
+    from finetune.ask.answers import Respond, Row, Scored
 
 EXAMPLE = """\
   moetune eval shards/held-out --model base --adapter runs/mine/adapter --metric exact --out answers.jsonl
@@ -58,9 +56,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, score, print the table; 3 when a bound is missed, 1 when the server fails."""
-    from finetune import answers
-    from finetune.endpoint import EndpointError
-    from finetune.scores import find_metric
+    from finetune.ask import answers
+    from finetune.ask.endpoint import EndpointError
+    from finetune.ask.scores import find_metric
 
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
         raise ValueError(f"--out is {args.out}; a file in a folder that exists is wanted")
@@ -89,12 +87,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _respond(args: argparse.Namespace, records: Sequence[Any]) -> "Respond":
     if args.url is None:
-        from finetune.generate import Sampling
-        from finetune.respond import local
+        from finetune.ask.local import local
+        from finetune.ask.speaker import Sampling
 
         sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
         return local(load_speaker(args.model, args, adapter=args.adapter), sampling, batch=args.batch)
-    from finetune.endpoint import check_sendable, remote
+    from finetune.ask.endpoint import check_sendable, remote
 
     ignored = [f"--{name}" for name, value in (("adapter", args.adapter), ("config", args.config)) if value]
     if ignored or args.settings:
@@ -105,21 +103,11 @@ def _respond(args: argparse.Namespace, records: Sequence[Any]) -> "Respond":
     return remote(endpoint_of(args), options)
 
 
-def endpoint_of(args: argparse.Namespace) -> "Endpoint":
-    """The server that the arguments name."""
-    from finetune.endpoint import Endpoint
-
-    return Endpoint(
-        url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout,
-        attempts=args.attempts, concurrency=args.concurrency,
-    )  # fmt: skip
-
-
 def _collect(found: Any, total: int, out: Path | None) -> list["Scored"]:
     """Take answers as they come; each is on disk before the next is awaited."""
     from contextlib import nullcontext
 
-    from data.progress import Progress
+    from data.prepare.progress import Progress
 
     progress, scored = Progress("asked", total, rows="questions"), []
     with out.open("w") if out else nullcontext() as file:

@@ -23,9 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the folder, read it back, say what it holds."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
-    from finetune.export import export
-    from finetune.hubconfig import read_family
-    from finetune.shapes import parameter_shapes
+    from finetune.adapters.export import export
+    from finetune.architecture.shapes import parameter_shapes
+    from finetune.files.hubconfig import read_family
 
     shapes = parameter_shapes(read_family(args.base)) if args.base else None
     done = export(args.adapter, args.out, form=args.format, shapes=shapes)

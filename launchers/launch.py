@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finetune.checks import cross_check
-from finetune.problems import ConfigError
-from finetune.recipes import load
+from finetune.settings.checks import cross_check
+from finetune.settings.problems import ConfigError
+from finetune.settings.recipes import load
 from launchers.profile import read_profile
 from launchers.render import Job, Rendered, as_json, render, shell_line
 

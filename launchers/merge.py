@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.verify_samples import Trial
+    from finetune.verify.samples import Trial
 
 EXAMPLE = """\
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify
@@ -41,10 +41,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan, merge, print what became of the changes; 3 when one was lost in rounding, or the proof fails."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
-    from finetune.basefiles import open_base
-    from finetune.hub import model_folder
-    from finetune.merge import merge
-    from finetune.merge_plan import plan_merge
+    from finetune.adapters.merge import merge
+    from finetune.adapters.merge_plan import plan_merge
+    from finetune.files.basefiles import open_base
+    from finetune.files.hub import model_folder
 
     def say(text: str) -> None:
         print(text, file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         return _finish(args, 0, {"need_bytes": plan.need_bytes, "intended": plan.intended})
     samples: list[Trial] = []
     if args.verify is not None:  # what the proof needs is looked at before the work is done
-        from finetune.device import open_device
-        from finetune.merge_verify import proof_samples
+        from finetune.ranks.device import open_device
+        from finetune.verify.merged import proof_samples
 
         open_device(args.device)
         samples = proof_samples(base.folder, args.verify, args.samples)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verify is not None:
         from dataclasses import asdict
 
-        from finetune.merge_verify import prove
+        from finetune.verify.merged import prove
 
         proof = prove(args.out, plan, samples, device=args.device)
         say(proof.line())

@@ -5,16 +5,16 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from finetune.checks import base_family, cross_check
 from finetune.config import RunConfig
-from finetune.gpus import Cluster, cluster, gpu_names
-from finetune.plan import plan
-from finetune.plan_fit import AUTO_EP, Fit, fit, sp_sizes
-from finetune.plan_text import fit_lines, plan_lines
-from finetune.plan_time import Assumed
-from finetune.problems import ConfigError
-from finetune.recipes import load
-from launchers.check import positive
+from finetune.planner.fit import AUTO_EP, Fit, fit, sp_sizes
+from finetune.planner.gpus import Cluster, cluster, gpu_names
+from finetune.planner.plan import plan
+from finetune.planner.text import fit_lines, plan_lines
+from finetune.planner.time import Assumed
+from finetune.settings.checks import base_family, cross_check
+from finetune.settings.problems import ConfigError
+from finetune.settings.recipes import load
+from launchers.arguments import positive
 
 EXAMPLE = """\
   moetune plan qwen3-vl-30b-a3b-lora --gpus 8 --gpu h100-80gb --price 2.5

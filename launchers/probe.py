@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.check import positive
-from launchers.model_options import load_speaker, model_arguments
+from launchers.arguments import load_speaker, model_arguments, positive
 
 if TYPE_CHECKING:
-    from finetune.needle import Cell
+    from finetune.ask.needle import Cell
 
 EXAMPLE = """\
   moetune probe needle base --adapter runs/long/adapter --lengths 8192,32768,131072 --out needles
@@ -37,7 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe, print a table, write needle.json and a heatmap for each kind."""
-    from finetune.heatmap import draw_heatmap
+    from finetune.ask.heatmap import draw_heatmap
 
     report: dict[str, dict[str, list[dict[str, float]]]] = {}
     for who, kind, cells in _probes(args):
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _probes(args: argparse.Namespace) -> Iterator[tuple[str, str, "Iterator[Cell]"]]:
-    from finetune.needle import probe
+    from finetune.ask.needle import probe
 
     kinds = ("text", "video") if args.kind == "both" else (args.kind,)
     asked = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}

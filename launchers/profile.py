@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from finetune.problems import ConfigError, Problem
-from finetune.typed import TypedTree
+from finetune.settings.problems import ConfigError, Problem
+from finetune.settings.typed import TypedTree
 
 HEAD_PORT = 29_500
 

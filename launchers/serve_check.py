@@ -5,8 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from launchers.check import positive
-from launchers.model_options import load_speaker, model_arguments
+from launchers.arguments import load_speaker, model_arguments, positive
 
 EXAMPLE = """\
   moetune serve-check http://localhost:8000/v1 shards/held-out --model merged --samples 16
@@ -35,8 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
-    from finetune.answers import find_questions, put
-    from finetune.endpoint import Endpoint, EndpointError, check_sendable
+    from finetune.ask.answers import find_questions, put
+    from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable
 
     if not args.tolerance >= 0:
         raise ValueError(f"--tolerance is {args.tolerance}; a number from 0 on is wanted, 0.1 is usual for bfloat16")
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         endpoint.model_name()  # a server that is not there is known before a model is loaded
         speaker = load_speaker(args.model, args, adapter=args.adapter)
-        from finetune.serve_check import serve_check
+        from finetune.ask.serve_check import serve_check
 
         for found in serve_check(speaker, endpoint, asked, tolerance=args.tolerance, max_tokens=args.max_tokens):
             card = found

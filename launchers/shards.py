@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from data.lengths import Lengths
-    from data.sample import Renderer
-    from data.stats import Histogram
+    from data.render.sample import Renderer
+    from data.shards.lengths import Lengths
+    from data.stream.stats import Histogram
 
 EXAMPLE = """\
   moetune shards build train.jsonl --out shards/train --jobs 8      # ms-swift, LLaMA-Factory, OpenAI, Qwen rows
@@ -78,14 +78,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shards(args: argparse.Namespace) -> list[Path]:
-    from data.corpus import find_shards
+    from data.stream.corpus import find_shards
 
     return find_shards(args.path, "PATH")
 
 
 def _renderer(base: Path) -> "Renderer":
     from data.config import ChatConfig, ImageConfig, VideoConfig
-    from data.sample import Renderer
+    from data.render.sample import Renderer
 
     return Renderer(base, image=ImageConfig(), video=VideoConfig(), chat=ChatConfig())
 
@@ -95,8 +95,8 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data.prepare import REJECTS, BuildOptions, build_shards
-    from data.progress import Progress, count_rows
+    from data.prepare.build import REJECTS, BuildOptions, build_shards
+    from data.prepare.progress import Progress, count_rows
 
     options = BuildOptions(
         name=args.name, samples_per_shard=args.samples_per_shard, media=args.media, media_root=args.media_root
@@ -116,7 +116,7 @@ def _index(args: argparse.Namespace) -> int:
     from concurrent.futures import ProcessPoolExecutor
     from functools import partial
 
-    from data.index import load_index
+    from data.shards.reader import load_index
 
     shards = _shards(args)
     make = partial(load_index, cache_dir=args.cache_dir, force=args.force)
@@ -144,13 +144,13 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Lengths]":
-    from data.corpus import measure_all
+    from data.stream.corpus import measure_all
 
     return measure_all(shards, _renderer(args.base), args.cache_dir, args.jobs)
 
 
 def _check(args: argparse.Namespace) -> int:
-    from data.audit import AuditOptions, audit_shards
+    from data.prepare.audit import AuditOptions, audit_shards
 
     if args.tokens_per_pack and not args.base:
         raise ValueError("--tokens-per-pack needs --base: without its tokenizer no length is known")
@@ -172,8 +172,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from data.config import VideoConfig
-    from data.reader import SampleReader
-    from data.show import contact_sheet, marked_text, sample_tiles
+    from data.prepare.show import contact_sheet, marked_text, sample_tiles
+    from data.shards.reader import SampleReader
 
     shard = _shards(args)[0]
     reader = SampleReader(cache_dir=args.cache_dir)
@@ -201,7 +201,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from data.stats import shard_stats
+    from data.stream.stats import shard_stats
 
     stats = shard_stats(_shards(args), _renderer(args.base), context=args.context, cache_dir=args.cache_dir)
     lines = [f"{stats.samples} samples ({stats.unusable} unusable), {stats.images} images, {stats.videos} videos"]
@@ -225,7 +225,7 @@ def _bars(histogram: "Histogram") -> list[str]:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from data.split import split_shards
+    from data.prepare.split import split_shards
 
     shares = {}
     for part in args.part:

@@ -48,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder and say what it holds."""
-    from finetune.tiny import TinyModel, write_tiny
+    from finetune.files.tiny import TinyModel, write_tiny
 
     given: dict[str, Any] = {
         name: getattr(args, name)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
-from launchers.check import positive
+from launchers.arguments import positive
 from launchers.render import SHUTDOWN
 
 EXAMPLE = """\
@@ -38,11 +38,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Hand over to torchrun, pass signals on, and say which rank failed first."""
-    from finetune.checkpoint_manifest import starting_point
-    from finetune.checks import require
-    from finetune.failures import first_failure, outcome_since
-    from finetune.recipes import load
-    from finetune.versions import torch_problem
+    from finetune.checkpoint.folder import starting_point
+    from finetune.ranks.failures import first_failure, outcome_since
+    from finetune.ranks.versions import torch_problem
+    from finetune.settings.checks import require
+    from finetune.settings.recipes import load
 
     if torch_problem():
         raise ValueError(torch_problem())

@@ -30,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the card line by line; 3 when a check failed."""
     if args.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
-    from finetune.hub import model_folder
-    from finetune.verify import Check, Options, verify_base
+    from finetune.files.hub import model_folder
+    from finetune.verify.base import Options, verify_base
+    from finetune.verify.card import Check
 
     if not args.no_compute:
-        from finetune.device import open_device
+        from finetune.ranks.device import open_device
 
         open_device(args.device)
     folder = model_folder(args.model, revision=args.revision)

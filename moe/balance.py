@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe.config import BalanceMode
-from moe.load import StepLoad, StepTotals, step_load
+from moe.expert_load import StepLoad, StepTotals, step_load
 
 
 def _check_active(totals: StepTotals, *, value_needed: bool) -> None:

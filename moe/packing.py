@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe.layout import Layout
+from moe.placement import Layout
 
 
 def fused_to_ours(gate_up: Tensor, down: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import dispatch as all_to_all
 from moe.experts import ExpertLora, GroupedExperts
-from moe.layout import check_ep, expert_range
 from moe.names import LAYERS
+from moe.placement import check_ep, expert_range
 from moe.recompute import contexts, kept
 from moe.router import Router, RouterOptions
 

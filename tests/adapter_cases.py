@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.adapters import settle
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig, RouterFamilyConfig
-from finetune.model import EmptyModel, ModelOptions, build
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.lora import settle
 from moe.parallel import LayerOptions
 
 WIDE = AdaptersConfig(

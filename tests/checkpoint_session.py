@@ -17,17 +17,26 @@ from safetensors import safe_open
 from tiny_moe import batch, rows_of, token_count, token_loss
 from torch import Tensor
 
-from finetune.adapter_file import write_adapter
-from finetune.basefiles import open_base
-from finetune.checkpoint import Checkpoints
-from finetune.checkpoint_adapter import adapter_beside
-from finetune.checkpoint_files import checked
-from finetune.checkpoint_manifest import find_latest, read_manifest, write_manifest
-from finetune.checkpoint_slices import slices
-from finetune.engine import EngineOptions, backward, engine_config, initialize, require_step_applied, start_distributed
-from finetune.model import EmptyModel, ModelOptions, build
-from finetune.provenance import Provenance
-from finetune.weights import load
+from finetune.adapters.file import write_adapter
+from finetune.adapters.provenance import Provenance
+from finetune.checkpoint.adapter import adapter_beside
+from finetune.checkpoint.checkpoints import Checkpoints
+from finetune.checkpoint.folder import find_latest
+from finetune.checkpoint.manifest import read_manifest, write_manifest
+from finetune.checkpoint.slices import slices
+from finetune.checkpoint.stored import checked
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.weights import load
+from finetune.ranks.engine import (
+    EngineOptions,
+    backward,
+    engine_config,
+    initialize,
+    require_step_applied,
+    start_distributed,
+)
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions

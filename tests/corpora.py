@@ -8,9 +8,9 @@ from media_files import clip, encode, moving, picture
 from PIL import Image
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.corpus import Limits, load_corpus
-from data.sample import Renderer
-from data.tar import TarWriter
+from data.format.tar import TarWriter
+from data.render.sample import Renderer
+from data.stream.corpus import Limits, load_corpus
 
 LIMITS = Limits(tokens=384, patches=4 * 384)
 

@@ -13,14 +13,14 @@ from sequence_session import adapted_model
 from tiny_moe import start_factors, text_model, vl_model
 from torch import Tensor
 
-from benchmarks.second_device import DEVICE, SecondDevice, move_module
-from finetune.compare import compare_row
-from finetune.engine import start_distributed
-from finetune.forward import PackedModel
-from finetune.recompute import set_recompute
-from finetune.resident import make_resident
-from finetune.tiled_norm import tile_norms
-from finetune.varlen import register
+from benchmarks.device.second_device import DEVICE, SecondDevice, move_module
+from finetune.model.divergence import compare_row
+from finetune.model.forward import PackedModel
+from finetune.model.recompute import set_recompute
+from finetune.model.resident import make_resident
+from finetune.model.tiled_norm import tile_norms
+from finetune.model.varlen import register
+from finetune.ranks.engine import start_distributed
 from moe.balance import Balance
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions, replace_moe_blocks
@@ -120,7 +120,7 @@ def _built(case: Case, attention: str) -> tuple[PackedModel, Balance | None]:
 def _step(
     case: Case, packed: PackedModel, balance: Balance | None, device: torch.device, waited: Callable[[], dict[str, int]]
 ) -> Outcome:
-    """One step of the case's rows, as `finetune.update` takes it, then one row as an evaluation has it."""
+    """One step of the case's rows, as `finetune.training.update` takes it, then one row as an evaluation has it."""
     out, batches = Outcome(), {name: row(*ROWS[name]) for name in case.rows}
     torch.manual_seed(3)  # dropout
     if balance is not None:

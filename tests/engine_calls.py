@@ -18,7 +18,7 @@ import torch.distributed as dist
 from checkpoint_session import Job, start
 from deepspeed.accelerator import get_accelerator
 
-from finetune.engine import engine_device, start_distributed
+from finetune.ranks.engine import engine_device, start_distributed
 
 MADE = "a process group"
 FIRST_LOCAL = 5

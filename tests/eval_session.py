@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from finetune.checks import require
-from finetune.engine import start_distributed
-from finetune.rank_log import RankLog
-from finetune.recipes import load
+from finetune.ranks.engine import start_distributed
+from finetune.ranks.log import RankLog
+from finetune.ranks.watch import Watch
+from finetune.settings.checks import require
+from finetune.settings.recipes import load
 from finetune.train import train
-from finetune.watch import Watch
 
 SETTING = (
     "model.path=base", "model.dtype=float32", "data.workers=0", "data.sources.general.path=rows.jsonl",

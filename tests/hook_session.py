@@ -11,12 +11,18 @@ import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import nn
 
-from benchmarks.plan_case import Case, packed_row
-from data.vision import read_spec
-from finetune.adapter_switch import adapters_off
-from finetune.basefiles import open_base
-from finetune.compare import compare_row
-from finetune.engine import (
+from benchmarks.planner.plan_case import Case, packed_row
+from data.render.vision import read_spec
+from finetune.files.basefiles import open_base
+from finetune.files.hubconfig import read_family
+from finetune.model.build import build
+from finetune.model.divergence import compare_row
+from finetune.model.forward import PackedModel
+from finetune.model.lora import adapters_off
+from finetune.model.loss import row_losses
+from finetune.model.row import Row
+from finetune.model.weights import load
+from finetune.ranks.engine import (
     EngineOptions,
     backward,
     engine_config,
@@ -25,14 +31,8 @@ from finetune.engine import (
     require_step_applied,
     start_distributed,
 )
-from finetune.evaluate import untouched
-from finetune.forward import PackedModel
-from finetune.hubconfig import read_family
-from finetune.loss import row_losses
-from finetune.model import build
-from finetune.row import Row
-from finetune.setup import model_options, save_memory
-from finetune.weights import load
+from finetune.training.evaluation import untouched
+from finetune.training.setup import model_options, save_memory
 
 ROWS, HELD_OUT = 2, 3
 """Of each rank: a first row records the order of modules, the later ones follow it."""

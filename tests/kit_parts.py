@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 
-from benchmarks.figure import Figure, Target
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
+from benchmarks.harness.figure import Figure, Target
 
 
 def figure(value: float, floor: float = 1.0) -> Figure:

@@ -10,13 +10,13 @@ from packed_rows import SPEC, alone, row
 from tiny_moe import vl_model
 from torch import Tensor
 
-from data.batch import LossSums, loss_sums
-from finetune.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
-from finetune.forward import PackedModel
-from finetune.loss import Normalise, normaliser, report, step_sums
-from finetune.recompute import set_recompute
-from finetune.resident import make_resident
-from finetune.varlen import register
+from data.stream.batch import LossSums, loss_sums
+from finetune.model.forward import PackedModel
+from finetune.model.loss import Normalise, normaliser, report, step_sums
+from finetune.model.recompute import set_recompute
+from finetune.model.resident import make_resident
+from finetune.model.varlen import register
+from finetune.ranks.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 KINDS: tuple[tuple[str, ...], ...] = (("", ""), ("i", ""), ("v",), ("iv", "w"), ())

@@ -5,7 +5,7 @@ from functools import cache
 from media_files import clip, encode, moving, picture
 from PIL import Image
 
-from data.record import parse_record
+from data.format.record import parse_record
 
 MIXES = {
     "text": {"messages": [("user", "What is a horse?"), ("assistant", "A tall animal. 一种高大的动物。")]},

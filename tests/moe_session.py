@@ -21,10 +21,10 @@ from tiny_moe import (
 )
 from torch import Tensor
 
-from benchmarks.collectives import CollectiveCounter
-from finetune.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
-from finetune.recompute import set_recompute
-from finetune.resident import make_resident
+from benchmarks.harness.collectives import CollectiveCounter
+from finetune.model.recompute import set_recompute
+from finetune.model.resident import make_resident
+from finetune.ranks.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
 from moe import reference
 from moe.balance import Balance
 from moe.parallel import LayerOptions, replace_moe_blocks

@@ -5,10 +5,10 @@ import torch
 from tiny_moe import END, IMAGE, START, VIDEO
 from torch import nn
 
-from data.batch import Batch, collate
-from data.positions import sample_positions
-from data.sample import Sample
-from data.vision import VisionSpec, normalise
+from data.render.positions import sample_positions
+from data.render.sample import Sample
+from data.render.vision import VisionSpec, normalise
+from data.stream.batch import Batch, collate
 
 SPEC = VisionSpec(patch=4, merge=2, temporal=2)
 WIDTHS = (3 * 4 * 4, 3 * 2 * 4 * 4)

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 import finetune.train as loop
-from data.batch import Batch
-from data.sample import Renderer
-from data.vision import normalise, read_spec
-from finetune.adapter_file import write_adapter
-from finetune.adapters import settle
-from finetune.basefiles import open_base
-from finetune.engine import gathered
-from finetune.model import ModelOptions, build
-from finetune.recipes import load
-from finetune.stages import run_stages
-from finetune.steps import RunData
-from finetune.weights import load as load_weights
+from data.render.sample import Renderer
+from data.render.vision import normalise, read_spec
+from data.stream.batch import Batch
+from finetune.adapters.file import write_adapter
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import ModelOptions
+from finetune.model.lora import settle
+from finetune.model.weights import load as load_weights
+from finetune.ranks.engine import gathered
+from finetune.settings.recipes import load
+from finetune.settings.stages import run_stages
+from finetune.training.steps import RunData
 
 STEPS, WARMUP, LR, EXPERTS_LR, CLIP = 8, 2, 1e-3, 6e-4, 0.5
 EVERYTHING = [

@@ -10,19 +10,19 @@ from peft.tuners.lora import Linear as LoraLinear
 from tiny_moe import LORA, start_factors, vl_model
 from torch import Tensor, nn
 
-from data.batch import Batch, LossSums, Step, collate, loss_sums
-from finetune.adapters import ADAPTER, inject
-from finetune.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
-from finetune.forward import PackedModel
-from finetune.loss import Normalise, normaliser, report, step_sums
-from finetune.ranks import sum_over_ranks
-from finetune.recompute import set_recompute
-from finetune.resident import make_resident
-from finetune.sequence import counted_once, sequence_group
-from finetune.sequence_attention import use_sequence
-from finetune.setup import share_rows
-from finetune.tiled_norm import tile_norms
-from finetune.varlen import register
+from data.stream.batch import Batch, LossSums, Step, collate, loss_sums
+from finetune.model.forward import PackedModel
+from finetune.model.lora import ADAPTER, inject
+from finetune.model.loss import Normalise, normaliser, report, step_sums
+from finetune.model.recompute import set_recompute
+from finetune.model.resident import make_resident
+from finetune.model.sequence import counted_once, sequence_group
+from finetune.model.sequence_attention import use_sequence
+from finetune.model.tiled_norm import tile_norms
+from finetune.model.varlen import register
+from finetune.ranks.collectives import sum_over_ranks
+from finetune.ranks.engine import EngineOptions, backward, initialize, require_step_applied, start_distributed
+from finetune.training.setup import share_rows
 from moe.balance import Balance
 from moe.config import BalanceMode
 from moe.parallel import LayerOptions, replace_moe_blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from limits import LIMIT_S
 
-from finetune.tiny import write_tiny
+from finetune.files.tiny import write_tiny
 from launchers.render import Rendered
 
 ROOT = Path(__file__).parent.parent

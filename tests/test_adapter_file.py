@@ -18,21 +18,16 @@ from tiny_moe import token_count, token_loss, vl_model
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from finetune.adapter_file import open_adapter, write_adapter
-from finetune.adapters import trainable_table
-from finetune.basefiles import open_base
-from finetune.config import (
-    AdaptersConfig,
-    DenseFamilyConfig,
-    FamilyConfig,
-    RouterFamilyConfig,
-)
-from finetune.fingerprint import fingerprint
-from finetune.merge import merge
-from finetune.merge_plan import plan_merge
-from finetune.model import EmptyModel
-from finetune.provenance import Provenance, base_of
-from finetune.weights import load
+from finetune.adapters.file import open_adapter, write_adapter
+from finetune.adapters.merge import merge
+from finetune.adapters.merge_plan import plan_merge
+from finetune.adapters.provenance import Provenance, base_of
+from finetune.config import AdaptersConfig, DenseFamilyConfig, FamilyConfig, RouterFamilyConfig
+from finetune.files.basefiles import open_base
+from finetune.files.fingerprint import fingerprint
+from finetune.model.empty import EmptyModel
+from finetune.model.lora import trainable_table
+from finetune.model.weights import load
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,7 @@ def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> li
 
     eps is above the noise of the smallest gradients: Adam would make a whole step of it.
     """
-    from finetune.engine import EngineOptions, backward, engine_config, initialize, start_distributed
+    from finetune.ranks.engine import EngineOptions, backward, engine_config, initialize, start_distributed
 
     start_distributed()
     results = []

@@ -13,15 +13,15 @@ from bases import base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter_change import Change
-from finetune.adapter_source import open_source
-from finetune.basefiles import open_base
-from finetune.combine import combine
-from finetune.export import export
-from finetune.merge import merge
-from finetune.merge_plan import plan_merge
-from finetune.speaker import open_speaker
-from finetune.tiny import TinyModel, write_tiny
+from finetune.adapters.change import Change
+from finetune.adapters.combine import combine
+from finetune.adapters.export import export
+from finetune.adapters.merge import merge
+from finetune.adapters.merge_plan import plan_merge
+from finetune.adapters.source import open_source
+from finetune.ask.open_model import open_speaker
+from finetune.files.basefiles import open_base
+from finetune.files.tiny import TinyModel, write_tiny
 from launchers.cli import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -13,14 +13,15 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_moe import text_model, vl_model
 
-from finetune import adapter_file
-from finetune.adapter_file import write_adapter
-from finetune.adapter_layout import held_tensors
-from finetune.adapters import settle
-from finetune.basefiles import open_base
+from finetune.adapters import file as adapter_file
+from finetune.adapters.contents import held_tensors
+from finetune.adapters.file import write_adapter
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
-from finetune.model import ModelOptions, build
-from finetune.weights import load
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import ModelOptions
+from finetune.model.lora import settle
+from finetune.model.weights import load
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 from bases import base
 from safetensors.torch import save_file
 
-from finetune.adapter_proof import Expected, reopened
-from finetune.basefiles import open_base
-from finetune.fingerprint import fingerprint
-from finetune.provenance import Provenance, base_of, require_same_base
-from finetune.tiny import TinyModel, write_tiny
+from finetune.adapters.provenance import Provenance, base_of, require_same_base
+from finetune.adapters.reopen import Expected, reopened
+from finetune.files.basefiles import open_base
+from finetune.files.fingerprint import fingerprint
+from finetune.files.tiny import TinyModel, write_tiny
 
 A, B = "base_model.model.x.mlp.experts.lora_A.weight", "base_model.model.x.mlp.experts.lora_B.weight"
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_moe import vl_model
 from torch import Tensor
 
-from finetune.adapter_change import Change
-from finetune.adapter_source import AdapterSource, open_source
+from finetune.adapters.change import Change
+from finetune.adapters.source import AdapterSource, open_source
 
 STACKS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

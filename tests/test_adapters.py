@@ -12,10 +12,9 @@ from peft.tuners.lora import LoraLayer
 from test_weights import batch
 from tiny_moe import vl_model
 
-from finetune.adapter_checks import adapter_problems
-from finetune.adapters import inject, pattern, settle, table_lines, trainable_table
-from finetune.basefiles import open_base
-from finetune.checks import cross_check
+from finetune.architecture.families import family
+from finetune.architecture.parts import FAMILIES, NO_LORA
+from finetune.architecture.shapes import part_of
 from finetune.config import (
     AdaptersConfig,
     DenseFamilyConfig,
@@ -25,11 +24,13 @@ from finetune.config import (
     RouterFamilyConfig,
     RunConfig,
 )
-from finetune.families import family
-from finetune.model import EmptyModel, ModelOptions, build
-from finetune.parts import FAMILIES, NO_LORA
-from finetune.shapes import part_of
-from finetune.weights import load
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.lora import inject, pattern, settle, table_lines, trainable_table
+from finetune.model.weights import load
+from finetune.settings.check_adapters import adapter_problems
+from finetune.settings.checks import cross_check
 from moe.config import MoeConfig
 from moe.experts import ExpertLora as Lora
 from moe.parallel import LayerOptions

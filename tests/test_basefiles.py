@@ -10,12 +10,12 @@ import torch
 from base_variants import Tensors, folder_with, hub, is_stack, per_expert, weights
 from safetensors.torch import save_file
 
-from finetune.basefiles import BaseFiles, open_base
-from finetune.families import family
-from finetune.layouts import LAYOUT_KEY, recognise
-from finetune.shapes import parameter_shapes
-from finetune.tensorfile import read_header
-from finetune.tiny import TinyModel, write_tiny
+from finetune.architecture.families import family
+from finetune.architecture.shapes import parameter_shapes
+from finetune.files.basefiles import BaseFiles, open_base
+from finetune.files.layouts import LAYOUT_KEY, recognise
+from finetune.files.tensorfile import read_header
+from finetune.files.tiny import TinyModel, write_tiny
 
 EXPERTS = "model.language_model.layers.{}.mlp.experts"
 GATE_UP = EXPERTS.format(1) + ".gate_up_proj"
@@ -73,8 +73,8 @@ def test_reading_takes_one_stack_and_one_matrix(bases, tmp_path):
     """Anonymous memory while a hub stack of 63 MB is read: the result and one transposed expert of 4 MB."""
     code = (
         "import sys, pathlib, torch\n"
-        "from finetune.basefiles import open_base\n"
-        "from finetune.tiny import *\n"
+        "from finetune.files.basefiles import open_base\n"
+        "from finetune.files.tiny import *\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "write_tiny(folder, TinyModel(layers=1, experts=16, hidden=1024, expert_hidden=480))\n"
         "files = open_base(folder)\n"

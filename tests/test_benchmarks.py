@@ -12,14 +12,15 @@ import pytest
 import torch
 from limits import LIMIT_S
 
-from benchmarks import machine, moe_lora_memory, moe_lora_step, scaling_shape
 from benchmarks.__main__ import main
 from benchmarks.entries import ENTRIES, Entry
-from benchmarks.expert_block import Pair, Shape, same_step
-from benchmarks.figure import Figure, Target
-from benchmarks.measure import OutputsDiffer, Side, counted, race, spread
-from benchmarks.memory import Allocations, AnonymousPeak, Saved
-from benchmarks.outputs import same_tensors
+from benchmarks.experts import moe_lora_memory, moe_lora_step, scaling_shape
+from benchmarks.experts.expert_block import Pair, Shape, same_step
+from benchmarks.harness import machine
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import OutputsDiffer, Side, counted, race, spread
+from benchmarks.harness.memory import Allocations, AnonymousPeak, Saved
+from benchmarks.harness.outputs import same_tensors
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ["name", "commit", "versions", "machine", "config", "metric", "value", "unit", "n", "spread"]
@@ -27,8 +28,8 @@ FIELDS += ["peer", "peer_value", "ratio", "target", "pass"]
 
 GOOD = """
     import time
-    from benchmarks.figure import Figure, Target
-    from benchmarks.measure import OutputsDiffer, Side, counted, race
+    from benchmarks.harness.figure import Figure, Target
+    from benchmarks.harness.measure import OutputsDiffer, Side, counted, race
 
     def slow():
         time.sleep(0.02)
@@ -47,7 +48,7 @@ GOOD = """
         yield Figure(metric="for the record", value=1.5, unit="x", config={})
 """
 MISSED = """
-    from benchmarks.measure import counted
+    from benchmarks.harness.measure import counted
 
     def run():
         yield counted(metric="units", found=6, expected=4, unit="messages", config={})
@@ -136,7 +137,7 @@ def test_an_unknown_name_says_what_was_meant(capsys):
 def test_listing_loads_neither_torch_nor_an_entry():
     script = (
         "import sys; from benchmarks.__main__ import main; code = main(['--list'])\n"
-        "heavy = [m for m in sys.modules if m in ('torch', 'numpy', 'transformers', 'benchmarks.config_check')]\n"
+        "heavy = [m for m in sys.modules if m in ('torch', 'numpy', 'transformers', 'benchmarks.steps.config_check')]\n"
         "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -164,7 +165,7 @@ def test_the_config_check_benchmark_runs(tmp_path):
 
 
 def test_config_check_refuses_a_check_that_fails_or_wavers(monkeypatch):
-    from benchmarks import config_check
+    from benchmarks.steps import config_check
 
     with pytest.raises(OutputsDiffer, match="(?s)`-c .*` ended with exit code 3:\nbroken"):
         config_check._output([sys.executable, "-c", "import sys; sys.stderr.write('broken'); sys.exit(3)"])
@@ -392,7 +393,7 @@ def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
 
 @pytest.mark.slow  # five processes that import PEFT and transformers
 def test_merge_and_export_are_measured_on_any_size(monkeypatch):
-    from benchmarks import export, merge, merge_case
+    from benchmarks.weights import export, merge, merge_case
 
     for name, value in {"GB": 0.01, "LAYERS": 2, "HIDDEN": 192, "INNER": 80}.items():
         monkeypatch.setattr(merge_case, name, value)
@@ -410,8 +411,8 @@ def test_merge_and_export_are_measured_on_any_size(monkeypatch):
 
 
 def test_a_merge_that_differs_from_the_peers_is_not_measured(tmp_path):
-    from benchmarks.merge import _same_outputs
-    from finetune.tiny import TinyModel, write_tiny
+    from benchmarks.weights.merge import _same_outputs
+    from finetune.files.tiny import TinyModel, write_tiny
 
     for name, seed in (("ours", 1), ("same", 1), ("other", 2)):
         write_tiny(tmp_path / name, TinyModel(seed=seed))
@@ -422,7 +423,7 @@ def test_a_merge_that_differs_from_the_peers_is_not_measured(tmp_path):
 
 @pytest.mark.slow  # two starts of a rank
 def test_waits_are_counted_for_both(monkeypatch):
-    from benchmarks import waits
+    from benchmarks.device import waits
 
     monkeypatch.setattr(waits, "LAYERS", (3, 4))
     monkeypatch.setattr(waits, "TOWER_BLOCKS", 4)

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.adapters import trainable_table
-from finetune.checks import base_family
-from finetune.engine import engine_config
-from finetune.hubconfig import config_text, hub_config
-from finetune.model import build
-from finetune.recipes import load
-from finetune.setup import engine_options, model_options
-from finetune.shapes import parameter_counts, parameter_shapes
-from finetune.stages import run_stages
+from finetune.architecture.shapes import parameter_counts, parameter_shapes
+from finetune.files.hubconfig import config_text, hub_config
+from finetune.model.build import build
+from finetune.model.lora import trainable_table
+from finetune.ranks.engine import engine_config
+from finetune.settings.checks import base_family
+from finetune.settings.recipes import load
+from finetune.settings.stages import run_stages
+from finetune.training.setup import engine_options, model_options
 
 GOLDEN = Path(__file__).parent / "golden" / "big_recipes.json"
 NAMES = ("qwen3-vl-30b-a3b-long", "qwen3-vl-235b-a22b-lora")

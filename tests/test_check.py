@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from limits import LIMIT_S
 
-from finetune.recipes import effective, load, recipe_names
+from finetune.settings.recipes import effective, load, recipe_names
 from launchers.cli import COMMANDS, main
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,17 +14,10 @@ from ranks import RankError, run_ranks
 from safetensors.torch import load_file
 from tiny_moe import vl_model
 
-from finetune.checkpoint_manifest import (
-    best_checkpoint,
-    config_difference,
-    config_hash,
-    find_latest,
-    point_and_prune,
-    read_manifest,
-    starting_point,
-)
-from finetune.checkpoint_plan import require_whole
-from finetune.checkpoint_slices import Slice
+from finetune.checkpoint.folder import best_checkpoint, find_latest, point_and_prune, starting_point
+from finetune.checkpoint.manifest import config_difference, config_hash, read_manifest
+from finetune.checkpoint.pieces import require_whole
+from finetune.checkpoint.slices import Slice
 
 DTYPES = ("float32", "bfloat16")
 

@@ -13,14 +13,14 @@ from bases import base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter_file import open_adapter
-from finetune.adapter_source import open_source
-from finetune.basefiles import open_base
-from finetune.combine import combine
-from finetune.merge import merge
-from finetune.merge_plan import plan_merge
-from finetune.provenance import Provenance, base_of
-from finetune.tiny import TinyModel, write_tiny
+from finetune.adapters.combine import combine
+from finetune.adapters.file import open_adapter
+from finetune.adapters.merge import merge
+from finetune.adapters.merge_plan import plan_merge
+from finetune.adapters.provenance import Provenance, base_of
+from finetune.adapters.source import open_source
+from finetune.files.basefiles import open_base
+from finetune.files.tiny import TinyModel, write_tiny
 from launchers.cli import main
 
 WEIGHTS = "adapter_model.safetensors"

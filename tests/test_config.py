@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checks import cross_check, require
 from finetune.config import RunConfig
-from finetune.derive import derive
-from finetune.problems import ConfigError, Problem
-from finetune.recipes import effective, find_recipe, load, recipe_names
-from finetune.typed import leaves
+from finetune.settings.checks import cross_check, require
+from finetune.settings.derive import derive
+from finetune.settings.problems import ConfigError, Problem
+from finetune.settings.recipes import effective, find_recipe, load, recipe_names
+from finetune.settings.typed import leaves
 
 
 def _write(folder: Path, name: str, text: str) -> str:

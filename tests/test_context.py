@@ -14,13 +14,12 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 
 from data.config import DataConfig, ImageConfig, SourceConfig
 from data.open import open_corpus, open_stream
-from data.reach import Reach, reach
-from data.sample import Renderer
-from finetune.config import ContextConfig, YarnConfig
-from finetune.context import (
+from data.render.sample import Renderer
+from data.stream.reach import Reach, reach
+from finetune.architecture.families import family
+from finetune.architecture.yarn import (
     Extension,
     check_rotary,
-    context_problems,
     extended_config,
     extended_rope,
     extension,
@@ -28,9 +27,10 @@ from finetune.context import (
     rotary,
     serving_lines,
 )
-from finetune.families import family
-from finetune.hubconfig import hub_config, read_family, to_hub_spelling
-from finetune.model import extend
+from finetune.config import ContextConfig, YarnConfig
+from finetune.files.hubconfig import hub_config, read_family, to_hub_spelling
+from finetune.model.build import extend
+from finetune.settings.check_context import context_problems
 from launchers.cli import main
 
 BIG = family("qwen3-vl-30b-a3b")

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.chat import render_record
 from data.config import ChatConfig
-from data.record import parse_record
-from data.template import read_template
-from data.tokens import tokenise
+from data.format.record import parse_record
+from data.render.chat import render_record
+from data.render.template import read_template
+from data.render.tokens import tokenise
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CALL = {"name": "weather", "arguments": {"city": "Zürich", "days": 2}}

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.index import load_index, sidecar
-from data.reader import ByteReader, SampleReader, fetch_url
-from data.record import RecordError
-from data.tar import ShardError, TarWriter, group_members, split_name, walk_tar
+from data.format.record import RecordError
+from data.format.tar import ShardError, TarWriter, group_members, split_name, walk_tar
+from data.shards.bytes import ByteReader, fetch_url
+from data.shards.index import sidecar
+from data.shards.reader import SampleReader, load_index
 
 
 def text_record(answer="yes", **more):

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from data.checks import data_problems
 from data.config import DataConfig, SourceConfig
-from data.corpus import Limits, find_shards, pack_part, unpack_part
-from data.index import load_index
-from data.lengths import load_lengths
+from data.format.record import parse_record
+from data.format.tar import TarWriter
+from data.format.turns import cut_record, split_turns
 from data.open import open_corpus, open_stream, plan_settings
-from data.reader import SampleReader
-from data.record import parse_record
-from data.stats import corpus_lines
-from data.tar import TarWriter
-from data.turns import cut_record, split_turns
+from data.shards.lengths import load_lengths
+from data.shards.reader import SampleReader, load_index
+from data.stream.corpus import Limits, find_shards, pack_part, unpack_part
+from data.stream.stats import corpus_lines
 
 
 def config_of(path, **changes):

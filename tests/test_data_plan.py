@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.pack import best_fit, deal, group_steps
-from data.plan import PlanSettings, Units, draw, make_plan, order_units
+from data.stream.pack import best_fit, deal, group_steps
+from data.stream.plan import PlanSettings, Units, draw, make_plan, order_units
 
 
 def make_units(name, tokens, patches=None, per_shard=10):

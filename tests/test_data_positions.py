@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeModel
 
-from data.positions import IMAGE, TEXT, VIDEO, sample_positions
+from data.render.positions import IMAGE, TEXT, VIDEO, sample_positions
 
 GOLDEN = Path(__file__).parent / "golden" / "positions.json"
 MIXES = {

@@ -10,14 +10,13 @@ import pytest
 from media_files import clip, encode, moving, picture
 from PIL import Image
 
-from data.clean import clean_image, clean_video
-from data.convert import convert_row, read_rows
-from data.index import load_index
-from data.prepare import BuildOptions, build_shards, shards_of_rows
-from data.progress import Progress, count_rows
-from data.reader import SampleReader
-from data.record import parse_record
-from data.vision import decode_image
+from data.format.record import parse_record
+from data.prepare.build import BuildOptions, build_shards, shards_of_rows
+from data.prepare.clean import clean_image, clean_video
+from data.prepare.convert import convert_row, read_rows
+from data.prepare.progress import Progress, count_rows
+from data.render.vision import decode_image
+from data.shards.reader import SampleReader, load_index
 
 PNG = encode(Image.fromarray(picture(40, 60)))
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.media import walk_places
-from data.parts import Part
-from data.record import RecordError, parse_record, record_to_json
+from data.format.content import Part
+from data.format.media import walk_places
+from data.format.record import RecordError, parse_record, record_to_json
 
 DOC = Path(__file__).parent.parent / "docs" / "data-format.md"
 EXAMPLES = dict(re.findall(r"^### (.+?)\n```json\n(.+?)```", DOC.read_text(), re.M | re.S))

@@ -20,13 +20,13 @@ from test_data_positions import build_model, theirs
 from transformers import AutoTokenizer
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.facts import ImageFacts, VideoFacts
-from data.frames import probe_video
-from data.record import parse_record
-from data.sample import Renderer
-from data.stamps import box_texts, clock, seconds
-from data.video import frame_list_facts, plan_video
-from data.vision import normalise, probe_image, read_spec
+from data.format.facts import ImageFacts, VideoFacts
+from data.format.record import parse_record
+from data.render.frames import probe_video
+from data.render.sample import Renderer
+from data.render.timestamps import box_texts, clock, seconds
+from data.render.video import frame_list_facts, plan_video
+from data.render.vision import normalise, probe_image, read_spec
 
 SMALL = ImageConfig(min_tokens=4, max_tokens=150)
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from corpora import LIMITS, corpus_of, renderer, sample_json, write_sample, write_shards
 
-from data.batch import DUMMY_TOKENS, LossSums
-from data.plan import PlanSettings
-from data.stream import DataStream, StreamSettings, TooManyBadSamples, WaitIsOver
-from data.tar import TarWriter
+from data.format.tar import TarWriter
+from data.stream.batch import DUMMY_TOKENS, LossSums
+from data.stream.plan import PlanSettings
+from data.stream.stream import DataStream, StreamSettings, TooManyBadSamples, WaitIsOver
 
 PLAN = PlanSettings(seed=5, packs_per_step=5, tokens_per_pack=LIMITS.tokens, patches_per_pack=LIMITS.patches)
 
@@ -281,7 +281,7 @@ def test_a_changed_corpus_or_plan_is_refused_unless_allowed(corpus, tmp_path):
 def test_a_stalled_worker_is_named(corpus, monkeypatch):
     import time
 
-    from data.reader import SampleReader
+    from data.shards.reader import SampleReader
 
     monkeypatch.setattr(SampleReader, "sample", lambda *_: time.sleep(5))
     mine = stream(corpus, workers=1, stall_seconds=3)  # within it the worker has to begin

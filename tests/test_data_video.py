@@ -21,11 +21,11 @@ from media_files import clip, decode_all, encode, moving, picture, turned
 from PIL import Image
 
 from data.config import VideoConfig
-from data.facts import ImageFacts, VideoFacts
-from data.frames import Clip, decode_images, open_video, probe_video, video_patches
-from data.media import ImageRef, VideoRef
-from data.video import check_video, clip_limits, frame_list_facts, plan_video, video_grid
-from data.vision import VisionSpec, normalise
+from data.format.facts import ImageFacts, VideoFacts
+from data.format.media import ImageRef, VideoRef
+from data.render.frames import Clip, decode_images, open_video, probe_video, video_patches
+from data.render.video import check_video, clip_limits, frame_list_facts, plan_video, video_grid
+from data.render.vision import VisionSpec, normalise
 
 SPEC = VisionSpec()
 GOLDEN = Path(__file__).parent / "golden" / "video.json"
@@ -417,7 +417,7 @@ def test_only_a_video_needs_the_package_that_decodes(tmp_path):
 import sys
 sys.modules["av"] = None  # as where it is not installed
 import finetune.train
-from data.frames import probe_video
+from data.render.frames import probe_video
 probe_video(b"a film")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -16,8 +16,8 @@ from media_files import encode, picture
 from PIL import Image, ImageOps
 
 from data.config import ImageConfig
-from data.facts import ImageFacts
-from data.vision import (
+from data.format.facts import ImageFacts
+from data.render.vision import (
     VisionSpec,
     decode_image,
     fit_image,

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from starts import environment
 
-from finetune.recipes import load
+from finetune.settings.recipes import load
 from launchers.cli import COMMANDS as KNOWN
 from launchers.cli import main
 from launchers.demo import COMMANDS

@@ -20,9 +20,8 @@ from torch.distributed.flight_recorder.components.builder import build_db
 from torch.distributed.flight_recorder.components.config_manager import JobConfig
 from torch.distributed.flight_recorder.components.loader import read_dir
 
-from finetune.autopsy import page
-from finetune.cluster_check import RankFacts, findings
-from finetune.doctor import (
+from finetune.planner.cluster_check import RankFacts, findings
+from finetune.planner.doctor import (
     LEAST,
     base_findings,
     descriptor_findings,
@@ -35,9 +34,10 @@ from finetune.doctor import (
     visible_findings,
     wandb_findings,
 )
-from finetune.flight import write_flight
-from finetune.recipes import load
-from finetune.versions import TESTED, installed_versions, numbers
+from finetune.ranks.autopsy import page
+from finetune.ranks.flight import write_flight
+from finetune.ranks.versions import TESTED, installed_versions, numbers
+from finetune.settings.recipes import load
 from launchers.cli import main
 
 GOOD = installed_versions([*TESTED, *LEAST])

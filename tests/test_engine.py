@@ -12,8 +12,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from ranks import run_ranks
 from torch import nn
 
-from benchmarks.collectives import CollectiveCounter
-from finetune.engine import (
+from benchmarks.harness.collectives import CollectiveCounter
+from finetune.ranks.collectives import parameter_table, rank_and_world, require_equal_tables, sum_over_ranks
+from finetune.ranks.engine import (
     LIMITS,
     EngineOptions,
     backward,
@@ -23,7 +24,6 @@ from finetune.engine import (
     require_step_applied,
     start_distributed,
 )
-from finetune.ranks import parameter_table, rank_and_world, require_equal_tables, sum_over_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "engine_config.json"
 

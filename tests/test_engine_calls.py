@@ -16,8 +16,8 @@ from engine_calls import FIRST_LOCAL, MADE, Call, run
 from ranks import run_ranks
 from tiny_moe import vl_model
 
-from finetune.engine import start_distributed
-from finetune.ranks import PATIENCE
+from finetune.ranks.collectives import PATIENCE
+from finetune.ranks.engine import start_distributed
 
 
 @pytest.fixture(scope="module")

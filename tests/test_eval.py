@@ -24,20 +24,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.record import parse_record
-from data.sample import Renderer
-from finetune.answers import (
-    Asked,
-    Reply,
-    Scored,
-    find_questions,
-    metrics_of,
-    put,
-    table,
-    table_lines,
-)
-from finetune.endpoint import Endpoint, EndpointError, check_sendable, completion_body, reply_of
-from finetune.respond import prompt_of
+from data.format.record import parse_record
+from data.render.sample import Renderer
+from finetune.ask.answers import Asked, Reply, Scored, find_questions, metrics_of, put, table, table_lines
+from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable, completion_body, reply_of
+from finetune.ask.local import prompt_of
 from launchers.cli import main
 
 

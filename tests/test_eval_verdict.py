@@ -9,11 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from data.config import SourceConfig
-from finetune.compare import compare_tiles
 from finetune.config import AdaptersConfig, DenseFamilyConfig, EvalConfig, EvalSourceConfig, ParallelConfig, RunConfig
-from finetune.eval_checks import eval_problems
-from finetune.eval_verdict import Judge, Measured
-from finetune.evaluate import held_out
+from finetune.model.divergence import compare_tiles
+from finetune.settings.check_evaluation import eval_problems
+from finetune.training.evaluation import held_out
+from finetune.training.verdict import Judge, Measured
 
 
 def _found(loss: float, *, accuracy: float = 0.5, kl: float | None = 0.0) -> dict[str, Measured]:

@@ -16,16 +16,16 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForImageTextToText
 
 from data.open import open_corpus, open_stream
-from data.sample import Renderer
-from finetune.adapters import FamilyRow
-from finetune.answers import find_questions
+from data.render.sample import Renderer
+from finetune.ask.answers import find_questions
+from finetune.ask.open_model import open_speaker
+from finetune.ask.speaker import Sampling
 from finetune.config import RunConfig
-from finetune.eval_answers import Answers
-from finetune.evaluate import Evaluation, held_out, measured
-from finetune.generate import Sampling
-from finetune.recipes import load
-from finetune.speaker import open_speaker
-from finetune.tiny import write_tiny
+from finetune.files.tiny import write_tiny
+from finetune.model.lora import FamilyRow
+from finetune.settings.recipes import load
+from finetune.training.evaluation import Evaluation, held_out, measured
+from finetune.training.predictions import Answers
 
 HELD_OUT = ("eval.sources.words.path=words.jsonl", "eval.sources.seen.path=seen.jsonl", "eval.every_steps=2")
 LEARN = ("schedule.steps=3", "schedule.shape=constant", "moe.balance=global", "adapters.vision_blocks.mode=frozen")

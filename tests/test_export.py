@@ -13,10 +13,9 @@ from bases import base
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from finetune.adapter_source import open_source
-from finetune.basefiles import open_base
-from finetune.export import compare, export
-from finetune.export_notes import notes
+from finetune.adapters.export import compare, export, notes
+from finetune.adapters.source import open_source
+from finetune.files.basefiles import open_base
 from launchers.cli import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -141,7 +140,7 @@ def test_full_tensors_go_where_they_are_read(tmp_path: Path) -> None:
 def test_a_wrong_word_and_a_file_that_reads_back_otherwise(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--format 'gguf' is unknown; there are peft, per-expert"):
         export(plain[0], tmp_path / "out", form="gguf")
-    from finetune.adapter_out import OutChange
+    from finetune.adapters.write import OutChange
 
     source = open_source(plain[0])
     change = next(iter(source.changes.values()))

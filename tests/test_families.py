@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.families import Family, Rope, family, family_names
-from finetune.family_problems import family_problems
-from finetune.hubconfig import config_text, family_of, hub_config, read_family, to_hub_spelling
-from finetune.jsonblock import load_json
-from finetune.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.architecture.families import Family, Rope, family, family_names
+from finetune.architecture.family_problems import family_problems
+from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.files.hubconfig import config_text, family_of, hub_config, read_family, to_hub_spelling
+from finetune.files.jsonblock import load_json
 
 TOTALS = {
     "qwen3-vl-2b": 2_127_532_032,
@@ -213,7 +213,8 @@ def test_a_bad_rope_is_named(tmp_path, rope, message):
 
 
 def test_the_table_loads_no_torch():
-    code = "import finetune.families, finetune.hubconfig, finetune.shapes, sys; print('torch' in sys.modules)"
+    modules = "finetune.architecture.families, finetune.architecture.shapes, finetune.files.hubconfig"
+    code = f"import {modules}, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -6,9 +6,9 @@ from base_folders import dense_model
 from packed_rows import alone, row
 from torch.utils.flop_counter import FlopCounterMode
 
+from finetune.architecture.families import Family, Text, Vision, family
+from finetune.architecture.flops import FlopMeter, Training, Work, batch_work, peak_flops, trainings
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig
-from finetune.families import Family, Text, Vision, family
-from finetune.flops import FlopMeter, Training, Work, batch_work, peak_flops, trainings
 
 FULL = Training(mode="full")
 TEXT = {part: FULL for part in ("attention", "mlp", "lm_head", "embed_tokens", "norms")}

@@ -20,7 +20,7 @@ import pytest
 from limits import LIMIT_S
 
 import moetune_guard
-from finetune.versions import TESTED, untested
+from finetune.ranks.versions import TESTED, untested
 from launchers.cli import main
 
 ROOT = Path(__file__).parent.parent

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.plan_case import Case, packed_row, write_base
-from data.vision import read_spec
-from finetune.foresight import LOOKED_AT, Foresight
-from finetune.hubconfig import read_family
+from benchmarks.planner.plan_case import Case, packed_row, write_base
+from data.render.vision import read_spec
+from finetune.files.hubconfig import read_family
+from finetune.planner.foresight import LOOKED_AT, Foresight
 
 
 def _foresight(folder: Path, case: Case, said: list[str]) -> Foresight:

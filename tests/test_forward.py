@@ -12,9 +12,9 @@ from packed_rows import SPEC, alone, row
 from tiny_moe import IMAGE, text_model, vl_model
 from torch.nn.attention.varlen import varlen_attn
 
-from finetune.attention import MASK_TOKENS, Machine, choose_attention
-from finetune.forward import PackedModel
-from finetune.varlen import machine, register, segments, varlen
+from finetune.model.forward import PackedModel
+from finetune.model.varlen import machine, register, segments, varlen
+from finetune.settings.attention import MASK_TOKENS, Machine, choose_attention
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 ROWS = (("", "i", "ji"), ("v", "", "wv"), ("vi", "iw", ""), ("", ""), ())
@@ -145,7 +145,7 @@ def test_the_kernel_is_called_with_what_it_takes(lacks, key_heads, monkeypatch):
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value)
 
     by_hand.__signature__ = taken
-    monkeypatch.setattr("finetune.varlen.varlen_attn", by_hand)
+    monkeypatch.setattr("finetune.model.varlen.varlen_attn", by_hand)
     generator = torch.Generator().manual_seed(0)
     row = [torch.randn(1, heads, 21, 8, generator=generator) for heads in (4, key_heads, key_heads)]
     borders = {"cu_seq_lens_q": torch.tensor([0, 6, 7, 21], dtype=torch.int32), "max_length_q": 14, "scaling": 0.3}

@@ -19,18 +19,18 @@ from test_data_sample import asked
 from transformers import AutoModelForImageTextToText
 
 from data.config import DataConfig, ImageConfig
-from data.vision import read_spec
-from finetune.adapter_file import WEIGHTS, write_adapter
-from finetune.basefiles import open_base
+from data.render.vision import read_spec
+from finetune.adapters.file import WEIGHTS, write_adapter
+from finetune.adapters.provenance import Provenance
+from finetune.ask.open_model import open_speaker
+from finetune.ask.speaker import Sampling, Speaker
 from finetune.config import RouterFamilyConfig, RunConfig
-from finetune.generate import Sampling, Speaker
-from finetune.provenance import Provenance
-from finetune.speaker import open_speaker
-from finetune.tiny import TinyModel, write_tiny
-from finetune.weights import load
+from finetune.files.basefiles import open_base
+from finetune.files.tiny import TinyModel, write_tiny
+from finetune.model.weights import load
+from launchers.arguments import load_speaker
 from launchers.ask import question
 from launchers.cli import main
-from launchers.model_options import load_speaker
 
 SHORT = Sampling(max_tokens=10)
 ASKED = ["text", "image", "images in between", "range", "image and videos"]

@@ -19,12 +19,12 @@ from benchmarks.gpu.layer import kind, roofline
 from benchmarks.gpu.material import even_row, full_row, renderer, write_sides
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.sizes import Assumed, full, toy
-from benchmarks.machine import commit, source_digest
-from benchmarks.predictions import PATH
-from finetune.families import family
-from finetune.gpus import gpu
-from finetune.problems import Problem
-from finetune.recipes import load
+from benchmarks.harness.machine import commit, source_digest
+from benchmarks.planner.predictions import PATH
+from finetune.architecture.families import family
+from finetune.planner.gpus import gpu
+from finetune.settings.problems import Problem
+from finetune.settings.recipes import load
 
 ROOT = Path(__file__).parent.parent
 KIT_PARTS = {

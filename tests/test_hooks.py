@@ -8,7 +8,7 @@ import pytest
 from hook_session import HELD_OUT, ROWS, Job, Told, session
 from ranks import run_ranks
 
-from finetune.tiny import TinyModel, write_tiny
+from finetune.files.tiny import TinyModel, write_tiny
 
 MATRIX = [
     Job(vision=vision, recompute=recompute, resident=resident, dropout=dropout, threshold=threshold)

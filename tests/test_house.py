@@ -13,14 +13,13 @@ from limits import LIMIT_S
 ROOT = Path(__file__).parent.parent
 COLLECTIVES_LIVE_IN = {
     f"finetune/{name}.py"
-    for name in ("ranks", "weights", "gather", "sequence", "checkpoint", "checkpoint_plan", "flight", "cluster_check")
-}
+    for name in ("ranks/collectives", "ranks/flight", "model/weights", "model/gather", "model/sequence",
+                 "checkpoint/checkpoints", "checkpoint/pieces", "planner/cluster_check")
+}  # fmt: skip
 ENGINE_LIVES_IN = {
-    "finetune/engine.py",
-    "finetune/hooks.py",
-    "finetune/checkpoint.py",
-    "finetune/checkpoint_plan.py",
-    "finetune/weights.py",
+    "finetune/ranks/engine.py",
+    "finetune/ranks/hooks.py",
+    "finetune/model/weights.py",
     "moe/parallel.py",
 }
 
@@ -55,7 +54,10 @@ def test_collectives_and_engine_stay_in_their_files() -> None:
 
 
 def test_configuration_and_command_line_start_without_torch() -> None:
-    modules = "data.config, moe.config, finetune.config, finetune.recipes, finetune.checks, finetune.derive"
+    modules = (
+        "data.config, moe.config, finetune.config, finetune.settings.recipes, finetune.settings.checks, "
+        "finetune.settings.derive"
+    )
     launchers = ", ".join(f"launchers.{path.stem}" for path in (ROOT / "launchers").glob("[!_]*.py"))
     heavy = "{'torch', 'transformers', 'deepspeed'}"
     checked = "launchers.cli.main(['check', 'tiny-cpu'])"

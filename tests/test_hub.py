@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from finetune.hub import model_folder, require_files
-from finetune.tiny import TinyModel, write_tiny
+from finetune.files.hub import model_folder, require_files
+from finetune.files.tiny import TinyModel, write_tiny
 
 MODEL = "someone/tiny-vl"
 COMMIT = "a" * 40

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from torch import nn
 
-from benchmarks.memory import Allocations
-from data.batch import Batch, LossSums, loss_sums
-from finetune.loss import TiledHead, factors, normaliser, report, row_losses, step_sums, tile_head
-from finetune.row import lay_out
+from benchmarks.harness.memory import Allocations
+from data.stream.batch import Batch, LossSums, loss_sums
+from finetune.model.loss import TiledHead, factors, normaliser, report, row_losses, step_sums, tile_head
+from finetune.model.row import lay_out
 
 VOCAB, HIDDEN = 61, 14
 HOW = ("token", "sample", "sqrt")

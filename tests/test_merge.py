@@ -22,12 +22,12 @@ from bases import base
 from safetensors.torch import load_file, save_file
 from tiny_moe import vl_model
 
-from benchmarks.memory import AnonymousPeak
-from finetune.basefiles import open_base
-from finetune.merge import Merged, merge, require_all
-from finetune.merge_blocks import Realised
-from finetune.merge_plan import check_room, plan_merge
-from finetune.tiny import TinyModel, write_tiny
+from benchmarks.harness.memory import AnonymousPeak
+from finetune.adapters.merge import Merged, merge, require_all
+from finetune.adapters.merge_blocks import Realised
+from finetune.adapters.merge_plan import check_room, plan_merge
+from finetune.files.basefiles import open_base
+from finetune.files.tiny import TinyModel, write_tiny
 from launchers.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -161,7 +161,7 @@ def test_a_plan_writes_nothing(adapter: tuple[Path, torch.Tensor], tmp_path: Pat
 def test_an_adapter_of_another_base_is_refused_with_both_sides_named(
     adapter: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from finetune.provenance import Provenance
+    from finetune.adapters.provenance import Provenance
 
     shutil.copytree(adapter[0], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -265,8 +265,8 @@ def test_a_merge_killed_at_any_moment_leaves_nothing_that_looks_finished(tmp_pat
     cases.adapt(tmp_path / "base", tmp_path / "adapter")
     out = tmp_path / "out"
     script = (
-        "import sys; from pathlib import Path; from finetune.basefiles import open_base\n"
-        "from finetune.merge import merge; from finetune.merge_plan import plan_merge\n"
+        "import sys; from pathlib import Path; from finetune.files.basefiles import open_base\n"
+        "from finetune.adapters.merge import merge; from finetune.adapters.merge_plan import plan_merge\n"
         "base, adapter, out = map(Path, sys.argv[1:])\n"
         "plan = plan_merge(open_base(base), adapter)\n"
         "while True:\n"

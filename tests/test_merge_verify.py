@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune.basefiles import open_base
-from finetune.merge import merge
-from finetune.merge_plan import plan_merge
-from finetune.merge_verify import Proof, proof_samples, prove
-from finetune.tiny import TinyModel, write_tiny
+from finetune.adapters.merge import merge
+from finetune.adapters.merge_plan import plan_merge
+from finetune.files.basefiles import open_base
+from finetune.files.tiny import TinyModel, write_tiny
+from finetune.verify.merged import Proof, proof_samples, prove
 from launchers.cli import main
 
 
@@ -110,7 +110,7 @@ def test_a_failed_proof_ends_with_3(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tolerance of nothing stands in for a merge that is wrong."""
-    monkeypatch.setattr("finetune.merge_verify._TYPICAL", {"F32": 0.0})
+    monkeypatch.setattr("finetune.verify.merged._TYPICAL", {"F32": 0.0})
     assert main(["merge", str(base()), str(made / "adapter"), str(tmp_path / "out"), "--verify"]) == 3
     assert "FAILED" in capsys.readouterr().out
 

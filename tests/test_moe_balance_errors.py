@@ -4,10 +4,10 @@ import pytest
 import torch
 from router_stack import EXPERTS, HIDDEN, LAYERS, Stack, make_balance, route
 
-from finetune.checks import cross_check, frozen_router
 from finetune.config import AdaptersConfig, ModelConfig, RouterFamilyConfig, RunConfig
-from finetune.problems import Problem
-from finetune.typed import TypedTree
+from finetune.settings.checks import cross_check, frozen_router
+from finetune.settings.problems import Problem
+from finetune.settings.typed import TypedTree
 from moe.balance import Balance
 from moe.config import MoeConfig
 

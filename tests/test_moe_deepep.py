@@ -11,7 +11,7 @@ from tiny_moe import LORA, start_factors, vl_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finetune.engine import start_distributed
+from finetune.ranks.engine import start_distributed
 from moe.parallel import ExpertParallelMoe, LayerOptions, replace_moe_blocks
 from moe.recompute import contexts
 from moe.router import RouterOptions

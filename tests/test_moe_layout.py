@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny_moe import text_model, vl_model
 from transformers import Qwen3MoeForCausalLM, Qwen3VLMoeForConditionalGeneration
 
-from moe import layout, names, packing
+from moe import names, packing
+from moe import placement as layout
 
 SHAPE = layout.ExpertShape(experts=6, hidden=32, intermediate=24)
 
@@ -224,6 +225,6 @@ def test_no_torch_is_needed_for_plans() -> None:
     import subprocess
     import sys
 
-    code = "import sys, moe.layout, moe.names; print('torch' in sys.modules)"
+    code = "import sys, moe.placement, moe.names; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.strip().lower()) is False

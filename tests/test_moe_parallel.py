@@ -8,7 +8,7 @@ from moe_session import Outcome, Plan, plain, session, whole
 from ranks import run_ranks
 from torch import Tensor
 
-from benchmarks.collectives import Kind
+from benchmarks.harness.collectives import Kind
 from moe.router import RouterOptions
 
 SKEWED = (9.0, 8.0) + (0.0,) * 10  # experts 0 and 1, both on the first rank of any group

@@ -10,9 +10,9 @@ from tiny_moe import LORA, batch, rows_of, text_model, vl_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from finetune.recompute import set_recompute
-from finetune.residency import choose_resident
-from finetune.resident import frozen_bytes, make_resident
+from finetune.architecture.rank_shares import choose_resident
+from finetune.model.recompute import set_recompute
+from finetune.model.resident import frozen_bytes, make_resident
 from moe.dispatch import _orders
 from moe.parallel import ExpertParallelMoe, LayerOptions, describe, replace_moe_blocks, sparse_layers
 from moe.router import RouterOptions

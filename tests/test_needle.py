@@ -11,10 +11,10 @@ from bases import base
 from PIL import Image
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.sample import Renderer
-from finetune.generate import Judged
-from finetune.heatmap import CELL, LEFT, TOP, colour, draw_heatmap
-from finetune.needle import COLOURS, count_tokens, fitted, probe, prompt_of, video_trial
+from data.render.sample import Renderer
+from finetune.ask.heatmap import CELL, LEFT, TOP, colour, draw_heatmap
+from finetune.ask.needle import COLOURS, count_tokens, fitted, probe, prompt_of, video_trial
+from finetune.ask.speaker import Judged
 from launchers.cli import main
 
 

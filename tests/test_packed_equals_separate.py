@@ -14,10 +14,10 @@ from bases import base
 from mixes import MIXES, OWN_MIXES, built
 from transformers import AutoModelForImageTextToText
 
-from data.batch import collate
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.sample import Renderer
-from data.vision import normalise, read_spec
+from data.render.sample import Renderer
+from data.render.vision import normalise, read_spec
+from data.stream.batch import collate
 
 TOLERANCE = 1e-5
 

@@ -9,7 +9,7 @@ from parity_session import EVERYTHING, STEPS, apart, losses_of, plain_loop, runs
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from finetune.tiny import TinyModel, write_tiny
+from finetune.files.tiny import TinyModel, write_tiny
 
 START = "adapters.start_from=start"
 FROZEN = [f"adapters.{name}.mode=frozen" for name in ("attention", "experts", "router", "vision_blocks", "merger")]

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from finetune.checks import base_family
-from finetune.families import family
-from finetune.flops import FlopMeter, Training, Work
-from finetune.foresight import resident_here
-from finetune.gpus import cluster, gpu_names
-from finetune.plan import plan
-from finetune.plan_fit import settle
-from finetune.plan_time import Assumed
-from finetune.plan_wire import traffic
-from finetune.recipes import effective, load
-from finetune.trained import trained_tensors
+from finetune.architecture.families import family
+from finetune.architecture.flops import FlopMeter, Training, Work
+from finetune.planner.fit import settle
+from finetune.planner.foresight import resident_here
+from finetune.planner.gpus import cluster, gpu_names
+from finetune.planner.plan import plan
+from finetune.planner.tensors import trained_tensors
+from finetune.planner.time import Assumed
+from finetune.planner.wire import traffic
+from finetune.settings.checks import base_family
+from finetune.settings.recipes import effective, load
 from launchers.cli import main
 
 GIB = 2**30

@@ -15,14 +15,14 @@ import pytest
 from limits import LIMIT_S
 from starts import environment
 
-from finetune.checks import base_family
-from finetune.families import Family, family
-from finetune.gpus import cluster
-from finetune.hubconfig import hub_config
-from finetune.plan import STATE_BYTES, Plan, plan
-from finetune.plan_layout import slices
-from finetune.recipes import load
-from finetune.trained import Tensor, frozen_tensors, trained_tensors
+from finetune.architecture.families import Family, family
+from finetune.files.hubconfig import hub_config
+from finetune.planner.gpus import cluster
+from finetune.planner.plan import STATE_BYTES, Plan, plan
+from finetune.planner.rank_layout import slices
+from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
+from finetune.settings.checks import base_family
+from finetune.settings.recipes import load
 
 WORLD, EP, RECIPE = 256, 8, "qwen3-vl-235b-a22b-lora"
 
@@ -33,12 +33,12 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from finetune.checks import require
-from finetune.engine import start_distributed
-from finetune.hubconfig import read_family
-from finetune.model import build
-from finetune.recipes import load
-from finetune.setup import make_balance, model_options
+from finetune.settings.checks import require
+from finetune.ranks.engine import start_distributed
+from finetune.files.hubconfig import read_family
+from finetune.model.build import build
+from finetune.settings.recipes import load
+from finetune.training.setup import make_balance, model_options
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -61,8 +61,8 @@ found["experts"] = sorted({len(m.local_experts) for m in empty.module.modules() 
 print(json.dumps(found))
 """
 PLANS = """
-from finetune.checkpoint_plan import Meshes, flat_tensors, planned
-from finetune.checkpoint_slices import KINDS, Slice, cuts
+from finetune.checkpoint.pieces import Meshes, flat_tensors, planned
+from finetune.checkpoint.slices import KINDS, Slice, cuts
 from torch.distributed.checkpoint import DefaultSavePlanner
 
 def of(rank):

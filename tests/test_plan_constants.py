@@ -1,7 +1,11 @@
 """The planner loads no torch, so it repeats numbers of the code that does; here they are held together."""
 
-from finetune import loss, plan_activations, plan_layer, plan_layout, plan_moments
-from finetune.engine import EngineOptions, engine_config
+from finetune.model import loss
+from finetune.planner import activations as plan_activations
+from finetune.planner import layer as plan_layer
+from finetune.planner import moments as plan_moments
+from finetune.planner import rank_layout as plan_layout
+from finetune.ranks.engine import EngineOptions, engine_config
 from moe import experts, host
 
 

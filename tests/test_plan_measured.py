@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from benchmarks.plan_case import COLLECTIVES, FULL, Case, collective_of, write_base
-from benchmarks.plan_ranks import MICRO_BATCHES, Measured, between_ranks, session
+from benchmarks.planner.plan_case import COLLECTIVES, FULL, Case, collective_of, write_base
+from benchmarks.planner.plan_ranks import MICRO_BATCHES, Measured, between_ranks, session
+from finetune.architecture.families import Family
 from finetune.config import RunConfig
-from finetune.families import Family
-from finetune.gpus import cluster
-from finetune.hubconfig import read_family
-from finetune.plan_activations import Reach
-from finetune.plan_layout import Layout
-from finetune.plan_memory import memory
-from finetune.plan_moments import micro_batch
-from finetune.plan_wire import Traffic, exchanged, traffic
+from finetune.files.hubconfig import read_family
+from finetune.planner.activations import Reach
+from finetune.planner.gpus import cluster
+from finetune.planner.memory import memory
+from finetune.planner.moments import micro_batch
+from finetune.planner.rank_layout import Layout
+from finetune.planner.wire import Traffic, exchanged, traffic
 
 SMALL = 1000
 """Of elements: below, a tensor stays whole between steps. The real limit is above every tensor of the tiny model."""

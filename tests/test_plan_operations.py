@@ -14,17 +14,17 @@ from transformers import Qwen3VLMoeConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionBlock, Qwen3VLMoeVisionPatchMerger
 
-from benchmarks.launches import figures
-from benchmarks.meta_layer import MetaLayer
-from benchmarks.operations import Operations
+from benchmarks.device.launches import figures
+from benchmarks.device.meta_layer import MetaLayer
+from benchmarks.device.operations import Operations
+from finetune.architecture.families import Experts, Family, Text, Vision, family
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
-from finetune.families import Experts, Family, Text, Vision, family
-from finetune.gpus import gpu
-from finetune.loss import TILE_BYTES, TiledHead
-from finetune.plan_activations import Rows
-from finetune.plan_layer import decoder_layer, head
-from finetune.plan_ops import Op, mm, spent
-from finetune.plan_tower import block, merger
+from finetune.model.loss import TILE_BYTES, TiledHead
+from finetune.planner.activations import Rows
+from finetune.planner.gpus import gpu
+from finetune.planner.layer import decoder_layer, head
+from finetune.planner.operations import Op, mm, spent
+from finetune.planner.tower import block, merger
 
 WITHIN = 0.02
 """Of the bytes of each kind; the number of operations is the same, and the products' floating-point operations are."""

@@ -2,13 +2,13 @@
 
 import json
 
-from benchmarks import predictions
-from finetune.checks import base_family, cross_check
-from finetune.recipes import load
+from benchmarks.planner import predictions
+from finetune.settings.checks import base_family, cross_check
+from finetune.settings.recipes import load
 
 
 def test_the_file_says_what_the_planner_says_today() -> None:
-    """`python -m benchmarks.predictions` renews it, in the commit that changes the planner."""
+    """`python -m benchmarks.planner.predictions` renews it, in the commit that changes the planner."""
     written = json.loads(predictions.PATH.read_text())
     assert len({one["name"] for one in written}) == len(written) == 10
     assert written == list(

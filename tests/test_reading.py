@@ -4,10 +4,9 @@ from math import prod
 
 import pytest
 
-from finetune.families import family, family_names
-from finetune.layouts import is_expert_stack
-from finetune.reading import rank_shares
-from finetune.shapes import parameter_counts, parameter_shapes
+from finetune.architecture.families import family, family_names
+from finetune.architecture.rank_shares import rank_shares
+from finetune.architecture.shapes import is_expert_stack, parameter_counts, parameter_shapes
 from launchers.cli import main
 
 LARGE = "qwen3-vl-235b-a22b"

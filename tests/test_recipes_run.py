@@ -12,7 +12,7 @@ from recipe_session import SAVED_AT, runs
 from safetensors.torch import load_file
 
 import configs
-from finetune.tiny import TinyModel, write_tiny
+from finetune.files.tiny import TinyModel, write_tiny
 
 STEPS = 3
 SHORT = (

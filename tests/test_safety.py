@@ -18,13 +18,13 @@ from limits import LIMIT_S
 from safetensors.torch import load_file, save_file
 from user_runs import ROOT, TORCHRUN, TRAIN, beat, make_place, metrics, start
 
-from data.batch import LossSums, Step
-from finetune.beats import Beats
+from data.stream.batch import LossSums, Step
 from finetune.config import RunConfig
-from finetune.failures import Failure, first_failure
-from finetune.rank_log import RankLog
-from finetune.safety import IdleSteps, kept_rows, require_finite
-from finetune.update import take_step
+from finetune.ranks.failures import Failure, first_failure
+from finetune.ranks.heartbeats import Beats
+from finetune.ranks.log import RankLog
+from finetune.training.bad_steps import IdleSteps, kept_rows, require_finite
+from finetune.training.update import take_step
 from launchers.render import SHUTDOWN
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
@@ -445,7 +445,7 @@ def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("finetune.beats.time", clock)
+    monkeypatch.setattr("finetune.ranks.heartbeats.time", clock)
     monkeypatch.setenv("WORLD_SIZE", "3")
     here = {"step": 4, "stage": "evaluation", "samples": [], "collective": None, "busy": False}
     logs = [RankLog(tmp_path / "logs", rank) for rank in (0, 2)]

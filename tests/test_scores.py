@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.overlaps import box_iou, find_boxes
-from finetune.scores import METRICS, chosen_letter, find_json, find_metric, levenshtein, spoken
+from finetune.ask.overlaps import box_iou, find_boxes
+from finetune.ask.scores import METRICS, chosen_letter, find_json, find_metric, levenshtein, spoken
 
 BY_HAND = [
     # exact: white space and Unicode composition aside

@@ -13,11 +13,11 @@ from ranks import run_ranks
 from sequence_session import Case, Outcome, adapted_model, session
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.long_ranks import Found, Setup, run_setups
-from finetune.row import lay_out
-from finetune.sequence import SequenceGroup, divisible, own_part, sequence_group
-from finetune.sequence_attention import NAMES, key_copies, use_sequence
-from finetune.sequence_vision import shares
+from benchmarks.long_rows.long_ranks import Found, Setup, run_setups
+from finetune.model.row import lay_out
+from finetune.model.sequence import SequenceGroup, divisible, own_part, sequence_group
+from finetune.model.sequence_attention import NAMES, key_copies, use_sequence
+from finetune.model.sequence_vision import shares
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 CASES = {
@@ -144,7 +144,7 @@ def test_refusals() -> None:
 def test_each_attention_computes_the_same_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one rank, as a group of one: what each makes of the borders. flash-attention's own kernel is stood in for."""
     use_sequence(adapted_model(), [1], "segments")
-    monkeypatch.setattr("finetune.sequence_attention.exchange", lambda x, *_: x)
+    monkeypatch.setattr("finetune.model.sequence_attention.exchange", lambda x, *_: x)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=_by_hand))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 21, 8, generator=generator) for heads in (4, 2, 2))

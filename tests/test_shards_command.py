@@ -9,12 +9,11 @@ from corpora import media, sample_json, write_sample, write_shards
 from media_files import clip, encode, moving, picture
 from PIL import Image
 
-from data.index import load_index
-from data.reader import SampleReader
-from data.show import contact_sheet, unpatch
-from data.split import side_of
-from data.tar import TarWriter
-from data.vision import image_patches, read_spec
+from data.format.tar import TarWriter
+from data.prepare.show import contact_sheet, unpatch
+from data.prepare.split import side_of
+from data.render.vision import image_patches, read_spec
+from data.shards.reader import SampleReader, load_index
 from launchers.cli import main
 
 

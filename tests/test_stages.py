@@ -11,21 +11,14 @@ from ranks import run_ranks
 from stage_session import metrics, runs
 
 from data.config import DataConfig, SourceConfig
-from finetune.adapters import adapted_part
-from finetune.checks import cross_check
-from finetune.config import (
-    AdaptersConfig,
-    DenseFamilyConfig,
-    RunConfig,
-    ScheduleConfig,
-    StageConfig,
-    StageDataConfig,
-)
-from finetune.derive import derive
-from finetune.recipes import load
-from finetune.schedule import learning_rate
-from finetune.stages import longest_pack, run_stages, stage_of
-from finetune.tiny import write_tiny
+from finetune.config import AdaptersConfig, DenseFamilyConfig, RunConfig, ScheduleConfig, StageConfig, StageDataConfig
+from finetune.files.tiny import write_tiny
+from finetune.model.lora import adapted_part
+from finetune.settings.checks import cross_check
+from finetune.settings.derive import derive
+from finetune.settings.recipes import load
+from finetune.settings.schedule import learning_rate
+from finetune.settings.stages import longest_pack, run_stages, stage_of
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import launchers.tiny
-from finetune import vocabulary
-from finetune.families import family
-from finetune.hubconfig import read_family
-from finetune.hubfiles import added_token_ids, chat_template, side_files
-from finetune.jsonblock import load_json
-from finetune.shapes import parameter_shapes
-from finetune.tiny import TinyModel, random_weights, write_tiny
+from finetune.architecture.families import family
+from finetune.architecture.shapes import parameter_shapes
+from finetune.files import vocabulary
+from finetune.files.hubconfig import read_family
+from finetune.files.hubfiles import added_token_ids, chat_template, side_files
+from finetune.files.jsonblock import load_json
+from finetune.files.tiny import TinyModel, random_weights, write_tiny
 
 PUBLISHED = {  # Qwen/Qwen3-VL-8B-Instruct at revision 0c351dd01ed87e9c1b53cbc748cba10e6187ff3b
     "chat_template.json": "5c72a170d2a4a1a3bc5adad2e689ae28138a9700e5b8c96c0266331e86c0acce",
@@ -81,7 +81,7 @@ def test_the_real_vocabulary_is_qwen3_vls_own(tmp_path):
 
 
 def test_same_arguments_same_bytes_in_another_process(moe, tmp_path):
-    code = "import sys, pathlib; from finetune.tiny import write_tiny; write_tiny(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib; from finetune.files.tiny import write_tiny; write_tiny(pathlib.Path(sys.argv[1]))"
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "again"], check=True, env=environment)
     assert folder_hashes(tmp_path / "again") == folder_hashes(moe)

@@ -15,16 +15,16 @@ import wandb_file
 from limits import LIMIT_S
 from rich.console import Console
 
-from data.vision import VisionSpec, image_patches
+from data.render.vision import VisionSpec, image_patches
+from finetune.architecture.families import family
+from finetune.architecture.flops import FlopMeter, Training, Work
 from finetune.config import TrackConfig
-from finetune.families import family
-from finetune.flops import FlopMeter, Training, Work
-from finetune.metrics import Device, Share, figures, gather_shares
-from finetune.pictures import unpatch
-from finetune.progress import Follower, duration
-from finetune.rank_log import RankLog
-from finetune.wandb_link import WandbLink
-from finetune.wandb_writer import heatmap
+from finetune.ranks.log import RankLog
+from finetune.training.metrics import Device, Share, figures, gather_shares
+from finetune.training.progress_bar import Follower, duration
+from finetune.training.track import unpatch
+from finetune.training.wandb_link import WandbLink
+from finetune.training.wandb_writer import heatmap
 
 SHOWN = {"loss": 2.5, "grad_norm": 1.0, "lr": 1e-4, "tokens_nonpad": 900, "seconds": 2.0, "tokens_per_second": 450.0}
 
@@ -108,7 +108,7 @@ def test_a_rank_log_has_what_was_said_and_rank_0_says_it_aloud(
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine the client needs more than the seconds that a run gives it."""
     for name in ("START_S", "FINISH_S"):
-        monkeypatch.setattr(f"finetune.wandb_link.{name}", LIMIT_S)
+        monkeypatch.setattr(f"finetune.training.wandb_link.{name}", LIMIT_S)
 
 
 def _run_folder(folder: Path) -> Path:

@@ -15,12 +15,12 @@ from transformers import AutoModelForImageTextToText
 from user_runs import TORCHRUN, TRAIN, make_place, metrics, start
 
 from finetune.config import ScheduleConfig
-from finetune.rank_log import RankLog
-from finetune.recipes import load
-from finetune.rehearse import rehearse
-from finetune.schedule import learning_rate
+from finetune.ranks.log import RankLog
+from finetune.ranks.watch import Watch
+from finetune.settings.recipes import load
+from finetune.settings.schedule import learning_rate
 from finetune.train import main
-from finetune.watch import Watch
+from finetune.training.dry_run import rehearse
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 

@@ -11,17 +11,18 @@ from base_variants import folder_with, per_expert, weights
 from transformers import AutoModelForImageTextToText
 
 import launchers.verify_base
-from finetune.basefiles import open_base
-from finetune.families import family
-from finetune.hubconfig import hub_config
-from finetune.hubfiles import chat_template
-from finetune.shapes import parameter_shapes
-from finetune.streaming import streamed
-from finetune.tiny import TinyModel, write_tiny
-from finetune.verify import Check, Options, verify_base
-from finetune.verify_compute import TOLERANCES, Outcome, compare, library_reader, video_preference
-from finetune.verify_samples import trials
-from finetune.weights import rebuild_tables
+from finetune.architecture.families import family
+from finetune.architecture.shapes import parameter_shapes
+from finetune.files.basefiles import open_base
+from finetune.files.hubconfig import hub_config
+from finetune.files.hubfiles import chat_template
+from finetune.files.tiny import TinyModel, write_tiny
+from finetune.model.weights import rebuild_tables
+from finetune.verify.base import Options, verify_base
+from finetune.verify.card import Check
+from finetune.verify.compute import TOLERANCES, Outcome, compare, library_reader, video_preference
+from finetune.verify.samples import trials
+from finetune.verify.streaming import streamed
 
 NAMES = ["files", "config", "weights", "tokenizer", "template", "processor", "logits", "video layout"]
 

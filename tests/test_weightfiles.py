@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.basefiles import open_base, weight_files
-from finetune.layouts import LAYOUT_KEY
-from finetune.tensorfile import make_header, read_header
-from finetune.tiny import TinyModel, write_tiny
-from finetune.writer import INDEX
+from finetune.files.basefiles import open_base, weight_files
+from finetune.files.layouts import LAYOUT_KEY
+from finetune.files.tensorfile import make_header, read_header
+from finetune.files.tiny import TinyModel, write_tiny
+from finetune.files.writer import INDEX
 
 NORM = "model.language_model.norm.weight"
 

@@ -12,12 +12,13 @@ from tiny_moe import END, IMAGE, PATCH, START, VIDEO, text_model, token_count, t
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from finetune.basefiles import open_base
-from finetune.gather import save
-from finetune.layouts import single_expert
-from finetune.model import ModelOptions, build
-from finetune.reading import rank_shares
-from finetune.weights import check_rows, load
+from finetune.architecture.rank_shares import rank_shares
+from finetune.files.basefiles import open_base
+from finetune.files.layouts import single_expert
+from finetune.model.build import build
+from finetune.model.empty import ModelOptions
+from finetune.model.gather import save
+from finetune.model.weights import check_rows, load
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions
@@ -69,7 +70,7 @@ def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) 
     """Per (ep, resident): load, one step's backward, worst relative error against the reference."""
     from deepspeed.utils import safe_get_full_grad
 
-    from finetune.engine import EngineOptions, backward, engine_config, initialize, start_distributed
+    from finetune.ranks.engine import EngineOptions, backward, engine_config, initialize, start_distributed
 
     start_distributed()
     reference = torch.load(folder.with_suffix(".reference"))
@@ -147,7 +148,7 @@ def test_dense_loads_exactly(folders: dict[str, Path]) -> None:
 
 def tune_and_write(rank: int, world: int, base: Path, out: Path, ep: int) -> Tensor:
     """Three steps on everything, then the whole model as a folder; returns the logits that training left."""
-    from finetune.engine import EngineOptions, backward, engine_config, initialize, start_distributed
+    from finetune.ranks.engine import EngineOptions, backward, engine_config, initialize, start_distributed
 
     start_distributed()
     options = ModelOptions(ep_size=ep, layer=_full(), train=EVERYTHING, resident=False, dtype=torch.float32)
@@ -188,7 +189,7 @@ def test_full_tuning_writes_a_model_that_transformers_loads(
 
 
 def write_untouched(rank: int, world: int, base: Path, out: Path) -> None:
-    from finetune.engine import EngineOptions, engine_config, start_distributed
+    from finetune.ranks.engine import EngineOptions, engine_config, start_distributed
 
     start_distributed()
     empty = build(base, ModelOptions(ep_size=2, layer=LayerOptions(resident=True), dtype=torch.float32))
@@ -249,7 +250,7 @@ def test_a_wrong_word_about_the_layout_is_caught_by_the_rows(folders: dict[str, 
 
 
 def meets_a_damaged_file(rank: int, world: int, folder: Path) -> None:
-    from finetune.engine import EngineOptions, engine_config, start_distributed
+    from finetune.ranks.engine import EngineOptions, engine_config, start_distributed
 
     start_distributed()
     empty = build(folder, ModelOptions(ep_size=2, dtype=torch.float32))

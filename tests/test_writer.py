@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from finetune.atomic import whole_folder
-from finetune.hubconfig import read_family
-from finetune.jsonblock import load_json
-from finetune.layouts import is_expert_stack
-from finetune.shapes import parameter_shapes
-from finetune.tiny import random_weights, write_tiny
-from finetune.writer import INDEX, model_writer, plan_shards, side_files_of, write_model
+from finetune.architecture.shapes import is_expert_stack, parameter_shapes
+from finetune.files.atomic import whole_folder
+from finetune.files.hubconfig import read_family
+from finetune.files.jsonblock import load_json
+from finetune.files.tiny import random_weights, write_tiny
+from finetune.files.writer import INDEX, model_writer, plan_shards, side_files_of, write_model
 
 GATE_UP = "model.language_model.layers.1.mlp.experts.gate_up_proj"
 
@@ -279,7 +278,7 @@ def test_a_really_full_disk_is_known_before_the_first_tensor(base, tmp_path):
 
 MEMORY = """
 import sys, pathlib, torch
-from finetune.writer import write_model
+from finetune.files.writer import write_model
 def peak():
     for line in open("/proc/self/status"):
         if line.startswith("VmHWM"):

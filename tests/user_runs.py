@@ -12,7 +12,7 @@ from limits import LIMIT_S
 from PIL import Image
 from starts import ROOT, environment
 
-from finetune.tiny import write_tiny
+from finetune.files.tiny import write_tiny
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 TRAIN = [sys.executable, "-m", "launchers.cli", "train"]
@@ -20,8 +20,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PATIENT = f"""
 import os
 if os.environ.get("RANK") == "0":  # what gives W&B's client seconds to start and to end; a busy machine takes longer
-    import finetune.wandb_link
-    finetune.wandb_link.START_S = finetune.wandb_link.FINISH_S = {LIMIT_S}
+    import finetune.training.wandb_link
+    finetune.training.wandb_link.START_S = finetune.training.wandb_link.FINISH_S = {LIMIT_S}
 """
 
 

@@ -16,8 +16,8 @@ from benchmarks.gpu import misses
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.runner import run_parts
 from benchmarks.gpu.sizes import Sizes, look
-from benchmarks.machine import surroundings
-from benchmarks.predictions import PATH
+from benchmarks.harness.machine import surroundings
+from benchmarks.planner.predictions import PATH
 
 
 def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.figure import Figure, Target
 from benchmarks.gpu.device import synchronise
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.measure import Side, take_turns
-from benchmarks.outputs import same_tensors
-from finetune.varlen import segments, varlen
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import Side, take_turns
+from benchmarks.harness.outputs import same_tensors
+from finetune.model.varlen import segments, varlen
 
 RELATIVE = 2e-2
 """Of each tensor's largest value: bfloat16 has eight bits."""

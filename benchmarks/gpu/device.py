@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Side
+from benchmarks.harness.measure import Side
 
 WAITS = ("Synchronize", "cudaMemcpy")
 """In the names of calls that hold the host until the device is done; asynchronous copies are not."""

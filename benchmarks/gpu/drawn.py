@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.basefiles import BaseFiles
-from finetune.shapes import EMBEDDING, Shape
+from finetune.architecture.shapes import EMBEDDING, Shape
+from finetune.files.basefiles import BaseFiles
 
 
 @dataclass(frozen=True, kw_only=True)

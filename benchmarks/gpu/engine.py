@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figure import Figure, Target
 from benchmarks.gpu.material import TINY, write_rows
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.measure import OutputsDiffer
-from finetune.tiny import write_tiny
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import OutputsDiffer
+from finetune.files.tiny import write_tiny
 
 RELATIVE = 3e-2
 """Losses and gradient norms of one step in two runs: sums in another order, in bfloat16."""

@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.figure import Figure, Target
 from benchmarks.gpu.material import TINY, conversation, film, packed, photographs, renderer, sample
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.outputs import same_tensors
-from benchmarks.spawned import on_ranks
-from data.batch import Batch, loss_sums
-from data.sample import Renderer
-from data.vision import read_spec
-from finetune.basefiles import open_base
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.outputs import same_tensors
+from benchmarks.harness.spawned import on_ranks
+from data.render.sample import Renderer
+from data.render.vision import read_spec
+from data.stream.batch import Batch, loss_sums
 from finetune.config import RunConfig
-from finetune.engine import engine_device, start_distributed
-from finetune.forward import PackedModel
-from finetune.hubconfig import read_family
-from finetune.model import build
-from finetune.recipes import load as load_recipe
-from finetune.setup import make_balance, model_options, save_memory
-from finetune.tiny import write_tiny
-from finetune.weights import load
+from finetune.files.basefiles import open_base
+from finetune.files.hubconfig import read_family
+from finetune.files.tiny import write_tiny
+from finetune.model.build import build
+from finetune.model.forward import PackedModel
+from finetune.model.weights import load
+from finetune.ranks.engine import engine_device, start_distributed
+from finetune.settings.recipes import load as load_recipe
+from finetune.training.setup import make_balance, model_options, save_memory
 
 # every vision part trains, so that the tower's backward and DeepStack's are in it
 WORDS = (

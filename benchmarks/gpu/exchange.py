@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from benchmarks.figure import Figure
 from benchmarks.gpu.device import synchronise
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.measure import OutputsDiffer
-from benchmarks.spawned import on_ranks
-from finetune.engine import engine_device
+from benchmarks.harness.figure import Figure
+from benchmarks.harness.measure import OutputsDiffer
+from benchmarks.harness.spawned import on_ranks
+from finetune.ranks.engine import engine_device
 from moe.dispatch import exchange
 
 

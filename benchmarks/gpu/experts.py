@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.expert_block import Inputs, Pair, Shape
-from benchmarks.figure import Figure, Target
+from benchmarks.experts.expert_block import Inputs, Pair, Shape
 from benchmarks.gpu.device import synchronise
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.measure import Side, race
-from benchmarks.outputs import same_tensors
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import Side, race
+from benchmarks.harness.outputs import same_tensors
 
 RELATIVE = 3e-2
 """Both round to bfloat16 at other places: as a share of each tensor's largest value."""

@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.figure import Figure
 from benchmarks.gpu.device import Profiled, profiled, synchronise
 from benchmarks.gpu.drawn import drawn_base
 from benchmarks.gpu.material import write_sides
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.measure import Side, spread, take_turns
-from finetune.engine import engine_device, start_distributed
-from finetune.families import Family
-from finetune.gpus import Gpu, gpu_like
-from finetune.hubconfig import read_family
-from finetune.model import build
-from finetune.plan_activations import Recompute, Rows
-from finetune.plan_layer import decoder_layer
-from finetune.plan_ops import Kind, spent
-from finetune.recipes import load as load_recipe
-from finetune.recompute import set_recompute
-from finetune.setup import make_balance, model_options
-from finetune.weights import load
+from benchmarks.harness.figure import Figure
+from benchmarks.harness.measure import Side, spread, take_turns
+from finetune.architecture.families import Family
+from finetune.files.hubconfig import read_family
+from finetune.model.build import build
+from finetune.model.recompute import set_recompute
+from finetune.model.weights import load
+from finetune.planner.activations import Recompute, Rows
+from finetune.planner.gpus import Gpu, gpu_like
+from finetune.planner.layer import decoder_layer
+from finetune.planner.operations import Kind, spent
+from finetune.ranks.engine import engine_device, start_distributed
+from finetune.settings.recipes import load as load_recipe
+from finetune.training.setup import make_balance, model_options
 
 RECOMPUTE: tuple[Recompute, ...] = ("layer", "selective")
 WORDS = ("adapters.attention.mode=lora", "adapters.experts.mode=lora", "model.attention=auto")

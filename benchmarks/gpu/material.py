@@ -13,15 +13,15 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.gpu.sizes import Assumed
-from benchmarks.machine import KIT
-from data.batch import Batch, collate
+from benchmarks.harness.machine import KIT
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.record import parse_record
-from data.sample import Renderer, Sample
-from finetune.hubconfig import config_text, hub_config
-from finetune.hubfiles import side_files
-from finetune.tiny import TinyModel, tiny_family
-from finetune.vocabulary import tiny_vocabulary
+from data.format.record import parse_record
+from data.render.sample import Renderer, Sample
+from data.stream.batch import Batch, collate
+from finetune.files.hubconfig import config_text, hub_config
+from finetune.files.hubfiles import side_files
+from finetune.files.tiny import TinyModel, tiny_family
+from finetune.files.vocabulary import tiny_vocabulary
 
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 ANSWER_WORDS = 40

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.sizes import Assumed, Sizes, StepCase
-from benchmarks.predictions import PATH
-from finetune.gpus import gpu_like
+from benchmarks.planner.predictions import PATH
+from finetune.planner.gpus import gpu_like
 
 ALLOWED = {"tokens_per_second": 0.15, "peak_bytes": 0.10}
 """How far a prediction may be off, as a share of what was measured, before it is a miss."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.figure import Figure
 from benchmarks.gpu.device import cudnn_version, synchronise
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.measure import Side, race
-from benchmarks.outputs import same_tensors
+from benchmarks.harness.figure import Figure
+from benchmarks.harness.measure import Side, race
+from benchmarks.harness.outputs import same_tensors
 
 KERNEL = (2, 16, 16)
 RELATIVE = 2e-2

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.gpu.drawn import drawn_base
-from data.batch import Batch, Step, loss_sums
-from data.vision import normalise, read_spec
-from finetune.adapter_file import open_adapter, write_adapter
+from data.render.vision import normalise, read_spec
+from data.stream.batch import Batch, Step, loss_sums
+from finetune.adapters.file import open_adapter, write_adapter
 from finetune.config import RunConfig
-from finetune.engine import engine_config, engine_device, initialize
-from finetune.forward import PackedModel
-from finetune.hubconfig import read_family
-from finetune.model import EmptyModel, build
-from finetune.setup import engine_options, make_balance, model_options, save_memory
-from finetune.update import take_step
-from finetune.weights import load, rebuild_tables
+from finetune.files.hubconfig import read_family
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel
+from finetune.model.forward import PackedModel
+from finetune.model.weights import load, rebuild_tables
+from finetune.ranks.engine import engine_config, engine_device, initialize
+from finetune.training.setup import engine_options, make_balance, model_options, save_memory
+from finetune.training.update import take_step
 
 Taken = Callable[[Sequence[Batch]], dict[str, float]]
 """One step on some rows: loss and gradient norm before the update."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from finetune.tiny import TinyModel
+from finetune.files.tiny import TinyModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.figure import Figure
 from benchmarks.gpu.device import Profiled, held, peak_of, profiled, synchronise
 from benchmarks.gpu.material import even_row, full_row, renderer, write_sides
 from benchmarks.gpu.misses import first_predicted
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sides import Trainer, ours, peer, useful
 from benchmarks.gpu.sizes import Sizes, StepCase
-from benchmarks.measure import OutputsDiffer, Side, spread, take_turns
-from benchmarks.spawned import on_ranks
-from data.batch import Batch
+from benchmarks.harness.figure import Figure
+from benchmarks.harness.measure import OutputsDiffer, Side, spread, take_turns
+from benchmarks.harness.spawned import on_ranks
+from data.stream.batch import Batch
 from finetune.config import RunConfig
-from finetune.engine import start_distributed
-from finetune.recipes import load
+from finetune.ranks.engine import start_distributed
+from finetune.settings.recipes import load
 
 RELATIVE = {"loss": 5e-3, "grad_norm": 1e-1}
 """How far a step may be apart: in bfloat16 experts of nearly equal score change places."""

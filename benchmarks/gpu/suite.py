@@ -5,10 +5,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from benchmarks.figure import Figure, Target
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.machine import ROOT
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.machine import ROOT
 
 MARK = "@pytest.mark.gpu"
 

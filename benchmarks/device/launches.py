@@ -1,0 +1,43 @@
+"""`launches`: operations that one decoder layer of the 30B model hands to a device, ours beside the stock parts."""
+
+from collections.abc import Iterator
+
+from benchmarks.device.meta_layer import MetaLayer
+from benchmarks.harness.figure import Figure
+from finetune.architecture.families import Text, family
+from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig
+
+TOKENS = (4096, 8192)
+R = 16
+ADAPTERS = AdaptersConfig(attention=DenseFamilyConfig(mode="lora", r=R), experts=ExpertFamilyConfig(mode="lora", r=R))
+PEER = "transformers grouped_mm, PEFT"
+
+
+def run() -> Iterator[Figure]:
+    """Yield operations of forward, of what is computed again, and of backward, by a row's tokens; and all bytes."""
+    yield from figures(family("qwen3-vl-30b-a3b").text, TOKENS)
+
+
+def figures(text: Text, tokens: tuple[int, ...]) -> Iterator[Figure]:
+    """The same at any size; nothing is computed, so it takes no memory."""
+    for number in tokens:
+        ours, peer = (_passes(MetaLayer(text, ADAPTERS, ours=mine), number) for mine in (True, False))
+        for (what, unit), count in ours.items():
+            yield Figure(
+                metric=f"of a layer, {number} tokens, {what}", value=count, unit=unit, peer=PEER,
+                config={"tokens": number, "recompute": "layer", "hidden": text.hidden_size, "r": R},
+                peer_value=peer[what, unit],
+            )  # fmt: skip
+
+
+def _passes(layer: MetaLayer, tokens: int) -> dict[tuple[str, str], float]:
+    """Backward recomputes in the one run and does not in the other: the difference is what is computed again."""
+    (forward, plain), (_, both) = layer.count(tokens, "none"), layer.count(tokens, "layer")
+    found: dict[tuple[str, str], float] = {
+        ("forward", "operations"): forward.launches,
+        ("recompute", "operations"): both.launches - plain.launches,
+        ("backward", "operations"): plain.launches,
+        ("all", "operations"): forward.launches + both.launches,
+    }
+    every = (*forward.kinds.values(), *both.kinds.values())
+    return found | {("read and written", "GB"): sum(count.bytes for count in every) / 1e9}

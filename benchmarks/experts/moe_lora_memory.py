@@ -1,0 +1,75 @@
+"""`moe-lora-memory`: what one expert block with LoRA keeps for backward, and the largest thing it ever allocates."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.experts.expert_block import Inputs, Pair, same_step
+from benchmarks.experts.moe_lora_step import NARROW, WIDE
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.memory import Allocations, Saved
+
+CASES = ((WIDE, 512), (WIDE, 2048), (NARROW, 256), (NARROW, 1024), (NARROW, 4096))
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one step of one side, above what existed before its forward."""
+
+    saved: int
+    alive: int
+    peak: int
+    largest: int
+    largest_by: str
+
+
+def run() -> Iterator[Figure]:
+    """Yield, per shape: bytes saved, bytes alive after forward, peak, and the largest allocation."""
+    torch.set_num_threads(1)
+    pair: Pair | None = None
+    for shape, tokens in CASES:
+        if pair is None or pair.shape != shape:
+            pair = Pair(shape)
+        yield from _figures(pair, tokens)
+
+
+def _figures(pair: Pair, tokens: int) -> Iterator[Figure]:
+    inputs, shape = pair.inputs(tokens), pair.shape
+    ours, peer = pair.sides(inputs)
+    same_step(ours.run(), peer.run())
+    mine, theirs = (_measure(pair, inputs, forward) for forward in (pair.forward_ours, pair.forward_peer))
+    no_more = Target(of="ratio", rule="at least", floor=1.0)
+    stack = shape.smaller_stack_bytes
+    widest = 4 * tokens * shape.top_k * max(shape.hidden, 2 * shape.intermediate + shape.r)
+    # narrow blocks with many tokens have activations above the stack: then these are the bound
+    below_a_stack = Target(of="value", rule="at most", floor=max(stack - 1, widest) / MIB, goal=widest / MIB)
+    config = pair.config(tokens) | {
+        "largest_by": mine.largest_by,
+        "peer_largest_by": theirs.largest_by,
+        "smaller_expert_stack_mib": stack / MIB,
+    }
+    for metric, found, others, target in (
+        ("saved for backward", mine.saved, theirs.saved, no_more),
+        ("alive after forward", mine.alive, theirs.alive, no_more),
+        ("peak of the step", mine.peak, theirs.peak, None),
+        ("largest allocation", mine.largest, theirs.largest, below_a_stack),
+    ):
+        yield Figure(
+            metric=f"{metric}, D={shape.hidden}, {tokens} tokens", value=found / MIB, unit="MiB", config=config,
+            peer=pair.peer_name, peer_value=others / MIB, target=target,
+        )  # fmt: skip
+
+
+def _measure(pair: Pair, inputs: Inputs, forward: Callable[[Inputs], Tensor]) -> Memory:
+    pair.forget(inputs)
+    weights = [*pair.experts.buffers(), *pair.experts.parameters(), *pair.peer.parameters()]
+    with Allocations() as seen:
+        with Saved(beside=[*inputs.leaves(), *weights]) as saved:
+            y_TD = forward(inputs)
+        kept, alive = saved.bytes, seen.live_bytes
+        torch.autograd.backward(y_TD, inputs.grad_TD)
+    pair.forget(inputs)
+    return Memory(saved=kept, alive=alive, peak=seen.peak_bytes, largest=seen.largest_bytes, largest_by=seen.largest_by)

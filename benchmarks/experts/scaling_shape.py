@@ -1,0 +1,70 @@
+"""`scaling-shape`: four times the experts at the same top-k is the same arithmetic; how much more does a step cost?
+
+The rows per expert fall to a quarter, so each weight that is read is used a quarter as often. What of the growth is the
+price of the GEMM kernel itself, and of no LoRA, is measured beside: the four frozen grouped GEMMs of a step, alone.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.experts.expert_block import Inputs, Pair, Shape, same_step
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import Side, spread, take_turns
+
+FEW = Shape(hidden=1024, intermediate=384, experts=32)
+MANY = Shape(hidden=1024, intermediate=384, experts=128)
+CASES = ((512, 9), (2048, 4))  # tokens, rounds
+TARGET = Target(of="value", rule="at most", floor=1.3)
+
+
+def run() -> Iterator[Figure]:
+    """Yield the time at 128 experts over the time at 32: ours and PEFT's, then that of the frozen GEMMs; in turns."""
+    torch.set_num_threads(1)
+    pairs = [Pair(FEW), Pair(MANY)]
+    for tokens, rounds in CASES:
+        yield from _growth(pairs, tokens, rounds)
+
+
+def _growth(pairs: list[Pair], tokens: int, rounds: int) -> Iterator[Figure]:
+    sides = []
+    for pair in pairs:
+        inputs = pair.inputs(tokens)
+        ours, peer = pair.sides(inputs)
+        same_step(ours.run(), peer.run())
+        sides += [ours, peer, Side(name="frozen GEMMs", run=_frozen_gemms(pair, inputs))]
+    seconds = take_turns(sides, rounds=rounds)
+    ours_x, peer_x, frozen_x = (min(many) / min(few) for few, many in zip(seconds[:3], seconds[3:], strict=True))
+    few, many = (pair.shape.experts for pair in pairs)
+    config = {**pair.config(tokens), "experts": [few, many], "statistic": "min"}
+    over = f"at {many} experts over {few}, {tokens} tokens"
+    yield Figure(
+        metric=f"step {over}", value=ours_x, unit="x", config=config, n=rounds, peer=pair.peer_name, peer_value=peer_x,
+        spread={"ours": spread(seconds[3]), "peer": spread(seconds[4])}, target=TARGET,
+    )  # fmt: skip
+    yield Figure(
+        metric=f"frozen GEMMs alone {over}", value=frozen_x, unit="x", config=config, n=rounds,
+        spread={"ours": spread(seconds[5])},
+    )  # fmt: skip
+
+
+def _frozen_gemms(pair: Pair, inputs: Inputs) -> Callable[[], object]:
+    """Return the wide GEMMs of one step: two forward, two for the gradient of their inputs."""
+    experts = pair.experts_of_peer()
+    gate_up, down = experts.gate_up_proj.data, experts.down_proj.data
+    offs = inputs.topk_TK.flatten().bincount(minlength=pair.shape.experts).cumsum(0).to(torch.int32)
+    rows = inputs.topk_TK.numel()
+    x, both, h = (
+        torch.randn(rows, n) for n in (pair.shape.hidden, 2 * pair.shape.intermediate, pair.shape.intermediate)
+    )
+
+    def run() -> object:
+        return [
+            F.grouped_mm(x, gate_up.transpose(1, 2), offs=offs),
+            F.grouped_mm(h, down.transpose(1, 2), offs=offs),
+            F.grouped_mm(x, down, offs=offs),
+            F.grouped_mm(both, gate_up, offs=offs),
+        ]
+
+    return run

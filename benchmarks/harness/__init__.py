@@ -1,0 +1,1 @@
+"""What benchmarks share: figures, the machine, processes, measured memory and outputs."""

@@ -1,0 +1,1 @@
+"""Benchmarks of long rows: sequence parallelism, memory, needles."""

@@ -1,0 +1,61 @@
+"""`long-memory`: what one more token of a row costs a rank at its peak, with each option that saves memory."""
+
+from collections.abc import Iterator, Mapping
+
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.outputs import same_tensors
+from benchmarks.long_rows.long_ranks import Found, Setup, measure, together
+
+TOKENS = (1536, 3072)
+PLAIN = "recompute by layer, sp 1"
+TILE = 128
+
+
+def cases(sp: int) -> Mapping[str, dict[str, object]]:
+    """What is switched on, by name; the tiles of a row are of one size, whatever its length."""
+    return {
+        f"no recompute, sp {sp}": {"recompute": "none"},
+        f"recompute by layer, sp {sp}": {},
+        f"recompute by layer, tiled, sp {sp}": {"tiles": TILE},
+        f"recompute by layer, offloaded, sp {sp}": {"offload": True},
+        f"recompute by layer, tiled and offloaded, sp {sp}": {"tiles": TILE, "offload": True},
+        f"recompute selective, sp {sp}": {"recompute": "selective"},
+        f"recompute selective, offloaded, sp {sp}": {"recompute": "selective", "offload": True},
+    }
+
+
+def run() -> Iterator[Figure]:
+    """Yield bytes a token, the growth of the peak over the growth of the row; recompute by layer is the peer."""
+    found: dict[str, float] = {}
+    for sp in (1, 2):
+        setups, names = [], []
+        for name, options in cases(sp).items():
+            for tokens in TOKENS:
+                tiles = tokens // sp // TILE if options.get("tiles") else 1
+                setups.append(Setup(tokens=tokens, sp=sp, **{**options, "tiles": tiles}))  # type: ignore[arg-type]  # of cases()
+            names.append(name)
+        ranks = measure(setups, world=sp)
+        for at, name in enumerate(names):
+            pair = ranks[2 * at : 2 * at + 2]
+            for mine, plain in zip(pair, ranks[2:4], strict=True):
+                same_tensors(together(mine), together(plain), relative=1e-5)
+            found[name] = slope(pair)
+    for name, bytes_a_token in found.items():
+        yield Figure(
+            metric=f"peak by one more token, {name}", value=bytes_a_token, unit="bytes a token of the row",
+            config={"tokens": list(TOKENS)}, peer=PLAIN, peer_value=found[PLAIN], target=_target(name),
+        )  # fmt: skip
+
+
+def slope(pair: list[list[Found]]) -> float:
+    """Growth of the worst rank's peak by one more token of the row."""
+    peaks = [max(rank.peak for rank in ranks) for ranks in pair]
+    return (peaks[1] - peaks[0]) / (TOKENS[1] - TOKENS[0])
+
+
+def _target(name: str) -> Target | None:
+    if name == "recompute by layer, sp 2":
+        return Target(of="ratio", rule="at least", floor=1.7, goal=1.9)
+    if "tiled and offloaded" in name:
+        return Target(of="ratio", rule="at least", floor=1.3)
+    return None

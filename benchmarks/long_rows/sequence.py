@@ -1,0 +1,35 @@
+"""`sequence`: a row over two ranks. Bytes that attention moves a layer against the formula; beside one rank's work."""
+
+from collections.abc import Iterator
+
+from benchmarks.harness.figure import Figure
+from benchmarks.harness.measure import counted
+from benchmarks.harness.outputs import same_tensors
+from benchmarks.long_rows.long_ranks import HEAD_DIM, HEADS, KV_HEADS, LAYERS, Setup, measure, together
+from finetune.model.sequence_attention import bytes_per_layer
+
+TOKENS = 2048
+PASSES = {"none": 2, "layer": 3, "selective": 3}
+"""Forward and backward, and once more forward where attention is computed again."""
+
+
+def run() -> Iterator[Figure]:
+    """Yield counted bytes by recompute mode, which the formula must hit exactly; then the seconds of one row."""
+    setups = [Setup(tokens=TOKENS, sp=2, recompute=mode) for mode in ("none", "layer", "selective")]
+    ranks = measure(setups, world=2)
+    (whole,) = measure([Setup(tokens=TOKENS, sp=1, recompute="none")], world=1)
+    each = bytes_per_layer(
+        tokens=TOKENS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, slices=2, itemsize=4
+    )  # fmt: skip
+    for setup, found in zip(setups, ranks, strict=True):
+        same_tensors(together(found), together(whole), relative=1e-5)
+        yield counted(
+            metric=f"handed to attention's all-to-alls a layer, recompute {setup.recompute}",
+            found=max(rank.exchanged for rank in found) // LAYERS, expected=PASSES[setup.recompute] * each,
+            unit="bytes a rank", config={"tokens": TOKENS, "sp": 2, "heads": HEADS, "kv_heads": KV_HEADS},
+        )  # fmt: skip
+    yield Figure(
+        metric="a row over two ranks, forward and backward", value=max(rank.seconds for rank in ranks[0]), unit="s",
+        config={"tokens": TOKENS, "sp": 2, "threads_a_rank": 1}, peer="one rank, the whole row",
+        peer_value=whole[0].seconds,
+    )  # fmt: skip

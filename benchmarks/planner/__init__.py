@@ -1,0 +1,1 @@
+"""The planner beside what was measured, and its predictions."""

@@ -1,0 +1,200 @@
+"""A real engine on a tiny base, on ranks; its memory, collectives and operations counted: what plans are held to."""
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness.collectives import CollectiveCounter
+from benchmarks.harness.memory import Allocations
+from benchmarks.planner.plan_case import Case, packed_row
+from data.render.vision import read_spec
+from data.stream.batch import Batch
+from finetune.files.basefiles import open_base
+from finetune.files.hubconfig import read_family
+from finetune.model.build import build
+from finetune.model.forward import PackedModel
+from finetune.model.sequence import sequence_groups
+from finetune.model.sequence_attention import use_sequence
+from finetune.model.weights import load
+from finetune.ranks.collectives import rank_and_world
+from finetune.ranks.engine import backward, engine_config, engine_device, initialize, start_distributed
+from finetune.training.setup import engine_options, make_balance, model_options, save_memory, share_rows
+from moe.host import to_host
+
+MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one rank held and sent."""
+
+    static: int
+    """Every storage alive between two steps."""
+    weights: int
+    """Of those, the model's parameters and buffers, and its slices of partitioned ones."""
+    masters: int
+    moments: int
+    gradients: int
+    peak: int
+    """Every storage alive at the highest point of a step."""
+    flops: int
+    """Of a whole step, as torch counts them."""
+    sent: dict[str, int] = field(default_factory=dict)
+    """Bytes of a whole step, by collective, ranks of its group and type."""
+    leaving: dict[str, int] = field(default_factory=dict)
+    """Of those of all-to-alls, what went to other ranks."""
+    chosen: list[list[int]] = field(default_factory=list)
+    """Of a whole step: by layer and expert, how often this rank's tokens chose it."""
+
+
+def between_ranks(counted: dict[str, int], collective: str) -> int:
+    """Bytes of one collective, without the exchange of a rank with itself."""
+    names = {name: name.split("/") for name in counted}
+    return sum(counted[name] for name, (found, ranks, _) in names.items() if found == collective and int(ranks) > 1)
+
+
+def session(base: Path, cases: list[Case]) -> list[Measured]:
+    """Run the cases one after the other; every rank must call this, with its process group up."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the engine calls collectives by their old names
+    return [measure(base, case) for case in cases]
+
+
+def measure(base: Path, case: Case) -> Measured:
+    """Run four steps of one case, and count in them."""
+    start_distributed()
+    row = rank_and_world()[0] // case.config().parallel.sp
+    batch = packed_row(case, read_family(base), read_spec(base), row=row)
+    to_host(torch.empty(1))  # makes the block of host memory for activations, which is none of the device's
+    gc.collect()
+    gc.freeze()  # what there is before is none of the engine's, and a million objects more to look through each time
+    engine, balance = _start(base, case)
+    _step(engine, balance, batch)  # moments and persistent parameters are made
+    gc.collect()
+    static = _bytes(_alive())
+    with FlopCounterMode(display=False, custom_mapping=_uncounted()) as operations, CollectiveCounter() as sent:
+        chosen = _step(engine, balance, batch)
+    gc.collect()
+    static = max(static, _bytes(_alive()))
+    with Allocations() as made:
+        _step(engine, balance, batch)
+    inputs = _bytes(value for value in vars(batch).values() if isinstance(value, Tensor))
+    parameters = list(engine.module.parameters())
+    optimizer = engine.optimizer
+    states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    slices = vars(optimizer)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
+    names = {kind: f"{kind.collective}/{kind.ranks}/{kind.dtype}" for kind in sent.bytes}
+    found = Measured(
+        static=static,
+        weights=_bytes([*engine.module.buffers(), *parameters, *(p.ds_tensor for p in parameters)]),
+        masters=_bytes(optimizer.fp32_partitioned_groups_flat),
+        moments=_bytes(value for value in states if isinstance(value, Tensor) and value.numel() > 1),
+        gradients=_bytes(slices.values()),
+        peak=static + inputs + made.peak_bytes,
+        flops=operations.get_total_flops(),
+        sent={names[kind]: size for kind, size in sent.bytes.items()},
+        leaving={names[kind]: size for kind, size in sent.leaving.items()},
+        chosen=chosen,
+    )
+    engine.destroy()
+    gc.unfreeze()
+    return found
+
+
+def _start(base: Path, case: Case) -> tuple[Any, Any]:
+    """The engine as a run starts it, and what balances its experts."""
+    config, device, shape = case.config(f"model.path={base}"), engine_device(), read_family(base)
+    groups = sequence_groups([config.parallel.sp])
+    balance = make_balance(config, shape, device)
+    chosen = model_options(config, shape, device, lambda text: None)
+    empty = build(base, chosen, balance=balance)
+    if config.parallel.sp > 1:
+        use_sequence(empty.module, groups, chosen.attention)
+    options = replace(
+        engine_options(config),
+        persistence_threshold=case.persistence,
+        prefetch_elements=None if case.reuse else 0,
+        extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse, "sub_group_size": case.sub_group}},
+    )
+    load(empty, open_base(base, empty.expected), engine_config=engine_config(options))
+    packed = PackedModel(empty.module, spec=read_spec(base))
+    save_memory(packed, config)
+    engine = initialize(packed, options)
+    share_rows(packed, balance, groups[config.parallel.sp])
+    engine.train()
+    return engine, balance
+
+
+def _step(engine: Any, balance: Any, batch: Batch) -> list[list[int]]:
+    """One step of equal micro-batches; returns how often each layer's experts were chosen by this rank's tokens."""
+    chosen: list[list[int]] = []
+    rows = MICRO_BATCHES * engine.world_size // (engine.module.sequence.size if engine.module.sequence else 1)
+    tokens = rows * batch.input_ids.numel()
+    if balance is not None:
+        balance.start_step(tokens)
+    for number in range(MICRO_BATCHES):
+        engine.set_gradient_accumulation_boundary(number == MICRO_BATCHES - 1)
+        row = engine.module.send(batch, engine_device()).arrived()
+        if balance is not None:
+            balance.start_micro_batch(row.valid_T)
+        losses = engine(batch=row)
+        backward(engine, losses.objective, float(tokens))
+        del losses
+    if balance is not None:
+        chosen = balance.totals.counts_LE.int().tolist()  # of this rank, until finish_step adds up all of them
+        balance.finish_step()
+    engine.step()
+    return chosen
+
+
+def _uncounted() -> dict[Any, Any]:
+    """Formulas for what torch's counter leaves out: grouped products, and the CPU's attention."""
+
+    def grouped(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * prod(x) * weight[-1]  # rows by matrices, and columns by rows for a matrix's own gradient
+
+    def attention(
+        q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dropout: float = 0.0, is_causal: bool = False,
+        *_: Any, **__: Any,
+    ) -> int:  # fmt: skip
+        return 4 * prod(q) * k[2] // (2 if is_causal else 1)
+
+    def attention_backward(
+        grad: tuple[int, ...], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, sums: Any,
+        dropout: float, is_causal: bool, *_: Any, **__: Any,
+    ) -> int:  # fmt: skip
+        return 10 * prod(q) * k[2] // (2 if is_causal else 1)  # scores once more, and four gradients
+
+    aten = torch.ops.aten
+    return {
+        aten._grouped_mm: grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+
+
+def _alive() -> list[Tensor]:
+    """Every tensor that was made since the rest was frozen."""
+    found = []
+    for thing in gc.get_objects():
+        with contextlib.suppress(ReferenceError):  # a weak proxy whose object is gone
+            if isinstance(thing, Tensor) and thing.device.type == "cpu":
+                found.append(thing)
+    return found
+
+
+def _id_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of storages, each once, however many tensors look at it."""
+    return sum({_id_of(t): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,103 @@
+"""What the planner says of ten runs on one GPU, written down before any of them ran.
+
+    python -m benchmarks.planner.predictions      renew benchmarks/results/predictions.json
+
+On a GPU the same runs are measured and compared. A run has the recipe's words, so many of the model's layers, and rows
+as `assumed` says: full, of samples and images of those lengths. Loads no torch.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.machine import ROOT, commit
+from finetune.planner.gpus import cluster
+from finetune.planner.plan import Plan, plan
+from finetune.planner.time import Assumed
+from finetune.settings.checks import base_family
+from finetune.settings.recipes import load
+
+RECIPE = "qwen3-vl-30b-a3b-lora"
+PATH = ROOT / "benchmarks" / "results" / "predictions.json"
+MICRO_BATCHES = 4
+TEXT = Assumed(vision_share=0.0)
+IMAGES = Assumed(image_tokens=260)
+"""Half of the tokens are photographs of 640 x 427, as the kit carries them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run."""
+
+    gpu: str
+    layers: int
+    tokens: int
+    recompute: str
+    assumed: Assumed
+
+    @property
+    def name(self) -> str:
+        """Short, and no other's."""
+        seen = "images" if self.assumed.vision_share else "text"
+        gpu = self.gpu.partition("-")[0]
+        return f"{gpu}, {self.layers} layers, {self.tokens} tokens, recompute {self.recompute}, {seen}"
+
+    @property
+    def words(self) -> list[str]:
+        """The recipe and what is changed in it: everything on one GPU."""
+        vision = int(self.tokens * self.assumed.vision_share) or 1
+        return [
+            RECIPE, "parallel.ep=1", "parallel.resident=frozen", f"parallel.recompute={self.recompute}",
+            f"data.tokens_per_pack={self.tokens}", f"data.vision_tokens_per_pack={vision}",
+            f"data.packs_per_step={MICRO_BATCHES}",
+        ]  # fmt: skip
+
+
+CASES = (
+    Case(gpu="h200-141gb", layers=48, tokens=4096, recompute="layer", assumed=TEXT),
+    Case(gpu="h200-141gb", layers=48, tokens=8192, recompute="layer", assumed=TEXT),
+    Case(gpu="h200-141gb", layers=48, tokens=8192, recompute="selective", assumed=IMAGES),
+    Case(gpu="h200-141gb", layers=48, tokens=4096, recompute="none", assumed=TEXT),
+    Case(gpu="h200-141gb", layers=8, tokens=8192, recompute="layer", assumed=IMAGES),
+    Case(gpu="h100-80gb", layers=48, tokens=4096, recompute="layer", assumed=TEXT),
+    Case(gpu="h100-80gb", layers=8, tokens=4096, recompute="layer", assumed=TEXT),
+    Case(gpu="h100-80gb", layers=8, tokens=8192, recompute="layer", assumed=IMAGES),
+    Case(gpu="h100-80gb", layers=4, tokens=8192, recompute="selective", assumed=TEXT),
+    Case(gpu="h100-80gb", layers=4, tokens=4096, recompute="none", assumed=TEXT),
+)
+
+
+def predicted(case: Case) -> Plan:
+    """The plan of a run with fewer layers than the model has."""
+    config, problems = load(case.words[0], case.words[1:])
+    assert not problems, problems
+    base = base_family(config)
+    base = replace(base, text=replace(base.text, num_hidden_layers=case.layers))
+    return plan(config, base, cluster(case.gpu, gpus=1, per_node=None, price=None), assumed=case.assumed)
+
+
+def predictions(*, at: str) -> Iterator[dict[str, Any]]:
+    """Every run as the file has it; `at` is the commit. Peak bytes are of tensors, without the planner's reserve."""
+    for case in CASES:
+        found = predicted(case)
+        yield {
+            "name": case.name, "gpu": case.gpu, "gpus": 1, "words": case.words, "layers": case.layers,
+            "assumed": asdict(case.assumed), "tokens_per_second": round(found.time.tokens_per_second, 1),
+            "step_seconds": round(found.time.step, 4), "host_seconds": round(found.time.host, 4),
+            "limit": found.time.limit, "peak_bytes": found.memory.peak, "commit": at,
+        }  # fmt: skip
+
+
+def write(path: Path) -> None:
+    """Write all of them."""
+    found = list(predictions(at=commit(ROOT)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write(PATH)
+    for one in json.loads(PATH.read_text()):
+        print(f"{one['name']:<58} {one['tokens_per_second']:>9,.0f} tokens/s {one['peak_bytes'] / 1e9:>7.2f} GB")

@@ -1,0 +1,1 @@
+"""Benchmarks of data: building, planning, packing, reading and resuming."""

@@ -1,0 +1,67 @@
+"""`packing`: how full packs are, and how evenly the packs of a step cost, beside samples simply strung together."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import OutputsDiffer
+from benchmarks.shards.corpus import MIX, mixed_lengths
+from data.stream.pack import Ints, Packs, best_fit, group_steps
+from data.stream.plan import Cost
+
+SAMPLES = 200_000
+RANKS = 64
+FILL = Target(of="value", rule="at least", floor=0.99, goal=0.998)
+BALANCE = Target(of="value", rule="at most", floor=1.1, goal=1.05)
+
+
+def run() -> Iterator[Figure]:
+    """Yield fill and the dearest pack over the mean of its step, at three budgets."""
+    for budget in (8192, 16384, 32768):
+        tokens, patches = mixed_lengths(SAMPLES, budget)
+        packs = best_fit(tokens, patches, token_budget=budget, patch_budget=4 * budget)
+        _check(packs, tokens, budget)
+        config = {"tokens_per_pack": budget, "samples": SAMPLES, "mix": MIX}
+        strung = next_fit(tokens, budget)
+        yield Figure(
+            metric=f"fill of packs at {budget}",
+            value=float(tokens.sum()) / (len(packs) * budget),
+            unit="of the budget",
+            better="higher",
+            config=config,
+            peer="samples strung together",
+            peer_value=float(tokens.sum()) / (strung * budget),
+            target=FILL,
+        )
+        cost = packs.sums(tokens) + Cost().squared * packs.sums(tokens * tokens) + Cost().patch * packs.sums(patches)
+        order = group_steps(cost, RANKS, window=32, rng=np.random.default_rng(0))
+        yield Figure(
+            metric=f"dearest pack over the mean of its step at {budget}",
+            value=_unevenness(cost[order]),
+            unit="",
+            config=config | {"ranks": RANKS, "window": "32 steps"},
+            peer="packs shuffled",
+            peer_value=_unevenness(np.random.default_rng(0).permutation(cost)),
+            target=BALANCE,
+        )
+
+
+def next_fit(tokens: Ints, budget: int) -> int:
+    """Packs it takes when each sample goes into the last pack or a new one."""
+    count, used = 1, 0
+    for length in tokens.tolist():
+        if used + length > budget:
+            count, used = count + 1, 0
+        used += length
+    return count
+
+
+def _check(packs: Packs, tokens: Ints, budget: int) -> None:
+    if sorted(packs.members.tolist()) != list(range(len(tokens))) or packs.sums(tokens).max() > budget:
+        raise OutputsDiffer(f"packs of {budget} tokens lose or repeat samples, or are too long")
+
+
+def _unevenness(cost: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+    steps = cost[: len(cost) // RANKS * RANKS].reshape(-1, RANKS)
+    return float(steps.max(1).sum() / steps.mean(1).sum())

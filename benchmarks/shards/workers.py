@@ -1,0 +1,64 @@
+"""How much faster two workers of a stream are than one, once both are up: a part of `data-throughput`."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import OutputsDiffer, spread
+from data.config import DataConfig, SourceConfig
+from data.open import open_corpus, open_stream
+from data.render.sample import Renderer
+from data.stream.corpus import Corpus
+
+ROUNDS = 5
+STARTING = 4  # steps not counted: workers start, and the first packs were read meanwhile
+SCALES = Target(of="ratio", rule="at least", floor=1.7)
+
+
+def two_workers_beside_one(renderer: Renderer, shard: Path) -> Iterator[Figure]:
+    """Yield the seconds that a pack takes to come out of a stream with two workers, beside one."""
+    configs = {
+        workers: DataConfig(
+            packs_per_step=1,
+            tokens_per_pack=8192,
+            workers=workers,
+            prefetch=1,
+            sources={"photos": SourceConfig(path=str(shard))},
+        )
+        for workers in (1, 2)
+    }
+    corpus = open_corpus(configs[1], renderer)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    keys = set()
+    for at in range(ROUNDS):
+        for workers in (1, 2) if at % 2 else (2, 1):
+            read, took = _read(configs[workers], corpus, renderer)
+            keys.add(read)
+            seconds[workers].append(took)
+    if len(keys) != 1:
+        raise OutputsDiffer("one and two workers give other packs")
+    yield Figure(
+        metric="images, two workers beside one",
+        value=1e3 * statistics.median(seconds[2]),
+        unit="ms a pack",
+        n=ROUNDS,
+        spread={"ours": spread(tuple(seconds[2])), "peer": spread(tuple(seconds[1]))},
+        config={"tokens_per_pack": 8192, "prefetch": 1, "steps not counted": STARTING, "statistic": "median"},
+        peer="one worker",
+        peer_value=1e3 * statistics.median(seconds[1]),
+        target=SCALES,
+    )
+
+
+def _read(config: DataConfig, corpus: Corpus, renderer: Renderer) -> tuple[tuple[str, ...], float]:
+    """The samples of an epoch in order, and the seconds that each of its later steps took."""
+    stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
+    assert stream.plan.steps > 2 * STARTING
+    keys = list[str]()
+    for number, step in enumerate(stream):
+        if number == STARTING:
+            began = time.perf_counter()
+        keys += [key for batch in step.batches for key in batch.keys]
+    return tuple(keys), (time.perf_counter() - began) / (stream.plan.steps - STARTING - 1)

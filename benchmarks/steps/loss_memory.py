@@ -1,0 +1,126 @@
+"""`loss-memory`: head and loss at the real vocabulary, forward and backward, beside transformers' full logits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.memory import Allocations
+from benchmarks.harness.outputs import same_tensors
+from data.stream.batch import Batch
+from finetune.model.loss import row_losses, tile_head
+from finetune.model.row import lay_out
+
+VOCAB, HIDDEN, TOKENS = 151_936, 128, 2048
+SUPERVISED = (128, 512, 1024, 2047)
+PEER = "transformers, full logits"
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model's last states and head; `trained` says whether the head trains, hidden states always want gradients."""
+
+    dtype: torch.dtype
+    trained: bool
+    supervised: int
+
+    @property
+    def name(self) -> str:
+        """What stands in the record."""
+        head = "trained" if self.trained else "frozen"
+        return f"{str(self.dtype).removeprefix('torch.')}, {head} head, {self.supervised} of {TOKENS} supervised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one side computed, and the bytes it needed above its inputs."""
+
+    tensors: dict[str, Tensor]
+    peak: int
+    kept: int
+
+
+class _Headed(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False, dtype=case.dtype)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            self.lm_head.weight.copy_(torch.randn(VOCAB, HIDDEN, generator=generator) * HIDDEN**-0.5)
+        self.lm_head.requires_grad_(case.trained)
+
+
+def run() -> Iterator[Figure]:
+    """Yield peaks by type and head, and what one more supervised token costs."""
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for trained in (False, True):
+            yield _peak(Case(dtype=dtype, trained=trained, supervised=SUPERVISED[-1]))[0]
+    found = [_peak(Case(dtype=torch.float32, trained=False, supervised=n)) for n in SUPERVISED]
+    yield from (figure for figure, _ in found[:-1])
+    kept = [mine.kept for _, mine in found]
+    yield Figure(
+        metric="kept for backward by one more supervised token",
+        value=max((b - a) / (m - n) for a, b, n, m in zip(kept, kept[1:], SUPERVISED, SUPERVISED[1:], strict=False)),
+        unit="bytes",
+        config={"vocabulary": VOCAB, "hidden": HIDDEN, "kept_bytes": dict(zip(SUPERVISED, kept, strict=True))},
+        # its own gradient in float32, and its loss
+        target=Target(of="value", rule="at most", floor=4 * HIDDEN + 64),
+    )
+
+
+def _peak(case: Case) -> tuple[Figure, Outcome]:
+    hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    batch = _row(case.supervised)
+    ours, theirs = _ours(case, hidden, batch), _theirs(case, hidden, batch)
+    # bfloat16 rounds each logit and each product's result; the sides round at different places
+    same_tensors(ours.tensors, theirs.tensors, relative=1e-5 if case.dtype == torch.float32 else 2e-2)
+    figure = Figure(
+        metric=f"peak, {case.name}", value=ours.peak / MIB, unit="MiB",
+        config={"vocabulary": VOCAB, "hidden": HIDDEN, "tokens": TOKENS, "case": case.name},
+        peer=PEER, peer_value=theirs.peak / MIB, target=Target(of="ratio", rule="at least", floor=8.0),
+    )  # fmt: skip
+    return figure, ours
+
+
+def _ours(case: Case, hidden: Tensor, batch: Batch) -> Outcome:
+    model, hidden, row = _Headed(case), hidden.clone().requires_grad_(), lay_out(batch)
+    tile_head(model)
+    total = float(batch.loss_weights.sum())
+    with Allocations() as seen:
+        loss = row_losses(model.lm_head, hidden, row, "token").objective / total
+        kept = seen.live_bytes
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return _outcome(model, hidden, loss, seen, kept)
+
+
+def _theirs(case: Case, hidden: Tensor, batch: Batch) -> Outcome:
+    model, hidden = _Headed(case), hidden.clone().requires_grad_()
+    labels = batch.input_ids.masked_fill(batch.loss_weights == 0, -100)
+    with Allocations() as seen:
+        loss = ForCausalLMLoss(model.lm_head(hidden[None]), labels, vocab_size=VOCAB)
+        kept = seen.live_bytes
+        loss.backward()
+    return _outcome(model, hidden, loss, seen, kept)
+
+
+def _outcome(model: _Headed, hidden: Tensor, loss: Tensor, seen: Allocations, kept: int) -> Outcome:
+    tensors = {"loss": loss.detach(), "hidden": hidden.grad, "head": model.lm_head.weight.grad}
+    return Outcome(tensors={k: t for k, t in tensors.items() if t is not None}, peak=seen.peak_bytes, kept=kept)
+
+
+def _row(supervised: int) -> Batch:
+    """One sample whose last tokens are supervised."""
+    ids = torch.randint(0, VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(2))
+    weights = torch.zeros(1, TOKENS)
+    weights[:, TOKENS - supervised :] = 1
+    none, grids = torch.zeros(0, 1, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
+    return Batch(
+        input_ids=ids, loss_weights=weights, positions=torch.arange(TOKENS).expand(4, 1, -1),
+        sample_ids=torch.zeros(1, TOKENS, dtype=torch.int32), cu_seq_lens=torch.tensor([0, TOKENS], dtype=torch.int32),
+        max_length=TOKENS, image_patches=none, image_grids=grids, video_patches=none, video_grids=grids, keys=("s/0",),
+    )  # fmt: skip

@@ -1,0 +1,32 @@
+"""The adapter that both sides of `train-step` begin with: LoRA on attention and experts, all factors non-zero."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from finetune.adapters.file import write_adapter
+from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import ModelOptions
+from finetune.model.lora import settle
+from finetune.model.weights import load
+
+ADAPTERS = AdaptersConfig(
+    attention=DenseFamilyConfig(mode="lora", r=8, alpha=16.0), experts=ExpertFamilyConfig(mode="lora", r=8, alpha=16.0)
+)
+
+
+def start_adapter(base: Path) -> None:
+    """Write it into the folder `start` beside the base's."""
+    assert dist.get_world_size() == 1
+    empty = build(base, settle(ADAPTERS, ModelOptions(dtype=torch.float32)))
+    load(empty, open_base(base, empty.expected))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name in empty.trained:
+            if "lora_B" in name:
+                parameter = empty.module.get_parameter(name)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    write_adapter(empty, base.parent / "start", base=str(base))

@@ -1,0 +1,1 @@
+"""Benchmarks of weights on disk: loading, checkpoints, export and merge."""

@@ -1,0 +1,132 @@
+"""One rank of `ckpt-save`: an engine with full experts, saved in our ways and by torch's, restored and compared."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from benchmarks.harness.measure import OutputsDiffer
+from finetune.checkpoint.checkpoints import Checkpoints
+from finetune.checkpoint.slices import Slice, slices
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import ModelOptions
+from finetune.model.weights import load
+from finetune.ranks.engine import EngineOptions, engine_config, initialize, start_distributed
+from moe.parallel import LayerOptions
+
+ROUNDS = 5
+
+
+def main() -> None:
+    """Time saves and a restore that must bring every bit back; rank R writes OUT.R."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=("save",))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start_distributed()
+    options = EngineOptions(dtype="float32")
+    layer = LayerOptions(experts="full", resident=True)
+    empty = build(args.folder, ModelOptions(ep_size=2, layer=layer, dtype=torch.float32))
+    files = open_base(args.folder, empty.expected)
+    load(empty, files, engine_config=engine_config(options))
+    engine = initialize(empty.module, options)
+    beside = args.out.parent
+    made = {
+        kind: Checkpoints(engine, empty, beside / kind, base=files, keep=1, asynchronous=kind == "behind")
+        for kind in ("now", "behind")
+    }
+    held = slices(engine, empty)
+    _fill(held)
+    ours = [_timed(partial(made["now"].save, step=step, state={}, config={})) for step in range(ROUNDS)]
+    peer = [_timed(lambda: _torch_save(held, beside / f"peer-{dist.get_rank()}")) for _ in range(ROUNDS)]
+    last = beside / "now" / f"step-{ROUNDS - 1:06d}"
+    size = sum(file.stat().st_size for file in last.iterdir())
+    restore = _restored(made["now"], last, held, _copy(held))
+    stalls = _stalls(made["behind"], held)
+    peer_stalls = _torch_stalls(held, beside)
+    state = sum(view.numel() * view.element_size() for slice_ in held for view in slice_.views.values())
+    found = {"ours": ours, "peer": peer, "restore": restore, "bytes": size, "state_bytes": state}
+    found |= {"stalls": stalls, "peer_stalls": peer_stalls}
+    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+
+
+def _stalls(checkpoints: Checkpoints, held: list[Slice]) -> list[float]:
+    """Seconds for which asynchronous saves hold the run up; what changes while they are written is not in them."""
+    found = []
+    for step in range(ROUNDS):
+        wanted = _copy(held)
+        found.append(_timed(partial(checkpoints.save, step=step, state={}, config={})))
+        _fill(held)
+        checkpoints.wait()
+    _restored(checkpoints, checkpoints.folder / f"step-{ROUNDS - 1:06d}", held, wanted)
+    return found
+
+
+def _torch_stalls(held: list[Slice], folder: Path) -> list[float]:
+    """The same of torch's own asynchronous save, of each rank's slices under names of their own."""
+    group = dist.new_group(backend="gloo")
+    rank, found = dist.get_rank(), list[float]()
+    state: Mapping[str, Any] = {
+        f"{rank}/{kind}/{s.canonical}": view for s in held for kind, view in s.views.items()
+    }  # fmt: skip
+    for step in range(ROUNDS):
+        writer = FileSystemWriter(folder / f"torch-{step}")
+        dist.barrier()
+        start = time.perf_counter()
+        saved: Any = async_save(dict(state), storage_writer=writer, process_group=group)
+        found.append(time.perf_counter() - start)
+        getattr(saved, "upload_completion", saved).result()
+    return found
+
+
+def _restored(checkpoints: Checkpoints, path: Path, held: list[Slice], wanted: list[list[Tensor]]) -> float:
+    """Seconds of a restore that brings back what is wanted."""
+    for slice_ in held:
+        for view in slice_.views.values():
+            view.zero_()
+    seconds = _timed(lambda: checkpoints.restore(path, config={}))
+    for slice_, views in zip(held, wanted, strict=True):
+        if not all(map(torch.equal, slice_.views.values(), views)):
+            raise OutputsDiffer(f"{slice_.canonical} came back changed")
+    return seconds
+
+
+def _fill(held: list[Slice]) -> None:
+    for slice_ in held:
+        for view in slice_.views.values():
+            view.copy_(torch.rand_like(view))
+
+
+def _copy(held: list[Slice]) -> list[list[Tensor]]:
+    return [[view.clone() for view in slice_.views.values()] for slice_ in held]
+
+
+def _timed(do: Callable[[], object]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+def _torch_save(held: list[Slice], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save({slice_.canonical: {k: v.clone() for k, v in slice_.views.items()} for slice_ in held}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""`export`: an adapter into each form that servers read, seconds per GB of adapter, read back and compared included."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness.figure import Figure
+from benchmarks.harness.measure import spread
+from benchmarks.weights.merge_case import measured, write_adapter, write_base
+
+ROUNDS = 3
+R = 64
+
+
+def run() -> Iterator[Figure]:
+    """The forms in turns; exporting itself refuses an output that reads back otherwise than it was written."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        write_base(place / "base")
+        size = write_adapter(place / "base", place / "adapter", r=R)
+        for form in ("peft", "per-expert"):
+            runs = []
+            for _ in range(ROUNDS):
+                runs.append(measured(f"export-{form}", place / "base", place / "adapter", place / "out"))
+                shutil.rmtree(place / "out")
+            seconds = tuple(run["seconds"] / (size / 1e9) for run in runs)
+            config = {"form": form, "adapter_bytes": size, "r": R, "peak_bytes": min(run["peak"] for run in runs)}
+            yield Figure(
+                metric="seconds per GB", value=min(seconds), unit="s/GB", config=config, n=ROUNDS,
+                spread={"ours": spread(seconds)},
+            )  # fmt: skip

@@ -1,0 +1,86 @@
+"""One rank of the load benchmarks: load a base in our way or transformers', say what it cost and what it computes."""
+
+import argparse
+import json
+import time
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForImageTextToText
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401  # code is no part of the cost
+
+from benchmarks.harness.memory import AnonymousPeak
+from finetune.architecture.shapes import is_expert_stack
+from finetune.files.basefiles import open_base
+from finetune.model.build import build
+from finetune.model.empty import ModelOptions
+from finetune.model.weights import load
+from finetune.ranks.engine import EngineOptions, engine_config, start_distributed
+from moe.parallel import LayerOptions
+
+BATCH = 32
+
+
+def main() -> None:
+    """Load, then forward a few tokens with the engine; rank R writes OUT.R."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=("ours", "transformers", "raw"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--resident", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start_distributed()
+    dist.barrier()
+    config = engine_config(EngineOptions(dtype="float32"))
+    found: dict[str, Any] = {}
+    with AnonymousPeak() as memory:
+        start = time.perf_counter()
+        module = _load(args, config, found)
+        dist.barrier()
+        found["seconds"] = time.perf_counter() - start
+    found |= {"peak": memory.peak_bytes, "kept": memory.end_bytes - memory.start_bytes}
+    if module is not None:
+        engine = module
+        if any(True for _ in module.parameters()):  # else all of it is resident, and there is nothing for the engine
+            engine, *_ = deepspeed.initialize(model=module, config=config)
+        ids = torch.arange(BATCH)[None] + 7 * dist.get_rank()
+        with torch.no_grad():
+            found["logits"] = engine(input_ids=ids, use_cache=False).logits[0, -1, :16].float().tolist()
+    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+
+
+def _load(args: argparse.Namespace, config: dict[str, Any], found: dict[str, Any]) -> torch.nn.Module | None:
+    if args.side == "raw":
+        _read_my_half(args.folder)
+        return None
+    if args.side == "transformers":
+        keep = HfDeepSpeedConfig(config)  # transformers partitions while loading as long as this object lives
+        model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=torch.float32)
+        del keep
+        return model
+    layer = LayerOptions(resident=args.resident)
+    empty = build(args.folder, ModelOptions(ep_size=args.ep, layer=layer, resident=args.resident, dtype=torch.float32))
+    report = load(empty, open_base(args.folder, empty.expected), engine_config=config)
+    largest = max(prod(shape) // (args.ep if is_expert_stack(name) else 1) for name, shape in empty.expected.items())
+    found |= {"read": report.bytes_read, "held": report.bytes_held, "largest": 4 * largest}
+    return empty.module
+
+
+def _read_my_half(folder: Path) -> None:
+    """Read every second weight file, block by block, and keep nothing: what the disk and the kernel cost."""
+    block = memoryview(bytearray(64 * 2**20))
+    for path in sorted(folder.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""`mem-per-rank`: what a rank keeps of a frozen base, counted and as anonymous memory, beside the formula."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.weights.load import MODEL, start_ranks
+from finetune.architecture.families import Family
+from finetune.architecture.rank_shares import rank_shares
+from finetune.architecture.shapes import parameter_shapes
+from finetune.files.hubconfig import read_family
+from finetune.files.tiny import write_tiny
+
+
+def kept_per_rank(base: Family, *, world: int, ep: int, resident: bool) -> int:
+    """The formula: bytes of float32 weights that a rank keeps."""
+    shapes = parameter_shapes(base)
+    return rank_shares(shapes, world_size=world, ep_size=ep, itemsize=4, resident=resident)[0].held
+
+
+def run() -> Iterator[Figure]:
+    """Weights kept by a rank at several layouts, counted and as anonymous memory, beside the formula."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "base"
+        write_tiny(folder, MODEL)
+        base = read_family(folder)
+        for world, ep, resident in ((1, 1, True), (2, 1, True), (2, 2, True), (2, 2, False), (4, 2, False)):
+            formula = kept_per_rank(base, world=world, ep=ep, resident=resident)
+            words = ["--ep", str(ep), *(["--resident"] if resident else [])]
+            ranks = start_ranks(world, "ours", folder, *words)
+            config = {"world": world, "ep": ep, "resident": resident, "formula": formula}
+            for metric, key in (("weights kept, counted", "held"), ("weights kept, anonymous memory", "kept")):
+                worst = max((rank[key] for rank in ranks), key=lambda value: abs(value / formula - 1))
+                yield Figure(
+                    metric=f"{metric}, over the formula", value=worst / formula - 1, unit="", config=config,
+                    target=Target(of="value", rule="at most", floor=0.05) if key == "held" else None,
+                )  # fmt: skip

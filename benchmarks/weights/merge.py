@@ -1,0 +1,63 @@
+"""`merge`: an adapter of experts and attention into a base, beside PEFT's merge and save, and beside a plain copy."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.measure import spread
+from benchmarks.harness.outputs import same_tensors
+from benchmarks.weights.merge_case import measured, write_adapter, write_base
+from finetune.files.basefiles import open_base
+
+ROUNDS = 3
+PEER = "PEFT merge_and_unload + save_pretrained"
+
+
+def run() -> Iterator[Figure]:
+    """Time and peak memory above the imports; a merge is through to the disk and hashed, so is the copy synced."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        size = write_base(place / "base")
+        adapter = write_adapter(place / "base", place / "adapter")
+        config = {"weight_bytes": size, "adapter_bytes": adapter, "dtype": "bfloat16", "checksums": "sha256"}
+        found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": [], "copy": []}
+        for number in range(ROUNDS):
+            for side, runs in found.items():
+                runs.append(measured(side, place / "base", place / "adapter", place / side))
+            if not number:
+                _same_outputs(place / "ours", place / "peft")
+            for side in found:
+                shutil.rmtree(place / side)
+    seconds = {side: tuple(one["seconds"] for one in runs) for side, runs in found.items()}
+    peaks = {side: min(one["peak"] for one in runs) for side, runs in found.items()}
+    yield Figure(
+        metric="seconds to merge", value=min(seconds["ours"]), unit="s", config=config, n=ROUNDS,
+        spread={"ours": spread(seconds["ours"]), "peer": spread(seconds["peft"])}, peer=PEER,
+        peer_value=min(seconds["peft"]), target=Target(of="ratio", rule="at least", floor=2.0, goal=4.0),
+    )  # fmt: skip
+    yield Figure(
+        metric="peak memory above imports", value=peaks["ours"], unit="bytes", config=config, n=ROUNDS, peer=PEER,
+        peer_value=peaks["peft"], target=Target(of="ratio", rule="at least", floor=3.0, goal=6.0),
+    )  # fmt: skip
+    yield Figure(
+        metric="seconds to merge", value=min(seconds["ours"]), unit="s", config=config, n=ROUNDS,
+        spread={"ours": spread(seconds["ours"]), "peer": spread(seconds["copy"])}, peer="a plain copy, synced",
+        peer_value=min(seconds["copy"]), target=Target(of="ratio", rule="at least", floor=1 / 1.6, goal=1 / 1.3),
+    )  # fmt: skip
+
+
+def _same_outputs(ours: Path, peft: Path) -> None:
+    """Some of each kind of tensor; PEFT rounds the change before it adds it, so a bfloat16 may be its neighbour."""
+    kinds = ("embed_tokens.weight", "q_proj.weight", "o_proj.weight", "gate_up_proj", "down_proj", "gate.weight")
+
+    def some(folder: Path) -> dict[str, Tensor]:
+        files = open_base(folder)
+        names = [name for name in files.shapes if name.endswith(kinds) and "visual" not in name]
+        return {name: files.read(name, range(min(2, files.shapes[name][0]))).float() for name in names}
+
+    same_tensors(some(ours), some(peft), relative=1e-2)

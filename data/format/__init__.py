@@ -1,0 +1,1 @@
+"""A sample as it is written: record, media, tar. No torch."""

@@ -1,0 +1,86 @@
+"""Cutting a conversation that is too long into parts that fit: between turns, never inside one. No torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from data.format.content import Part
+from data.format.media import Objects
+from data.format.record import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A part of a record, and which of its images and videos it kept."""
+
+    record: Record
+    images: tuple[int, ...]
+    videos: tuple[int, ...]
+
+
+def cut_record(record: Record, first: int, last: int) -> Cut:
+    """The messages first..last with the media and objects they mark; a system message at the start is kept always."""
+    kept = {*range(first, last + 1)} | ({0} if record.messages[0].role == "system" else set())
+    taken: dict[str, list[int]] = {"image": [], "video": [], "ref": [], "box": []}
+    seen = dict.fromkeys(taken, 0)
+    for number, message in enumerate(record.messages):
+        for part in message.parts:
+            if part.kind != "text":
+                kind = _counter(part)
+                if number in kept:
+                    taken[kind].append(seen[kind])
+                seen[kind] += 1
+    images = tuple(taken["image"])
+    part_record = replace(
+        record,
+        messages=tuple(record.messages[number] for number in sorted(kept)),
+        images=tuple(record.images[number] for number in images),
+        videos=tuple(record.videos[number] for number in taken["video"]),
+        objects=_cut_objects(record.objects, taken["ref"], taken["box"], images),
+    )
+    return Cut(record=part_record, images=images, videos=tuple(taken["video"]))
+
+
+def _counter(part: Part) -> str:
+    return "box" if part.kind in ("bbox", "point") else part.kind
+
+
+def _cut_objects(
+    objects: Objects | None, refs: Sequence[int], boxes: Sequence[int], images: tuple[int, ...]
+) -> Objects | None:
+    if objects is None or not (refs or boxes):
+        return None
+    owners = objects.image_id or (0,) * len(objects.boxes)
+    missing = sorted({owners[number] for number in boxes} - set(images))
+    if missing:
+        raise ValueError(
+            f"cannot be split: boxes of a later turn belong to image {missing[0]}, which an earlier one shows"
+        )
+    return replace(
+        objects,
+        ref=tuple(objects.ref[number] for number in refs),
+        boxes=tuple(objects.boxes[number] for number in boxes),
+        image_id=tuple(images.index(owners[number]) for number in boxes),
+    )
+
+
+def split_turns(record: Record, fits: Callable[[Cut], bool]) -> list[tuple[int, int]]:
+    """First and last message of each part, as long as they fit. ValueError when a single exchange does not.
+
+    A part begins with a user's message, so questions keep their answers and tool calls their results. Parts without
+    loss are left out.
+    """
+    roles = [message.role for message in record.messages]
+    begin = 1 if roles[0] == "system" else 0
+    starts = [begin] + [number for number in range(begin + 1, len(roles)) if roles[number] == "user"]
+    ends = [start - 1 for start in starts[1:]] + [len(roles) - 1]
+    parts: list[tuple[int, int]] = []
+    first = 0
+    while first < len(starts):
+        last = first
+        if not fits(cut_record(record, starts[first], ends[first])):
+            raise ValueError(f"messages {starts[first]} to {ends[first]} alone do not fit a pack; turns are never cut")
+        while last + 1 < len(starts) and fits(cut_record(record, starts[first], ends[last + 1])):
+            last += 1
+        parts.append((starts[first], ends[last]))
+        first = last + 1
+    return [part for part in parts if cut_record(record, *part).record.supervised]

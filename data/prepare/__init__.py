@@ -1,0 +1,1 @@
+"""Rows into shards, and every look at shards that is not training."""

@@ -1,0 +1,126 @@
+"""All the ways shards can be wrong, each found by name: for `moetune shards check`. Loads the decoders."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.format.facts import ImageFacts, VideoFacts
+from data.format.record import RecordError
+from data.format.tar import ShardError
+from data.render.frames import open_video
+from data.render.sample import Renderer
+from data.render.vision import MAX_ASPECT, decode_image
+from data.shards.index import ShardIndex
+from data.shards.reader import SampleReader, load_index
+
+_KEY = re.compile(r"[a-z0-9_/-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something wrong with a shard, or with one sample of it."""
+
+    shard: str
+    key: str  # empty: the shard as a whole
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"shard {self.shard}, sample {self.key}: {self.reason}"
+            if self.key
+            else f"shard {self.shard}: {self.reason}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """How closely to look. With a renderer every sample is rendered as training would."""
+
+    renderer: Renderer | None = None
+    tokens_per_pack: int | None = None  # longer samples are reported; needs the renderer
+    decode: bool = True  # pixels too, not only headers
+    cache_dir: Path | None = None
+
+
+def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Finding]:
+    """Everything wrong with these shards, in order; keys must be unique across them."""
+    seen: dict[str, str] = {}
+    for shard in shards:
+        try:
+            index = load_index(shard, cache_dir=options.cache_dir, force=True)
+        except ShardError as error:
+            yield Finding(shard=str(shard), key="", reason=error.reason)
+            continue
+        if not len(index):
+            yield Finding(shard=str(shard), key="", reason="holds no sample")
+        for key in index.keys:
+            if key in seen:
+                yield Finding(shard=str(shard), key=key, reason=f"the key is used in {seen[key]} too")
+            seen[key] = str(shard)
+        yield from _audit_samples(shard, index, options)
+
+
+def _audit_samples(shard: Path, index: ShardIndex, options: AuditOptions) -> Iterator[Finding]:
+    reader = SampleReader(cache_dir=options.cache_dir)
+    for number, key in enumerate(index.keys):
+        reasons = [*_key_reasons(key)]
+        if number in index.problems:
+            reasons.append(index.problems[number])
+        else:
+            reasons += _fact_reasons(index.images(number), index.videos(number))
+            reasons += _deep_reasons(shard, number, reader, options)
+        for reason in reasons:
+            yield Finding(shard=str(shard), key=key, reason=reason)
+    reader.bytes.close()
+
+
+def _key_reasons(key: str) -> Iterator[str]:
+    if not _KEY.fullmatch(key):
+        yield "the key should match [a-z0-9_/-]+: other tools cut or change such keys"
+
+
+def _fact_reasons(images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> Iterator[str]:
+    sizes = [(f"images[{at}]", image.height, image.width) for at, image in enumerate(images)]
+    sizes += [(f"videos[{at}]", video.height, video.width) for at, video in enumerate(videos)]
+    for name, height, width in sizes:
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            yield f"{name} is {width}x{height}: sides differ by more than a factor of {MAX_ASPECT}"
+    for at, clip in enumerate(videos):
+        if clip.frames == 1:
+            yield f"videos[{at}] has a single frame: make it an image, or rely on data.video.single_frame=double"
+
+
+def _deep_reasons(shard: Path, number: int, reader: SampleReader, options: AuditOptions) -> Iterator[str]:
+    """What only shows when the sample is decoded, and rendered where there is a renderer."""
+    try:
+        record, members = reader.sample(shard, number)
+        if not options.decode and options.renderer is None:
+            return
+        images, videos = reader.media(record, members, shard.parent)
+        if options.renderer is None:
+            for at, data in enumerate(images):
+                decode_image(data, name=f"images[{at}]")
+            for at, clip in enumerate(videos):
+                _decode_video(clip, f"videos[{at}]", reader.index(shard).videos(number)[at])
+            return
+        sample = options.renderer.build(record, images, videos, key=reader.index(shard).keys[number])
+    except RecordError as error:
+        yield error.reason
+    except ValueError as error:
+        yield str(error)
+    else:
+        if not sample.loss_weights.any():
+            yield "nothing supervised: no token carries loss once rendered"
+        if options.tokens_per_pack is not None and len(sample.input_ids) > options.tokens_per_pack:
+            yield f"has {len(sample.input_ids)} tokens, more than the {options.tokens_per_pack} of a pack"
+
+
+def _decode_video(clip: bytes | list[bytes], name: str, facts: VideoFacts) -> None:
+    if isinstance(clip, list):
+        for at, frame in enumerate(clip):
+            decode_image(frame, name=f"{name} frame {at}")
+        return
+    with open_video(clip, name=name, timeout=600.0) as film:
+        for _ in film.frames(range(facts.frames)):
+            pass

@@ -1,0 +1,1 @@
+"""From a record and its media to tokens, patches and positions."""

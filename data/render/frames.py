@@ -1,0 +1,244 @@
+"""Decoding: the frames of a video by number, exactly, and what a video file is.
+
+A packet index is read first (no decoding), so that only the frames behind the last keyframe before each wanted one are
+decoded. Times are those in the file, since the first frame.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from data.format.facts import VideoFacts
+from data.render.vision import VisionSpec, decode_image, resize
+
+if TYPE_CHECKING:  # imported where a video is opened: a machine without videos does without it
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+# no playlists, no image sequences, nothing that opens another file or address
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+# containers whose packets say when they are shown, and where a seek lands where it should
+_INDEXED = ("mov", "matroska", "flv")
+_REGULAR_SECONDS = 0.010  # a frame rate is constant when no frame is further off its beat
+
+
+class VideoRefused(ValueError):
+    """A video that cannot be used as it is; the message says which and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    pts: list[int]  # of every frame, in order of showing
+    keys: list[int]  # frame numbers that can be decoded on their own
+    by_arrival: bool = False  # frames are told apart by counting them from the start
+
+
+class _Deadline:
+    """Refuses to go on after so many seconds."""
+
+    def __init__(self, seconds: float, name: str) -> None:
+        self._end, self._seconds, self._name = time.monotonic() + seconds, seconds, name
+
+    def check(self) -> None:
+        """To be called often."""
+        if time.monotonic() > self._end:
+            raise VideoRefused(
+                f"{self._name}: decoding took longer than data.video.timeout_seconds={self._seconds:g}; cut the video "
+                f"shorter, re-encode it with more keyframes, or raise the limit"
+            )
+
+
+class Clip:
+    """A video file while it is open: what it is, and its frames by number."""
+
+    def __init__(self, container: InputContainer, *, name: str, timeout: float) -> None:
+        stream = container.streams.best("video")  # a cover picture is a video stream too, but never the best one
+        if not isinstance(stream, _av().VideoStream):
+            raise VideoRefused(f"{name}: the file has no video stream")
+        self._container, self._stream, self._name = container, stream, name
+        self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
+        # av 19 would take one of the whole process, with threads: a reader forked later would hang on them
+        self._converter = _av().video.reformatter.VideoReformatter()
+        self._deadline = _Deadline(timeout, name)
+        indexed = container.format.name.split(",")[0] in _INDEXED
+        read = _index_packets if indexed else _index_by_decoding
+        self._index = read(container, self._stream, self._deadline)
+        container.seek(0, backward=True)
+        first = next(iter(container.decode(self._stream)), None)
+        if first is None or not self._index.pts:
+            raise VideoRefused(f"{name}: no frame can be decoded")
+        self._number_of = {pts: number for number, pts in enumerate(self._index.pts)}
+        self.facts = _facts(_upright(first, self._converter).shape, self._index.pts, self._stream)
+
+    def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
+        """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
+        with _reading(self._name):
+            for number, frame in zip(numbers, self._find(numbers), strict=True):
+                assert frame is not None, f"frame {number} was found"
+                yield torch.from_numpy(_upright(frame, self._converter))
+
+    def _find(self, numbers: Sequence[int]) -> Iterator[Any]:
+        index, name = self._index, self._name
+        if numbers[-1] >= len(index.pts):
+            raise VideoRefused(f"{name}: frame {numbers[-1]} is wanted, but the file has {len(index.pts)}")
+        walk: Iterator[tuple[int, Any]] = iter(())
+        here, frame = -1, None
+        for wanted in numbers:
+            key = index.keys[bisect.bisect_right(index.keys, wanted) - 1] if index.keys else 0
+            if here < 0 or key > here + 1:
+                walk = self._walk(key, set(numbers))
+            while here != wanted or frame is None:
+                self._deadline.check()
+                try:
+                    here, frame = next(walk, (len(index.pts), None))
+                except _av().error.InvalidDataError:
+                    here = len(index.pts)
+                if here > wanted:
+                    raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
+            yield frame
+
+    def _walk(self, key: int, wanted: set[int]) -> Iterator[tuple[int, Any]]:
+        """(number, frame) from this keyframe on, perhaps without some that are not wanted."""
+        if key == 0:
+            self._container.seek(0, backward=True)
+        else:
+            self._container.seek(self._index.pts[key], stream=self._stream, backward=True)
+        if self._index.by_arrival:
+            yield from enumerate(self._container.decode(self._stream))
+            return
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            if context.name == "h264":  # its B pictures say that nothing is built on them: not decoded unless wanted
+                is_wanted = packet.pts is None or self._number_of.get(packet.pts) in wanted
+                context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            for frame in packet.decode():
+                if frame.pts in self._number_of:
+                    yield self._number_of[frame.pts], frame
+
+
+def _av() -> Any:
+    """The package that decodes. Not a ValueError where it is missing: that would pass for a fault of the sample."""
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reading a video file takes the package av, which is not installed: pip install av", name="av"
+        ) from error
+    return av
+
+
+@contextmanager
+def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> Iterator[Clip]:
+    """The file as a clip; ValueError, naming it, for what cannot be read."""
+    av = _av()
+    with _reading(name):
+        container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
+    with container:
+        with _reading(name):
+            clip = Clip(container, name=name, timeout=timeout)
+        yield clip
+
+
+def decode_frames(data: bytes, numbers: Sequence[int], *, name: str, timeout: float = 60.0) -> Iterator[torch.Tensor]:
+    """`Clip.frames` of a file that is opened for it."""
+    with open_video(data, name=name, timeout=timeout) as clip:
+        yield from clip.frames(numbers)
+
+
+def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
+    """Size as seen, number of frames and their times; nothing but the first frame is decoded where the file allows."""
+    with open_video(data, name=name, timeout=timeout) as clip:
+        return clip.facts
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except VideoRefused:
+        raise
+    except (_av().FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
+        raise VideoRefused(f"{name}: not a readable video ({type(error).__name__}: {error})") from error
+
+
+def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoFacts:
+    assert stream.time_base is not None, "a stream that was decoded has a time base"
+    (height, width, _), tick = size, float(stream.time_base)
+    times = [(each - pts[0]) * tick for each in pts]
+    n = len(times)
+    declared = float(stream.average_rate) if stream.average_rate else 0.0
+    beat = times[-1] / (n - 1) if n > 1 else 0.0
+    if n == 1 or beat <= 0:
+        rate = declared or 1.0
+        return VideoFacts(height=height, width=width, frames=n, duration=n / rate, rate=rate)
+    # the declared rate is exact where the times are rounded to milliseconds, but some files declare nonsense
+    agrees = declared > 0 and abs(times[-1] - (n - 1) / declared) <= max(0.001, tick)
+    rate = declared if agrees else 1 / beat
+    if all(abs(seconds - number / rate) <= max(_REGULAR_SECONDS, tick) for number, seconds in enumerate(times)):
+        return VideoFacts(height=height, width=width, frames=n, duration=n / rate, rate=rate)
+    duration = times[-1] * n / (n - 1)
+    return VideoFacts(height=height, width=width, frames=n, duration=duration, rate=n / duration, times=tuple(times))
+
+
+def _index_packets(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
+    is_key: dict[int, bool] = {}
+    for packet in container.demux(stream):
+        deadline.check()
+        if packet.size and packet.pts is not None and not packet.is_discard:  # discarded: cut off by an edit list
+            is_key[packet.pts] = packet.is_keyframe
+    pts = sorted(is_key)
+    return _Index(pts=pts, keys=[number for number, each in enumerate(pts) if is_key[each]])
+
+
+def _index_by_decoding(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
+    """Old containers have no such times, or a seek lands anywhere: every frame is decoded once, to count them."""
+    pts: list[int | None] = []
+    for frame in container.decode(stream):
+        deadline.check()
+        pts.append(frame.pts)
+    known = [each for each in pts if each is not None]
+    if len(known) == len(pts) and all(a < b for a, b in zip(known, known[1:], strict=False)):
+        return _Index(pts=known, keys=[0], by_arrival=True)
+    assert stream.time_base is not None, "a stream that was decoded has a time base"
+    beat = 1 / float((stream.average_rate or 25) * stream.time_base)
+    return _Index(pts=[round(number * beat) for number in range(len(pts))], keys=[0], by_arrival=True)
+
+
+def _upright(frame: Any, converter: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """RGB as a player shows it: turned by the file's rotation, which phones write instead of turning pixels."""
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), turns))
+
+
+def decode_images(frames: Sequence[bytes], numbers: Sequence[int], *, name: str) -> Iterator[torch.Tensor]:
+    """The same for a video given as images."""
+    for number in numbers:
+        yield decode_image(frames[number], name=f"{name} frame {number}")
+
+
+def video_patches(
+    frames: Iterator[torch.Tensor], *, count: int, grid: tuple[int, int, int], spec: VisionSpec
+) -> torch.Tensor:
+    """uint8 [patches, 3 * temporal * patch * patch]; each frame is resized as it comes, so memory stays at the grid's.
+
+    An odd frame is paired with itself.
+    """
+    pairs, rows, columns = grid
+    p, m, t = spec.patch, spec.merge, spec.temporal
+    patches = torch.empty(pairs, rows // m, columns // m, m, m, t, p, p * 3, dtype=torch.uint8)
+    by_frame = patches.permute(0, 5, 1, 3, 6, 2, 4, 7)
+    for at, frame in enumerate(frames):
+        resized = resize(frame, rows * p, columns * p)
+        by_frame[at // t, at % t] = resized.reshape(rows // m, m, p, columns // m, m, p * 3)
+    for at in range(count, pairs * t):
+        by_frame[at // t, at % t] = by_frame[(count - 1) // t, (count - 1) % t]
+    return patches.view(pairs * rows * columns, 3 * t * p * p)

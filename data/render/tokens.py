@@ -1,0 +1,63 @@
+"""Rendered text to token ids, each with its loss weight and kind; placeholders widened to what their media take."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.render.chat import Rendered
+from data.render.positions import IMAGE, TEXT, VIDEO
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """One sample's row, before its positions."""
+
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    weights: np.ndarray[Any, np.dtype[np.float32]]  # of a token as a label: predicted from those before it
+    kinds: np.ndarray[Any, np.dtype[np.int8]]
+
+
+def tokenise(rendered: Rendered, tokenizer: Any, *, image_pad: int, video_pad: int) -> Tokens:
+    """A token's weight is that of its last character, so nothing supervised is lost where tokens cross a border."""
+    ids: list[int] = []
+    ends: list[int] = []
+    for found, found_ends in _pieces(rendered, tokenizer):
+        ids += found
+        ends += found_ends
+    row = np.array(ids, dtype=np.int32)
+    weights = rendered.weights[np.array(ends, dtype=np.int64) - 1]
+    kinds = np.where(row == image_pad, IMAGE, np.where(row == video_pad, VIDEO, TEXT)).astype(np.int8)
+    weights[:1] = 0  # nothing comes before the first token of a sample
+    return Tokens(ids=row, weights=weights, kinds=kinds)
+
+
+def widen(tokens: Tokens, *, images: Sequence[int], frame_pairs: Sequence[int]) -> Tokens:
+    """Every placeholder as often as its image or frame pair has tokens."""
+    times = np.ones(len(tokens.ids), dtype=np.int64)
+    for kind, counts in ((IMAGE, images), (VIDEO, frame_pairs)):
+        places = np.flatnonzero(tokens.kinds == kind)
+        assert len(places) == len(counts), f"{len(places)} placeholders for {len(counts)} media"
+        times[places] = counts
+    return Tokens(
+        ids=np.repeat(tokens.ids, times), weights=np.repeat(tokens.weights, times), kinds=np.repeat(tokens.kinds, times)
+    )
+
+
+def _pieces(rendered: Rendered, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, end of each token in the text); what only spells a control token is read without the added tokens."""
+    backend, at = tokenizer.backend_tokenizer, 0
+    for start, end in (*rendered.plain, (len(rendered.text), len(rendered.text))):
+        if start > at:
+            encoded = backend.encode(rendered.text[at:start], add_special_tokens=False)
+            yield encoded.ids, [at + stop for _, stop in encoded.offsets]
+        if end > start:
+            ids = _plain_ids(rendered.text[start:end], backend)
+            yield ids, [end] * len(ids)
+        at = end
+
+
+def _plain_ids(text: str, backend: Any) -> list[int]:
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
+    return [token.id for word in words for token in backend.model.tokenize(word)]

@@ -1,0 +1,276 @@
+"""Images to uint8 patches: the base's own resizing and patch order, in plain torch.
+
+The result is bit for bit what transformers' torchvision image processor computes, without torchvision and without the
+float32 detour: patches stay uint8, one copy instead of the two equal frames the tower wants, until `normalise` on the
+device. Until then a patch is ordered (frame, row, column, channel), as pixels are decoded: it is cut in whole lines,
+six times faster than channel by channel. Patches run through the merge blocks: each four neighbours become one token.
+"""
+
+import io
+import json
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.config import ImageConfig
+from data.format.facts import ImageFacts
+
+MAX_ASPECT = 200
+
+# everything Pillow is known to raise on broken bytes; it has no common base class
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# what data sets hold; other readers of Pillow's start programs (EPS) or were never meant for strangers' files
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+_EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # MPO, a phone's photo with a preview behind it, is one picture
+_ORIENTATION = 0x0112
+# steps over rows and columns for each orientation, those from 5 on after exchanging rows and columns
+_FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSpec:
+    """What the base's processor files say about sizes; pixels are of one image, and of a whole clip for video."""
+
+    patch: int = 16
+    merge: int = 2
+    temporal: int = 2
+    image_min_pixels: int = 65536
+    image_max_pixels: int = 16777216
+    video_min_pixels: int = 4096
+    video_max_pixels: int = 25165824
+
+    @property
+    def factor(self) -> int:
+        """Sides are multiples of this; its square is the pixels behind one token."""
+        return self.patch * self.merge
+
+
+def read_spec(folder: Path) -> VisionSpec:
+    """The base's own sizes. transformers' class defaults differ from every released model: they are never used."""
+    image = _processor_json(folder, "image_processor", "preprocessor_config.json")
+    video = _processor_json(folder, "video_processor", "video_preprocessor_config.json")
+    for name, found in (("image", image), ("video", video)):
+        for key, wanted in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 3)):
+            if found.get(key, wanted) != wanted:
+                raise ValueError(
+                    f"{folder}: the {name} processor's {key} is {found[key]}; moetune prepares pixels as Qwen3-VL "
+                    f"does, which needs {wanted}. Use a Qwen3-VL base."
+                )
+    image_min, image_max = _pixel_limits(folder, "image", image)
+    video_min, video_max = _pixel_limits(folder, "video", video)
+    return VisionSpec(
+        patch=image.get("patch_size", 16),
+        merge=image.get("merge_size", 2),
+        temporal=image.get("temporal_patch_size", 2),
+        image_min_pixels=image_min,
+        image_max_pixels=image_max,
+        video_min_pixels=video_min,
+        video_max_pixels=video_max,
+    )
+
+
+def _processor_json(folder: Path, section: str, file: str) -> dict[str, Any]:
+    """One processor's settings: from the one nested file newer releases save, else from its own file."""
+    nested = folder / "processor_config.json"
+    if nested.is_file():
+        found: dict[str, Any] = json.loads(nested.read_text(encoding="utf-8"))
+        if section in found:
+            section_found: dict[str, Any] = found[section]
+            return section_found
+    if not (folder / file).is_file():
+        raise ValueError(
+            f"{folder}: neither {file} nor processor_config.json with `{section}` is there, so the base's image sizes "
+            f"are unknown. Copy {file} from the release the weights came from."
+        )
+    own: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
+    return own
+
+
+def _pixel_limits(folder: Path, name: str, found: dict[str, Any]) -> tuple[int, int]:
+    size = found.get("size") or {}
+    low = size.get("shortest_edge", found.get("min_pixels"))
+    high = size.get("longest_edge", found.get("max_pixels"))
+    if low is None or high is None:
+        raise ValueError(
+            f"{folder}: the {name} processor gives no `size.shortest_edge` and `size.longest_edge`, found {found}. "
+            f"Copy the file from the release the weights came from."
+        )
+    return int(low), int(high)
+
+
+def image_limits(spec: VisionSpec, config: ImageConfig, *, max_pixels: int | None = None) -> tuple[int, int]:
+    """(min, max) pixels of one image: the base's, `data.image`'s, or for the maximum the record's own `max_pixels`."""
+    per_token = spec.factor**2
+    low = spec.image_min_pixels if config.min_tokens is None else config.min_tokens * per_token
+    high = spec.image_max_pixels if config.max_tokens is None else config.max_tokens * per_token
+    if not per_token <= low <= high:
+        raise ValueError(
+            f"data.image.min_tokens is {low // per_token} and data.image.max_tokens {high // per_token}: "
+            f"1 <= min_tokens <= max_tokens is needed (unset ones are the base's)"
+        )
+    if max_pixels is not None:
+        high = max(max_pixels, per_token)
+        low = min(low, high)
+    return low, high
+
+
+def fit_image(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
+    """The size an image is resized to: sides multiples of `factor`, area within the limits, aspect nearly kept."""
+    check_aspect(height, width)
+    fit_h, fit_w = round(height / factor) * factor, round(width / factor) * factor
+    if fit_h * fit_w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        fit_h = max(factor, math.floor(height / shrink / factor) * factor)
+        fit_w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif fit_h * fit_w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        fit_h = math.ceil(height * grow / factor) * factor
+        fit_w = math.ceil(width * grow / factor) * factor
+    return fit_h, fit_w
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Refuses what the model family refuses: a side more than 200 times the other."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; crop it")
+
+
+def image_grid(height: int, width: int, *, limits: tuple[int, int], spec: VisionSpec) -> tuple[int, int, int]:
+    """(1, patch rows, patch columns) of an image of this size, without its pixels."""
+    fit_h, fit_w = fit_image(height, width, min_pixels=limits[0], max_pixels=limits[1], factor=spec.factor)
+    return 1, fit_h // spec.patch, fit_w // spec.patch
+
+
+def grid_tokens(grid: tuple[int, int, int], spec: VisionSpec) -> int:
+    """Tokens a grid of patches takes in the text."""
+    return grid[0] * grid[1] * grid[2] // spec.merge**2
+
+
+def probe_image(data: bytes, *, name: str = "image") -> ImageFacts:
+    """The size decode_image will return; refuses what it refuses, except broken pixel data."""
+    try:
+        with _open(data, name) as image:
+            # Pillow turns a TIFF by itself, and says its size as turned
+            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            height, width = (image.width, image.height) if turned else (image.height, image.width)
+            return ImageFacts(height=height, width=width)
+    except ImageRefused:
+        raise
+    except _BROKEN as error:
+        raise _unreadable(name, error) from error
+
+
+def decode_image(data: bytes, *, name: str) -> torch.Tensor:
+    """uint8 [H, W, 3]: turned upright by its EXIF orientation, transparency laid over white, 16 bits scaled to 8."""
+    try:
+        with _open(data, name) as image:
+            fast = _fast_jpeg(data, image)
+            return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image)) if fast is None else fast)
+    except ImageRefused:
+        raise
+    except _BROKEN as error:
+        raise _unreadable(name, error) from error
+
+
+class ImageRefused(ValueError):
+    """An image that cannot be used as it is; the message says which and why."""
+
+
+def _unreadable(name: str, error: Exception) -> ImageRefused:
+    # Pillow's own words name an address in memory, another one each time
+    said = "its bytes are of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {said})")
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    frames = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
+    if frames > 1:
+        raise ImageRefused(f"{name}: a {image.format} of {frames} frames; keep one frame, or convert it to a video")
+    if image.mode not in (*_EIGHT_BIT, *_SIXTEEN_BIT):
+        raise ImageRefused(
+            f"{name}: pixel format {image.mode} has no fixed range or no defined way to RGB; "
+            f"convert it to 8 or 16 bits, grey or RGB ({', '.join((*_EIGHT_BIT, *_SIXTEEN_BIT[:1]))} are read)"
+        )
+    return image
+
+
+def _fast_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
+    """The pixels Pillow would give, in half the time; None where it must be asked: CMYK, and damage it may survive."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        upright: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError:
+        return None
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    if orientation in (5, 6, 7, 8):
+        upright = upright.transpose(1, 0, 2)
+    rows, columns = _FLIPS.get(orientation, (1, 1))
+    return np.ascontiguousarray(upright[::rows, ::columns])
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode in _SIXTEEN_BIT:  # Pillow's own conversion clips at 255: every bright pixel white
+        wide = np.asarray(image).astype(np.uint32)
+        return np.repeat(((wide * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def resize(rgb_HWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 in, uint8 out: bicubic with antialiasing, the kernel torchvision's resize calls."""
+    if rgb_HWC.shape[:2] == (height, width):
+        return rgb_HWC
+    planes = rgb_HWC.unsqueeze(0).permute(0, 3, 1, 2)  # in this order, or the kernel does not see whole pixels
+    resized = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized[0].permute(1, 2, 0)
+
+
+def image_patches(rgb_HWC: torch.Tensor, *, grid: tuple[int, int, int], spec: VisionSpec) -> torch.Tensor:
+    """uint8 [patches, 3 * patch * patch] of one decoded image, resized to what its grid says."""
+    _, rows, columns = grid
+    p, m = spec.patch, spec.merge
+    resized = resize(rgb_HWC, rows * p, columns * p)
+    lines = resized.reshape(rows // m, m, p, columns // m, m, p * 3)
+    return lines.permute(0, 3, 1, 4, 2, 5).reshape(rows * columns, 3 * p * p)
+
+
+def normalise(patches: torch.Tensor, *, spec: VisionSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 patches of images or of videos to the tower's rows [patches, 3 * temporal * patch * patch] in [-1, 1].
+
+    Image rows hold one frame; the tower wants `temporal` equal ones. Runs where the patches are: on the device.
+    """
+    area = spec.patch**2
+    frames = patches.shape[1] // (3 * area)
+    assert patches.shape[1] == 3 * area * frames, f"patch rows of {patches.shape[1]} values are no {spec.patch} square"
+    assert frames in (1, spec.temporal), f"patch rows of {frames} frames are neither an image's nor a video's"
+    scaled = ((patches.to(torch.float32) - 127.5) / 127.5).to(dtype)
+    by_channel = scaled.view(-1, frames, area, 3).permute(0, 3, 1, 2)
+    return by_channel.expand(-1, -1, spec.temporal, -1).reshape(-1, 3 * spec.temporal * area)

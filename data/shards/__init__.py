@@ -1,0 +1,1 @@
+"""Shards read by number: index, bytes, lengths."""

@@ -1,0 +1,97 @@
+"""How long each sample is: counted once for a tokenizer and its settings, kept beside the index."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from data.format.facts import ImageFacts, VideoFacts, VisionCount
+from data.format.record import Record
+from data.shards.index import read_arrays, sidecar, stamp_of, write_beside
+from data.shards.reader import SampleReader
+
+
+class Measure(Protocol):
+    """What counts the tokens of a record from facts of its media: the renderer, without its pixels."""
+
+    fingerprint: str
+    text_fingerprint: str
+
+    def count_text(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> int: ...  # noqa: D102
+
+    def count_vision(  # noqa: D102  # the renderer documents both
+        self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]
+    ) -> VisionCount: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Per sample of one shard; `problems` are samples that cannot be used, with reasons."""
+
+    digest: str
+    text: np.ndarray[Any, np.dtype[np.int64]]
+    vision: np.ndarray[Any, np.dtype[np.int64]]
+    patches: np.ndarray[Any, np.dtype[np.int64]]
+    problems: dict[int, str]
+
+    @property
+    def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each sample in the row."""
+        total: np.ndarray[Any, np.dtype[np.int64]] = self.text + self.vision
+        return total
+
+
+def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_dir: Path | None) -> Lengths:
+    """Stored lengths where they fit index and settings; else counted (text only if its settings changed) and stored."""
+    stamp = stamp_of(shard)
+    path = sidecar(shard, ".len", cache_dir)
+    stored = _read(path, stamp)
+    if stored is not None and stored[1] == measure.fingerprint:
+        return stored[2]
+    text = stored[2].text if stored is not None and stored[0] == measure.text_fingerprint else None
+    lengths = _count(shard, measure, reader, text)
+    head = [stamp, lengths.digest, measure.text_fingerprint, measure.fingerprint, sorted(lengths.problems.items())]
+    write_beside(
+        path,
+        {
+            "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
+            "text": lengths.text,
+            "vision": lengths.vision,
+            "patches": lengths.patches,
+        },
+    )
+    return lengths
+
+
+def _read(path: Path, stamp: str) -> tuple[str, str, Lengths] | None:
+    arrays = read_arrays(path)
+    if arrays is None or set(arrays) != {"head", "text", "vision", "patches"}:
+        return None
+    stored, digest, text, full, problems = json.loads(arrays.pop("head").tobytes())
+    if stored != stamp:
+        return None
+    return text, full, Lengths(digest=digest, problems={number: why for number, why in problems}, **arrays)
+
+
+def _count(shard: Path, measure: Measure, reader: SampleReader, known: np.ndarray[Any, Any] | None) -> Lengths:
+    index = reader.index(shard)
+    text, vision, patches = (np.zeros(len(index), dtype=np.int64) for _ in range(3))
+    problems = dict(index.problems)
+    for number in range(len(index)):
+        if number in index.problems:
+            continue
+        images, videos = index.images(number), index.videos(number)
+        try:
+            record = reader.record(shard, number)
+            seen = measure.count_vision(record, images, videos)
+            vision[number], patches[number] = seen.tokens, seen.patches
+            # a sample refused before has no count to keep
+            reuse = known is not None and known[number] > 0
+            text[number] = known[number] if reuse else measure.count_text(record, images, videos)  # type: ignore[index]
+        except ValueError as error:
+            problems[number] = str(error)
+            text[number] = vision[number] = patches[number] = 0
+    return Lengths(digest=index.digest, text=text, vision=vision, patches=patches, problems=problems)

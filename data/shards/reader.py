@@ -1,0 +1,92 @@
+"""Bytes of records and media: from shards, from files that samples share, from the web. Errors say where. No torch."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from pathlib import Path
+from zlib import crc32
+
+from data.format.record import Record, RecordError, parse_record
+from data.format.tar import ShardError
+from data.shards.bytes import ByteReader, VideoBytes, read_media
+from data.shards.index import ShardIndex, read_index, save_index, sidecar, stamp_of
+
+_OPEN_INDEXES = 256
+
+
+class SampleReader:
+    """Samples of any shard by number, checked against the index's checksums."""
+
+    def __init__(self, *, cache_dir: Path | None = None) -> None:
+        self.bytes = ByteReader()
+        self._cache_dir = cache_dir
+        self._indexes: OrderedDict[Path, ShardIndex] = OrderedDict()
+
+    def index(self, shard: Path) -> ShardIndex:
+        """The shard's index, from memory if it was used lately."""
+        if shard in self._indexes:
+            self._indexes.move_to_end(shard)
+        else:
+            self._indexes[shard] = load_index(shard, cache_dir=self._cache_dir)
+            if len(self._indexes) > _OPEN_INDEXES:
+                self._indexes.popitem(last=False)
+        return self._indexes[shard]
+
+    def members(self, shard: Path, number: int) -> dict[str, bytes]:
+        """Bytes of every member of one sample by one read; RecordError when they changed since indexing."""
+        index = self.index(shard)
+        rows = range(*index.member_rows(number))
+        first, last = rows[0], rows[-1]
+        start = int(index.offsets[first])
+        try:
+            blob = self.bytes.read(shard, start, int(index.offsets[last] + index.sizes[last]) - start)
+        except ValueError as error:
+            raise RecordError(shard=shard.name, key=index.keys[number], reason=str(error)) from error
+        found = {}
+        for row in rows:
+            at = int(index.offsets[row]) - start
+            found[index.names[row]] = data = blob[at : at + int(index.sizes[row])]
+            if crc32(data) != index.crcs[row]:
+                reason = f"{index.names[row]} changed since it was indexed; run: moetune shards index --force {shard}"
+                raise RecordError(shard=shard.name, key=index.keys[number], reason=reason)
+        return found
+
+    def sample(self, shard: Path, number: int) -> tuple[Record, dict[str, bytes]]:
+        """The parsed record and the bytes of its media."""
+        members = self.members(shard, number)
+        return self._parse(shard, number, members.pop("json", None), members), members
+
+    def record(self, shard: Path, number: int) -> Record:
+        """The parsed record alone; media are not read."""
+        index = self.index(shard)
+        names = {index.names[row]: row for row in range(*index.member_rows(number))}
+        row = names.pop("json", None)
+        raw = None if row is None else self.bytes.read(shard, int(index.offsets[row]), int(index.sizes[row]))
+        return self._parse(shard, number, raw, names)
+
+    def _parse(self, shard: Path, number: int, raw: bytes | None, members: Collection[str]) -> Record:
+        key = self.index(shard).keys[number]
+        if raw is None:
+            raise RecordError(shard=shard.name, key=key, reason=f"has no json member, only {sorted(members)}")
+        return parse_record(raw, shard=shard.name, key=key, members=members)
+
+    def media(self, record: Record, members: dict[str, bytes], folder: Path) -> tuple[list[bytes], list[VideoBytes]]:
+        """Bytes of images and videos in order, as `read_media` gives them."""
+        return read_media(record, members, folder, self.bytes)
+
+
+def load_index(shard: Path, *, cache_dir: Path | None = None, force: bool = False) -> ShardIndex:
+    """The index of a shard: stored if it is up to date, else built and stored. ShardError when the tar is not whole."""
+    if not shard.is_file():
+        raise ShardError(shard, "does not exist or is not a file")
+    stamp = stamp_of(shard)
+    places = [sidecar(shard, ".idx", None)] + ([sidecar(shard, ".idx", cache_dir)] if cache_dir else [])
+    if not force:
+        for place in places:
+            if (index := read_index(place, stamp)) is not None:
+                return index
+    from data.shards.scan import scan_shard  # the decoders are loaded only where an index has to be built
+
+    index = scan_shard(shard, stamp)
+    save_index(index, places[-1])
+    sidecar(shard, ".len", cache_dir).unlink(missing_ok=True)  # lengths are of the content that was indexed before
+    return index

@@ -1,0 +1,109 @@
+"""Building an index: one pass over a tar, reading records and the headers of media. Loads the decoders."""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+
+from data.format.facts import ImageFacts, VideoFacts
+from data.format.record import Record, RecordError, parse_record
+from data.format.tar import KeyedMembers, group_members, walk_tar
+from data.render.frames import probe_video
+from data.render.video import frame_list_facts
+from data.render.vision import probe_image
+from data.shards.bytes import ByteReader, VideoBytes, read_media
+from data.shards.index import ShardIndex
+
+Facts = tuple[list[ImageFacts], list[VideoFacts]]
+
+
+def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoBytes]) -> Facts:
+    """Facts of the media of a record; ValueError names the medium that cannot be used."""
+    found = [probe_image(data, name=f"images[{number}]") for number, data in enumerate(images)]
+    clips = []
+    for number, (video, data) in enumerate(zip(record.videos, videos, strict=True)):
+        name = f"videos[{number}]"
+        if isinstance(data, bytes):
+            clips.append(probe_video(data, name=name))
+        else:
+            frames = [probe_image(frame, name=f"{name} frame {at}") for at, frame in enumerate(data)]
+            try:
+                clips.append(frame_list_facts(video, frames))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    return found, clips
+
+
+def scan_shard(shard: Path, stamp: str) -> ShardIndex:
+    """Reads the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
+    reader = ByteReader()
+    samples = list(group_members(shard, walk_tar(shard)))
+    crcs: list[int] = []
+    facts: list[Facts] = []
+    problems: dict[int, str] = {}
+    for number, sample in enumerate(samples):
+        members = {
+            name: reader.read(shard, offset, size)
+            for name, offset, size in zip(sample.names, sample.offsets, sample.sizes, strict=True)
+        }
+        crcs += [crc32(data) for data in members.values()]
+        try:
+            facts.append(_scan_sample(reader, shard, sample, members))
+        except RecordError as error:
+            problems[number] = error.reason
+            facts.append(([], []))
+    reader.close()
+    return _index_of(samples, crcs, facts, problems, stamp)
+
+
+def _scan_sample(reader: ByteReader, shard: Path, sample: KeyedMembers, members: dict[str, bytes]) -> Facts:
+    raw = members.pop("json", None)
+    try:
+        if raw is None:
+            dotted = " (a dot in the key?)" if any(name.endswith(".json") for name in members) else ""
+            raise ValueError(f"has no json member, only {sorted(members)}{dotted}")
+        record = parse_record(raw, shard=shard.name, key=sample.key, members=members)
+        if not record.supervised:
+            raise ValueError("nothing supervised: no message carries loss")
+        return probe_media(record, *read_media(record, members, shard.parent, reader))
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(shard=shard.name, key=sample.key, reason=str(error)) from error
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array([0, *accumulate(counts)], dtype=np.int64)
+
+
+def _index_of(
+    samples: list[KeyedMembers], crcs: list[int], facts: list[Facts], problems: dict[int, str], stamp: str
+) -> ShardIndex:
+    names = tuple(name for sample in samples for name in sample.names)
+    sizes = [size for sample in samples for size in sample.sizes]
+    images = [image for found, _ in facts for image in found]
+    videos = [video for _, found in facts for video in found]
+    digest = blake2b(digest_size=16)
+    digest.update(repr(([sample.key for sample in samples], names, sizes, crcs, facts)).encode())
+    return ShardIndex(
+        stamp=stamp,
+        digest=digest.hexdigest(),
+        keys=tuple(sample.key for sample in samples),
+        names=names,
+        problems=problems,
+        member_starts=_starts([len(sample.names) for sample in samples]),
+        offsets=np.array([offset for sample in samples for offset in sample.offsets], dtype=np.int64),
+        sizes=np.array(sizes, dtype=np.int64),
+        crcs=np.array(crcs, dtype=np.uint32),
+        image_starts=_starts([len(found) for found, _ in facts]),
+        image_sizes=np.array([(i.height, i.width) for i in images], dtype=np.int32).reshape(-1, 2),
+        video_starts=_starts([len(found) for _, found in facts]),
+        video_table=np.array(
+            [(v.height, v.width, v.frames, v.duration, v.rate) for v in videos], dtype=np.float64
+        ).reshape(-1, 5),
+        time_starts=_starts([len(v.times or ()) for v in videos]),
+        times=np.array([time for v in videos for time in v.times or ()], dtype=np.float64),
+    )

@@ -1,0 +1,1 @@
+"""From shards to the steps of one rank: corpus, plan, packs, batches."""

@@ -1,0 +1,222 @@
+"""All sources as numbers a plan can use: shards found, samples measured, unusable ones counted. No torch."""
+
+import glob
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data.format.turns import Cut, cut_record, split_turns
+from data.shards.lengths import Lengths, Measure, load_lengths
+from data.shards.reader import SampleReader
+from data.stream.plan import Units
+
+_PART = 1 << 31
+
+Table = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unused:
+    """A sample that no plan will use, and why."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Sources as units, the table of shards their numbers point into, and what was left out."""
+
+    sources: tuple[Units, ...]
+    shards: tuple[Path, ...]
+    digest: str
+    unusable: tuple[Unused, ...]  # broken samples
+    overlong: tuple[Unused, ...]  # longer than the budget, left out by policy
+
+
+def pack_part(first: int, last: int) -> int:
+    """First and last message of a part in one number; 0 means the whole sample."""
+    return first * _PART + last + 1
+
+
+def unpack_part(part: int) -> tuple[int, int] | None:
+    """First and last message, or None for the whole sample."""
+    return None if part == 0 else (part // _PART, part % _PART - 1)
+
+
+def find_shards(path: str, key: str) -> list[Path]:
+    """Shards of a source: one tar, a folder of them, or a pattern with *, ? or {000..012} or {a,b}."""
+    if path.startswith(("pipe:", "http:", "https:", "s3:", "gs:", "hf:")):
+        raise ValueError(f"{key} is {path!r}; shards are read from mounted folders only, and no command is ever run")
+    found: list[Path] = []
+    for pattern in _braces(path):
+        if Path(pattern).is_dir():
+            found += sorted(Path(pattern).glob("*.tar"))
+        elif any(mark in pattern for mark in "*?["):
+            found += sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  # Path.glob refuses absolute patterns
+        elif Path(pattern).is_file():
+            found.append(Path(pattern))
+        else:
+            raise ValueError(f"{key} names {pattern!r}, which does not exist")
+    if not found:
+        raise ValueError(f"{key} is {path!r}, which holds no *.tar file")
+    if len(set(found)) != len(found):
+        raise ValueError(f"{key} is {path!r}, which names a shard twice")
+    return found
+
+
+def _braces(path: str) -> Iterator[str]:
+    pieces = re.split(r"(\{[^{}]*\})", path)
+    choices = []
+    for piece in pieces:
+        if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece):
+            low, high = numbers.groups()
+            choices.append([f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)])
+        else:
+            choices.append(piece[1:-1].split(",") if piece.startswith("{") else [piece])
+    yield from map("".join, product(*choices))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Budgets of a pack, and what happens to samples over them."""
+
+    tokens: int
+    patches: int
+    overlong: Literal["error", "skip", "split-turns"] = "error"
+
+
+def load_corpus(
+    sources: Mapping[str, Sequence[Path]],
+    measure: Measure,
+    limits: Limits,
+    *,
+    cache_dir: Path | None = None,
+    jobs: int = 1,
+    section: str = "data",
+) -> Corpus:
+    """Indexes and measures what is not yet, and applies the policy for samples over the budgets."""
+    shards = tuple(shard for paths in sources.values() for shard in paths)
+    lengths = measure_all(shards, measure, cache_dir, jobs)
+    reader = SampleReader(cache_dir=cache_dir)
+    digest = blake2b(digest_size=16)
+    units: list[Units] = []
+    unusable: list[Unused] = []
+    overlong: list[Unused] = []
+    first = 0
+    for name, paths in sources.items():
+        tables = [np.zeros((0, 5), dtype=np.int64)]
+        for number in range(first, first + len(paths)):
+            shard, found = shards[number], lengths[number]
+            digest.update(repr((name, shard.name, found.digest)).encode())
+            scan = _ShardUnits(number=number, source=name, path=shard, lengths=found, limits=limits)
+            tables += scan.rows(measure, reader, overlong)
+            unusable += [scan.unused(reader, sample, reason) for sample, reason in found.problems.items()]
+        first += len(paths)
+        if not sum(map(len, tables)):
+            shown = "; ".join(
+                f"sample {item.key}: {item.reason}" for item in (unusable + overlong)[-3:] if item.source == name
+            )
+            raise ValueError(
+                f"{section}.sources.{name} has no sample that can be used: {shown or 'its shards are empty'}"
+            )
+        shard_column, sample, part, tokens, patches = np.concatenate(tables).T
+        units.append(Units(name=name, shard=shard_column, sample=sample, part=part, tokens=tokens, patches=patches))
+    reader.bytes.close()
+    if limits.overlong == "error" and overlong:
+        raise ValueError(_too_long(overlong))
+    return Corpus(
+        sources=tuple(units),
+        shards=shards,
+        digest=digest.hexdigest(),
+        unusable=tuple(unusable),
+        overlong=tuple(overlong),
+    )
+
+
+def _too_long(overlong: Sequence[Unused]) -> str:
+    shown = "; ".join(f"shard {item.shard}, sample {item.key}: {item.reason}" for item in overlong[:5])
+    return (
+        f"{len(overlong)} samples do not fit a pack: {shown}{'; ...' if len(overlong) > 5 else ''}. Raise "
+        "data.tokens_per_pack (or data.vision_tokens_per_pack), or set data.overlong to skip or split-turns"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardUnits:
+    """One shard's rows of units."""
+
+    number: int
+    source: str
+    path: Path
+    lengths: Lengths
+    limits: Limits
+
+    def unused(self, reader: SampleReader, sample: int, reason: str) -> Unused:
+        return Unused(source=self.source, shard=self.path.name, key=reader.index(self.path).keys[sample], reason=reason)
+
+    def rows(self, measure: Measure, reader: SampleReader, overlong: list[Unused]) -> list[Table]:
+        """Rows (shard, sample, part, tokens, patches) in order of samples; what cannot be used goes to `overlong`."""
+        tokens, patches = self.lengths.tokens, self.lengths.patches
+        over = (tokens > self.limits.tokens) | (patches > self.limits.patches)
+        usable = np.ones(len(tokens), dtype=bool)
+        usable[list(self.lengths.problems)] = False
+        whole = np.flatnonzero(usable & ~over)
+        columns = (np.full_like(whole, self.number), whole, np.zeros_like(whole), tokens[whole], patches[whole])
+        rows = [np.stack(columns, axis=1)]
+        for sample in np.flatnonzero(usable & over).tolist():
+            reason = f"{tokens[sample]} tokens and {patches[sample]} patches, a pack holds {self.limits.tokens} and "
+            reason += str(self.limits.patches)
+            try:
+                if self.limits.overlong != "split-turns":
+                    raise ValueError(reason)
+                rows.append(self._split(sample, measure, reader))
+            except ValueError as error:
+                overlong.append(self.unused(reader, sample, str(error)))
+        table = np.concatenate(rows)
+        return [table[np.lexsort((table[:, 2], table[:, 1]))]]
+
+    def _split(self, sample: int, measure: Measure, reader: SampleReader) -> Table:
+        index = reader.index(self.path)
+        images, videos = index.images(sample), index.videos(sample)
+
+        def count(cut: Cut) -> tuple[int, int]:
+            facts = [images[number] for number in cut.images], [videos[number] for number in cut.videos]
+            seen = measure.count_vision(cut.record, *facts)
+            return measure.count_text(cut.record, *facts) + seen.tokens, seen.patches
+
+        def fits(cut: Cut) -> bool:
+            tokens, patches = count(cut)
+            return tokens <= self.limits.tokens and patches <= self.limits.patches
+
+        record = reader.record(self.path, sample)
+        parts = split_turns(record, fits)
+        rows = [(self.number, sample, pack_part(*part), *count(cut_record(record, *part))) for part in parts]
+        return np.array(rows, dtype=np.int64).reshape(-1, 5)
+
+
+def measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:
+    """Lengths of every shard, from the files beside them where they fit."""
+    count = partial(_measure_one, measure=measure, cache_dir=cache_dir)
+    if jobs <= 1:
+        return [count(shard) for shard in shards]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(count, shards))
+
+
+def _measure_one(shard: Path, *, measure: Measure, cache_dir: Path | None) -> Lengths:
+    reader = SampleReader(cache_dir=cache_dir)
+    try:
+        return load_lengths(shard, measure, reader=reader, cache_dir=cache_dir)
+    finally:
+        reader.bytes.close()

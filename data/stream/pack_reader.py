@@ -1,0 +1,115 @@
+"""From the units of a pack to its batch: what a worker does. Samples that fail are left out and named."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from data.format.facts import VideoFacts
+from data.format.media import VideoRef
+from data.format.record import RecordError
+from data.format.tar import ShardError
+from data.format.turns import cut_record
+from data.render.sample import Renderer, Sample
+from data.shards.reader import SampleReader
+from data.stream.batch import BadSample, Batch, LossSums, collate, loss_sums
+from data.stream.being_read import Reading
+from data.stream.corpus import unpack_part
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One unit of a plan, by its place."""
+
+    unit: int
+    source: str
+    shard: Path
+    sample: int
+    part: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """A pack as it was read: its batch, and what is to be said of it."""
+
+    batch: Batch
+    sums: LossSums
+    bad: tuple[BadSample, ...]
+    notes: tuple[str, ...]
+    tokens: int
+    video_seconds: float
+
+
+class PackReader(Dataset[PackResult]):
+    """Lives in a worker: turns the units of a pack into a batch; samples that fail are left out and named."""
+
+    def __init__(
+        self, renderer: Renderer, *, pad_multiple: int, cache_dir: Path | None, reading: Reading | None = None
+    ) -> None:
+        self._renderer, self._multiple, self._cache_dir = renderer, pad_multiple, cache_dir
+        self._reading = reading or Reading(0)
+        self._reader: SampleReader | None = None
+
+    def __getitem__(self, wanted: tuple[Wanted, ...]) -> PackResult:
+        samples, keys, notes = list[Sample](), list[str](), list[str]()
+        bad: list[BadSample] = []
+        seconds = 0.0
+        for unit in wanted:
+            try:
+                key, sample, seen = self._build(unit)
+            except RecordError as error:
+                bad.append(_bad(unit, error.key, error.reason))
+                continue
+            samples.append(sample)
+            seconds += seen
+            keys.append(f"{unit.source}/{unit.shard.name}/{key}")
+            notes += [f"{keys[-1]}: {note}" for note in sample.notes]
+        self._reading.note("")
+        batch = collate(
+            samples,
+            keys=keys,
+            pad_id=self._renderer.pad_id,
+            multiple=self._multiple,
+            widths=self._renderer.patch_widths,
+        )
+        tokens = sum(len(sample.input_ids) for sample in samples)
+        return PackResult(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens, seconds)
+
+    def _build(self, unit: Wanted) -> tuple[str, Sample, float]:
+        """Key, sample, and seconds of video in it."""
+        if self._reader is None:  # made here, so that no open file crosses into a worker
+            self._reader = SampleReader(cache_dir=self._cache_dir)
+        self._reading.note(f"{unit.source}/{unit.shard.name}/number {unit.sample}")
+        try:
+            record, members = self._reader.sample(unit.shard, unit.sample)
+        except ShardError as error:  # gone or cut short since the start: every rank is to hear of it, none to die alone
+            raise RecordError(shard=unit.shard.name, key=f"number {unit.sample}", reason=error.reason) from error
+        index = self._reader.index(unit.shard)
+        key, clips = index.keys[unit.sample], index.videos(unit.sample)
+        self._reading.note(f"{unit.source}/{unit.shard.name}/{key}")
+        try:
+            images, videos = self._reader.media(record, members, unit.shard.parent)
+            if part := unpack_part(unit.part):
+                cut = cut_record(record, *part)
+                record = cut.record
+                images = [images[number] for number in cut.images]
+                videos = [videos[number] for number in cut.videos]
+                clips = [clips[number] for number in cut.videos]
+            sample = self._renderer.build(record, images, videos, key=key, shard=unit.shard.name)
+        except ValueError as error:
+            raise RecordError(shard=unit.shard.name, key=key, reason=str(error)) from error
+        if len(sample.input_ids) != unit.tokens:
+            reason = f"became {len(sample.input_ids)} tokens where {unit.tokens} were planned; did a file change?"
+            raise RecordError(shard=unit.shard.name, key=key, reason=reason)
+        return key, sample, sum(map(_seconds, record.videos, clips))
+
+
+def _seconds(video: VideoRef, facts: VideoFacts) -> float:
+    """Length of the part of a video that a record names."""
+    end = facts.duration if video.end is None else min(video.end, facts.duration)
+    return max(0.0, end - (video.start or 0.0))
+
+
+def _bad(unit: Wanted, key: str, reason: str) -> BadSample:
+    return BadSample(unit=unit.unit, source=unit.source, shard=unit.shard.name, key=key, reason=reason)

@@ -1,0 +1,115 @@
+"""Histograms of a corpus from its indexes alone: tokens, sizes of images, lengths of videos."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.shards.lengths import Measure, load_lengths
+from data.shards.reader import SampleReader
+from data.stream.corpus import Corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts between edges, the last bin open; quantiles of the values themselves."""
+
+    name: str
+    unit: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+    median: float
+    p99: float
+    largest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a set of shards holds."""
+
+    samples: int
+    unusable: int
+    images: int
+    videos: int
+    histograms: tuple[Histogram, ...]
+    context: int
+    above_context: float  # share of usable samples with more tokens than `context`
+    tokens_above_context: float  # share of tokens in such samples
+
+
+def histogram(name: str, unit: str, values: np.ndarray[Any, Any], first: float) -> Histogram:
+    """Bins that double from `first`."""
+    largest = float(values.max()) if len(values) else 0.0
+    edges = [0.0, first]
+    while edges[-1] <= largest:
+        edges.append(edges[-1] * 2)
+    counts = np.histogram(values, bins=edges)[0] if len(values) else np.zeros(1, dtype=int)
+    middle, high = np.quantile(values, [0.5, 0.99]).tolist() if len(values) else (0.0, 0.0)
+    return Histogram(
+        name=name,
+        unit=unit,
+        edges=tuple(edges),
+        counts=tuple(counts.tolist()),
+        total=float(values.sum()),
+        median=middle,
+        p99=high,
+        largest=largest,
+    )
+
+
+def corpus_lines(corpus: Corpus, *, patches_per_token: int) -> list[str]:
+    """What a run is about to read, source by source: where limits on images and videos put their tokens."""
+    lines = []
+    for units in corpus.sources:
+        tokens = histogram("", "tokens", units.tokens, 64)
+        lines.append(
+            f"source {units.name}: {len(units):,} samples, {tokens.total:,.0f} tokens (median {tokens.median:,.0f}, "
+            f"99 % below {tokens.p99:,.0f}, longest {tokens.largest:,.0f})"
+        )
+        seeing = units.patches[units.patches > 0] // patches_per_token
+        if len(seeing):
+            found = histogram("", "tokens", seeing, 64)
+            bins = zip(found.edges, found.edges[1:], found.counts, strict=False)
+            shown = ", ".join(f"{low:,.0f} to {high:,.0f}: {count:,}" for low, high, count in bins if count)
+            lines.append(f"  vision tokens of its {len(seeing):,} samples with images or videos: {shown}")
+    return lines
+
+
+def shard_stats(shards: Sequence[Path], measure: Measure, *, context: int, cache_dir: Path | None = None) -> Stats:
+    """Stats of these shards; they are indexed and measured if they are not yet."""
+    reader = SampleReader(cache_dir=cache_dir)
+    tokens, vision, pixels, seconds, images = [], [], [], [], 0
+    samples = unusable = videos = 0
+    for shard in shards:
+        lengths = load_lengths(shard, measure, reader=reader, cache_dir=cache_dir)
+        index = reader.index(shard)
+        usable = np.ones(len(index), dtype=bool)
+        usable[list(lengths.problems)] = False
+        tokens.append(lengths.tokens[usable])
+        vision.append(lengths.vision[usable])
+        pixels.append(index.image_sizes.astype(np.int64).prod(axis=1) / 1e6)
+        seconds.append(index.video_table[:, 3])
+        samples += len(index)
+        unusable += len(lengths.problems)
+        images += len(index.image_sizes)
+        videos += len(index.video_table)
+    all_tokens = np.concatenate([np.zeros(0), *tokens])
+    above = all_tokens > context
+    return Stats(
+        samples=samples,
+        unusable=unusable,
+        images=images,
+        videos=videos,
+        histograms=(
+            histogram("tokens of a sample", "tokens", all_tokens, 64),
+            histogram("tokens of its images and videos", "tokens", np.concatenate([np.zeros(0), *vision]), 64),
+            histogram("size of an image", "megapixels", np.concatenate([np.zeros(0), *pixels]), 1 / 16),
+            histogram("length of a video", "seconds", np.concatenate([np.zeros(0), *seconds]), 1),
+        ),
+        context=context,
+        above_context=float(above.mean()) if len(above) else 0.0,
+        tokens_above_context=float(all_tokens[above].sum() / all_tokens.sum()) if len(above) else 0.0,
+    )

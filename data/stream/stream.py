@@ -1,0 +1,230 @@
+"""Steps for one rank: reads what the plan says, here or in workers, and remembers where it is in a few bytes.
+
+Ranks arrive as plain integers. Whatever their number and that of the workers, the packs of a global step are the same.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Sampler
+
+from data.render.sample import Renderer
+from data.stream.batch import BadSample, LossSums, Step
+from data.stream.being_read import Reading
+from data.stream.corpus import Corpus
+from data.stream.pack_reader import PackReader, PackResult, Wanted
+from data.stream.plan import Plan, PlanSettings, make_plan
+
+STATE_VERSION = 1
+LOOK_S = 1.0
+"""So often, while a pack is waited for, it is asked whether anybody still wants it."""
+
+
+class TooManyBadSamples(ValueError):
+    """More samples failed than allowed."""
+
+
+class WaitIsOver(Exception):
+    """Nobody wants the pack that is waited for. Its traceback holds the readers; when it goes, they are joined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How one rank reads; nothing here changes what a step holds."""
+
+    workers: int = 0
+    prefetch: int = 2  # packs each worker holds ready
+    pad_multiple: int = 1  # rows are padded to a multiple of this, for sequence-parallel slices
+    max_bad_samples: int = 100
+    stall_seconds: float = 0.0  # with workers: give up waiting for one pack after this long; 0 waits for ever
+    cache_dir: Path | None = None
+
+
+class _Order(Sampler[tuple[Wanted, ...]]):
+    """The packs of the rest of an epoch, in the order this rank takes them."""
+
+    def __init__(self, packs: Iterator[tuple[Wanted, ...]]) -> None:
+        self._packs = packs
+
+    def __iter__(self) -> Iterator[tuple[Wanted, ...]]:
+        return self._packs
+
+
+def _same(result: Any) -> Any:
+    return result
+
+
+class DataStream:
+    """One rank's steps. Every rank makes its own with the same corpus and settings; none of them talks to another."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        renderer: Renderer,
+        plan_settings: PlanSettings,
+        settings: StreamSettings,
+        *,
+        data_rank: int,
+        data_size: int,
+    ) -> None:
+        assert 0 <= data_rank < data_size, f"data_rank {data_rank} of {data_size}"
+        self._corpus, self._renderer = corpus, renderer
+        self._plan_settings, self._settings = plan_settings, settings
+        self._rank, self._size = data_rank, data_size
+        self._bases = np.concatenate([[0], np.cumsum([len(units) for units in corpus.sources])])
+        self._quarantine: dict[int, tuple[int, BadSample]] = {}  # unit -> (epoch it was found in, report)
+        self.epoch, self.step = 0, 0
+        self._plan: Plan | None = None
+        self._reading = Reading(settings.workers)
+        self.is_over: Callable[[], bool] = lambda: False
+        """Asked while workers are waited for: whether to raise WaitIsOver instead."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the present epoch."""
+        if self._plan is None or self._plan.epoch != self.epoch:
+            out = [unit for unit, (epoch, _) in self._quarantine.items() if epoch < self.epoch]
+            units = np.array(sorted(out), dtype=np.int64)
+            self._plan = make_plan(self._corpus.sources, self._plan_settings, epoch=self.epoch, quarantine=units)
+        return self._plan
+
+    def __iter__(self) -> Iterator[Step]:
+        """The steps from the present position to the end of the epoch."""
+        plan, epoch = self.plan, self.epoch
+        steps = range(self.step, plan.steps)
+        packs = (pack for step in steps for pack in plan.share(step, self._rank, self._size))
+        results = iter(self._loader(packs))
+        for number in steps:
+            began = time.perf_counter()
+            slots = -(-len(plan.step_packs(number)) // self._size)
+            found = [self._take(results, number) for _ in range(slots)]
+            self.step = number + 1  # before the yield: a checkpoint written after this step says it is done
+            yield Step(
+                epoch=epoch,
+                step=number,
+                batches=tuple(result.batch for result in found),
+                sums=sum((result.sums for result in found), LossSums()),
+                bad=tuple(bad for result in found for bad in result.bad),
+                notes=tuple(note for result in found for note in result.notes),
+                tokens=sum(result.tokens for result in found),
+                images=sum(len(result.batch.image_grids) for result in found),
+                video_seconds=sum(result.video_seconds for result in found),
+                wait_seconds=time.perf_counter() - began,
+            )
+
+    def _loader(self, packs: Iterator[int | None]) -> DataLoader[PackResult]:
+        workers = self._settings.workers
+        return DataLoader(
+            PackReader(
+                self._renderer,
+                pad_multiple=self._settings.pad_multiple,
+                cache_dir=self._settings.cache_dir,
+                reading=self._reading,
+            ),  # fmt: skip
+            batch_size=None,
+            sampler=_Order(self._wanted(pack) for pack in packs),
+            num_workers=workers,
+            prefetch_factor=self._settings.prefetch if workers else None,
+            collate_fn=_same,
+            timeout=min(LOOK_S, self._settings.stall_seconds or LOOK_S) if workers else 0,
+        )
+
+    def _wanted(self, pack: int | None) -> tuple[Wanted, ...]:
+        return () if pack is None else tuple(self._unit(unit) for unit in self.plan.units(pack))
+
+    def _unit(self, unit: int) -> Wanted:
+        source = int(np.searchsorted(self._bases, unit, side="right")) - 1
+        units, row = self._corpus.sources[source], unit - int(self._bases[source])
+        shard = self._corpus.shards[int(units.shard[row])]
+        return Wanted(unit, units.name, shard, int(units.sample[row]), int(units.part[row]), int(units.tokens[row]))
+
+    def _take(self, results: Iterator[PackResult], step: int) -> PackResult:
+        began, limit = time.monotonic(), self._settings.stall_seconds
+        while True:
+            try:
+                return next(results)
+            except RuntimeError as error:
+                if "timed out" not in str(error):
+                    raise
+                if self.is_over():
+                    raise WaitIsOver(f"step {step}") from error
+                if limit and time.monotonic() - began >= limit:
+                    raise self._stalled(step) from error
+
+    def _stalled(self, step: int) -> TimeoutError:
+        return TimeoutError(
+            f"data stall on data rank {self._rank}: no pack for step {step} of epoch {self.epoch} within "
+            f"data.stall_seconds={self._settings.stall_seconds:g}; its samples are in "
+            f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self._reading.now()) or 'none'}"
+        )
+
+    def reading(self) -> list[str]:
+        """The samples that are being read now, by this process and its workers; may be asked from another thread.
+
+        Where none is begun: the shards of those that are wanted next.
+        """
+        return self._reading.now() or [f"none yet of {', '.join(sorted(self._shards_of(self.step)))}"]
+
+    def _shards_of(self, step: int) -> set[str]:
+        packs = self.plan.share(step, self._rank, self._size) if step < self.plan.steps else []
+        return {str(unit.shard) for pack in packs for unit in self._wanted(pack)}
+
+    def quarantine(self, bad: Sequence[BadSample]) -> None:
+        """Leaves these out from the next epoch on. Every rank must give the same list: the reports of all ranks.
+
+        Above data.max_bad_samples this raises, on every rank alike.
+        """
+        for item in bad:
+            self._quarantine.setdefault(item.unit, (self.epoch, item))
+        if len(self._quarantine) > self._settings.max_bad_samples:
+            shown = "; ".join(str(item) for _, item in list(self._quarantine.values())[:5])
+            raise TooManyBadSamples(
+                f"{len(self._quarantine)} samples could not be read, data.max_bad_samples="
+                f"{self._settings.max_bad_samples}: {shown}; ... Run: moetune shards check"
+            )
+
+    def next_epoch(self) -> None:
+        """Moves to the start of the next epoch; quarantined samples are left out of it."""
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def _identity(self) -> dict[str, str]:
+        settings = {**asdict(self._plan_settings)}
+        seed = settings.pop("seed")
+        return {
+            "data": self._corpus.digest,
+            "rendering (tokenizer, template, limits)": self._renderer.fingerprint,
+            "packing and mixture": blake2b(repr(sorted(settings.items())).encode(), digest_size=8).hexdigest(),
+            "run.seed": str(seed),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, equal on every rank, without any trace of how many ranks or workers there are."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": self.epoch,
+            "step": self.step,
+            "identity": self._identity(),
+            "quarantine": [[epoch, asdict(bad)] for _, (epoch, bad) in sorted(self._quarantine.items())],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, changed: bool = False) -> list[str]:
+        """Continues there. A changed corpus or plan is refused, unless `changed`: then what changed is returned."""
+        if state["version"] != STATE_VERSION:
+            raise ValueError(f"data state has version {state['version']}, this moetune reads {STATE_VERSION}")
+        mine = self._identity()
+        differs = [name for name, value in mine.items() if state["identity"].get(name) != value]
+        if differs and not changed:
+            raise ValueError(
+                f"the data of this run is not that of the checkpoint: {', '.join(differs)} changed. Samples would "
+                "repeat or be missed; restore them, or allow the change and start at the same step of another order"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        known = not differs  # unit numbers mean nothing in another corpus; bad samples are found again there
+        self._quarantine = {item["unit"]: (epoch, BadSample(**item)) for epoch, item in state["quarantine"] if known}
+        self._plan = None
+        return differs

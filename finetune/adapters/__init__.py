@@ -1,0 +1,1 @@
+"""Adapter files: read, written, exported, combined, merged."""

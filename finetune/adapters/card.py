@@ -1,0 +1,91 @@
+"""The README.md of an adapter folder: what it changes, what it came from, how it is read. Written from its metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.adapters.provenance import PARENT, base_of
+
+_HEAD = """\
+---
+library_name: peft
+base_model: {base}
+tags:
+- lora
+- moetune
+---
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyLine:
+    """One family of parameters in the card's table."""
+
+    part: str
+    how: str
+    tensors: int
+    parameters: int
+
+
+def card(
+    base: str, metadata: Mapping[str, str], lines: Sequence[FamilyLine], *, title: str = "Adapter", notes: str = ""
+) -> bytes:
+    """Return the text of the card; what is not known is left out of it."""
+    total = sum(line.parameters for line in lines)
+    parts = [
+        _HEAD.format(base=json.dumps(base)),
+        f"# {title} for {base}\n",
+        f"{total:,} parameters, written by moetune in PEFT's own format.\n",
+        "| family | trained as | tensors | parameters |\n| --- | --- | ---: | ---: |",
+        *(f"| {line.part} | {line.how} | {line.tensors:,} | {line.parameters:,} |" for line in lines),
+        "",
+        *_origin(metadata),
+        notes or _READ,
+    ]
+    return "\n".join(parts).encode()
+
+
+def _origin(metadata: Mapping[str, str]) -> list[str]:
+    found: list[tuple[str, str]] = []
+    base = base_of(metadata)
+    if base is not None:
+        found.append(("base", f"{base.name}, fingerprint `{base.fingerprint}`"))
+    named = {"moetune.data": "data plan", "moetune.step": "step", "moetune.seed": "seed"}
+    found += [(word, f"`{metadata[key]}`") for key, word in named.items() if key in metadata]
+    if "moetune.scores" in metadata:
+        scores = json.loads(metadata["moetune.scores"])
+        found.append(("scores", ", ".join(f"{name} {value:.4g}" for name, value in scores.items())))
+    if PARENT in metadata:
+        parents = json.loads(metadata[PARENT])
+        for parent in parents if isinstance(parents, list) else [parents]:
+            weight = f", weight {parent['weight']:g}" if "weight" in parent else ""
+            found.append(("grew out of", f"{parent['folder']} (sha256 `{parent['sha256'][:16]}`){weight}"))
+    if "moetune.versions" in metadata:
+        made = json.loads(metadata["moetune.versions"])
+        found.append(("versions", ", ".join(f"{name} {number}" for name, number in made.items())))
+    return ["## Where it comes from\n", *(f"- {word}: {text}" for word, text in found), ""] if found else []
+
+
+_READ = """\
+## How it is read
+
+PEFT 0.19.1 or newer reads it on transformers 5:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained(BASE, dtype="bfloat16")
+model = PeftModel.from_pretrained(model, THIS_FOLDER)
+```
+
+For servers, merge it or export it:
+
+```bash
+moetune merge BASE THIS_FOLDER MERGED --verify     # a model folder that every reader of the base reads
+moetune export THIS_FOLDER OUT --format peft       # vLLM
+moetune export THIS_FOLDER OUT --format per-expert # sglang
+```
+"""

@@ -1,0 +1,80 @@
+"""One change that an adapter makes: the factors of a base tensor, read from any of the forms that files have."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetune.architecture.shapes import Shape
+from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_rows
+from moe.packing import unpack_lora
+
+Form = Literal["dense", "packed", "packed, turned", "single"]
+
+
+def read_stored(stored: Stored) -> Tensor:
+    """Return a whole tensor of a file, as it is stored."""
+    handle = os.open(stored.file, os.O_RDONLY)
+    try:
+        return read_rows(handle, stored, range(stored.shape[0]))
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """scale x B x A, to be added to the base tensor `target`; `shape` is that tensor's as it lies in memory."""
+
+    target: str
+    shape: Shape
+    r: int
+    scale: float
+    form: Form
+    parts: tuple[tuple[Stored, Stored], ...]
+    """The stored (A, B), for form `single` of every expert: gate and up, or down."""
+    shares_a: bool = True
+    """Whether gate and up of every expert have one A."""
+
+    @property
+    def experts(self) -> int:
+        """How many matrices the tensor has; 1 for a dense one."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def dtype(self) -> str:
+        """The factors' type, by its name in safetensors files."""
+        return self.parts[0][0].dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of both factors in the file."""
+        return sum(a.size + b.size for a, b in self.parts)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return A [E, r, in] and B [E, out, r] as they are stored, without the scale; E is 1 for a dense matrix."""
+        if self.form == "single":
+            return self._read_singles()
+        a, b = (read_stored(part) for part in self.parts[0])
+        if self.form == "dense":
+            return a[None], b[None]
+        a_Eri, b_Eor = unpack_lora(self.target, a, b, experts=self.experts)
+        return (b_Eor.transpose(1, 2), a_Eri.transpose(1, 2)) if self.form == "packed, turned" else (a_Eri, b_Eor)
+
+    def _read_singles(self) -> tuple[Tensor, Tensor]:
+        experts, out, into = self.shape
+        dtype = getattr(torch, FLOAT_TYPES[self.dtype])
+        a_Eri, b_Eor = torch.zeros(experts, self.r, into, dtype=dtype), torch.zeros(experts, out, self.r, dtype=dtype)
+        halves = len(self.parts) // experts
+        for at, (stored_a, stored_b) in enumerate(self.parts):
+            a, b = read_stored(stored_a), read_stored(stored_b)
+            expert, half = divmod(at, halves)
+            top = half * b.shape[0]
+            # with an A for each, gate and up lie in a block-diagonal B: the rank is the sum of both
+            left = 0 if half == 0 or self.shares_a else self.parts[at - 1][0].shape[0]
+            a_Eri[expert, left : left + a.shape[0]] = a
+            b_Eor[expert, top : top + b.shape[0], left : left + b.shape[1]] = b
+        return a_Eri, b_Eor

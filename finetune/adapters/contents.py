@@ -1,0 +1,84 @@
+"""What an adapter file holds of a model, and what PEFT's config says of it: by families, in canonical names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from finetune.architecture.parts import FAMILIES
+from finetune.architecture.shapes import Shape, part_of
+from finetune.model.empty import EmptyModel
+from finetune.model.lora import adapted_part, lora_targets, peft_config, sparse_lora
+from moe.experts import ExpertLora as Lora
+from moe.experts import GroupedExperts
+from moe.names import PEFT_PREFIX
+
+_SPARSE = ("experts", "router")
+_NO_MODULES = "dummy-target-modules"
+"""PEFT's word for an adapter that holds full modules only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A tensor that training changes: its canonical name, where it lives, and its shape in the file."""
+
+    name: str
+    parameter: Tensor
+    owner: nn.Module
+    shape: Shape
+
+    @property
+    def is_packed(self) -> bool:
+        """Experts' factors lie in the file side by side in two dims."""
+        return isinstance(self.owner, GroupedExperts) and ".lora_" in self.name
+
+    @property
+    def experts(self) -> int:
+        """How many experts a stack has; 1 for a dense tensor, which comes whole."""
+        return self.owner.num_experts if isinstance(self.owner, GroupedExperts) else 1
+
+    @property
+    def file_name(self) -> str:
+        """Its name in PEFT's file, where the names of full tensors have a prefix too."""
+        return self.name if self.name.startswith(PEFT_PREFIX) else PEFT_PREFIX + self.name
+
+
+def trained_families(empty: EmptyModel) -> dict[str, Lora | None]:
+    """Return the parts that a model trains, with their LoRA, or None for those trained in full."""
+    lora = {**empty.lora, **sparse_lora(empty.module)}
+    parts = dict.fromkeys(adapted_part(empty.canonical(name)) for name in empty.trained)
+    return {part: lora.get(part) for part in FAMILIES.values() if part in parts}
+
+
+def file_config(empty: EmptyModel, base: str) -> LoraConfig:
+    """Return PEFT's config of everything that the model trains; targets by full path, in the model's own names."""
+    families = trained_families(empty)
+    lora = {part: options for part, options in families.items() if options is not None}
+    names: dict[str, list[str]] = {part: [] for part in families}
+    for name in empty.expected:
+        names.get(part_of(name), []).append(name)
+    targets = {part: lora_targets(empty.expected.items(), part) for part in lora if part not in _SPARSE}
+    bare = {part: names[part] for part in _SPARSE if part in lora}
+    config = peft_config(targets, lora, parameters=bare) if lora else LoraConfig(target_modules=_NO_MODULES)
+    full = [name.rpartition(".")[0] for part in families if part not in lora for name in names[part]]
+    config.modules_to_save = list(dict.fromkeys(full)) or None
+    config.base_model_name_or_path, config.inference_mode = base, True
+    return config
+
+
+def held_tensors(empty: EmptyModel) -> Iterator[Held]:
+    """Everything that trains, in the model's order."""
+    for name in empty.trained:
+        parameter, owner = empty.module.get_parameter(name), empty.module.get_submodule(name.rpartition(".")[0])
+        canonical = empty.canonical(name)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if isinstance(owner, GroupedExperts):
+            experts = owner.num_experts
+            if canonical.endswith(".lora_A.weight"):
+                shape = (experts * shape[1], shape[2])
+            elif canonical.endswith(".lora_B.weight"):
+                shape = (shape[1], shape[2] * experts)
+            else:
+                shape = (experts, *shape[1:])
+        yield Held(name=canonical, parameter=parameter, owner=owner, shape=shape)

@@ -1,0 +1,219 @@
+"""An adapter in the form that a server reads, with one rank and one scale for all of it, and a page that says how.
+
+Servers take rank and alpha from two numbers of the config and pass over PEFT's patterns by module; so smaller ranks are
+filled up with zeros and other scales go into B. What was written is read back and compared before the folder counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.card import FamilyLine, card
+from finetune.adapters.change import Change
+from finetune.adapters.forms import ORIENTATION
+from finetune.adapters.provenance import base_of, versions
+from finetune.adapters.source import AdapterSource, open_source
+from finetune.adapters.write import (
+    FORMS,
+    OutAdapter,
+    OutChange,
+    OutForm,
+    OutFull,
+    with_both_stacks,
+    write_adapter_folder,
+)
+from finetune.architecture.shapes import Shape, is_expert_stack, part_of
+from finetune.files.tensorfile import FLOAT_TYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What a finished export holds. `exact`: it means the same changes to the last bit."""
+
+    folder: Path
+    changes: int
+    bytes: int
+    r: int
+    scale: float
+    exact: bool
+    warnings: tuple[str, ...]
+
+
+def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shape] | None = None) -> Exported:
+    """Write the adapter in another form; `shapes` of its base settle what its own shapes leave open."""
+    if form not in FORMS:
+        raise ValueError(f"--format {form!r} is unknown; there are {', '.join(FORMS)}")
+    source = open_source(adapter, shapes)
+    if source.full and form == "per-expert":
+        raise ValueError(
+            f"{adapter} holds {len(source.full)} tensors in full, first {next(iter(source.full))}; no reader of 2-D "
+            f"keys takes those. Merge it instead: moetune merge BASE {adapter} OUT"
+        )
+    r = max((change.r for change in source.changes.values()), default=1)
+    scale = _common_scale(source)
+    changes = with_both_stacks([_uniform(change, r, scale) for change in source.changes.values()])
+    told = base_of(source.metadata)
+    base = told.name if told is not None else str(source.config.get("base_model_name_or_path") or "unknown")
+    metadata = {key: text for key, text in source.metadata.items() if key.startswith("moetune.")}
+    metadata.pop("moetune.families", None)  # ranks and scales are others now: training does not go on from here
+    metadata |= {ORIENTATION: f"form {form}, experts [out, in]", "moetune.versions": versions()}
+    exact = all(_ratio_is_exact(change.scale / scale) for change in source.changes.values())
+    warnings = _warnings(source, exact)
+    text = card(base, metadata, _lines(changes, source), title="Exported adapter", notes=notes(form, base, r, warnings))
+    full = [
+        OutFull(target=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=partial(source.read_full, name))
+        for name, tensor in source.full.items()
+    ]
+    written = OutAdapter(changes=changes, full=full, base=base, metadata=metadata, card=text, form=form)
+    size = write_adapter_folder(written, out, check=lambda folder: compare(open_source(folder), changes))
+    return Exported(
+        folder=out, changes=len(changes), bytes=size, r=r, scale=scale, exact=exact, warnings=tuple(warnings)
+    )  # fmt: skip
+
+
+def compare(written: AdapterSource, changes: Sequence[OutChange]) -> None:
+    """Raise unless a file means exactly these changes."""
+    for change in changes:
+        found = written.changes.get(change.target)
+        if found is None or not _alike(found, change) or not _equal(found.read(), change.read()):
+            raise ValueError(
+                f"{written.folder}: {change.target} reads back otherwise than it was written; nothing kept"
+            )
+
+
+def compare_settings(written: AdapterSource, changes: Sequence[OutChange]) -> None:
+    """Raise unless a file and its config give exactly these changes, with their ranks and scales."""
+    for change in changes:
+        found = written.changes.get(change.target)
+        if found is None or not _alike(found, change):
+            raise ValueError(f"{written.folder}: {change.target} reads back with another rank or scale; nothing kept")
+
+
+def _alike(found: Change, wanted: OutChange) -> bool:
+    same = (found.shape, found.r) == (wanted.shape, wanted.r)
+    return same and math.isclose(found.scale, wanted.scale, rel_tol=1e-12)
+
+
+def _equal(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+
+
+def _common_scale(source: AdapterSource) -> float:
+    """The experts' scale, as most of the numbers are theirs; else the one that most changes have."""
+    changes = source.changes.values()
+    scales = Counter(change.scale for change in changes if is_expert_stack(change.target))
+    scales = scales or Counter(change.scale for change in changes)
+    return scales.most_common(1)[0][0] if scales else 1.0
+
+
+def _uniform(change: Change, r: int, scale: float) -> OutChange:
+    """The same change with this rank and scale; in float32 where the scale cannot be moved without rounding."""
+    ratio = change.scale / scale
+    dtype = change.dtype if _ratio_is_exact(ratio) else "F32"
+    return OutChange(
+        target=change.target, shape=change.shape, r=r, scale=scale, dtype=dtype, read=_reader(change, r, ratio, dtype)
+    )  # fmt: skip
+
+
+def _reader(change: Change, r: int, ratio: float, dtype: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    def read() -> tuple[Tensor, Tensor]:
+        a, b = (factor.to(getattr(torch, FLOAT_TYPES[dtype])) for factor in change.read())
+        if ratio != 1:
+            b = b * ratio
+        if change.r == r:
+            return a, b
+        wide_a, wide_b = a.new_zeros(a.shape[0], r, a.shape[2]), b.new_zeros(b.shape[0], b.shape[1], r)
+        wide_a[:, : change.r], wide_b[:, :, : change.r] = a, b
+        return wide_a, wide_b
+
+    return read
+
+
+def _ratio_is_exact(ratio: float) -> bool:
+    """A power of two moves the exponent only."""
+    return abs(math.frexp(ratio)[0]) == 0.5
+
+
+def _warnings(source: AdapterSource, exact: bool) -> list[str]:
+    found = []
+    parts = {part_of(name) for name in source.changes}
+    if source.full:
+        found.append(
+            f"it holds {len(source.full)} tensors in full (modules_to_save): PEFT reads them, vLLM refuses them"
+        )
+    if source.copies:
+        found.append(f"its copy of the base's {', '.join(source.copies)} was left out: readers take the base's own")
+    if "router" in parts:
+        found.append("it adapts routers: PEFT reads that, servers do not; merge it to serve it")
+    if parts & {"vision_blocks", "merger", "deepstack_mergers"}:
+        found.append("it adapts the vision side, which few servers do; compare before you rely on it, or merge it")
+    if not exact:
+        found.append(
+            "its families have several scales: B was multiplied to one, rounded to float32 (6e-8 of each value)"
+        )
+    return found
+
+
+def _lines(changes: Sequence[OutChange], source: AdapterSource) -> list[FamilyLine]:
+    sizes: dict[str, list[int]] = {}
+    for change in changes:
+        numbers = change.experts * change.r * sum(change.shape[-2:])
+        sizes.setdefault(part_of(change.target), []).append(numbers)
+    how = f"lora of r {changes[0].r}, scale {changes[0].scale:g}" if changes else ""
+    lines = [FamilyLine(part=p, how=how, tensors=2 * len(n), parameters=sum(n)) for p, n in sizes.items()]
+    full: dict[str, list[int]] = {}
+    for name, tensor in source.full.items():
+        full.setdefault(part_of(name), []).append(math.prod(tensor.shape))
+    return lines + [FamilyLine(part=p, how="full", tensors=len(n), parameters=sum(n)) for p, n in full.items()]
+
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+
+_PEFT = """\
+## What reads it
+
+Experts lie packed in PEFT's fused form (PEFT 0.19.1 and newer on transformers 5).
+
+- **vLLM**, whose Qwen3-VL-MoE takes this form by itself:
+
+```bash
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=THIS_FOLDER
+```
+
+- **PEFT**: `PeftModel.from_pretrained(model, THIS_FOLDER)`.
+"""
+_SINGLE = """\
+## What reads it
+
+Every expert has keys of its own (`experts.N.gate_proj`, `up_proj`, `down_proj`), each a plain 2-D pair.
+
+- **sglang**:
+
+```bash
+python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths mine=THIS_FOLDER --max-lora-rank {r}
+```
+
+- **vLLM** takes this form only where it is told so (`enable_mixed_moe_lora_format`, and for this adapter
+  `is_3d_lora_weight` false); a wrong declaration loads garbage without a word. Export with `--format peft` for it.
+- Trainers and converters that name experts one by one. PEFT on transformers 5 does not: its experts are fused.
+"""
+_END = """\
+A server that does not know an adapter's keys may drop them without an error. After starting it, compare its answers
+with those of the merged model: `moetune serve-check` does that. The surest form to serve is a merged folder.
+"""
+
+
+def notes(form: str, base: str, r: int, warnings: Sequence[str]) -> str:
+    """Return the page's last part."""
+    rank = next((size for size in _RANKS if size >= r), r)
+    text = (_PEFT if form == "peft" else _SINGLE).format(base=base, rank=rank, r=r)
+    listed = "".join(f"- {line}.\n" for line in warnings)
+    return text + (f"\n## Note\n\n{listed}" if listed else "") + "\n" + _END

@@ -1,0 +1,241 @@
+"""A base and an adapter into one model folder: file by file, a block at a time, without building the model.
+
+Nothing under the destination looks finished before everything is: the folder is made beside it and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from math import isfinite, prod
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.merge_blocks import Lane, Realised, blocks, factors, intended_square
+from finetune.adapters.merge_plan import CHECKSUMS, REPORT, MergePlan, OutFile, check_room, jobs_for
+from finetune.adapters.provenance import parent_line, versions
+from finetune.architecture.shapes import is_expert_stack
+from finetune.architecture.yarn import both_spellings, extended_config
+from finetune.files.atomic import whole_folder, write_file
+from finetune.files.hubconfig import config_text, to_hub_spelling
+from finetune.files.jsonblock import load_json
+from finetune.files.tensorfile import FLOAT_TYPES
+from finetune.files.writer import INDEX
+
+
+class _Stopped(Exception):
+    """Another file failed; its error is the one to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What a finished merge did."""
+
+    folder: Path
+    intended: int
+    applied: int
+    changes: Mapping[str, Realised]
+    full: tuple[str, ...]
+
+    @property
+    def lost(self) -> list[str]:
+        """Tensors whose whole change was swallowed by rounding."""
+        return [name for name, found in self.changes.items() if found.lost]
+
+    def lines(self, worst: int = 5) -> list[str]:
+        """Say it for people, the tensors whose change suffered most first."""
+        found = [f"applied  {self.applied} of {self.intended} intended changes; {len(self.full)} tensors replaced"]
+        order = sorted(self.changes.items(), key=lambda item: -item[1].error)
+        total = sum(change.intended_square for change in self.changes.values())
+        if total:
+            error = (sum(change.error_square for change in self.changes.values()) / total) ** 0.5
+            found.append(f"rounding the realised change is {error:.2%} off the intended one over all; most in:")
+        found += [
+            f"  {name}: {change.error:.2%} off, {change.unchanged / change.values:.1%} of the weights unchanged"
+            for name, change in order[:worst]
+        ]
+        zero = [name for name, change in self.changes.items() if not change.intended_square]
+        if zero:
+            found.append(f"zero     {len(zero)} changes are zero in the adapter itself, first {zero[0]}")
+        if self.lost:
+            found.append(f"LOST     the stored type swallowed {len(self.lost)} changes whole, first {self.lost[0]}")
+        return found
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """What the threads share. Each writes entries of its own tensors and files only."""
+
+    plan: MergePlan
+    beside: Path
+    stop: Event = field(default_factory=Event)
+    changes: dict[str, Realised] = field(default_factory=dict)
+    full: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], None] = lambda text: None) -> Merged:
+    """Write the merged folder; raises, and leaves nothing, unless every intended change went in."""
+    check_room(plan, out)
+    threads = torch.get_num_threads()
+    with whole_folder(out) as beside:
+        work = _Work(plan=plan, beside=beside)
+        torch.set_num_threads(1)  # the files are what runs in parallel
+        try:
+            _write_files(work, jobs_for(len(plan.files), jobs), say)
+        finally:
+            torch.set_num_threads(threads)
+        merged = Merged(
+            folder=out, intended=plan.intended, applied=len(work.changes) + len(work.full),
+            changes={name: work.changes[name] for name in plan.source.changes if name in work.changes},
+            full=tuple(sorted(work.full)),
+        )  # fmt: skip
+        require_all(plan, merged)
+        small = dict(plan.side_files) | {REPORT: _report(plan, merged)}
+        if len(plan.files) > 1:
+            small[INDEX] = _index(plan)
+        # The config comes last: without it no reader takes a folder for a model.
+        config = extended_config(load_json(plan.base.folder / "config.json"), plan.context)
+        small["config.json"] = config_text(both_spellings(to_hub_spelling(config))).encode()
+        for name, content in small.items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            work.digests[name] = hashlib.sha256(data).hexdigest()
+            if name == "config.json":
+                lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(work.digests.items()))
+                write_file(beside / CHECKSUMS, lines.encode())
+            write_file(beside / name, data)
+    return merged
+
+
+def require_all(plan: MergePlan, merged: Merged) -> None:
+    """Raise unless each intended change was applied, to every value of its tensor."""
+    skipped = [name for name in plan.source.full if name not in merged.full]
+    for name, change in plan.source.changes.items():
+        found = merged.changes.get(name)
+        if found is None or found.values != prod(change.shape):
+            skipped.append(name)
+    if skipped:
+        raise ValueError(
+            f"{len(skipped)} of {plan.intended} changes were not applied, first {skipped[0]}; nothing was written to "
+            f"{merged.folder}"
+        )
+
+
+def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
+    """The largest files first, so that no thread waits long for the last."""
+    order = sorted(work.plan.files, key=lambda file: -file.size)
+    for file in order:  # a disk too small, or a quota, is known before anything is computed
+        handle = os.open(work.beside / file.name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.posix_fallocate(handle, 0, file.size)
+        finally:
+            os.close(handle)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_write_file, work, file): file for file in order}
+        try:
+            for future in as_completed(running):
+                future.result()
+                say(f"wrote    {running[future].name}")
+        except BaseException:
+            work.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _write_file(work: _Work, file: OutFile) -> None:
+    """One weight file from its first byte to its last, hashed on the way."""
+    widest = max(prod(shape[2:] if is_expert_stack(name) else shape[1:]) for name, (_, shape) in file.tensors.items())
+    lane, digest = Lane(widest), hashlib.sha256()
+    with (work.beside / file.name).open("r+b", buffering=0) as out:
+
+        def put(data: Any) -> None:
+            view, done = memoryview(data), 0
+            while done < len(view):
+                done += out.write(view[done:]) or 0
+            digest.update(data)
+
+        put(file.header)
+        for name, (kind, stored) in file.tensors.items():
+            if name in work.plan.source.full:
+                _replace(work.plan, name, kind, put)
+                work.full.append(name)
+            else:
+                _write_tensor(work, name, stored, lane, put)
+        assert out.tell() == file.size
+        os.fsync(out.fileno())
+    work.digests[file.name] = digest.hexdigest()
+
+
+def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, put: Callable[[Any], None]) -> None:
+    plan = work.plan
+    change = plan.source.changes.get(name)
+    left, right = factors(change) if change is not None else (None, None)
+    found = Realised()
+    for matrix, rows, block in blocks(plan.base, name, stored, lane):
+        if work.stop.is_set():
+            raise _Stopped
+        if left is None or right is None:
+            put(block.raw)
+            continue
+        block.add(left[matrix, rows.start : rows.stop], right[matrix], found)
+        put(block.out_raw)
+    if left is None or right is None:
+        return
+    found.intended_square = intended_square(left, right)
+    if not isfinite(found.intended_square + found.error_square):
+        raise ValueError(
+            f"{name}: base plus adapter is not finite; one of the two holds NaN or infinity, or the sum is too large "
+            f"for the type it is stored in. Nothing was written"
+        )
+    work.changes[name] = found
+
+
+def _replace(plan: MergePlan, name: str, kind: str, put: Callable[[Any], None]) -> None:
+    """A tensor that the adapter holds in full, in the base's type; of expert stacks one matrix at a time."""
+    tensor = plan.source.read_full(name)
+    dtype = getattr(torch, FLOAT_TYPES[kind])
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: the adapter holds NaN or infinity for it. Nothing was written")
+    for matrix in tensor.transpose(1, 2) if is_expert_stack(name) else (tensor,):
+        put(_bytes(matrix.to(dtype).contiguous()))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _index(plan: MergePlan) -> bytes:
+    total = sum(file.size - len(file.header) for file in plan.files)
+    where = {name: file.name for file in plan.files for name in file.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def _report(plan: MergePlan, merged: Merged) -> bytes:
+    tensors = {
+        name: {
+            "intended_norm": found.intended,
+            "relative_error": found.error,
+            "unchanged": found.unchanged / found.values,
+        }
+        for name, found in merged.changes.items()
+    }
+    content = {
+        "base": str(plan.base.folder),
+        "adapter": json.loads(parent_line(plan.source.folder)),
+        "origin": plan.origin,
+        "versions": json.loads(versions()),
+        "intended": merged.intended,
+        "applied": merged.applied,
+        "replaced": list(merged.full),
+        "changes": tensors,
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()

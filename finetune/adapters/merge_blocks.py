@@ -1,0 +1,172 @@
+"""The arithmetic of a merge: blocks of a base tensor plus their share of the change, in float32, rounded once.
+
+A block is small enough that what is done to it happens in the processor's cache. All is computed in the orientation
+of the file that is written, so that the hub's transposed expert stacks are never turned.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.adapters.change import Change
+from finetune.architecture.shapes import Shape, is_expert_stack
+from finetune.files.basefiles import BaseFiles
+from finetune.files.tensorfile import FLOAT_TYPES
+
+BLOCK = 1 << 18
+"""Values of a block: two float32 buffers of 1 MiB and the block twice in its own type. Smaller ones make threads wait
+for the interpreter, larger ones leave the cache."""
+
+
+@dataclass(kw_only=True)
+class Realised:
+    """What became of one tensor's change: squares summed over all its values."""
+
+    values: int = 0
+    unchanged: int = 0
+    intended_square: float = 0.0
+    error_square: float = 0.0
+
+    @property
+    def intended(self) -> float:
+        """The norm of the change as the adapter means it."""
+        return math.sqrt(self.intended_square)
+
+    @property
+    def error(self) -> float:
+        """How far the change in the file is from the one meant, relative to it: 0 is exact, 1 is lost."""
+        return math.sqrt(self.error_square / self.intended_square) if self.intended_square else 0.0
+
+    @property
+    def lost(self) -> bool:
+        """Whether rounding swallowed all of it."""
+        return self.intended_square > 0 and self.unchanged == self.values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A lane's buffers seen as one block: made once for each shape, as making views costs as much as the arithmetic."""
+
+    values: Tensor
+    """The base's [rows, columns], and what `raw` fills."""
+    raw: Any
+    flat: Tensor
+    out: Tensor
+    out_raw: Any
+    total: Tensor
+    total_rc: Tensor
+    other: Tensor
+    other_rc: Tensor
+    bits: Any
+    out_bits: Any
+    differs: Any
+
+    def add(self, left: Tensor, right: Tensor, found: Realised) -> None:
+        """Let `out` be values + left @ right in the values' type, and count what became of it."""
+        total, other = self.total, self.other
+        if self.flat.dtype == torch.float32:  # the addition itself is the only rounding
+            torch.mm(left, right, out=self.other_rc)
+            torch.add(self.flat, other, out=self.out)
+            torch.sub(self.out, self.flat, out=total).sub_(other)
+        else:
+            total.copy_(self.flat)
+            self.total_rc.addmm_(left, right)
+            self.out.copy_(total)
+            total.sub_(other.copy_(self.out))
+        count = len(self.differs)
+        np.not_equal(self.bits, self.out_bits, out=self.differs)  # several times faster than torch here
+        found.error_square += float(torch.dot(total, total))
+        found.values += count
+        found.unchanged += count - int(np.count_nonzero(self.differs))
+
+
+class Lane:
+    """The buffers of one thread."""
+
+    def __init__(self, widest_row: int) -> None:
+        self.size = max(BLOCK, widest_row)
+        self._read, self._rounded = (torch.empty(4 * self.size, dtype=torch.uint8) for _ in range(2))
+        self._total, self._other = torch.empty(self.size), torch.empty(self.size)
+        self._differs = np.empty(self.size, dtype=bool)
+        self._blocks: dict[tuple[int, int, torch.dtype], Block] = {}
+
+    def block(self, rows: int, columns: int, dtype: torch.dtype) -> Block:
+        """Return the buffers as a block of this shape; all blocks of a lane share them."""
+        key = (rows, columns, dtype)
+        if key not in self._blocks:
+            count = rows * columns
+            read, rounded = (buffer[: count * dtype.itemsize] for buffer in (self._read, self._rounded))
+            bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+            self._blocks[key] = Block(
+                values=read.view(dtype).view(rows, columns), raw=read.numpy().data, flat=read.view(dtype),
+                out=rounded.view(dtype), out_raw=rounded.numpy().data,
+                total=self._total[:count], total_rc=self._total[:count].view(rows, columns),
+                other=self._other[:count], other_rc=self._other[:count].view(rows, columns),
+                bits=read.view(bits).numpy(), out_bits=rounded.view(bits).numpy(), differs=self._differs[:count],
+            )  # fmt: skip
+        return self._blocks[key]
+
+
+def intended_square(left_Eor: Tensor, right_Eri: Tensor) -> float:
+    """Return the square of the norm of left @ right over all matrices, from products of size r alone."""
+    grams = (left_Eor.transpose(1, 2) @ left_Eor).double() * (right_Eri @ right_Eri.transpose(1, 2)).double()
+    return max(float(grams.sum()), 0.0)
+
+
+def factors(change: Change) -> tuple[Tensor, Tensor]:
+    """Return (left [E, rows, r], right [E, r, columns]) in float32, scale included, for matrices as files have them."""
+    a_Eri, b_Eor = change.read()
+    b_Eor = b_Eor.float().mul_(change.scale) if b_Eor.dtype != torch.float32 else b_Eor * change.scale
+    if is_expert_stack(change.target):  # the hub has [E, in, out]
+        return a_Eri.float().transpose(1, 2).contiguous(), b_Eor.transpose(1, 2).contiguous()
+    return b_Eor.contiguous(), a_Eri.float().contiguous()
+
+
+def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tuple[int, range, Block]]:
+    """Every block of a tensor in the order and orientation of the written file, with its matrix and its rows there.
+
+    The next block overwrites it.
+    """
+    experts = stored[0] if is_expert_stack(name) else 1
+    matrix = stored[1:] if is_expert_stack(name) else stored
+    rows, columns = matrix[0], math.prod(matrix[1:])
+    step = max(1, lane.size // columns)
+    if is_expert_stack(name) and base.layout != "hub":
+        for expert in range(experts):
+            whole = base.read(name, range(expert, expert + 1))[0].t()
+            for first in range(0, rows, step):
+                part = whole[first : first + step]
+                block = lane.block(len(part), columns, part.dtype)
+                block.values.copy_(part)
+                yield expert, range(first, first + len(part)), block
+        return
+    tensor = base.stored[name]
+    dtype = getattr(torch, FLOAT_TYPES[tensor.dtype])
+    handle = os.open(tensor.file, os.O_RDONLY)
+    try:
+        at = tensor.begin
+        for expert in range(experts):
+            for first in range(0, rows, step):
+                block = lane.block(min(step, rows - first), columns, dtype)
+                _fill(handle, block.raw, at, f"{tensor.file}: {name}")
+                at += len(block.raw)
+                yield expert, range(first, first + len(block.values)), block
+    finally:
+        os.close(handle)
+
+
+def _fill(handle: int, view: Any, at: int, what: str) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], at + done)
+        if not count:
+            raise ValueError(f"{what} ends early: the base was cut off while it was being read")
+        done += count

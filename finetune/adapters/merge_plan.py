@@ -1,0 +1,144 @@
+"""What a merge will read and write, known before anything is written: files, tensors, bytes, room on the disk."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.adapters.provenance import recorded, require_same_base
+from finetune.adapters.source import AdapterSource, open_source
+from finetune.architecture.shapes import Shape
+from finetune.architecture.yarn import Extension, extension
+from finetune.config import ContextConfig, YarnConfig
+from finetune.files.basefiles import BaseFiles
+from finetune.files.hubconfig import read_family
+from finetune.files.layouts import LAYOUT_KEY, stored_shape
+from finetune.files.tensorfile import ITEM_SIZES, make_header
+from finetune.files.writer import plan_shards, side_files_of
+
+CHECKSUMS, REPORT = "checksums.sha256", "moetune-merge.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutFile:
+    """A weight file to be written: its tensors in order, and the header in front of them."""
+
+    name: str
+    tensors: Mapping[str, tuple[str, Shape]]
+    header: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(math.prod(shape) * ITEM_SIZES[kind] for kind, shape in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """A base, an adapter that fits it, and the files that their sum will lie in."""
+
+    base: BaseFiles
+    source: AdapterSource
+    files: tuple[OutFile, ...]
+    side_files: Mapping[str, bytes | Path]
+    origin: str
+    """What is known of the adapter's base, in a sentence."""
+    context: Extension | None = None
+    """How the adapter was trained to read longer contexts; the merged config.json says so."""
+
+    @property
+    def need_bytes(self) -> int:
+        """Room that the merged folder takes."""
+        small = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.side_files.values())
+        return sum(file.size for file in self.files) + small
+
+    @property
+    def intended(self) -> int:
+        """How many tensors of the base the adapter changes."""
+        return len(self.source.changes) + len(self.source.full)
+
+    def lines(self, out: Path) -> list[str]:
+        """Say it for people."""
+        experts = sum(len(change.shape) == 3 for change in self.source.changes.values())
+        kinds = ", ".join(sorted({kind for file in self.files for kind, _ in file.tensors.values()}))
+        total = len(self.base.shapes)
+        longer = f"; config.json says {self.context.length:,} tokens, yarn" if self.context is not None else ""
+        return [
+            f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
+            f"adapter  {self.source.folder}: {len(self.source.changes)} low-rank changes ({experts} of expert stacks), "
+            f"{len(self.source.full)} tensors in full; {self.origin}",
+            f"out      {out}: {len(self.files)} weight file(s) and {len(self.side_files) + 1} others in the hub's "
+            f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
+        ]
+
+
+def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> MergePlan:
+    """Return the plan; raises where the adapter does not belong to the base, unless that is said to be meant."""
+    source = open_source(adapter, base.shapes)
+    origin = "merged into another base on purpose" if other_base else require_same_base(adapter, source.metadata, base)
+    source.check_copies(base)
+    learned = any(bool(change.read()[1].any()) for change in source.changes.values())
+    if not learned and not source.full:
+        raise ValueError(f"{adapter} changes nothing: every lora_B in it is zero. Was it saved before its first step?")
+    return MergePlan(
+        base=base, source=source, files=_out_files(base), side_files=side_files_of(base.folder), origin=origin,
+        context=_context(source, base.folder),
+    )  # fmt: skip
+
+
+def _context(source: AdapterSource, base: Path) -> Extension | None:
+    """The extension of context that the adapter's own configuration records."""
+    context = recorded(source.metadata, "moetune.config").get("context") or {}
+    yarn = YarnConfig(factor=(context.get("yarn") or {}).get("factor"))
+    return extension(ContextConfig(length=context.get("length"), yarn=yarn), read_family(base))
+
+
+def check_room(plan: MergePlan, out: Path) -> None:
+    """Raise when the disk cannot hold the merged folder, or it would become a part of the base."""
+    if out.resolve().is_relative_to(plan.base.folder.resolve()):
+        raise ValueError(
+            f"{out} lies inside the base {plan.base.folder}, and would be copied with the base's files from now on. "
+            f"Name a folder outside it"
+        )
+    free = free_bytes(out)
+    if free < plan.need_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"the merged folder needs {plan.need_bytes:,} bytes and the disk that holds {out.parent} has {free:,} "
+            f"free; nothing was written. Free room, or write to another disk",
+        )
+
+
+def free_bytes(out: Path) -> int:
+    """Return the bytes that a user may still write where `out` will lie."""
+    place = out.resolve()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
+    """The base's own division into files where each tensor lies in one; else one by size."""
+    kinds = base.dtypes
+    stored = {name: (kinds[name], stored_shape(name, shape, "hub")) for name, shape in base.shapes.items()}
+    if all(name in base.stored for name in stored):
+        groups: dict[str, dict[str, tuple[str, Shape]]] = {}
+        for name in sorted(stored, key=lambda name: (base.stored[name].file.name, base.stored[name].begin)):
+            groups.setdefault(base.stored[name].file.name, {})[name] = stored[name]
+    else:
+        groups = plan_shards(stored)
+    metadata = {"format": "pt", LAYOUT_KEY: "hub"}
+    return tuple(
+        OutFile(name=file, tensors=tensors, header=make_header(tensors, metadata)[0])
+        for file, tensors in groups.items()
+    )
+
+
+def jobs_for(files: int, asked: int = 0) -> int:
+    """Return how many files to work on at once: one more than cores, as one waits for the disk, unless told."""
+    return max(1, min(asked or len(os.sched_getaffinity(0)) + 1, files))

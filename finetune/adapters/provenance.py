@@ -1,0 +1,124 @@
+"""Where an adapter comes from: base, data, configuration, scores and parent, as the metadata of its file.
+
+Nothing in it depends on the number of ranks, so that any layout writes the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from finetune.files.basefiles import BaseFiles
+from finetune.files.fingerprint import fingerprint
+
+BASE, PARENT = "moetune.base", "moetune.parent"
+_AGAIN = "another program changed it, or it is damaged; get the adapter again"
+_OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
+"""Parts of a configuration that say how a run was done, not what it trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What a run knows of the adapter that it writes. `data` names what decided the samples and their order."""
+
+    base: BaseFiles
+    base_name: str
+    data: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    parent: Path | None = None
+
+    def metadata(self) -> dict[str, str]:
+        """Return it as strings; reads a few bytes of each of the base's tensors."""
+        found = {BASE: _json({"name": self.base_name, "fingerprint": fingerprint(self.base)})}
+        if self.data:
+            found["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
+        if self.config:
+            found["moetune.config"] = _json(_without(self.config, _OF_THE_RANKS))
+        if self.scores:
+            found["moetune.scores"] = _json(self.scores)
+        if self.parent is not None:
+            found[PARENT] = parent_line(self.parent)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseName:
+    """The base that an adapter says it was trained on."""
+
+    name: str
+    fingerprint: str
+
+
+def base_of(metadata: Mapping[str, str]) -> BaseName | None:
+    """Return the base that an adapter's metadata names; None in files of other tools."""
+    if BASE not in metadata:
+        return None
+    told = recorded(metadata, BASE)
+    if not all(isinstance(told.get(key), str) for key in ("name", "fingerprint")):
+        raise ValueError(f"the adapter's metadata {BASE} is {metadata[BASE]!r}, without name and fingerprint: {_AGAIN}")
+    return BaseName(name=told["name"], fingerprint=told["fingerprint"])
+
+
+def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """Return the object that an adapter's metadata hold under a key, empty without one."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the adapter's metadata {key} is no JSON ({error}): {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"the adapter's metadata {key} is {metadata[key][:80]!r}, not an object: {_AGAIN}")
+    return found
+
+
+def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFiles) -> str:
+    """Raise unless the adapter was trained on this base; return what was found, in a sentence."""
+    told = base_of(metadata)
+    if told is None:
+        return f"{adapter} does not say which base it was trained on; only its shapes were compared with {base.folder}"
+    ours = fingerprint(base)
+    if ours != told.fingerprint:
+        raise ValueError(
+            f"{adapter} was trained on {told.name} (fingerprint {told.fingerprint}), but {base.folder} is another base "
+            f"(fingerprint {ours}): same shapes, other values. Give the base it was trained on, or --other-base if the "
+            f"two are meant to differ"
+        )
+    return f"{adapter} was trained on this base (fingerprint {ours})"
+
+
+def parent_line(folder: Path) -> str:
+    """Return an adapter's folder and the hash of its weights, as the metadata of what grew out of it has them."""
+    with (folder / "adapter_model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _json({"folder": str(folder), "sha256": digest})
+
+
+def versions() -> str:
+    """Return the versions that an adapter's meaning may depend on."""
+    names = ("moetune", "peft", "torch", "transformers")
+    return _json({name: found for name in names if (found := _version(name))})
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # ours, where it runs from its source
+        return ""
+
+
+def _without(config: Mapping[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in dropped}
+    for path in dropped:
+        section, _, key = path.partition(".")
+        if key and isinstance(kept.get(section), Mapping):
+            kept[section] = {name: value for name, value in kept[section].items() if name != key}
+    return kept
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

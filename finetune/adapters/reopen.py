@@ -1,0 +1,78 @@
+"""An adapter file is opened again before it counts as written: what is in it, and whether it learned anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.architecture.shapes import Shape
+from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_rows
+
+_NAMED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a tensor of the file must be; `experts` is how many lie side by side in it, 1 for a dense one."""
+
+    dtype: str
+    shape: Shape
+    experts: int
+
+
+def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> list[str]:
+    """Return warnings about a file that was just written; raise if it is not what was to be written.
+
+    Every tensor is read, one at a time. A factor A that is zero for some expert was never filled, since none begins at
+    zero. A factor B that is zero after training learned nothing: that is a warning which names it.
+    """
+    held, _ = read_header(file)
+    wrong = [name for name, want in expected.items() if name not in held or _unlike(held[name], want)]
+    wrong += [name for name in held if name not in expected]
+    if wrong:
+        raise ValueError(f"{file} was written wrongly: {_some(wrong)}; nothing was kept")
+    zero: list[str] = []
+    unused: list[str] = []
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        for name, want in expected.items():
+            tensor = read_rows(handle, held[name], range(want.shape[0]))
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{file}: {name} holds NaN or infinity; nothing was kept. The run diverged before it")
+            empty = _empty_experts(name, tensor, want.experts)
+            if ".lora_A." in name and empty:
+                raise ValueError(f"{file}: {name} is zero for experts {empty[:8]}: they never came; nothing was kept")
+            if ".lora_B." in name and len(empty) == want.experts:
+                zero.append(name)
+            elif ".lora_B." in name and empty:
+                unused.append(f"{name} ({len(empty)} of {want.experts})")
+    finally:
+        os.close(handle)
+    if not trained:
+        return []
+    found = []
+    if zero:
+        found.append(f"{len(zero)} tensors learned nothing, their lora_B is still zero: {_some(zero)}")
+    if unused:
+        found.append(f"experts that no token reached have a lora_B of zero in {_some(unused)}")
+    return found
+
+
+def _unlike(stored: Stored, want: Expected) -> bool:
+    return (stored.dtype, tuple(stored.shape)) != (want.dtype, tuple(want.shape)) or stored.dtype not in FLOAT_TYPES
+
+
+def _empty_experts(name: str, tensor: torch.Tensor, experts: int) -> Sequence[int]:
+    """Experts for which a factor is zero; A lies expert by expert, B rank by rank."""
+    if ".lora_" not in name:
+        return []
+    parts = tensor.view(experts, -1) if ".lora_A." in name else tensor.view(-1, experts).t()
+    return [int(expert) for expert in (~parts.bool().any(1)).nonzero().flatten()]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -1,0 +1,121 @@
+"""Adapters read as changes of a base's tensors, whoever wrote them: ours, PEFT's, or 2-D keys expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.change import Change, read_stored
+from finetune.adapters.forms import CONFIG, Reader
+from finetune.adapters.keys import Key, check_config, check_numbers, parse_key
+from finetune.adapters.targets import missing_targets
+from finetune.architecture.shapes import Shape
+from finetune.files.basefiles import BaseFiles
+from finetune.files.jsonblock import load_json
+from finetune.files.tensorfile import Stored, read_header
+
+WEIGHTS = "adapter_model.safetensors"
+_COPY = ".base_layer."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSource:
+    """Everything that an adapter changes, by canonical names of the base: low-rank changes, and tensors in full."""
+
+    folder: Path
+    changes: Mapping[str, Change]
+    full: Mapping[str, Stored]
+    copies: Mapping[str, Stored]
+    """Tensors of the base itself, which PEFT writes down beside the factors of a head."""
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any]
+
+    def read_full(self, name: str) -> Tensor:
+        """Return a tensor that replaces the base's, as it lies in memory."""
+        return read_stored(self.full[name])
+
+    def check_copies(self, base: BaseFiles) -> None:
+        """Raise unless what the file repeats of the base is what the base has."""
+        for name, stored in self.copies.items():
+            if not torch.equal(read_stored(stored).float(), base.read(name).float()):
+                raise ValueError(
+                    f"{self.folder} holds a copy of {name} (PEFT saves one beside a head's factors) with other values "
+                    f"than {base.folder} has: it was trained on another base, or the copy was trained too. Give that "
+                    f"base, or merge it with the tool that made it"
+                )
+
+
+def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> AdapterSource:
+    """Return an adapter of any known form, from headers alone. With a base's `shapes` everything is held against them.
+
+    Raises one error about what is not understood or does not fit; nothing of a file is passed over.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no adapter: {name} is missing{_hint(folder)}")
+    stored, metadata = read_header(folder / WEIGHTS)
+    config = load_json(folder / CONFIG)
+    check_config(config, folder)
+    check_numbers(config, folder / CONFIG)
+    parsed = {name: parse_key(name, folder) for name in stored}
+    whole = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
+    copies = {key.replace(_COPY, "."): tensor for key, tensor in whole.items() if _COPY in key}
+    full = {key: tensor for key, tensor in whole.items() if _COPY not in key}
+    factors = {key: stored[name] for name, key in parsed.items() if isinstance(key, Key)}
+    reader = Reader(folder=folder, config=config, metadata=metadata, shapes=shapes)
+    changes = reader.changes(_pairs(factors, folder))
+    if not changes and not full:
+        raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
+    for name, tensor in [*full.items(), *copies.items()]:
+        reader.check_full(name, tensor)
+    lacking = missing_targets(config, shapes or {}, {*changes, *full})
+    if lacking:
+        raise ValueError(
+            f"{folder} is not whole: {CONFIG} says that {lacking[0]} is adapted, and {WEIGHTS} has no factors for it"
+            f"{f', nor for {len(lacking) - 1} more' if len(lacking) > 1 else ''}. Some tools save one rank's or one "
+            f"stage's part: save it again, or name what it lacks in exclude_modules"
+        )
+    order = {name: at for at, name in enumerate(shapes or {})}
+    ordered = dict(sorted(changes.items(), key=lambda item: order.get(item[0], 0)))
+    return AdapterSource(
+        folder=folder, changes=ordered, full=full, copies=copies, metadata=metadata, config=config
+    )  # fmt: skip
+
+
+def require_finite(folder: Path) -> None:
+    """Raise where an adapter holds NaN or infinity: attention on a CPU hides it, and the answers are anything."""
+    for name, stored in read_header(folder / WEIGHTS)[0].items():
+        if not bool(torch.isfinite(read_stored(stored)).all()):
+            raise ValueError(f"{folder}: {name} holds NaN or infinity; the run diverged before it was saved")
+
+
+def _hint(folder: Path) -> str:
+    if (folder / "adapter" / CONFIG).is_file():
+        return f"; {folder / 'adapter'} is one"
+    return (
+        "; adapter_model.bin is not read, convert it to safetensors" if (folder / "adapter_model.bin").is_file() else ""
+    )
+
+
+def _pairs(factors: Mapping[Key, Stored], folder: Path) -> dict[Key, tuple[Stored, Stored]]:
+    """Key of the A -> (A, B)."""
+    found: dict[str, dict[str, Stored]] = {}
+    keys: dict[str, Key] = {}
+    for key, tensor in factors.items():
+        found.setdefault(key.module, {})[key.factor] = tensor
+        keys[key.module] = key
+    for module, pair in found.items():
+        if len(pair) != 2:
+            raise ValueError(f"{folder}: {module} has lora_{next(iter(pair))} only; the file is not whole")
+        a, b = pair["A"], pair["B"]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.dtype != b.dtype:
+            raise ValueError(
+                f"{folder}: {module} has lora_A {a.dtype} {list(a.shape)} and lora_B {b.dtype} {list(b.shape)}; wanted "
+                f"are [r, in] and [out, r] of one type"
+            )
+    return {keys[module]: (pair["A"], pair["B"]) for module, pair in found.items()}

@@ -1,0 +1,200 @@
+"""Writing adapters from changes, whoever trained them: PEFT's packed form, or 2-D keys expert by expert."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.source import WEIGHTS
+from finetune.architecture.shapes import Shape, is_expert_stack
+from finetune.files.atomic import whole_folder, write_file
+from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, make_header
+from finetune.model.lora import peft_config
+from moe.experts import ExpertLora as Lora
+from moe.names import PEFT_PREFIX
+from moe.packing import pack_lora
+
+OutForm = Literal["peft", "per-expert"]
+FORMS: tuple[OutForm, ...] = ("peft", "per-expert")
+CONFIG, CARD = "adapter_config.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutChange:
+    """A low-rank change to be written; `read` gives A [E, r, in] and B [E, out, r] in `dtype`, E 1 for a matrix."""
+
+    target: str
+    shape: Shape
+    r: int
+    scale: float
+    dtype: str
+    read: Callable[[], tuple[Tensor, Tensor]]
+
+    @property
+    def experts(self) -> int:
+        """How many matrices the base tensor has."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutFull:
+    """A tensor of the base to be written in full."""
+
+    target: str
+    shape: Shape
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutAdapter:
+    """Everything that a folder shall hold."""
+
+    changes: Sequence[OutChange]
+    full: Sequence[OutFull]
+    base: str
+    metadata: Mapping[str, str]
+    card: bytes
+    form: OutForm
+
+
+def write_adapter_folder(
+    adapter: OutAdapter, folder: Path, *, check: Callable[[Path], None] = lambda path: None
+) -> int:
+    """Write the folder and return the bytes of its tensors; one base tensor's factors are in memory at a time.
+
+    `check` looks at the finished files before the folder gets its name.
+    """
+    kinds = {name: entry for change in adapter.changes for name, entry in _names(change, adapter.form).items()}
+    kinds |= {PEFT_PREFIX + full.target: (full.dtype, full.shape) for full in adapter.full}
+    header, offsets = make_header(kinds, {"format": "pt", **adapter.metadata})
+    total = len(header) + sum(math.prod(shape) * ITEM_SIZES[kind] for kind, shape in kinds.values())
+    with whole_folder(folder) as beside:
+        with (beside / WEIGHTS).open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, total)
+            file.write(header)
+            for name, tensor in _tensors(adapter):
+                kind, shape = kinds[name]
+                assert (tuple(tensor.shape), FLOAT_TYPES[kind]) == (shape, str(tensor.dtype).removeprefix("torch.")), (
+                    name
+                )
+                file.seek(offsets[name])
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        write_file(beside / CONFIG, _config(adapter))
+        write_file(beside / CARD, adapter.card)
+        check(beside)
+    return total - len(header)
+
+
+def with_both_stacks(changes: Sequence[OutChange]) -> list[OutChange]:
+    """Add a change of zero where a layer has one of its two expert stacks only: readers want both."""
+    held = {change.target for change in changes}
+    found = list(changes)
+    for change in changes:
+        stem, _, kind = change.target.rpartition(".")
+        other = f"{stem}.{'down_proj' if kind == 'gate_up_proj' else 'gate_up_proj'}"
+        if is_expert_stack(change.target) and other not in held:
+            found.append(_zero(other, change))
+    return found
+
+
+def _zero(target: str, beside: OutChange) -> OutChange:
+    experts, out, into = beside.shape
+    shape = (experts, into, out // 2) if target.endswith("down_proj") else (experts, 2 * into, out)
+    dtype = getattr(torch, FLOAT_TYPES[beside.dtype])
+
+    def read() -> tuple[Tensor, Tensor]:
+        a = torch.zeros(experts, beside.r, shape[2], dtype=dtype)
+        return a, torch.zeros(experts, shape[1], beside.r, dtype=dtype)
+
+    return OutChange(target=target, shape=shape, r=beside.r, scale=beside.scale, dtype=beside.dtype, read=read)
+
+
+def _names(change: OutChange, form: OutForm) -> dict[str, tuple[str, Shape]]:
+    """Key -> (dtype, shape) of a change's tensors in the file."""
+    out, into = change.shape[-2:]
+    if not is_expert_stack(change.target):
+        return _pair(change.target.removesuffix(".weight"), change.dtype, change.r, into, out)
+    if form == "peft":
+        rows = change.r * change.experts
+        return _pair(_packed_module(change.target), change.dtype, rows, into, out)
+    found: dict[str, tuple[str, Shape]] = {}
+    for expert in range(change.experts):
+        for module, rows in _single_modules(change, expert):
+            found |= _pair(module, change.dtype, change.r, into, rows)
+    return found
+
+
+def _pair(module: str, dtype: str, r: int, into: int, out: int) -> dict[str, tuple[str, Shape]]:
+    stem = f"{PEFT_PREFIX}{module}.lora_"
+    return {f"{stem}A.weight": (dtype, (r, into)), f"{stem}B.weight": (dtype, (out, r))}
+
+
+def _packed_module(target: str) -> str:
+    """PEFT wraps gate_up_proj first and down_proj around it."""
+    stem, _, kind = target.rpartition(".")
+    return stem if kind == "down_proj" else f"{stem}.base_layer"
+
+
+def _single_modules(change: OutChange, expert: int) -> list[tuple[str, int]]:
+    stem, _, kind = change.target.rpartition(".")
+    out = change.shape[1]
+    parts = [("down_proj", out)] if kind == "down_proj" else [("gate_proj", out // 2), ("up_proj", out // 2)]
+    return [(f"{stem}.{expert}.{part}", rows) for part, rows in parts]
+
+
+def _tensors(adapter: OutAdapter) -> Iterator[tuple[str, Tensor]]:
+    for change in adapter.changes:
+        a_Eri, b_Eor = change.read()
+        if not is_expert_stack(change.target):
+            yield from _two(change.target.removesuffix(".weight"), a_Eri[0], b_Eor[0])
+        elif adapter.form == "peft":
+            yield from _two(_packed_module(change.target), *pack_lora(a_Eri, b_Eor))
+        else:
+            for expert in range(change.experts):
+                top = 0
+                for module, rows in _single_modules(change, expert):
+                    yield from _two(module, a_Eri[expert], b_Eor[expert, top : top + rows])
+                    top += rows
+    for full in adapter.full:
+        yield PEFT_PREFIX + full.target, full.read()
+
+
+def _two(module: str, a: Tensor, b: Tensor) -> Iterable[tuple[str, Tensor]]:
+    return ((f"{PEFT_PREFIX}{module}.lora_A.weight", a), (f"{PEFT_PREFIX}{module}.lora_B.weight", b))
+
+
+def _config(adapter: OutAdapter) -> bytes:
+    """PEFT's config: modules and parameters by full path, those of one rank and scale under one pattern."""
+    targets: dict[str, list[str]] = {}
+    parameters: dict[str, list[str]] = {}
+    lora: dict[str, Lora] = {}
+    for change in adapter.changes:
+        key = f"r {change.r}, scale {change.scale!r}"
+        lora[key] = lora[f"bare, {key}"] = Lora(r=change.r, alpha=change.scale * change.r)
+        if is_expert_stack(change.target) and adapter.form == "per-expert":
+            names = [module for expert in range(change.experts) for module, _ in _single_modules(change, expert)]
+            targets.setdefault(key, []).extend(names)
+        elif is_expert_stack(change.target) or change.target.endswith(".mlp.gate.weight"):
+            parameters.setdefault(f"bare, {key}", []).append(change.target)
+        else:
+            targets.setdefault(key, []).append(change.target.removesuffix(".weight"))
+    config = peft_config(targets, lora, parameters=parameters)
+    config.base_model_name_or_path, config.inference_mode = adapter.base, True
+    config.modules_to_save = sorted({full.target.rpartition(".")[0] for full in adapter.full}) or None
+    values: dict[str, Any] = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
+    }
+    if adapter.form == "per-expert":  # servers compare the last word of a module's name
+        values["target_modules"] = sorted({name.rpartition(".")[2] for names in targets.values() for name in names})
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

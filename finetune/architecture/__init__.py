@@ -1,0 +1,1 @@
+"""The base model as numbers: sizes, shapes, parts, positions, operations. Loads no torch and no file."""

@@ -1,0 +1,192 @@
+"""Floating-point operations of a step, by part of the model: what the training needs, and what the device executes.
+
+A matrix of n elements costs 2n a row in forward, 2n to bring the gradient to its input, 2n for its own gradient: 2n
+where nothing below it trains, 4n frozen on the gradient's way down, 6n trained. LoRA's factors cost 6 of their own.
+Attention's scores cost 4 x heads x head_dim for each pair of tokens that see each other, twice that in backward; in a
+packed row the pairs are the sum of the samples' squares, halved by causality. The head counts supervised tokens only,
+because only those reach it. Padding is never work.
+
+The device also recomputes: attention's kernel its scores in backward, and whatever `parallel.recompute` drops. Norms,
+activations, routing and the embedding's look-up are left out, as all published figures do. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+from finetune.architecture.families import Family
+from finetune.architecture.parts import FAMILIES
+from finetune.architecture.shapes import EMBEDDING, HEAD, parameter_shapes, part_of
+from finetune.config import AdaptersConfig
+
+if TYPE_CHECKING:
+    from data.stream.batch import Batch
+
+TEXT_PARTS = ("attention", "experts", "router", "mlp")
+MERGERS = ("merger", "deepstack_mergers")
+TOWER = ("vision_blocks", "patch_embed", "pos_embed")
+KERNEL_AGAIN = 0.5
+"""What attention's kernel recomputes in backward, as a share of its forward: one of the forward's two products."""
+
+PEAKS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12,
+    "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "L40S": 362e12,
+}  # fmt: skip
+"""Dense bfloat16 operations a second by what the device's name contains, from the vendor's data sheets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How one part of the model trains."""
+
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+    r: int = 0  # of its LoRA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What was worked on; padding and dummies are not in it."""
+
+    tokens: int = 0
+    supervised: int = 0
+    squares: int = 0  # sum over samples of their length squared
+    patches: int = 0  # of images and videos
+    frame_squares: int = 0  # sum over images and frame pairs of their patches squared
+
+    def __add__(self, other: Work) -> Work:
+        return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations of one part: `model` of training it, `again` those computed twice."""
+
+    forward: float
+    backward: float
+    again: float = 0.0
+
+    @property
+    def model(self) -> float:
+        """What this training needs at least."""
+        return self.forward + self.backward
+
+
+def batch_work(batch: Batch) -> Work:
+    """Return the work in one packed row; reads tensors on the host, so call it before the row goes to a device."""
+    cuts, owners = batch.cu_seq_lens.tolist(), batch.sample_ids[0].tolist()
+    lengths = [last - first for first, last in zip(cuts, cuts[1:], strict=False) if last > first and owners[first] >= 0]
+    frames = [(t, h * w) for grids in (batch.image_grids, batch.video_grids) for t, h, w in grids.tolist()]
+    return Work(
+        tokens=sum(lengths),
+        supervised=int((batch.loss_weights > 0).sum()),
+        squares=sum(length**2 for length in lengths),
+        patches=sum(t * patches for t, patches in frames),
+        frame_squares=sum(t * patches**2 for t, patches in frames),
+    )
+
+
+def trainings(adapters: AdaptersConfig) -> dict[str, Training]:
+    """Return how each part trains by the configuration's `adapters` section."""
+    return {
+        part: Training(mode=family.mode, r=family.r if family.mode == "lora" else 0)
+        for part, family in ((part, getattr(adapters, name)) for name, part in FAMILIES.items())
+    }
+
+
+def peak_flops(device: str) -> float | None:
+    """Return the device's dense bfloat16 operations a second by its name; None for an unknown one."""
+    return next((peak for name, peak in PEAKS.items() if name.lower() in device.lower()), None)
+
+
+class FlopMeter:
+    """Counts one model's operations under one training; parts are those of `shapes`, frozen unless given."""
+
+    def __init__(
+        self,
+        family: Family,
+        trains: Mapping[str, Training],
+        *,
+        recompute: Literal["none", "layer", "selective", "auto"] = "none",
+    ) -> None:
+        if recompute == "auto":
+            raise ValueError("parallel.recompute: auto has no count of operations before it is settled; name a mode")
+        self.family, self.recompute = family, recompute
+        self._matrices = _matrices(family)
+        self._trains = {part: training for part, training in trains.items() if training.mode != "frozen"}
+        known = (*self._matrices, "norms", "embed_tokens", "pos_embed")
+        unknown = [part for part in self._trains if part not in known]
+        if unknown:
+            raise ValueError(
+                f"parts {', '.join(unknown)}: {family.name} has none of that name; it has {', '.join(sorted(known))}"
+            )
+        for part, training in trains.items():
+            if (training.mode == "lora") != (training.r > 0):
+                raise ValueError(
+                    f"part {part}: mode {training.mode} with r {training.r}; LoRA needs r >= 1, others r 0"
+                )
+
+    def count(self, work: Work) -> dict[str, Flops]:
+        """Return the operations of each part for so much work; `attention_scores` and `vision_scores` are their own."""
+        tower = any(part in self._trains for part in TOWER)
+        trunk = any(part != "lm_head" for part in self._trains)
+        rows = {part: work.tokens for part in TEXT_PARTS} | {"lm_head": work.supervised}
+        rows |= {"vision_blocks": work.patches, "patch_embed": work.patches}
+        rows |= dict.fromkeys(MERGERS, work.patches // self.family.vision.spatial_merge_size**2)
+        passes = {part: trunk for part in (*TEXT_PARTS, "lm_head")} | {"vision_blocks": tower, "patch_embed": False}
+        passes |= {part: tower or part in self._trains for part in MERGERS}
+        found = {part: self._linear(part, rows[part], passes=passes[part]) for part in rows if part in self._matrices}
+        text, vision = self.family.text, self.family.vision
+        pair = 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+        found["attention_scores"] = self._scores(pair * work.squares / 2, passes=trunk)
+        found["vision_scores"] = self._scores(4 * vision.hidden_size * vision.depth * work.frame_squares, passes=tower)
+        return found
+
+    def model(self, work: Work) -> float:
+        """Return the operations this training needs: the numerator of model FLOP/s and MFU."""
+        return sum(part.model for part in self.count(work).values())
+
+    def hardware(self, work: Work) -> float:
+        """Return the operations the device executes, recomputed ones included."""
+        return sum(part.model + part.again for part in self.count(work).values())
+
+    def _linear(self, part: str, rows: int, *, passes: bool) -> Flops:
+        training = self._trains.get(part, Training())
+        matrices = sum(out * into * share for out, into, share in self._matrices[part])
+        factors = sum(training.r * (out + into) * share for out, into, share in self._factored(part))
+        own = {"frozen": 0.0, "lora": 4.0 * factors, "full": 2.0 * matrices}[training.mode]
+        forward = 2 * rows * (matrices + factors)
+        again = forward if self.recompute != "none" and passes and part in (*TEXT_PARTS, "vision_blocks") else 0.0
+        if self.recompute == "selective" and part == "experts":
+            again = min(again, 2 * rows * factors)  # the wide products are kept or never read
+        return Flops(forward=forward, backward=rows * (2 * matrices * passes + own), again=again)
+
+    def _factored(self, part: str) -> list[tuple[int, int, float]]:
+        return self._matrices[part] if self._trains.get(part, Training()).mode == "lora" else []
+
+    def _scores(self, forward: float, *, passes: bool) -> Flops:
+        if not passes:
+            return Flops(forward=forward, backward=0.0)
+        again = KERNEL_AGAIN * forward + (forward if self.recompute != "none" else 0.0)
+        return Flops(forward=forward, backward=2 * forward, again=again)
+
+
+def _matrices(family: Family) -> dict[str, list[tuple[int, int, float]]]:
+    """Return each part's matrices as (out, in, how much of it one row passes through)."""
+    found: dict[str, list[tuple[int, int, float]]] = {}
+    shapes = parameter_shapes(family)
+    if family.tie_word_embeddings:
+        shapes[HEAD] = shapes[EMBEDDING]
+    experts = family.text.experts
+    for name, shape in shapes.items():
+        part = part_of(name)
+        if len(shape) < 2 or part in ("embed_tokens", "pos_embed"):
+            continue
+        if part == "experts":
+            assert experts is not None
+            found.setdefault(part, []).append((shape[1], shape[2], float(experts.num_experts_per_tok)))
+        else:
+            found.setdefault(part, []).append((shape[0], math.prod(shape[1:]), 1.0))
+    return found

@@ -1,0 +1,1 @@
+"""A loaded model, or a server, asked and scored."""

@@ -1,0 +1,196 @@
+"""A live server against our own computation: token ids, image grids, greedy choices and log-probabilities of samples.
+
+The server writes; our model then reads what it wrote in one forward. So one differing token is one difference, and a
+near tie, where rounding decides, can be told from a wrong model. What a server does not tell is said, not guessed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from data.render.sample import Sample
+from finetune.ask.answers import Asked
+from finetune.ask.endpoint import Endpoint, completion_body, reply_of
+from finetune.ask.local import prompt_of
+from finetune.ask.speaker import Judged, Sampling, Speaker
+
+TOPICS = ("token ids", "image grids", "greedy text", "log-probabilities")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One thing that is not as it is here."""
+
+    key: str
+    topic: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"sample {self.key}, {self.topic}: {self.detail}"
+
+
+@dataclass(kw_only=True)
+class Card:
+    """What was compared so far."""
+
+    tolerance: float
+    max_tokens: int
+    samples: int = 0
+    compared: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOPICS, 0))
+    untold: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOPICS, 0))
+    near_ties: int = 0
+    farthest: float = 0.0
+    differences: list[Difference] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """The card as it is printed, a topic a line."""
+        units = {"token ids": "prompts", "image grids": "grids", "greedy text": "tokens", "log-probabilities": "tokens"}
+        for topic in TOPICS:
+            wrong = sum(one.topic == topic for one in self.differences)
+            status = "FAIL" if wrong else "pass" if self.compared[topic] else "none"
+            notes = [f"{self.compared[topic]} {units[topic]} compared"]
+            notes += [f"{wrong} differ"] if wrong else []
+            notes += [f"{self.untold[topic]} samples not told by the server"] if self.untold[topic] else []
+            if topic == "greedy text" and self.near_ties:
+                notes.append(f"{self.near_ties} near ties within {self.tolerance:g}")
+            if topic == "log-probabilities" and self.compared[topic]:
+                notes.append(f"farthest {self.farthest:.4f}, allowed {self.tolerance:g}")
+            yield f"{status}  {topic:<18} {', '.join(notes)}"
+
+
+def serve_check(
+    speaker: Speaker, endpoint: Endpoint, asked: Iterator[Asked], *, tolerance: float, max_tokens: int
+) -> Iterator[Card]:
+    """Compare sample by sample; the card grows, and comes back after each."""
+    card, name = Card(tolerance=tolerance, max_tokens=max_tokens), endpoint.model_name()
+    # the last is vLLM's, for the ids of the prompt and of what was written; other servers pass over it
+    options = {
+        "max_tokens": max_tokens, "temperature": 0.0, "logprobs": True, "top_logprobs": 1, "return_token_ids": True,
+    }  # fmt: skip
+    for one in asked:
+        prompt = prompt_of(speaker, one)
+        body = endpoint.call("/v1/chat/completions", completion_body(one, name, options))
+        reply_of(body)
+        card.samples += 1
+        if _compare_prompt(card, one.key, prompt, body, speaker):
+            _compare_answer(card, one.key, prompt, body, speaker)
+        yield card
+
+
+def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Speaker) -> bool:
+    """Whether the server read the same prompt; with another one, answers cannot be compared."""
+    ours: list[int] = prompt.input_ids.tolist()
+    theirs = body.get("prompt_token_ids") or body["choices"][0].get("prompt_token_ids")
+    if theirs is None:
+        return _compare_length(card, key, len(ours), body)
+    pads = speaker.renderer.media_ids
+    (our_text, our_runs), (their_text, their_runs) = _without_runs(ours, pads), _without_runs(theirs, pads)
+    before = len(card.differences)
+    card.compared["token ids"] += 1
+    if our_text != their_text:
+        at = next((n for n, (a, b) in enumerate(zip(our_text, their_text, strict=False)) if a != b), len(our_text))
+        at = min(at, len(our_text), len(their_text))
+        there, here = _shown(their_text, at, speaker), _shown(our_text, at, speaker)
+        detail = f"token {at} (media as one) is {there} there, {here} here"
+        card.differences.append(Difference(key=key, topic="token ids", detail=detail))
+    elif their_runs and all(run == 1 for run in their_runs) and their_runs != our_runs:
+        card.untold["image grids"] += 1  # ids from before the media were widened
+    else:
+        card.compared["image grids"] += len(our_runs)
+        for number, (mine, other) in enumerate(zip(our_runs, their_runs, strict=True)):
+            if mine != other:
+                detail = f"image or frame pair {number + 1} takes {other} tokens there, {mine} here"
+                card.differences.append(Difference(key=key, topic="image grids", detail=detail + _grids(prompt)))
+    return len(card.differences) == before
+
+
+def _compare_length(card: Card, key: str, ours: int, body: Any) -> bool:
+    """All that a server without ids tells: how many tokens the prompt took, media included."""
+    card.untold["token ids"] += 1
+    card.untold["image grids"] += 1
+    theirs = (body.get("usage") or {}).get("prompt_tokens")
+    if theirs in (None, ours):
+        return True
+    detail = f"the prompt takes {theirs} tokens there, {ours} here"
+    card.differences.append(Difference(key=key, topic="token ids", detail=detail))
+    return False
+
+
+def _compare_answer(card: Card, key: str, prompt: Sample, body: Any, speaker: Speaker) -> None:
+    choice = body["choices"][0]
+    told = (choice.get("logprobs") or {}).get("content") or []
+    ids = _written(choice, len(told), speaker)
+    if ids is None:
+        card.untold["log-probabilities"] += 1
+        _compare_text(card, key, prompt, choice["message"]["content"] or "", speaker)
+        return
+    judged = speaker.judge(prompt, ids)
+    _compare_choices(card, key, ids, judged, speaker)
+    if not told:
+        card.untold["log-probabilities"] += 1
+        return
+    worst = (0.0, 0)
+    for at, (entry, mine) in enumerate(zip(told, judged, strict=False)):
+        card.compared["log-probabilities"] += 1
+        worst = max(worst, (abs(entry["logprob"] - mine.chosen), at))
+    card.farthest = max(card.farthest, worst[0])
+    if worst[0] > card.tolerance:
+        there, here = told[worst[1]]["logprob"], judged[worst[1]].chosen
+        detail = f"of token {worst[1] + 1}, {_shown(ids, worst[1], speaker)}: {there:.4f} there, {here:.4f} here"
+        card.differences.append(Difference(key=key, topic="log-probabilities", detail=detail))
+
+
+def _written(choice: Any, told: int, speaker: Speaker) -> list[int] | None:
+    """The tokens that the server wrote: told, or read from a text that no other tokens could have given."""
+    if choice.get("token_ids"):
+        return list(choice["token_ids"])
+    text = choice["message"]["content"] or ""
+    ids = speaker.renderer.encode(text)
+    is_sure = told and len(ids) in (told, told - 1) and "\ufffd" not in text and speaker.renderer.decode(ids) == text
+    return ids if is_sure and ids else None
+
+
+def _compare_text(card: Card, key: str, prompt: Sample, text: str, speaker: Speaker) -> None:
+    """Greedy text alone, where tokens are not known: a near tie cannot be told from a difference."""
+    (ours,) = speaker.answer([prompt], Sampling(max_tokens=card.max_tokens))
+    card.compared["greedy text"] += len(ours.ids)
+    if ours.text != text:
+        at = next((n for n, (a, b) in enumerate(zip(ours.text, text, strict=False)) if a != b), None)
+        at = min(len(ours.text), len(text)) if at is None else at
+        detail = f"from character {at + 1} on it is {text[at : at + 40]!r} there, {ours.text[at : at + 40]!r} here"
+        card.differences.append(Difference(key=key, topic="greedy text", detail=detail))
+
+
+def _compare_choices(card: Card, key: str, ids: Sequence[int], judged: Sequence[Judged], speaker: Speaker) -> None:
+    """Each token written there against our own best one at its place."""
+    for at, (token, mine) in enumerate(zip(ids, judged, strict=True)):
+        card.compared["greedy text"] += 1
+        if token == mine.best_id:
+            continue
+        if mine.best - mine.chosen <= card.tolerance:
+            card.near_ties += 1
+            continue
+        detail = (
+            f"token {at + 1} is {_shown(ids, at, speaker)} there, {_shown([mine.best_id], 0, speaker)} here, whose "
+            f"log-probability is higher by {mine.best - mine.chosen:.4f}"
+        )
+        card.differences.append(Difference(key=key, topic="greedy text", detail=detail))
+        return
+
+
+def _without_runs(ids: Sequence[int], pads: frozenset[int]) -> tuple[list[int], list[int]]:
+    """Tokens with each run of one placeholder as a single one, and the lengths of the runs."""
+    runs = [(token, sum(1 for _ in group)) for token, group in groupby(ids)]
+    text = [token for token, count in runs for _ in range(1 if token in pads else count)]
+    return text, [count for token, count in runs if token in pads]
+
+
+def _grids(prompt: Sample) -> str:
+    grids = [*prompt.image_grids.tolist(), *prompt.video_grids.tolist()]
+    shown = ", ".join("x".join(map(str, grid)) for grid in grids)
+    return f" (grids here: {shown}; look at the sizes in preprocessor_config.json and in the server's options)"
+
+
+def _shown(ids: Sequence[int], at: int, speaker: Speaker) -> str:
+    return f"{ids[at]} ({speaker.renderer.spell(ids[at])!r})" if at < len(ids) else "the end"

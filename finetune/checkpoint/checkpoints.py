@@ -1,0 +1,275 @@
+"""Checkpoints: each rank writes the slices it keeps, nothing is gathered, any other layout reads them back.
+
+Tensors go through torch.distributed.checkpoint into safetensors files, everything else into a JSON manifest. A save is
+written beside, through to the disk, then renamed, and LATEST names it last: what was interrupted is never picked up.
+Only what trains is in it; the frozen base is known by name and fingerprint.
+
+An asynchronous save copies the slices to the host and returns; a thread of each rank writes the copies while training
+goes on. The threads talk in a process group of their own, so that their collectives never meet those of the engine.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from finetune.checkpoint.adapter import Beside
+from finetune.checkpoint.folder import find_latest, make_room, point_and_prune
+from finetune.checkpoint.manifest import (
+    File,
+    Manifest,
+    Trained,
+    base_fingerprint,
+    config_hash,
+    read_manifest,
+    require_same_run,
+    some,
+    write_manifest,
+)
+from finetune.checkpoint.pieces import Meshes, flat_tensors, read, require_whole, write
+from finetune.checkpoint.slices import Slice, put_in_service, slices
+from finetune.checkpoint.stored import checked, require_intact
+from finetune.files.atomic import whole_folder
+from finetune.files.basefiles import BaseFiles
+from finetune.model.empty import EmptyModel
+from finetune.ranks.collectives import PATIENCE
+from finetune.ranks.engine import take_device
+from finetune.ranks.hooks import keep_whole
+from moe.host import HostCopy, HostMemory
+
+T = TypeVar("T")
+BLOCK_BYTES = 1 << 28
+"""Of the host's memory for copies of slices; these are megabytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a restored run continues; `state` is what was handed to `save`."""
+
+    path: Path
+    step: int
+    ranks: int
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Save:
+    """Everything that a save writes; nothing of it changes while it is written."""
+
+    final: Path
+    slices: list[Slice]
+    random: dict[str, Tensor]
+    manifest: Manifest
+    is_best: bool
+
+
+class Checkpoints:
+    """The checkpoints of one run in `folder`: `step-000120` and the like, the newest `keep` and the best, and LATEST.
+
+    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks. `beside` adds
+    to each, on rank 0, what can be made of its tensors.
+    """
+
+    def __init__(
+        self, engine: Any, empty: EmptyModel, folder: Path, *, base: BaseFiles, keep: int = 3,
+        asynchronous: bool = False, beside: Beside | None = None, busy: Callable[[bool], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`busy` is told when this rank begins to work on a file, and when it is done and may wait for others."""
+        assert keep >= 1
+        self._busy = busy
+        self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
+        self.beside = beside
+        # a group of its own: no collective of the engine waits for a disk
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
+        self._meshes = Meshes()
+        self._host, self._copies = HostMemory(BLOCK_BYTES), list[HostCopy]()
+        self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=take_device) if asynchronous else None
+        self._under_way: Future[None] | None = None
+
+    def save(
+        self, *, step: int, state: Mapping[str, Any], config: Mapping[str, Any], is_best: bool = False,
+        wait: bool = False,
+    ) -> Path:  # fmt: skip
+        """Save masters, moments, random state, and what is handed in (JSON); returns the folder that it will have.
+
+        A save that fails, on whatever rank, is a RuntimeError on all, and leaves the checkpoints of before. When the
+        checkpoints are asynchronous, it is raised by the next call here, of `poll` or of `wait`; with `wait` this one
+        is written before it returns, in any case.
+        """
+        self.wait()
+        held, behind = slices(self.engine, self.empty), self._writer is not None and not wait
+        written = self._copied(held) if behind else held
+        job = _Save(
+            final=self.folder / f"step-{step:06d}", slices=written, random=_random_states(),
+            manifest=self._manifest(step, held, state, config), is_best=is_best,
+        )  # fmt: skip
+        if behind:
+            assert self._writer is not None
+            self._under_way = self._writer.submit(self._write, job)
+        else:
+            self._write(job)
+        return job.final
+
+    def wait(self) -> None:
+        """Wait until nothing is being written any more, and raise what went wrong."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def poll(self) -> None:
+        """Raise if a save behind the run has failed, without waiting for one."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def _write(self, job: _Save) -> None:
+        """Write one save and see it named; in the thread when asynchronous."""
+        try:
+            with ExitStack() as stack:
+                partial = self._first(lambda: self._open(stack, job.final))
+                require_whole(job.slices, self._group)
+                files = self._all(lambda: self._write_mine(job, partial))
+                self._first(lambda: self._close(stack, partial, replace(job.manifest, files=files)))
+            self._first(lambda: point_and_prune(job.final, self.keep, is_best=job.is_best))
+        except OSError as failed:
+            last = find_latest(self.folder)
+            raise RuntimeError(
+                f"step {job.manifest.step}: the checkpoint was not saved: {failed}. "
+                + (f"The last good one is {last}" if last else "There is none yet")
+            ) from failed
+
+    def _write_mine(self, job: _Save, partial: Path) -> dict[str, File]:
+        mine = write(flat_tensors(job.slices, self._meshes) | job.random, partial)
+        return {path.name: checked(path) for path in partial.glob(f"{mine}*")}
+
+    def _close(self, stack: ExitStack, partial: Path, manifest: Manifest) -> None:
+        """Write what goes beside, then the manifest, which makes the checkpoint whole, and give the folder its name."""
+        assert {path.name for path in partial.glob("*.safetensors")} == set(manifest.files), "a rank's file is missing"
+        if self.beside is not None:
+            self.beside(partial, manifest)
+        write_manifest(partial, manifest)
+        stack.close()
+
+    def _copied(self, held: list[Slice]) -> list[Slice]:
+        """The slices in memory of the host; it is taken once, as one save is written at a time."""
+        self._copies.clear()
+        found = []
+        for slice_ in held:
+            copies = {kind: self._host.copy(view) for kind, view in slice_.views.items()}
+            self._copies += copies.values()
+            found.append(replace(slice_, views={kind: copy.values for kind, copy in copies.items()}))
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    def restore(self, path: Path, *, config: Mapping[str, Any]) -> Resumed:
+        """Continue at a checkpoint saved under the same config, on any number of ranks and any ep.
+
+        A checkpoint of another run, or a damaged one, is a ValueError before anything is changed.
+        """
+        self.wait()
+        held = slices(self.engine, self.empty)
+        saved = self._first(lambda: self._judge(path, held, config))
+        mine = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
+        self._all(lambda: require_intact(path, saved.files, mine))
+        random = _random_states() if dist.get_rank() < saved.ranks else {}
+        random = {name: state for name, state in random.items() if name.split("/")[1] in saved.random}
+        try:
+            self._all(lambda: self._read_mine(held, random, path))
+        except OSError as failed:
+            raise RuntimeError(
+                f"{path} could not be read: {failed}. Resume from another checkpoint: checkpoint.resume=PATH"
+            ) from failed
+        for slice_ in held:
+            slice_.steps.fill_(saved.trained[slice_.canonical].updates)
+        put_in_service(self.engine)
+        keep_whole(self.engine)
+        _reseed(random)
+        return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state))
+
+    def _read_mine(self, held: list[Slice], random: dict[str, Tensor], path: Path) -> dict[str, None]:
+        try:
+            read(flat_tensors(held, self._meshes) | random, path)
+        except CheckpointException as failed:
+            raise OSError("; ".join(str(cause) for cause, _ in failed.failures.values())) from failed
+        return {}
+
+    def _judge(self, path: Path, held: list[Slice], config: Mapping[str, Any]) -> Manifest:
+        saved = read_manifest(path)
+        require_same_run(
+            path, saved, config=config, base=str(self.base.folder), fingerprint=self._fingerprint,
+            shapes={slice_.canonical: slice_.shape for slice_ in held},
+        )  # fmt: skip
+        return saved
+
+    def _open(self, stack: ExitStack, final: Path) -> Path:
+        make_room(final)
+        return stack.enter_context(whole_folder(final))
+
+    def _manifest(self, step: int, held: list[Slice], state: Mapping[str, Any], config: Mapping[str, Any]) -> Manifest:
+        return Manifest(
+            step=step, ranks=dist.get_world_size(), ep=max((s.ep or 1 for s in held), default=1),
+            base=str(self.base.folder), base_fingerprint=self._fingerprint,
+            trained={s.canonical: Trained(shape=s.shape, updates=s.updates) for s in held},
+            random=tuple(name.split("/")[1] for name in _random_states()),
+            files={}, state=state, config=config, config_hash=config_hash(config),
+        )  # fmt: skip
+
+    def _first(self, do: Callable[[], T]) -> T:
+        """Do it on rank 0 alone, and return or raise on every rank what came of it."""
+        said: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                said[0] = self._worked(do)
+            except (OSError, ValueError) as error:
+                said[1] = error
+        dist.broadcast_object_list(said, src=0, group=self._group)
+        if said[1] is not None:
+            raise said[1]
+        result: T = said[0]
+        return result
+
+    def _worked(self, do: Callable[[], T]) -> T:
+        self._busy(True)
+        try:
+            return do()
+        finally:
+            self._busy(False)
+
+    def _all(self, do: Callable[[], dict[str, T]]) -> dict[str, T]:
+        """Do it on every rank, and return what came of it together, or raise what failed, the same on all."""
+        mine: tuple[dict[str, T], Exception | None]
+        try:
+            mine = self._worked(do), None
+        except (OSError, ValueError) as error:
+            mine = {}, error
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, mine, group=self._group)
+        failed = {rank: error for rank, (_, error) in enumerate(said) if error is not None}
+        for wrong in failed.values():
+            if isinstance(wrong, ValueError):
+                raise wrong
+        if failed:
+            raise OSError(some([f"rank {rank}: {error}" for rank, error in failed.items()], "; "))
+        return {name: value for found, _ in said for name, value in found.items()}
+
+
+def _random_states() -> dict[str, Tensor]:
+    """This rank's random states, of each kind of device that it computes on."""
+    rank = f"{dist.get_rank():05d}"
+    states = {f"random/cpu/{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random/cuda/{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _reseed(states: Mapping[str, Tensor]) -> None:
+    for name, state in states.items():
+        (torch.set_rng_state if name.startswith("random/cpu/") else torch.cuda.set_rng_state)(state)

@@ -1,0 +1,182 @@
+"""What a checkpoint says of itself, in JSON: its files, what trained, on which base, under which configuration.
+
+No torch: a folder is found, read and judged here, before any tensor of it is touched.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from finetune.files.atomic import write_file
+from finetune.files.jsonblock import load_json
+from finetune.files.tensorfile import Stored
+from finetune.settings.typed import leaves
+
+MANIFEST, LATEST, BEST, VERSION = "manifest.json", "LATEST", "BEST", 2
+FREE = (
+    "checkpoint.*", "eval.*", "track.*", "parallel.*", "stages.*.sp",
+    "run.name", "run.idle_steps", "run.stall_seconds",
+    "model.path",  # the base's bytes are compared instead
+    "model.attention", "moe.dispatch",  # as parallel.*: the same sums in another order
+    "data.sources.*.path", "data.cache_dir",  # the data's own state knows what it read
+    "data.workers", "data.prefetch", "data.stall_seconds", "data.max_bad_samples", "data.video.timeout_seconds",
+)  # fmt: skip
+"""Keys that may change between save and resume: they do not change what is computed."""
+SHOWN = 8
+ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """One tensor that trains: its whole shape, and how often the optimiser has moved it."""
+
+    shape: tuple[int, ...]
+    updates: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """One file of tensors: its size, and the checksum of what was written."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of a checkpoint that is not a tensor."""
+
+    step: int
+    ranks: int
+    ep: int
+    base: str
+    base_fingerprint: str
+    trained: Mapping[str, Trained]
+    random: tuple[str, ...]
+    """The kinds of devices whose random state each of the ranks saved."""
+    files: Mapping[str, File]
+    state: Mapping[str, Any]
+    config: Mapping[str, Any]
+    config_hash: str
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write it through to the disk."""
+    content = {"version": VERSION, **asdict(manifest)}
+    content["digest"] = _digest(content)
+    write_file(folder / MANIFEST, json.dumps(content, indent=1, allow_nan=False).encode())
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """A hash of a manifest's content, as it reads back."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest and see that its files are whole; one ValueError names all that are not."""
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is not a finished checkpoint: it has no {MANIFEST}. Name a step-* folder that has one in "
+            f"checkpoint.resume, or use auto"
+        )
+    content = load_json(folder / MANIFEST)
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise ValueError(f"{folder / MANIFEST} has version {version}; this moetune reads {VERSION}")
+    if content.pop("digest", None) != _digest({"version": version, **content}):
+        raise ValueError(f"{folder / MANIFEST} is not as it was written. {ANOTHER}")
+    files = {name: File(**told) for name, told in content["files"].items()}
+    damaged = []
+    for name, size in ((name, told.bytes) for name, told in files.items()):
+        file = folder / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != size:
+            damaged.append(f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}")
+    if damaged:
+        raise ValueError(f"{folder} is damaged: {some(damaged, '; ')}. {ANOTHER}")
+    trained = {name: Trained(shape=tuple(t["shape"]), updates=t["updates"]) for name, t in content["trained"].items()}
+    return Manifest(**(content | {"trained": trained, "files": files}))
+
+
+def require_same_run(
+    folder: Path, saved: Manifest, *, config: Mapping[str, Any], base: str, fingerprint: str,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:  # fmt: skip
+    """Raise one ValueError that says what differs, unless a run of this kind can continue there exactly."""
+    different = config_difference(saved.config, config)
+    if different:
+        raise ValueError(
+            f"{folder} was saved under another configuration:\n  {some(different, chr(10) + '  ')}\n"
+            f"Restore these values to continue it; or start anew with another run.name or checkpoint.resume=never"
+        )
+    if saved.base_fingerprint != fingerprint:
+        raise ValueError(
+            f"{folder} was trained on another base: {saved.base} ({saved.base_fingerprint[:12]}), but model.path is "
+            f"{base} ({fingerprint[:12]}). Set model.path to the same weights"
+        )
+    theirs = {name: trained.shape for name, trained in saved.trained.items()}
+    names = [name for name in {**theirs, **shapes} if theirs.get(name) != shapes.get(name)]
+    if names:
+        lines = [f"{n}: {_shape(theirs.get(n))} in the checkpoint, {_shape(shapes.get(n))} now" for n in names]
+        raise ValueError(
+            f"{folder} trained other parameters:\n  {some(lines, chr(10) + '  ')}\n"
+            f"Adapt and train what it did (adapters.*), or start anew with another run.name"
+        )
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return a hash of what decides the training; keys of `FREE` do not count."""
+    return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
+
+
+def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each leaf that decides the training and differs."""
+    old, new = _binding(saved), _binding(now)
+    absent = object()
+    keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
+    return [f"{key}: {_value(old, key)} in the checkpoint, {_value(new, key)} now" for key in keys]
+
+
+def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = leaves(json.loads(json.dumps(config)))  # tuples become lists, as in a file
+    return {key: value for key, value in flat.items() if not any(fnmatchcase(key, free) for free in FREE)}
+
+
+def _value(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def some(lines: list[str], between: str) -> str:
+    """Join the first few of many lines."""
+    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return between.join([*lines[:SHOWN], *more])
+
+
+def base_fingerprint(stored: Iterable[Stored]) -> str:
+    """Return a hash of the headers of a base's files, and of some of their bytes: other weights of one shape differ."""
+    files: dict[Path, list[Stored]] = {}
+    for tensor in stored:
+        files.setdefault(tensor.file, []).append(tensor)
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda path: path.name):
+        size = file.stat().st_size
+        rows = sorted((t.name, t.dtype, t.shape, t.begin) for t in files[file])
+        digest.update(repr((file.name, size, rows)).encode())
+        first = min(tensor.begin for tensor in files[file])
+        with file.open("rb") as handle:
+            for at in (first, (first + size) // 2, max(first, size - SAMPLE_BYTES)):
+                handle.seek(at)
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+# --- the folder of a run's checkpoints

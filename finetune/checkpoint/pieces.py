@@ -1,0 +1,86 @@
+"""What a rank writes and reads of a checkpoint: planned by each rank alone, as all slices follow from one rule.
+
+torch's own way of saving gathers the lists of all ranks on rank 0, compares them and hands them back, each time: of
+235B over 256 ranks 866,000 entries, while every rank waits. Here a rank plans its own 3,400 in half a second, and one
+sum over the ranks says whether the slices are as long as the tensors.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from finetune.checkpoint.slices import Slice
+
+
+class Meshes:
+    """How the ranks stand to each other's slices, made once each."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int | None, str], DeviceMesh] = {}
+
+    def of(self, ep: int | None, device: str) -> DeviceMesh:
+        """All ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
+        if (ep, device) not in self._made:
+            ranks = torch.arange(dist.get_world_size())
+            # Only for where the slices lie: nothing is ever sent over a mesh. With its backend torch would make groups,
+            # on GPUs by splitting the world's communicator, which the engine may be using while a thread saves.
+            self._made[ep, device] = DeviceMesh(
+                device, ranks if ep is None else ranks.view(-1, ep).T, _init_backend=False
+            )
+        return self._made[ep, device]
+
+
+def flat_tensors(held: Iterable[Slice], meshes: Meshes) -> dict[str, DTensor]:
+    """The slices as flat tensors that are spread over the ranks; the memory stays the engine's own."""
+    return {f"{kind}/{s.canonical}": _spread(s, view, meshes) for s in held for kind, view in s.views.items()}
+
+
+def _spread(slice_: Slice, view: Tensor, meshes: Meshes) -> DTensor:
+    mesh = meshes.of(slice_.ep, "cpu" if view.is_meta else view.device.type)
+    count = prod(slice_.shape)
+    return DTensor.from_local(
+        view, mesh, [Shard(0)] * mesh.ndim, run_check=False, shape=torch.Size([count]), stride=(1,)
+    )
+
+
+def planned(tensors: Mapping[str, Any]) -> tuple[DefaultSavePlanner, SavePlan]:
+    """What this rank writes of them: where each piece begins, and how long it is."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(dict(tensors), is_coordinator=True)
+    return planner, planner.create_local_plan()
+
+
+def require_whole(held: Iterable[Slice], group: dist.ProcessGroup) -> None:
+    """See that the slices of all ranks are as long as the tensors; every rank must call this."""
+    slices = list(held)
+    found = torch.tensor([view.numel() for s in slices for view in s.views.values()], dtype=torch.int64)
+    dist.all_reduce(found, group=group)
+    assert found.tolist() == [prod(s.shape) for s in slices for _ in s.views], "slices overlap, or some are missing"
+
+
+def write(tensors: Mapping[str, Any], folder: Path) -> str:
+    """Write this rank's pieces through to the disk, into a file of its own; returns the beginning of its name."""
+    planner, plan = planned(tensors)
+    number = dist.get_rank() + 1
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.set_up_storage_writer(is_coordinator=True)
+    plan = replace(writer.prepare_local_plan(plan), storage_data={"shard_index": number})
+    writer.write_data(planner.finish_plan(plan), planner).wait()
+    return f"shard-{number:05d}-"
+
+
+def read(tensors: Mapping[str, Any], folder: Path) -> None:
+    """Fill them with what any ranks wrote, however they were cut then."""
+    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -1,0 +1,61 @@
+"""The files of tensors of a checkpoint: what each weighs and sums up to, and a whole tensor out of their slices."""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from finetune.checkpoint.manifest import ANOTHER, File, some
+
+BLOCK = 1 << 22
+PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+"""How torch's writer says in a file's metadata where each slice lies in its tensor."""
+
+
+def checked(path: Path) -> File:
+    """Return a file's size and checksum: 4 GB/s on one core, and any flipped bit changes it."""
+    crc = size = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return File(bytes=size, crc32=crc)
+
+
+def require_intact(folder: Path, files: Mapping[str, File], names: Sequence[str]) -> dict[str, File]:
+    """Raise unless these files have the bytes that were written; return them."""
+    changed = [name for name in names if checked(folder / name) != files[name]]
+    if changed:
+        raise ValueError(
+            f"{folder} is damaged: {some(changed, ', ')}: some bits are not those that were written (checksum). "
+            f"{ANOTHER}"
+        )
+    return {name: files[name] for name in names}
+
+
+class Tensors:
+    """The tensors in a folder's files, by name; each lies there in slices of its flattened form."""
+
+    def __init__(self, files: Sequence[Any]) -> None:
+        self._slices: dict[str, list[tuple[int, Any]]] = {}
+        for file in files:
+            offsets = json.loads(file.metadata()[PLACES])
+            for name in file.offset_keys():
+                self._slices.setdefault(name, []).append((offsets[name][OFFSETS][0], file))
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor, flat."""
+        pieces = sorted(self._slices[name], key=lambda piece: piece[0])
+        return torch.cat([file.get_tensor(name) for _, file in pieces])
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[Tensors]:
+    """Open a checkpoint's files, without any process group."""
+    with ExitStack() as stack:
+        yield Tensors([stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))])

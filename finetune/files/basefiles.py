@@ -1,0 +1,192 @@
+"""A checkpoint's weight files: what they hold, whether that is the whole model, and reading single tensors from them.
+
+All but `BaseFiles.read` looks at headers only, so a damaged or foreign checkpoint is refused in seconds, before any
+process group or any weight exists.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.architecture.shapes import Shape, is_expert_stack, parameter_shapes
+from finetune.files.hubconfig import read_family
+from finetune.files.jsonblock import load_json
+from finetune.files.keycheck import check_keys
+from finetune.files.layouts import LAYOUT_KEY, Layout, recognise, single_expert
+from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_rows
+from finetune.files.writer import INDEX
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """Every tensor in a folder's weight files by key, and the layout that their metadata claims, if any."""
+
+    folder: Path
+    tensors: Mapping[str, Stored]
+    layout: str | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFiles:
+    """A whole checkpoint: reads its tensors by canonical name, as they lie in memory."""
+
+    folder: Path
+    layout: Layout
+    stored: Mapping[str, Stored]
+    shapes: Mapping[str, Shape]
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Canonical name -> safetensors type name, as the writer takes it."""
+        return {name: self._parts(name, 0)[0].dtype for name in self.shapes}
+
+    def size(self, name: str, rows: range | None = None) -> int:
+        """Bytes that reading `rows` of a tensor, or all of it, takes from the disk."""
+        rows = range(self.shapes[name][0]) if rows is None else rows
+        if self.layout == "per_expert" and is_expert_stack(name):
+            return len(rows) * sum(part.size for part in self._parts(name, 0))
+        return len(rows) * self.stored[name].row_size
+
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """A canonical tensor, or the experts `rows` of a stack. Holds the result and one expert's matrix at most."""
+        import torch
+
+        shape = self.shapes[name]
+        rows = range(shape[0]) if rows is None else rows
+        if not is_expert_stack(name) or self.layout == "memory":
+            return _read(self.stored[name], rows)
+        dtype = getattr(torch, FLOAT_TYPES[self._parts(name, 0)[0].dtype])
+        result = torch.empty((len(rows), *shape[1:]), dtype=dtype)
+        for at, expert in enumerate(rows):
+            if self.layout == "hub":
+                result[at] = _read(self.stored[name], range(expert, expert + 1))[0].t()
+            else:
+                filled = 0
+                for part in self._parts(name, expert):
+                    result[at, filled : filled + part.shape[0]] = _read(part, range(part.shape[0]))
+                    filled += part.shape[0]
+        return result
+
+    def out_feature(self, name: str, expert: int, row: int) -> torch.Tensor:
+        """The weights of one output feature of one expert of a stack, found by the layout's definition alone."""
+        if self.layout == "per_expert":
+            parts = self._parts(name, expert)
+            height = parts[0].shape[0]
+            return _read(parts[row // height], range(row % height, row % height + 1))[0]
+        matrix = _read(self.stored[name], range(expert, expert + 1))[0]
+        return matrix[:, row] if self.layout == "hub" else matrix[row]
+
+    def _parts(self, name: str, expert: int) -> list[Stored]:
+        """The stored tensors that make up a canonical tensor, or in per-expert files one expert of it."""
+        if self.layout == "per_expert" and is_expert_stack(name):
+            return [self.stored[key] for key, _ in single_expert(name, self.shapes[name], expert)]
+        return [self.stored[name]]
+
+
+def open_base(folder: Path, shapes: Mapping[str, Shape] | None = None, *, layout: str = "auto") -> BaseFiles:
+    """The checkpoint in `folder`, after checking from headers alone that it is whole and fits its config.json.
+
+    `shapes` are the canonical shapes of the model to be filled; without them a Qwen3-VL is read from the config.json.
+    `layout` is `model.layout`: auto, hub, memory or per_expert.
+    """
+    files = weight_files(folder)
+    needed = shapes if shapes is not None else parameter_shapes(read_family(folder))
+    held = {key: tensor.shape for key, tensor in files.tensors.items()}
+    found = recognise(held, needed, metadata=files.layout, word=layout, where=f"the weight files in {folder}")
+    check_keys(files.tensors, needed, found, where=str(folder))
+    return BaseFiles(folder=folder, layout=found, stored=files.tensors, shapes=needed)
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """Read the headers of a folder's weight files; raises one error that names every damaged or missing file."""
+    names, mapped = _file_names(folder)
+    problems: list[str] = []
+    tensors: dict[str, Stored] = {}
+    claims: dict[str | None, str] = {}
+    for name in names:
+        try:
+            held, metadata = read_header(folder / name)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        claims.setdefault(metadata.get(LAYOUT_KEY), name)
+        twice = sorted(held.keys() & tensors.keys())
+        if twice:
+            problems.append(f"{folder / name} and {tensors[twice[0]].file.name} both hold {_some(twice)}")
+        tensors |= held
+        if mapped is not None:
+            problems += _index_problems(folder, name, held, mapped)
+    if len(claims) > 1:
+        shown = ", ".join(f"{file} {claim or 'none'}" for claim, file in claims.items())
+        problems.append(f"the files in {folder} name different layouts: {shown}; they come from two sources")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return WeightFiles(folder=folder, tensors=tensors, layout=next(iter(claims), None))
+
+
+def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The weight files to read, and key -> file name where an index says so."""
+    present = sorted(path.name for path in folder.glob("model*.safetensors"))
+    if not (folder / INDEX).is_file():
+        if present == ["model.safetensors"]:
+            return present, None
+        if present:
+            raise ValueError(
+                f"{folder} holds {len(present)} weight files ({_some(present)}) but no {INDEX}; it was copied or "
+                f"downloaded in part. Fetch the missing files"
+            )
+        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
+        hint = f" It holds {_some(others)}; only safetensors are read." if others else ""
+        raise ValueError(f"{folder} holds no weights: neither model.safetensors nor {INDEX}.{hint}")
+    mapped = load_json(folder / INDEX).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map of file names; fetch it again")
+    named = sorted(set(mapped.values()))
+    absent = [name for name in named if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{folder / INDEX} names {len(absent)} weight file(s) that are not there: {_some(absent)}. "
+            f"Fetch them (an interrupted download leaves such a folder)"
+        )
+    stray = [name for name in present if name not in named]
+    if stray:
+        raise ValueError(
+            f"{folder} holds {_some(stray)}, which {INDEX} does not name: files of two checkpoints lie in one "
+            f"folder, or the index is an old one"
+        )
+    return named, mapped
+
+
+def _index_problems(folder: Path, name: str, held: Mapping[str, Stored], mapped: Mapping[str, str]) -> list[str]:
+    promised = {key for key, file in mapped.items() if file == name}
+    found = []
+    if promised - held.keys():
+        found.append(f"{folder / name} lacks {_some(sorted(promised - held.keys()))}, which {INDEX} says it holds")
+    if held.keys() - promised:
+        found.append(f"{folder / INDEX} does not say that {name} holds {_some(sorted(held.keys() - promised))}")
+    return found
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def _read(tensor: Stored, rows: range) -> torch.Tensor:
+    handle = os.open(tensor.file, os.O_RDONLY)
+    try:
+        return read_rows(handle, tensor, rows)
+    finally:
+        os.close(handle)

@@ -1,0 +1,73 @@
+"""Which base an adapter belongs to: a hash of a base's values that is the same in every layout and sharding of it.
+
+Of each tensor a few values are hashed, at places that its name decides. Another model of the same shape, or a further
+trained one, has other values; a copy in another layout, split into other files, or stored in a wider type has the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from finetune.architecture.shapes import Shape, is_expert_stack
+from finetune.files.basefiles import BaseFiles
+from finetune.files.layouts import single_expert
+from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, Stored
+
+VALUES = 16
+"""Values that are looked at in each tensor: some ten thousand small reads for the largest model."""
+
+
+def fingerprint(files: BaseFiles) -> str:
+    """Return the hash, 32 hex digits. Reads a few bytes of each tensor, nothing of the rest."""
+    digest = hashlib.sha256()
+    handles: dict[Path, int] = {}
+    with ExitStack() as stack:
+        for name in sorted(files.shapes):
+            shape = files.shapes[name]
+            digest.update(repr((name, tuple(shape))).encode())
+            for place in _places(name, shape):
+                stored, item = _where(files, name, shape, place)
+                if stored.file not in handles:
+                    handles[stored.file] = os.open(stored.file, os.O_RDONLY)
+                    stack.callback(os.close, handles[stored.file])
+                digest.update(_as_float32(handles[stored.file], stored, item))
+    return digest.hexdigest()[:32]
+
+
+def _places(name: str, shape: Shape) -> Iterator[int]:
+    """Flat indexes, as the tensor lies in memory."""
+    size = math.prod(shape)
+    raw = hashlib.shake_256(name.encode()).digest(8 * VALUES)
+    return (number % size for number in struct.unpack(f"<{VALUES}Q", raw))
+
+
+def _where(files: BaseFiles, name: str, shape: Shape, place: int) -> tuple[Stored, int]:
+    """The stored tensor that holds a value, and the value's flat index in it."""
+    if files.layout == "memory" or not is_expert_stack(name):
+        return files.stored[name], place
+    _, out, into = shape
+    expert, rest = divmod(place, out * into)
+    row, column = divmod(rest, into)
+    if files.layout == "hub":
+        return files.stored[name], (expert * into + column) * out + row
+    parts = single_expert(name, shape, expert)
+    height = parts[0][1][0]
+    return files.stored[parts[row // height][0]], row % height * into + column
+
+
+def _as_float32(handle: int, stored: Stored, item: int) -> bytes:
+    size = ITEM_SIZES[stored.dtype]
+    raw = os.pread(handle, size, stored.begin + item * size)
+    assert len(raw) == size, "the file's length was checked with its header"
+    assert stored.dtype in FLOAT_TYPES, "so were the types"
+    if stored.dtype == "BF16":
+        return b"\0\0" + raw  # the upper half of a float32
+    return raw if stored.dtype == "F32" else np.frombuffer(raw, "<f2").astype("<f4").tobytes()

@@ -1,0 +1,188 @@
+"""A small base model with random weights in the hub's own layout: everything a real folder has, in a few hundred KB."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from finetune.architecture.families import Experts, Family, Rope, Text, Vision
+from finetune.architecture.family_problems import family_problems
+from finetune.architecture.shapes import EMBEDDING, Shape, parameter_shapes
+from finetune.files.hubconfig import hub_config
+from finetune.files.hubfiles import added_token_ids, side_files
+from finetune.files.vocabulary import Vocabulary, qwen3_vocabulary, tiny_vocabulary
+from finetune.files.writer import SHARD_BYTES, WrittenModel, write_model
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyModel:
+    """The dimensions of a tiny model. All defaults differ, so that a swapped dim cannot go unseen.
+
+    `experts` is None for a dense model. In expert layers D is `hidden`, F is `expert_hidden`.
+    """
+
+    experts: int | None = 8
+    top_k: int = 2
+    expert_hidden: int = 40
+    hidden: int = 48
+    intermediate: int = 88
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    vision_depth: int = 4
+    vision_hidden: int = 24
+    vision_intermediate: int = 56
+    vision_heads: int = 2
+    max_positions: int = 4096
+    image_min_tokens: int = 64
+    tokenizer: Literal["tiny", "qwen3"] = "tiny"
+    vocabulary: int | None = None
+    """Rows of embedding and head; None: the tokens, and some that none uses."""
+    dtype: str = "float32"
+    tied: bool = False
+    seed: int = 0
+    shard_bytes: int = SHARD_BYTES
+
+
+def write_tiny(folder: Path, model: TinyModel = TinyModel()) -> WrittenModel:
+    """Write the folder of a tiny model. The same arguments give the same bytes, with the same library versions."""
+    vocabulary = _vocabulary(model)
+    family = tiny_family(model, vocabulary)
+    shapes = parameter_shapes(family)
+    return write_model(
+        folder,
+        random_weights(shapes, dtype=model.dtype, seed=model.seed),
+        shapes=shapes,
+        dtypes=DTYPES[model.dtype],
+        config=hub_config(family),
+        side_files={
+            **side_files(family, vocabulary.base_size, image_min_tokens=model.image_min_tokens),
+            **vocabulary.files,
+        },
+        shard_bytes=model.shard_bytes,
+    )
+
+
+def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:
+    """The family of a tiny model; raises one error that lists every option at fault."""
+    token = added_token_ids(vocabulary.base_size)
+    half = max(model.head_dim // 2, 0)
+    side = half * 20 // 64  # the real models' shares: 24, 20 and 20 of 64
+    experts = None
+    if model.experts is not None:
+        experts = Experts(
+            num_experts=model.experts, num_experts_per_tok=model.top_k, moe_intermediate_size=model.expert_hidden
+        )
+    family = Family(
+        name="tiny",
+        text=Text(
+            hidden_size=model.hidden,
+            intermediate_size=model.intermediate,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            vocab_size=_padded(vocabulary.size) if model.vocabulary is None else model.vocabulary,
+            max_position_embeddings=model.max_positions,
+            experts=experts,
+            rope=Rope(mrope_section=(half - 2 * side, side, side)),
+            bos_token_id=token["<|endoftext|>"],
+            eos_token_id=token["<|im_end|>"],
+            dtype=model.dtype,
+        ),
+        vision=Vision(
+            out_hidden_size=model.hidden,
+            depth=model.vision_depth,
+            hidden_size=model.vision_hidden,
+            intermediate_size=model.vision_intermediate,
+            num_heads=model.vision_heads,
+            deepstack_visual_indexes=_deepstack(model),
+            num_position_embeddings=64,
+        ),
+        tie_word_embeddings=model.tied,
+        image_token_id=token["<|image_pad|>"],
+        video_token_id=token["<|video_pad|>"],
+        vision_start_token_id=token["<|vision_start|>"],
+        vision_end_token_id=token["<|vision_end|>"],
+    )
+    problems = _option_problems(model, vocabulary) or family_problems(family)
+    if problems:
+        raise ValueError("no tiny model can have these dimensions:\n  " + "\n  ".join(problems))
+    return family
+
+
+def random_weights(shapes: dict[str, Shape], *, dtype: str, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Canonical names and weights one at a time, each from a generator of its own.
+
+    Scaled by fan-in rather than by the real models' 0.02, which at these widths gives outputs close to zero: a test
+    could not tell a wrong expert from a right one.
+    """
+    import torch
+
+    for name, shape in shapes.items():
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            values.mul_(0.05)
+            if name.endswith("norm.weight") or name.endswith(("norm1.weight", "norm2.weight")):
+                values.add_(1)
+        elif name == EMBEDDING or name.endswith("pos_embed.weight"):
+            values.mul_(shape[1] ** -0.5)
+        else:
+            # [out, in, ...]; in an expert stack [E, out, in] each expert has the fan-in of its own matrix.
+            fan_in = shape[2] if ".experts." in name else math.prod(shape[1:])
+            values.mul_(fan_in**-0.5)
+        yield name, values.to(getattr(torch, dtype))
+
+
+def _vocabulary(model: TinyModel) -> Vocabulary:
+    if model.tokenizer not in ("tiny", "qwen3"):
+        raise ValueError(f"--tokenizer is {model.tokenizer!r}; allowed are tiny and qwen3")
+    return qwen3_vocabulary() if model.tokenizer == "qwen3" else tiny_vocabulary()
+
+
+def _padded(tokens: int) -> int:
+    """A vocabulary size with some rows that no token uses, as the real models have: 151,936 for 151,669 tokens."""
+    return 151_936 if tokens == 151_669 else -(-(tokens + 1) // 64) * 64
+
+
+def _deepstack(model: TinyModel) -> tuple[int, ...]:
+    """Up to three taps, one per text layer at most, on the tower's last blocks."""
+    taps = max(min(3, model.layers, model.vision_depth), 0)
+    return tuple(range(model.vision_depth - taps, model.vision_depth))
+
+
+def _option_problems(model: TinyModel, vocabulary: Vocabulary) -> list[str]:
+    found = []
+    if model.vocabulary is not None and 1 <= model.vocabulary < vocabulary.size:
+        found.append(
+            f"--vocabulary is {model.vocabulary}; the tokenizer has {vocabulary.size} tokens: give as many rows or more"
+        )
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
+            found.append(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+    if model.head_dim % 2 or model.head_dim < 8:
+        found.append(f"--head-dim is {model.head_dim}; three rotary sections need an even number from 8 on")
+    if model.dtype not in DTYPES:
+        found.append(f"--dtype is {model.dtype!r}; allowed are {', '.join(DTYPES)}")
+    if model.experts is not None:
+        f, d = model.expert_hidden, model.hidden
+        if d in (f, 2 * f):
+            found.append(
+                f"--hidden {d} with --expert-hidden {f}: transposed experts would have the same shape, and no reader "
+                f"could tell the two layouts apart; choose hidden other than expert-hidden and twice expert-hidden"
+            )
+    return found

@@ -1,0 +1,1 @@
+"""The network: built on meta, adapted, filled, and what one packed row computes in it."""

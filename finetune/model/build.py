@@ -1,0 +1,109 @@
+"""The model before its weights: built on meta, sparse blocks replaced, settled what trains, frozen weights as buffers.
+
+Nothing here allocates a weight, so 235B is built on a laptop; `weights.py` then fills it from the base's files.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+
+from finetune.architecture.shapes import HEAD, part_of
+from finetune.architecture.yarn import Extension
+from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.lora import inject
+from finetune.model.resident import make_resident
+from finetune.model.varlen import register
+from moe.names import LAYERS as KNOWN
+from moe.parallel import BalanceCall, replace_moe_blocks
+
+DENSE = ("qwen3_vl", "qwen3")
+
+
+def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = None) -> EmptyModel:
+    """Build the model that a folder's config.json describes, on meta; every rank must call this.
+
+    Parameters that neither train nor stay with the engine are buffers, when `resident`.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    extend(config, options.context)
+    kind = str(config.model_type)
+    if kind not in (*KNOWN, *DENSE):
+        known = ", ".join((*KNOWN, *DENSE))
+        raise ValueError(f"{folder}: its config.json says model_type {kind!r}; known are {known}")
+    module = _on_meta(config, options)
+    # before the blocks are replaced the model speaks canonical names; a tied head appears once, as the embedding
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    tied_head = HEAD not in expected
+    _check_asked(folder, {part_of(name) for name in expected}, options)
+    inject(module, expected, options.lora)  # PEFT freezes all it finds, so before what the blocks train
+    if kind in KNOWN:
+        replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance)
+    elif options.ep_size != 1:
+        raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
+    empty = EmptyModel(
+        module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
+        lora=options.lora, trained=(), context=options.context,
+    )  # fmt: skip
+    _settle_training(empty, options.train)
+    if options.resident:
+        make_resident(module)
+    trained = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
+    return replace(empty, trained=trained)
+
+
+def extend(config: Any, context: Extension | None) -> None:
+    """Stretch the positions of a transformers config: the one edit that keeps theta and sections."""
+    if context is None:
+        return
+    text = config.get_text_config()
+    text.rope_parameters = {
+        **text.rope_parameters, "rope_type": "yarn", "factor": context.factor,
+        "original_max_position_embeddings": context.original,
+    }  # fmt: skip
+    text.max_position_embeddings = context.length
+
+
+def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    register()
+    attention = "kernel" if options.attention == "flash_attention_2" else options.attention
+    with torch.device("meta"):
+        module: nn.Module = kind.from_config(config, dtype=options.dtype, attn_implementation=attention)
+    return module
+
+
+def _check_asked(folder: Path, parts: Collection[str], options: ModelOptions) -> None:
+    """Refuse what is asked of experts and routers that the model has not; dense parts are looked at by their own."""
+    modes = {"experts": options.layer.experts, "router": options.layer.router.mode}
+    missing = [part for part, mode in modes.items() if mode != "frozen" and part not in parts]
+    if missing:
+        raise ValueError(
+            f"adapters.{missing[0]}.mode: {modes[missing[0]]}, but the model in {folder} is dense and has no "
+            f"{missing[0]}. Adapt or train mlp instead"
+        )
+
+
+def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:
+    """Freeze all but the parts named and what the layers train themselves."""
+    parts = {name: part_of(name) for name in empty.expected}
+    unknown = sorted(set(train) - set(parts.values()) - {"lm_head"})
+    if unknown:
+        raise ValueError(f"parts to train: {', '.join(unknown)} not in this model; it has {', '.join(_order(parts))}")
+    if empty.tied_head and {"lm_head", "embed_tokens"} & set(train):
+        raise ValueError(
+            "training the head or the embedding of a model that ties them would change both; this base ties them "
+            "(tie_word_embeddings: true). Train other parts, or adapt the attention"
+        )
+    for name, parameter in empty.module.named_parameters():
+        canonical = empty.canonical(name)
+        if parts.get(canonical) not in ("experts", "router", None):
+            parameter.requires_grad_(parts[canonical] in train)
+
+
+def _order(parts: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys(parts.values()))

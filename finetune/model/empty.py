@@ -1,0 +1,50 @@
+"""A model before its weights: what is asked of it, and what it then is."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from finetune.architecture.shapes import Shape
+from finetune.architecture.yarn import Extension
+from finetune.settings.attention import AttentionName
+from moe.experts import ExpertLora as Lora
+from moe.names import LAYERS as KNOWN
+from moe.names import canonical_name, dense_name
+from moe.parallel import LayerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What is built. `train` names parts, as `shapes.py` does, trained in full; `layer` says it of its own."""
+
+    ep_size: int = 1
+    layer: LayerOptions = field(default_factory=LayerOptions)
+    train: Collection[str] = ()
+    lora: Mapping[str, Lora] = field(default_factory=dict)
+    """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
+    resident: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    attention: AttentionName = "sdpa"
+    context: Extension | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyModel:
+    """A model on meta, and what its checkpoint holds: canonical name -> shape in memory."""
+
+    module: nn.Module
+    expected: Mapping[str, Shape]
+    model_type: str
+    tied_head: bool
+    seed: int
+    lora: Mapping[str, Lora]
+    trained: tuple[str, ...]
+    """Our names of the parameters that were settled to train; a stage may pause some."""
+    context: Extension | None = None
+    """How the base's context is extended; the config.json of what is exported says so."""
+
+    def canonical(self, name: str) -> str:
+        """Return the canonical name of one of our parameters or persistent buffers."""
+        return canonical_name(self.model_type, name) if self.model_type in KNOWN else dense_name(name)

@@ -1,0 +1,275 @@
+"""From files to partitioned ranks, and back: each tensor is read by one rank, handed on, and freed before the next.
+
+The reader of a tensor is the first rank of its group: the world for dense weights, the expert-data group (the ranks
+that hold the same experts) for expert stacks, of which a rank sees its own experts only. A frozen resident weight goes
+into its buffer, any other parameter straight into ZeRO's partitioning. In memory beside what a rank keeps are one
+tensor and one block of bytes from the file, whatever the model's size.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from finetune.files.basefiles import BaseFiles
+from finetune.model.empty import EmptyModel
+from finetune.model.lora import initial_factor
+from finetune.model.sources import Source, StartValues
+from finetune.ranks.collectives import rank_and_world
+from finetune.ranks.engine import engine_device, gathered
+from moe.experts import GroupedExperts
+from moe.router import Router
+
+BLOCK_BYTES = 40 * 2**20
+"""So much of a file is in memory at once. Just above what the C library keeps for itself when it is freed (32 MiB)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What this rank read and what it keeps, in bytes."""
+
+    bytes_read: int
+    bytes_held: int
+    tensors_read: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
+
+    name: str
+    canonical: str
+    tensor: Tensor
+    owners: list[tuple[nn.Module, str]]
+
+    @property
+    def rows(self) -> range | None:
+        """The experts that this rank holds of a stack; None for a dense tensor, read whole."""
+        owner = self.owners[0][0]
+        return owner.local_experts if isinstance(owner, GroupedExperts) else None
+
+
+def load(
+    empty: EmptyModel,
+    files: BaseFiles,
+    *,
+    engine_config: Mapping[str, Any] | None = None,
+    start: StartValues | None = None,
+) -> LoadReport:
+    """Fill a meta model in place; every rank must call this, with one file table and one engine config.
+
+    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
+    `start` holds comes from there; any other adapter begins with values that the layout has no part in.
+    """
+    if start is not None:
+        start.check_fits(empty)
+    module = empty.module
+    zero = _Partitioner(engine_config) if engine_config is not None else None
+    device = engine_device()
+    read = count = 0
+    for slot in base_slots(empty):
+        group, reader = _group(slot)
+        is_reader = rank_and_world()[0] == reader
+        source = start if start is not None and slot.canonical in start.shapes else files
+        made = _put(slot, torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype, device=device))
+        if zero is not None and isinstance(made, nn.Parameter):
+            if is_reader:
+                _fill(made.data, source, slot)
+            zero.partition(made)  # broadcasts by itself
+        else:
+            _share(_place(slot), source, slot, group, reader)
+        if is_reader:
+            read += source.size(slot.canonical, slot.rows)
+            count += 1
+        del made  # or the next tensor is made while this one still is
+    rebuild_tables(module, device)
+    _start_adapters(empty, device, zero, start)
+    left = [name for name, tensor in _tensors(module) if tensor.is_meta]
+    assert not left, f"still on meta: {left[:4]}"
+    check_rows(empty, files, leave=start.shapes if start is not None else ())
+    return LoadReport(bytes_read=read, bytes_held=held_bytes(module), tensors_read=count)
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Return the bytes of weights that this rank keeps: buffers whole, partitioned parameters by their slice."""
+    kept = [(getattr(tensor, "ds_tensor", None), tensor) for _, tensor in _tensors(module)]
+    return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
+
+
+def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = ()) -> None:
+    """Compare some rows that this rank keeps of some experts with the file, by the layout's definition.
+
+    A transposed or shifted load changes no shape and no norm: only the numbers tell. Names in `leave` are passed over.
+    """
+    layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
+    for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
+        for key in ("gate_up", "down"):
+            canonical = empty.canonical(f"{name}.{key}")
+            if canonical not in leave:
+                for local, row, ours in _held_rows(getattr(experts, key)):
+                    _check_row(ours, files, canonical, experts.local_experts[local], row)
+
+
+def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Some (local expert, row, values) of a stack that this rank keeps: of its slice, where it is partitioned."""
+    piece = getattr(weight, "ds_tensor", None)
+    experts, height, width = getattr(weight, "ds_shape", weight.shape)
+    start, stop = 0, experts * height * width
+    if piece is not None:
+        start = weight.ds_zero_partition_rank * piece.numel()  # type: ignore[attr-defined]  # DeepSpeed's
+        stop = min(start + piece.numel(), stop)
+    first, last = -(-start // width), stop // width - 1  # whole rows only
+    for row in sorted({first, (first + last) // 2, last} if first <= last else ()):
+        at = row * width - start
+        yield (
+            row // height,
+            row % height,
+            weight[row // height, row % height] if piece is None else piece[at : at + width],
+        )
+
+
+def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int) -> None:
+    """One output feature: in the hub's layout a column of the stored matrix."""
+    ours = ours.detach().cpu()
+    wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
+    if not torch.equal(ours, wanted):
+        apart = (ours.float() - wanted.float()).abs().max().item()
+        raise ValueError(
+            f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
+            f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
+            f"check model.layout"
+        )
+
+
+class _Partitioner:
+    """ZeRO-3's own conversion of one full parameter into this rank's slice."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.context = deepspeed.zero.Init(config_dict_or_path=dict(config))
+
+    def partition(self, parameter: nn.Parameter) -> None:
+        """Broadcast from the group's first rank and keep this rank's slice; every rank must call this."""
+        if hasattr(parameter, "ds_zero_partition_group_name"):
+            group = groups._get_expert_data_parallel_group(parameter.ds_zero_partition_group_name)
+            parameter.ds_zero_partition_process_group = group  # type: ignore[attr-defined]
+        self.context._convert_to_zero_parameters([parameter])
+
+
+def base_slots(empty: EmptyModel) -> Iterator[Slot]:
+    """The tensors that the base's files fill, in the model's order."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in empty.module.modules():
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append((owner, name))
+    for name, tensor in list(_tensors(empty.module)):
+        place, _, last = name.rpartition(".")
+        if last in empty.module.get_submodule(place)._non_persistent_buffers_set or ".lora_" in empty.canonical(name):
+            continue
+        yield Slot(name=name, canonical=empty.canonical(name), tensor=tensor, owners=owners[id(tensor)])
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _group(slot: Slot) -> tuple[Any, int]:
+    """The process group that shares a tensor (None: the world), and the rank that reads it."""
+    rank, world = rank_and_world()
+    if slot.rows is None or world == 1:
+        return None, 0
+    owner = slot.owners[0][0]
+    assert isinstance(owner, GroupedExperts)
+    ep_size = owner.num_experts // len(slot.rows)
+    return groups._get_expert_data_parallel_group(f"ep_size_{ep_size}"), rank % ep_size
+
+
+def _place(slot: Slot) -> Tensor:
+    """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
+    owner, name = slot.owners[0]
+    if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
+        owner.make_room()
+    tensor: Tensor = getattr(owner, name)
+    return tensor.data
+
+
+def _fill(target: Tensor, files: Source, slot: Slot) -> None:
+    """Read a tensor block by block into its place."""
+    for place, block in _blocks(files, slot):
+        target[place].copy_(files.read(slot.canonical, block))
+
+
+def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -> None:
+    """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
+    for place, block in _blocks(files, slot):
+        piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
+        if rank_and_world()[0] == reader:
+            piece.copy_(files.read(slot.canonical, block))
+        if dist.is_initialized():
+            dist.broadcast(piece, src=reader, group=group)
+        target[place].copy_(piece)
+
+
+def _blocks(files: Source, slot: Slot) -> Iterator[tuple[slice, range]]:
+    """Where each block of this rank's rows goes, and which rows of the file it is."""
+    rows = slot.rows or range(files.shapes[slot.canonical][0])
+    step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
+    for first in range(0, len(rows), step):
+        block = rows[first : first + step]
+        yield slice(first, first + len(block)), block
+
+
+def _put(slot: Slot, filled: Tensor) -> Tensor:
+    """Set the tensor in every module that refers to it; a parameter stays one and keeps its tags."""
+    made = filled
+    if isinstance(slot.tensor, nn.Parameter):
+        made = nn.Parameter(filled, requires_grad=slot.tensor.requires_grad)
+        made.__dict__.update(slot.tensor.__dict__)
+    for owner, name in slot.owners:
+        setattr(owner, name, made)
+    return made
+
+
+def rebuild_tables(module: nn.Module, device: torch.device) -> None:
+    """Compute what no file holds: rotary frequencies, in float32 whatever the model's dtype."""
+    for owner in module.modules():
+        names = [n for n in owner._non_persistent_buffers_set if (b := owner._buffers[n]) is not None and b.is_meta]
+        if not names or isinstance(owner, Router):
+            continue
+        fresh = type(owner)(owner.config)
+        for name in names:
+            table = fresh.get_buffer(name).to(device)
+            assert table.dtype == torch.float32, f"{type(owner).__name__}.{name} is {table.dtype}"
+            setattr(owner, name, table)
+
+
+def _start_adapters(
+    empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: StartValues | None
+) -> None:
+    """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
+    for place, owner in empty.module.named_modules():
+        fresh = {f"{place}.{name}": p for name, p in owner._parameters.items() if p is not None and p.is_meta}
+        for name, parameter in fresh.items():
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            canonical, last = empty.canonical(name), name.rpartition(".")[2]
+            if not isinstance(owner, (GroupedExperts, Router)):  # those have values of their own, just below
+                values.copy_(initial_factor(canonical, tuple(values.shape), seed=empty.seed))
+            _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
+        if isinstance(owner, (GroupedExperts, Router)):
+            owner.init_lora()
+        if isinstance(owner, Router) and owner.base_weight is not None:
+            owner.base_weight = torch.empty_like(owner.base_weight, device=device)
+            with gathered(owner.weight):
+                owner.keep_base()
+        for name in fresh:
+            made = empty.module.get_parameter(name)
+            if start is not None and empty.canonical(name) in start.factors:
+                made.data.copy_(start.factor(empty.canonical(name), owner))
+            if zero is not None:
+                zero.partition(made)

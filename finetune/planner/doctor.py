@@ -1,0 +1,244 @@
+"""Known traps, looked for before GPUs are taken. Each finding says what is wrong and what to do. Loads no torch.
+
+A check takes what it looks at as an argument, so that it can be provoked; `machine_findings` and `run_findings` hand in
+this machine's.
+"""
+
+import os
+import resource
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from data.open import find_sources
+from finetune.architecture.shapes import parameter_shapes
+from finetune.config import RunConfig
+from finetune.files.basefiles import open_base
+from finetune.files.hub import model_folder
+from finetune.planner.plan import STATE_BYTES
+from finetune.planner.tensors import trained_tensors
+from finetune.ranks.versions import TESTED, command, demand, installed_versions, numbers, untested
+from finetune.settings.checks import base_family
+
+LEAST = {
+    "flash-attn": ((2, 8), "pip install 'flash-attn>=2.8', or remove it: torch's own kernel is used then"),
+    "nvidia-nccl-cu12": ((2, 27), f"{command('torch')}, which brings its own"),
+    "nvidia-nccl-cu13": ((2, 27), f"{command('torch')}, which brings its own"),
+}
+"""Packages that need not be there."""
+SHM_BYTES_PER_RANK = 1 << 30
+FILES = 4096
+DRIVER, DRIVER_OF = (550, 54), {"nvidia-nccl-cu13": ("CUDA 13", (580, 65))}
+"""The oldest driver, and that of a build of torch that brings this package."""
+GROUPED = (9, 10)
+"""Major compute capabilities for which torch has a grouped GEMM."""
+QUERY = "name,driver_version,compute_cap,memory.used,memory.total"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One problem, and what to do about it."""
+
+    check: str
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.text}. {self.remedy}"
+
+
+def version_findings(installed: Mapping[str, str]) -> Iterator[Finding]:
+    """Packages that are missing, too old, or newer than what is tested."""
+    for name in TESTED:
+        if name not in installed:
+            yield Finding(check="versions", text=f"{name} is not installed", remedy=command(name))
+    for name, have in untested(installed):
+        text = f"{name} {have} is installed, and {demand(name)}"
+        yield Finding(check="versions", text=text, remedy=command(name))
+    for name, (least, remedy) in LEAST.items():
+        if name in installed and numbers(installed[name]) < least:
+            text = f"{name} {installed[name]} is older than {'.'.join(map(str, least))}"
+            yield Finding(check="versions", text=text, remedy=remedy)
+
+
+def kernel_findings(config: RunConfig | None, *, present: Mapping[str, bool]) -> Iterator[Finding]:
+    """Kernels that the configuration names and that cannot be imported."""
+    if config is not None and config.moe.dispatch == "deepep" and not present["deep_ep"]:
+        text = "moe.dispatch is deepep, and the package deep_ep cannot be imported"
+        yield Finding(check="kernels", text=text, remedy="Build DeepEP, or set moe.dispatch=all_to_all")
+    if config is not None and config.model.attention == "flash_attention_2" and not present["flash_attn"]:
+        text = "model.attention is flash_attention_2, and the package flash_attn cannot be imported"
+        yield Finding(check="kernels", text=text, remedy="pip install flash-attn, or set model.attention=auto")
+
+
+def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[Finding]:
+    """What nvidia-smi printed for QUERY, if it is there, beside what torch was built for."""
+    if smi is None:
+        return
+    rows = [[cell.strip() for cell in line.split(",")] for line in smi.splitlines() if line.count(",") == 4]
+    if not rows:
+        text, remedy = (
+            f"nvidia-smi says {smi.strip()[:120]!r}",
+            "Load the driver, or start the container with --gpus all",
+        )
+        yield Finding(check="driver", text=text, remedy=remedy)
+        return
+    names = {row[0] for row in rows}
+    if len(names) > 1:
+        remedy = "Take nodes of one kind: the slowest sets every step"
+        yield Finding(check="driver", text=f"GPUs of different kinds: {', '.join(sorted(names))}", remedy=remedy)
+    build, least = next((DRIVER_OF[name] for name in installed if name in DRIVER_OF), ("torch", DRIVER))
+    if numbers(rows[0][1]) < least:
+        wanted = ".".join(map(str, least))
+        remedy = "Update the driver, or install the compatibility package of your CUDA version"
+        text = f"driver {rows[0][1]} is older than {wanted}, which {build} wants"
+        yield Finding(check="driver", text=text, remedy=remedy)
+    slow = [row[2] for row in rows if numbers(row[2]) and numbers(row[2])[0] not in GROUPED]
+    if slow:
+        text = (
+            f"compute capability {slow[0]}: experts run one by one there, after a wait for the device; torch has a "
+            f"kernel for all at once on {' and '.join(f'{major}.x' for major in GROUPED)}, in bfloat16"
+        )
+        yield Finding(check="grouped_mm", text=text, remedy="It works, slowly; `moetune plan` counts with it")
+    for number, row in enumerate(rows):
+        used = numbers(row[3])  # a slice of a GPU says [N/A]
+        if used > (1024,):
+            remedy = "End whatever holds it (nvidia-smi names the processes), or take another node"
+            yield Finding(check="driver", text=f"GPU {number} has {used[0]:,} MiB in use already", remedy=remedy)
+
+
+def visible_findings(smi: str | None, *, ranks: int, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether each rank sees its GPU: rank n of a node takes the n-th that is visible to it."""
+    there = sum(line.count(",") == 4 for line in (smi or "").splitlines())
+    if not there:
+        return
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    seen = there if named is None else sum(bool(one.strip()) for one in named.split(","))
+    local = max((int(environment.get(name, "0")) for name in ("LOCAL_RANK", "SLURM_LOCALID")), default=0)
+    if seen < max(ranks, local + 1):
+        why = "" if named is None else f" (CUDA_VISIBLE_DEVICES={named})"
+        text = f"{seen} GPU(s) can be seen{why}, and {max(ranks, local + 1)} rank(s) of this node take one each"
+        remedy = (
+            "Let every rank see all GPUs of its node: Slurm's --gpus-per-node with one task a node, not "
+            "--gpus-per-task or --gpu-bind; or start as many ranks as there are GPUs"
+        )
+        yield Finding(check="visible GPUs", text=text, remedy=remedy)
+
+
+def memory_findings(shm: Path, *, ranks: int) -> Iterator[Finding]:
+    """Shared memory, through which readers hand samples over."""
+    room = shutil.disk_usage(shm).free
+    wanted = ranks * SHM_BYTES_PER_RANK
+    if room < wanted:
+        text = f"{shm} has {room / 1e9:.2f} GB free, {ranks} rank(s) want {wanted / 1e9:.1f}"
+        remedy = "Start the container with --ipc=host or --shm-size (Kubernetes: an emptyDir with medium Memory)"
+        yield Finding(check="shared memory", text=text, remedy=remedy)
+
+
+def descriptor_findings(limit: int) -> Iterator[Finding]:
+    """Open files: sockets of every rank, and shards."""
+    if 0 <= limit < FILES:
+        text = f"at most {limit:,} files may be open, {FILES:,} are wanted"
+        yield Finding(check="descriptors", text=text, remedy=f"ulimit -n {FILES} (or LimitNOFILE of the service)")
+
+
+def disk_findings(folder: Path, *, wanted: int) -> Iterator[Finding]:
+    """Room for checkpoints and adapter where the run is."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    room = shutil.disk_usage(there).free
+    if room < wanted:
+        text = f"{there} has {room / 1e9:.1f} GB free, checkpoints of this run take {wanted / 1e9:.1f}"
+        yield Finding(check="disk", text=text, remedy="Free room, or lower checkpoint.keep")
+    if not os.access(there, os.W_OK):
+        yield Finding(check="disk", text=f"{there} cannot be written", remedy="Start where you may write")
+
+
+def base_findings(config: RunConfig) -> Iterator[Finding]:
+    """The base is complete, its keys and shapes are the model's, its layout is known."""
+    if not config.model.path:
+        remedy = "Set model.path to a folder or a hub id"
+        yield Finding(check="base", text="model.path is not set: there is nothing to train from", remedy=remedy)
+        return
+    try:
+        folder = model_folder(config.model.path)
+        open_base(folder, parameter_shapes(base_family(config)), layout=config.model.layout)
+    except (ValueError, OSError) as error:
+        remedy = "`moetune verify-base` looks at every part of it"
+        yield Finding(check="base", text=str(error).rstrip("."), remedy=remedy)
+
+
+def shard_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
+    """Sources are there, their shards are whole, and there are enough of them to be read side by side."""
+    try:
+        sources = find_sources(config.data)
+    except (ValueError, OSError) as error:
+        yield Finding(check="shards", text=str(error).rstrip("."), remedy="Mend the path, or build the shards")
+        return
+    for name, shards in sources.items():
+        for shard in shards:
+            yield from _shard(name, shard)
+        readers = ranks * max(1, config.data.workers)
+        if len(shards) < min(readers, 8) and sum(shard.stat().st_size for shard in shards) > 10**9:
+            text = f"source {name} has {len(shards)} shard(s) for {readers} readers: all of them read one file"
+            yield Finding(check="shards", text=text, remedy="`moetune shards split` cuts them smaller")
+
+
+def _shard(source: str, shard: Path) -> Iterator[Finding]:
+    """A tar ends with two blocks of zeros; one that was cut off while it was copied does not."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        file.seek(max(0, size - 1024))
+        end = file.read()
+    if size % 512 or end.strip(b"\0"):
+        text = f"source {source}: {shard} is cut off ({size:,} bytes, without a tar's end)"
+        yield Finding(check="shards", text=text, remedy="Copy it again; `moetune shards check` looks at every sample")
+
+
+def wandb_findings(config: RunConfig, *, url: str, timeout: float = 5.0) -> Iterator[Finding]:
+    """Weights & Biases answers, when metrics shall go there."""
+    if config.track.wandb != "online":
+        return
+    parts = urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=timeout).close()
+    except OSError as error:
+        text = f"{url} cannot be reached ({error})"
+        remedy = "Set track.wandb=offline and sync later, or open the way; training would go on without it"
+        yield Finding(check="W&B", text=text, remedy=remedy)
+    if not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()):
+        remedy = "Run `wandb login` once, or export WANDB_API_KEY"
+        yield Finding(check="W&B", text="nobody is logged in", remedy=remedy)
+
+
+def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -> Iterator[Finding]:
+    """Everything about this machine."""
+    installed = installed_versions([*TESTED, *LEAST])
+    yield from version_findings(installed)
+    yield from kernel_findings(
+        config, present={name: find_spec(name) is not None for name in ("deep_ep", "flash_attn")}
+    )
+    yield from driver_findings(smi, installed)
+    yield from visible_findings(smi, ranks=ranks, environment=os.environ)
+    yield from memory_findings(Path("/dev/shm"), ranks=ranks)
+    yield from descriptor_findings(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def run_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
+    """Everything about one run."""
+    trained = sum(tensor.elements for tensor in trained_tensors(base_family(config), config.adapters, ep=1))
+    wanted = STATE_BYTES * trained * (config.checkpoint.keep + 1)
+    yield from disk_findings(Path("runs") / config.run.name, wanted=wanted)
+    yield from base_findings(config)
+    yield from shard_findings(config, ranks=ranks)
+    yield from wandb_findings(config, url=os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+
+
+def largest_tensor(config: RunConfig) -> int:
+    """Bytes of the largest tensor of the base, which loading holds twice."""
+    return 2 * max(prod(shape) for shape in parameter_shapes(base_family(config)).values())

@@ -1,0 +1,189 @@
+"""What an expert block asks of the device: choice, rows to their experts, the experts, and the sum. Loads no torch.
+
+As `moe/` runs them, operation by operation; a test counts them on the meta device at ep 1. What is done with rows that
+come from other ranks is read off the code; dropout's masks are left out.
+"""
+
+from dataclasses import dataclass
+
+from finetune.architecture.families import Family
+from finetune.config import AdaptersConfig
+from finetune.planner.activations import CHUNK_BYTES, INDEX, KEEP_BYTES, Recompute, Rows
+from finetune.planner.operations import (
+    SORT,
+    TOP_K,
+    WIDE,
+    Op,
+    Passes,
+    cast,
+    grouped,
+    linear,
+    linear_back,
+    mm,
+    outer,
+    permuted,
+    routing,
+    touch,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One expert block on one rank: its sizes, and how it computes."""
+
+    t: int
+    k: int
+    d: int
+    e: int
+    arriving: float
+    local: int
+    f: int
+    r: int
+    b: int
+    ep: int
+    inside: bool
+    """LoRA in spare rows and columns of the frozen weights."""
+    full: bool
+
+    @property
+    def sent(self) -> int:
+        """Rows of this rank's tokens."""
+        return self.t * self.k
+
+    @property
+    def chunks(self) -> int:
+        """Parts in which the experts take their rows."""
+        rows = max(8, CHUNK_BYTES // ((6 * self.f + 2 * self.d) * self.b) // 8 * 8)
+        return max(1, -(-int(self.arriving) // rows))
+
+
+def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, resident: bool) -> Block:
+    """The block of one decoder layer, or of one tile of it."""
+    experts, family = base.text.experts, adapters.experts
+    assert experts is not None
+    return Block(
+        t=-(-rows.tokens // rows.tiles), k=experts.num_experts_per_tok, d=base.text.hidden_size, e=experts.num_experts,
+        arriving=rows.arriving / rows.tiles, local=experts.num_experts // ep, f=experts.moe_intermediate_size,
+        r=family.r if family.mode == "lora" else 0, b=rows.itemsize, ep=ep,
+        inside=family.mode == "lora" and resident and not family.dropout, full=family.mode == "full",
+    )  # fmt: skip
+
+
+def choice(base: Family, adapters: AdaptersConfig, rows: Rows, *, balances: bool) -> Passes:
+    """The router's, and what is observed of it: once, in forward."""
+    assert base.text.experts is not None
+    t, d, b, k = rows.tokens, base.text.hidden_size, rows.itemsize, base.text.experts.num_experts_per_tok
+    e, family = base.text.experts.num_experts, adapters.router
+    normalises = (WIDE, 2 * WIDE) if base.text.experts.norm_topk_prob else ()
+    scored = [*linear(t, d, e, b, family), *touch(t * e, cast(b), 2 * WIDE)]
+    picked = touch(t * k, 2 * WIDE + INDEX, *normalises, cast(b))
+    chosen = Op("routing", t * e * WIDE + t * k * (WIDE + INDEX), least=TOP_K)
+    trains = family.mode != "frozen"
+    of_base = [chosen] * trains + [mm(t, d, e, b)] * (family.mode == "full")
+    observed = [routing(2, t * e), routing(1, t * k * INDEX), routing(3 + 3 * trains)]
+    observed += [
+        *touch(t * e, cast(b), WIDE, 2 * WIDE, WIDE),
+        *touch(t, 2 * WIDE, 2 * WIDE, WIDE),
+        *touch(e, *(WIDE,) * (7 + 4 * trains)),
+    ]
+    backward = touch(t * k, cast(b), *((8, 8, 4, 12, 8, 4, 8) if normalises else ()))
+    backward += touch(t * e, WIDE, 2 * WIDE, 3 * WIDE, cast(b)) + linear_back(t, d, e, b, family)
+    backward += touch(t * d, 3 * b)
+    if balances:
+        backward += touch(t * e, WIDE + 1, 3 * WIDE) + touch(e, *(2 * WIDE,) * 8)
+    forward = [*scored, *of_base, chosen, *picked, *observed]
+    return Passes(forward=forward, again=[*scored, *of_base, *picked], backward=backward)
+
+
+def experts(at: Block, recompute: Recompute) -> Passes:
+    """From the tokens to the sum of their experts' outputs, and back; the sum itself is not computed again."""
+    there, home = _there(at), _home(at)
+    first, wide, rest, end = _forward(at)
+    many = at.arriving * 2 * at.f * at.b > KEEP_BYTES  # too much to keep: backward starts from the rows
+    within = [*wide, *rest, *end] if recompute == "layer" else [] if many else rest
+    again = [*there, *first, *within, permuted(at.sent, at.d, at.b)]
+    if at.ep > 1:
+        again.append(permuted(at.arriving, at.d, at.b))
+    summed = Op("row permutes", at.b * (at.sent + at.sent * at.d + at.t * at.d), 2 * at.sent * at.d)
+    back = [summed, summed, permuted(at.sent, at.d, at.b), *_backward(at)]
+    back += [*wide, *rest] if many else []
+    back += [permuted(at.arriving, at.d, at.b)] * (2 * (at.ep > 1))
+    back += [permuted(at.sent, at.d, at.b), *touch(at.d * at.b, at.sent + at.t)]
+    return Passes(
+        forward=[*there, *first, *wide, *rest, *end, *home, summed],
+        again=again if recompute != "none" else [],
+        backward=back,
+    )
+
+
+def _there(at: Block) -> list[Op]:
+    """Assignments sorted by expert, counted, and one row for each; over several ranks, sorted once more on arrival."""
+    found = [Op("routing", at.sent * 3 * INDEX, least=SORT), routing(2, at.sent * 2 * INDEX), routing(2)]
+    found += [routing(1, at.sent * INDEX), routing(1, at.sent * 2 * INDEX), permuted(at.sent, at.d, at.b)]
+    if at.ep > 1:
+        found += [routing(14), routing(5, at.arriving * 2 * INDEX), permuted(at.arriving, at.d, at.b)]
+    return found
+
+
+def _home(at: Block) -> list[Op]:
+    """Rows in the order of the tokens; over several ranks in the order of their senders first."""
+    return [permuted(at.arriving, at.d, at.b)] * (at.ep > 1) + [permuted(at.sent, at.d, at.b)]
+
+
+def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
+    """Before the first product; the wide first product; up to the end of SwiGLU; the second product."""
+    rows, d, f, r, e, b, n = at.arriving, at.d, at.f, at.r, at.local, at.b, at.chunks
+    first = [routing(2), *_room(at)]
+    if n > 1:
+        first.append(routing(2 * n))
+    spare = r if at.inside else 0
+    wide = [grouped(rows, d, 2 * f + spare, e, b)]
+    rest, end = touch(rows * f, 2 * b, 3 * b), [grouped(rows, f + spare, d, e, b)]
+    if r:
+        rest += [] if at.inside else [grouped(rows, d, r, e, b)]
+        rest += [*touch(rows * r, 2 * b), grouped(rows, r, 2 * f, e, b), *touch(rows * 2 * f, 3 * b)]
+        rest += [grouped(rows, f, r, e, b), *touch(rows * r, *(2 * b,) * (1 + at.inside))]
+        end += [] if at.inside else [grouped(rows, r, d, e, b), *touch(rows * d, 3 * b)]
+    if n > 1:
+        rest += touch(rows * r, 2 * b, 2 * b) if r else touch(rows * 2 * f, 2 * b)
+        rest += touch(rows * d, 2 * b)  # outputs take their places, also where nobody reads them
+    return first, _split(wide, n), _split(rest, n), _split(end, n)
+
+
+def _backward(at: Block) -> list[Op]:
+    rows, d, f, r, e, b, n = at.arriving, at.d, at.f, at.r, at.local, at.b, at.chunks
+    spare = r if at.inside else 0
+    found = [grouped(rows, d, f + spare, e, b), *touch(rows * f, 2 * b, *(3 * b,) * 3, 2 * b, 3 * b)]
+    found.append(grouped(rows, 2 * f + spare, d, e, b))
+    if r:
+        found += [] if at.inside else [grouped(rows, d, r, e, b), grouped(rows, r, d, e, b), *touch(rows * d, 3 * b)]
+        found += [grouped(rows, r, f, e, b), *touch(rows * f, 3 * b), grouped(rows, 2 * f, r, e, b)]
+        found += touch(rows * r, *(2 * b,) * (2 + at.inside))
+    found += touch(rows * d, 2 * b) if n > 1 else []
+    borders = [routing(2 * n)] if n > 1 else []
+    return [*_room(at), *borders, *_split(found, n), *_weight_gradients(at)]
+
+
+def _room(at: Block) -> list[Op]:
+    """The factors' copies in the spare rows and columns."""
+    return touch(at.local * at.r * at.d, 2 * at.b, 2 * at.b) if at.inside else []
+
+
+def _weight_gradients(at: Block) -> list[Op]:
+    """Of every matrix that trains: a product and zeros for experts without rows, a chunk; several are added up."""
+    rows, d, f, r, e, b, n = at.arriving, at.d, at.f, at.r, at.local, at.b, at.chunks
+    pairs = [(r, d), (r, 2 * f), (r, f), (r, d)] if r else [(2 * f, d), (d, f)] if at.full else []
+    found = []
+    for out, into in pairs:
+        size = e * out * into
+        product = outer(rows / n, out, into, e, b)
+        found += [product._replace(times=n), routing(4 * n), *touch(size, *(2 * b,) * n)]
+        found += touch(size, cast(b), *(2 * WIDE + b,) * (n - 1), cast(b)) if n > 1 else []
+    if r:  # those of both B are made turned round
+        found += touch(e * r, 2 * b * 2 * f, 2 * b * d)
+    return found
+
+
+def _split(ops: list[Op], chunks: int) -> list[Op]:
+    """The same work in parts; each reads the matrices of its own experts."""
+    return [op._replace(bytes=op.bytes / chunks, flops=op.flops / chunks, times=op.times * chunks) for op in ops]

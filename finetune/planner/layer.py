@@ -1,0 +1,138 @@
+"""What the decoder and the head ask of the device in one micro-batch, operation by operation. Loads no torch.
+
+As transformers, PEFT and `moe/` run them; a test counts the same on the meta device. The copies of rows in slices are
+read off the code, and norms in tiles are taken for whole ones.
+"""
+
+from finetune.architecture.families import Family
+from finetune.config import AdaptersConfig
+from finetune.planner.activations import INDEX, TILE_BYTES, Reach, Recompute, Rows
+from finetune.planner.experts import block, choice, experts
+from finetune.planner.operations import (
+    WIDE,
+    Op,
+    Passes,
+    linear,
+    linear_again,
+    linear_back,
+    mm,
+    norm,
+    norm_back,
+    routing,
+    touch,
+    turn,
+    turn_back,
+)
+
+SLICES = 8
+"""The loss's: parts in which a tile's share of the head's gradient is added up."""
+BACKWARD = 2.5
+"""Operations of attention's backward over those of its forward: it computes the scores again."""
+
+
+def decoder_layer(
+    base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, squares: float, sparse: bool,
+    ep: int = 1, sp: int = 1, resident: bool = True, balances: bool = False,
+) -> Passes:  # fmt: skip
+    """One layer with experts (`sparse`) or a plain MLP; `squares` sums the samples' squared lengths, of sp ranks."""
+    text, t, b = base.text, rows.tokens, rows.itemsize
+    reach, full = Reach.of(adapters), adapters.norms.mode == "full"
+    seen = _attention(base, adapters, rows, squares, sp)
+    size = t * text.hidden_size
+    before, added = norm(size, t, b), touch(size, 3 * b)
+    parts = [_mlp(base, adapters, rows)]
+    if sparse:
+        parts = [choice(base, adapters, rows, balances=balances)]
+        tile = experts(block(base, adapters, rows, ep=ep, resident=resident), "layer" if rows.tiles > 1 else recompute)
+        parts.append(_tiled(tile, rows.tiles, recompute))
+    forward = [*before, *seen.forward, *added, *before, *(op for part in parts for op in part.forward), *added]
+    if not reach.layers:
+        return Passes(forward=forward)
+    again = [*before, *seen.forward, *added, *before, *(op for part in parts for op in part.again)]
+    back = [*norm_back(size, t, b, full=full), *added]
+    return Passes(
+        forward=forward,
+        again=again if recompute != "none" else [],
+        backward=[*(op for part in parts for op in part.backward), *back, *seen.backward, *back],
+    )
+
+
+def _tiled(tile: Passes, tiles: int, recompute: Recompute) -> Passes:
+    """Tiles are computed again in their own backward; a recomputed layer runs all but the last before that."""
+    if tiles == 1:
+        return tile
+
+    def several(ops: list[Op], number: int) -> list[Op]:
+        return [op._replace(times=op.times * number) for op in ops if number]
+
+    return Passes(
+        forward=several(tile.forward, tiles),
+        again=several(tile.forward, tiles - 1) if recompute != "none" else [],
+        backward=several([*tile.again, *tile.backward], tiles),
+    )
+
+
+def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: float, sp: int) -> Passes:
+    """Projections, norms of queries and keys, turning, the kernel, the last projection; and back."""
+    text, t, b, family = base.text, rows.tokens, rows.itemsize, adapters.attention
+    d, head, heads, kv = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
+    q, k, table, full = t * heads * head, t * kv * head, t * head, family.mode == "full"
+    wide, narrow = heads * head, kv * head
+    enter = [*linear(t, d, wide, b, family), *norm(q, t * heads, b), *linear(t, d, narrow, b, family)]
+    enter += [*norm(k, t * kv, b), *linear(t, d, narrow, b, family), *turn(q, table, b), *turn(k, table, b)]
+    lse, flops = WIDE * t * heads, 4 * heads * head * squares / 2
+    kernel = Op("attention", b * (2 * q + 2 * k) + lse, flops)
+    slices = touch(q + 2 * k, 2 * b, 2 * b) + touch(q, 2 * b, 2 * b) if sp > 1 else []
+    back = [*linear_back(t, wide, d, b, family), *touch(lse, 1), routing(1)]
+    back += [*slices, Op("attention", b * (4 * q + 4 * k) + lse, BACKWARD * flops)]
+    back += [*turn_back(k, table, b), *turn_back(q, table, b)]
+    back += [op for part in (q, k, k) for op in touch(part, b, 2 * b)] + touch(q, 2 * b) + touch(k, 2 * b, 2 * b)
+    back += [*norm_back(q, t * heads, b, full=full), *norm_back(k, t * kv, b, full=full)]
+    back += [op for out in (wide, narrow, narrow) for op in linear_back(t, d, out, b, family)]
+    back += touch(t * d, 3 * b, 3 * b)
+    return Passes(forward=[*enter, *slices, kernel, *linear(t, wide, d, b, family)], backward=back)
+
+
+def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
+    t, b, family = rows.tokens, rows.itemsize, adapters.mlp
+    d, inner = base.text.hidden_size, base.text.intermediate_size
+    enter = [*linear(t, d, inner, b, family), *linear(t, d, inner, b, family), *touch(t * inner, 2 * b, 3 * b)]
+    back = [*linear_back(t, inner, d, b, family), *touch(t * inner, 3 * b, 3 * b, 3 * b)]
+    back += [*linear_back(t, d, inner, b, family), *linear_back(t, d, inner, b, family), *touch(t * d, 3 * b)]
+    again = [*enter, *linear_again(t, inner, d, b, family)]
+    return Passes(forward=[*enter, *linear(t, inner, d, b, family)], again=again, backward=back)
+
+
+def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
+    """Loss and gradients by tiles of supervised tokens, all in forward."""
+    v, d, b, count = base.text.vocab_size, base.text.hidden_size, rows.itemsize, rows.supervised
+    size = min(max(1, TILE_BYTES // (WIDE * v)), count)
+    found: list[Op] = touch(count, 3 * WIDE, 3 * WIDE, 4 * WIDE) + touch(1, 3 * WIDE)
+    for n, times in ((size, count // size), (count % size, 1)) if size else ():
+        tile = [mm(n, d, v, b), *touch(n * v, WIDE + b, WIDE, 2 * WIDE, 2 * WIDE, WIDE)]
+        tile += touch(n, 3 * WIDE, 2 * WIDE, 3 * WIDE, 2 * WIDE)
+        if trained or passes:
+            tile += [*touch(n * v, WIDE, 2 * WIDE, WIDE + b), *touch(n, 3 * WIDE, 2 * WIDE, 2 * WIDE + INDEX)]
+        tile += [mm(n, v, d, b)] if passes else []
+        if trained:
+            part = [mm(v / SLICES, n, d, b), *touch(v * d / SLICES, 2 * WIDE + b)]
+            tile += [op._replace(times=SLICES) for op in part]
+        found += [op._replace(times=op.times * times) for op in tile if n]
+    found += touch(v * d, WIDE, WIDE + b) if trained else []
+    back = touch(count * d, *(2 * b,) * passes) + touch(v * d, *(2 * b,) * trained)
+    return Passes(forward=found, backward=[*back, *touch(count, WIDE)] if back else [])
+
+
+def around(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
+    """Once a micro-batch: the embedding, rotary tables, what the tower saw put in its places, the last norm.
+
+    Read off the code, not counted: a few tenths of one layer.
+    """
+    text, vision, t, b = base.text, base.vision, rows.tokens, rows.itemsize
+    size, reach = t * text.hidden_size, Reach.of(adapters)
+    seen = rows.patches // vision.spatial_merge_size**2 * text.hidden_size
+    levels = len(vision.deepstack_visual_indexes) if seen else 0
+    places = [*touch(size, *(3 * b,) * (seen > 0), *(2 * b,) * levels), *touch(seen, *(2 * b, 3 * b, 2 * b) * levels)]
+    forward = [*touch(size, 2 * b), *touch(t * text.head_dim, *(2 * WIDE,) * 18), *places, *norm(size, t, b)]
+    back = norm_back(size, t, b, full=adapters.norms.mode == "full") + touch(size, *(2 * b, 2 * b) * levels)
+    return Passes(forward=forward, backward=back if reach.layers else [])

@@ -1,0 +1,182 @@
+"""Why did a run hang or die? What its ranks left in runs/<name>/logs, merged into one page. Loads no torch.
+
+Ranks leave: rank-0007.log, their own words; rank-0007.json, where they last were; rank-0007.stack, their stacks when
+they stood still; failure-0007.json, why they ended; outcome.json, how the run ended; flight-7 and flight-gloo-7, the
+last collectives of NCCL and of gloo, when they stood still.
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.ranks.flight_reading import Flight, flight_lines, missed, read_flight
+
+OLD_S = 60.0
+SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTrace:
+    """What one rank left."""
+
+    rank: int
+    beat: Mapping[str, Any] = field(default_factory=dict)
+    failure: Mapping[str, Any] = field(default_factory=dict)
+    stack: str = ""
+    log_end: str = ""
+    flight: Flight = field(default_factory=Flight)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's."""
+    return (folder / "config.yaml").is_file()
+
+
+def read_traces(logs: Path) -> list[RankTrace]:
+    """What every rank left, in order of rank."""
+    found = {
+        int(match[1])
+        for path in logs.iterdir()
+        if (match := re.match(r"(?:rank|failure|flight(?:-gloo)?)-(\d+)", path.name))
+    }
+    return [_trace(logs, rank) for rank in sorted(found)]
+
+
+def _trace(logs: Path, rank: int) -> RankTrace:
+    log = logs / f"rank-{rank:04d}.log"
+    return RankTrace(
+        rank=rank,
+        beat=_json(logs / f"rank-{rank:04d}.json"),
+        failure=_json(logs / f"failure-{rank:04d}.json"),
+        stack=_text(logs / f"rank-{rank:04d}.stack"),
+        log_end="\n".join(_text(log).splitlines()[-3:]),
+        flight=read_flight(logs, rank),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):  # not there, or cut off while it was written
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
+    """The page, and whether there is anything to find."""
+    logs, now = folder / "logs", time.time() if now is None else now
+    traces = read_traces(logs) if logs.is_dir() else []
+    outcome = _json(logs / "outcome.json")
+    if not traces:
+        return [f"{folder}: no rank has left anything in {logs}; it never started, or elsewhere"], True
+    lines = [f"{folder}: {len(traces)} rank(s), outcome {outcome.get('outcome', 'none: it did not end by itself')}"]
+    verdict = list(_verdict(traces, outcome, now))
+    lines += ["", *(verdict or ["nothing is wrong that ranks could tell"]), ""]
+    lines += ["rank  host            step  stage                last seen  collective / samples"]
+    lines += [_row(trace, now) for trace in traces]
+    for trace in traces:
+        lines += _details(trace)
+    return lines, bool(verdict)
+
+
+def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) -> Iterator[str]:
+    """Sentences, the likeliest cause first, each with what to do."""
+    failed = sorted(
+        (t for t in traces if t.failure), key=lambda t: (t.failure.get("kind") == "lost", t.failure["time"])
+    )
+    if failed:
+        first = failed[0]
+        yield (
+            f"rank {first.rank} on {first.failure.get('host', '?')} ended first ({first.failure.get('kind')}): "
+            f"{first.failure.get('message', '')}"
+        )
+        lost = [t.rank for t in failed[1:]]
+        if lost:
+            yield f"rank(s) {_some(lost)} ended after it: look at rank {first.rank} first"
+    if outcome.get("outcome") in ("done", "preempted"):
+        return
+    silent = [t for t in traces if not t.failure and t.beat and now - float(t.beat.get("time", now)) > OLD_S]
+    if silent and failed:
+        yield (
+            f"rank(s) {_some([t.rank for t in silent])} left no word: killed from outside (out of memory? look at the "
+            f"kernel's log of {_some(sorted({str(t.beat.get('host')) for t in silent}))}), or cut off"
+        )
+    yield from _behind(traces)
+    yield from _odd_stack(traces)
+    yield from missed({trace.rank: trace.flight for trace in traces})
+    if silent and not failed and len(silent) == sum(bool(trace.beat) for trace in traces):
+        yield "no rank has been heard for a minute and none said why: the machine or the job was stopped from outside"
+
+
+def _behind(traces: list[RankTrace]) -> Iterator[str]:
+    """Ranks in another step or stage than most: the others wait for them."""
+    where = {t.rank: (t.beat.get("step"), t.beat.get("stage")) for t in traces if t.beat}
+    if len(set(where.values())) < 2:
+        return
+    usual, _ = Counter(where.values()).most_common(1)[0]
+    for rank, here in where.items():
+        if here != usual:
+            samples = next(t for t in traces if t.rank == rank).beat.get("samples") or []
+            reading = f"; its samples: {', '.join(map(str, samples[:4]))}" if samples else ""
+            yield (
+                f"rank {rank} is in step {here[0]}, {here[1]}, most are in step {usual[0]}, {usual[1]}: they wait for "
+                f"it{reading}. See its stack below"
+            )
+
+
+def _odd_stack(traces: list[RankTrace]) -> Iterator[str]:
+    """A rank whose innermost frame of the main thread differs from the others'."""
+    tops = {t.rank: top for t in traces if (top := _top(t.stack))}
+    if len(tops) < 2 or len(set(tops.values())) == 1:
+        return
+    usual, _ = Counter(tops.values()).most_common(1)[0]
+    for rank, top in tops.items():
+        if top != usual:
+            yield f"rank {rank} stands in {top}, others in {usual}"
+
+
+def _top(stack: str) -> str:
+    """The innermost frame that is not of the machine room: ours, or the library's that we called."""
+    frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stack.rpartition("most recent call first")[2])
+    ours = [f for f in frames if re.search(r"/(finetune|moe|data)/", f[0])]
+    if not frames:
+        return ""
+    file, line, name = (ours or frames)[0]
+    return f"{name} ({Path(file).name}:{line})"
+
+
+def _row(trace: RankTrace, now: float) -> str:
+    beat = trace.beat
+    seen = f"{now - float(beat['time']):.0f} s ago" if "time" in beat else "never"
+    what = beat.get("collective") or ", ".join(map(str, (beat.get("samples") or [])[:3]))
+    return (
+        f"{trace.rank:>4}  {str(beat.get('host', '?')):<14}  {str(beat.get('step', '-')):>4}  "
+        f"{str(beat.get('stage', '-')):<19}  {seen:>9}  {what}"
+    )
+
+
+def _details(trace: RankTrace) -> Iterator[str]:
+    if trace.flight.entries:
+        yield f"\nrank {trace.rank}, last collectives:"
+        yield from flight_lines(trace.flight)
+    if trace.stack:
+        frames = trace.stack.rpartition("most recent call first")[2].strip(" ):\n").splitlines()
+        yield f"\nrank {trace.rank}, stack, innermost first:"
+        yield from frames[:SHOWN]
+    if trace.failure and trace.log_end:
+        yield f"\nrank {trace.rank}, its last words:"
+        yield from trace.log_end.splitlines()
+
+
+def _some(values: list[Any]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return f"{shown} and {len(values) - 8} more" if len(values) > 8 else shown

@@ -1,0 +1,56 @@
+"""The flight recorder: the last collectives of each rank, written when a rank ends because it stood still.
+
+torch keeps them for gloo and for NCCL, apart. The files are torch's own, so that its `flight_recorder` tool reads them:
+flight-7 of NCCL, which its watchdog may also write, and flight-gloo-7.
+"""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from torch._C import _distributed_c10d
+
+from finetune.ranks.flight_reading import GLOO, NCCL
+
+KEPT = 2000
+"""So many collectives are kept; a step of a large model has some thousand."""
+RECORDERS = {NCCL: "_dump_nccl_trace", GLOO: "_dump_fr_trace"}
+"""By the beginning of the file's name; a build of torch without NCCL lacks the first."""
+
+
+def record_flight(folder: Path) -> None:
+    """Let torch record, and write beside the logs should NCCL's own watchdog fire; before the first process group."""
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        os.environ.setdefault(name, str((folder / NCCL).absolute()))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT))
+
+
+def forget_flight(folder: Path, rank: int) -> None:
+    """A new start: what the one before recorded is history."""
+    for name in RECORDERS:
+        (folder / f"{name}{rank}").unlink(missing_ok=True)
+
+
+def write_flight(folder: Path, rank: int) -> None:
+    """Write what was recorded; from any thread, while the main one waits in a collective."""
+    for name, function in RECORDERS.items():
+        dump: Callable[..., bytes] | None = getattr(_distributed_c10d, function, None)
+        if dump is None:
+            continue
+        # torch hands over a pickle that this very process has just made, and its own tool reads pickles
+        found = pickle.loads(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
+        if found.get("entries"):
+            found["pg_config"] = _groups() or found["pg_config"]
+            (folder / f"{name}{rank}").write_bytes(pickle.dumps(found))
+
+
+def _groups() -> dict[str, dict[str, str]]:
+    """Who is in which group, as NCCL's recorder says it; gloo's leaves it out."""
+    world = dist.distributed_c10d._world
+    return {
+        name: {"name": name, "desc": group.group_desc, "ranks": json.dumps(sorted(world.pg_group_ranks[group]))}
+        for group, name in world.pg_names.items()
+    }

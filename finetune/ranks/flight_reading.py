@@ -1,0 +1,144 @@
+"""The flight recorders of a run's ranks side by side: which collective some wait in, and who did not join it. No torch.
+
+A group of ranks counts its collectives, on each rank for itself. Where one rank's count is behind, it took another way;
+where the counts are equal and the collectives are not, they met in different ones.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NCCL, GLOO = "flight-", "flight-gloo-"
+"""How the files of each backend begin; a rank's number follows."""
+SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flight:
+    """What one rank's recorders kept: its collectives, oldest first, and who is in which group."""
+
+    entries: tuple[Mapping[str, Any], ...] = ()
+    members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def last(self) -> dict[str, Mapping[str, Any]]:
+        """The newest collective of each group; a message between two ranks is none."""
+        return {_group(entry): entry for entry in self.entries if not entry.get("is_p2p")}
+
+
+class _Plain(pickle.Unpickler):
+    """The recorder's dumps are pickles of plain containers; anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} in a dump of plain values")
+
+
+def read_flight(logs: Path, rank: int) -> Flight:
+    """What a rank left, of every backend; nothing where it left nothing that can be read."""
+    entries: list[Mapping[str, Any]] = []
+    members: dict[str, tuple[int, ...]] = {}
+    for path in (logs / f"{name}{rank}" for name in (NCCL, GLOO)):
+        found = _load(path)
+        entries += found.get("entries", ())
+        for name, group in found.get("pg_config", {}).items():
+            members |= {name: tuple(json.loads(group["ranks"]))} if group.get("ranks") else {}
+    return Flight(entries=tuple(entries), members=members)
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            found = _Plain(file).load()
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
+    """A sentence for each group whose ranks do not stand in the same collective."""
+    last = {rank: flight.last() for rank, flight in flights.items() if flight.entries}
+    for group in sorted({group for found in last.values() for group in found}):
+        ranks = _members(flights, last, group)
+        counts = {rank: _number(last[rank][group]) if group in last[rank] else 0 for rank in ranks if rank in last}
+        most = max(counts.values())
+        ahead = [rank for rank in counts if counts[rank] == most]
+        entry = last[ahead[0]][group]
+        if not _waits(entry):
+            continue
+        late, silent = [rank for rank in counts if counts[rank] < most], [rank for rank in ranks if rank not in last]
+        others = [rank for rank in ahead if _kind(last[rank][group]) != _kind(entry)]
+        first = [rank for rank in ahead if rank not in others]
+        if late:
+            where = f"{_what(last[late[0]][group])}, number {counts[late[0]]}" if group in last[late[0]] else "none yet"
+            yield (
+                f"rank(s) {_some(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}, which rank(s) "
+                f"{_some(late)} did not join: the last there was {where}"
+            )
+        elif others:
+            theirs, where = _called(last[others[0]][group]), _name(group)
+            yield (
+                f"rank(s) {_some(first)} wait in {_called(entry)}, and rank(s) {_some(others)} in {theirs}, both "
+                f"number {most} of {where}: they took different ways"
+            )
+        elif silent:
+            yield (
+                f"rank(s) {_some(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}; rank(s) "
+                f"{_some(silent)} left no record of theirs"
+            )
+
+
+def flight_lines(flight: Flight, shown: int = 3) -> Iterator[str]:
+    """A rank's last collectives, for people."""
+    for entry in flight.entries[-shown:]:
+        state = "waits" if _waits(entry) else "done"
+        yield f"  {_name(_group(entry))} {_number(entry)}: {_called(entry)} {state}"
+
+
+def _members(flights: Mapping[int, Flight], last: Mapping[int, Mapping[str, Any]], group: str) -> list[int]:
+    name = group.partition(":")[2].partition(" ")[0]
+    told = {rank for flight in flights.values() for rank in flight.members.get(name, ())}
+    return sorted(told | {rank for rank, found in last.items() if group in found})
+
+
+def _group(entry: Mapping[str, Any]) -> str:
+    name, said = entry["process_group"]
+    return f"{str(entry['profiling_name']).partition(':')[0]}:{name} {said}"
+
+
+def _name(group: str) -> str:
+    backend, _, name = group.partition(":")
+    number, _, said = name.partition(" ")
+    return f"{backend} group {number}" + (f" ({said})" if said and said != "undefined" else "")
+
+
+def _number(entry: Mapping[str, Any]) -> int:
+    return int(entry["collective_seq_id"])
+
+
+def _waits(entry: Mapping[str, Any]) -> bool:
+    return not entry.get("retired") and entry.get("state") != "completed"
+
+
+def _kind(entry: Mapping[str, Any]) -> str:
+    """What must be the same on all ranks of a group; of an all-to-all each rank may give another number of rows."""
+    return "all_to_all" if ":all_to_all" in str(entry["profiling_name"]) else _what(entry)
+
+
+def _what(entry: Mapping[str, Any]) -> str:
+    return f"{str(entry['profiling_name']).partition(':')[2]} {entry.get('input_sizes') or ''}".strip()
+
+
+def _called(entry: Mapping[str, Any]) -> str:
+    """The collective, and the place of ours from which it was called."""
+    for frame in entry.get("frames", ()):
+        if re.search(r"/(finetune|moe|data)/[\w/]+\.py$", frame["filename"]):
+            return f"{_what(entry)} of {frame['name']} ({Path(frame['filename']).name}:{frame['line']})"
+    return _what(entry)
+
+
+def _some(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:SHOWN]))
+    return f"{shown} and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else shown

@@ -1,0 +1,1 @@
+"""What a recipe may say: read, checked, derived from. Loads no torch."""

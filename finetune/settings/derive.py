@@ -1,0 +1,154 @@
+"""Numbers that follow from a configuration, each with its derivation. Loads no torch."""
+
+from dataclasses import asdict, dataclass
+from itertools import groupby
+
+from finetune.architecture.rank_shares import rank_shares
+from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.architecture.yarn import extended_rope, extension, rotary, serving_lines
+from finetune.config import RunConfig
+from finetune.settings.checks import base_family, fewest_ranks
+from finetune.settings.stages import run_stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """One number, the machine's name for it, and the sentence that derives it."""
+
+    name: str
+    value: int | float
+    text: str
+
+
+def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list[Derived]:
+    """Every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
+    count = ranks or fewest_ranks(config)
+    lines = [*_ranks(config, ranks), *_step(config, count), *_stages(config), *_model(config), *_context(config)]
+    lines += _mixture(config)
+    return [*lines, *(_reads(config, count) if reads and config.parallel.ep else ())]
+
+
+def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
+    count, ep = ranks or fewest_ranks(config), config.parallel.ep
+    origin = "--ranks" if ranks else "the fewest this recipe allows; --ranks N for another number"
+    spread = f"{count // ep} expert-parallel group(s) of {ep}" if ep else "parallel.ep is settled at start"
+    groups = f"{count} ranks ({origin}): {spread}"
+    sp, tokens = config.parallel.sp, config.data.tokens_per_pack
+    lines = [Derived(name="data_ranks", value=count // sp, text=groups)]
+    if sp > 1:
+        each = -(-tokens // sp)
+        text = f"{count // sp} sequence group(s) of {sp}: a row of {tokens:,} tokens is {each:,} on each rank"
+        lines.append(Derived(name="tokens_per_rank", value=each, text=text))
+    return lines
+
+
+def _step(config: RunConfig, ranks: int) -> list[Derived]:
+    packs, tokens = config.data.packs_per_step, config.data.tokens_per_pack
+    ranks //= config.parallel.sp
+    micro = -(-packs // ranks)  # uneven only where a run goes on with other ranks
+    rows = f"a packed row each ({micro * ranks - packs} of them empty)" if packs % ranks else "a packed row each"
+    return [
+        Derived(
+            name="tokens_per_step",
+            value=packs * tokens,
+            text=f"tokens per step = {packs} packs x {tokens:,} = {packs * tokens:,}",
+        ),
+        Derived(
+            name="micro_batches_per_rank",
+            value=micro,
+            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, {rows}",
+        ),
+    ]
+
+
+def _stages(config: RunConfig) -> list[Derived]:
+    """Each stage in a line: its steps, what trains at which peak rate, and how much it reads."""
+    lines = []
+    for stage in run_stages(config) if config.stages else ():
+        trains = ", ".join(f"{name} at {peak:.3g}" for name, peak in stage.peaks.items())
+        packs, tokens = stage.data.packs_per_step, stage.data.tokens_per_pack
+        text = (
+            f"stage {stage.name or '(before the first)'}: steps {stage.first} to {stage.end - 1} train {trains}; "
+            f"{packs} packs x {tokens:,} = {packs * tokens:,} tokens a step"
+            + (f", each row over {stage.sp} ranks" if stage.sp > 1 else "")
+        )
+        lines.append(Derived(name=f"stage.{stage.name}", value=stage.steps, text=text))
+    return lines
+
+
+def _model(config: RunConfig) -> list[Derived]:
+    base = base_family(config)
+    counts = parameter_counts(base)
+    total, active = counts.total, active_text_parameters(base)
+    parts = " + ".join(f"{name} {count:,}" for name, count in asdict(counts).items() if count)
+    lines = [
+        Derived(name="parameters", value=total, text=f"parameters of {base.name} = {parts} = {total:,}"),
+        Derived(name="active", value=active, text=f"of these, one text token passes through {active:,}"),
+        Derived(
+            name="bf16_bytes",
+            value=2 * total,
+            text=f"weights in bfloat16 = 2 bytes x {total:,} = {2 * total / 2**30:.1f} GiB",
+        ),
+    ]
+    if base.text.experts is not None and config.parallel.ep:
+        number, ep = base.text.experts.num_experts, config.parallel.ep
+        local = number // ep
+        text = f"experts per rank = {number} / ep {ep} = {local} in each of {len(base.moe_layers)} layers"
+        lines.append(Derived(name="experts_per_rank", value=local, text=text))
+    return lines
+
+
+def _context(config: RunConfig) -> list[Derived]:
+    base = base_family(config)
+    extended = extension(config.context, base)
+    if extended is None:
+        return []
+    scaling = rotary(extended_rope(base.text.rope, extended), base.text.head_dim).scaling
+    lines = [
+        Derived(
+            name="context_positions",
+            value=int(extended.original * extended.factor),
+            text=f"yarn reaches position {extended.original:,} x {extended.factor:g} = "
+            f"{int(extended.original * extended.factor):,}; config.json will say {extended.length:,} tokens",
+        ),
+        Derived(
+            name="attention_scaling",
+            value=scaling,
+            text=f"queries and keys are scaled by 0.1 ln {extended.factor:g} + 1 = {scaling:.6f}",
+        ),
+    ]
+    serving = enumerate(serving_lines(base, extended))
+    return [*lines, *(Derived(name=f"serving.{number}", value=extended.length, text=text) for number, text in serving)]
+
+
+def _mixture(config: RunConfig) -> list[Derived]:
+    if config.data.mixture == "natural":
+        return []  # shares follow from the data: every sample once an epoch
+    total, unit = sum(source.weight for source in config.data.sources.values()), config.data.mixture
+    return [
+        Derived(
+            name=f"share.{name}",
+            value=source.weight / total,
+            text=f"share of {name} = {source.weight:g} / {total:g} = {source.weight / total:.1%} of {unit}",
+        )
+        for name, source in config.data.sources.items()
+    ]
+
+
+def _reads(config: RunConfig, ranks: int) -> list[Derived]:
+    """Frozen weights in bfloat16, resident and partitioned; equal neighbours share a line."""
+    shapes = parameter_shapes(base_family(config))
+    lines = []
+    for way in ("resident", "partitioned"):
+        shares = rank_shares(
+            shapes, world_size=ranks, ep_size=config.parallel.ep, itemsize=2, resident=way == "resident"
+        )
+        for (read, held), group in groupby(shares, key=lambda share: (share.read, share.held)):
+            members = [share.rank for share in group]
+            who = f"rank {members[0]}" if len(members) == 1 else f"each of ranks {members[0]} to {members[-1]}"
+            text = f"loading, {way}: {who} reads {read:,} bytes and keeps {held:,}"
+            lines.append(Derived(name=f"reads.{way}.{members[0]}", value=read, text=text))
+        total, largest = sum(share.read for share in shares), shares[0].largest
+        text = f"loading, {way}: read in all {total:,} bytes, each once; the largest single tensor has {largest:,}"
+        lines.append(Derived(name=f"reads.{way}.total", value=total, text=text))
+    return lines

@@ -1,0 +1,98 @@
+"""Values that others have published for this model and its kind, with where; `moetune check` warns outside of them.
+
+Sources: the authors' qwen-vl-finetune (full tuning: language 2e-7 to 1e-6, tower 1e-6, merger 1e-5, batches of 4 x 4 x
+8 GPUs; LoRA: 2e-5 with r 64, alpha 16); ms-swift's best practice for Qwen3-VL (LoRA: 1e-4 with r 8, alpha 32; full
+tuning 1e-5; global batch 4 for the 30B); LLaVA-1.5 (merger alone 1e-3, then all 2e-5); Schulman et al., "LoRA Without
+Regret", 2025 (LoRA ten times the rate of full tuning, r 1 to 512, and small batches). All of them are of bases from 2B.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune.architecture.families import Family
+from finetune.architecture.parts import FAMILIES
+from finetune.architecture.shapes import parameter_counts
+from finetune.config import RunConfig
+from finetune.settings.problems import Problem
+from finetune.settings.stages import run_stages, trained_families
+
+SMALLEST = 1_000_000_000
+"""Smaller bases are toys, for which nothing was published."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """From the lowest to the highest value that was published."""
+
+    low: float
+    high: float
+
+    def holds(self, value: float) -> bool:
+        """Say whether a value is inside."""
+        return self.low * 0.999 <= value <= self.high * 1.001
+
+
+LORA_LR = Range(low=2e-5, high=5e-4)  # authors' LoRA; ten times the full rates that LoRA Without Regret sweeps
+FULL_LR = Range(low=2e-7, high=2e-5)  # authors; LLaVA-1.5's second stage
+FULL_LR_OF = {
+    "merger": Range(low=1e-6, high=1e-3),  # authors 1e-5; LLaVA-1.5's first stage 1e-3
+    "deepstack_mergers": Range(low=1e-6, high=1e-3),
+    "vision_blocks": Range(low=2e-7, high=1e-5),  # authors 1e-6
+    "patch_embed": Range(low=2e-7, high=1e-5),
+    "pos_embed": Range(low=2e-7, high=1e-5),
+}
+RANK = Range(low=1, high=512)
+SCALE = Range(low=0.25, high=4.0)  # alpha / r: the authors' 16 / 64, ms-swift's 32 / 8
+PACKS = Range(low=4, high=512)  # ms-swift's script for the 30B; the authors' 4 x 4 on each of 8 to 32 GPUs
+
+
+def published_problems(config: RunConfig, base: Family | None) -> Iterator[Problem]:
+    """Warn of values that nobody has published for such a base: once for a key, whichever families it concerns."""
+    if base is None or not config.optim.lr > 0 or parameter_counts(base).total < SMALLEST:
+        return
+    counts = asdict(parameter_counts(base))
+    families = [name for name in trained_families(config) if counts[FAMILIES[name]]]
+    rates: dict[tuple[str, float], list[str]] = {}
+    for name in families:
+        for key, rate in _rates(config, name):
+            is_lora = getattr(config.adapters, name).mode == "lora"
+            found = LORA_LR if is_lora else FULL_LR_OF.get(name, FULL_LR)
+            if not found.holds(rate):
+                kind = f"LoRA on {name}" if is_lora else f"full tuning of {name}"
+                rates.setdefault((key, rate), []).append(f"{kind} {found.low:g} to {found.high:g}")
+    for (key, rate), lines in rates.items():
+        own = key if key.startswith("adapters.") else "adapters.<family>.lr"
+        yield _warning(key, rate, f"published are for {', '.join(lines)}", f"Set {own} into that range, or be sure")
+    for name in families:
+        yield from _ranks(name, getattr(config.adapters, name))
+    if not PACKS.holds(config.data.packs_per_step):
+        allowed = f"published batches are {PACKS.low:g} to {PACKS.high:g} rows"
+        yield _warning("data.packs_per_step", config.data.packs_per_step, allowed, "16 to 128 are usual")
+
+
+def _rates(config: RunConfig, name: str) -> dict[tuple[str, float], None]:
+    """Each peak rate that a family gets in some stage, with the key that decides it."""
+    own = f"adapters.{name}.lr" if getattr(config.adapters, name).lr else "optim.lr"
+    return dict.fromkeys(
+        (f"stages.{stage.name}.lr" if stage.name and config.stages[stage.name].lr else own, stage.peaks[name])
+        for stage in run_stages(config)
+        if name in stage.peaks
+    )
+
+
+def _ranks(name: str, family: Any) -> Iterator[Problem]:
+    """Ranks and scales of a low-rank family."""
+    if family.mode != "lora" or getattr(family, "r", 0) < 1:
+        return
+    scale = family.alpha / family.r
+    if not RANK.holds(family.r):
+        allowed = f"published ranks are {RANK.low:g} to {RANK.high:g}"
+        yield _warning(f"adapters.{name}.r", family.r, allowed, "8 to 64 are usual")
+    if not getattr(family, "rslora", False) and not SCALE.holds(scale):
+        allowed = f"published alpha / r are {SCALE.low:g} to {SCALE.high:g}, this is {scale:g}"
+        yield _warning(f"adapters.{name}.alpha", family.alpha, allowed, f"Twice r, {2 * family.r}, is usual")
+
+
+def _warning(key: str, found: object, allowed: str, remedy: str) -> Problem:
+    return Problem(key=key, found=found, allowed=allowed, remedy=remedy, level="warning")

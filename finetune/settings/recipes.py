@@ -1,0 +1,122 @@
+"""From a recipe's name and `key=value` overrides to a RunConfig. Loads no torch.
+
+Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All problems are collected before any is shown.
+"""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from finetune.config import RunConfig
+from finetune.settings.problems import Problem, did_you_mean
+from finetune.settings.typed import TypedTree
+
+COMMAND_LINE = "command line"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in files("configs").iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def find_recipe(name: str, *, beside: Path = Path()) -> Path:
+    """A YAML file by path (relative to `beside`), or a shipped recipe by its bare name."""
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        path = beside / name
+        if path.is_file():
+            return path
+        hint = f" `{path.stem}` alone calls the shipped recipe." if path.stem in recipe_names() else ""
+        raise ValueError(
+            f"recipe {name!r}: there is no file {path.absolute()}.{hint} Shipped: {', '.join(recipe_names())}."
+        )
+    if name in recipe_names():
+        return Path(str(files("configs") / f"{name}.yaml"))
+    advice = did_you_mean(name, recipe_names())
+    raise ValueError(f"recipe {name!r}: neither a file (its name ends in .yaml) nor a shipped recipe. {advice}")
+
+
+def load(
+    name: str, overrides: Sequence[str] = (), *, below: tuple[dict[str, Any], str] | None = None
+) -> tuple[RunConfig, list[Problem]]:
+    """The configuration as far as it can be read, and what is wrong; a bad value leaves its default in place.
+
+    Without a name, the defaults of the code below the overrides. `below` are values under the recipe's, and their
+    source.
+    """
+    typed = TypedTree(RunConfig)
+    if below is not None:
+        typed.take(*below)
+    for tree, source in _layers(name, typed) if name else ():
+        typed.take(tree, source)
+    for override in overrides:
+        _take_override(override, typed)
+    config = typed.finish()
+    return config, typed.problems
+
+
+def effective(config: RunConfig) -> dict[str, Any]:
+    """Every key with its value, as plain containers."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(tree, dict)
+    if config.parallel.ep == 0:
+        tree["parallel"]["ep"] = "auto"
+    return {str(key): value for key, value in tree.items()}
+
+
+def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any], str]]:
+    """The recipe and all it builds on, the foundation first."""
+    path = find_recipe(name)
+    chain = [path.resolve()]
+    layers: list[tuple[dict[str, Any], str]] = []
+    while True:
+        tree = _read(path)
+        base = tree.pop("base", None)
+        layers.insert(0, (tree, path.name))
+        if base is None:
+            return layers
+        try:
+            path = find_recipe(str(base), beside=path.parent)
+        except ValueError as error:
+            typed.report("base", base, str(error).rstrip("."), "Mend the base: line", path.name)
+            return layers
+        chain.append(path.resolve())
+        if chain[-1] in chain[:-1]:
+            circle = " -> ".join(step.name for step in chain)
+            typed.report("base", base, f"recipes build on each other in a circle: {circle}", "Cut it", layers[0][1])
+            return layers
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"recipe {path}: not readable as YAML: {error}. Mend the file there.") from error
+    if not isinstance(tree, dict):
+        raise ValueError(
+            f"recipe {path}: sections with keys are wanted, found a {type(tree).__name__}. Write `optim:` ..."
+        )
+    return {str(key): value for key, value in tree.items()}
+
+
+def _take_override(text: str, typed: TypedTree[RunConfig]) -> None:
+    key, sign, value = text.partition("=")
+    if not sign or not all(key.split(".")):
+        typed.report(text, text, "an override reads section.key=value", "Write it so", COMMAND_LINE)
+        return
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    except (YAMLError, OmegaConfBaseException):
+        typed.report(key, value, "the value is not readable as YAML", "Close its brackets and quotes", COMMAND_LINE)
+        return
+    assert isinstance(parsed, dict)
+    tree: Any = parsed["value"]
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    typed.take(tree, COMMAND_LINE)

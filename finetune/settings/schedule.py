@@ -1,0 +1,34 @@
+"""The learning rate of a step: a pure function, so that any step can be resumed or drawn. Loads no torch."""
+
+from math import cos, pi
+
+from finetune.config import ScheduleConfig
+from finetune.settings.stages import Stage
+
+
+def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, stage: Stage | None = None) -> float:
+    """The rate of step `step` (from 0): linear warm-up to `peak`, then as the shape says, down to final_share of it.
+
+    A stage may warm up from its own first step too.
+    """
+    rate = peak * _share(step, schedule)
+    if stage is not None:
+        rate *= min(1.0, (step - stage.first + 1) / max(1, stage.warmup_steps))
+    return rate
+
+
+def _share(step: int, schedule: ScheduleConfig) -> float:
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    first = schedule.steps - schedule.decay_steps if schedule.shape == "wsd" else schedule.warmup_steps
+    # the last step is the first at the lowest rate; wsd comes down in its first decay step already
+    span = schedule.decay_steps if schedule.shape == "wsd" else max(1, schedule.steps - first - 1)
+    done = min(1.0, max(0, step - first + (schedule.shape == "wsd")) / max(1, span))
+    left = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "wsd": 1.0 - done,
+        "cosine": (1.0 + cos(pi * done)) / 2,
+    }[schedule.shape]
+    low = 1.0 if schedule.shape == "constant" else schedule.final_share
+    return low + (1.0 - low) * left

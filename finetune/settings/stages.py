@@ -1,0 +1,85 @@
+"""What trains on what, from which step on: the run cut at `stages:`. A pure function of the configuration, no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data.config import DataConfig
+from finetune.architecture.parts import FAMILIES
+from finetune.config import RunConfig, StageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of the run. Nothing here depends on how far the run is, so that any step can be resumed."""
+
+    name: str
+    number: int
+    first: int
+    end: int
+    peaks: Mapping[str, float]
+    """The families of `adapters:` that train, each with the highest learning rate it gets."""
+    warmup_steps: int
+    data: DataConfig
+    sp: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return self.end - self.first
+
+
+def run_stages(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages in their order, from step 0 to the last; a run without `stages:` is one without a name."""
+    named = sorted(config.stages.items(), key=lambda item: item[1].from_step)
+    if not named or named[0][1].from_step > 0:
+        named.insert(0, ("", StageConfig()))
+    ends = [stage.from_step for _, stage in named[1:]] + [config.schedule.steps]
+    return tuple(
+        Stage(
+            name=name,
+            number=number,
+            first=stage.from_step,
+            end=end,
+            peaks={
+                name: stage.lr or getattr(config.adapters, name).lr or config.optim.lr
+                for name in trained_families(config)
+                if name in (stage.train or FAMILIES)
+            },
+            warmup_steps=stage.warmup_steps,
+            data=stage_data(config, stage),
+            sp=stage.sp or config.parallel.sp,
+        )
+        for number, ((name, stage), end) in enumerate(zip(named, ends, strict=True))
+    )
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage that a step belongs to."""
+    return next(stage for stage in reversed(stages) if stage.first <= step or stage.number == 0)
+
+
+def trained_families(config: RunConfig) -> list[str]:
+    """Families that train in some stage, in the order of `adapters:`."""
+    return [family for family in FAMILIES if getattr(config.adapters, family).mode != "frozen"]
+
+
+def stage_data(config: RunConfig, stage: StageConfig) -> DataConfig:
+    """The `data:` section of a stage."""
+    mine: dict[str, Any] = {key: value for key, value in vars(stage.data).items() if value is not None}
+    weights = mine.pop("weights")
+    sources = {
+        name: replace(source, weight=weights.get(name, source.weight)) for name, source in config.data.sources.items()
+    }
+    return replace(config.data, sources=sources, **mine)
+
+
+def longest_pack(stages: Sequence[Stage]) -> int:
+    """Tokens of the longest packed row of the run."""
+    return max(stage.data.tokens_per_pack for stage in stages)
+
+
+def by_stage(config: RunConfig, key: str) -> list[tuple[str, int]]:
+    """The values of a number of `data:`, by dotted key: the run's own, then each stage's that has another."""
+    named = [(f"stages.{name}.data.{key}", getattr(stage.data, key)) for name, stage in config.stages.items()]
+    return [(f"data.{key}", getattr(config.data, key)), *(item for item in named if item[1] is not None)]

@@ -1,0 +1,109 @@
+"""What a step was: each rank's share of it, brought together in the step's one exchange, and the figures made of it."""
+
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.stream.batch import Step
+from finetune.architecture.flops import FlopMeter, Work, batch_work
+from finetune.ranks.collectives import gather_numbers
+from moe.expert_load import StepLoad
+
+WORK = ("tokens", "supervised", "squares", "patches", "frame_squares")
+OWN = ("row_tokens", "images", "video_seconds", "seconds", "seconds_data", "memory_gb", "stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's part of a step."""
+
+    work: Work
+    row_tokens: int = 0  # of its packed rows, padding included; dummies are no part of a step
+    images: int = 0
+    video_seconds: float = 0.0
+    seconds: float = 0.0  # from the moment it asked for data to the end of the update
+    seconds_data: float = 0.0  # of these, waiting for data
+    memory_gb: float = 0.0  # the most it held so far
+    stop: int = 0  # the number of the signal that asks it to stop; 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the ranks compute on."""
+
+    world: int
+    peak_flops: float | None  # of one, in bfloat16; None: not known, so there is no MFU
+
+
+def share_of(step: Step, *, seconds: float, stop: int) -> Share:
+    """Return this rank's part; reads tensors on the host, so give it the step as it came from the stream."""
+    # of the ranks that share a row's slices one counts it: the others' steps are emptied by `counted_once`
+    real = [batch for batch in step.batches if batch.keys] if step.tokens else []
+    return Share(
+        work=sum((batch_work(batch) for batch in real), Work()),
+        row_tokens=sum(batch.input_ids.numel() for batch in real),
+        images=step.images,
+        video_seconds=step.video_seconds,
+        seconds=seconds,
+        seconds_data=step.wait_seconds,
+        memory_gb=_memory_gb(),
+        stop=stop,
+    )
+
+
+def gather_shares(mine: Share, device: torch.device) -> list[Share]:
+    """Return the shares of all ranks, the same list on each; every rank must call this."""
+    flat = [getattr(mine.work, name) for name in WORK] + [getattr(mine, name) for name in OWN]
+    found = []
+    for numbers in gather_numbers(flat, device):
+        work = Work(**{name: int(number) for name, number in zip(WORK, numbers, strict=False)})
+        own: dict[str, Any] = dict(zip(OWN, numbers[len(WORK) :], strict=True))
+        own |= {name: int(own[name]) for name in ("row_tokens", "images", "stop")}
+        found.append(Share(work=work, **own))
+    return found
+
+
+def figures(shares: Sequence[Share], meter: FlopMeter, device: Device) -> dict[str, Any]:
+    """Return a step's figures over all ranks: sums of what was worked on, the slowest rank's seconds.
+
+    Tokens a second count useful tokens; FLOP/s are those that this training needs, of one device.
+    """
+    work = sum((share.work for share in shares), Work())
+    seconds = max(share.seconds for share in shares)
+    rate = meter.model(work) / seconds / device.world
+    return {
+        "tokens": sum(share.row_tokens for share in shares),
+        "tokens_nonpad": work.tokens,
+        "tokens_supervised": work.supervised,
+        "images": sum(share.images for share in shares),
+        "video_seconds": sum(share.video_seconds for share in shares),
+        "seconds": seconds,
+        "seconds_data": max(share.seconds_data for share in shares),
+        "tokens_per_second": work.tokens / seconds,
+        "tflops_model": rate / 1e12,
+        "mfu": rate / device.peak_flops if device.peak_flops else None,
+        "memory_gb": max(share.memory_gb for share in shares),
+    }
+
+
+def load_figures(load: StepLoad | None) -> Mapping[str, Any]:
+    """Return what is said of the experts' load in each step's line; nothing of a dense base."""
+    if load is None:
+        return dict.fromkeys(
+            ("expert_load_max_over_mean", "expert_load_entropy", "experts_dead", "router_agreement"), None
+        )
+    return {
+        "expert_load_max_over_mean": load.expert_load_max_over_mean,
+        "expert_load_entropy": load.expert_load_entropy,
+        "experts_dead": load.experts_dead,
+        "router_agreement": load.router_agreement,
+    }
+
+
+def _memory_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB

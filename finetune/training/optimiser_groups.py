@@ -1,0 +1,63 @@
+"""The optimiser's groups: what has one learning rate and trains in the same stages; and from stage to stage.
+
+All that may ever train has its masters and moments from the start. A stage pauses what it does not train: its
+parameters ask for no gradient, so that none is computed, and its groups' rate is 0, which leaves every bit as it is.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from finetune.architecture.parts import FAMILIES
+from finetune.config import RunConfig
+from finetune.model.empty import EmptyModel
+from finetune.model.lora import adapted_part
+from finetune.ranks.engine import Group
+from finetune.ranks.hooks import forget_order
+from finetune.settings.schedule import learning_rate
+from finetune.settings.stages import Stage
+
+
+def trained_groups(empty: EmptyModel, stages: Sequence[Stage]) -> list[Group]:
+    """Sort the parameters that train by their learning rates in all stages; as few groups as that takes."""
+    families = {part: family for family, part in FAMILIES.items()}
+    found: dict[tuple[float, ...], list[nn.Parameter]] = {}
+    for name in empty.trained:
+        family = families[adapted_part(empty.canonical(name))]
+        peaks = tuple(stage.peaks.get(family, 0.0) for stage in stages)
+        found.setdefault(peaks, []).append(empty.module.get_parameter(name))
+    return [Group(parameters=tuple(these), peaks=peaks) for peaks, these in found.items()]
+
+
+def enter(engine: Any, stage: Stage, *, at: int) -> str:
+    """Let train what the stage trains, and nothing else; every rank must call this before step `at` of the stage.
+
+    At its first step, what did not train in the stage before starts without moments. Returns what to say of it.
+    """
+    for group, parameters, flat in _groups(engine):
+        trains = group["peaks"][stage.number] > 0
+        trained = stage.number > 0 and group["peaks"][stage.number - 1] > 0
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
+        if at == stage.first and trains and not trained:
+            for moment in engine.optimizer.optimizer.state[flat].values():
+                moment.zero_()
+    forget_order(engine)
+    return f"from step {at}{f', stage {stage.name}' if stage.name else ''}: {', '.join(stage.peaks)} train"
+
+
+def set_rates(engine: Any, step: int, stage: Stage, config: RunConfig) -> Mapping[str, float]:
+    """Give every group the rate of this step, 0 where the stage pauses it; returns the highest of them as `lr`."""
+    groups = engine.optimizer.param_groups
+    for group in groups:
+        peak = group["peaks"][stage.number]
+        group["lr"] = learning_rate(step, peak=peak, schedule=config.schedule, stage=stage)
+    return {"lr": max(group["lr"] for group in groups)}
+
+
+def _groups(engine: Any) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Any]]:
+    """The optimiser's groups, with their parameters, and the flat tensor that ZeRO-3 made of this rank's slices."""
+    zero = engine.optimizer
+    for number, (parameters, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
+        yield zero.param_groups[zero.sub_group_to_group_id[number]], parameters, flat

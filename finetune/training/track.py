@@ -1,0 +1,188 @@
+"""Pictures out of a batch, as the model sees them: patches put together again."""
+
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from signal import Signals
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.render.vision import Pixels, VisionSpec
+from data.stream.batch import Batch, Step
+from finetune.architecture.families import Family
+from finetune.architecture.flops import FlopMeter, peak_flops, trainings
+from finetune.architecture.parts import FAMILIES
+from finetune.config import RunConfig
+from finetune.ranks.collectives import rank_and_world
+from finetune.ranks.failures import keep_outcome
+from finetune.ranks.log import RankLog, print_line
+from finetune.settings.recipes import effective
+from finetune.training.metrics import Device, figures, gather_shares, load_figures, share_of
+from finetune.training.progress_bar import Follower
+from finetune.training.wandb_link import WandbLink
+from moe.expert_load import StepLoad
+
+
+def unpatch(patches: Tensor, *, grid: tuple[int, int, int], spec: VisionSpec) -> Pixels:
+    """Return the first frame behind the patch rows of an image or video, [H, W, 3]."""
+    _, rows, columns = grid
+    merge, side = spec.merge, spec.patch
+    frame = patches[: rows * columns].reshape(rows * columns, -1, side, side, 3)[:, 0]
+    blocks = frame.reshape(rows // merge, columns // merge, merge, merge, side, side, 3)
+    pixels: Pixels = np.ascontiguousarray(
+        blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(rows * side, columns * side, 3).numpy()
+    )
+    return pixels
+
+
+def pictures(batch: Batch, spec: VisionSpec) -> Iterator[Pixels]:
+    """Yield each image of a row, then the first frame of each of its videos."""
+    for patches, grids in ((batch.image_patches, batch.image_grids), (batch.video_patches, batch.video_grids)):
+        begin = 0
+        for time, rows, columns in grids.tolist():
+            end = begin + time * rows * columns
+            yield unpatch(patches[begin:end], grid=(time, rows, columns), spec=spec)
+            begin = end
+
+
+class Tracker:
+    """What is told of one start of a run, from its step `done` on; use it as a context, so that it ends in any case."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, *, base: Family, device: torch.device, log: RankLog, done: int
+    ) -> None:
+        rank, world = rank_and_world()
+        self._config, self._folder, self._device, self._log = config, folder, device, log
+        self._base, self._meter = base, FlopMeter(base, trainings(config.adapters))
+        peak, reason = _peak(config, device)
+        self._ranks = Device(world=world, peak_flops=peak)
+        self._writes = rank == 0
+        self._moe_layers = list(base.moe_layers) if base.text.experts is not None else []
+        self._preempted = False
+        self._link: WandbLink | None = None
+        if not self._writes:
+            return
+        if peak is None:
+            log(f"mfu: null in metrics.jsonl, {reason}")
+        _forget(folder / "metrics.jsonl", done)
+        _forget(folder / "expert_load.jsonl", done)
+        _forget(folder / "evaluations.jsonl", done + 1)  # these are numbered by the steps that are done
+        _forget(folder / "predictions.jsonl", done + 1)
+        if config.track.wandb != "off":
+            self._link = WandbLink(
+                config.track, folder, name=config.run.name, settings=effective(config) | {"ranks": world},
+                done=done, warn=log,
+            )  # fmt: skip
+        self._follower = Follower(log, done=done, steps=config.schedule.steps)
+        log.show = self._follower.print
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writes:
+            self._follower.close()
+            self._log.show = print_line
+            if self._link is None:
+                return
+            if kind is None:
+                self._link.close(code=int(self._preempted), preempted=self._preempted)
+            else:
+                self._link.abandon()  # the failure is to be told now
+
+    def step(
+        self, at: int, step: Step, found: Mapping[str, Any], *, load: StepLoad | None, seconds: float, stop: int = 0
+    ) -> int:
+        """Bring one step together, write and show it; every rank must call this, with the step as the stream gave it.
+
+        `found` is the same on all ranks. Returns the signal that any rank got, on every rank alike; 0 for none.
+        """
+        shares = gather_shares(share_of(step, seconds=seconds, stop=stop), self._device)
+        if self._writes:
+            values = {"step": at, "epoch": step.epoch}
+            values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **found}
+            self._write("metrics", values)
+            line = self._follower.step(values)
+            if self._follower.is_bar:  # else it was said
+                self._log.note(line)
+            every = self._config.track.load_every
+            if load is not None and every and at % every == 0:
+                self._write("expert_load", {"step": at, "layers": self._moe_layers, "counts": load.counts})
+        return max(share.stop for share in shares)
+
+    def stage(self, families: Collection[str]) -> None:
+        """From here these families of parameters train, which decides what work counts."""
+        trains = trainings(self._config.adapters)
+        here = {part: trains[part] for family, part in FAMILIES.items() if family in families}
+        self._meter = FlopMeter(self._base, here, recompute=self._config.parallel.recompute)
+
+    def evaluation(self, found: Mapping[str, Any]) -> None:
+        """Write what an evaluation found: names with numbers, and as `step` how many steps were done."""
+        if self._writes:
+            self._write("evaluations", found)
+
+    def predictions(self, steps: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the model answers after so many steps: rows of texts and numbers with the same names."""
+        if self._writes and rows:
+            self._write("predictions", {"step": steps, "rows": [dict(row) for row in rows]})
+
+    def adapter(self, steps: int, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Hand a finished adapter folder to W&B, under aliases like `last` and `best`."""
+        if self._link is not None:
+            self._link.send("adapter", {"step": steps, "folder": str(folder.absolute()), "aliases": list(aliases)})
+
+    def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None) -> None:
+        """Keep the first pictures of a run's first step as the model sees them, in the run folder's media/."""
+        wanted = self._config.track.media_samples
+        if at or not self._writes or spec is None or not wanted:
+            return
+        place = self._folder / "media"
+        kept: list[tuple[str, str]] = []
+        place.mkdir(exist_ok=True)
+        for batch in batches:
+            keys = ", ".join(batch.keys)
+            for pixels in islice(pictures(batch, spec), wanted - len(kept)):
+                file = place / f"step-{at:06d}-{len(kept)}.png"
+                Image.fromarray(pixels).save(file)
+                kept.append((str(file.absolute()), keys))
+        if self._link is not None and self._config.track.media == "wandb" and kept:
+            self._link.send("pictures", {"step": at, "files": kept})
+
+    def preempted(self, number: int, *, done: int) -> str:
+        """Take note that a signal ends this start after so many steps; returns the sentence for it."""
+        self._preempted = True
+        if self._writes:
+            keep_outcome(self._log, "preempted", done)
+        return f"stopped by {Signals(number).name} after {done} steps; the same command goes on from there"
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        with (self._folder / f"{kind}.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._link is not None:
+            self._link.send(kind, values)
+
+
+def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
+    """What one device can do at most, or why that is not known."""
+    if device.type != "cuda":
+        return None, "as the peak of a CPU is not known"
+    if config.model.dtype != "bfloat16":
+        return None, f"as the peaks that are known are of bfloat16, and model.dtype={config.model.dtype}"
+    name = torch.cuda.get_device_name(device)
+    return peak_flops(name), f"as the peak of {name!r} is not known"
+
+
+def _forget(path: Path, steps: int) -> None:
+    """Drop lines of steps that an earlier start took after its last checkpoint, and one that it was killed in."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line.rstrip("\n") for line in whole if json.loads(line)["step"] < steps]
+        path.write_text("".join(f"{line}\n" for line in kept))

@@ -1,0 +1,59 @@
+"""One update of the weights, from this rank's share of a step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from data.stream.batch import Step, keys_of
+from finetune.config import RunConfig
+from finetune.model.loss import normaliser, report, step_sums
+from finetune.ranks.collectives import sum_over_ranks
+from finetune.ranks.engine import backward, require_step_applied
+from finetune.training.bad_steps import require_finite
+from moe.balance import Balance
+from moe.expert_load import StepLoad
+
+
+def take_step(
+    engine: Any, step: Step, config: RunConfig, balance: Balance | None, number: int, device: torch.device,
+    tell: Callable[..., None],
+) -> tuple[dict[str, float], StepLoad | None]:  # fmt: skip
+    """One update; every rank must call this with its share of the same step.
+
+    `tell` is told (step, what, samples) before anything that waits for other ranks. Without one supervised token in
+    the step nothing is computed, and the loss is zero.
+    """
+    tell(number, "the sums before the first forward", keys_of(step.batches))
+    sums = step_sums(step.sums, device)
+    total = normaliser(sums, config.loss.normalise)
+    if not total:
+        return {"loss": 0.0, "grad_norm": 0.0}, None
+    tokens = int(sum_over_ranks([step.tokens], device)[0])
+    if balance is not None:
+        balance.start_step(tokens)
+    objectives: list[torch.Tensor] = []
+    coming = engine.module.send(step.batches[0], device)
+    for at, batch in enumerate(step.batches):
+        engine.set_gradient_accumulation_boundary(at == len(step.batches) - 1)
+        tell(number, f"row {at} of {len(step.batches)}", batch.keys)
+        row = coming.arrived()
+        if balance is not None:
+            balance.start_micro_batch(row.valid_T)
+        losses = engine(batch=row)
+        # with this forward queued, and before backward, at whose end the engine waits for the device
+        if at + 1 < len(step.batches):
+            coming = engine.module.send(step.batches[at + 1], device)
+        backward(engine, losses.objective, total)
+        objectives.append(losses.objective.detach())
+    tell(number, "the sums after the last backward")
+    found = dict(report(objectives, total, None))
+    require_finite(found, number)
+    load = balance.finish_step() if balance is not None else None
+    if load is not None:
+        found |= {"loss_balance": load.loss_balance, "loss_z": load.loss_z}
+        require_finite(found, number)
+    tell(number, "the update")
+    engine.step()
+    require_step_applied(engine, number)
+    return {**found, "grad_norm": float(engine.get_global_grad_norm())}, load

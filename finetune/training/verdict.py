@@ -1,0 +1,119 @@
+"""What an evaluation means for the run: is it the best yet, has a guard's bound been passed, is it time to stop.
+
+No torch. The state is JSON and goes with the checkpoint, so that a resumed run judges as the uninterrupted one would.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config import EvalConfig
+from finetune.settings.check_evaluation import HIGHER_IS_BETTER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One source's held-out samples: means over their supervised tokens, of the loss by the tokens' weights."""
+
+    samples: int
+    tokens: int
+    loss: float
+    accuracy: float
+    loss_base: float | None
+    """The loss with the adapters switched off; None, as kl, where there is no low-rank part to switch."""
+    kl: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What follows from an evaluation: sentences for people, whether to keep this state, why to end the run."""
+
+    is_best: bool = False
+    said: tuple[str, ...] = ()
+    stop: str | None = None
+    preempted: int = 0
+    """The signal that broke the evaluation off; it is to be made up for when the run goes on."""
+
+
+class Judge:
+    """Remembers the first losses, the best metric and how long ago it was."""
+
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self.first: dict[str, float] = {}
+        self.best: dict[str, Any] = {}
+        self.stale = 0
+        self.last: dict[str, dict[str, float | None]] = {}  # by source, everything measured
+
+    def judge(self, step: int, found: Mapping[str, Measured]) -> Verdict:
+        """Take one evaluation in, in the order of steps; the one before the first step is what others are held to."""
+        for name, measured in found.items():
+            self.first.setdefault(name, measured.loss)
+            self.last[name] = dict(vars(measured))
+        said = [text for source in self.config.sources for text in self._passed(source)]
+        is_best = step > 0 and bool(self.config.metric) and self._take(step, found)
+        if is_best:
+            said.append(f"best {self.config.metric} so far: {self.best['value']:.4f}")
+        return Verdict(is_best=is_best, said=tuple(said), stop=self.stop())
+
+    def stop(self) -> str | None:
+        """Why the run ends, by all it has seen and the configuration as it is now; None: it goes on."""
+        tripped = [
+            text
+            for name, source in self.config.sources.items()
+            if source.guard == "stop"
+            for text in self._passed(name)
+        ]
+        if tripped:
+            return "; ".join(tripped)
+        if self.config.patience and self.stale >= self.config.patience:
+            return (
+                f"eval.patience={self.config.patience}: {self.config.metric} has not been better than "
+                f"{self.best['value']:.4f} at step {self.best['step']} for {self.stale} evaluations"
+            )
+        return None
+
+    def _take(self, step: int, found: Mapping[str, Measured]) -> bool:
+        source, _, quantity = self.config.metric.rpartition("/")
+        value = getattr(found[source], quantity)
+        sign = 1 if HIGHER_IS_BETTER[quantity] else -1
+        if self.best and sign * value <= sign * self.best["value"]:
+            self.stale += 1
+            return False
+        self.best, self.stale = {"metric": self.config.metric, "step": step, "value": value}, 0
+        return True
+
+    def _passed(self, name: str) -> list[str]:
+        """A sentence for each bound of a guard that is passed."""
+        source, last = self.config.sources[name], self.last.get(name)
+        if source.guard == "none" or last is None:
+            return []
+        assert last["loss"] is not None
+        rise = last["loss"] - self.first[name]
+        bounds = (
+            ("max_kl", "KL(base || tuned) is", last["kl"], source.max_kl),
+            ("max_loss_rise", "the loss rose by", rise, source.max_loss_rise),
+        )
+        return [
+            f"guard {name}: {words} {value:.4f}, above eval.sources.{name}.{key}={bound:g}"
+            for key, words, value, bound in bounds
+            if bound is not None and value is not None and not value <= bound
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was learned, for a checkpoint."""
+        return {"first": self.first, "last": self.last, "best": self.best, "stale": self.stale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue there, by the bounds and patience of now; another metric than then begins anew, as does nothing."""
+        if not state:
+            return
+        self.first, self.last = dict(state["first"]), dict(state["last"])
+        same = state["best"].get("metric") == self.config.metric
+        self.best, self.stale = (dict(state["best"]), state["stale"]) if same else ({}, 0)
+
+
+def scores(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return the last numbers that a judge's state holds, by `<source>/<quantity>`."""
+    last = state.get("last", {})
+    return {f"{name}/{key}": value for name, found in last.items() for key, value in found.items() if value is not None}

@@ -1,0 +1,17 @@
+"""One line of the card of a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["pass", "fail", "note", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the card. A note is neither: something to know. A skip could not be tried after a failure above."""
+
+    name: str
+    status: Status
+    detail: str

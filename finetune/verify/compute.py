@@ -1,0 +1,263 @@
+"""The computing half of a base's card: our model against transformers' on the same samples, both streamed.
+
+They are fed differently on purpose. Ours gets what training gives it: all samples packed in one row, four rows of
+positions, no mask, weights read by this package. Transformers' gets what its users give it: a padded batch with a mask,
+its own positions, weights read by the safetensors library and turned by transformers' rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from data.render.vision import normalise, read_spec
+from finetune.architecture.shapes import EMBEDDING, HEAD, is_expert_stack
+from finetune.files.basefiles import BaseFiles
+from finetune.files.layouts import single_expert
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.weights import rebuild_tables
+from finetune.ranks.device import open_device
+from finetune.verify.card import Check
+from finetune.verify.samples import LAYOUTS, Trial, trials
+from finetune.verify.streaming import Read, streamed
+
+_SPREAD = 12  # positions of each sample that are compared, beside those that predict its answer
+_PREFERENCE = 0.05  # nats per token, and every video on the same side; random weights stay below
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """How far logits may lie apart, in standard deviations of the logits, and how many next tokens must be equal.
+
+    Rounding to bfloat16 lets experts of nearly equal score change places, which moves single positions by any amount.
+    """
+
+    worst: float
+    typical: float
+    equal: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(worst=2e-3, typical=1e-4, equal=0.99),
+    "bfloat16": Tolerance(worst=float("inf"), typical=0.1, equal=0.9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The samples side by side: where in each the comparison looks, and what both models are fed."""
+
+    trials: Sequence[Trial]
+    chosen: Sequence[list[int]]
+    pixels: dict[str, Tensor]
+
+    @property
+    def packed(self) -> Tensor:
+        """Indexes of the chosen positions in the packed row."""
+        starts = np.cumsum([0, *(len(trial.sample.input_ids) for trial in self.trials)])
+        return torch.tensor([starts[at] + p for at, places in enumerate(self.chosen) for p in places])
+
+    @property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the chosen positions in the padded batch."""
+        pairs = [(at, p) for at, places in enumerate(self.chosen) for p in places]
+        return torch.tensor([row for row, _ in pairs]), torch.tensor([column for _, column in pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One model's run: logits of the chosen positions, what each text layer gave there, and the most it held."""
+
+    logits: Tensor
+    layers: dict[str, Tensor]
+    bytes_peak: int
+
+
+def compute_checks(
+    folder: Path, weights: BaseFiles, *, device: str, dtype_name: Literal["float32", "bfloat16"]
+) -> Iterator[Check]:
+    """Logits of both models on every sample, then what the answers cost in each video layout."""
+    dtype, place = getattr(torch, dtype_name), open_device(device)
+    row = make_row(folder, trials(folder), place, dtype)
+    ours = _run_ours(folder, weights, row, place, dtype)
+    theirs = _run_theirs(folder, weights, row, place, dtype)
+    yield compare(row.chosen, [trial.name for trial in row.trials], ours, theirs, TOLERANCES[dtype_name])
+    yield video_preference(row.trials, row.chosen, ours.logits)
+
+
+def compare(
+    chosen: Sequence[list[int]], names: Sequence[str], ours: Outcome, theirs: Outcome, allowed: Tolerance
+) -> Check:
+    """Close logits and equal next tokens at the chosen positions; a failure names the sample and the first layer."""
+    apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / theirs.logits.float().std()
+    equal = ours.logits.argmax(-1) == theirs.logits.argmax(-1)
+    detail = (
+        f"{len(apart)} positions of {len(names)} samples: largest difference {apart.max():.1e} of the logits' spread, "
+        f"typical {apart.median():.1e}, next token equal at {int(equal.sum())}; held "
+        f"{max(ours.bytes_peak, theirs.bytes_peak):,} bytes of weights at most"
+    )
+    # written so that a NaN, which compares false to everything, fails
+    sound = apart.max() <= allowed.worst and apart.median() <= allowed.typical and equal.float().mean() >= allowed.equal
+    if sound:
+        return Check(name="logits", status="pass", detail=detail)
+    ends = np.cumsum([len(places) for places in chosen])
+    sample = names[int(np.searchsorted(ends, int(apart.argmax()), side="right"))]
+    return Check(
+        name="logits", status="fail", detail=f"{detail}; worst in {sample}; {_parting(ours, theirs, allowed.typical)}"
+    )
+
+
+def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logits: Tensor) -> Check:
+    """What the given answers cost, in nats per token, in each video layout: which one the weights know."""
+    costs: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+    at = 0
+    for trial, places in zip(trials, chosen, strict=True):
+        if trial.layout is not None:
+            labels = _answer(trial)
+            rows = torch.tensor([at + places.index(label - 1) for label in labels])
+            targets = torch.from_numpy(trial.sample.input_ids[labels].astype(np.int64)).to(logits.device)
+            costs[trial.layout].append(F.cross_entropy(logits[rows].float(), targets).item())
+        at += len(places)
+    mean = {layout: sum(found) / len(found) for layout, found in costs.items()}
+    low, high = sorted(LAYOUTS, key=mean.__getitem__)
+    gap = mean[high] - mean[low]
+    wins = sum(first < second for first, second in zip(costs[low], costs[high], strict=True))
+    clear = gap >= _PREFERENCE and wins == len(costs[low])
+    verdict = f"the weights prefer {low}" if clear else "no clear preference"
+    verdict += f" ({low} cheaper in {wins} of {len(costs[low])})"
+    shown = ", ".join(f"{layout} {cost:.3f}" for layout, cost in mean.items())
+    return Check(name="video layout", status="note", detail=f"answers cost {shown} nats per token: {verdict}")
+
+
+def _parting(ours: Outcome, theirs: Outcome, typical: float) -> str:
+    """The first layer after which the two differ by more than ten times what is typical."""
+    for name, output in theirs.layers.items():
+        if not (ours.layers[name] - output).abs().max() / output.float().std() <= 10 * typical:
+            return f"the models part at {name}"
+    return "the layers agree, the head differs"
+
+
+def make_row(folder: Path, made: Sequence[Trial], device: torch.device, dtype: torch.dtype) -> Row:
+    """Choose where to look in each sample, and put the pictures of all together."""
+    chosen = []
+    for trial in made:
+        spread = np.linspace(0, len(trial.sample.input_ids) - 1, _SPREAD).astype(int).tolist()
+        chosen.append(sorted({*spread, *(label - 1 for label in _answer(trial))}))
+    spec, pixels = read_spec(folder), {}
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        patches = np.concatenate([getattr(trial.sample, f"{kind}_patches") for trial in made])
+        grids = np.concatenate([getattr(trial.sample, f"{kind}_grids") for trial in made])
+        if not len(grids):
+            continue
+        pixels[f"pixel_values{suffix}"] = normalise(torch.from_numpy(patches).to(device), spec=spec, dtype=dtype)
+        pixels[f"{kind}_grid_thw"] = torch.from_numpy(grids).long().to(device)
+    return Row(trials=made, chosen=chosen, pixels=pixels)
+
+
+def _answer(trial: Trial) -> list[int]:
+    """Positions of the answer's tokens."""
+    return [int(place) for place in np.flatnonzero(trial.sample.loss_weights)]
+
+
+def _run_ours(folder: Path, weights: BaseFiles, row: Row, device: torch.device, dtype: torch.dtype) -> Outcome:
+    return run_packed(build(folder, ModelOptions(dtype=dtype)), weights.read, row, weights, device, dtype)
+
+
+def run_packed(
+    empty: EmptyModel, read: Read, row: Row, weights: BaseFiles, device: torch.device, dtype: torch.dtype
+) -> Outcome:
+    """Run our model on all samples in one row, as training does, with weights from `read`."""
+    inputs = {
+        "input_ids": torch.from_numpy(np.concatenate([t.sample.input_ids for t in row.trials])).long()[None],
+        "position_ids": torch.from_numpy(np.concatenate([t.sample.positions for t in row.trials], axis=1)).long()[
+            :, None
+        ],
+    }
+    places = (torch.zeros_like(row.packed), row.packed)
+    return run_streamed(empty.module, read, empty.canonical, inputs, row.pixels, places, weights, device, dtype)
+
+
+def _run_theirs(folder: Path, weights: BaseFiles, row: Row, device: torch.device, dtype: torch.dtype) -> Outcome:
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    longest = max(len(trial.sample.input_ids) for trial in row.trials)
+    ids = torch.full((len(row.trials), longest), int(config.text_config.bos_token_id))
+    mask = torch.zeros_like(ids)
+    for at, trial in enumerate(row.trials):
+        ids[at, : len(trial.sample.input_ids)] = torch.from_numpy(trial.sample.input_ids).long()
+        mask[at, : len(trial.sample.input_ids)] = 1
+    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
+    read = library_reader(weights)
+    return run_streamed(module, read, lambda name: name, inputs, row.pixels, row.padded, weights, device, dtype)
+
+
+def run_streamed(
+    module: nn.Module,
+    read: Read,
+    canonical: Any,
+    inputs: dict[str, Tensor],
+    pixels: dict[str, Tensor],
+    places: tuple[Tensor, Tensor],
+    weights: BaseFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Outcome:
+    """Run a meta model with one layer in memory at a time, and return its logits at `places`."""
+    module.eval()
+    rebuild_tables(module, device)
+    inner: nn.Module = module.get_submodule("model")  # all but the head, which is needed at the chosen positions only
+    rows, columns = (place.to(device) for place in places)
+
+    def watch(name: str, output: Any) -> Tensor | None:
+        is_text_layer = ".layers." in name and isinstance(output, Tensor)
+        return output[rows, columns].clone() if is_text_layer else None
+
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+    with (
+        torch.no_grad(),
+        streamed(
+            inner,
+            read,
+            canonical=lambda name: canonical(f"model.{name}"),
+            device=device,
+            dtype=dtype,
+            watch=watch,
+        ) as state,
+    ):
+        hidden = inner(**moved, **pixels, use_cache=False).last_hidden_state[rows, columns]
+        head = read(HEAD if HEAD in weights.shapes else EMBEDDING).to(device=device, dtype=dtype)
+        logits = F.linear(hidden, head)
+    return Outcome(logits=logits, layers=state.seen, bytes_peak=max(state.bytes_peak, head.nbytes))
+
+
+def library_reader(weights: BaseFiles) -> Read:
+    """Tensors by the safetensors library, expert stacks turned as transformers turns them: where shapes differ."""
+
+    def stored(key: str) -> Tensor:
+        with safe_open(weights.stored[key].file, framework="pt") as file:
+            found: Tensor = file.get_tensor(key)
+        return found
+
+    def read(name: str) -> Tensor:
+        shape = weights.shapes[name]
+        if weights.layout == "per_expert" and is_expert_stack(name):
+            return torch.stack(
+                [torch.cat([stored(key) for key, _ in single_expert(name, shape, e)]) for e in range(shape[0])]
+            )
+        tensor = stored(name)
+        turned = is_expert_stack(name) and tuple(tensor.shape) != tuple(shape)
+        return tensor.transpose(1, 2).contiguous() if turned else tensor
+
+    return read

@@ -1,0 +1,176 @@
+"""The proof of a merge: logits of the merged files against base and adapter kept apart, on samples, layer by layer.
+
+Base and adapter are computed as training does: dense factors beside their matrix, experts' beside the grouped GEMM; so
+nothing of the merge's arithmetic or layout is in the judge. One layer of one model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.config import ChatConfig, ImageConfig, VideoConfig
+from data.prepare.build import shards_of_rows
+from data.render.sample import Renderer
+from data.shards.reader import SampleReader
+from data.stream.corpus import find_shards
+from finetune.adapters.change import Change
+from finetune.adapters.merge_plan import MergePlan
+from finetune.adapters.source import AdapterSource
+from finetune.architecture.shapes import HEAD, is_expert_stack
+from finetune.files.basefiles import BaseFiles, open_base
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.ranks.device import open_device
+from finetune.verify.compute import Outcome, Row, make_row, run_packed
+from finetune.verify.samples import Trial, trials
+from moe.experts import ExpertLora
+from moe.names import PEFT_PREFIX
+from moe.parallel import LayerOptions
+
+_GEMM_ROWS = 8  # experts' r is a row of a grouped GEMM; further rows of zeros change nothing
+_WORST = {"F32": 1e-3}
+_TYPICAL = {"F32": 1e-4}
+_TYPICAL_NARROW = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """How far the merged model is from base and adapter, and how far the base alone is; in spreads of the logits."""
+
+    positions: int
+    samples: int
+    worst: float
+    typical: float
+    equal: float
+    moved: float
+    """The typical distance that the adapter moves the base's logits."""
+    stored: str
+    bytes_peak: int
+
+    @property
+    def passed(self) -> bool:
+        """Close to what was meant, and closer to it than the base is; written so that a NaN fails."""
+        close = self.worst <= _WORST.get(self.stored, float("inf"))
+        near = self.typical <= _TYPICAL.get(self.stored, _TYPICAL_NARROW)
+        return close and near and self.equal >= 0.9 and self.typical < self.moved
+
+    def line(self) -> str:
+        """Say it in one line."""
+        return (
+            f"{'proved' if self.passed else 'FAILED'}   {self.positions} positions of {self.samples} samples: the "
+            f"merged {self.stored} files are {self.typical:.1e} of the logits' spread from base + adapter (largest "
+            f"{self.worst:.1e}), which is {self.moved:.1e} from the base; next token equal at {self.equal:.1%}; held "
+            f"{self.bytes_peak:,} bytes of weights at most"
+        )
+
+
+def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: str) -> Proof:
+    """Compute in float32 what the merged folder gives, what base and adapter give, and what the base gives."""
+    base = plan.base
+    place, dtype = open_device(device), torch.float32
+    row = make_row(merged, samples, place, dtype)
+    files = open_base(merged)
+    plain = ModelOptions(dtype=dtype)
+    ours = run_packed(build(merged, plain), files.read, row, files, place, dtype)
+    longer = ModelOptions(dtype=dtype, context=plan.context)
+    before = run_packed(build(base.folder, longer), base.read, row, base, place, dtype)
+    meant = _apart(plan, row, place)
+    spread = meant.logits.std()
+    distance = (ours.logits - meant.logits).abs().amax(-1) / spread
+    moved = (before.logits - meant.logits).abs().amax(-1) / spread
+    return Proof(
+        positions=len(distance),
+        samples=len(samples),
+        worst=float(distance.max()),
+        typical=float(distance.median()),
+        equal=float((ours.logits.argmax(-1) == meant.logits.argmax(-1)).float().mean()),
+        moved=float(moved.median()),
+        stored="F32" if set(base.dtypes.values()) == {"F32"} else "/".join(sorted(set(base.dtypes.values()))),
+        bytes_peak=max(run.bytes_peak for run in (ours, before, meant)),
+    )
+
+
+def proof_samples(folder: Path, given: str, count: int) -> list[Trial]:
+    """The first `count` samples of shards or of a JSONL or JSON file; without any, drawn ones of every kind."""
+    if not given:
+        return trials(folder)
+    if given.endswith((".jsonl", ".json")):
+        shards = shards_of_rows(Path(given), "verify", cache_dir=None, jobs=1, limit=0, section="verify")
+    else:
+        shards = find_shards(given, "--verify")
+    reader = SampleReader()
+    renderer = Renderer(folder, image=ImageConfig(), video=VideoConfig(), chat=ChatConfig())
+    found: list[Trial] = []
+    for shard in shards:
+        for number, key in enumerate(reader.index(shard).keys):
+            if len(found) == count:
+                return found
+            record, members = reader.sample(shard, number)
+            sample = renderer.build(record, *reader.media(record, members, shard.parent), key=key)
+            found.append(Trial(name=key, record=record, sample=sample))
+    if not found:
+        raise ValueError(f"--verify {given}: there is no sample in it")
+    return found
+
+
+def _apart(plan: MergePlan, row: Row, device: torch.device) -> Outcome:
+    """Base and adapter, kept apart: experts by the layer's own factors, matrices by a hook; routers and head folded."""
+    base, source = plan.base, plan.source
+    stacks = {name: change for name, change in source.changes.items() if is_expert_stack(name)}
+    r = -(-max((change.r for change in stacks.values()), default=0) // _GEMM_ROWS) * _GEMM_ROWS
+    layer = LayerOptions(experts="lora", lora=ExpertLora(r=r, alpha=r)) if stacks else LayerOptions()
+    empty = build(base.folder, ModelOptions(dtype=torch.float32, layer=layer, context=plan.context))
+    hooked = _hook_matrices(empty, source, device)
+
+    def read(name: str) -> Tensor:
+        if ".lora_" in name:
+            return _factor(name, base, stacks, r)
+        if name in source.full:
+            return source.read_full(name)
+        tensor = base.read(name)
+        if name in source.changes and name not in hooked and name not in stacks:
+            a, b = source.changes[name].read()
+            return tensor.float() + source.changes[name].scale * (b[0].float() @ a[0].float())
+        return tensor
+
+    return run_packed(empty, read, row, base, device, torch.float32)
+
+
+def _hook_matrices(empty: EmptyModel, source: AdapterSource, device: torch.device) -> set[str]:
+    """Let each adapted linear layer add its low-rank part to its output; return the names of their weights."""
+    hooked = set()
+    for name, module in empty.module.named_modules():
+        change = source.changes.get(f"{name}.weight")
+        if change is None or not isinstance(module, nn.Linear) or f"{name}.weight" == HEAD:
+            continue
+
+        def add(_module: nn.Module, inputs: Any, output: Tensor, change: Change = change) -> Tensor:
+            a, b = (factor[0].to(device=device, dtype=output.dtype) for factor in change.read())
+            return output + change.scale * F.linear(F.linear(inputs[0], a), b)
+
+        module.register_forward_hook(add)
+        hooked.add(f"{name}.weight")
+    return hooked
+
+
+def _factor(name: str, base: BaseFiles, stacks: dict[str, Change], r: int) -> Tensor:
+    """A factor of all experts of a layer as the layer holds it, padded to one rank, the scale in B."""
+    module, _, kind = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
+    inner = module.endswith(".base_layer")
+    stack = f"{module.removesuffix('.base_layer')}.{'gate_up_proj' if inner else 'down_proj'}"
+    experts, out, into = base.shapes[stack]
+    found = torch.zeros((experts, r, into) if kind == "lora_A" else (experts, out, r))
+    if stack in stacks:
+        a, b = stacks[stack].read()
+        if kind == "lora_A":
+            found[:, : a.shape[1]] = a
+        else:
+            found[:, :, : b.shape[2]] = b.float() * stacks[stack].scale
+    return found

@@ -1,0 +1,125 @@
+"""The samples that a base model is tried on: text, an image, and short videos in each layout, made here from nothing.
+
+Each video shows one plain event, so that a trained model finds the given answer likely, and finds it most likely in the
+layout that it was trained with.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from data.config import ChatConfig, ImageConfig, VideoConfig
+from data.format.record import Record, parse_record
+from data.render.sample import Renderer, Sample
+
+VideoLayout = Literal["nested", "flat"]
+LAYOUTS: tuple[VideoLayout, ...] = ("nested", "flat")
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+_RED, _BLUE, _GREEN, _WHITE, _BLACK = (200, 30, 30), (30, 60, 200), (30, 160, 60), (255, 255, 255), (0, 0, 0)
+_TIMES = tuple(float(second) for second in range(8))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One sample to try: its name, the record it was made from, and for a video the layout of its text."""
+
+    name: str
+    record: Record
+    sample: Sample
+    layout: VideoLayout | None = None
+
+
+def trials(folder: Path) -> list[Trial]:
+    """Text, image, and every video in every layout, rendered by the data path with the base's own files."""
+    still = {layout: _renderer(folder, layout) for layout in LAYOUTS}
+    made = []
+    for name, raw, images in _STILLS:
+        given = raw | {"images": [f"{at}.png" for at in range(len(images))]}
+        record = parse_record(given, shard="", key=name)
+        sample = still["nested"].build(record, [_png(picture) for picture in images], [], key=name)
+        made.append(Trial(name=name, record=record, sample=sample))
+    for layout in LAYOUTS:
+        for name, question, answer, frames in _VIDEOS:
+            raw = _record(f"<video>{question}", answer) | {
+                "videos": [{"frames": [f"{at}.png" for at in range(len(frames))], "times": list(_TIMES)}]
+            }
+            record = parse_record(raw, shard="", key=name)
+            sample = still[layout].build(record, [], [[_png(frame) for frame in frames]], key=name)
+            made.append(Trial(name=f"{name} ({layout})", record=record, sample=sample, layout=layout))
+    return made
+
+
+def _renderer(folder: Path, layout: VideoLayout) -> Renderer:
+    return Renderer(
+        folder,
+        image=ImageConfig(min_tokens=4, max_tokens=96),
+        video=VideoConfig(layout=layout, max_tokens=128),
+        chat=ChatConfig(),
+    )
+
+
+def _record(question: str, answer: str) -> dict[str, Any]:
+    return {"v": 1, "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _png(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _canvas(colour: Sequence[int], height: int = 128, width: int = 192) -> Pixels:
+    return np.broadcast_to(np.array(colour, dtype=np.uint8), (height, width, 3)).copy()
+
+
+def _square(pixels: Pixels, colour: Sequence[int], left: int, top: int, side: int = 40) -> Pixels:
+    pixels[top : top + side, left : left + side] = colour
+    return pixels
+
+
+_STILLS: tuple[tuple[str, dict[str, Any], list[Pixels]], ...] = (
+    (
+        "text",
+        _record("What is the capital of France?", "The capital of France is Paris."),
+        [],
+    ),
+    (
+        "image",
+        _record("<image>What colour is the square?", "The square is red."),
+        [_square(_canvas(_WHITE, 224, 288), _RED, 90, 60, 100)],
+    ),
+)
+_VIDEOS: tuple[tuple[str, str, str, list[Pixels]], ...] = (
+    (
+        "moves right",
+        "In which direction does the white square move?",
+        "The white square moves from left to right.",
+        [_square(_canvas(_BLACK), _WHITE, 4 + 20 * at, 44) for at in range(8)],
+    ),
+    (
+        "moves down",
+        "In which direction does the green square move?",
+        "The green square moves from top to bottom.",
+        [_square(_canvas(_WHITE), _GREEN, 76, 2 + 12 * at) for at in range(8)],
+    ),
+    (
+        "turns blue",
+        "At which second does the picture turn from red to blue?",
+        "The picture turns from red to blue at 4.0 seconds.",
+        [_canvas(_RED if at < 4 else _BLUE) for at in range(8)],
+    ),
+    (
+        "appears",
+        "At which second does the red square appear?",
+        "The red square appears at 6.0 seconds.",
+        [_square(_canvas(_WHITE), _RED if at >= 6 else _WHITE, 76, 44) for at in range(8)],
+    ),
+)

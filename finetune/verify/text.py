@@ -1,0 +1,116 @@
+"""What a base's tokenizer, chat template and processor files say, held against its config and against transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import groupby
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from data.render.vision import read_spec
+from finetune.architecture.families import Family
+from finetune.files.hubfiles import PLAIN_TOKENS, SPECIAL_TOKENS
+from finetune.verify.card import Check
+from finetune.verify.samples import trials
+
+# Qwen3-VL's Instruct models, all sizes; the Thinking models have one of their own.
+_INSTRUCT_TEMPLATE = "3636d0f0bd6bef02654cdffdc447b79cb2cef8ab02cc75267345946291a489e4"
+_QWEN3_VOCABULARY = "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"
+
+
+def check_tokenizer(folder: Path, found: Family) -> Check:
+    """Every id that the config names is that token's id, and every token has a row in the embedding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    named = {
+        "image_token_id": ("<|image_pad|>", found.image_token_id),
+        "video_token_id": ("<|video_pad|>", found.video_token_id),
+        "vision_start_token_id": ("<|vision_start|>", found.vision_start_token_id),
+        "vision_end_token_id": ("<|vision_end|>", found.vision_end_token_id),
+        "text_config.bos_token_id": ("<|endoftext|>", found.text.bos_token_id),
+        "text_config.eos_token_id": ("<|im_end|>", found.text.eos_token_id),
+    }
+    vocabulary = tokenizer.get_vocab()
+    wrong = [
+        f"{key} is {number}, but {token} is token {vocabulary.get(token)}"
+        for key, (token, number) in named.items()
+        if vocabulary.get(token) != number
+    ]
+    absent = [token for token in SPECIAL_TOKENS + PLAIN_TOKENS if token not in vocabulary]
+    if absent:
+        wrong.append(f"the tokenizer lacks {', '.join(absent)}")
+    largest = max(vocabulary.values())
+    if largest >= found.text.vocab_size:
+        wrong.append(f"token {largest} has no row in the embedding of {found.text.vocab_size}")
+    if wrong:
+        return Check(name="tokenizer", status="fail", detail="; ".join(wrong))
+    file = folder / "vocab.json"
+    real = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == _QWEN3_VOCABULARY
+    kind = "the published Qwen3 vocabulary" if real else "another vocabulary than Qwen3's"
+    return Check(
+        name="tokenizer",
+        status="pass",
+        detail=f"{len(vocabulary):,} tokens, {kind}; ids are those that the config names",
+    )
+
+
+def check_template(folder: Path, found: Family) -> Check:
+    """The copies of the template agree, and the data path renders with it what transformers does, token for token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    copies = _template_copies(folder)
+    if len(set(copies.values())) != 1:
+        listed = ", ".join(copies) or "none"
+        return Check(name="template", status="fail", detail=f"copies of the chat template differ or lack: {listed}")
+    (template,) = set(copies.values())
+    for trial in trials(folder):
+        if trial.layout is not None:
+            continue  # frame times are the data path's own; transformers' template shows none
+        turns = [
+            {
+                "role": message.role,
+                "content": [
+                    {"type": part.kind, **({"text": part.text} if part.kind == "text" else {})}
+                    for part in message.parts
+                ],
+            }
+            for message in trial.record.messages
+        ]
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+        theirs = tokenizer(text, add_special_tokens=False).input_ids
+        ours = [token for token, _ in groupby(trial.sample.input_ids.tolist())]
+        if ours != [token for token, _ in groupby(theirs)]:
+            return Check(name="template", status="fail", detail=f"{trial.name}: other tokens than transformers'")
+    known = hashlib.sha256(template.encode()).hexdigest() == _INSTRUCT_TEMPLATE
+    kind = "Qwen3-VL's Instruct template" if known else "a template of its own"
+    return Check(name="template", status="pass", detail=f"{kind}; renders as in transformers")
+
+
+def check_processor(folder: Path, found: Family) -> Check:
+    """The processor files cut patches as the tower expects them."""
+    spec, vision = read_spec(folder), found.vision
+    theirs = {"patch_size": spec.patch, "merge_size": spec.merge, "temporal_patch_size": spec.temporal}
+    ours = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
+    wrong = [f"{key} is {theirs[key]}, but the tower has {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    if wrong:
+        return Check(name="processor", status="fail", detail="; ".join(wrong))
+    return Check(
+        name="processor", status="pass", detail=f"patches of {spec.patch} x {spec.patch}, merged {spec.merge} x"
+    )
+
+
+def _template_copies(folder: Path) -> dict[str, str]:
+    """File name -> chat template, of every file that carries one."""
+    found = {}
+    if (folder / "chat_template.jinja").is_file():
+        found["chat_template.jinja"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
+            if template:
+                found[name] = template
+    return found
