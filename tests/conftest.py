@@ -16,18 +16,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("moetune", deadline=None)  # a busy machine must not fail a property
 settings.load_profile("moetune")
 
+TESTS = Path(__file__).parent
 LONG_FIRST = (
-    "test_train.py", "test_safety.py", "test_moe_parallel.py", "test_plan_measured.py", "test_parity.py",
-    "test_checkpoint.py", "test_weights.py", "test_launch.py", "test_benchmarks.py", "test_evaluate.py",
-    "test_stages.py", "test_merge_verify.py", "test_forward_ranks.py", "test_sequence.py", "test_ranks.py",
-    "test_plan_256.py", "test_demo.py",
+    "training/test_train.py", "ranks/test_ended_runs.py", "experts/test_parallel.py", "planner/test_plan_measured.py",
+    "model/test_parity.py", "training/test_checkpoint.py", "model/test_weights.py", "ranks/test_launch.py",
+    "house/test_benchmarks.py", "training/test_evaluation.py", "training/test_stages.py", "verify/test_merged.py",
+    "model/test_forward_ranks.py", "model/test_sequence.py", "house/test_ranks_helper.py", "planner/test_plan_256.py",
+    "training/test_demo.py",
 )  # fmt: skip
 """Files that take long, longest first: workers begin with them, so that none is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONG_FIRST)))
+    places = {TESTS / name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG_FIRST)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # else pytest-xdist hands out files by their number of tests
-    missing = [name for name in LONG_FIRST if not Path(__file__).with_name(name).exists()]
+    missing = [name for name in LONG_FIRST if not (TESTS / name).exists()]
     if missing:
         raise pytest.UsageError(
             f"LONG_FIRST in {__file__} names {', '.join(missing)}: no such files. Name them as they are now"

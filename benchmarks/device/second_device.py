@@ -24,7 +24,7 @@ from benchmarks.device.cuda_rules import Refused
 from moe.experts import GroupedExperts
 
 NAME = "second"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 aten = torch.ops.aten
 
 

@@ -15,7 +15,7 @@ MARK = "@pytest.mark.gpu"
 
 def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield how many passed; only files with such a test are read, as others import what the kit does not carry."""
-    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if MARK in path.read_text())
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run([*command, *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     print(done.stdout, flush=True)

@@ -8,7 +8,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "gpu-kit"
 """What `make gpu-kit` makes, beside the tree."""
 _SOURCES = ("benchmarks", "configs", "data", "finetune", "launchers", "moe", "tests")

@@ -1,0 +1,415 @@
+"""Held-out questions to a local model and to a server: equal answers, scores by source, controls, retries, errors."""
+
+import copy
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bases import base
+from chat_server import Server, serving
+from limits import LIMIT_S
+from media_files import clip, encode, moving, picture
+from PIL import Image
+from places import ROOT
+from transformers import AutoModelForImageTextToText
+
+from data.config import ChatConfig, ImageConfig, VideoConfig
+from data.format.record import parse_record
+from data.render.sample import Renderer
+from finetune.ask.answers import Asked, Reply, Scored, find_questions, metrics_of, put, table, table_lines
+from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable, completion_body, reply_of
+from finetune.ask.local import prompt_of
+from launchers.cli import main
+
+
+@cache
+def stock() -> torch.nn.Module:
+    return AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six rows of two sources; two images each of the first, none or one of the second."""
+    folder = tmp_path_factory.mktemp("held-out")
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(encode(Image.fromarray(picture(64 + 32 * number, 96, number))))
+    found = []
+    for number in range(4):
+        asked = {"role": "user", "content": "Compare <image> and <image>."}
+        found.append({"source": "pairs", "messages": [asked, {"role": "assistant", "content": "Alike."}]})
+        found[-1]["images"] = [f"{number}.png", f"{number + 1}.png"]
+    system = {"role": "system", "content": "Be brief."}
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "B"}]
+    found.append({"messages": [system, *turns], "answers": ["B", "b."]})
+    found.append({"messages": [system, *turns], "images": ["5.png"]})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving(Server(base(), stock())) as server:
+        yield server
+
+
+@pytest.fixture
+def server(served):
+    served.requests.clear()
+    served.keys.clear()
+    served.tells, served.enlarge, served.names = {"prompt_token_ids", "token_ids", "logprobs"}, 1, ["served"]
+    served.model = stock()
+    yield served
+    assert not served.refuse
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict:
+    found: dict = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_server_and_our_own_model_give_the_same_answers(rows, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret")
+    words = ["eval", f"rest={rows}", "--max-tokens", "6", "--metric", "exact", "--metric", "rest=choice", "--json"]
+    assert main([*words, "--model", str(base()), "--batch", "4", "--out", str(tmp_path / "ours.jsonl")]) == 0
+    ours = said(capsys)
+    assert main([*words, "--url", server.url, "--key-variable", "MY_KEY", "--out", str(tmp_path / "theirs.jsonl")]) == 0
+    assert said(capsys) == ours
+    assert [(row["source"], row["samples"], set(row["scores"])) for row in ours["rows"]] == [
+        ("pairs", 4, {"exact"}), ("rest", 2, {"choice"}), ("all", 6, {"exact", "choice"}),
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
+    assert lines == [json.loads(line) for line in (tmp_path / "theirs.jsonl").read_text().splitlines()]
+    assert len({line["answer"] for line in lines}) > 2
+    assert lines[0]["question"] == "Compare <image> and <image>."
+    assert lines[4]["references"] == ["B", "b."]
+    assert set(server.keys) == {"Bearer secret"}
+    brief = [one for one in server.requests if one["messages"][0] == {"role": "system", "content": "Be brief."}]
+    assert len(brief) == 2
+
+
+def test_bounds_decide_the_exit_code(rows, capsys):
+    words = ["eval", str(rows), "--model", str(base()), "--max-tokens", "1", "--limit", "1", "--metric", "f1"]
+    assert main([*words, "--at-least", "f1=0.5"]) == 3
+    shown = capsys.readouterr().out
+    assert "missed: f1 is 0.0000 over all, --at-least 0.5" in shown
+    assert "2 of 2 answers were cut at --max-tokens 1" in shown
+    assert main([*words, "--at-most", "f1=0.5"]) == 0
+
+
+def test_controls_show_other_media_or_none(rows):
+    questions, reader = find_questions([str(rows)])
+    kept = list(put(questions, reader, control="kept", seed=0))
+    assert [len(one.images) for one in kept] == [2, 2, 2, 2, 0, 1]
+    with pytest.raises(ValueError, match="--media shuffled: no other question shows 1 images and 0 videos"):
+        list(put(questions, reader, control="shuffled", seed=0))
+    shuffled = list(put(questions[:5], reader, control="shuffled", seed=0))
+    for one, other in zip(kept[:4], shuffled[:4], strict=True):
+        assert other.record.messages == one.record.messages
+        assert other.images != one.images
+    assert sorted(one.images for one in shuffled[:4]) == sorted(one.images for one in kept[:4])
+    blank = list(put(questions, reader, control="blank", seed=0))
+    with Image.open(io.BytesIO(blank[0].images[1])) as image:
+        assert (image.size, image.getextrema()) == ((96, 96), ((128, 128),) * 3)
+
+
+def test_some_of_each_source_are_drawn_by_the_seed(rows):
+    def keys(**options):
+        return [question.key for question in find_questions([str(rows)], **options)[0]]
+
+    assert len(keys()) == 6
+    assert len(keys(limit=1)) == 2
+    assert keys(limit=2, seed=1) == keys(limit=2, seed=1)
+    assert len({tuple(keys(limit=1, seed=seed)) for seed in range(9)}) > 2
+
+
+def test_boxes_of_an_answer_are_read_as_a_model_writes_them(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(Image.fromarray(picture(100, 200, 0))))
+    turns = [
+        {"role": "user", "content": "<image>Not <bbox>. Where is <ref-object>?"},
+        {"role": "assistant", "content": "<ref-object>: <bbox>, <point>"},
+    ]
+    boxes = [[0, 0, 20, 10], [20, 10, 100, 50], [100, 50]]
+    row = {"messages": turns, "images": ["a.png"], "objects": {"ref": ["cat", "dog"], "bbox": boxes}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (question,), _ = find_questions([str(tmp_path / "rows.jsonl")])
+    assert question.references == ("dog: [100, 100, 500, 500], [500, 500]",)
+    assert question.record.objects.boxes == ((0, 0, 20, 10),)
+
+
+def test_the_table_means_what_it_says(rows):
+    questions, _ = find_questions([str(rows)])
+    scores = [{"exact": at / 5} | ({"f1": 1.0} if at == 5 else {}) for at in range(6)]
+    replies = [Reply(text="", finished=at > 0) for at in range(6)]
+    found = [Scored(question=q, reply=r, scores=s) for q, r, s in zip(questions, replies, scores, strict=True)]
+    assert table_lines(table(found)) == [
+        "source  samples    exact       f1",
+        "pairs         4   0.3000        -",
+        "rows          2   0.9000   1.0000",
+        "all           6   0.5000   1.0000",
+    ]
+    assert [row.cut for row in table(found)] == [1, 0, 1]
+    assert len(table(found[:2])) == 1
+
+
+# --- the server
+
+
+def patient(server: Server, **options) -> tuple[Endpoint, list[float]]:
+    waits: list[float] = []
+    return Endpoint(url=server.url, wait=waits.append, **options), waits
+
+
+def test_a_busy_server_is_asked_again(server):
+    endpoint, waits = patient(server)
+    server.refuse += [(503, {"Retry-After": "7"}, "starting"), (429, {"Retry-After": "soon"}, "{}")]
+    body = {"model": "served", "messages": [{"role": "user", "content": "Say B."}], "max_tokens": 2}
+    assert reply_of(endpoint.call("/v1/chat/completions", body)).finished is False
+    assert waits[0] == 7.0
+    assert 2 <= waits[1] <= 4
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "text"),
+    [
+        (503, '{"error": {"message": "overloaded"}}', r"no answer after 3 .*, the last said: HTTP 503: overloaded"),
+        (401, '{"error": {"message": "bad key"}}', r"HTTP 401: bad key. The key is read .* NO_KEY, which is not set"),
+        (404, '{"detail": "Not Found"}', r"HTTP 404: .*Not Found.*--url should be the server's address up to /v1"),
+        (400, '{"message": "image too large"}', r"HTTP 400: image too large$"),
+        (200, "<html>", r"what came back is no JSON"),
+    ],
+)  # fmt: skip
+def test_what_a_server_refuses_is_said_in_its_words(server, status, said, text):
+    endpoint, _ = patient(server, attempts=3, key_variable="NO_KEY")
+    server.refuse += [(status, {}, said)] * (3 if status == 503 else 1)
+    with pytest.raises(EndpointError, match=text):
+        endpoint.call("/v1/chat/completions", {"messages": []})
+
+
+def test_no_server_at_all_ends_with_1_and_names_the_sample(rows, server, capsys):
+    assert main(["eval", str(rows), "--url", "http://127.0.0.1:1/v1", "--attempts", "1"]) == 1
+    assert re.search("no answer after 1 .*, the last said: .*refused", capsys.readouterr().err)
+    server.refuse += [(400, {}, '{"message": "no"}')]
+    assert main(["eval", str(rows), "--url", server.url, "--concurrency", "1", "--limit", "1"]) == 1
+    assert "sample 00000000" in capsys.readouterr().err
+
+
+def test_the_server_is_spoken_to_in_openais_words(server):
+    call = {"tool_calls": [{"name": "look", "arguments": {"at": 1}}], "role": "assistant", "content": ""}
+    asked = {"role": "user", "content": "<video>Then <image>"}
+    record = parse_record(
+        {"v": 1, "messages": [asked, call, {"role": "tool", "content": "seen"}], "images": ["0.jpg"],
+         "videos": ["1.mp4"], "tools": [{"type": "function", "function": {"name": "look"}}]}, shard="", key="",
+    )  # fmt: skip
+    jpeg, mp4 = encode(Image.fromarray(picture(32, 32)), "JPEG"), clip(moving(5))
+    body = completion_body(Asked(key="", record=record, images=[jpeg], videos=[mp4]), "m", {"max_tokens": 3})
+    first = body["messages"][0]["content"]
+    assert [part["type"] for part in first] == ["video_url", "text", "image_url"]
+    assert first[0]["video_url"]["url"].startswith("data:video/mp4;base64,")
+    assert first[2]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    calls = body["messages"][1]["tool_calls"]
+    assert calls == [{"type": "function", "id": "call-0", "function": {"name": "look", "arguments": '{"at": 1}'}}]
+    assert body["messages"][2] == {"role": "tool", "content": "seen", "tool_call_id": "call-0"}
+    assert (body["max_tokens"], body["tools"]) == (3, [{"type": "function", "function": {"name": "look"}}])
+    check_sendable(record)
+
+
+def test_only_one_model_needs_no_name(server):
+    server.names = ["a", "b"]
+    endpoint, _ = patient(server)
+    with pytest.raises(ValueError, match="serves a, b; choose one with --name"):
+        endpoint.model_name()
+    assert patient(server, model="b")[0].model_name() == "b"
+    with pytest.raises(EndpointError, match="the server's answer is no chat completion"):
+        reply_of({"object": "error"})
+    with pytest.raises(ValueError, match="--url is 'localhost:8000'; write http://host:port/v1"):
+        Endpoint(url="localhost:8000")
+
+
+# --- what cannot be asked
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": [("user", "<image><bbox>?")], "images": ["0.jpg"], "objects": {"bbox": [[0, 0, 1, 1]]}},
+         "<bbox> stands in a question; a server is sent text, images and videos only"),
+        ({"messages": [("user", "<video>?")], "videos": [{"member": "0.mp4", "start": 1.0}]},
+         "a question shows a range or a list of frames of a video"),
+    ],
+)  # fmt: skip
+def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
+    turns = [{"role": role, "content": content} for role, content in row["messages"]]
+    with pytest.raises(ValueError, match=text):
+        check_sendable(parse_record({"v": 1, **row, "messages": turns}, shard="", key=""))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--metric", "docs=anls"], r"--metric docs=anls: no sample is of source 'docs'; there are pairs, rows"),
+        (["--metric", "iou@0.5"], r"sample 00000\d+: --metric iou@t: the reference \['Alike.'\] holds no box"),
+        (["--at-least", "f1=0.5"], r"--at-least f1=0.5: write METRIC=X, X from 0 to 1, METRIC one of exact"),
+        (["--at-most", "exact=2"], r"--at-most exact=2: write METRIC=X"),
+        (["--url", "http://x/v1", "--adapter", "a"], r"--adapter belongs to a local model; the server at --url has"),
+        (["--url", "http://x/v1", "--set", "data.image.max_tokens=9"], r"--set belongs to a local model"),
+        (["--set", "optim.lr=1"], r"--set optim.lr=1 would change nothing here; what counts is data.image, data.video"),
+        (["--set", "data.image.max_token=9"], r"data.image.max_token: .*Did you mean|no such key"),
+    ],
+)  # fmt: skip
+def test_wrong_words_end_with_2(rows, words, text, capsys):
+    who = [] if "--url" in words else ["--model", str(base())]
+    assert main(["eval", str(rows), *who, *words]) == 2
+    assert re.search(text, capsys.readouterr().err)
+
+
+def test_data_without_an_answer_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x", "loss": True}]}))
+    with pytest.raises(ValueError, match="no sample there ends with an assistant's turn, so nothing is asked"):
+        find_questions([str(tmp_path / "a.jsonl")])
+    with pytest.raises(ValueError, match="DATA is 'nowhere.jsonl', which does not exist"):
+        find_questions(["nowhere.jsonl"])
+    with pytest.raises(ValueError, match=r"answers\[0\]: is 7|answers\[0\] is 7; write an accepted answer as text"):
+        parse_record({"v": 1, "messages": [{"role": "user", "content": "x"}], "answers": [7]}, shard="s", key="k")
+    assert metrics_of([], ["a"])["a"].keys() == {"exact"}
+
+
+def test_a_video_has_no_blank_picture(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(clip(moving(9)))
+    turns = [{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "x"}]
+    (tmp_path / "v.jsonl").write_text(json.dumps({"messages": turns, "videos": ["a.mp4"]}))
+    questions, reader = find_questions([str(tmp_path / "v.jsonl")])
+    with pytest.raises(ValueError, match="shows a video; blank pictures replace images only"):
+        list(put(questions, reader, control="blank", seed=0))
+
+
+def test_a_sample_that_cannot_be_shown_is_named(rows):
+    questions, reader = find_questions([str(rows)])
+    one = next(put(questions, reader, control="kept", seed=0))
+    speaker = SimpleNamespace(renderer=Renderer(base(), image=ImageConfig(), video=VideoConfig(), chat=ChatConfig()))
+    with pytest.raises(ValueError, match="sample 000000001: image 1 .*: not a readable image"):
+        prompt_of(speaker, replace(one, images=[b"no image"] * 2))
+
+
+# --- serve-check
+
+
+def test_a_server_that_computes_as_we_do_passes(rows, server, capsys, monkeypatch):
+    words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "8", "--tolerance", "0.001"]
+    assert main([*words, "--json"]) == 0
+    card = said(capsys)
+    assert card["samples"] == 6
+    assert card["compared"] == {"token ids": 6, "image grids": 9, "greedy text": 48, "log-probabilities": 48}
+    assert card["farthest"] < 1e-4
+    server.tells = {"logprobs"}
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "none  token ids          0 prompts compared, 6 samples not told by the server" in shown
+    server.tells = set()
+    assert main(words) == 0
+    server.enlarge = 4
+    assert main([*words, "--samples", "4"]) == 3
+    assert "token ids: the prompt takes" in capsys.readouterr().out
+    other = {"choices": [{"message": {"content": "ab"}, "finish_reason": "stop"}]}
+    monkeypatch.setattr(server, "complete", lambda body: other)
+    assert main([*words, "--samples", "1"]) == 3
+    assert "greedy text: from character 1 on it is 'ab' there" in capsys.readouterr().out
+
+
+def test_other_image_sizes_are_named_first(rows, server, capsys):
+    server.enlarge = 4
+    words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "2"]
+    assert main(words) == 3
+    shown = capsys.readouterr().out
+    assert "FAIL  image grids" in shown
+    assert "differences: sample 00000000" in shown
+    assert "tokens there, 70 here (grids here: 1x" in shown or "tokens there" in shown
+
+
+def test_another_model_is_found_by_its_choices_and_log_probabilities(rows, server, capsys):
+    server.model = copy.deepcopy(stock())
+    with torch.no_grad():
+        server.model.lm_head.weight[7] *= 3
+    words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "8", "--tolerance", "0.01"]
+    assert main([*words, "--samples", "3", "--json"]) == 3
+    card = said(capsys)
+    topics = {one["topic"] for one in card["differences"]}
+    assert "log-probabilities" in topics
+    assert topics <= {"greedy text", "log-probabilities"}
+
+
+def test_another_template_is_found_in_the_ids(rows, server, capsys, monkeypatch):
+    complete = server.complete
+    monkeypatch.setattr(server, "complete", lambda body: complete(body) | {"prompt_token_ids": [1, 2, 3]})
+    words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "2", "--samples", "1"]
+    assert main(words) == 3
+    assert "token ids: token 0 (media as one) is 1 (" in capsys.readouterr().out
+
+
+# --- ask
+
+
+def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
+    image = str(rows.parent / "0.png")
+    words = ["ask", str(base()), "What is it?", "--image", image, "--max-tokens", "5"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert said(capsys)["answers"] == [{"who": "model", "answer": text.removesuffix("\n")}]
+    assert main([*words, "--system", "Be brief."]) == 0
+    assert capsys.readouterr().out != text
+    assert main([*words, "--compare"]) == 2
+    assert "--compare sets an adapter beside its base: give --adapter" in capsys.readouterr().err
+    assert main(["ask", str(base()), "<image>?", "--image", "nowhere.png"]) == 2
+    assert "nowhere.png" in capsys.readouterr().err
+
+
+def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"messages": [{"role": "user", "content": "word " * 9000}, {"role": "assistant", "content": "ho"}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
+    data, url = str(tmp_path / "long.jsonl"), ["--url", "http://127.0.0.1:9/v1", "--name", "any"]
+    local = ["--model", str(base()), "--max-tokens", "1"]
+    for words, message in (
+        (["eval", data, *local], "sample 000000001: the prompt takes"),
+        (["eval", data, *local, "--out", str(tmp_path / "no" / "a.jsonl")], "a file in a folder that exists is wanted"),
+        (["eval", data, *local, "--out", str(tmp_path)], "a file in a folder that exists is wanted"),
+        (["eval", data, *local, "--set", "context.yarn.factor=0.5"], "context.yarn.factor is 0.5; a factor above 1"),
+        (["eval", data, *url, "--timeout", "0"], "--timeout is 0; a request needs some seconds"),
+        (["serve-check", url[1], data, "--model", str(base()), "--tolerance", "-1"], "--tolerance is -1.0; a number"),
+        (["ask", str(base()), row["messages"][0]["content"]], "the prompt takes 18,0"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
+    lines = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 3
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(LIMIT_S)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        words = ["eval", "held.jsonl", "--url", url, "--name", "any"]
+        started = subprocess.Popen(
+            [sys.executable, "-m", "launchers.cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            # a shell starts what runs in the background with Ctrl-C ignored, and a child would inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        with silent.accept()[0]:
+            started.send_signal(signal.SIGINT)
+            said = started.communicate(timeout=LIMIT_S)[1]
+    assert started.returncode == 130
+    assert said.endswith("moetune eval: interrupted\n")
+    assert "Traceback" not in said

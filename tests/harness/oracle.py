@@ -1,0 +1,138 @@
+"""transformers' own processors, torchvision backend included, as a judge in a process of their own.
+
+torchvision's CUDA wheel beside a CPU torch fails at import, and a torchvision that fails at import makes transformers'
+models fail too. So it lives outside the environment, in `<sys.prefix>/oracle`, where only this process looks:
+
+    pip install --no-deps --target <environment>/oracle torchvision==0.28.0
+"""
+
+import atexit
+import os
+import pickle
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from limits import LIMIT_S
+
+FOLDER = Path(sys.prefix) / "oracle"
+
+
+def ask(function, /, **arguments):
+    """The judge's answer: `function` is one of those below, run in the judge's process."""
+    process = _start()
+    pickle.dump((function.__name__, arguments), process.stdin)
+    process.stdin.flush()
+    answer = pickle.load(process.stdout)  # our own child's bytes
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@cache
+def _start():
+    if not (FOLDER / "torchvision").is_dir():
+        pytest.skip(f"no torchvision in {FOLDER}: run `make test`, or install it there as tests/harness/oracle.py says")
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(FOLDER), "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"},
+    )
+    atexit.register(_stop, process)
+    return process
+
+
+def _stop(process):
+    process.stdin.close()
+    process.stdout.close()
+    process.wait(timeout=LIMIT_S)
+
+
+def images(*, pictures, size):
+    """pixel_values and grids of arrays [H, W, 3] or PIL images."""
+    from transformers import Qwen2VLImageProcessor
+
+    half = [0.5] * 3
+    processor = Qwen2VLImageProcessor(size=size, patch_size=16, image_mean=half, image_std=half)
+    assert processor.backend == "torchvision"
+    found = processor(pictures, return_tensors="pt")
+    return found["pixel_values"].numpy(), found["image_grid_thw"].tolist()
+
+
+def video(*, frames, size, cap, max_frame_tokens=768):
+    """pixel_values and grid of frames [N, H, W, 3], no sampling."""
+    from transformers import Qwen3VLVideoProcessor
+
+    processor = Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=cap, max_video_tokens=max_frame_tokens)
+    n = len(frames)
+    metadata = [{"fps": 30.0, "total_num_frames": n, "frames_indices": list(range(n))}]
+    found = processor(frames, do_sample_frames=False, video_metadata=metadata, return_tensors="pt")
+    return found["pixel_values_videos"].numpy(), found["video_grid_thw"].tolist()
+
+
+def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=768):
+    """The frame numbers transformers picks."""
+    from transformers import Qwen3VLVideoProcessor
+    from transformers.video_utils import VideoMetadata
+
+    processor = Qwen3VLVideoProcessor(min_frames=min_frames, max_frames=max_frames)
+    metadata = VideoMetadata(total_num_frames=total, fps=rate)
+    return processor.sample_frames(metadata, num_frames=num_frames, fps=fps).tolist()
+
+
+def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True, prompt=False):
+    """Everything the model's own processor makes of a conversation whose frames are chosen already."""
+    processor = _processor(folder)
+    text = processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    found = processor(
+        text=[text],
+        images=list(images) or None,
+        videos=[list(video) for video in videos] or None,
+        video_metadata=[dict(each) for each in metadata] or None,
+        do_sample_frames=False,
+        cap_pixels_per_frame=cap,
+        return_tensors="pt",
+    )
+    return {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
+
+
+def decoded(*, folder, ids):
+    """The text of tokens, as a server sends it."""
+    return _processor(folder).tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@cache
+def _processor(folder):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+def main():
+    import torch
+
+    torch.set_num_threads(1)
+    if "+cpu" in torch.__version__:  # the wheel's compiled operators need CUDA's libraries; resizing does not need them
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing else may write into the answers
+    while True:
+        try:
+            name, arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = globals()[name](**arguments)
+        except Exception as error:  # noqa: BLE001  handed to the asker, whatever it is
+            answer = RuntimeError(f"{type(error).__name__}: {error}")
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Runs as a user starts them: a folder with a tiny base and rows, a command, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from limits import LIMIT_S
+from PIL import Image
+from places import ROOT
+from starts import environment
+
+from finetune.files.tiny import write_tiny
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
+TRAIN = [sys.executable, "-m", "launchers.cli", "train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+PATIENT = f"""
+import os
+if os.environ.get("RANK") == "0":  # what gives W&B's client seconds to start and to end; a busy machine takes longer
+    import finetune.training.wandb_link
+    finetune.training.wandb_link.START_S = finetune.training.wandb_link.FINISH_S = {LIMIT_S}
+"""
+
+
+def make_place(folder: Path) -> Path:
+    """A base, and rows of which every fourth has no image."""
+    write_tiny(folder / "base")
+    (folder / "img").mkdir()
+    rows = []
+    for number in range(48):
+        name, colour = list(COLOURS.items())[number % 3]
+        Image.new("RGB", (48, 64), colour).save(folder / "img" / f"{number}.png")
+        seen = number % 4 != 3
+        asked = {"role": "user", "content": "<image>Which colour?" if seen else f"Say {name}."}
+        row = {"messages": [asked, {"role": "assistant", "content": f"It is {name}."}]}
+        rows.append(row | ({"images": [f"img/{number}.png"]} if seen else {}))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def start(
+    place: Path,
+    command: Sequence[str],
+    name: str,
+    *words: str,
+    at: str = "",
+    then: Callable[[int], None] | None = None,
+    site: str = "",
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; when a line of standard output begins with `at`, call `then` with its process id.
+
+    `site` is Python that each of its processes runs first.
+    """
+    line = [*command, "tiny-cpu", f"run.name={name}", "model.path=base", "model.dtype=float32",
+            "data.sources.general.path=rows.jsonl", *words]  # fmt: skip
+    folder = place / f"{name}.site"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(PATIENT + site)
+    settings = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    errors = place / f"{name}.stderr"
+    with errors.open("w") as stderr, subprocess.Popen(
+        line, cwd=place, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+    ) as process:  # fmt: skip
+        said = []
+        try:
+            assert process.stdout is not None
+            for text in process.stdout:
+                said.append(text)
+                if then is not None and text.startswith(at):
+                    then(process.pid)
+                    then = None
+            process.wait(LIMIT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert then is None, f"no line began with {at!r}: {''.join(said)[-2000:]} {errors.read_text()[-3000:]}"
+    return subprocess.CompletedProcess(line, process.returncode, "".join(said), errors.read_text())
+
+
+def metrics(place: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def beat(place: Path, name: str, rank: int) -> dict:
+    """Where a rank last said it was."""
+    return json.loads((place / "runs" / name / "logs" / f"rank-{rank:04d}.json").read_text())

@@ -1,0 +1,82 @@
+"""README and docs stay true: every shell line runs or parses, every file in the tree exists."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+from benchmarks.gpu.__main__ import main as measure
+from launchers.cli import main
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _shell_lines() -> list[tuple[str, str]]:
+    lines = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            joined = block.replace("\\\n", " ")
+            lines += [(page.name, line.strip()) for line in joined.splitlines() if line.strip()]
+    return lines
+
+
+@pytest.mark.parametrize(("page", "line"), _shell_lines())
+def test_shell_lines_hold(page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "moetune" and words[1] == "check":
+        monkeypatch.chdir(ROOT)
+        assert main(words[1:]) == 0, f"{page}: {line}"
+    elif words[0] == "make":
+        subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif words[0] == "moetune":
+        with pytest.raises(SystemExit, match="0"):
+            main([words[1], "--help"])
+    elif words[0] == "bash":
+        assert words[1] == "benchmarks/gpu/run.sh"
+        with pytest.raises(SystemExit, match="0"):
+            measure([*words[2:], "--help"])
+    else:
+        assert words[0] in {"git", "cd", "pip", "python", "python3", "source", "torchrun"}, f"{page}: {line}"
+        subprocess.run(["bash", "-n", "-c", line], check=True)
+
+
+def test_the_tree_in_readme_names_what_is_there() -> None:
+    (tree,) = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.strip()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    present = {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
+    assert {name for name in named if "." not in name} == present
+
+
+def _error_rows() -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    return re.findall(r"^\| `(.+?)` \| `(moetune .+?)` \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("message", "command"), _error_rows())
+def test_errors_in_docs_are_what_the_command_says(
+    message: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    for name, block in re.findall(r"```yaml\n# (\S+)\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 2
+    assert message in capsys.readouterr().err
+
+
+def _recipes() -> list[tuple[str, str, str]]:
+    blocks = [(page, re.findall(r"```yaml\n# recipe: (\S+)\n(.*?)```", page.read_text(), re.DOTALL)) for page in PAGES]
+    return [(page.name, name, text) for page, found in blocks for name, text in found]
+
+
+@pytest.mark.parametrize(("page", "name", "text"), _recipes())
+def test_recipes_in_docs_are_sound(
+    page: str, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", name]) == 0, f"{page}: {name}"

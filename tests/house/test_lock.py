@@ -1,0 +1,79 @@
+"""The lock: it covers what the project asks for, and everything that installs goes by it."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from locked import LOCK, LOCKED, PROJECT, requirements
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from places import ROOT
+
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+OURS = set(PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
+GPU_ONLY = {"liger_kernel"}  # a peer where it is installed
+
+
+def test_every_package_that_the_project_names_is_locked_within_its_range() -> None:
+    named = [*requirements(*EXTRAS), *map(Requirement, PROJECT["dependency-groups"]["oracle"])]
+    outside = {str(one): LOCKED.get(canonicalize_name(one.name)) for one in named}
+    assert not {
+        text: found
+        for text, found in outside.items()
+        if found is None or not Requirement(text).specifier.contains(found, prereleases=True)
+    }
+
+
+def test_one_release_of_each_package_for_every_python_and_platform() -> None:
+    """What CI runs is what a GPU node installs; CUDA's packages count only where torch asks for them."""
+    assert len(LOCKED) == len(LOCK)
+    assert LOCKED["torch"] == "2.13.0", "the release of which CI has a CPU build"
+    cuda = [one for one in LOCK if one.name.startswith(("nvidia-", "cuda-", "triton"))]
+    assert len(cuda) > 10
+    assert all('sys_platform == "linux"' in str(one.marker) for one in cuda)
+
+
+@pytest.mark.parametrize("page", ["Makefile", "Dockerfile", "README.md", "docs/recipes.md"])
+def test_everything_that_installs_goes_by_the_lock(page: str) -> None:
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    installs = re.findall(r"^.*\bpip install.*$", text, re.MULTILINE)
+    free = ("uv", "wheel", "--resolution")  # tools of their own environment, and what runs outside the lock on purpose
+    loose = [line for line in installs if "-c constraints.txt" not in line and not any(word in line for word in free)]
+    assert not loose
+    assert page != "Makefile" or installs
+
+
+def test_the_table_of_versions_in_readme() -> None:
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    table = {name: (oldest, locked) for name, oldest, locked, _ in rows if name in LOCKED}
+    assert set(table) >= {"torch", "transformers", "deepspeed", "peft"}
+    least = {
+        one.name: str(next(part.version for part in one.specifier if part.operator == ">=")) for one in requirements()
+    }
+    for name, (oldest, locked) in table.items():
+        assert locked == LOCKED[name]
+        assert f"{oldest}.0.0".startswith(f"{least[name]}."), (
+            f"{name}: README says {oldest}, pyproject.toml {least[name]}"
+        )
+
+
+def test_every_package_that_a_benchmark_imports_comes_with_the_extra_test() -> None:
+    named = {canonicalize_name(one.name) for one in requirements("test")}
+    sources = packages_distributions()
+    missing = {}
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        for module in _imported(path) - OURS - GPU_ONLY - sys.stdlib_module_names:
+            distributions = {canonicalize_name(name) for name in sources.get(module, ())}
+            if not distributions & named:
+                missing[module] = path.name
+    assert not missing
+
+
+def _imported(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}

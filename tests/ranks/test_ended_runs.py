@@ -1,0 +1,517 @@
+"""Runs that are stopped, killed, or go wrong, as real processes: what goes on is what would have been."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import wandb_file
+from limits import LIMIT_S
+from places import ROOT
+from safetensors.torch import load_file, save_file
+from user_runs import TORCHRUN, TRAIN, beat, make_place, metrics, start
+
+from data.stream.batch import LossSums, Step
+from finetune.config import RunConfig
+from finetune.ranks.failures import Failure, first_failure
+from finetune.ranks.heartbeats import Beats
+from finetune.ranks.log import RankLog
+from finetune.training.bad_steps import IdleSteps, kept_rows, require_finite
+from finetune.training.update import take_step
+from launchers.render import SHUTDOWN
+
+LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
+RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
+RUN += ["data.tokens_per_pack=256"]  # two steps an epoch: a signal finds workers that read ahead
+EVERY_FIGURE = {
+    "step", "epoch", "tokens", "tokens_nonpad", "tokens_supervised", "images", "video_seconds", "loss", "loss_balance",
+    "grad_norm", "lr", "seconds", "seconds_data", "tokens_per_second", "tflops_model", "mfu", "memory_gb",
+    "expert_load_max_over_mean", "expert_load_entropy", "experts_dead", "router_agreement",
+}  # fmt: skip
+CLOCKS = ("seconds", "seconds_data", "tokens_per_second", "tflops_model", "memory_gb")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("user"))
+
+
+AT_EXIT = """
+import atexit, os, sys
+def tell():
+    if "RANK" in os.environ and (torch_s := sys.modules.get("torch.distributed")) is not None:
+        with open("at-exit", "a") as file:
+            file.write(f"rank {os.environ['RANK']}: {'a' if torch_s.is_initialized() else 'no'} process group\\n")
+atexit.register(tell)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> str:
+    """What a run that nothing happens to says."""
+    words = [*RUN, "track.wandb=offline", "track.load_every=2"]
+    done = start(place, [*TRAIN, "--ranks", "2"], "whole", *words, site=AT_EXIT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_run_that_is_over_has_ended_its_process_groups(place: Path, whole: str) -> None:
+    assert sorted((place / "at-exit").read_text().splitlines()) == [f"rank {n}: no process group" for n in (0, 1)]
+
+
+def _same_as_whole(place: Path, name: str) -> None:
+    """Bit for bit: every figure of every step but the clocks', and the adapter."""
+    for one, other in zip(metrics(place, "whole"), metrics(place, name), strict=True):
+        assert {k: v for k, v in one.items() if k not in CLOCKS} == {k: v for k, v in other.items() if k not in CLOCKS}
+    ours, theirs = (
+        load_file(place / "runs" / run / "adapter" / "adapter_model.safetensors") for run in ("whole", name)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) -> None:
+    folder = place / "runs" / "whole"
+    steps = metrics(place, "whole")
+    assert [step["step"] for step in steps] == list(range(5))
+    assert all(set(step) >= EVERY_FIGURE for step in steps)
+    assert all(step["mfu"] is None and step["tflops_model"] > 0 and step["images"] > 0 for step in steps)
+    assert [step["epoch"] for step in steps] == [0, 0, 1, 1, 2]
+    assert all(one["images"] + other["images"] <= 36 for one, other in zip(steps[:4:2], steps[1:4:2], strict=True))
+    assert whole.count("mfu: null in metrics.jsonl, as the peak of a CPU is not known") == 1
+    loads = [json.loads(line) for line in (folder / "expert_load.jsonl").read_text().splitlines()]
+    assert [load["step"] for load in loads] == [0, 2, 4]
+    assert sum(loads[0]["counts"][0]) == 2 * steps[0]["tokens_nonpad"]  # top-2 of the tiny base
+    assert len(list((folder / "media").glob("step-000000-*.png"))) == 4
+
+    (run,) = folder.glob("wandb/offline-run-*")
+    rows = wandb_file.history(run)
+    assert [row["loss"] for row in rows if "loss" in row] == [step["loss"] for step in steps]
+    assert [row["step"] for row in rows if "expert_load._type" in row] == [0, 2, 4]
+    kinds = [record.WhichOneof("record_type") for record in wandb_file.records(run)]
+    assert "artifact" in kinds
+    assert not any("pictures" in key for row in rows for key in row)  # track.media=local
+
+    for rank in (0, 1):
+        log = (folder / "logs" / f"rank-{rank:04d}.log").read_text()
+        stages = re.findall(r"--- (.*)", log)
+        assert stages[:3] == ["base and empty model", "data", "weights and engine"]
+        assert "writing what was learned" in stages
+        assert beat(place, "whole", rank)["stage"] == "ended"
+    assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "done"
+
+
+def _stop(number: int) -> Callable[[int], None]:
+    return lambda pid: os.kill(pid, number)
+
+
+IN_SAVE = """
+import os, signal, sys, time
+done = []
+def at_its_file(event, arguments):
+    if event == "open" and os.environ.get("RANK") == "1" and "shard-00002-" in str(arguments[0]) and not done:
+        done.append(True)
+        {what}
+sys.addaudithook(at_its_file)
+"""
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(place: Path, whole: str) -> None:
+    words = [*RUN, "track.wandb=offline", "track.load_every=2"]
+    cut = start(place, [*TRAIN, "--ranks", "2"], "cut", *words, at="step 0:", then=_stop(signal.SIGTERM))
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    assert done in (1, 2, 3)
+    assert "moetune train: preempted; run the same command again to go on" in cut.stderr
+    assert [path.name for path in (place / "runs" / "cut" / "checkpoints").glob("step-*")][-1:] == [f"step-{done:06d}"]
+    again = start(place, [*TRAIN, "--ranks", "2"], "cut", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    _same_as_whole(place, "cut")
+    (run,) = (place / "runs" / "cut").glob("wandb/offline-run-*")
+    losses = [row["loss"] for row in wandb_file.history(run) if "loss" in row]
+    assert losses == [step["loss"] for step in metrics(place, "whole")]
+
+
+@pytest.mark.parametrize(
+    ("name", "command", "number"),
+    [
+        ("early", [*TRAIN, "--ranks", "2"], signal.SIGUSR1),
+        pytest.param(  # the same with what a rendered job starts
+            "warned",
+            [*TORCHRUN, "--nproc_per_node=2", "--signals-to-handle=SIGTERM,SIGUSR1", "-m", "finetune.train"],
+            signal.SIGUSR1,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_signal_before_the_first_step_ends_the_run_at_once(
+    place: Path, name: str, command: list[str], number: int
+) -> None:
+    done = start(place, command, name, *RUN, at="loaded:", then=_stop(number))
+    assert "step 0:" not in done.stdout
+    logs = place / "runs" / name / "logs"
+    for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
+        assert "no step was begun since the start: ends now" in (logs / f"rank-{rank:04d}.log").read_text()
+    if command[: len(TRAIN)] == TRAIN:
+        assert done.returncode == 75, done.stderr[-3000:]
+        assert "ended by a signal before it could save; the same command goes on from the last save" in done.stderr
+    else:  # torchrun has one exit code for all: the job looks here whether it is to be queued again
+        assert json.loads((logs / "outcome.json").read_text())["outcome"] == "preempted"
+
+
+@pytest.mark.slow  # two starts
+def test_a_signal_breaks_off_an_evaluation_also_the_last_and_the_next_start_makes_up_for_it(place: Path) -> None:
+    turns = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": "Yes."}] for n in range(3000)]
+    (place / "held-out.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    words = [*RUN, "schedule.steps=1", "schedule.warmup_steps=0", "eval.sources.words.path=held-out.jsonl"]
+    words += ["data.workers=0", "eval.every_steps=1"]
+    found = place / "runs" / "judged"
+    cut = start(place, [*TRAIN, "--ranks", "2"], "judged", *words, at="step 0:", then=_stop(signal.SIGTERM))
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    assert "the evaluation at step 1 is left for the next start" in cut.stdout
+    assert "stopped by SIGTERM after 1 steps" in cut.stdout
+    assert (found / "checkpoints" / "step-000001").exists()
+    assert not (found / "adapter").exists()
+    again = start(place, [*TRAIN, "--ranks", "2"], "judged", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    told = [json.loads(line) for line in (found / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in told] == [0, 1]
+    assert told[1]["words/samples"] == 3000
+    assert (found / "adapter").exists()
+
+
+HANGS = """
+import multiprocessing, os, sys, time
+def second_epoch(event, arguments):  # its worker never comes back from opening its shard
+    is_worker = os.environ.get("RANK") == "1" and multiprocessing.parent_process() is not None
+    if event == "open" and is_worker and str(arguments[0]).endswith(".tar"):
+        if [name for name in os.listdir(".") if name.startswith("read-by-") and name != f"read-by-{os.getpid()}"]:
+            time.sleep(3600)
+        os.makedirs(f"read-by-{os.getpid()}", exist_ok=True)
+sys.addaudithook(second_epoch)
+"""
+
+
+@pytest.mark.slow  # two starts
+def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, whole: str) -> None:
+    words = [*RUN, "checkpoint.every_steps=0", "track.wandb=offline", "track.load_every=2"]
+
+    def stop(pid: int) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        while time.time() - (said := beat(place, "waits", 1))["time"] > 2 or said["stage"] != "waiting for data":
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)  # it writes where it is every 4 s
+        time.sleep(1)
+        os.kill(pid, signal.SIGTERM)
+
+    cut = start(
+        place, [*TRAIN, "--ranks", "2"], "waits", *words, "run.stall_seconds=16", "data.stall_seconds=0", at="step 1:",
+        then=stop, site=HANGS,
+    )  # fmt: skip
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    assert done == 2
+    again = start(place, [*TRAIN, "--ranks", "2"], "waits", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"resumed: runs/waits/checkpoints/step-{done:06d}" in again.stdout
+    _same_as_whole(place, "waits")
+
+
+@pytest.mark.slow  # two starts
+def test_a_signal_waits_for_the_save_behind_the_run_and_writes_one_more(place: Path, whole: str) -> None:
+    slow = IN_SAVE.format(what="time.sleep(5)")
+    words = [*RUN, "checkpoint.every_steps=1", "checkpoint.asynchronous=true", "track.wandb=offline"]
+    words += ["track.load_every=2"]
+    cut = start(place, [*TRAIN, "--ranks", "2"], "behind", *words, at="step 0:", then=_stop(signal.SIGTERM), site=slow)
+    assert cut.returncode == 75, cut.stderr[-3000:]
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    assert (place / "runs" / "behind" / "checkpoints" / f"step-{done:06d}").exists()
+    again = start(place, [*TRAIN, "--ranks", "2"], "behind", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    _same_as_whole(place, "behind")
+
+
+@pytest.mark.slow  # two starts; test_train.py kills a whole run
+def test_a_killed_rank_ends_the_others_and_an_elastic_restart_resumes(place: Path, whole: str) -> None:
+    raw = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", "-m", "finetune.train"]
+    killed = []
+
+    def kill_rank_1(_: int) -> None:
+        killed.append(time.time())
+        os.kill(beat(place, "killed", 1)["pid"], signal.SIGKILL)
+
+    done = start(place, raw, "killed", *RUN, at="step 3:", then=kill_rank_1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed: runs/killed/checkpoints/step-000002" in done.stdout
+    failure = re.findall(r"^(\S+) failed \(lost\)", (place / "runs/killed/logs/rank-0000.log").read_text(), re.M)
+    assert len(failure) == 1
+    ended = time.mktime(time.strptime(failure[0][:19], "%Y-%m-%dT%H:%M:%S"))
+    assert ended - killed[0] < 10
+    _same_as_whole(place, "killed")
+
+
+@pytest.mark.slow  # a start of its own; the parts are tested apart
+def test_deepspeed_starts_it_and_a_broken_wandb_stops_nothing(
+    place: Path, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "broken")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    (place / "runs" / "engine").mkdir(parents=True)
+    (place / "runs" / "engine" / "wandb").write_text("a file where the client wants its folder")
+    command = [str(Path(TRAIN[0]).with_name("deepspeed")), "--num_gpus=2", "--module", "finetune.train"]
+    done = start(place, command, "engine", *RUN, "schedule.steps=1", "schedule.warmup_steps=0", "track.wandb=online")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [step["loss"] for step in metrics(place, "engine")] == [metrics(place, "whole")[0]["loss"]]
+    assert done.stdout.count("warning: W&B: ") == 1
+    assert (place / "runs" / "engine" / "adapter").exists()
+
+
+@pytest.mark.slow  # two starts
+def test_a_step_that_is_not_finite_is_kept_and_a_replay_names_the_module(place: Path) -> None:
+    broken = place / "broken"
+    broken.mkdir()
+    for file in (place / "base").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    norm = "model.language_model.layers.1.self_attn.k_norm.weight"
+    (file,) = [file for file in broken.glob("*.safetensors") if norm in load_file(file)]
+    weights = load_file(file)
+    weights[norm][3] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    words = [*LORA, "parallel.ep=1", "data.workers=0", "model.path=broken"]
+    stopped = start(place, [*TRAIN], "nan", *words)
+    assert stopped.returncode == 1
+    said = re.search(r"rank 0 failed first: step 0: loss is nan; .* --replay (\S+) names", stopped.stderr)
+    assert said is not None, stopped.stderr[-3000:]
+    kept = Path(said[1])
+    assert len(kept_rows(place / kept)) == 8
+    again = start(place, [*TRAIN, f"--replay={kept}"], "nan", *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert f"weights that are not finite: {norm}" in again.stdout
+    place_of_it = (
+        r"the output of model\.language_model\.layers\.1\.self_attn\.k_norm \(\w+\), from finite inputs, in forward"
+    )
+    assert re.search(rf"first not finite: {place_of_it}, row 0 of rank 0: general/", again.stdout)
+
+
+def _stopped_rank(place: Path, name: str) -> Callable[[int], None]:
+    return lambda _: os.kill(beat(place, name, 1)["pid"], signal.SIGSTOP)
+
+
+def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
+    def stop(_: int) -> None:
+        pid = beat(place, name, 1)["pid"]
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                    os.kill(int(child), signal.SIGSTOP)
+
+    return stop
+
+
+@pytest.mark.slow  # waits for its limits
+@pytest.mark.parametrize(
+    ("name", "stop", "limit", "text"),
+    [
+        ("stands", _stopped_rank, "run.stall_seconds=15", r"rank 0: collective stall: step \d+ has stood for 15 s"),
+        (
+            "starves",
+            _stopped_worker,
+            "data.stall_seconds=15",
+            r"rank 1: .*data stall.*[Bb]eing read: .*(\.tar|general/)",
+        ),
+    ],
+)
+def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
+    place: Path, name: str, stop: Callable[[Path, str], Callable[[int], None]], limit: str, text: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv(SHUTDOWN, "3")
+    raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
+    # short packs: an epoch of 24 steps, so that a worker has more to read than it holds ready
+    words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
+    words += ["data.packs_per_step=2", limit]
+    done = start(place, raw, name, *words, at="step 1:", then=stop(place, name))
+    assert done.returncode != 0
+    assert re.search(text, done.stderr), done.stderr[-3000:]
+
+
+@pytest.mark.slow  # waits for its limits
+@pytest.mark.parametrize(
+    ("name", "what", "text"),
+    [
+        ("suspended", "os.kill(os.getpid(), signal.SIGSTOP)", r"rank 0: a silent rank: nothing was heard of rank 1, .*"
+         r"this rank waits in the checkpoint. run.stall_seconds"),
+        ("killed-in-save", "os.kill(os.getpid(), signal.SIGKILL)", r"\(exitcode: -9\)|Signal 9"),
+        ("slow-disk", "time.sleep(25)", ""),
+    ],
+)  # fmt: skip
+def test_a_rank_lost_in_a_save_is_missed_in_one_limit_and_a_slow_disk_is_waited_for(
+    place: Path, name: str, what: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SHUTDOWN, "3")
+    raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
+    words = [*RUN, "schedule.steps=2", "schedule.warmup_steps=0", "run.stall_seconds=10"]
+    done = start(place, raw, name, *words, site=IN_SAVE.format(what=what))
+    saved = place / "runs" / name / "checkpoints" / "step-000002"
+    if not text:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert saved.exists()
+        return
+    assert done.returncode != 0
+    assert re.search(text, done.stderr), done.stderr[-3000:]
+    assert not saved.exists()
+    failure = json.loads((place / "runs" / name / "logs" / "failure-0000.json").read_text())
+    assert failure["kind"] == ("lost" if name == "killed-in-save" else "stall"), failure
+
+
+@pytest.mark.slow  # waits for its limit
+def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SHUTDOWN, "20")
+    raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
+    words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
+    words += ["data.packs_per_step=2", "run.stall_seconds=15", "data.stall_seconds=0"]
+    done = start(place, raw, "hangs", *words, at="step 1:", then=_stopped_worker(place, "hangs"))
+    assert re.search(r"rank 0: collective stall: step \d+ has stood for 15 s", done.stderr), done.stderr[-3000:]
+    asked = subprocess.run(
+        [*TRAIN[:-1], "doctor", "runs/hangs"], cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert asked.returncode == 3, asked.stderr
+    said = asked.stdout
+    assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", said), said
+    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*general-000000.tar", said), said
+    assert re.search(
+        r"rank\(s\) 0 wait in all_reduce .* of require_no_wish \(ranks.py:\d+\), number (\d+) of gloo group 0 "
+        r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+", said,
+    ), said  # fmt: skip
+    assert re.search(r"rank 1, stack, innermost first:\n.*\n", said), said
+
+
+def test_ranks_that_do_not_meet_say_so_within_the_limit(place: Path) -> None:
+    alone = ["RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=2", "LOCAL_WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1", "MASTER_PORT=0"]
+    command = ["env", *alone, sys.executable, "-m", "finetune.train"]
+    done = start(place, command, "alone", *RUN, "run.stall_seconds=4")
+    assert done.returncode != 0
+    words = (
+        r"rank 0: the ranks have not come together for 4 s at the start of the run: some are missing, .*others last sa"
+    )
+    assert re.search(words, done.stderr), done.stderr[-3000:]
+    failure = json.loads((place / "runs" / "alone" / "logs" / "failure-0000.json").read_text())
+    assert failure["kind"] == "stall"
+
+
+def test_ctrl_c_ends_every_process(place: Path) -> None:
+    pids: list[int] = []
+
+    def press(pid: int) -> None:
+        pids.extend(beat(place, "interrupted", rank)["pid"] for rank in (0, 1))
+        os.kill(pid, signal.SIGINT)
+
+    done = start(place, [*TRAIN, "--ranks", "2"], "interrupted", *RUN, at="loaded:", then=press)
+    assert done.returncode == 1
+    for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
+        assert "Ctrl-C: ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
+    assert "moetune train: interrupted" in done.stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+# --- without processes ------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that goes when it is told to: the test's own pace on a busy machine is no rank's silence."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+    def goes_on(self, seconds: float) -> None:
+        self.now += seconds
+        time.sleep(0.02)  # two files written within one tick of the kernel have the same time
+
+
+def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("finetune.ranks.heartbeats.time", clock)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    here = {"step": 4, "stage": "evaluation", "samples": [], "collective": None, "busy": False}
+    logs = [RankLog(tmp_path / "logs", rank) for rank in (0, 2)]
+    Beats(logs[0], limit=4.0).tell(here)  # of an earlier start
+    first, last = (Beats(log, limit=4.0) for log in logs)
+    last.tell(here)
+    clock.goes_on(5.0)
+    assert last.silent() == ""
+    first.tell(here | {"busy": True})
+    assert last.silent() == ""
+    assert last.busy()
+    clock.goes_on(5.0)
+    assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, 5 s ago", last.silent())
+    assert not last.busy()
+    last.excuse(10.0)  # it was suspended itself
+    assert last.silent() == ""
+    last.excuse(-10.0)
+    first.tell(here | {"stage": "ended"})
+    assert last.silent() == ""
+    clock.goes_on(5.0)
+    assert last.silent() == ""
+    first.tell(here)
+    assert last.silent() == ""
+    clock.goes_on(5.0)
+    assert last.silent()
+    for log in logs:
+        log.close()
+    shutil.rmtree(tmp_path / "logs")  # who cannot write does not judge
+    last.tell(here)
+    assert last.silent() == ""
+
+
+def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Path) -> None:
+    for rank, when, kind in ((0, 1.0, "lost"), (1, 3.0, "failed"), (2, 2.0, "stall"), (3, 0.5, "failed")):
+        failure = Failure(rank=rank, host="h", time=100 + when, kind=kind, message=f"of {rank}")  # type: ignore[arg-type]
+        (tmp_path / f"failure-{rank:04d}.json").write_text(json.dumps(vars(failure)))
+    found = first_failure(tmp_path, since=100.7)  # rank 3's is of an earlier start
+    assert found is not None
+    assert found.rank == 2
+    assert found.code == 1
+    assert first_failure(tmp_path, since=200.0) is None
+
+
+def test_steps_that_teach_nothing_stop_the_run() -> None:
+    idle = IdleSteps(3)
+    for step, loss in enumerate((0.0, 0.0, 1e-30, 0.0, 0.0)):
+        idle.see(step, loss, ["a/b/c"])
+    with pytest.raises(ValueError, match=r"steps 3 to 5: .*3 steps in a row \(run.idle_steps\).*this rank: a/b/c"):
+        idle.see(5, 0.0, ["a/b/c"])
+    with pytest.raises(RuntimeError, match=r"step 4: loss is nan, loss_z is inf; the weights are those of the step"):
+        require_finite({"loss": float("nan"), "loss_balance": 1.0, "loss_z": float("inf")}, 4)
+    assert RunConfig().run.stall_seconds > RunConfig().data.stall_seconds  # a rank without data speaks first
+
+
+def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"it holds no rows/. Name a folder that a stopped run said it kept"):
+        kept_rows(tmp_path)
+
+
+def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
+    told = list[str]()
+    step = Step(
+        epoch=0, step=3, batches=(), sums=LossSums(), bad=(), notes=(), tokens=7, images=0, video_seconds=0.0,
+        wait_seconds=0.0,
+    )  # fmt: skip
+    found = take_step(None, step, RunConfig(), None, 3, torch.device("cpu"), lambda _, what, __: told.append(what))
+    assert found == ({"loss": 0.0, "grad_norm": 0.0}, None)
+    assert told == ["the sums before the first forward"]

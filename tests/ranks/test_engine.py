@@ -1,0 +1,262 @@
+"""The engine's dictionary, its limits, what ranks compare before it starts, and steps that it silently skips."""
+
+import contextlib
+import json
+from typing import Any
+
+import places
+import pytest
+import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.utils import safe_get_full_fp32_param
+from ranks import run_ranks
+from torch import nn
+
+from benchmarks.harness.collectives import CollectiveCounter
+from finetune.ranks.collectives import parameter_table, rank_and_world, require_equal_tables, sum_over_ranks
+from finetune.ranks.engine import (
+    LIMITS,
+    EngineOptions,
+    backward,
+    engine_config,
+    gathered,
+    initialize,
+    require_step_applied,
+    start_distributed,
+)
+
+GOLDEN = places.GOLDEN / "engine_config.json"
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+def test_the_dictionary_is_the_golden_one() -> None:
+    # To renew: PYTHONPATH=.:tests/harness python -c \
+    #   'from tests.ranks.test_engine import *; GOLDEN.write_text(json.dumps(golden(), indent=2) + "\n")'
+    assert golden() == json.loads(GOLDEN.read_text())
+
+
+def golden() -> dict[str, Any]:
+    return engine_config(EngineOptions(micro_batches_per_step=4), largest_layer=302_000_000, trained=80_000_000)
+
+
+def test_extra_adds_keys_beside_ours() -> None:
+    extra = {"zero_optimization": {"round_robin_gradients": True}, "dump_state": True}
+    found = engine_config(EngineOptions(extra=extra))
+    assert found["dump_state"] is True
+    assert found["zero_optimization"]["round_robin_gradients"] is True
+    assert found["zero_optimization"]["stage"] == 3
+
+
+def test_extra_may_not_override_and_every_key_is_listed() -> None:
+    extra = {"gradient_clipping": 2.0, "bf16": {"enabled": False}, "zero_optimization": {"reduce_bucket_size": 1}}
+    with pytest.raises(ValueError, match="cannot be overridden") as error:
+        engine_config(EngineOptions(extra=extra))
+    for key in ("gradient_clipping", "bf16.enabled", "zero_optimization.reduce_bucket_size"):
+        assert f"engine.extra.{key}: is made from typed options" in str(error.value)
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_what_the_engine_cannot_do_is_refused_with_its_reason(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"engine\.extra\.{key}: {LIMITS[key][:20]}"):
+        engine_config(EngineOptions(extra=nested(key, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "engine dtype 'float16' is not one of bfloat16, float32"),
+        ({"micro_batches_per_step": 0}, "micro_batches_per_step: 0 must be at least 1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        initialize(nn.Linear(3, 5), EngineOptions(**options))
+
+
+def test_a_model_that_trains_nothing_or_is_not_loaded_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing trains: no parameter requires a gradient"):
+        initialize(nn.Linear(3, 5).requires_grad_(False), EngineOptions())
+    with torch.device("meta"):
+        model = nn.Linear(3, 5)
+    with pytest.raises(ValueError, match="2 tensors are still on meta, first weight: load the weights"):
+        initialize(model, EngineOptions())
+
+
+def test_outside_a_process_group_there_is_one_rank() -> None:
+    assert rank_and_world() == (0, 1)
+    assert sum_over_ranks([1.5, 2.0], torch.device("cpu")) == [1.5, 2.0]
+    require_equal_tables("Parameters", {"a": "(1,)"}, torch.device("cpu"))
+
+
+def comparing(rank: int, world: int) -> dict[str, str]:
+    """Ranks that hold other names, other dtypes, another order, or the same."""
+    small, wide = nn.Linear(3, 5), nn.Linear(3, 7)
+    tables = {
+        "shape": parameter_table(small if rank == 0 else wide),
+        "name": {"a": "x"} | ({"b": "x"} if rank == 0 else {}),
+        "dtype": parameter_table(small if rank == 0 else nn.Linear(3, 5).bfloat16()),
+        "training": parameter_table(small if rank == 0 else nn.Linear(3, 5).requires_grad_(False)),
+        "order": {"a": "x", "b": "x"} if rank == 0 else {"b": "x", "a": "x"},
+        "many": {f"p{i}": str(rank) for i in range(20)},
+        "buffer": parameter_table(nn.BatchNorm1d(3 + rank, affine=False)),
+        "same": parameter_table(small),
+    }
+    said = {"sum": str(sum_over_ranks([rank + 1.0], torch.device("cpu")))}
+    for name, table in tables.items():
+        try:
+            require_equal_tables("Parameters", table, torch.device("cpu"))
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+class Toy(nn.Module):
+    """A linear model whose loss is a sum over the tokens given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(5, 3)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.inner(x)).square().sum()
+
+
+def hooks_of(model: nn.Module) -> dict[str, int]:
+    return {name: len(part._forward_hooks) + len(part._forward_pre_hooks) for name, part in model.named_modules()}
+
+
+def whole(model: nn.Module) -> list[bool]:
+    return [tuple(p.shape) == tuple(p.ds_shape) for p in model.parameters()]
+
+
+def fetching() -> dict[str, Any]:
+    """An engine that keeps vectors and fetches matrices; a forward that fails inside a module that fetches."""
+    model, running = Toy(), list[list[nn.Module]]()
+    engine = initialize(model, EngineOptions(dtype="float32", persistence_threshold=3))
+    model.register_forward_pre_hook(lambda *_: running.append(list(FWD_MODULE_STACK)))
+    for columns in (5, 4, 5):
+        with contextlib.suppress(RuntimeError):
+            engine(torch.ones(2, columns))
+    found: dict[str, Any] = {"hooks": {"matrices fetched": hooks_of(model)}}
+    found["running"] = [modules == [model] for modules in running]
+    with gathered(model.inner.weight):
+        found["gathered"] = whole(model)
+    found["partitioned"] = whole(model)
+    engine.destroy()
+    return found
+
+
+def stepping(rank: int, world: int) -> dict[str, Any]:
+    """An engine in bfloat16: dtypes on the wire and of masters; weight decay; a step with an infinite gradient."""
+    start_distributed()
+    found: dict[str, Any] = fetching()
+    model = Toy()
+    engine = initialize(model, EngineOptions(lr=0.1, weight_decay=0.5, clip_norm=1e9))
+    found["hooks"] |= {"all kept": hooks_of(model)}
+    found["whole"] = {"after the start": whole(model)}
+    master = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
+    x = torch.full((4, 5), 0.25 + rank, dtype=torch.bfloat16)
+    with CollectiveCounter() as counter:
+        backward(engine, engine(x) * 0.0, 8)
+    found["reduced"] = {kind.dtype for kind in counter.calls if "reduce" in kind.collective}
+    found["accumulated"] = {g.dtype for gs in engine.optimizer.averaged_gradients.values() for g in gs}
+    engine.step()
+    require_step_applied(engine, 1)
+    after = [safe_get_full_fp32_param(p) for p in model.parameters()]
+    found["masters"] = {p.dtype for p in after}
+    found["decay"] = [float((b / a).nanmean()) for a, b in zip(master, after, strict=True)]
+    backward(engine, engine(x * float("inf")), 8)
+    engine.step()
+    try:
+        require_step_applied(engine, 2)
+    except RuntimeError as error:
+        found["skipped"] = str(error)
+    found["whole"]["after a skipped step"] = whole(model)
+    with gathered(model.inner.weight):
+        pass
+    found["whole"]["after it was asked for whole"] = whole(model)
+    engine.destroy()
+    other = Toy() if rank == 0 else nn.Sequential(Toy())
+    try:
+        initialize(other, EngineOptions())
+    except ValueError as error:
+        found["other"] = str(error)
+    return found
+
+
+def both(rank: int, world: int) -> tuple[dict[str, str], dict[str, Any]]:
+    return comparing(rank, world), stepping(rank, world)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[tuple[dict[str, str], dict[str, Any]]]:
+    return run_ranks(both, 2)
+
+
+def test_only_modules_that_fetch_pay_for_it(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["hooks"] == {
+            "all kept": {"": 4, "inner": 0, "norm": 0},  # the outermost has the engine's own
+            "matrices fetched": {"": 5, "inner": 4, "norm": 0},  # and the test's
+        }
+
+
+def test_what_is_kept_is_whole_whatever_happened(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["whole"] == dict.fromkeys(
+            ("after the start", "after a skipped step", "after it was asked for whole"), [True] * 4
+        )
+        assert found["gathered"] == [True] * 4
+        assert found["partitioned"] == [False, True, True, True]
+
+
+def test_a_forward_that_failed_leaves_nothing_to_the_next(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["running"] == [True] * 3
+
+
+def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
+    for said, _ in two_ranks:
+        assert said["sum"] == "[3.0]"
+        assert said["shape"].startswith(
+            "Parameters differ between ranks (rank 0 against rank 1):\n  weight: (5, 3) float32"
+        )
+        assert "weight: (5, 3) float32 trained on rank 0, (7, 3) float32 trained on rank 1" in said["shape"]
+        assert "b: x on rank 0, absent on rank 1" in said["name"]
+        assert "bias: (5,) float32 trained on rank 0, (5,) bfloat16 trained on rank 1" in said["dtype"]
+        assert "float32 trained on rank 0, (5, 3) float32 frozen on rank 1" in said["training"]
+        assert "running_mean: (3,) float32 buffer on rank 0, (4,) float32 buffer on rank 1" in said["buffer"]
+        assert "entry 0 is a on rank 0, b on rank 1: another order" in said["order"]
+        assert "... and 12 more" in said["many"]
+        assert "same" not in said
+
+
+def test_the_engine_compares_before_it_starts(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert "inner.weight: (3, 5) float32 trained on rank 0, absent on rank 1" in found["other"]
+
+
+def test_bfloat16_keeps_gradients_and_masters_in_float32(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert found["reduced"] == {"float32"}
+        assert found["accumulated"] == {torch.float32}
+        assert found["masters"] == {torch.float32}
+
+
+def test_vectors_are_not_decayed(two_ranks: Any) -> None:
+    weight, bias, norm, norm_bias = two_ranks[0][1]["decay"]
+    assert weight == pytest.approx(1 - 0.1 * 0.5)
+    assert bias == norm == 1.0
+    assert norm_bias != norm_bias  # 0 / 0: it was zero and still is
+
+
+def test_a_skipped_step_is_an_error(two_ranks: Any) -> None:
+    for _, found in two_ranks:
+        assert "step 2: the engine did not apply the update; the gradient norm was" in found["skipped"]

@@ -1,0 +1,222 @@
+"""Profiles and what is rendered from them: golden files, quoting, secrets, and deepspeed's own launcher for real."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from places import GOLDEN, ROOT
+from starts import start_rendered, toy_run
+from torch.distributed.launcher.api import LaunchConfig
+
+from launchers.cli import main
+from launchers.profile import read_profile
+from launchers.render import SHUTDOWN, Job, kubernetes_name, render, shell_line
+from launchers.train import rank_environment
+
+JOB = Job(
+    recipe="qwen3-vl-235b-a22b-lora",
+    overrides=["model.path=/models/my base", "data.sources.general.path=/data/it's/{000..099}.tar", "run.name=a b's"],
+    run="a b's",
+)
+PROFILES = {
+    "torchrun": {
+        "kind": "torchrun", "nodes": 2, "hosts": ["node-a", "node-b"], "restarts": 3, "min_nodes": 1,
+        "env": {"NCCL_SOCKET_IFNAME": "eth0"},
+    },
+    "deepspeed": {
+        "kind": "deepspeed", "nodes": 2, "hosts": ["node-a", "node-b"], "env": {"HF_HOME": "/shared/hf cache"},
+    },
+    "slurm": {
+        "kind": "slurm", "nodes": 8, "workdir": "/shared/my project", "restarts": 1,
+        "slurm": {
+            "partition": "gpu", "account": "lab", "time": "2-00:00:00", "extra": ["--exclusive"],
+            "container": {"image": "/images/moetune.sqsh", "mounts": ["/shared:/shared", "/scratch:/scratch"]},
+        },
+        "env": {"NCCL_IB_HCA": "mlx5", "NOTE": "it's \"quoted\" $HOME"},
+    },
+    "kubernetes": {
+        "kind": "kubernetes", "nodes": 8, "restarts": 3, "workdir": "/work", "env": {"NCCL_DEBUG": "WARN"},
+        "kubernetes": {
+            "namespace": "research", "image": "registry.example/moetune:1", "shm": "128Gi", "cpus": "96",
+            "volumes": {"data": {"claim": "datasets", "mount": "/data"}, "runs": {"claim": "runs", "mount": "/work"}},
+            "secrets": {"WANDB_API_KEY": "wandb/api-key"}, "node_selector": {"gpu": "h100"},
+        },
+    },
+}  # fmt: skip
+
+
+def _profile(tmp_path: Path, tree: object):
+    path = tmp_path / "cluster.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return read_profile(path)
+
+
+def _text(name: str, tmp_path: Path) -> str:
+    rendered = render(JOB, _profile(tmp_path, PROFILES[name]), folder="runs/x/launch")
+    parts = [shell_line(rendered), *(f"--- {file}\n{text}" for file, text in rendered.files.items())]
+    return "\n".join([*parts, rendered.note]).rstrip() + "\n"
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_what_is_rendered_is_what_it_was(name: str, tmp_path: Path) -> None:
+    """To renew after a wanted change: RENEW=1 python -m pytest tests/ranks/test_launch.py, and read the diff."""
+    path = GOLDEN / f"launch-{name}.txt"
+    text = _text(name, tmp_path)
+    if os.environ.get("RENEW"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_torchrun_reads_how_long_ranks_may_take_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "shutdown_timeout" not in {one.name for one in fields(LaunchConfig)}:
+        pytest.skip("torchrun of this torch has no such setting")
+    monkeypatch.setenv(SHUTDOWN, "7")
+    assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 7
+
+
+def test_the_batch_script_is_shell_and_hands_every_word_over_whole(tmp_path: Path) -> None:
+    """srun, scontrol and scancel stand in as small programs that write down what they are given."""
+    profile = _profile(tmp_path, PROFILES["slurm"] | {"workdir": str(tmp_path)})
+    script = render(JOB, profile, folder="x").files["job.sbatch"]
+    tools, seen = tmp_path / "bin", tmp_path / "seen"
+    tools.mkdir()
+    outcome = shlex.quote(str(tmp_path / "runs" / JOB.run / "logs" / "outcome.json"))
+    bodies = {
+        "srun": f"printf '%s\\n' \"$NOTE\" \"$@\" > {seen}; sleep 1.1; mkdir -p \"$(dirname {outcome})\"; "
+        f"echo '{{\"outcome\": \"preempted\"}}' > {outcome}; exit 1",
+        "scontrol": f"if [ \"$1\" = show ]; then echo first; echo second; else echo \"$@\" > {tmp_path}/requeued; fi",
+        "scancel": "true",
+    }  # fmt: skip
+    for name, body in bodies.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "job.sbatch").write_text(script)
+    environment = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "n",
+    }
+    done = subprocess.run(["bash", "job.sbatch"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    words = seen.read_text().splitlines()
+    assert words[0] == 'it\'s "quoted" $HOME'
+    assert words[-len(JOB.words) :] == JOB.words
+    assert "--rdzv_endpoint=first:29500" in words
+    assert "--rdzv_id=77" in words
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+ALLOC, OLDER = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
+def test_memory_of_ranks_grows_by_segments_unless_the_user_says_otherwise(kind: str, tmp_path: Path) -> None:
+    def rendered(**env: str) -> dict[str, str]:
+        return dict(render(JOB, _profile(tmp_path, {"kind": kind, "env": env}), folder="x").environment)
+
+    for given in (rendered, lambda **env: rank_environment(env)):
+        assert given()[ALLOC] == "expandable_segments:True"
+        assert given(**{ALLOC: "max_split_size_mb:64"})[ALLOC] == "max_split_size_mb:64"
+        older = given(**{OLDER: "max_split_size_mb:64"})
+        assert (older.get(ALLOC), older[OLDER]) == (None, "max_split_size_mb:64")
+
+
+def test_kubernetes_gets_words_and_a_name_that_it_takes(tmp_path: Path) -> None:
+    job = Job(recipe="tiny-cpu", overrides=["run.name=$(HOME)"], run="My_Run 1")
+    manifest = yaml.safe_load(render(job, _profile(tmp_path, PROFILES["kubernetes"]), folder="x").files["job.yaml"])
+    assert manifest["metadata"]["name"] == "my-run-1" == kubernetes_name("My_Run 1")
+    spec = manifest["spec"]["pytorchReplicaSpecs"]
+    assert (spec["Master"]["replicas"], spec["Worker"]["replicas"]) == (1, 7)
+    container = spec["Worker"]["template"]["spec"]["containers"][0]
+    assert container["command"][-1] == "run.name=$$(HOME)"  # or Kubernetes would fill it in
+    key = next(entry for entry in container["env"] if entry["name"] == "WANDB_API_KEY")
+    assert key["valueFrom"] == {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
+    assert kubernetes_name("!!") == "run"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"kind": "ray"}, "kind = 'ray'"),
+        ({"nodes": 0}, "at least 1 is wanted"),
+        ({"nodes": 2, "min_nodes": 3, "hosts": ["a", "b"]}, "more than nodes, 2"),
+        ({"nodes": 2}, "2 nodes need as many hosts"),
+        ({"env": {"WANDB_API_KEY": "s3cret"}}, "what looks like a secret would be written into files"),
+        ({"kind": "deepspeed", "env": {"HF_TOKEN": "s3cret"}}, "Log in once on every node"),
+        ({"kind": "kubernetes"}, "a pod needs an image"),
+        ({"kind": "kubernetes", "kubernetes": {"image": "x", "secrets": {"A": "b"}}}, "secret/key is wanted"),
+        ({"partition": "gpu"}, "no such key"),
+        ("torchrun", "no such key"),
+    ],
+)
+def test_profiles_are_checked(tree: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        _profile(tmp_path, tree)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_profile_that_is_no_yaml_is_said(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not readable as YAML"):
+        read_profile(tmp_path / "p.yaml")
+
+
+def test_the_command_checks_the_recipe_for_the_profile_s_ranks(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump({"nodes": 1, "gpus_per_node": 3}))
+    assert main(["launch", "tiny-cpu", "--on", "c.yaml"]) == 2
+    assert "it must divide the 3 ranks" in capsys.readouterr().err
+    Path("c.yaml").write_text(yaml.safe_dump({"kind": "slurm", "gpus_per_node": 2}))
+    assert main(["launch", "tiny-cpu", "--on", "c.yaml"]) == 0
+    assert "sbatch runs/run/launch/job.sbatch" in capsys.readouterr().out
+    assert Path("runs/run/launch/job.sbatch").exists()
+    assert main(["launch", "tiny-cpu", "--on", "c.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"][0] == "sbatch"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", "tiny-cpu", "--on", "c.yaml", "--run"]) == 2
+    assert "sbatch is not on this machine" in capsys.readouterr().err
+
+
+def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None:
+    toy_run(tmp_path)
+    profile = _profile(tmp_path, {"kind": "deepspeed", "gpus_per_node": 2, "python": sys.executable})
+    words = ["model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
+             "schedule.steps=2", "run.name=by deepspeed", "data.packs_per_step=2",
+             "parallel.ep=auto", "parallel.recompute=auto"]  # fmt: skip
+    job = Job(recipe="tiny-cpu", overrides=words, run="by deepspeed")
+    done = start_rendered(render(job, profile, folder="launch"), tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = (tmp_path / "runs" / "by deepspeed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1]
+    foreseen = json.loads((tmp_path / "runs" / "by deepspeed" / "plan.json").read_text())
+    assert foreseen["layout"]["ep"] in (1, 2)
+    assert foreseen["layout"]["recompute"] in ("none", "selective", "layer")
+    weights = foreseen["measured"]["weights_held"]
+    assert weights == pytest.approx(foreseen["foreseen"]["weights_held"][0], rel=0.05)
+
+
+def _pages(mark: str) -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    return re.findall(rf"```yaml\n# {mark}: (\S+)\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(("name", "text"), _pages("profile"))
+def test_profiles_in_docs_render(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    profile = read_profile(tmp_path / name)
+    assert "finetune.train" in str(render(JOB, profile, folder="x"))
+
+
+@pytest.mark.parametrize(("name", "text"), _pages("recipe"))
+def test_recipes_in_docs_are_sound_and_planned(name: str, text: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert main(["check", str(path), "--ranks", "8"]) == 0, capsys.readouterr().err
+    assert main(["plan", str(path), "--gpus", "8", "--gpu", "h200-141gb"]) == 0, capsys.readouterr().out
