@@ -1,1 +1,4 @@
-"""Shards to batches. Knows no process group and no engine: rank and world size arrive as plain integers."""
+"""Shards to batches. Knows no process group and no engine: rank and world size arrive as plain integers.
+
+Rooms, lowest first: format < render < shards < stream | prepare. `open` puts them together for a run.
+"""

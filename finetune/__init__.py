@@ -1,4 +1,17 @@
-"""Composition: configuration, model, engine, loop, checkpoint, export."""
+"""Fine-tuning: from a recipe to a run, its checkpoints and its adapters.
+
+A room imports only from rooms below it; rooms on one line do not know each other:
+
+                              train.py                      the story of a run
+      training/                 ask/              verify/   the loop's parts | questions | proofs
+      checkpoint/                                           the state of a run on disk
+      adapters/                                             adapter files, merge, export
+      model/                          planner/              the network | before the run
+      settings/                                             recipes, checks, stages
+      files/                                                a model folder on disk
+      architecture/                   ranks/                the model in numbers | one process
+      config.py                                             every key
+"""
 
 import sys
 

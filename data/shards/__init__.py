@@ -1,1 +1,4 @@
-"""Shards read by number: index, bytes, lengths."""
+"""Shards read by number: index, bytes, lengths.
+
+Reading order: index and scan (what a shard holds), bytes and reader (a sample of it), lengths, questions.
+"""

@@ -13,6 +13,7 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,9 +56,12 @@ def _our_files() -> dict[str, str]:
     """What `pip wheel` packs, by what pyproject.toml says."""
     packing = PROJECT["tool"]["setuptools"]
     paths = [ROOT / f"{name}.py" for name in packing["py-modules"]]
-    for package in packing["packages"]["find"]["include"]:
-        for pattern in ("*.py", *packing["package-data"].get(package, ())):
-            paths += (ROOT / package).glob(pattern)
+    patterns = packing["packages"]["find"]["include"]
+    for folder in (path.parent for path in ROOT.glob("*/**/__init__.py")):
+        package = ".".join(folder.relative_to(ROOT).parts)
+        if any(fnmatchcase(package, pattern) for pattern in patterns):
+            for pattern in ("*.py", *packing["package-data"].get(package, ())):
+                paths += folder.glob(pattern)
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 

@@ -68,7 +68,7 @@ def test_patches_are_bit_identical_to_transformers(cap, tokens):
 
 
 def test_patches_equal_the_golden_digests():
-    """Written by `PYTHONPATH=.:tests/harness python tests/shards/test_video.py` from transformers 5.23.0 and torchvision 0.28.0."""
+    """Written by this file, run with PYTHONPATH=.:tests/harness, from transformers 5.23.0 and torchvision 0.28.0."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(CASES)
     for (n, height, width), wanted in zip(CASES, golden, strict=True):

@@ -54,7 +54,7 @@ def test_patches_are_bit_identical_to_torchvision_backend():
 
 
 def test_pixels_equal_the_golden_digests():
-    """Written by `PYTHONPATH=.:tests/harness python tests/shards/test_vision.py` from transformers 5.23.0 and torchvision 0.28.0."""
+    """Written by this file, run with PYTHONPATH=.:tests/harness, from transformers 5.23.0 and torchvision 0.28.0."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(SHAPES)
     for (h, w), wanted in zip(SHAPES, golden, strict=True):
