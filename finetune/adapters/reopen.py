@@ -11,8 +11,7 @@ import torch
 
 from finetune.architecture.shapes import Shape
 from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_rows
-
-_NAMED = 4
+from finetune.ranks.log import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> 
     wrong = [name for name, want in expected.items() if name not in held or _unlike(held[name], want)]
     wrong += [name for name in held if name not in expected]
     if wrong:
-        raise ValueError(f"{file} was written wrongly: {_some(wrong)}; nothing was kept")
+        raise ValueError(f"{file} was written wrongly: {listed(wrong)}; nothing was kept")
     zero: list[str] = []
     unused: list[str] = []
     handle = os.open(file, os.O_RDONLY)
@@ -56,9 +55,9 @@ def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> 
         return []
     found = []
     if zero:
-        found.append(f"{len(zero)} tensors learned nothing, their lora_B is still zero: {_some(zero)}")
+        found.append(f"{len(zero)} tensors learned nothing, their lora_B is still zero: {listed(zero)}")
     if unused:
-        found.append(f"experts that no token reached have a lora_B of zero in {_some(unused)}")
+        found.append(f"experts that no token reached have a lora_B of zero in {listed(unused)}")
     return found
 
 
@@ -72,7 +71,3 @@ def _empty_experts(name: str, tensor: torch.Tensor, experts: int) -> Sequence[in
         return []
     parts = tensor.view(experts, -1) if ".lora_A." in name else tensor.view(-1, experts).t()
     return [int(expert) for expert in (~parts.bool().any(1)).nonzero().flatten()]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -30,7 +30,6 @@ from finetune.checkpoint.manifest import (
     config_hash,
     read_manifest,
     require_same_run,
-    some,
     write_manifest,
 )
 from finetune.checkpoint.pieces import Meshes, flat_tensors, read, require_whole, write
@@ -42,6 +41,7 @@ from finetune.model.empty import EmptyModel
 from finetune.ranks.collectives import PATIENCE
 from finetune.ranks.engine import take_device
 from finetune.ranks.hooks import keep_whole
+from finetune.ranks.log import listed
 from moe.host import HostCopy, HostMemory
 
 T = TypeVar("T")
@@ -257,7 +257,7 @@ class Checkpoints:
             if isinstance(wrong, ValueError):
                 raise wrong
         if failed:
-            raise OSError(some([f"rank {rank}: {error}" for rank, error in failed.items()], "; "))
+            raise OSError(listed([f"rank {rank}: {error}" for rank, error in failed.items()], between="; "))
         return {name: value for found, _ in said for name, value in found.items()}
 
 

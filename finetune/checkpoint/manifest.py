@@ -14,6 +14,7 @@ from typing import Any
 from finetune.files.atomic import write_file
 from finetune.files.jsonblock import load_json
 from finetune.files.tensorfile import Stored
+from finetune.ranks.log import listed
 from finetune.settings.typed import leaves
 
 MANIFEST, LATEST, BEST, VERSION = "manifest.json", "LATEST", "BEST", 2
@@ -26,7 +27,6 @@ FREE = (
     "data.workers", "data.prefetch", "data.stall_seconds", "data.max_bad_samples", "data.video.timeout_seconds",
 )  # fmt: skip
 """Keys that may change between save and resume: they do not change what is computed."""
-SHOWN = 8
 ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
 SAMPLE_BYTES = 4096
 
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
         if found != size:
             damaged.append(f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}")
     if damaged:
-        raise ValueError(f"{folder} is damaged: {some(damaged, '; ')}. {ANOTHER}")
+        raise ValueError(f"{folder} is damaged: {listed(damaged, between='; ')}. {ANOTHER}")
     trained = {name: Trained(shape=tuple(t["shape"]), updates=t["updates"]) for name, t in content["trained"].items()}
     return Manifest(**(content | {"trained": trained, "files": files}))
 
@@ -111,7 +111,7 @@ def require_same_run(
     different = config_difference(saved.config, config)
     if different:
         raise ValueError(
-            f"{folder} was saved under another configuration:\n  {some(different, chr(10) + '  ')}\n"
+            f"{folder} was saved under another configuration:\n  {listed(different, between=chr(10) + '  ')}\n"
             f"Restore these values to continue it; or start anew with another run.name or checkpoint.resume=never"
         )
     if saved.base_fingerprint != fingerprint:
@@ -124,7 +124,7 @@ def require_same_run(
     if names:
         lines = [f"{n}: {_shape(theirs.get(n))} in the checkpoint, {_shape(shapes.get(n))} now" for n in names]
         raise ValueError(
-            f"{folder} trained other parameters:\n  {some(lines, chr(10) + '  ')}\n"
+            f"{folder} trained other parameters:\n  {listed(lines, between=chr(10) + '  ')}\n"
             f"Adapt and train what it did (adapters.*), or start anew with another run.name"
         )
 
@@ -153,12 +153,6 @@ def _value(flat: Mapping[str, Any], key: str) -> str:
 
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
-
-
-def some(lines: list[str], between: str) -> str:
-    """Join the first few of many lines."""
-    more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return between.join([*lines[:SHOWN], *more])
 
 
 def base_fingerprint(stored: Iterable[Stored]) -> str:

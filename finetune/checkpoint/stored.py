@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.checkpoint.manifest import ANOTHER, File, some
+from finetune.checkpoint.manifest import ANOTHER, File
+from finetune.ranks.log import listed
 
 BLOCK = 1 << 22
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
@@ -32,8 +33,7 @@ def require_intact(folder: Path, files: Mapping[str, File], names: Sequence[str]
     changed = [name for name in names if checked(folder / name) != files[name]]
     if changed:
         raise ValueError(
-            f"{folder} is damaged: {some(changed, ', ')}: some bits are not those that were written (checksum). "
-            f"{ANOTHER}"
+            f"{folder} is damaged: {listed(changed)}: some bits are not those that were written (checksum). {ANOTHER}"
         )
     return {name: files[name] for name in names}
 

@@ -19,6 +19,7 @@ from finetune.files.keycheck import check_keys
 from finetune.files.layouts import LAYOUT_KEY, Layout, recognise, single_expert
 from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_rows
 from finetune.files.writer import INDEX
+from finetune.ranks.log import listed
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,7 @@ def weight_files(folder: Path) -> WeightFiles:
         claims.setdefault(metadata.get(LAYOUT_KEY), name)
         twice = sorted(held.keys() & tensors.keys())
         if twice:
-            problems.append(f"{folder / name} and {tensors[twice[0]].file.name} both hold {_some(twice)}")
+            problems.append(f"{folder / name} and {tensors[twice[0]].file.name} both hold {listed(twice)}")
         tensors |= held
         if mapped is not None:
             problems += _index_problems(folder, name, held, mapped)
@@ -144,11 +145,11 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             return present, None
         if present:
             raise ValueError(
-                f"{folder} holds {len(present)} weight files ({_some(present)}) but no {INDEX}; it was copied or "
+                f"{folder} holds {len(present)} weight files ({listed(present)}) but no {INDEX}; it was copied or "
                 f"downloaded in part. Fetch the missing files"
             )
         others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
-        hint = f" It holds {_some(others)}; only safetensors are read." if others else ""
+        hint = f" It holds {listed(others)}; only safetensors are read." if others else ""
         raise ValueError(f"{folder} holds no weights: neither model.safetensors nor {INDEX}.{hint}")
     mapped = load_json(folder / INDEX).get("weight_map")
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
@@ -157,13 +158,13 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     absent = [name for name in named if not (folder / name).is_file()]
     if absent:
         raise ValueError(
-            f"{folder / INDEX} names {len(absent)} weight file(s) that are not there: {_some(absent)}. "
+            f"{folder / INDEX} names {len(absent)} weight file(s) that are not there: {listed(absent)}. "
             f"Fetch them (an interrupted download leaves such a folder)"
         )
     stray = [name for name in present if name not in named]
     if stray:
         raise ValueError(
-            f"{folder} holds {_some(stray)}, which {INDEX} does not name: files of two checkpoints lie in one "
+            f"{folder} holds {listed(stray)}, which {INDEX} does not name: files of two checkpoints lie in one "
             f"folder, or the index is an old one"
         )
     return named, mapped
@@ -173,15 +174,10 @@ def _index_problems(folder: Path, name: str, held: Mapping[str, Stored], mapped:
     promised = {key for key, file in mapped.items() if file == name}
     found = []
     if promised - held.keys():
-        found.append(f"{folder / name} lacks {_some(sorted(promised - held.keys()))}, which {INDEX} says it holds")
+        found.append(f"{folder / name} lacks {listed(sorted(promised - held.keys()))}, which {INDEX} says it holds")
     if held.keys() - promised:
-        found.append(f"{folder / INDEX} does not say that {name} holds {_some(sorted(held.keys() - promised))}")
+        found.append(f"{folder / INDEX} does not say that {name} holds {listed(sorted(held.keys() - promised))}")
     return found
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 def _read(tensor: Stored, rows: range) -> torch.Tensor:

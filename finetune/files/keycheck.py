@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from finetune.architecture.shapes import EMBEDDING, HEAD, VISUAL, Shape, is_expert_stack
 from finetune.files.layouts import Layout, stored_shape, stored_shapes
 from finetune.files.tensorfile import FLOAT_TYPES, Stored
-
-_SHOWN = 4
+from finetune.ranks.log import listed
 
 
 def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout: Layout, *, where: str) -> None:
@@ -26,17 +25,17 @@ def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout
         return
     lines = [f"{where} does not hold the model that its config.json describes (layout {layout}):"]
     if missing:
-        lines.append(f"{len(missing)} of {len(expected)} keys missing: {_shown(missing)}")
+        lines.append(f"{len(missing)} of {len(expected)} keys missing: {listed(missing)}")
     if unexpected:
-        lines.append(f"{len(unexpected)} unexpected: {_shown(unexpected)}")
+        lines.append(f"{len(unexpected)} unexpected: {listed(unexpected)}")
     if misshaped:
         pairs = [f"{name} is {list(stored[name].shape)}, wanted {list(expected[name])}" for name in misshaped]
-        lines.append(f"{len(misshaped)} of another shape: {_shown(pairs)}")
+        lines.append(f"{len(misshaped)} of another shape: {listed(pairs)}")
     if unreadable:
         pairs = [f"{name} is {stored[name].dtype}" for name in unreadable]
-        lines.append(f"{len(unreadable)} of a type other than {', '.join(FLOAT_TYPES)}: {_shown(pairs)}")
+        lines.append(f"{len(unreadable)} of a type other than {', '.join(FLOAT_TYPES)}: {listed(pairs)}")
     if mixed:
-        lines.append(f"{len(mixed)} expert stacks of several types: {_shown(mixed)}")
+        lines.append(f"{len(mixed)} expert stacks of several types: {listed(mixed)}")
     found = {name: tensor.shape for name, tensor in stored.items()}
     causes = _causes(missing, unexpected, misshaped, found, expected)
     if unreadable:
@@ -107,8 +106,3 @@ def _naming_causes(missing: list[str], unexpected: list[str], expected: Mapping[
 
 def _swapped(misshaped: list[str], shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> bool:
     return all(shapes[name] == stored_shape(name, expected[name], "hub") for name in misshaped)
-
-
-def _shown(names: list[str]) -> str:
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + rest

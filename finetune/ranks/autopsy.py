@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.ranks.flight_reading import Flight, flight_lines, missed, read_flight
+from finetune.ranks.log import listed
 
 OLD_S = 60.0
 SHOWN = 12
@@ -101,14 +102,14 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
         )
         lost = [t.rank for t in failed[1:]]
         if lost:
-            yield f"rank(s) {_some(lost)} ended after it: look at rank {first.rank} first"
+            yield f"rank(s) {listed(lost)} ended after it: look at rank {first.rank} first"
     if outcome.get("outcome") in ("done", "preempted"):
         return
     silent = [t for t in traces if not t.failure and t.beat and now - float(t.beat.get("time", now)) > OLD_S]
     if silent and failed:
         yield (
-            f"rank(s) {_some([t.rank for t in silent])} left no word: killed from outside (out of memory? look at the "
-            f"kernel's log of {_some(sorted({str(t.beat.get('host')) for t in silent}))}), or cut off"
+            f"rank(s) {listed([t.rank for t in silent])} left no word: killed from outside (out of memory? look at the "
+            f"kernel's log of {listed(sorted({str(t.beat.get('host')) for t in silent}))}), or cut off"
         )
     yield from _behind(traces)
     yield from _odd_stack(traces)
@@ -175,8 +176,3 @@ def _details(trace: RankTrace) -> Iterator[str]:
     if trace.failure and trace.log_end:
         yield f"\nrank {trace.rank}, its last words:"
         yield from trace.log_end.splitlines()
-
-
-def _some(values: list[Any]) -> str:
-    shown = ", ".join(map(str, values[:8]))
-    return f"{shown} and {len(values) - 8} more" if len(values) > 8 else shown

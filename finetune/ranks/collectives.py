@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from finetune.ranks.log import listed
 from moe.experts import GroupedExperts
 
 T = TypeVar("T")
-SHOWN = 8
 """So many differences are printed."""
 PATIENCE = timedelta(days=1)
 """How long a collective waits for the slowest rank, which may fetch or index terabytes, or write a model, while others
@@ -140,11 +140,9 @@ def require_equal_tables(what: str, table: Mapping[str, str], device: torch.devi
     dist.all_gather_object(tables, dict(table))
     other = different[0]
     lines = _differences(tables[0], tables[other], other)
-    more = f"\n  ... and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     raise ValueError(
         f"{what} differ between ranks (rank 0 against rank {', '.join(map(str, different))}):\n  "
-        + "\n  ".join(lines[:SHOWN])
-        + more
+        + listed(lines, between="\n  ")
         + "\nEvery rank must build the same model: same configuration, same code, same versions"
     )
 

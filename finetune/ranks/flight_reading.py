@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.ranks.log import listed
+
 NCCL, GLOO = "flight-", "flight-gloo-"
 """How the files of each backend begin; a rank's number follows."""
-SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +75,19 @@ def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
         if late:
             where = f"{_what(last[late[0]][group])}, number {counts[late[0]]}" if group in last[late[0]] else "none yet"
             yield (
-                f"rank(s) {_some(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}, which rank(s) "
-                f"{_some(late)} did not join: the last there was {where}"
+                f"rank(s) {listed(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}, which rank(s) "
+                f"{listed(late)} did not join: the last there was {where}"
             )
         elif others:
             theirs, where = _called(last[others[0]][group]), _name(group)
             yield (
-                f"rank(s) {_some(first)} wait in {_called(entry)}, and rank(s) {_some(others)} in {theirs}, both "
+                f"rank(s) {listed(first)} wait in {_called(entry)}, and rank(s) {listed(others)} in {theirs}, both "
                 f"number {most} of {where}: they took different ways"
             )
         elif silent:
             yield (
-                f"rank(s) {_some(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}; rank(s) "
-                f"{_some(silent)} left no record of theirs"
+                f"rank(s) {listed(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}; rank(s) "
+                f"{listed(silent)} left no record of theirs"
             )
 
 
@@ -137,8 +138,3 @@ def _called(entry: Mapping[str, Any]) -> str:
         if re.search(r"/(finetune|moe|data)/[\w/]+\.py$", frame["filename"]):
             return f"{_what(entry)} of {frame['name']} ({Path(frame['filename']).name}:{frame['line']})"
     return _what(entry)
-
-
-def _some(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:SHOWN]))
-    return f"{shown} and {len(ranks) - SHOWN} more" if len(ranks) > SHOWN else shown

@@ -6,9 +6,17 @@ On the terminal stands rank 0 alone: the standard streams of all others go into 
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+
+
+def listed(items: Sequence[object], most: int = 8, between: str = ", ") -> str:
+    """Join the first few of many, and count the rest: `a, b and 3 more`."""
+    shown, rest = between.join(map(str, items[:most])), len(items) - most
+    if rest <= 0:
+        return shown
+    return f"{shown}{' ' if between == ', ' else f'{between}... '}and {rest} more"
 
 
 def print_line(text: str) -> None:
