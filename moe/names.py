@@ -1,7 +1,7 @@
-"""The one two-way map between the names of our parameters and canonical names. No torch.
+"""From the names of our parameters to canonical names. No torch.
 
 The canonical name of a base weight is its key in a transformers 5 state dict, that of an adapter tensor its key in a
-PEFT file. Checkpoints, loaders and exporters all speak canonical names; only this file knows both.
+PEFT file. Checkpoints, loaders and exporters all use canonical names; only this file knows both.
 
 With L = a decoder layer and P = base_model.model., ours on the left:
 
@@ -18,8 +18,6 @@ PEFT wraps gate_up_proj first and down_proj around it: the inner one is `base_la
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
@@ -38,28 +36,7 @@ _OURS_TO_CANONICAL = {
     "gate.lora_A": "gate.lora_A.weight",
     "gate.lora_B": "gate.lora_B.weight",
 }
-_CANONICAL_TO_OURS = {theirs: ours for ours, theirs in _OURS_TO_CANONICAL.items()}
 _PEFT_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB])\.([^.]+)(\.weight)?$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NameMap:
-    """Both directions for the tensors of one model."""
-
-    to_canonical: Mapping[str, str]
-    to_ours: Mapping[str, str]
-
-
-def name_map(model_type: str, names: Iterable[str], *, adapter: str = "default") -> NameMap:
-    """Return the map of a model's own parameter (and persistent buffer) names; one to one, or ValueError."""
-    to_canonical: dict[str, str] = {}
-    to_ours: dict[str, str] = {}
-    for name in names:
-        canonical = canonical_name(model_type, name, adapter=adapter)
-        if canonical in to_ours:
-            raise ValueError(f"{name} and {to_ours[canonical]} are both {canonical} in files: one of them is a copy")
-        to_canonical[name], to_ours[canonical] = canonical, name
-    return NameMap(to_canonical=to_canonical, to_ours=to_ours)
 
 
 def canonical_name(model_type: str, name: str, *, adapter: str = "default") -> str:
@@ -85,30 +62,6 @@ def dense_name(name: str, *, adapter: str = "default") -> str:
     if found[2] != adapter:
         raise ValueError(f"{name}: a tensor of adapter {found[2]!r}, but {adapter!r} is the one that is trained")
     return f"{PEFT_PREFIX}{name[: found.start()]}.{found[1]}{found[3] or ''}"
-
-
-def our_moe_name(model_type: str, canonical: str) -> str | None:
-    """Return our name of a sparse block's tensor, or None for a tensor that is not in one (see name_map for those)."""
-    is_adapter = canonical.startswith(PEFT_PREFIX)
-    block, tensor = _split(model_type, canonical.removeprefix(PEFT_PREFIX))
-    if not block:
-        return None
-    ours = _CANONICAL_TO_OURS.get(tensor)
-    if ours is None or ("lora_" in ours) != is_adapter:
-        raise ValueError(
-            f"{canonical}: not a tensor of a {model_type} sparse block, which has {', '.join(_CANONICAL_TO_OURS)}"
-        )
-    return block + ours
-
-
-def per_expert_names(model_type: str, canonical: str, expert: int) -> tuple[str, ...]:
-    """Return the hub's 2-D names of one expert of a fused `...gate_up_proj` (gate, up) or `...down_proj`."""
-    _split(model_type, canonical)
-    experts, _, tensor = canonical.rpartition(".")
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-    if tensor not in parts or not experts.endswith(".mlp.experts"):
-        raise ValueError(f"{canonical}: not a fused expert tensor (...mlp.experts.gate_up_proj or .down_proj)")
-    return tuple(f"{experts}.{expert}.{part}.weight" for part in parts[tensor])
 
 
 def _split(model_type: str, name: str) -> tuple[str, str]:
