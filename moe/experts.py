@@ -1,6 +1,5 @@
 """The experts one rank owns: frozen, adapted by LoRA, or fully trained; one grouped GEMM per projection."""
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from moe.grouped import grouped_experts
 from moe.projections import Plan
+from moe.start_values import generator_of, uniform_factor
 
 CHUNK_BYTES = 1 << 30
 """What a call allocates for intermediates at a time; more rows are computed chunk by chunk."""
@@ -55,12 +55,10 @@ def initial_lora(
     """
     if tensor.endswith("_B") and b_std == 0.0:
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}/{tensor}/{expert}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    if tensor.endswith("_B"):
-        return torch.randn(shape, generator=generator) * b_std
-    bound = 1.0 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    generator = generator_of(seed, f"{name}/{tensor}/{expert}")
+    return (
+        torch.randn(shape, generator=generator) * b_std if tensor.endswith("_B") else uniform_factor(shape, generator)
+    )
 
 
 class GroupedExperts(nn.Module):

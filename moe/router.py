@@ -1,13 +1,13 @@
 """The router of one layer: a linear score per expert, frozen, adapted by LoRA or trained, in float32 on request."""
 
-import hashlib
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe.start_values import generator_of, uniform_factor
 
 RouterMode = Literal["frozen", "lora", "full"]
 
@@ -66,10 +66,8 @@ class Router(nn.Module):
         """Fill the factors from (seed, name), equal on every rank; B is zero unless b_std says otherwise (tests)."""
         if self.options.mode != "lora":
             return
-        digest = hashlib.sha256(f"{self.seed}/{self.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        bound = 1.0 / math.sqrt(self.lora_A.shape[1])
-        self.lora_A.copy_(torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator))
+        generator = generator_of(self.seed, self.name)
+        self.lora_A.copy_(uniform_factor(self.lora_A.shape, generator))
         self.lora_B.copy_(torch.randn(self.lora_B.shape, generator=generator) * b_std)
 
     @torch.no_grad()

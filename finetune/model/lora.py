@@ -4,7 +4,6 @@ What trains in full has no copy of its base value and stays as it is; of those a
 agreement statistic, and is switched too. Nothing is moved or copied.
 """
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from moe.experts import ExpertLora as Lora
 from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
 from moe.router import Router
+from moe.start_values import generator_of, uniform_factor
 
 
 @contextmanager
@@ -186,10 +186,7 @@ def initial_factor(canonical: str, shape: Shape, *, seed: int) -> Tensor:
     """Return the float32 start value of a dense factor, equal on every rank: A uniform in +-1/sqrt(in), B zero."""
     if ".lora_B" in canonical:
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{canonical.removeprefix(PEFT_PREFIX)}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    bound = 1.0 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return uniform_factor(shape, generator_of(seed, canonical.removeprefix(PEFT_PREFIX)))
 
 
 def adapted_part(canonical: str) -> str:
