@@ -45,32 +45,46 @@ def route(topk_TK: Tensor, *, num_experts: int, group: dist.ProcessGroup | None,
     if ep_size == 1:
         counts_L = _counts(experts, num_experts)
         return Route(
-            top_k=topk_TK.shape[1], group=None, slots=slots, rows=rows, send=[slots.numel()], receive=[slots.numel()],
-            counts_L=counts_L, by_expert=None, by_source=None,
-        )  # fmt: skip
+            top_k=topk_TK.shape[1],
+            group=None,
+            slots=slots,
+            rows=rows,
+            send=[slots.numel()],
+            receive=[slots.numel()],
+            counts_L=counts_L,
+            by_expert=None,
+            by_source=None,
+        )
 
     counts_SL, send, receive = kept("counts", lambda: _exchange_counts(_counts(experts, num_experts), group, ep_size))
     by_expert, by_source = _orders(counts_SL, sum(receive))
     return Route(
-        top_k=topk_TK.shape[1], group=group, slots=slots, rows=rows, send=send, receive=receive,
-        counts_L=counts_SL.sum(0), by_expert=by_expert, by_source=by_source,
-    )  # fmt: skip
+        top_k=topk_TK.shape[1],
+        group=group,
+        slots=slots,
+        rows=rows,
+        send=send,
+        receive=receive,
+        counts_L=counts_SL.sum(0),
+        by_expert=by_expert,
+        by_source=by_source,
+    )
 
 
-def dispatch(x_TD: Tensor, plan: Route) -> Tensor:
+def dispatch(x_TD: Tensor, route: Route) -> Tensor:
     """Return x_RD, the rows of this rank's experts, sorted by local expert."""
-    x: Tensor = _Expand.apply(x_TD, plan.slots, plan.rows, plan.top_k)  # type: ignore[no-untyped-call]  # torch's stub
-    if plan.group is None:
+    x: Tensor = _Expand.apply(x_TD, route.slots, route.rows, route.top_k)  # type: ignore[no-untyped-call]  # torch's stub
+    if route.group is None:
         return x
-    received = kept("dispatched", lambda: exchange(x, plan.receive, plan.send, plan.group))
-    return _permute(received, plan.by_expert, plan.by_source)
+    received = kept("dispatched", lambda: exchange(x, route.receive, route.send, route.group))
+    return _permute(received, route.by_expert, route.by_source)
 
 
-def combine(y_RD: Tensor, scores_TK: Tensor, plan: Route) -> Tensor:
+def combine(y_RD: Tensor, scores_TK: Tensor, route: Route) -> Tensor:
     """Return y_TD: each token's expert outputs, brought home and summed with its scores."""
-    y = _permute(y_RD, plan.by_source, plan.by_expert)
-    y = kept("combined", lambda: y if plan.group is None else exchange(y, plan.send, plan.receive, plan.group))
-    y_TKD = _permute(y, plan.rows, plan.slots).view(*scores_TK.shape, y.shape[1])
+    y = _permute(y_RD, route.by_source, route.by_expert)
+    y = kept("combined", lambda: y if route.group is None else exchange(y, route.send, route.receive, route.group))
+    y_TKD = _permute(y, route.rows, route.slots).view(*scores_TK.shape, y.shape[1])
     # one batched product: sums in float32 whatever the dtype, and no [T, K, D] product in memory
     return torch.bmm(scores_TK.to(y.dtype).unsqueeze(1), y_TKD).squeeze(1)
 

@@ -62,13 +62,13 @@ class HostMemory:
         block.copies.add(copy)
         return copy
 
-    def _with_room(self, wanted: int, *, pinned: bool) -> _Block:
+    def _with_room(self, needed: int, *, pinned: bool) -> _Block:
         for block in self._blocks:
             if not block.copies:
                 block.used = 0
-            if block.pinned == pinned and len(block.memory) - block.used >= wanted:
+            if block.pinned == pinned and len(block.memory) - block.used >= needed:
                 return block
-        memory = torch.empty(max(wanted, self._block_bytes), dtype=torch.uint8, pin_memory=pinned)
+        memory = torch.empty(max(needed, self._block_bytes), dtype=torch.uint8, pin_memory=pinned)
         self._blocks.append(_Block(memory=memory, pinned=pinned))
         return self._blocks[-1]
 

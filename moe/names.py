@@ -56,17 +56,17 @@ def canonical_name(model_type: str, name: str, *, adapter: str = "default") -> s
 
 def dense_name(name: str, *, adapter: str = "default") -> str:
     """Return the canonical name of a parameter outside sparse blocks: what PEFT wrapped is named as it was before."""
-    found = _PEFT_TENSOR.search(name)
-    if found is None:
+    match = _PEFT_TENSOR.search(name)
+    if match is None:
         return name.replace(".base_layer.", ".")
-    if found[2] != adapter:
-        raise ValueError(f"{name}: a tensor of adapter {found[2]!r}, but {adapter!r} is the one that is trained")
-    return f"{PEFT_PREFIX}{name[: found.start()]}.{found[1]}{found[3] or ''}"
+    if match[2] != adapter:
+        raise ValueError(f"{name}: a tensor of adapter {match[2]!r}, but {adapter!r} is the one that is trained")
+    return f"{PEFT_PREFIX}{name[: match.start()]}.{match[1]}{match[3] or ''}"
 
 
 def _split(model_type: str, name: str) -> tuple[str, str]:
     """Return ('<layer>.mlp.', rest) of a tensor in a sparse block, else ('', name)."""
     if model_type not in LAYERS:
         raise ValueError(f"model type {model_type!r} has no experts known here; known: {', '.join(LAYERS)}")
-    found = re.match(re.escape(LAYERS[model_type]) + r"\d+\.mlp\.(?=experts\.|gate\.)", name)
-    return (found[0], name[found.end() :]) if found else ("", name)
+    match = re.match(re.escape(LAYERS[model_type]) + r"\d+\.mlp\.(?=experts\.|gate\.)", name)
+    return (match[0], name[match.end() :]) if match else ("", name)

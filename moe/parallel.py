@@ -57,9 +57,17 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
     """
 
     def __init__(
-        self, *, name: str, index: int, config: Any, ep_size: int, options: LayerOptions, balance: BalanceCall | None,
-        dtype: torch.dtype, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        name: str,
+        index: int,
+        config: Any,
+        ep_size: int,
+        options: LayerOptions,
+        balance: BalanceCall | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
         self.name, self.index, self.options, self.balance = name, index, options, balance
         self.num_experts, self.hidden_size = config.num_experts, config.hidden_size
@@ -71,15 +79,23 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
             name=f"{name}.gate", num_experts=self.num_experts, hidden=self.hidden_size, options=options.router, **common
         )
         self.experts = GroupedExperts(
-            name=f"{name}.experts", num_experts=self.num_experts, local_experts=self.local_experts,
-            hidden=self.hidden_size, intermediate=config.moe_intermediate_size, mode=options.experts, lora=options.lora,
+            name=f"{name}.experts",
+            num_experts=self.num_experts,
+            local_experts=self.local_experts,
+            hidden=self.hidden_size,
+            intermediate=config.moe_intermediate_size,
+            mode=options.experts,
+            lora=options.lora,
             **common,
-        )  # fmt: skip
+        )
         group = self.ep_group_name
         _tag(
-            self.experts, allreduce=False, group_name=group, ds_zero_placement_family="autoep_expert",
+            self.experts,
+            allreduce=False,
+            group_name=group,
+            ds_zero_placement_family="autoep_expert",
             ds_zero_partition_group_name=group,
-        )  # fmt: skip
+        )
         _tag(self.gate, ds_zero_placement_family="replicated")
 
     def _place(self, ep_size: int) -> None:
@@ -130,9 +146,9 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         return torch.cat([checkpoint(self._exchange, *tile, use_reentrant=False, context_fn=again) for tile in tiles])
 
     def _exchange(self, x_TD: Tensor, topk_TK: Tensor, scores_TK: Tensor) -> Tensor:
-        plan = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)
-        y_RD = self.experts(all_to_all.dispatch(x_TD, plan), plan.counts_L)
-        return all_to_all.combine(y_RD, scores_TK, plan)
+        route = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)
+        y_RD = self.experts(all_to_all.dispatch(x_TD, route), route.counts_L)
+        return all_to_all.combine(y_RD, scores_TK, route)
 
     @torch.no_grad()
     def load(self, block: Any) -> None:
@@ -171,9 +187,15 @@ def replace_moe_blocks(
     for index, (name, block) in enumerate(blocks.items()):
         weight = block.gate.weight
         layer = ExpertParallelMoe(
-            name=name, index=index, config=config, ep_size=ep_size, options=options, balance=balance,
-            dtype=weight.dtype, device=weight.device,
-        ).train(block.training)  # fmt: skip
+            name=name,
+            index=index,
+            config=config,
+            ep_size=ep_size,
+            options=options,
+            balance=balance,
+            dtype=weight.dtype,
+            device=weight.device,
+        ).train(block.training)
         if not weight.is_meta:
             layer.load(block)
         layer.deepep_scope = scope
@@ -184,13 +206,13 @@ def replace_moe_blocks(
 
 def describe(layers: Sequence[ExpertParallelMoe]) -> str:
     """Say in one line what was chosen for the replaced blocks, by the user and by us."""
-    one = layers[0]
-    lora = f" r {one.options.lora.r}" if one.options.lora is not None else ""
-    held = "resident" if one.options.resident else "partitioned by ZeRO-3"
+    layer = layers[0]
+    lora = f" r {layer.options.lora.r}" if layer.options.lora is not None else ""
+    frozen = "resident" if layer.options.resident else "partitioned by ZeRO-3"
     return (
-        f"{len(layers)} sparse blocks: {one.num_experts} experts, {one.num_local_experts} a rank (ep {one.ep_size}), "
-        f"{one.options.experts}{lora}, router {one.options.router.mode}, frozen weights {held}, "
-        f"rows by {one.options.dispatch}, grouped_mm"
+        f"{len(layers)} sparse blocks: {layer.num_experts} experts, {layer.num_local_experts} a rank "
+        f"(ep {layer.ep_size}), {layer.options.experts}{lora}, router {layer.options.router.mode}, frozen weights {frozen}, "
+        f"rows by {layer.options.dispatch}, grouped_mm"
     )
 
 
@@ -205,12 +227,12 @@ def _find_blocks(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config()
     expected = [f"{LAYERS[kind]}{number}.mlp" for number in sparse_layers(config)]
     sparse = {n: m for n, m in model.named_modules() if hasattr(m, "experts") and hasattr(m, "gate")}
-    found = [name for name, module in sparse.items() if not isinstance(module, ExpertParallelMoe)]
-    if not expected or found != expected:
+    present = [name for name, module in sparse.items() if not isinstance(module, ExpertParallelMoe)]
+    if not expected or present != expected:
         replaced = [name for name, module in sparse.items() if isinstance(module, ExpertParallelMoe)]
         raise ValueError(
-            f"a {kind} model with this config has {len(expected)} sparse blocks ({_some(expected)}), but {len(found)} "
-            f"were found ({_some(found)}), {len(replaced)} are replaced already; "
+            f"a {kind} model with this config has {len(expected)} sparse blocks ({_some(expected)}), but "
+            f"{len(present)} were found ({_some(present)}), {len(replaced)} are replaced already; "
             f"check num_experts, decoder_sparse_step and mlp_only_layers"
         )
     return {name: sparse[name] for name in expected}

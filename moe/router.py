@@ -40,15 +40,23 @@ class Router(nn.Module):
     base_weight: Tensor | None
 
     def __init__(
-        self, *, name: str, num_experts: int, hidden: int, options: RouterOptions, resident: bool, seed: int,
-        dtype: torch.dtype, device: torch.device | str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        name: str,
+        num_experts: int,
+        hidden: int,
+        options: RouterOptions,
+        resident: bool,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.name, self.options, self.seed = name, options, seed
         self.is_adapted = True  # False scores as the base does, for comparison
         trained = options.mode == "full"
-        held = torch.float32 if options.float32 and not trained else dtype
-        weight = torch.empty(num_experts, hidden, dtype=held, device=device)
+        weight_dtype = torch.float32 if options.float32 and not trained else dtype
+        weight = torch.empty(num_experts, hidden, dtype=weight_dtype, device=device)
         if trained or not (resident or options.float32):
             # an engine casts parameters to its dtype, never buffers: a frozen float32 weight has to be one
             self.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
