@@ -211,8 +211,8 @@ def describe(layers: Sequence[ExpertParallelMoe]) -> str:
     frozen = "resident" if layer.options.resident else "partitioned by ZeRO-3"
     return (
         f"{len(layers)} sparse blocks: {layer.num_experts} experts, {layer.num_local_experts} a rank "
-        f"(ep {layer.ep_size}), {layer.options.experts}{lora}, router {layer.options.router.mode}, frozen weights {frozen}, "
-        f"rows by {layer.options.dispatch}, grouped_mm"
+        f"(ep {layer.ep_size}), {layer.options.experts}{lora}, router {layer.options.router.mode}, "
+        f"frozen weights {frozen}, rows by {layer.options.dispatch}, grouped_mm"
     )
 
 
