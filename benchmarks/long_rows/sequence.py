@@ -6,7 +6,7 @@ from benchmarks.harness.figure import Figure
 from benchmarks.harness.measure import counted
 from benchmarks.harness.outputs import same_tensors
 from benchmarks.long_rows.long_ranks import HEAD_DIM, HEADS, KV_HEADS, LAYERS, Setup, measure, together
-from finetune.model.sequence_attention import bytes_per_layer
+from finetune.model.sequence_attention import key_copies
 
 TOKENS = 2048
 PASSES = {"none": 2, "layer": 3, "selective": 3}
@@ -18,14 +18,11 @@ def run() -> Iterator[Figure]:
     setups = [Setup(tokens=TOKENS, sp=2, recompute=mode) for mode in ("none", "layer", "selective")]
     ranks = measure(setups, world=2)
     (whole,) = measure([Setup(tokens=TOKENS, sp=1, recompute="none")], world=1)
-    each = bytes_per_layer(
-        tokens=TOKENS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, slices=2, itemsize=4
-    )  # fmt: skip
     for setup, found in zip(setups, ranks, strict=True):
         same_tensors(together(found), together(whole), relative=1e-5)
         yield counted(
             metric=f"handed to attention's all-to-alls a layer, recompute {setup.recompute}",
-            found=max(rank.exchanged for rank in found) // LAYERS, expected=PASSES[setup.recompute] * each,
+            found=max(rank.exchanged for rank in found) // LAYERS, expected=PASSES[setup.recompute] * bytes_per_layer(slices=2),
             unit="bytes a rank", config={"tokens": TOKENS, "sp": 2, "heads": HEADS, "kv_heads": KV_HEADS},
         )  # fmt: skip
     yield Figure(
@@ -33,3 +30,12 @@ def run() -> Iterator[Figure]:
         config={"tokens": TOKENS, "sp": 2, "threads_a_rank": 1}, peer="one rank, the whole row",
         peer_value=whole[0].seconds,
     )  # fmt: skip
+
+
+def bytes_per_layer(*, slices: int) -> int:
+    """Bytes that one rank hands to the two all-to-alls of a layer's forward, its own part among them; backward as many.
+
+    Recompute exchanges once more what its second forward needs: both.
+    """
+    both_ways = 2 * HEADS + 2 * KV_HEADS * key_copies(KV_HEADS, slices)
+    return both_ways * HEAD_DIM * (TOKENS // slices) * 4  # float32

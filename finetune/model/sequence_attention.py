@@ -53,15 +53,6 @@ def key_copies(kv_heads: int, slices: int) -> int:
     return slices // gcd(kv_heads, slices)
 
 
-def bytes_per_layer(*, tokens: int, heads: int, kv_heads: int, head_dim: int, slices: int, itemsize: int) -> int:
-    """Bytes that one rank hands to the two all-to-alls of a layer's forward, its own part among them; backward as much.
-
-    Recompute exchanges once more what its second forward needs: both.
-    """
-    both_ways = 2 * heads + 2 * kv_heads * key_copies(kv_heads, slices)
-    return both_ways * head_dim * (tokens // slices) * itemsize
-
-
 def _attention(name: AttentionName) -> Callable[..., tuple[Tensor, None]]:
     inside = {"segments": segments, "varlen": varlen, "sdpa": _masked, "flash_attention_2": kernel}[name]
 
