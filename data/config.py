@@ -60,7 +60,7 @@ class DataConfig:
     workers: int = 2  # processes that read for each rank; 0: the rank reads by itself
     prefetch: int = 2  # packs that each worker holds ready
     max_bad_samples: int = 100  # unusable ones and those that fail while they are read; more stop the run
-    # a pack that takes longer stops the run with the names of its shards; 0: wait for ever
+    # a pack that takes longer stops the run with the names of its shards; 0: wait forever
     stall_seconds: float = 420.0
     cache_dir: str = ""  # where indexes and converted files go when not beside the data
     sources: dict[str, SourceConfig] = field(default_factory=dict)

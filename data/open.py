@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.checks import data_problems
 from data.config import DataConfig
-from data.prepare.build import shards_of_rows
+from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
 from data.stream.corpus import Corpus, Limits, find_shards, load_corpus
 from data.stream.plan import PlanSettings
@@ -38,16 +38,14 @@ def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") ->
 
     `section` is what errors call the configuration that names them.
     """
-    found: dict[str, Sequence[Path]] = {}
-    for name, source in config.sources.items():
-        if source.path.endswith((".jsonl", ".json")):
-            found[name] = shards_of_rows(
-                Path(source.path), name, cache_dir=_cache(config), jobs=jobs, limit=config.max_bad_samples,
-                section=section,
-            )  # fmt: skip
-        else:
-            found[name] = find_shards(source.path, f"{section}.sources.{name}.path")
-    return found
+
+    def find(name: str, path: str) -> Sequence[Path]:
+        if not path.endswith((".jsonl", ".json")):
+            return find_shards(path, f"{section}.sources.{name}.path")
+        cache, limit = _cache(config), config.max_bad_samples
+        return shards_of_rows(Path(path), name, cache_dir=cache, jobs=jobs, limit=limit, section=section)
+
+    return {name: find(name, source.path) for name, source in config.sources.items()}
 
 
 def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, section: str = "data") -> Corpus:

@@ -42,7 +42,7 @@ def _ours(rows: Path, folder: Path, jobs: int, numbers: Iterator[int]) -> dict[s
     found = {}
     for number, shard in enumerate(report.shards):
         record, members = reader.sample(shard, 1)
-        found[f"{record.messages[0].parts[-1].text} {number}"] = next(iter(members.values()))
+        found[f"{record.messages[0].contents[-1].text} {number}"] = next(iter(members.values()))
     reader.bytes.close()
     shutil.rmtree(out)
     return found

@@ -1,4 +1,4 @@
-"""Content of a message: text with marks, or a list of parts, to parts in order and back. No torch."""
+"""What a message holds: text with marks, or a list of objects, to contents in order and back. No torch."""
 
 import re
 from collections.abc import Mapping
@@ -14,45 +14,45 @@ _SPELLED = {kind: mark for mark, kind in MARKS.items()}
 
 
 @dataclass(frozen=True)
-class Part:
+class Content:
     """A piece of text, or the place of the next image, video, reference, box or point of the sample."""
 
     kind: Literal["text", "image", "video", "ref", "bbox", "point"]
     text: str = ""
 
 
-def read_parts(content: str | list[Any], where: str) -> tuple[Part, ...]:
-    """Marks in plain text are places of media; in a list of parts, text is only text."""
+def read_contents(content: str | list[Any], where: str) -> tuple[Content, ...]:
+    """The contents of a message. Marks in plain text are places of media; in a list of objects, text is only text."""
     if isinstance(content, str):
         return tuple(_split_marks(check_text(content, where)))
-    return tuple(_read_part(item, f"{where}[{index}]") for index, item in enumerate(content))
+    return tuple(_read_content(item, f"{where}[{index}]") for index, item in enumerate(content))
 
 
-def _split_marks(text: str) -> list[Part]:
-    parts, at = [], 0
-    for found in _MARK.finditer(text):
-        if found.start() > at:
-            parts.append(Part("text", text[at : found.start()]))
-        parts.append(Part(MARKS[found.group()]))  # type: ignore[arg-type]  # a value of MARKS is a kind
-        at = found.end()
+def _split_marks(text: str) -> list[Content]:
+    contents, at = [], 0
+    for mark in _MARK.finditer(text):
+        if mark.start() > at:
+            contents.append(Content("text", text[at : mark.start()]))
+        contents.append(Content(MARKS[mark.group()]))  # type: ignore[arg-type]  # a value of MARKS is a kind
+        at = mark.end()
     if at < len(text):
-        parts.append(Part("text", text[at:]))
-    return parts
+        contents.append(Content("text", text[at:]))
+    return contents
 
 
-def _read_part(item: Any, where: str) -> Part:
+def _read_content(item: Any, where: str) -> Content:
     if not isinstance(item, Mapping):
         raise BadField(where, f"is {item!r:.80}; write {{'type': 'text', 'text': ...}} or {{'type': 'image'}}")
     fields = Fields(item, where)
     kind = fields.choice("type", KINDS)
     text = fields.text("text") if kind == "text" else ""
     fields.done()
-    return Part(kind, text)  # type: ignore[arg-type]  # choice() has checked it against KINDS
+    return Content(kind, text)  # type: ignore[arg-type]  # choice() has checked it against KINDS
 
 
-def write_parts(parts: tuple[Part, ...]) -> str | list[dict[str, str]]:
-    """Plain text with marks where that reads back equal, else a list of parts."""
-    plain = "".join(part.text if part.kind == "text" else _SPELLED[part.kind] for part in parts)
-    if read_parts(plain, "content") == parts:
+def write_contents(contents: tuple[Content, ...]) -> str | list[dict[str, str]]:
+    """Plain text with marks where that reads back equal, else a list of objects."""
+    plain = "".join(item.text if item.kind == "text" else _SPELLED[item.kind] for item in contents)
+    if read_contents(plain, "content") == contents:
         return plain
-    return [{"type": "text", "text": part.text} if part.kind == "text" else {"type": part.kind} for part in parts]
+    return [{"type": "text", "text": item.text} if item.kind == "text" else {"type": item.kind} for item in contents]

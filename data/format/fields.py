@@ -93,7 +93,7 @@ class Fields:
         return item
 
     def done(self) -> None:
-        """Refuses keys nobody asked for: a misspelt key must not be ignored."""
+        """Refuses keys that were not taken: a misspelt key must not be ignored."""
         if self._raw:
             unknown = ", ".join(sorted(map(repr, self._raw)))
             raise BadField(

@@ -75,9 +75,9 @@ def _read_place(fields: Fields, *others: str) -> dict[str, Any]:
     named = {name: fields.text(name, None) for name in ("member", "path", "url")}
     given = [name for name, value in named.items() if value is not None] + list(others)
     if len(given) != 1:
-        found = " and ".join(given) or "none of them"
         raise BadField(
-            fields.where.rstrip("."), f"needs exactly one of member, path, url (videos: or frames), got {found}"
+            fields.where.rstrip("."),
+            f"needs exactly one of member, path, url (videos: or frames), got {' and '.join(given) or 'none of them'}",
         )
     if named["member"] is not None and ("/" in named["member"] or named["member"] != named["member"].lower()):
         raise BadField(
@@ -157,10 +157,11 @@ def _seconds(value: Any, where: str) -> float:
 
 def read_objects(fields: Fields) -> Objects:
     """ms-swift's objects: bbox holds boxes (4 numbers) and points (2); `point` is accepted as another name."""
-    boxes = [_read_box(item, where, (2, 4)) for item, where in fields.items("bbox")]
-    points = [_read_box(item, where, (2,)) for item, where in fields.items("point")]
-    if boxes and points:
+    bbox = [_read_box(item, where, (2, 4)) for item, where in fields.items("bbox")]
+    point = [_read_box(item, where, (2,)) for item, where in fields.items("point")]
+    if bbox and point:
         raise BadField("objects.point", "and objects.bbox are both given; bbox may hold points too, as [x, y]")
+    boxes = tuple(bbox or point)
     refs = []
     for item, where in fields.items("ref"):
         if not isinstance(item, str):
@@ -168,24 +169,23 @@ def read_objects(fields: Fields) -> Objects:
         refs.append(check_text(item, where))
     kind = fields.choice("bbox_type", BOX_TYPES, "real")
     image_id = [item for item, _ in fields.items("image_id")]
-    if image_id and (len(image_id) != len(boxes or points) or not all(type(n) is int for n in image_id)):
+    if image_id and (len(image_id) != len(boxes) or not all(type(n) is int for n in image_id)):
         raise BadField("objects.image_id", f"is {image_id!r:.80}; write one image number for each box")
     fields.done()
-    found = tuple(boxes or points)
     limit = {"real": 1e9, "norm1": 1.0, "norm1000": 1000.0}[kind]
-    for index, box in enumerate(found):
+    for index, box in enumerate(boxes):
         if not all(0 <= value <= limit for value in box):
             raise BadField(f"objects.bbox[{index}]", f"is {list(box)}; {kind} runs from 0 to {limit:g}")
         if len(box) == 4 and not (box[0] < box[2] and box[1] < box[3]):
             raise BadField(f"objects.bbox[{index}]", f"is {list(box)}; write x1, y1, x2, y2 with x1 < x2 and y1 < y2")
-    return Objects(ref=tuple(refs), boxes=found, bbox_type=kind, image_id=tuple(image_id))  # type: ignore[arg-type]
+    return Objects(ref=tuple(refs), boxes=boxes, bbox_type=kind, image_id=tuple(image_id))  # type: ignore[arg-type]
 
 
 def _read_box(item: Any, where: str, lengths: Sequence[int]) -> tuple[float, ...]:
     numbers = isinstance(item, list) and all(type(value) in (int, float) for value in item)
     if not numbers or len(item) not in lengths:
-        wanted = " or ".join({2: "[x, y]", 4: "[x1, y1, x2, y2]"}[length] for length in lengths)
-        raise BadField(where, f"is {item!r:.80}; write {wanted}")
+        allowed = " or ".join({2: "[x, y]", 4: "[x1, y1, x2, y2]"}[length] for length in lengths)
+        raise BadField(where, f"is {item!r:.80}; write {allowed}")
     return tuple(float(value) for value in item)
 
 
@@ -194,8 +194,3 @@ def media_members(images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> lis
     frames = [frame for video in videos for frame in video.frames]
     places: list[Place] = [*images, *videos, *frames]
     return [place.member for place in places if place.member is not None]
-
-
-def walk_places(images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> list[Place]:
-    """Every place bytes are read from: images, then videos, a frame list giving one place per frame."""
-    return [*images, *(place for video in videos for place in (video.frames or (video,)))]

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.format.content import Part, read_parts, write_parts
+from data.format.content import Content, read_contents, write_contents
 from data.format.fields import BadField, Fields, check_text
 from data.format.media import ImageRef, Objects, VideoRef, media_members, read_image, read_objects, read_video
 
@@ -19,7 +19,9 @@ class RecordError(ValueError):
 
     def __init__(self, *, shard: str, key: str, reason: str) -> None:
         super().__init__(f"shard {shard or '(none)'}, sample {key or '(none)'}: {reason}")
-        self.shard, self.key, self.reason = shard, key, reason
+        self.shard = shard
+        self.key = key
+        self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keyword-only arguments survive the trip from a worker process."""
@@ -39,7 +41,7 @@ class Message:
     """One turn. `loss` None means the default: assistant 1, every other role 0."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    parts: tuple[Part, ...]
+    contents: tuple[Content, ...]
     loss: float | None = None
     thinking: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
@@ -155,7 +157,7 @@ def _read_message(fields: Fields) -> Message:
     fields.done()
     return Message(
         role=role,  # type: ignore[arg-type]  # choice() has checked it against ROLES
-        parts=read_parts(content or "", f"{fields.where}content"),
+        contents=read_contents(content or "", f"{fields.where}content"),
         loss=None if loss is None else float(loss),
         thinking=thinking,
         tool_calls=calls,
@@ -196,7 +198,7 @@ def _read_tool(item: Any, where: str) -> dict[str, Any]:
 def _check_marks(record: Record) -> None:
     """The i-th mark takes the i-th entry, so counts must match exactly; boxes and points share one list."""
     objects = record.objects or Objects()
-    kinds = [part.kind for message in record.messages for part in message.parts if part.kind != "text"]
+    kinds = [item.kind for message in record.messages for item in message.contents if item.kind != "text"]
     boxes = [kind for kind in kinds if kind in ("bbox", "point")]
     rows = (
         ("images", len(record.images), kinds.count("image"), "<image>"),
@@ -249,7 +251,7 @@ def record_to_json(record: Record) -> dict[str, Any]:
 
 
 def _message_to_json(message: Message) -> dict[str, Any]:
-    out: dict[str, Any] = {"role": message.role, "content": write_parts(message.parts)}
+    out: dict[str, Any] = {"role": message.role, "content": write_contents(message.contents)}
     if message.loss is not None:
         out["loss"] = message.loss
     if message.thinking is not None:

@@ -49,7 +49,8 @@ def walk_tar(path: Path) -> Iterator[Member]:
     """Every regular file in order, ustar, GNU and PAX long names included; ShardError where the tar is not whole."""
     length = path.stat().st_size
     with path.open("rb") as file:
-        at, name, size_override = 0, "", -1
+        at = 0
+        name, size_override = "", -1  # what a header before a file says of it
         while True:
             file.seek(at)
             header = file.read(BLOCK)
@@ -87,9 +88,10 @@ def _check_end(path: Path, file: BinaryIO, header: bytes, at: int) -> None:
     while padding := file.read(1 << 20):
         if padding.strip(b"\0"):
             raise ShardError(
-                path, f"goes on after its end-of-archive block at byte {at}: tars laid one behind the other, of which "
-                f"readers see the first only. Unpack them, and pack them as one or give each a file"
-            )  # fmt: skip
+                path,
+                f"goes on after its end-of-archive block at byte {at}: tars laid one behind the other, of which "
+                f"readers see the first only. Unpack them, and pack them as one or give each a file",
+            )
 
 
 def _read_header(path: Path, header: bytes, at: int) -> tuple[bytes, str, int]:
@@ -162,12 +164,12 @@ def group_members(path: Path, members: Iterator[Member]) -> Iterator[KeyedMember
         last = name.rpartition("/")[2]
         if last.startswith(".") or (last.startswith("__") and last.endswith("__")):
             continue  # .DS_Store and the like, and webdataset's own notes
-        found, rest = split_name(name)
-        if found != key or not run:
+        member_key, member_name = split_name(name)
+        if member_key != key or not run:
             if run:
                 yield _close(path, key, run, seen)
-            key, run = found, []
-        run.append((rest, member))
+            key, run = member_key, []
+        run.append((member_name, member))
     if run:
         yield _close(path, key, run, seen)
 
@@ -209,7 +211,7 @@ class TarWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Renames if all went well, removes the part otherwise."""
+        """Renames if all went well, removes what was written otherwise."""
         if kind is None:
             self._file.write(bytes(2 * BLOCK))
             self._file.close()

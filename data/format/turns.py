@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from data.format.content import Part
+from data.format.content import Content
 from data.format.media import Objects
 from data.format.record import Record
+
+OfImage = TypeVar("OfImage")
+OfVideo = TypeVar("OfVideo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,32 +20,36 @@ class Cut:
     images: tuple[int, ...]
     videos: tuple[int, ...]
 
+    def of(self, images: Sequence[OfImage], videos: Sequence[OfVideo]) -> tuple[list[OfImage], list[OfVideo]]:
+        """Of what there is for each image and video of the whole record, that of the part."""
+        return [images[number] for number in self.images], [videos[number] for number in self.videos]
+
 
 def cut_record(record: Record, first: int, last: int) -> Cut:
-    """The messages first..last with the media and objects they mark; a system message at the start is kept always."""
-    kept = {*range(first, last + 1)} | ({0} if record.messages[0].role == "system" else set())
+    """The messages first..last with the media and objects they mark; a system message at the start always stays."""
+    turns = {*range(first, last + 1)} | ({0} if record.messages[0].role == "system" else set())
     taken: dict[str, list[int]] = {"image": [], "video": [], "ref": [], "box": []}
     seen = dict.fromkeys(taken, 0)
     for number, message in enumerate(record.messages):
-        for part in message.parts:
-            if part.kind != "text":
-                kind = _counter(part)
-                if number in kept:
+        for content in message.contents:
+            if content.kind != "text":
+                kind = _counter(content)
+                if number in turns:
                     taken[kind].append(seen[kind])
                 seen[kind] += 1
     images = tuple(taken["image"])
-    part_record = replace(
+    part = replace(
         record,
-        messages=tuple(record.messages[number] for number in sorted(kept)),
+        messages=tuple(record.messages[number] for number in sorted(turns)),
         images=tuple(record.images[number] for number in images),
         videos=tuple(record.videos[number] for number in taken["video"]),
         objects=_cut_objects(record.objects, taken["ref"], taken["box"], images),
     )
-    return Cut(record=part_record, images=images, videos=tuple(taken["video"]))
+    return Cut(record=part, images=images, videos=tuple(taken["video"]))
 
 
-def _counter(part: Part) -> str:
-    return "box" if part.kind in ("bbox", "point") else part.kind
+def _counter(content: Content) -> str:
+    return "box" if content.kind in ("bbox", "point") else content.kind
 
 
 def _cut_objects(

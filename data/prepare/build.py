@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 from data.format.tar import TarWriter
 from data.prepare.convert import read_rows
-from data.prepare.progress import Progress, count_rows
-from data.prepare.rows import RowBuilder
+from data.prepare.rows import RowOptions, build_sample
 from data.shards.index import sidecar
 from data.shards.reader import load_index
 
 VERSION = 1
 REJECTS = "rejects.jsonl"
+CLAIM = "build.json"  # what a folder of shards was built from
 Rows = list[tuple[int, Any]]
 
 
@@ -52,7 +52,7 @@ class BuildReport:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Shard:
     path: Path
     written: int
     rejected: int
@@ -71,49 +71,49 @@ def build_shards(
     if not source.is_file():
         raise ValueError(f"{source} does not exist or is not a file; give a .jsonl or .json file of rows")
     _claim(folder, source, options)
-    builder = RowBuilder(folder=folder, root=Path(options.media_root or source.parent), media=options.media)
-    parts: list[_Part] = []
+    of_rows = RowOptions(folder=folder, root=Path(options.media_root or source.parent), media=options.media)
+    shards: list[_Shard] = []
     reused = 0
 
-    def finish(part: _Part) -> None:
-        parts.append(part)
+    def finish(shard: _Shard) -> None:
+        shards.append(shard)
         if progress:
-            progress(sum(p.written + p.rejected for p in parts), sum(p.rejected for p in parts))
+            progress(sum(each.written + each.rejected for each in shards), sum(each.rejected for each in shards))
 
     tasks = _chunks(read_rows(source), folder, options)
     if jobs <= 1:
         for path, rows in tasks:
             done = _finished(path)
             reused += done is not None
-            finish(done or write_shard(path, rows, builder))
+            finish(done or write_shard(path, rows, of_rows))
     else:
         with ProcessPoolExecutor(jobs) as pool:
-            waiting: list[Future[_Part]] = []
+            waiting: list[Future[_Shard]] = []
             for path, rows in tasks:
                 if (done := _finished(path)) is not None:
                     reused += 1
                     finish(done)
                     continue
-                waiting.append(pool.submit(write_shard, path, rows, builder))
+                waiting.append(pool.submit(write_shard, path, rows, of_rows))
                 if len(waiting) >= 2 * jobs:  # bounds the rows held in memory
                     finish(waiting.pop(0).result())
             for future in waiting:
                 finish(future.result())
-    if not parts:
+    if not shards:
         raise ValueError(f"{source} holds no row; it is empty, or was cut off")
-    return _close(folder, sorted(parts, key=lambda part: part.path), reused)
+    return _close(folder, sorted(shards, key=lambda shard: shard.path), reused)
 
 
 def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
     """Refuses a folder that holds shards of something else."""
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / "build.json"
+    note = folder / CLAIM
     # relative, so that data and shards may be moved, or mounted elsewhere, together
     where = os.path.relpath(source.absolute(), folder.absolute())
-    mine = {"version": VERSION, "source": where, "stamp": _stamp(source), **asdict(options)}
+    claim = {"version": VERSION, "source": where, "stamp": stamp_of_rows(source), **asdict(options)}
     if note.exists():
-        theirs = json.loads(note.read_text())
-        differs = sorted(name for name in mine if theirs.get(name) != mine[name])
+        earlier = json.loads(note.read_text())
+        differs = sorted(name for name in claim if earlier.get(name) != claim[name])
         if differs:
             raise ValueError(
                 f"{folder} holds shards that were built otherwise ({', '.join(differs)} differ); "
@@ -122,10 +122,11 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
     elif list(folder.glob("*.tar")):
         raise ValueError(f"{folder} holds shards already; build into an empty folder")
     else:
-        _write_text(note, json.dumps(mine))
+        _write_text(note, json.dumps(claim))
 
 
-def _stamp(source: Path) -> str:
+def stamp_of_rows(source: Path) -> str:
+    """Changes when the content of the file does."""
     digest = blake2b(digest_size=8)
     with source.open("rb") as file:
         while block := file.read(1 << 22):
@@ -150,14 +151,14 @@ def _notes(path: Path) -> Path:
     return path.with_name(f".{path.name}.json")
 
 
-def _finished(path: Path) -> _Part | None:
+def _finished(path: Path) -> _Shard | None:
     if not path.exists() or not _notes(path).exists():
         return None
     notes = json.loads(_notes(path).read_text())
-    return _Part(path, notes["written"], len(notes["rejects"]), notes["ignored"])
+    return _Shard(path, notes["written"], len(notes["rejects"]), notes["ignored"])
 
 
-def write_shard(path: Path, rows: Rows, builder: RowBuilder) -> _Part:
+def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
     """One shard and its index; its rejects are noted beside it before it gets its name."""
     rejects: list[dict[str, Any]] = []
     ignored: Counter[str] = Counter()
@@ -165,7 +166,7 @@ def write_shard(path: Path, rows: Rows, builder: RowBuilder) -> _Part:
     with TarWriter(path) as tar:
         for number, row in rows:
             try:
-                members, unused = builder.build(row, f"{number:09d}", path.name)
+                members, unused = build_sample(row, options, key=f"{number:09d}", shard=path.name)
             except ValueError as error:
                 rejects.append({"row": number, "reason": getattr(error, "reason", str(error))})
                 continue
@@ -175,48 +176,23 @@ def write_shard(path: Path, rows: Rows, builder: RowBuilder) -> _Part:
             written += 1
         _write_text(_notes(path), json.dumps({"written": written, "rejects": rejects, "ignored": ignored}))
     load_index(path)
-    return _Part(path, written, len(rejects), dict(ignored))
+    return _Shard(path, written, len(rejects), dict(ignored))
 
 
-def _close(folder: Path, parts: list[_Part], reused: int) -> BuildReport:
+def _close(folder: Path, shards: list[_Shard], reused: int) -> BuildReport:
     ignored: Counter[str] = Counter()
     rejects = []
-    for part in parts:
-        ignored.update(part.ignored)
-        rejects += json.loads(_notes(part.path).read_text())["rejects"]
-        if not part.written and part.path.exists():  # a shard of rejects only
-            part.path.unlink()
-            sidecar(part.path, ".idx", None).unlink(missing_ok=True)
+    for shard in shards:
+        ignored.update(shard.ignored)
+        rejects += json.loads(_notes(shard.path).read_text())["rejects"]
+        if not shard.written and shard.path.exists():  # a shard of rejects only
+            shard.path.unlink()
+            sidecar(shard.path, ".idx", None).unlink(missing_ok=True)
     _write_text(folder / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects))
     return BuildReport(
-        shards=tuple(part.path for part in parts if part.written),
-        written=sum(part.written for part in parts),
+        shards=tuple(shard.path for shard in shards if shard.written),
+        written=sum(shard.written for shard in shards),
         rejected=len(rejects),
         reused=reused,
         ignored=dict(ignored),
     )
-
-
-def shards_of_rows(
-    source: Path, name: str, *, cache_dir: Path | None, jobs: int, limit: int, section: str = "data"
-) -> list[Path]:
-    """Shards of a JSONL or JSON file, converted the first time and found again after. ValueError above `limit` rejects.
-
-    They lie beside the file, or in the cache folder, under a name made from the file's content: a changed file is
-    converted anew.
-    """
-    if not source.is_file():
-        raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
-    stamp = _stamp(source)
-    place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
-    shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
-    # whoever converted it first, and whatever they call the source: the shards are the same
-    note = place / "build.json"
-    options = BuildOptions(name=json.loads(note.read_text())["name"] if note.exists() else "part")
-    report = build_shards(source, place, options, jobs=jobs, progress=shown)
-    if report.rejected > limit:
-        raise ValueError(
-            f"{section}.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} "
-            f"were refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
-        )
-    return list(report.shards)

@@ -66,7 +66,7 @@ def convert_row(row: Any) -> tuple[dict[str, Any], list[str]]:
     if tools := row.get("tools"):
         out["tools"] = load_json(tools) if isinstance(tools, str) else tools
     media = {name: _list(row, name) for name in ("image", "video")}
-    _pull_parts(messages, media)
+    _pull_media(messages, media)
     _add_marks(messages, media)
     out |= {f"{name}s": places for name, places in media.items() if places}
     return out, ignored
@@ -100,8 +100,8 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     history = row.get("history") or []
     if not isinstance(history, list):
         raise BadField("history", f"is {history!r:.80}; write [question, answer] pairs")
-    asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    pairs = [*history, [asked, row["output"]]]
+    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    pairs = [*history, [question, row["output"]]]
     turns = []
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -134,39 +134,39 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     return {"role": _FROM[role], "content": content, **turn}
 
 
-def _pull_parts(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
-    """Media written inside parts of the content (OpenAI's image_url, Qwen's image) move to the sample's lists."""
+def _pull_media(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
+    """Media written inside a list of contents (OpenAI's image_url, Qwen's image) move to the sample's lists."""
     for message in messages:
         if not isinstance(message["content"], list):
             continue
-        parts = []
-        for part in message["content"]:
-            kind, place = _part_place(part)
+        contents = []
+        for item in message["content"]:
+            kind, place = _kind_and_place(item)
             if place is not None:
                 media[kind].append(place)
-            parts.append({"type": kind} if kind in media else part)
-        message["content"] = parts
+            contents.append({"type": kind} if kind in media else item)
+        message["content"] = contents
 
 
-def _part_place(part: Any) -> tuple[str, Any]:
-    if not isinstance(part, Mapping):
+def _kind_and_place(item: Any) -> tuple[str, Any]:
+    if not isinstance(item, Mapping):
         return "", None
-    kind = str(part.get("type", ""))
+    kind = str(item.get("type", ""))
     short = kind.removesuffix("_url").removeprefix("input_")
     if short not in ("image", "video"):
         return kind, None
-    value = part.get(kind, part.get(short))
+    value = item.get(kind, item.get(short))
     return short, value.get("url") if isinstance(value, Mapping) and "url" in value else value
 
 
 def _add_marks(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
     """Media that no mark places go in front of the first question, as ms-swift does; a wrong count stays wrong."""
     written = [message["content"] for message in messages if isinstance(message["content"], str)]
-    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    listed = [item for message in messages if isinstance(message["content"], list) for item in message["content"]]
     front = ""
     for name, places in media.items():
         marked = any(f"<{name}>" in text for text in written)
-        marked = marked or any(isinstance(part, dict) and part.get("type") == name for part in parts)
+        marked = marked or any(isinstance(item, dict) and item.get("type") == name for item in listed)
         front += "" if marked else f"<{name}>" * len(places)
     first = next((message for message in messages if message["role"] == "user"), None)
     if front and first is not None and isinstance(first["content"], str):

@@ -13,7 +13,8 @@ class Progress:
     """Shows how many of `total` rows are done; with total 0 only how many. `rows` is what they are called."""
 
     def __init__(self, label: str, total: int, *, rows: str = "rows", out: TextIO | None = None) -> None:
-        self._label, self._total, self._rows = label, total, rows
+        self._label, self._rows = label, rows
+        self._total = total
         self._out = sys.stderr if out is None else out
         self._shown = time.monotonic()
 

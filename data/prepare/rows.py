@@ -5,6 +5,7 @@ import binascii
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,91 +15,85 @@ from data.format.media import Place
 from data.format.record import parse_record, record_to_json
 from data.prepare.clean import clean_image, clean_video
 from data.prepare.convert import convert_row
-from data.shards.bytes import ByteReader
+from data.shards.bytes import ByteReader, read_media
 from data.shards.scan import probe_media
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowBuilder:
+class RowOptions:
     """Where relative media are found, where the shards will be, and whether media go into them."""
 
-    folder: Path
-    root: Path
+    folder: Path  # of the shards
+    root: Path  # of relative paths in rows
     media: Literal["embed", "reference"]
 
-    def build(self, row: Any, key: str, shard: str) -> tuple[list[tuple[str, bytes]], list[str]]:
-        """Members of the sample, record first, and unused columns. ValueError with the reason to refuse the row."""
-        if isinstance(row, ValueError):
-            raise row
-        raw, ignored = convert_row(row)
-        reader = ByteReader()
-        try:
-            members: dict[str, bytes] = {}
-            images = [
-                self._image(item, f"images[{n}]", members, reader) for n, item in enumerate(raw.get("images", ()))
-            ]
-            videos = [
-                self._video(item, f"videos[{n}]", members, reader) for n, item in enumerate(raw.get("videos", ()))
-            ]
-            raw |= {name: value for name, value in (("images", images), ("videos", videos)) if value}
-            record = parse_record(raw, shard=shard, key=key, members=members)
-            if not record.supervised:
-                raise BadField("messages", "carry no loss: nothing would be learned")
-            self._probe(record, members, reader)
-        finally:
-            reader.close()
-        text = json.dumps(record_to_json(record), ensure_ascii=False).encode()
-        return [("json", text), *members.items()], ignored
 
-    def _probe(self, record: Any, members: dict[str, bytes], reader: ByteReader) -> None:
-        def load(place: Place) -> bytes:
-            return members[place.member] if place.member is not None else reader.read_place(place, self.folder)
+def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tuple[list[tuple[str, bytes]], list[str]]:
+    """Members of the sample, record first, and unused columns. ValueError with the reason to refuse the row."""
+    if isinstance(row, ValueError):
+        raise row
+    raw, ignored = convert_row(row)
+    with closing(ByteReader()) as reader:
+        media = _RowMedia(options, reader)
+        images = [media.image(item, f"images[{n}]") for n, item in enumerate(raw.get("images", ()))]
+        videos = [media.video(item, f"videos[{n}]") for n, item in enumerate(raw.get("videos", ()))]
+        raw |= {name: value for name, value in (("images", images), ("videos", videos)) if value}
+        record = parse_record(raw, shard=shard, key=key, members=media.members)
+        if not record.supervised:
+            raise BadField("messages", "carry no loss: nothing would be learned")
+        probe_media(record, *read_media(record, media.members, options.folder, reader))
+    text = json.dumps(record_to_json(record), ensure_ascii=False).encode()
+    return [("json", text), *media.members.items()], ignored
 
-        videos = [[load(frame) for frame in video.frames] if video.frames else load(video) for video in record.videos]
-        probe_media(record, [load(image) for image in record.images], videos)
 
-    def _image(self, item: Any, where: str, members: dict[str, bytes], reader: ByteReader) -> Any:
+class _RowMedia:
+    """Reads, cleans and names the media of one row; `members` are those that go into the shard."""
+
+    def __init__(self, options: RowOptions, reader: ByteReader) -> None:
+        self._options, self._reader = options, reader
+        self.members: dict[str, bytes] = {}
+
+    def image(self, item: Any, where: str) -> dict[str, Any]:
+        """The image as the record names it."""
         place, more = _place_of(item, where)
-        if self.media == "reference" and "bytes" not in place:
+        if self._stays_outside(place):
             return {**self._refer(place), **more}
-        data, extension = clean_image(self._load(place, where, reader), name=where)
-        return {"member": _add(members, data, extension), **more}
+        return {"member": self._add(*clean_image(self._load(place, where), name=where)), **more}
 
-    def _video(self, item: Any, where: str, members: dict[str, bytes], reader: ByteReader) -> Any:
+    def video(self, item: Any, where: str) -> dict[str, Any]:
+        """The video as the record names it."""
         if isinstance(item, list):  # ms-swift: a list of frames, two a second
             item = {"frames": item, "rate": 2.0}
         if isinstance(item, Mapping) and "frames" in item:
             frames = item["frames"] if isinstance(item["frames"], list) else []
-            named = [self._image(frame, f"{where}.frames[{n}]", members, reader) for n, frame in enumerate(frames)]
-            return {**item, "frames": named}
+            return {**item, "frames": [self.image(frame, f"{where}.frames[{n}]") for n, frame in enumerate(frames)]}
         place, more = _place_of(item, where)
-        if self.media == "reference" and "bytes" not in place:
+        if self._stays_outside(place):
             return {**self._refer(place), **more}
-        data, extension = clean_video(self._load(place, where, reader))
-        return {"member": _add(members, data, extension), **more}
+        return {"member": self._add(*clean_video(self._load(place, where))), **more}
 
-    def _load(self, place: dict[str, Any], where: str, reader: ByteReader) -> bytes:
+    def _stays_outside(self, place: dict[str, Any]) -> bool:
+        return self._options.media == "reference" and "bytes" not in place
+
+    def _load(self, place: dict[str, Any], where: str) -> bytes:
         if "bytes" in place:
             try:
                 return base64.b64decode(place["bytes"], validate=True)
             except (binascii.Error, ValueError, TypeError) as error:
                 raise BadField(where, f"is not base64: {error}") from error
-        span = place.get("range")
-        found = Place(
-            path=place.get("path"), url=place.get("url"), range=(span[0], span[1]) if span is not None else None
-        )
-        return reader.read_place(found, self.root)
+        span = (place["range"][0], place["range"][1]) if place.get("range") is not None else None
+        source = Place(path=place.get("path"), url=place.get("url"), range=span)
+        return self._reader.read_place(source, self._options.root)
 
     def _refer(self, place: dict[str, Any]) -> dict[str, Any]:
         if "path" in place:
-            return {**place, "path": os.path.relpath(self.root / place["path"], self.folder)}
+            return {**place, "path": os.path.relpath(self._options.root / place["path"], self._options.folder)}
         return place
 
-
-def _add(members: dict[str, bytes], data: bytes, extension: str) -> str:
-    name = f"{len(members)}.{extension}"
-    members[name] = data
-    return name
+    def _add(self, data: bytes, extension: str) -> str:
+        name = f"{len(self.members)}.{extension}"
+        self.members[name] = data
+        return name
 
 
 def _place_of(item: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,7 +15,7 @@ from data.config import VideoConfig
 from data.format.record import Record
 from data.render.sample import Sample
 from data.render.video import plan_video
-from data.render.vision import VisionSpec, read_spec
+from data.render.vision import read_spec, unpatch
 from data.shards.index import ShardIndex
 
 _PADS = re.compile(r"((?:<\|(?:image|video)_pad\|>)+)")
@@ -40,19 +40,9 @@ def marked_text(sample: Sample, base: Path, *, before: str = "⟦", after: str =
         zip(sample.input_ids, sample.loss_weights, strict=True), key=lambda pair: pair[1] > 0
     ):
         text = tokenizer.decode([int(token) for token, _ in group], skip_special_tokens=False)
-        text = _PADS.sub(lambda found: f"{found[0][: found[0].index('>') + 1]}×{found[0].count('>')}", text)
+        text = _PADS.sub(lambda pads: f"{pads[0][: pads[0].index('>') + 1]}×{pads[0].count('>')}", text)
         out.append(f"{before}{text}{after}" if supervised else text)
     return "".join(out)
-
-
-def unpatch(patches: np.ndarray[Any, Any], grid: Sequence[int], spec: VisionSpec, frames: int) -> np.ndarray[Any, Any]:
-    """uint8 [grid t * frames, H, W, 3] from patches: undoes the order of merge blocks."""
-    t, rows, columns = (int(n) for n in grid)
-    m, p = spec.merge, spec.patch
-    blocks = patches.reshape(t, rows // m, columns // m, m, m, frames, p, p, 3)
-    whole = blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7, 8)
-    found: np.ndarray[Any, Any] = whole.reshape(t * frames, rows * p, columns * p, 3)
-    return found
 
 
 def sample_tiles(
@@ -64,15 +54,15 @@ def sample_tiles(
     at = 0
     for image, grid in enumerate(sample.image_grids):
         size = int(grid.prod())
-        pixels = unpatch(sample.image_patches[at : at + size], grid, spec, 1)[0]
+        pixels = unpatch(sample.image_patches[at : at + size], grid, spec)[0]
         at += size
-        one = facts[image]
-        label = f"image {image + 1}: {one.width}x{one.height} -> {pixels.shape[1]}x{pixels.shape[0]}"
-        yield Tile(label=label, pixels=pixels, boxes=_boxes(record, image, one.width, one.height))
+        width, height = facts[image].width, facts[image].height
+        label = f"image {image + 1}: {width}x{height} -> {pixels.shape[1]}x{pixels.shape[0]}"
+        yield Tile(label=label, pixels=pixels, boxes=_boxes(record, image, width, height))
     at = 0
     for clip, grid in enumerate(sample.video_grids):
         size = int(grid.prod())
-        frames = unpatch(sample.video_patches[at : at + size], grid, spec, spec.temporal)
+        frames = unpatch(sample.video_patches[at : at + size], grid, spec)
         at += size
         plan = plan_video(record.videos[clip], index.videos(number)[clip], spec=spec, config=video)
         for frame, pixels in enumerate(frames):
@@ -86,8 +76,8 @@ def _boxes(record: Record, image: int, width: int, height: int) -> tuple[tuple[f
         return ()
     owners = objects.image_id or (0,) * len(objects.boxes)
     scale = {"real": (width, height), "norm1": (1, 1), "norm1000": (1000, 1000)}[objects.bbox_type]
-    mine = [box for box, owner in zip(objects.boxes, owners, strict=True) if owner == image]
-    return tuple(tuple(value / scale[at % 2] for at, value in enumerate(box)) for box in mine)
+    boxes = [box for box, owner in zip(objects.boxes, owners, strict=True) if owner == image]
+    return tuple(tuple(value / scale[at % 2] for at, value in enumerate(box)) for box in boxes)
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int = 4) -> Image.Image:

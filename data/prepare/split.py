@@ -1,4 +1,4 @@
-"""Shards into parts without any group on two sides: patients, documents, trajectories stay together. No torch."""
+"""Shards into sides that share no group: patients, documents, trajectories stay together. No torch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from data.shards.reader import SampleReader
 
 @dataclass(frozen=True, kw_only=True)
 class SplitReport:
-    """Samples and groups of each part."""
+    """Samples and groups of each side."""
 
     samples: dict[str, int]
     groups: dict[str, int]
@@ -27,7 +27,7 @@ class SplitReport:
 
 
 def side_of(group: str, shares: Mapping[str, float], seed: int) -> str:
-    """The part a group belongs to: by its name and the seed alone, whatever else the corpus holds."""
+    """The side a group belongs to: by its name and the seed alone, whatever else the corpus holds."""
     point = int.from_bytes(blake2b(f"{seed}/{group}".encode(), digest_size=8).digest(), "big") / 2**64
     for name, share in shares.items():
         if point < share:
@@ -46,7 +46,7 @@ def split_shards(
     samples_per_shard: int = 1000,
     cache_dir: Path | None = None,
 ) -> SplitReport:
-    """Copies every usable sample into `<folder>/<part>/`. `by` is group, or key for samples that stand alone."""
+    """Copies every usable sample into `<folder>/<side>/`. `by` is group, or key for samples that stand alone."""
     if by not in ("group", "key"):
         raise ValueError(f"--by is {by!r}; split by group or by key")
     if any(not 0 < share < 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-9 or len(shares) < 2:
@@ -62,15 +62,15 @@ def split_shards(
         groups = len({group for _, group in sides.values()})
         raise ValueError(f"part {empty[0]} gets none of the {groups} groups; change --seed or the shares")
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(_Part(folder / name, name, samples_per_shard)) for name in shares}
+        writers = {name: stack.enter_context(_Side(folder / name, name, samples_per_shard)) for name in shares}
         for (shard, number), (side, _) in sides.items():
             writers[side].add(reader, shard, number)
-    names = {name: {group for side, group in sides.values() if side == name} for name in shares}
+    groups_of = {name: {group for side, group in sides.values() if side == name} for name in shares}
     total = sum(len(reader.index(shard)) for shard in shards)
     reader.bytes.close()
     return SplitReport(
         samples={name: counts[name] for name in shares},
-        groups={name: len(found) for name, found in names.items()},
+        groups={name: len(groups) for name, groups in groups_of.items()},
         left_out=total - len(sides),
     )
 
@@ -91,16 +91,17 @@ def _sides(
     return sides
 
 
-class _Part:
-    """Writes one side, a new shard every so many samples."""
+class _Side:
+    """Writes one side, a new shard every `per_shard` samples."""
 
     def __init__(self, folder: Path, name: str, per_shard: int) -> None:
-        self._folder, self._name, self._per_shard = folder, name, per_shard
+        self._folder, self._name = folder, name
+        self._per_shard = per_shard
         self._numbers = count()
         self._stack = ExitStack()
         self._tar: TarWriter | None = None
 
-    def __enter__(self) -> "_Part":
+    def __enter__(self) -> "_Side":
         self._folder.mkdir(parents=True)
         return self
 

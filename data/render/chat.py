@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.config import ChatConfig
+from data.format.content import Content
 from data.format.record import Message, Record
 from data.render.template import (
     MEDIA,
@@ -80,28 +81,27 @@ class _Contents:
     def __init__(self, record: Record, media: Iterator[str], boxes: Iterator[str], template: Template) -> None:
         self._media, self._boxes = media, boxes
         self._refs = iter(record.objects.ref if record.objects else ())
-        self._theirs, self._assistants = template.controls, template.specials
-        self._thinks = template.thinks
+        self._template = template
 
     def of(self, message: Message) -> tuple[str, str]:
         """(content, thinking) of a message, as marked text."""
-        spelled = self._assistants if message.role == "assistant" else self._theirs
-        content = "".join(self._part(part.kind, part.text, spelled) for part in message.parts)
+        spelled = self._template.specials if message.role == "assistant" else self._template.controls
+        content = "".join(self._text_of(item, spelled) for item in message.contents)
         if message.role != "assistant":
             return content, ""
-        thinking, content = _split_thinking(content, is_thinking_base=self._thinks)
+        thinking, content = _split_thinking(content, is_thinking_base=self._template.thinks)
         if message.thinking is not None:
             if thinking:
                 raise ValueError("an assistant message has `thinking` and a <think> block in its content; keep one")
             thinking = mark(message.thinking, spelled)
         return _mark_again(content), _mark_again(thinking)
 
-    def _part(self, kind: str, text: str, spelled: re.Pattern[str]) -> str:
-        if kind == "text":
-            return mark(text, spelled)
-        if kind == "ref":
+    def _text_of(self, content: Content, spelled: re.Pattern[str]) -> str:
+        if content.kind == "text":
+            return mark(content.text, spelled)
+        if content.kind == "ref":
             return mark(next(self._refs), spelled)
-        if kind in ("bbox", "point"):
+        if content.kind in ("bbox", "point"):
             return next(self._boxes)
         return f"{MEDIA}{next(self._media)}{MEDIA_END}"
 
@@ -187,10 +187,11 @@ def _pair(text: str, messages: Sequence[Message]) -> Iterator[tuple[re.Match[str
         raise ValueError("the base's chat template writes text outside of <|im_start|> ... <|im_end|> turns")
     if turns and turns[0][1] == "system" and groups[0][0].role != "system":
         turns = turns[1:]
-    found = [turn[1] for turn in turns]
-    wanted = ["user" if group[0].role == "tool" else group[0].role for group in groups]
-    if found != wanted:
+    rendered = [turn[1] for turn in turns]
+    written = ["user" if group[0].role == "tool" else group[0].role for group in groups]
+    if rendered != written:
         raise ValueError(
-            f"the base's chat template renders the turns {found} of a conversation with {wanted}: it leaves some out"
+            f"the base's chat template renders the turns {rendered} of a conversation with {written}: it leaves some "
+            f"out"
         )
     return zip(turns, groups, strict=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,19 +42,18 @@ class _Index:
     by_arrival: bool = False  # frames are told apart by counting them from the start
 
 
-class _Deadline:
-    """Refuses to go on after so many seconds."""
+def _deadline(seconds: float, name: str) -> Callable[[], None]:
+    """A check, to be made often, that refuses to go on after this many seconds."""
+    end = time.monotonic() + seconds
 
-    def __init__(self, seconds: float, name: str) -> None:
-        self._end, self._seconds, self._name = time.monotonic() + seconds, seconds, name
-
-    def check(self) -> None:
-        """To be called often."""
-        if time.monotonic() > self._end:
+    def check() -> None:
+        if time.monotonic() > end:
             raise VideoRefused(
-                f"{self._name}: decoding took longer than data.video.timeout_seconds={self._seconds:g}; cut the video "
-                f"shorter, re-encode it with more keyframes, or raise the limit"
+                f"{name}: decoding took longer than data.video.timeout_seconds={seconds:g}; cut the video shorter, "
+                f"re-encode it with more keyframes, or raise the limit"
             )
+
+    return check
 
 
 class Clip:
@@ -64,14 +63,15 @@ class Clip:
         stream = container.streams.best("video")  # a cover picture is a video stream too, but never the best one
         if not isinstance(stream, _av().VideoStream):
             raise VideoRefused(f"{name}: the file has no video stream")
-        self._container, self._stream, self._name = container, stream, name
+        self._container, self._stream = container, stream
+        self._name = name
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
         # av 19 would take one of the whole process, with threads: a reader forked later would hang on them
         self._converter = _av().video.reformatter.VideoReformatter()
-        self._deadline = _Deadline(timeout, name)
+        self._check_time = _deadline(timeout, name)
         indexed = container.format.name.split(",")[0] in _INDEXED
         read = _index_packets if indexed else _index_by_decoding
-        self._index = read(container, self._stream, self._deadline)
+        self._index = read(container, self._stream, self._check_time)
         container.seek(0, backward=True)
         first = next(iter(container.decode(self._stream)), None)
         if first is None or not self._index.pts:
@@ -82,32 +82,32 @@ class Clip:
     def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
         """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
         with _reading(self._name):
-            for number, frame in zip(numbers, self._find(numbers), strict=True):
-                assert frame is not None, f"frame {number} was found"
+            for number, frame in zip(numbers, self._decode(numbers), strict=True):
+                assert frame is not None, f"frame {number} is decoded"
                 yield torch.from_numpy(_upright(frame, self._converter))
 
-    def _find(self, numbers: Sequence[int]) -> Iterator[Any]:
+    def _decode(self, numbers: Sequence[int]) -> Iterator[Any]:
         index, name = self._index, self._name
         if numbers[-1] >= len(index.pts):
             raise VideoRefused(f"{name}: frame {numbers[-1]} is wanted, but the file has {len(index.pts)}")
         walk: Iterator[tuple[int, Any]] = iter(())
         here, frame = -1, None
-        for wanted in numbers:
-            key = index.keys[bisect.bisect_right(index.keys, wanted) - 1] if index.keys else 0
+        for number in numbers:
+            key = index.keys[bisect.bisect_right(index.keys, number) - 1] if index.keys else 0
             if here < 0 or key > here + 1:
                 walk = self._walk(key, set(numbers))
-            while here != wanted or frame is None:
-                self._deadline.check()
+            while here != number or frame is None:
+                self._check_time()
                 try:
                     here, frame = next(walk, (len(index.pts), None))
                 except _av().error.InvalidDataError:
                     here = len(index.pts)
-                if here > wanted:
-                    raise VideoRefused(f"{name}: frame {wanted} of {len(index.pts)} cannot be decoded")
+                if here > number:
+                    raise VideoRefused(f"{name}: frame {number} of {len(index.pts)} cannot be decoded")
             yield frame
 
-    def _walk(self, key: int, wanted: set[int]) -> Iterator[tuple[int, Any]]:
-        """(number, frame) from this keyframe on, perhaps without some that are not wanted."""
+    def _walk(self, key: int, numbers: set[int]) -> Iterator[tuple[int, Any]]:
+        """(number, frame) from this keyframe on, perhaps without some that are not among `numbers`."""
         if key == 0:
             self._container.seek(0, backward=True)
         else:
@@ -117,9 +117,9 @@ class Clip:
             return
         context = self._stream.codec_context
         for packet in self._container.demux(self._stream):
-            if context.name == "h264":  # its B pictures say that nothing is built on them: not decoded unless wanted
-                is_wanted = packet.pts is None or self._number_of.get(packet.pts) in wanted
-                context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            if context.name == "h264":  # its B pictures say that nothing is built on them: decoded only where needed
+                is_needed = packet.pts is None or self._number_of.get(packet.pts) in numbers
+                context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             for frame in packet.decode():
                 if frame.pts in self._number_of:
                     yield self._number_of[frame.pts], frame
@@ -146,12 +146,6 @@ def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> It
         with _reading(name):
             clip = Clip(container, name=name, timeout=timeout)
         yield clip
-
-
-def decode_frames(data: bytes, numbers: Sequence[int], *, name: str, timeout: float = 60.0) -> Iterator[torch.Tensor]:
-    """`Clip.frames` of a file that is opened for it."""
-    with open_video(data, name=name, timeout=timeout) as clip:
-        yield from clip.frames(numbers)
 
 
 def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
@@ -189,21 +183,21 @@ def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoF
     return VideoFacts(height=height, width=width, frames=n, duration=duration, rate=n / duration, times=tuple(times))
 
 
-def _index_packets(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
+def _index_packets(container: InputContainer, stream: VideoStream, check_time: Callable[[], None]) -> _Index:
     is_key: dict[int, bool] = {}
     for packet in container.demux(stream):
-        deadline.check()
+        check_time()
         if packet.size and packet.pts is not None and not packet.is_discard:  # discarded: cut off by an edit list
             is_key[packet.pts] = packet.is_keyframe
     pts = sorted(is_key)
     return _Index(pts=pts, keys=[number for number, each in enumerate(pts) if is_key[each]])
 
 
-def _index_by_decoding(container: InputContainer, stream: VideoStream, deadline: _Deadline) -> _Index:
+def _index_by_decoding(container: InputContainer, stream: VideoStream, check_time: Callable[[], None]) -> _Index:
     """Old containers have no such times, or a seek lands anywhere: every frame is decoded once, to count them."""
     pts: list[int | None] = []
     for frame in container.decode(stream):
-        deadline.check()
+        check_time()
         pts.append(frame.pts)
     known = [each for each in pts if each is not None]
     if len(known) == len(pts) and all(a < b for a, b in zip(known, known[1:], strict=False)):
@@ -220,7 +214,7 @@ def _upright(frame: Any, converter: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def decode_images(frames: Sequence[bytes], numbers: Sequence[int], *, name: str) -> Iterator[torch.Tensor]:
-    """The same for a video given as images."""
+    """The frames asked for of a video that is given as images, as `Clip.frames` gives them."""
     for number in numbers:
         yield decode_image(frames[number], name=f"{name} frame {number}")
 
@@ -233,7 +227,8 @@ def video_patches(
     An odd frame is paired with itself.
     """
     pairs, rows, columns = grid
-    p, m, t = spec.patch, spec.merge, spec.temporal
+    p, m = spec.patch, spec.merge
+    t = spec.temporal
     patches = torch.empty(pairs, rows // m, columns // m, m, m, t, p, p * 3, dtype=torch.uint8)
     by_frame = patches.permute(0, 5, 1, 3, 6, 2, 4, 7)
     for at, frame in enumerate(frames):

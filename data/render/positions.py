@@ -12,7 +12,9 @@ import numpy as np
 
 IntArray = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
-TEXT, IMAGE, VIDEO = 0, 1, 2
+TEXT = 0
+IMAGE = 1
+VIDEO = 2
 
 
 def sample_positions(kinds_T: IntArray, *, image_grids: IntArray, video_grids: IntArray, merge: int) -> IntArray:

@@ -66,7 +66,8 @@ class Renderer:
     def __init__(self, folder: Path, *, image: ImageConfig, video: VideoConfig, chat: ChatConfig) -> None:
         if not (folder / "tokenizer_config.json").is_file():
             raise ValueError(f"{folder}: no tokenizer_config.json there; give the folder of a Qwen3-VL base model")
-        self._image, self._video, self._chat = image, video, chat
+        self._image, self._video = image, video
+        self._chat = chat
         self._spec = read_spec(folder)
         self._limits = image_limits(self._spec, image)
         check_video(video, spec=self._spec)
@@ -83,10 +84,10 @@ class Renderer:
         self.fingerprint = _digest([*words, seen, asdict(image), asdict(self._spec)])
 
     def _token_id(self, folder: Path, token: str) -> int:
-        found = self._tokenizer.get_added_vocab().get(token)
-        if found is None:
+        number = self._tokenizer.get_added_vocab().get(token)
+        if number is None:
             raise ValueError(f"{folder}: the tokenizer has no token {token}; give the folder of a Qwen3-VL base model")
-        return int(found)
+        return int(number)
 
     def count_text(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> int:
         """Every token that is no patch of an image or video: marks and timestamps included."""
@@ -170,10 +171,10 @@ class Renderer:
     ) -> Tokens:
         videos = iter(enumerate(plans))
         media = []
-        for part in (part for message in record.messages for part in message.parts):
-            if part.kind == "image":
+        for content in (content for message in record.messages for content in message.contents):
+            if content.kind == "image":
                 media.append(_IMAGE_TEXT)
-            elif part.kind == "video":
+            elif content.kind == "video":
                 at, plan = next(videos)
                 media.append(video_text(plan.stamps, config=self._video, hms=_is_odd(f"{record.id}/{at}")))
         boxes = box_texts(record, images)
@@ -198,12 +199,12 @@ class Renderer:
             return image_grid(facts.height, facts.width, limits=limits, spec=self._spec)
 
     def _read_images(self, record: Record, images: Sequence[bytes]) -> tuple[list[ImageFacts], list[Array]]:
-        found, patches = [], []
+        facts, patches = [], []
         for at, (ref, data) in enumerate(zip(record.images, images, strict=True)):
             rgb = decode_image(data, name=_name("image", at, ref))
-            found.append(ImageFacts(height=rgb.shape[0], width=rgb.shape[1]))
-            patches.append(image_patches(rgb, grid=self._grid(record, at, found[at]), spec=self._spec).numpy())
-        return found, patches
+            facts.append(ImageFacts(height=rgb.shape[0], width=rgb.shape[1]))
+            patches.append(image_patches(rgb, grid=self._grid(record, at, facts[at]), spec=self._spec).numpy())
+        return facts, patches
 
     def _read_videos(
         self, record: Record, videos: Sequence[bytes | Sequence[bytes]]

@@ -18,7 +18,8 @@ from data.config import ChatConfig
 Span = tuple[int, int]
 
 # noncharacters of Unicode: reserved for use inside a program, never in text
-PLAIN, PLAIN_END, MEDIA, MEDIA_END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+PLAIN, PLAIN_END = "\ufdd0", "\ufdd1"
+MEDIA, MEDIA_END = "\ufdd2", "\ufdd3"
 _MARKERS = re.compile("[\ufdd0-\ufdd3]")
 
 
@@ -28,7 +29,7 @@ class Template:
 
     source: str
     tokenizer: Any
-    controls: re.Pattern[str]  # nobody but the template may write these
+    controls: re.Pattern[str]  # only the template may write these
     specials: re.Pattern[str]  # an assistant may not write these; other control tokens are its language
     thinks: bool  # it knows thinking, and leaves it out of the history
     opening: str  # what a server adds behind the assistant's header: given, not generated
@@ -54,15 +55,15 @@ def read_template(folder: Path, tokenizer: Any, config: ChatConfig) -> Template:
         thinks="</think>" in source,
         opening="",
     )
-    asked = [{"role": "user", "content": "?"}]
-    without, prompt = render(template, asked, ()), render(template, asked, (), prompt=True)
+    question = [{"role": "user", "content": "?"}]
+    closed, prompt = render(template, question, ()), render(template, question, (), prompt=True)
     header = "<|im_start|>assistant\n"
-    if not prompt.startswith(without + header):
+    if not prompt.startswith(closed + header):
         raise ValueError(
             f"{folder}: the base's chat template does not open the assistant's turn with {header!r} but with "
-            f"{prompt[len(without) :]!r}; moetune reads templates of the Qwen family"
+            f"{prompt[len(closed) :]!r}; moetune reads templates of the Qwen family"
         )
-    return replace(template, opening=prompt[len(without + header) :])
+    return replace(template, opening=prompt[len(closed + header) :])
 
 
 def _template_source(folder: Path, tokenizer: Any) -> str:
@@ -85,8 +86,8 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
 
 def mark(text: str, spelled: re.Pattern[str]) -> str:
     """The text with each of these tokens between markers that say: only text."""
-    if found := _MARKERS.search(text):
-        raise ValueError(f"the text holds U+{ord(found[0]):04X}, which is no character of any script; remove it")
+    if marker := _MARKERS.search(text):
+        raise ValueError(f"the text holds U+{ord(marker[0]):04X}, which is no character of any script; remove it")
     return spelled.sub(f"{PLAIN}\\g<0>{PLAIN_END}", text)
 
 
@@ -123,14 +124,14 @@ def unmark(marked: str) -> tuple[str, list[Span], list[Span]]:
     spans: dict[str, list[Span]] = {PLAIN: [], MEDIA: []}
     opened: list[tuple[str, int]] = []
     length = at = 0
-    for found in _MARKERS.finditer(marked):
-        pieces.append(marked[at : found.start()])
-        length, at = length + found.start() - at, found.end()
-        if found[0] in spans:
-            opened.append((found[0], length))
+    for marker in _MARKERS.finditer(marked):
+        pieces.append(marked[at : marker.start()])
+        length, at = length + marker.start() - at, marker.end()
+        if marker[0] in spans:
+            opened.append((marker[0], length))
             continue
         kind, start = opened.pop() if opened else ("", 0)
-        if (kind, found[0]) not in ((PLAIN, PLAIN_END), (MEDIA, MEDIA_END)):
+        if (kind, marker[0]) not in ((PLAIN, PLAIN_END), (MEDIA, MEDIA_END)):
             raise ValueError("the base's chat template cuts through a message; its turns cannot be told apart")
         spans[kind].append((start, length))
     pieces.append(marked[at:])

@@ -38,8 +38,8 @@ def box_texts(record: Record, images: Sequence[ImageFacts]) -> list[str]:
         "point": iter([item for item in numbered if len(item[1]) == 2]),
     }
     texts = []
-    for part in (part for message in record.messages for part in message.parts if part.kind in waiting):
-        number, box = next(waiting[part.kind])
+    for content in (item for message in record.messages for item in message.contents if item.kind in waiting):
+        number, box = next(waiting[content.kind])
         image = images[objects.image_id[number] if objects.image_id else 0]
         width, height = {
             "real": (image.width, image.height),

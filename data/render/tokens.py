@@ -23,9 +23,9 @@ def tokenise(rendered: Rendered, tokenizer: Any, *, image_pad: int, video_pad: i
     """A token's weight is that of its last character, so nothing supervised is lost where tokens cross a border."""
     ids: list[int] = []
     ends: list[int] = []
-    for found, found_ends in _pieces(rendered, tokenizer):
-        ids += found
-        ends += found_ends
+    for piece_ids, piece_ends in _pieces(rendered, tokenizer):
+        ids += piece_ids
+        ends += piece_ends
     row = np.array(ids, dtype=np.int32)
     weights = rendered.weights[np.array(ends, dtype=np.int64) - 1]
     kinds = np.where(row == image_pad, IMAGE, np.where(row == video_pad, VIDEO, TEXT)).astype(np.int8)

@@ -42,8 +42,8 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
             f"{times[-1]:g} s. Change start and end"
         )
     regular = facts.times is None and not ref.times
-    wanted, note = _how_many(ref, times[inside], facts, regular=regular, config=config)
-    frames = _choose(inside, times, wanted, regular=regular)
+    count, note = _how_many(ref, times[inside], facts, regular=regular, config=config)
+    frames = _choose(inside, times, count, regular=regular)
     if len(frames) == 1:
         if config.single_frame == "refuse":
             raise ValueError(
@@ -111,26 +111,26 @@ def _how_many(
     total = len(times)
     most = min(config.max_frames if ref.max_frames is None else ref.max_frames, total)
     if ref.frames and ref.fps is None and ref.num_frames is None:  # a frame list has been sampled already
-        asked, least = total, 0
+        requested, least = total, 0
     elif ref.num_frames is not None:
-        asked, least = ref.num_frames, 0
+        requested, least = ref.num_frames, 0
     else:
         fps = config.fps if ref.fps is None else ref.fps
-        asked = int(total / (ref.rate or facts.rate) * fps) if regular else int(_span(times) * fps)
+        requested = int(total / (ref.rate or facts.rate) * fps) if regular else int(_span(times) * fps)
         least = config.min_frames
-    chosen = max(1, min(max(asked, least), most))
-    if chosen == most < min(asked, total):
+    chosen = max(1, min(max(requested, least), most))
+    if chosen == most < min(requested, total):
         seconds = total / facts.rate if regular else _span(times)
-        return chosen, f"{chosen} frames of {seconds:.0f} s, {asked} were asked for: max_frames is {most}"
+        return chosen, f"{chosen} frames of {seconds:.0f} s, {requested} were asked for: max_frames is {most}"
     return chosen, ""
 
 
-def _choose(inside: Ints, times: Floats, wanted: int, *, regular: bool) -> list[int]:
-    if regular or wanted == len(inside):
-        chosen = np.linspace(0, len(inside) - 1, wanted).round().astype(np.int64)
+def _choose(inside: Ints, times: Floats, count: int, *, regular: bool) -> list[int]:
+    if regular or count == len(inside):
+        chosen = np.linspace(0, len(inside) - 1, count).round().astype(np.int64)
     else:
         seconds = times[inside]
-        aims = np.linspace(seconds[0], seconds[-1], wanted)
+        aims = np.linspace(seconds[0], seconds[-1], count)
         after = np.clip(np.searchsorted(seconds, aims), 1, len(inside) - 1)
         chosen = np.unique(np.where(aims - seconds[after - 1] <= seconds[after] - aims, after - 1, after))
     return [int(number) for number in inside[chosen]]
@@ -139,7 +139,7 @@ def _choose(inside: Ints, times: Floats, wanted: int, *, regular: bool) -> list[
 def video_grid(
     frames: int, height: int, width: int, *, max_frame_pixels: int | None, spec: VisionSpec, config: VideoConfig
 ) -> Grid:
-    """(frame pairs, patch rows, patch columns) of a clip of so many frames of this size."""
+    """(frame pairs, patch rows, patch columns) of a clip with this many frames of this size."""
     low, high = clip_limits(frames, spec=spec, config=config)
     if max_frame_pixels is not None:
         high = min(high, max(max_frame_pixels, spec.factor**2) * frames)

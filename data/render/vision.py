@@ -11,6 +11,7 @@ import json
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,12 @@ def read_spec(folder: Path) -> VisionSpec:
     """The base's own sizes. transformers' class defaults differ from every released model: they are never used."""
     image = _processor_json(folder, "image_processor", "preprocessor_config.json")
     video = _processor_json(folder, "video_processor", "video_preprocessor_config.json")
-    for name, found in (("image", image), ("video", video)):
-        for key, wanted in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 3)):
-            if found.get(key, wanted) != wanted:
+    for name, settings in (("image", image), ("video", video)):
+        for key, needed in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 3)):
+            if settings.get(key, needed) != needed:
                 raise ValueError(
-                    f"{folder}: the {name} processor's {key} is {found[key]}; moetune prepares pixels as Qwen3-VL "
-                    f"does, which needs {wanted}. Use a Qwen3-VL base."
+                    f"{folder}: the {name} processor's {key} is {settings[key]}; moetune prepares pixels as Qwen3-VL "
+                    f"does, which needs {needed}. Use a Qwen3-VL base."
                 )
     image_min, image_max = _pixel_limits(folder, "image", image)
     video_min, video_max = _pixel_limits(folder, "video", video)
@@ -97,10 +98,9 @@ def _processor_json(folder: Path, section: str, file: str) -> dict[str, Any]:
     """One processor's settings: from the one nested file newer releases save, else from its own file."""
     nested = folder / "processor_config.json"
     if nested.is_file():
-        found: dict[str, Any] = json.loads(nested.read_text(encoding="utf-8"))
-        if section in found:
-            section_found: dict[str, Any] = found[section]
-            return section_found
+        sections: dict[str, dict[str, Any]] = json.loads(nested.read_text(encoding="utf-8"))
+        if section in sections:
+            return sections[section]
     if not (folder / file).is_file():
         raise ValueError(
             f"{folder}: neither {file} nor processor_config.json with `{section}` is there, so the base's image sizes "
@@ -110,13 +110,13 @@ def _processor_json(folder: Path, section: str, file: str) -> dict[str, Any]:
     return own
 
 
-def _pixel_limits(folder: Path, name: str, found: dict[str, Any]) -> tuple[int, int]:
-    size = found.get("size") or {}
-    low = size.get("shortest_edge", found.get("min_pixels"))
-    high = size.get("longest_edge", found.get("max_pixels"))
+def _pixel_limits(folder: Path, name: str, settings: dict[str, Any]) -> tuple[int, int]:
+    size = settings.get("size") or {}
+    low = size.get("shortest_edge", settings.get("min_pixels"))
+    high = size.get("longest_edge", settings.get("max_pixels"))
     if low is None or high is None:
         raise ValueError(
-            f"{folder}: the {name} processor gives no `size.shortest_edge` and `size.longest_edge`, found {found}. "
+            f"{folder}: the {name} processor gives no `size.shortest_edge` and `size.longest_edge`, found {settings}. "
             f"Copy the file from the release the weights came from."
         )
     return int(low), int(high)
@@ -202,8 +202,8 @@ class ImageRefused(ValueError):
 
 def _unreadable(name: str, error: Exception) -> ImageRefused:
     # Pillow's own words name an address in memory, another one each time
-    said = "its bytes are of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-    return ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {said})")
+    reason = "its bytes are of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {reason})")
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -260,6 +260,15 @@ def image_patches(rgb_HWC: torch.Tensor, *, grid: tuple[int, int, int], spec: Vi
     resized = resize(rgb_HWC, rows * p, columns * p)
     lines = resized.reshape(rows // m, m, p, columns // m, m, p * 3)
     return lines.permute(0, 3, 1, 4, 2, 5).reshape(rows * columns, 3 * p * p)
+
+
+def unpatch(patches: Pixels, grid: Sequence[int], spec: VisionSpec) -> Pixels:
+    """uint8 [frames, H, W, 3] of one image or video: puts patches back where `image_patches` took them from."""
+    pairs, rows, columns = (int(side) for side in grid)
+    m, p = spec.merge, spec.patch
+    frames = patches.shape[1] // (3 * p * p)
+    blocks = patches.reshape(pairs, rows // m, columns // m, m, m, frames, p, p, 3)
+    return blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7, 8).reshape(pairs * frames, rows * p, columns * p, 3)
 
 
 def normalise(patches: torch.Tensor, *, spec: VisionSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.format.facts import ImageFacts
 from data.format.record import Record, RecordError
-from data.format.turns import cut_record
+from data.format.turns import Cut, cut_record
 from data.render.timestamps import box_texts
 from data.shards.bytes import VideoBytes
 from data.shards.reader import SampleReader
@@ -14,16 +14,19 @@ from data.shards.reader import SampleReader
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A sample whose last answer is asked for. Its media stay in the shard until they are wanted."""
+    """A sample whose last answer is asked for. Its media stay in the shard until they are read."""
 
     shard: Path
     number: int
     key: str
     source: str
-    record: Record  # without the answer
+    cut: Cut  # the sample without its answer
     references: tuple[str, ...]  # accepted answers
-    images: tuple[int, ...]  # which of the whole sample's the record keeps
-    videos: tuple[int, ...]
+
+    @property
+    def record(self) -> Record:
+        """The conversation up to the answer."""
+        return self.cut.record
 
     def media(self, reader: SampleReader) -> tuple[list[bytes], list[VideoBytes]]:
         """Bytes of the images and videos that the question shows, in order."""
@@ -32,13 +35,13 @@ class Question:
             images, videos = reader.media(whole, members, self.shard.parent)
         except ValueError as error:
             raise RecordError(shard=self.shard.name, key=self.key, reason=str(error)) from error
-        return [images[at] for at in self.images], [videos[at] for at in self.videos]
+        return self.cut.of(images, videos)
 
     @property
     def text(self) -> str:
         """The last turn before the answer, its media as marks."""
-        parts = self.record.messages[-1].parts if self.record.messages else ()
-        return "".join(part.text if part.kind == "text" else f"<{part.kind}>" for part in parts)
+        contents = self.record.messages[-1].contents if self.record.messages else ()
+        return "".join(item.text if item.kind == "text" else f"<{item.kind}>" for item in contents)
 
 
 def read_questions(shards: Sequence[Path], reader: SampleReader, *, source: str) -> Iterator[Question]:
@@ -57,27 +60,25 @@ def read_questions(shards: Sequence[Path], reader: SampleReader, *, source: str)
                 number=number,
                 key=index.keys[number],
                 source=record.source or source,
-                record=replace(cut.record, answers=()),
+                cut=replace(cut, record=replace(cut.record, answers=())),
                 references=record.answers or (_last_answer(record, index.images(number)),),
-                images=cut.images,
-                videos=cut.videos,
             )
 
 
 def _last_answer(record: Record, images: Sequence[ImageFacts]) -> str:
     """What the last turn says, boxes written as a model writes them."""
     last = record.messages[-1]
-    marks = [part.kind for message in record.messages for part in message.parts]
+    kinds = [item.kind for item in last.contents]
     boxes = box_texts(record, images)
-    boxes = boxes[len(boxes) - sum(part.kind in ("bbox", "point") for part in last.parts) :]
+    boxes = boxes[len(boxes) - kinds.count("bbox") - kinds.count("point") :]
     refs = list(record.objects.ref if record.objects else ())
-    refs = refs[marks.count("ref") - sum(part.kind == "ref" for part in last.parts) :]
+    refs = refs[len(refs) - kinds.count("ref") :]
     written = []
-    for part in last.parts:
-        if part.kind in ("bbox", "point"):
+    for item in last.contents:
+        if item.kind in ("bbox", "point"):
             written.append(boxes.pop(0))
-        elif part.kind == "ref":
+        elif item.kind == "ref":
             written.append(refs.pop(0))
         else:
-            written.append(part.text if part.kind == "text" else f"<{part.kind}>")
+            written.append(item.text if item.kind == "text" else f"<{item.kind}>")
     return "".join(written)

@@ -41,14 +41,14 @@ class SampleReader:
             blob = self.bytes.read(shard, start, int(index.offsets[last] + index.sizes[last]) - start)
         except ValueError as error:
             raise RecordError(shard=shard.name, key=index.keys[number], reason=str(error)) from error
-        found = {}
+        members = {}
         for row in rows:
             at = int(index.offsets[row]) - start
-            found[index.names[row]] = data = blob[at : at + int(index.sizes[row])]
+            members[index.names[row]] = data = blob[at : at + int(index.sizes[row])]
             if crc32(data) != index.crcs[row]:
                 reason = f"{index.names[row]} changed since it was indexed; run: moetune shards index --force {shard}"
                 raise RecordError(shard=shard.name, key=index.keys[number], reason=reason)
-        return found
+        return members
 
     def sample(self, shard: Path, number: int) -> tuple[Record, dict[str, bytes]]:
         """The parsed record and the bytes of its media."""

@@ -17,24 +17,24 @@ from data.render.vision import probe_image
 from data.shards.bytes import ByteReader, VideoBytes, read_media
 from data.shards.index import ShardIndex
 
-Facts = tuple[list[ImageFacts], list[VideoFacts]]
+MediaFacts = tuple[list[ImageFacts], list[VideoFacts]]
 
 
-def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoBytes]) -> Facts:
+def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoBytes]) -> MediaFacts:
     """Facts of the media of a record; ValueError names the medium that cannot be used."""
-    found = [probe_image(data, name=f"images[{number}]") for number, data in enumerate(images)]
-    clips = []
+    image_facts = [probe_image(data, name=f"images[{number}]") for number, data in enumerate(images)]
+    video_facts = []
     for number, (video, data) in enumerate(zip(record.videos, videos, strict=True)):
         name = f"videos[{number}]"
         if isinstance(data, bytes):
-            clips.append(probe_video(data, name=name))
+            video_facts.append(probe_video(data, name=name))
         else:
             frames = [probe_image(frame, name=f"{name} frame {at}") for at, frame in enumerate(data)]
             try:
-                clips.append(frame_list_facts(video, frames))
+                video_facts.append(frame_list_facts(video, frames))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    return found, clips
+    return image_facts, video_facts
 
 
 def scan_shard(shard: Path, stamp: str) -> ShardIndex:
@@ -42,7 +42,7 @@ def scan_shard(shard: Path, stamp: str) -> ShardIndex:
     reader = ByteReader()
     samples = list(group_members(shard, walk_tar(shard)))
     crcs: list[int] = []
-    facts: list[Facts] = []
+    facts: list[MediaFacts] = []
     problems: dict[int, str] = {}
     for number, sample in enumerate(samples):
         members = {
@@ -59,7 +59,7 @@ def scan_shard(shard: Path, stamp: str) -> ShardIndex:
     return _index_of(samples, crcs, facts, problems, stamp)
 
 
-def _scan_sample(reader: ByteReader, shard: Path, sample: KeyedMembers, members: dict[str, bytes]) -> Facts:
+def _scan_sample(reader: ByteReader, shard: Path, sample: KeyedMembers, members: dict[str, bytes]) -> MediaFacts:
     raw = members.pop("json", None)
     try:
         if raw is None:
@@ -80,12 +80,12 @@ def _starts(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def _index_of(
-    samples: list[KeyedMembers], crcs: list[int], facts: list[Facts], problems: dict[int, str], stamp: str
+    samples: list[KeyedMembers], crcs: list[int], facts: list[MediaFacts], problems: dict[int, str], stamp: str
 ) -> ShardIndex:
     names = tuple(name for sample in samples for name in sample.names)
     sizes = [size for sample in samples for size in sample.sizes]
-    images = [image for found, _ in facts for image in found]
-    videos = [video for _, found in facts for video in found]
+    images = [image for of_sample, _ in facts for image in of_sample]
+    videos = [video for _, of_sample in facts for video in of_sample]
     digest = blake2b(digest_size=16)
     digest.update(repr(([sample.key for sample in samples], names, sizes, crcs, facts)).encode())
     return ShardIndex(
@@ -98,9 +98,9 @@ def _index_of(
         offsets=np.array([offset for sample in samples for offset in sample.offsets], dtype=np.int64),
         sizes=np.array(sizes, dtype=np.int64),
         crcs=np.array(crcs, dtype=np.uint32),
-        image_starts=_starts([len(found) for found, _ in facts]),
+        image_starts=_starts([len(of_sample) for of_sample, _ in facts]),
         image_sizes=np.array([(i.height, i.width) for i in images], dtype=np.int32).reshape(-1, 2),
-        video_starts=_starts([len(found) for _, found in facts]),
+        video_starts=_starts([len(of_sample) for _, of_sample in facts]),
         video_table=np.array(
             [(v.height, v.width, v.frames, v.duration, v.rate) for v in videos], dtype=np.float64
         ).reshape(-1, 5),

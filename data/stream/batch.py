@@ -72,7 +72,7 @@ class Step:
     step: int
     batches: tuple[Batch, ...]
     sums: LossSums  # of this rank only
-    bad: tuple[BadSample, ...]  # left out of this rank's packs; to be told to every rank's `quarantine`
+    bad: tuple[BadSample, ...]  # left out of this rank's packs; every rank's `quarantine` takes them
     notes: tuple[str, ...]  # what samples say about themselves: a video with fewer frames than asked
     tokens: int  # without padding and dummies
     images: int
@@ -97,16 +97,16 @@ def label_places(batch: Batch) -> Tensor:
 
 def media_places(batch: Batch, *, merge: int, image_id: int, video_id: int) -> tuple[Tensor, Tensor]:
     """Where the tokens of a row's images stand, and of its videos; ValueError unless their patches make as many."""
-    ids_T, found = batch.input_ids[0], []
+    places = []
     for kind, token, patches in (("images", image_id, batch.image_patches), ("videos", video_id, batch.video_patches)):
-        at_N, made = (ids_T == token).nonzero()[:, 0], len(patches) // merge**2
+        at_N, made = (batch.input_ids[0] == token).nonzero()[:, 0], len(patches) // merge**2
         if len(at_N) != made:
             raise ValueError(
                 f"{', '.join(batch.keys)}: the row has {len(at_N)} tokens for {kind}, their patches make {made}. The "
                 f"template that wrote the tokens is not of this base"
             )
-        found.append(at_N)
-    return found[0], found[1]
+        places.append(at_N)
+    return places[0], places[1]
 
 
 def collate(

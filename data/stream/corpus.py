@@ -44,12 +44,12 @@ class Corpus:
     overlong: tuple[Unused, ...]  # longer than the budget, left out by policy
 
 
-def pack_part(first: int, last: int) -> int:
+def encode_part(first: int, last: int) -> int:
     """First and last message of a part in one number; 0 means the whole sample."""
     return first * _PART + last + 1
 
 
-def unpack_part(part: int) -> tuple[int, int] | None:
+def decode_part(part: int) -> tuple[int, int] | None:
     """First and last message, or None for the whole sample."""
     return None if part == 0 else (part // _PART, part % _PART - 1)
 
@@ -58,21 +58,21 @@ def find_shards(path: str, key: str) -> list[Path]:
     """Shards of a source: one tar, a folder of them, or a pattern with *, ? or {000..012} or {a,b}."""
     if path.startswith(("pipe:", "http:", "https:", "s3:", "gs:", "hf:")):
         raise ValueError(f"{key} is {path!r}; shards are read from mounted folders only, and no command is ever run")
-    found: list[Path] = []
+    shards: list[Path] = []
     for pattern in _braces(path):
         if Path(pattern).is_dir():
-            found += sorted(Path(pattern).glob("*.tar"))
+            shards += sorted(Path(pattern).glob("*.tar"))
         elif any(mark in pattern for mark in "*?["):
-            found += sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  # Path.glob refuses absolute patterns
+            shards += sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  # Path.glob refuses absolute patterns
         elif Path(pattern).is_file():
-            found.append(Path(pattern))
+            shards.append(Path(pattern))
         else:
             raise ValueError(f"{key} names {pattern!r}, which does not exist")
-    if not found:
+    if not shards:
         raise ValueError(f"{key} is {path!r}, which holds no *.tar file")
-    if len(set(found)) != len(found):
+    if len(set(shards)) != len(shards):
         raise ValueError(f"{key} is {path!r}, which names a shard twice")
-    return found
+    return shards
 
 
 def _braces(path: str) -> Iterator[str]:
@@ -96,6 +96,16 @@ class Limits:
     overlong: Literal["error", "skip", "split-turns"] = "error"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """A shard of one source, measured; `number` is its place in the corpus's table."""
+
+    number: int
+    source: str
+    path: Path
+    lengths: Lengths
+
+
 def load_corpus(
     sources: Mapping[str, Sequence[Path]],
     measure: Measure,
@@ -117,11 +127,12 @@ def load_corpus(
     for name, paths in sources.items():
         tables = [np.zeros((0, 5), dtype=np.int64)]
         for number in range(first, first + len(paths)):
-            shard, found = shards[number], lengths[number]
-            digest.update(repr((name, shard.name, found.digest)).encode())
-            scan = _ShardUnits(number=number, source=name, path=shard, lengths=found, limits=limits)
-            tables += scan.rows(measure, reader, overlong)
-            unusable += [scan.unused(reader, sample, reason) for sample, reason in found.problems.items()]
+            shard = _Shard(number=number, source=name, path=shards[number], lengths=lengths[number])
+            digest.update(repr((name, shard.path.name, shard.lengths.digest)).encode())
+            table, too_long = _table(shard, measure, limits, reader)
+            tables.append(table)
+            overlong += too_long
+            unusable += [_unused(shard, sample, why, reader) for sample, why in shard.lengths.problems.items()]
         first += len(paths)
         if not sum(map(len, tables)):
             shown = "; ".join(
@@ -152,57 +163,51 @@ def _too_long(overlong: Sequence[Unused]) -> str:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _ShardUnits:
-    """One shard's rows of units."""
+def _table(shard: _Shard, measure: Measure, limits: Limits, reader: SampleReader) -> tuple[Table, list[Unused]]:
+    """Rows (shard, sample, part, tokens, patches) in order of samples, and the samples that fit no pack."""
+    tokens, patches = shard.lengths.tokens, shard.lengths.patches
+    over = (tokens > limits.tokens) | (patches > limits.patches)
+    usable = np.ones(len(tokens), dtype=bool)
+    usable[list(shard.lengths.problems)] = False
+    whole = np.flatnonzero(usable & ~over)
+    columns = (np.full_like(whole, shard.number), whole, np.zeros_like(whole), tokens[whole], patches[whole])
+    rows = [np.stack(columns, axis=1)]
+    overlong: list[Unused] = []
+    for sample in np.flatnonzero(usable & over).tolist():
+        reason = f"{tokens[sample]} tokens and {patches[sample]} patches, a pack holds {limits.tokens} and "
+        reason += str(limits.patches)
+        try:
+            if limits.overlong != "split-turns":
+                raise ValueError(reason)
+            rows.append(_split(shard, sample, measure, limits, reader))
+        except ValueError as error:
+            overlong.append(_unused(shard, sample, str(error), reader))
+    table = np.concatenate(rows)
+    return table[np.lexsort((table[:, 2], table[:, 1]))], overlong
 
-    number: int
-    source: str
-    path: Path
-    lengths: Lengths
-    limits: Limits
 
-    def unused(self, reader: SampleReader, sample: int, reason: str) -> Unused:
-        return Unused(source=self.source, shard=self.path.name, key=reader.index(self.path).keys[sample], reason=reason)
+def _split(shard: _Shard, sample: int, measure: Measure, limits: Limits, reader: SampleReader) -> Table:
+    index = reader.index(shard.path)
+    images, videos = index.images(sample), index.videos(sample)
 
-    def rows(self, measure: Measure, reader: SampleReader, overlong: list[Unused]) -> list[Table]:
-        """Rows (shard, sample, part, tokens, patches) in order of samples; what cannot be used goes to `overlong`."""
-        tokens, patches = self.lengths.tokens, self.lengths.patches
-        over = (tokens > self.limits.tokens) | (patches > self.limits.patches)
-        usable = np.ones(len(tokens), dtype=bool)
-        usable[list(self.lengths.problems)] = False
-        whole = np.flatnonzero(usable & ~over)
-        columns = (np.full_like(whole, self.number), whole, np.zeros_like(whole), tokens[whole], patches[whole])
-        rows = [np.stack(columns, axis=1)]
-        for sample in np.flatnonzero(usable & over).tolist():
-            reason = f"{tokens[sample]} tokens and {patches[sample]} patches, a pack holds {self.limits.tokens} and "
-            reason += str(self.limits.patches)
-            try:
-                if self.limits.overlong != "split-turns":
-                    raise ValueError(reason)
-                rows.append(self._split(sample, measure, reader))
-            except ValueError as error:
-                overlong.append(self.unused(reader, sample, str(error)))
-        table = np.concatenate(rows)
-        return [table[np.lexsort((table[:, 2], table[:, 1]))]]
+    def count(cut: Cut) -> tuple[int, int]:
+        facts = cut.of(images, videos)
+        vision = measure.count_vision(cut.record, *facts)
+        return measure.count_text(cut.record, *facts) + vision.tokens, vision.patches
 
-    def _split(self, sample: int, measure: Measure, reader: SampleReader) -> Table:
-        index = reader.index(self.path)
-        images, videos = index.images(sample), index.videos(sample)
+    def fits(cut: Cut) -> bool:
+        tokens, patches = count(cut)
+        return tokens <= limits.tokens and patches <= limits.patches
 
-        def count(cut: Cut) -> tuple[int, int]:
-            facts = [images[number] for number in cut.images], [videos[number] for number in cut.videos]
-            seen = measure.count_vision(cut.record, *facts)
-            return measure.count_text(cut.record, *facts) + seen.tokens, seen.patches
+    record = reader.record(shard.path, sample)
+    parts = split_turns(record, fits)
+    rows = [(shard.number, sample, encode_part(*part), *count(cut_record(record, *part))) for part in parts]
+    return np.array(rows, dtype=np.int64).reshape(-1, 5)
 
-        def fits(cut: Cut) -> bool:
-            tokens, patches = count(cut)
-            return tokens <= self.limits.tokens and patches <= self.limits.patches
 
-        record = reader.record(self.path, sample)
-        parts = split_turns(record, fits)
-        rows = [(self.number, sample, pack_part(*part), *count(cut_record(record, *part))) for part in parts]
-        return np.array(rows, dtype=np.int64).reshape(-1, 5)
+def _unused(shard: _Shard, sample: int, reason: str, reader: SampleReader) -> Unused:
+    key = reader.index(shard.path).keys[sample]
+    return Unused(source=shard.source, shard=shard.path.name, key=key, reason=reason)
 
 
 def measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:

@@ -34,8 +34,8 @@ class Packs:
     def sums(self, values: Ints) -> Ints:
         """Sum of a sample's value over each pack."""
         running = np.concatenate([[0], np.cumsum(values[self.members])])
-        found: Ints = running[self.starts[1:]] - running[self.starts[:-1]]
-        return found
+        sums: Ints = running[self.starts[1:]] - running[self.starts[:-1]]
+        return sums
 
     def take(self, order: Ints) -> "Packs":
         """The packs in another order (or some of them)."""
@@ -52,7 +52,8 @@ def best_fit(tokens: Ints, patches: Ints, *, token_budget: int, patch_budget: in
     Every sample must fit a pack alone.
     """
     if int(patches.sum()) * token_budget > int(tokens.sum()) * patch_budget:  # fit by what is scarcer
-        tokens, patches, token_budget, patch_budget = patches, tokens, patch_budget, token_budget
+        tokens, patches = patches, tokens
+        token_budget, patch_budget = patch_budget, token_budget
     packs: list[list[int]] = []
     closed: list[list[int]] = []
     free_patches: list[int] = []

@@ -14,14 +14,14 @@ from data.render.sample import Renderer, Sample
 from data.shards.reader import SampleReader
 from data.stream.batch import BadSample, Batch, LossSums, collate, loss_sums
 from data.stream.being_read import Reading
-from data.stream.corpus import unpack_part
+from data.stream.corpus import decode_part
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One unit of a plan, by its place."""
+class Unit:
+    """One unit of a plan: a sample or a part of one, and where it is read."""
 
-    unit: int
+    number: int  # among all units of the corpus
     source: str
     shard: Path
     sample: int
@@ -31,7 +31,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class PackResult:
-    """A pack as it was read: its batch, and what is to be said of it."""
+    """A pack as it was read: its batch, and what the step reports of it."""
 
     batch: Batch
     sums: LossSums
@@ -47,22 +47,25 @@ class PackReader(Dataset[PackResult]):
     def __init__(
         self, renderer: Renderer, *, pad_multiple: int, cache_dir: Path | None, reading: Reading | None = None
     ) -> None:
-        self._renderer, self._multiple, self._cache_dir = renderer, pad_multiple, cache_dir
+        self._renderer, self._multiple = renderer, pad_multiple
+        self._cache_dir = cache_dir
         self._reading = reading or Reading(0)
         self._reader: SampleReader | None = None
 
-    def __getitem__(self, wanted: tuple[Wanted, ...]) -> PackResult:
-        samples, keys, notes = list[Sample](), list[str](), list[str]()
+    def __getitem__(self, units: tuple[Unit, ...]) -> PackResult:
+        samples: list[Sample] = []
+        keys: list[str] = []
+        notes: list[str] = []
         bad: list[BadSample] = []
-        seconds = 0.0
-        for unit in wanted:
+        video_seconds = 0.0
+        for unit in units:
             try:
-                key, sample, seen = self._build(unit)
+                key, sample, seconds = self._build(unit)
             except RecordError as error:
                 bad.append(_bad(unit, error.key, error.reason))
                 continue
             samples.append(sample)
-            seconds += seen
+            video_seconds += seconds
             keys.append(f"{unit.source}/{unit.shard.name}/{key}")
             notes += [f"{keys[-1]}: {note}" for note in sample.notes]
         self._reading.note("")
@@ -74,35 +77,34 @@ class PackReader(Dataset[PackResult]):
             widths=self._renderer.patch_widths,
         )
         tokens = sum(len(sample.input_ids) for sample in samples)
-        return PackResult(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens, seconds)
+        return PackResult(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens, video_seconds)
 
-    def _build(self, unit: Wanted) -> tuple[str, Sample, float]:
+    def _build(self, unit: Unit) -> tuple[str, Sample, float]:
         """Key, sample, and seconds of video in it."""
         if self._reader is None:  # made here, so that no open file crosses into a worker
             self._reader = SampleReader(cache_dir=self._cache_dir)
         self._reading.note(f"{unit.source}/{unit.shard.name}/number {unit.sample}")
         try:
             record, members = self._reader.sample(unit.shard, unit.sample)
-        except ShardError as error:  # gone or cut short since the start: every rank is to hear of it, none to die alone
+        except ShardError as error:  # gone or cut short since the start: every rank is told, none fails alone
             raise RecordError(shard=unit.shard.name, key=f"number {unit.sample}", reason=error.reason) from error
         index = self._reader.index(unit.shard)
-        key, clips = index.keys[unit.sample], index.videos(unit.sample)
+        key, video_facts = index.keys[unit.sample], index.videos(unit.sample)
         self._reading.note(f"{unit.source}/{unit.shard.name}/{key}")
         try:
             images, videos = self._reader.media(record, members, unit.shard.parent)
-            if part := unpack_part(unit.part):
+            if part := decode_part(unit.part):
                 cut = cut_record(record, *part)
                 record = cut.record
-                images = [images[number] for number in cut.images]
-                videos = [videos[number] for number in cut.videos]
-                clips = [clips[number] for number in cut.videos]
+                images, videos = cut.of(images, videos)
+                _, video_facts = cut.of(index.images(unit.sample), video_facts)
             sample = self._renderer.build(record, images, videos, key=key, shard=unit.shard.name)
         except ValueError as error:
             raise RecordError(shard=unit.shard.name, key=key, reason=str(error)) from error
         if len(sample.input_ids) != unit.tokens:
             reason = f"became {len(sample.input_ids)} tokens where {unit.tokens} were planned; did a file change?"
             raise RecordError(shard=unit.shard.name, key=key, reason=reason)
-        return key, sample, sum(map(_seconds, record.videos, clips))
+        return key, sample, sum(map(_seconds, record.videos, video_facts))
 
 
 def _seconds(video: VideoRef, facts: VideoFacts) -> float:
@@ -111,5 +113,5 @@ def _seconds(video: VideoRef, facts: VideoFacts) -> float:
     return max(0.0, end - (video.start or 0.0))
 
 
-def _bad(unit: Wanted, key: str, reason: str) -> BadSample:
-    return BadSample(unit=unit.unit, source=unit.source, shard=unit.shard.name, key=key, reason=reason)
+def _bad(unit: Unit, key: str, reason: str) -> BadSample:
+    return BadSample(unit=unit.number, source=unit.source, shard=unit.shard.name, key=key, reason=reason)

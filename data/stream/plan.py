@@ -79,13 +79,13 @@ class Plan:
         """Packs of one rank in one step, as many slots on every rank; None is a slot for a dummy."""
         numbers = self.step_packs(step)
         shares = deal(self.costs[numbers.start : numbers.stop], data_size)
-        mine: list[int | None] = [numbers[index] for index in shares[data_rank]]
-        return mine + [None] * (-(-len(numbers) // data_size) - len(mine))
+        packs: list[int | None] = [numbers[index] for index in shares[data_rank]]
+        return packs + [None] * (-(-len(numbers) // data_size) - len(packs))
 
     def units(self, pack: int) -> list[int]:
         """Units of one pack, in the order they lie in its row."""
-        found: list[int] = self.packs.members[self.packs.starts[pack] : self.packs.starts[pack + 1]].tolist()
-        return found
+        units: list[int] = self.packs.members[self.packs.starts[pack] : self.packs.starts[pack + 1]].tolist()
+        return units
 
 
 def rng_for(*key: object) -> np.random.Generator:
@@ -106,12 +106,12 @@ def draw(units: Units, amounts: Ints, quota: int, seed: int, epoch: int) -> Ints
     """The next `quota` of an endless row of the source's own epochs, each of which holds every unit once."""
     whole = int(amounts.sum())
     start, stop = epoch * quota, (epoch + 1) * quota
-    found = []
+    drawn = []
     for turn in range(start // whole, -(-stop // whole)):
         order = order_units(units, seed, turn)
         begins = turn * whole + np.concatenate([[0], np.cumsum(amounts[order])[:-1]])
-        found.append(order[(begins >= start) & (begins < stop)])
-    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        drawn.append(order[(begins >= start) & (begins < stop)])
+    return np.concatenate(drawn) if drawn else np.zeros(0, dtype=np.int64)
 
 
 def merge_sources(sources: Sequence[Units], settings: PlanSettings, epoch: int) -> list[Ints]:

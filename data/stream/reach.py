@@ -13,7 +13,7 @@ import numpy as np
 from data.format.turns import cut_record
 from data.render.sample import Renderer
 from data.shards.reader import SampleReader
-from data.stream.corpus import Corpus, unpack_part
+from data.stream.corpus import Corpus, decode_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +30,25 @@ def reach(corpus: Corpus, renderer: Renderer, *, enough: int, cache_dir: Path | 
     tokens = np.concatenate([units.tokens for units in corpus.sources])
     if tokens.max() <= enough:
         return Reach(positions=int(tokens.max()), exact=False)
-    found = Reach(positions=0, exact=True)
+    farthest = Reach(positions=0, exact=True)
     reader = SampleReader(cache_dir=cache_dir)
     places = [(source, row) for source, units in enumerate(corpus.sources) for row in range(len(units))]
     for at in np.argsort(-tokens, kind="stable").tolist():
-        if tokens[at] <= found.positions:
+        if tokens[at] <= farthest.positions:
             break
         source, row = places[at]
         units = corpus.sources[source]
         shard, sample = corpus.shards[int(units.shard[row])], int(units.sample[row])
         index, record = reader.index(shard), reader.record(shard, sample)
         images, videos = index.images(sample), index.videos(sample)
-        if part := unpack_part(int(units.part[row])):
+        if part := decode_part(int(units.part[row])):
             cut = cut_record(record, *part)
             record = cut.record
-            images, videos = [images[n] for n in cut.images], [videos[n] for n in cut.videos]
+            images, videos = cut.of(images, videos)
         text = int(tokens[at]) - renderer.count_vision(record, images, videos).tokens
         positions = text + renderer.vision_positions(record, images, videos)
-        if positions > found.positions:
+        if positions > farthest.positions:
             name = f"source {units.name}, shard {shard.name}, sample {index.keys[sample]}"
-            found = Reach(positions=positions, exact=True, sample=name)
+            farthest = Reach(positions=positions, exact=True, sample=name)
     reader.bytes.close()
-    return found
+    return farthest

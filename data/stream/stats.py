@@ -71,8 +71,8 @@ def corpus_lines(corpus: Corpus, *, patches_per_token: int) -> list[str]:
         )
         seeing = units.patches[units.patches > 0] // patches_per_token
         if len(seeing):
-            found = histogram("", "tokens", seeing, 64)
-            bins = zip(found.edges, found.edges[1:], found.counts, strict=False)
+            vision = histogram("", "tokens", seeing, 64)
+            bins = zip(vision.edges, vision.edges[1:], vision.counts, strict=False)
             shown = ", ".join(f"{low:,.0f} to {high:,.0f}: {count:,}" for low, high, count in bins if count)
             lines.append(f"  vision tokens of its {len(seeing):,} samples with images or videos: {shown}")
     return lines
@@ -81,8 +81,11 @@ def corpus_lines(corpus: Corpus, *, patches_per_token: int) -> list[str]:
 def shard_stats(shards: Sequence[Path], measure: Measure, *, context: int, cache_dir: Path | None = None) -> Stats:
     """Stats of these shards; they are indexed and measured if they are not yet."""
     reader = SampleReader(cache_dir=cache_dir)
-    tokens, vision, pixels, seconds, images = [], [], [], [], 0
-    samples = unusable = videos = 0
+    tokens: list[np.ndarray[Any, Any]] = []
+    vision: list[np.ndarray[Any, Any]] = []
+    pixels: list[np.ndarray[Any, Any]] = []
+    seconds: list[np.ndarray[Any, Any]] = []
+    samples = unusable = images = videos = 0
     for shard in shards:
         lengths = load_lengths(shard, measure, reader=reader, cache_dir=cache_dir)
         index = reader.index(shard)

@@ -17,12 +17,12 @@ from data.render.sample import Renderer
 from data.stream.batch import BadSample, LossSums, Step
 from data.stream.being_read import Reading
 from data.stream.corpus import Corpus
-from data.stream.pack_reader import PackReader, PackResult, Wanted
+from data.stream.pack_reader import PackReader, PackResult, Unit
 from data.stream.plan import Plan, PlanSettings, make_plan
 
 STATE_VERSION = 1
 LOOK_S = 1.0
-"""So often, while a pack is waited for, it is asked whether anybody still wants it."""
+"""Seconds between two looks, while a pack is waited for, at whether the wait has been cancelled."""
 
 
 class TooManyBadSamples(ValueError):
@@ -30,7 +30,7 @@ class TooManyBadSamples(ValueError):
 
 
 class WaitIsOver(Exception):
-    """Nobody wants the pack that is waited for. Its traceback holds the readers; when it goes, they are joined."""
+    """The wait for a pack was cancelled. The traceback keeps the workers alive; they are joined when it is released."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,17 @@ class StreamSettings:
     prefetch: int = 2  # packs each worker holds ready
     pad_multiple: int = 1  # rows are padded to a multiple of this, for sequence-parallel slices
     max_bad_samples: int = 100
-    stall_seconds: float = 0.0  # with workers: give up waiting for one pack after this long; 0 waits for ever
+    stall_seconds: float = 0.0  # with workers: give up waiting for one pack after this long; 0 waits forever
     cache_dir: Path | None = None
 
 
-class _Order(Sampler[tuple[Wanted, ...]]):
+class _Order(Sampler[tuple[Unit, ...]]):
     """The packs of the rest of an epoch, in the order this rank takes them."""
 
-    def __init__(self, packs: Iterator[tuple[Wanted, ...]]) -> None:
+    def __init__(self, packs: Iterator[tuple[Unit, ...]]) -> None:
         self._packs = packs
 
-    def __iter__(self) -> Iterator[tuple[Wanted, ...]]:
+    def __iter__(self) -> Iterator[tuple[Unit, ...]]:
         return self._packs
 
 
@@ -102,18 +102,18 @@ class DataStream:
         for number in steps:
             began = time.perf_counter()
             slots = -(-len(plan.step_packs(number)) // self._size)
-            found = [self._take(results, number) for _ in range(slots)]
+            read = [self._take(results, number) for _ in range(slots)]
             self.step = number + 1  # before the yield: a checkpoint written after this step says it is done
             yield Step(
                 epoch=epoch,
                 step=number,
-                batches=tuple(result.batch for result in found),
-                sums=sum((result.sums for result in found), LossSums()),
-                bad=tuple(bad for result in found for bad in result.bad),
-                notes=tuple(note for result in found for note in result.notes),
-                tokens=sum(result.tokens for result in found),
-                images=sum(len(result.batch.image_grids) for result in found),
-                video_seconds=sum(result.video_seconds for result in found),
+                batches=tuple(result.batch for result in read),
+                sums=sum((result.sums for result in read), LossSums()),
+                bad=tuple(bad for result in read for bad in result.bad),
+                notes=tuple(note for result in read for note in result.notes),
+                tokens=sum(result.tokens for result in read),
+                images=sum(len(result.batch.image_grids) for result in read),
+                video_seconds=sum(result.video_seconds for result in read),
                 wait_seconds=time.perf_counter() - began,
             )
 
@@ -125,23 +125,23 @@ class DataStream:
                 pad_multiple=self._settings.pad_multiple,
                 cache_dir=self._settings.cache_dir,
                 reading=self._reading,
-            ),  # fmt: skip
+            ),
             batch_size=None,
-            sampler=_Order(self._wanted(pack) for pack in packs),
+            sampler=_Order(self._units(pack) for pack in packs),
             num_workers=workers,
             prefetch_factor=self._settings.prefetch if workers else None,
             collate_fn=_same,
             timeout=min(LOOK_S, self._settings.stall_seconds or LOOK_S) if workers else 0,
         )
 
-    def _wanted(self, pack: int | None) -> tuple[Wanted, ...]:
-        return () if pack is None else tuple(self._unit(unit) for unit in self.plan.units(pack))
+    def _units(self, pack: int | None) -> tuple[Unit, ...]:
+        return () if pack is None else tuple(self._unit(number) for number in self.plan.units(pack))
 
-    def _unit(self, unit: int) -> Wanted:
-        source = int(np.searchsorted(self._bases, unit, side="right")) - 1
-        units, row = self._corpus.sources[source], unit - int(self._bases[source])
+    def _unit(self, number: int) -> Unit:
+        source = int(np.searchsorted(self._bases, number, side="right")) - 1
+        units, row = self._corpus.sources[source], number - int(self._bases[source])
         shard = self._corpus.shards[int(units.shard[row])]
-        return Wanted(unit, units.name, shard, int(units.sample[row]), int(units.part[row]), int(units.tokens[row]))
+        return Unit(number, units.name, shard, int(units.sample[row]), int(units.part[row]), int(units.tokens[row]))
 
     def _take(self, results: Iterator[PackResult], step: int) -> PackResult:
         began, limit = time.monotonic(), self._settings.stall_seconds
@@ -172,7 +172,7 @@ class DataStream:
 
     def _shards_of(self, step: int) -> set[str]:
         packs = self.plan.share(step, self._rank, self._size) if step < self.plan.steps else []
-        return {str(unit.shard) for pack in packs for unit in self._wanted(pack)}
+        return {str(unit.shard) for pack in packs for unit in self._units(pack)}
 
     def quarantine(self, bad: Sequence[BadSample]) -> None:
         """Leaves these out from the next epoch on. Every rank must give the same list: the reports of all ranks.
@@ -216,8 +216,8 @@ class DataStream:
         """Continues there. A changed corpus or plan is refused, unless `changed`: then what changed is returned."""
         if state["version"] != STATE_VERSION:
             raise ValueError(f"data state has version {state['version']}, this moetune reads {STATE_VERSION}")
-        mine = self._identity()
-        differs = [name for name, value in mine.items() if state["identity"].get(name) != value]
+        identity = self._identity()
+        differs = [name for name, value in identity.items() if state["identity"].get(name) != value]
         if differs and not changed:
             raise ValueError(
                 f"the data of this run is not that of the checkpoint: {', '.join(differs)} changed. Samples would "

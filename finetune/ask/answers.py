@@ -77,7 +77,7 @@ def find_questions(
         if not sign:
             name, path = Path(word).stem, word
         if path.endswith((".jsonl", ".json")):
-            from data.prepare.build import shards_of_rows  # its decoders take a second to load
+            from data.prepare.converted import shards_of_rows  # its decoders take a second to load
 
             if not Path(path).is_file():
                 raise ValueError(f"DATA is {path!r}, which does not exist")
@@ -137,7 +137,7 @@ def _shuffled(questions: Sequence[Question], seed: int) -> list[int]:
     """Whose media each question gets: another's with as many images and videos, found by one drawn circle."""
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for at, question in enumerate(questions):
-        alike[(len(question.images), len(question.videos))].append(at)
+        alike[(len(question.record.images), len(question.record.videos))].append(at)
     owners = list(range(len(questions)))
     for shown, group in alike.items():
         if shown == (0, 0):

@@ -184,7 +184,7 @@ def reply_of(body: Any) -> Reply:
 def check_sendable(record: Record) -> None:
     """Refuse what OpenAI's protocol has no word for."""
     for message in record.messages:
-        for part in message.parts:
+        for part in message.contents:
             if part.kind not in ("text", "image", "video"):
                 raise ValueError(f"<{part.kind}> stands in a question; a server is sent text, images and videos only")
     for video in record.videos:
@@ -197,7 +197,7 @@ def check_sendable(record: Record) -> None:
 
 def _message(message: Message, images: Iterator[bytes], videos: Iterator[VideoBytes]) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
-    for part in message.parts:
+    for part in message.contents:
         if part.kind == "text":
             parts.append({"type": "text", "text": part.text})
         elif part.kind == "image":

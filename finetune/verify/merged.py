@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
-from data.prepare.build import shards_of_rows
+from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
 from data.shards.reader import SampleReader
 from data.stream.corpus import find_shards

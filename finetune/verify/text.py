@@ -71,7 +71,7 @@ def check_template(folder: Path, found: Family) -> Check:
                 "role": message.role,
                 "content": [
                     {"type": part.kind, **({"text": part.text} if part.kind == "text" else {})}
-                    for part in message.parts
+                    for part in message.contents
                 ],
             }
             for message in trial.record.messages

@@ -126,7 +126,9 @@ def asked(name):
     of = record(name)
     turns = []
     for message in of.messages:
-        parts = [{"type": part.kind, **({"text": part.text} if part.kind == "text" else {})} for part in message.parts]
+        parts = [
+            {"type": part.kind, **({"text": part.text} if part.kind == "text" else {})} for part in message.contents
+        ]
         turn = {"role": message.role, "content": parts or ""}
         if message.tool_calls:
             turn["tool_calls"] = [{"type": "function", "function": vars(call)} for call in message.tool_calls]

@@ -17,7 +17,7 @@ from data.format.turns import cut_record, split_turns
 from data.open import open_corpus, open_stream, plan_settings
 from data.shards.lengths import load_lengths
 from data.shards.reader import SampleReader, load_index
-from data.stream.corpus import Limits, find_shards, pack_part, unpack_part
+from data.stream.corpus import Limits, decode_part, encode_part, find_shards
 from data.stream.stats import corpus_lines
 
 
@@ -220,8 +220,8 @@ def test_boxes_on_an_image_of_an_earlier_part_cannot_be_split():
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_parts_survive_as_one_number(first, more):
-    assert unpack_part(pack_part(first, first + more)) == (first, first + more)
-    assert unpack_part(0) is None
+    assert decode_part(encode_part(first, first + more)) == (first, first + more)
+    assert decode_part(0) is None
 
 
 def test_lengths_are_exact_and_kept(tmp_path):

@@ -11,9 +11,10 @@ from media_files import clip, encode, moving, picture
 from PIL import Image
 
 from data.format.record import parse_record
-from data.prepare.build import BuildOptions, build_shards, shards_of_rows
+from data.prepare.build import BuildOptions, build_shards
 from data.prepare.clean import clean_image, clean_video
 from data.prepare.convert import convert_row, read_rows
+from data.prepare.converted import shards_of_rows
 from data.prepare.progress import Progress, count_rows
 from data.render.vision import decode_image
 from data.shards.reader import SampleReader, load_index
@@ -32,7 +33,8 @@ def record_of(row):
 
 def conversation(record):
     return [
-        (message.role, "".join(part.text or f"<{part.kind}>" for part in message.parts)) for message in record.messages
+        (message.role, "".join(part.text or f"<{part.kind}>" for part in message.contents))
+        for message in record.messages
     ]
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from places import ROOT
 
-from data.format.content import Part
-from data.format.media import walk_places
+from data.format.content import Content
+from data.format.media import media_members
 from data.format.record import RecordError, parse_record, record_to_json
 
 DOC = ROOT / "docs" / "data-format.md"
@@ -68,16 +68,16 @@ def test_example_parses_and_survives_a_round_trip(name):
     assert record.supervised
     assert parse(record_to_json(record)) == record
     assert parse(json.dumps(record_to_json(record)).encode()) == record
-    members = {place.member for place in walk_places(record.images, record.videos)} - {None}
+    members = set(media_members(record.images, record.videos))
     assert parse(EXAMPLES[name], members=members) == record
 
 
 def test_marks_become_parts_in_order_and_parts_keep_literal_marks():
     record = parse(EXAMPLES["Several images, interleaved"])
-    kinds = [part.kind for part in record.messages[0].parts]
+    kinds = [part.kind for part in record.messages[0].contents]
     assert kinds == ["text", "image", "text", "image", "text", "image", "text"]
-    literal = parse(EXAMPLES["A literal mark in text"]).messages[0].parts
-    assert literal[0] == Part("text", "In HTML, is <image> a tag? See ")
+    literal = parse(EXAMPLES["A literal mark in text"]).messages[0].contents
+    assert literal[0] == Content("text", "In HTML, is <image> a tag? See ")
     assert [part.kind for part in literal] == ["text", "image"]
 
 
@@ -93,11 +93,6 @@ def test_both_spellings_of_tool_calls_and_thinking_read_alike():
     function = {"type": "function", "id": "c1", "function": {"name": "f", "arguments": '{"x": 1}'}}
     other = {"role": "assistant", "content": None, "tool_calls": [function], "reasoning_content": "hm"}
     assert parse(changed(messages=[plain])) == parse(changed(messages=[other]))
-
-
-def test_places_list_images_then_videos_then_frames():
-    record = parse(EXAMPLES["A list of frames"])
-    assert [place.member for place in walk_places(record.images, record.videos)] == ["0.jpg", "1.jpg", "2.jpg"]
 
 
 WRONG = [

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from bases import base
 from corpora import media, sample_json, write_sample, write_shards
-from media_files import clip, encode, moving, picture
+from media_files import clip, encode, moving
 from PIL import Image
 
 from data.format.tar import TarWriter
-from data.prepare.show import contact_sheet, unpatch
+from data.prepare.show import contact_sheet
 from data.prepare.split import side_of
-from data.render.vision import image_patches, read_spec
 from data.shards.reader import SampleReader, load_index
 from launchers.cli import main
 
@@ -134,17 +133,6 @@ def test_show_marks_what_is_supervised_and_draws_what_the_model_sees(tmp_path, c
     with TarWriter(tmp_path / "none.tar"):
         pass
     assert "holds no sample" in refused(capsys, "show", tmp_path / "none.tar", "--base", base("tiny", None))
-
-
-def test_patches_go_back_to_the_picture_they_came_from():
-    import torch
-
-    spec = read_spec(base("tiny", None))
-    side = spec.factor * 2
-    pixels = picture(side, 2 * side)
-    grid = (1, side // spec.patch, 2 * side // spec.patch)
-    patches = image_patches(torch.from_numpy(pixels), grid=grid, spec=spec).numpy()
-    assert np.array_equal(unpatch(patches, grid, spec, 1)[0], pixels)
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path, capsys):

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from data.config import ImageConfig
 from data.format.facts import ImageFacts
+from data.render.frames import video_patches
 from data.render.vision import (
     VisionSpec,
     decode_image,
@@ -28,6 +29,7 @@ from data.render.vision import (
     normalise,
     probe_image,
     read_spec,
+    unpatch,
 )
 
 SPEC = VisionSpec()
@@ -61,6 +63,15 @@ def test_pixels_equal_the_golden_digests():
         patches, grid = ours(picture(h, w))
         digest = hashlib.sha256(normalise(patches, spec=SPEC).numpy().tobytes()).hexdigest()
         assert {"shape": [h, w], "grid": list(grid), "sha256": digest} == wanted
+
+
+def test_patches_go_back_to_the_pictures_they_came_from():
+    spec = VisionSpec(patch=4, merge=2)
+    frames = torch.stack([torch.from_numpy(picture(16, 24, seed)) for seed in range(4)])
+    image = image_patches(frames[0], grid=(1, 4, 6), spec=spec)
+    assert np.array_equal(unpatch(image.numpy(), (1, 4, 6), spec), frames[:1])
+    video = video_patches(iter(frames), count=4, grid=(2, 4, 6), spec=spec)
+    assert np.array_equal(unpatch(video.numpy(), (2, 4, 6), spec), frames)
 
 
 def test_normalise_is_the_same_in_bfloat16_as_a_cast_of_float32():

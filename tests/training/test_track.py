@@ -15,14 +15,12 @@ import wandb_file
 from limits import LIMIT_S
 from rich.console import Console
 
-from data.render.vision import VisionSpec, image_patches
 from finetune.architecture.families import family
 from finetune.architecture.flops import FlopMeter, Training, Work
 from finetune.config import TrackConfig
 from finetune.ranks.log import RankLog
 from finetune.training.metrics import Device, Share, figures, gather_shares
 from finetune.training.progress_bar import Follower, duration
-from finetune.training.track import unpatch
 from finetune.training.wandb_link import WandbLink
 from finetune.training.wandb_writer import heatmap
 
@@ -47,16 +45,6 @@ def test_figures_are_sums_over_ranks_and_the_slowest_rank() -> None:
     assert found["tflops_model"] == pytest.approx(rate / 1e12)
     assert found["mfu"] == pytest.approx(rate / 1e15)
     assert figures(shares, meter, Device(world=2, peak_flops=None))["mfu"] is None
-
-
-@pytest.mark.parametrize("temporal", [1, 2])
-def test_patches_become_the_picture_again(temporal: int) -> None:
-    spec = VisionSpec(patch=4, merge=2)
-    picture = torch.randint(0, 256, (16, 24, 3), dtype=torch.uint8)
-    patches = image_patches(picture, grid=(1, 4, 6), spec=spec)
-    if temporal == 2:  # a video's row: the second frame lies behind the first
-        patches = torch.cat([patches, torch.zeros_like(patches)], 1)
-    assert np.array_equal(unpatch(patches, grid=(1, 4, 6), spec=spec), picture.numpy())
 
 
 def test_the_heatmap_is_white_blue_red() -> None:

@@ -1,0 +1,32 @@
+"""Rows that a recipe names as a source: converted into shards of the cache once, and reused while they are the same."""
+
+import json
+from pathlib import Path
+
+from data.prepare.build import CLAIM, REJECTS, BuildOptions, build_shards, stamp_of_rows
+from data.prepare.progress import Progress, count_rows
+
+
+def shards_of_rows(
+    source: Path, name: str, *, cache_dir: Path | None, jobs: int, limit: int, section: str = "data"
+) -> list[Path]:
+    """Shards of a JSONL or JSON file, converted the first time and reused afterwards. ValueError above `limit` rejects.
+
+    They lie beside the file, or in the cache folder, under a name made from the file's content: a changed file is
+    converted anew.
+    """
+    if not source.is_file():
+        raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
+    stamp = stamp_of_rows(source)
+    place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
+    shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
+    # an earlier run may have converted it under another source's name: the shards are the same
+    claim = place / CLAIM
+    options = BuildOptions(name=json.loads(claim.read_text())["name"] if claim.exists() else "part")
+    report = build_shards(source, place, options, jobs=jobs, progress=shown)
+    if report.rejected > limit:
+        raise ValueError(
+            f"{section}.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} "
+            f"were refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
+        )
+    return list(report.shards)
