@@ -23,7 +23,7 @@ from data.stream.batch import keys_of
 from finetune.adapters.file import open_adapter
 from finetune.adapters.provenance import Provenance
 from finetune.architecture.yarn import check_rotary
-from finetune.checkpoint.adapter import adapter_beside, reached
+from finetune.checkpoint.adapter import adapter_writer, reached
 from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.checkpoint.folder import starting_point
 from finetune.config import RunConfig
@@ -135,7 +135,7 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, kept: 
     checkpoints = Checkpoints(
         engine, empty, folder / "checkpoints", base=files, keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
-        beside=adapter_beside(empty, base=config.model.path, provenance=origin), busy=watch.busy,
+        adapter_writer=adapter_writer(empty, base=config.model.path, provenance=origin), busy=watch.busy,
     )  # fmt: skip
     found_path, done, owed = kept or starting_point(folder / "checkpoints", config.checkpoint.resume), 0, False
     if found_path is not None:

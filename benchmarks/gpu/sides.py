@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from benchmarks.gpu.drawn import drawn_base
 from data.render.vision import normalise, read_spec
 from data.stream.batch import Batch, Step, loss_sums
-from finetune.adapters.file import open_adapter, write_adapter
+from finetune.adapters.file import open_adapter
+from finetune.adapters.write_trained import write_adapter
 from finetune.config import RunConfig
 from finetune.files.hubconfig import read_family
 from finetune.model.build import build

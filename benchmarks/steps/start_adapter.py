@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from finetune.adapters.file import write_adapter
+from finetune.adapters.write_trained import write_adapter
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig
 from finetune.files.basefiles import open_base
 from finetune.model.build import build

@@ -20,8 +20,8 @@ tags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyLine:
-    """One family of parameters in the card's table."""
+class PartLine:
+    """One part of the model in the card's table."""
 
     part: str
     how: str
@@ -30,9 +30,9 @@ class FamilyLine:
 
 
 def card(
-    base: str, metadata: Mapping[str, str], lines: Sequence[FamilyLine], *, title: str = "Adapter", notes: str = ""
+    base: str, metadata: Mapping[str, str], lines: Sequence[PartLine], *, title: str = "Adapter", notes: str = ""
 ) -> bytes:
-    """Return the text of the card; what is not known is left out of it."""
+    """Return the text of the card, without what is not known."""
     total = sum(line.parameters for line in lines)
     parts = [
         _HEAD.format(base=json.dumps(base)),
@@ -48,24 +48,25 @@ def card(
 
 
 def _origin(metadata: Mapping[str, str]) -> list[str]:
-    found: list[tuple[str, str]] = []
+    """The card's section on what the adapter came from, as far as its metadata say."""
+    lines: list[tuple[str, str]] = []
     base = base_of(metadata)
     if base is not None:
-        found.append(("base", f"{base.name}, fingerprint `{base.fingerprint}`"))
-    named = {"moetune.data": "data plan", "moetune.step": "step", "moetune.seed": "seed"}
-    found += [(word, f"`{metadata[key]}`") for key, word in named.items() if key in metadata]
+        lines.append(("base", f"{base.name}, fingerprint `{base.fingerprint}`"))
+    titles = {"moetune.data": "data plan", "moetune.step": "step", "moetune.seed": "seed"}
+    lines += [(title, f"`{metadata[key]}`") for key, title in titles.items() if key in metadata]
     if "moetune.scores" in metadata:
         scores = json.loads(metadata["moetune.scores"])
-        found.append(("scores", ", ".join(f"{name} {value:.4g}" for name, value in scores.items())))
+        lines.append(("scores", ", ".join(f"{name} {value:.4g}" for name, value in scores.items())))
     if PARENT in metadata:
         parents = json.loads(metadata[PARENT])
         for parent in parents if isinstance(parents, list) else [parents]:
             weight = f", weight {parent['weight']:g}" if "weight" in parent else ""
-            found.append(("grew out of", f"{parent['folder']} (sha256 `{parent['sha256'][:16]}`){weight}"))
+            lines.append(("grew out of", f"{parent['folder']} (sha256 `{parent['sha256'][:16]}`){weight}"))
     if "moetune.versions" in metadata:
-        made = json.loads(metadata["moetune.versions"])
-        found.append(("versions", ", ".join(f"{name} {number}" for name, number in made.items())))
-    return ["## Where it comes from\n", *(f"- {word}: {text}" for word, text in found), ""] if found else []
+        versions = json.loads(metadata["moetune.versions"])
+        lines.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
+    return ["## Where it comes from\n", *(f"- {title}: {text}" for title, text in lines), ""] if lines else []
 
 
 _READ = """\

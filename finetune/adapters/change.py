@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,19 +9,10 @@ import torch
 from torch import Tensor
 
 from finetune.architecture.shapes import Shape
-from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_rows
+from finetune.files.tensorfile import Stored, read_tensor, torch_type
 from moe.packing import unpack_lora
 
 Form = Literal["dense", "packed", "packed, turned", "single"]
-
-
-def read_stored(stored: Stored) -> Tensor:
-    """Return a whole tensor of a file, as it is stored."""
-    handle = os.open(stored.file, os.O_RDONLY)
-    try:
-        return read_rows(handle, stored, range(stored.shape[0]))
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +48,7 @@ class Change:
         """Return A [E, r, in] and B [E, out, r] as they are stored, without the scale; E is 1 for a dense matrix."""
         if self.form == "single":
             return self._read_singles()
-        a, b = (read_stored(part) for part in self.parts[0])
+        a, b = (read_tensor(part) for part in self.parts[0])
         if self.form == "dense":
             return a[None], b[None]
         a_Eri, b_Eor = unpack_lora(self.target, a, b, experts=self.experts)
@@ -66,11 +56,11 @@ class Change:
 
     def _read_singles(self) -> tuple[Tensor, Tensor]:
         experts, out, into = self.shape
-        dtype = getattr(torch, FLOAT_TYPES[self.dtype])
+        dtype = torch_type(self.dtype)
         a_Eri, b_Eor = torch.zeros(experts, self.r, into, dtype=dtype), torch.zeros(experts, out, self.r, dtype=dtype)
         halves = len(self.parts) // experts
         for at, (stored_a, stored_b) in enumerate(self.parts):
-            a, b = read_stored(stored_a), read_stored(stored_b)
+            a, b = read_tensor(stored_a), read_tensor(stored_b)
             expert, half = divmod(at, halves)
             top = half * b.shape[0]
             # with an A for each, gate and up lie in a block-diagonal B: the rank is the sum of both

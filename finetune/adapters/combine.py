@@ -12,20 +12,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.adapters.card import FamilyLine, card
+from finetune.adapters.card import card
 from finetune.adapters.change import Change
 from finetune.adapters.export import compare_settings
-from finetune.adapters.forms import ORIENTATION
+from finetune.adapters.keys import FAMILIES_KEY, MODEL_TYPE_KEY, ORIENTATION, ORIENTATION_KEY
 from finetune.adapters.provenance import BASE, PARENT, base_of, parent_line, versions
 from finetune.adapters.source import AdapterSource, open_source
-from finetune.adapters.write import OutAdapter, OutChange, OutFull, with_both_stacks, write_adapter_folder
+from finetune.adapters.write import (
+    OutAdapter,
+    OutChange,
+    OutFull,
+    card_lines,
+    with_both_stacks,
+    write_adapter_folder,
+)
 from finetune.architecture.shapes import Shape, part_of
-from finetune.files.tensorfile import FLOAT_TYPES
+from finetune.files.tensorfile import torch_type
 from moe.experts import ExpertLora as Lora
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Term:
     """An adapter and the weight it has in the sum."""
 
     source: AdapterSource
@@ -34,7 +41,7 @@ class Part:
 
 @dataclass(kw_only=True)
 class Combined:
-    """What was written. `errors`: how far a re-ranked change is from the sum, relative to it, by tensor."""
+    """What was written. `errors`: how far a change of reduced rank is from the sum, relative to it, by tensor."""
 
     folder: Path
     bytes: int = 0
@@ -56,91 +63,92 @@ class Combined:
 
 def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combined:
     """Write the sum of weight times adapter; `rank` is the most that a change may have, 0 for as much as it takes."""
-    parts = [Part(source=open_source(folder), weight=weight) for folder, weight in weights.items()]
-    if len(parts) < 2:
+    terms = [Term(source=open_source(folder), weight=weight) for folder, weight in weights.items()]
+    if len(terms) < 2:
         raise ValueError("a sum needs two adapters or more: OUT A=0.7 B=0.3")
-    for part in parts:
-        if not math.isfinite(part.weight) or not part.weight:
+    for term in terms:
+        if not math.isfinite(term.weight) or not term.weight:
             raise ValueError(
-                f"{part.source.folder}: its weight is {part.weight}; a finite number other than 0 is wanted"
+                f"{term.source.folder}: its weight is {term.weight}; a finite number other than 0 is wanted"
             )
-    base, told = _same_base(parts)
-    found = Combined(folder=out)
-    changes = [_sum(name, parts, rank, found) for name in _names(parts)]
-    full = _full(parts)
+    base, base_metadata = _same_base(terms)
+    combined = Combined(folder=out)
+    changes = [_sum(name, terms, rank, combined) for name in _names(terms)]
+    full = _full(terms)
     metadata = {
-        ORIENTATION: "experts [out, in], lora_A expert by expert, lora_B rank by rank",
-        PARENT: _parents(parts),
+        ORIENTATION_KEY: ORIENTATION,
+        PARENT: _parents(terms),
         "moetune.versions": versions(),
-        **({BASE: told} if told else {}),
-        **_families(changes, full, parts),
+        **({BASE: base_metadata} if base_metadata else {}),
+        **_families(changes, full, terms),
     }
     changes = with_both_stacks(changes)
-    text = card(base, metadata, _lines(changes, full), title="Sum of adapters")
+    text = card(base, metadata, card_lines(changes, full), title="Sum of adapters")
     written = OutAdapter(changes=changes, full=full, base=base, metadata=metadata, card=text, form="peft")
-    found.bytes = write_adapter_folder(
+    combined.bytes = write_adapter_folder(
         written, out, check=lambda folder: compare_settings(open_source(folder), changes)
     )
-    found.ranks = {change.target: change.r for change in changes}
-    return found
+    combined.ranks = {change.target: change.r for change in changes}
+    return combined
 
 
-def _same_base(parts: Sequence[Part]) -> tuple[str, str]:
-    """The base's name and its metadata; raises where two adapters say that they are of different ones."""
-    known = [(part, base) for part in parts if (base := base_of(part.source.metadata)) is not None]
-    for part, base in known[1:]:
-        first, ours = known[0]
-        if base.fingerprint != ours.fingerprint:
+def _same_base(terms: Sequence[Term]) -> tuple[str, str]:
+    """The base's name and its metadata; raises where two adapters name different bases."""
+    known = [(term.source, base) for term in terms if (base := base_of(term.source.metadata)) is not None]
+    if not known:
+        return str(terms[0].source.config.get("base_model_name_or_path") or "unknown"), ""
+    first_source, first_base = known[0]
+    for source, base in known[1:]:
+        if base.fingerprint != first_base.fingerprint:
             raise ValueError(
-                f"{first.source.folder} was trained on {ours.name} (fingerprint {ours.fingerprint}), "
-                f"{part.source.folder} on {base.name} (fingerprint {base.fingerprint}): their sum fits neither base"
+                f"{first_source.folder} was trained on {first_base.name} (fingerprint {first_base.fingerprint}), "
+                f"{source.folder} on {base.name} (fingerprint {base.fingerprint}): their sum fits neither base"
             )
-    if known:
-        return known[0][1].name, known[0][0].source.metadata[BASE]
-    return str(parts[0].source.config.get("base_model_name_or_path") or "unknown"), ""
+    return first_base.name, first_source.metadata[BASE]
 
 
-def _names(parts: Sequence[Part]) -> list[str]:
+def _names(terms: Sequence[Term]) -> list[str]:
+    """The base tensors that any of the adapters changes by low rank."""
     shapes: dict[str, tuple[Shape, Path]] = {}
-    for part in parts:
-        for name, change in part.source.changes.items():
-            shape, folder = shapes.setdefault(name, (change.shape, part.source.folder))
+    for term in terms:
+        for name, change in term.source.changes.items():
+            shape, folder = shapes.setdefault(name, (change.shape, term.source.folder))
             if shape != change.shape:
                 raise ValueError(
-                    f"{name} is {list(shape)} in {folder} and {list(change.shape)} in {part.source.folder}: the "
+                    f"{name} is {list(shape)} in {folder} and {list(change.shape)} in {term.source.folder}: the "
                     f"adapters are of different bases"
                 )
     return list(shapes)
 
 
-def _sum(name: str, parts: Sequence[Part], rank: int, found: Combined) -> OutChange:
-    terms = [(part.source.changes[name], part.weight) for part in parts if name in part.source.changes]
-    whole = sum(change.r for change, _ in terms)
-    shape = terms[0][0].shape
-    r = min(rank or whole, whole, *shape[-2:])
-    if r < whole:
-        found.exact = False
+def _sum(name: str, terms: Sequence[Term], rank: int, combined: Combined) -> OutChange:
+    weighted = [(term.source.changes[name], term.weight) for term in terms if name in term.source.changes]
+    exact_r = sum(change.r for change, _ in weighted)
+    shape = weighted[0][0].shape
+    r = min(rank or exact_r, exact_r, *shape[-2:])
+    if r < exact_r:
+        combined.exact = False
 
     def read() -> tuple[Tensor, Tensor]:
-        a_Eri, b_Eor = side_by_side(terms)
-        if r == whole:
+        a_Eri, b_Eor = side_by_side(weighted)
+        if r == exact_r:
             return a_Eri, b_Eor
         a_Eri, b_Eor, lost, total = reduced(a_Eri, b_Eor, r)
-        found.squares[name] = (lost, total)
+        combined.squares[name] = (lost, total)
         return a_Eri, b_Eor
 
     return OutChange(target=name, shape=shape, r=r, scale=1.0, dtype="F32", read=read)
 
 
-def side_by_side(terms: Sequence[tuple[Change, float]]) -> tuple[Tensor, Tensor]:
+def side_by_side(weighted: Sequence[tuple[Change, float]]) -> tuple[Tensor, Tensor]:
     """Return A and B whose product is the weighted sum: factors one after the other, scales and weights in B."""
-    pairs = [(change.read(), change.scale * weight) for change, weight in terms]
+    pairs = [(change.read(), change.scale * weight) for change, weight in weighted]
     a_Eri = torch.cat([a.float() for (a, _), _ in pairs], dim=1)
     return a_Eri, torch.cat([b.float() * factor for (_, b), factor in pairs], dim=2)
 
 
 def reduced(a_Eri: Tensor, b_Eor: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return the best factors of rank r, and the squares of what they lose and of the whole.
+    """Return the best factors of rank r, and the squared norms of what they lose and of the full product.
 
     The singular values of B A are those of a matrix of the factors' rank, so that B A itself is never made.
     """
@@ -153,60 +161,46 @@ def reduced(a_Eri: Tensor, b_Eor: Tensor, r: int) -> tuple[Tensor, Tensor, float
     return a.float(), b.float(), float((s[:, r:] ** 2).sum()), float((s**2).sum())
 
 
-def _full(parts: Sequence[Part]) -> list[OutFull]:
+def _full(terms: Sequence[Term]) -> list[OutFull]:
     """Tensors in full: without the base, their sum is known only where all hold them and the weights make one."""
-    names = {name for part in parts for name in part.source.full}
-    total = sum(part.weight for part in parts)
-    found = []
+    names = {name for term in terms for name in term.source.full}
+    total = sum(term.weight for term in terms)
+    sums = []
     for name in sorted(names):
-        lacking = [str(part.source.folder) for part in parts if name not in part.source.full]
+        lacking = [str(term.source.folder) for term in terms if name not in term.source.full]
         if lacking or not math.isclose(total, 1.0, rel_tol=1e-9):
             why = f"{', '.join(lacking)} does not hold it" if lacking else f"the weights make {total:g}, not 1"
             raise ValueError(
                 f"{name} is held in full, and {why}: such a sum needs the base's own values. Merge one adapter into "
                 f"the base first, or leave that family out"
             )
-        stored = [part.source.full[name] for part in parts]
+        stored = [term.source.full[name] for term in terms]
         if len({tensor.shape for tensor in stored}) > 1:
             raise ValueError(f"{name} has different shapes in these adapters: they are of different bases")
         first = stored[0]
-        found.append(OutFull(target=name, shape=first.shape, dtype=first.dtype, read=partial(_mean, name, parts)))
-    return found
+        sums.append(OutFull(target=name, shape=first.shape, dtype=first.dtype, read=partial(_mean, name, terms)))
+    return sums
 
 
-def _mean(name: str, parts: Sequence[Part]) -> Tensor:
-    total = sum(part.source.read_full(name).float() * part.weight for part in parts)
+def _mean(name: str, terms: Sequence[Term]) -> Tensor:
+    total = sum(term.source.read_full(name).float() * term.weight for term in terms)
     assert isinstance(total, Tensor)
-    return total.to(getattr(torch, FLOAT_TYPES[parts[0].source.full[name].dtype]))
+    return total.to(torch_type(terms[0].source.full[name].dtype))
 
 
-def _parents(parts: Sequence[Part]) -> str:
-    lines = [json.loads(parent_line(part.source.folder)) | {"weight": part.weight} for part in parts]
+def _parents(terms: Sequence[Term]) -> str:
+    lines = [json.loads(parent_line(term.source.folder)) | {"weight": term.weight} for term in terms]
     return json.dumps(lines, sort_keys=True)
 
 
-def _families(changes: Sequence[OutChange], full: Sequence[OutFull], parts: Sequence[Part]) -> dict[str, str]:
-    """What training needs to go on from here, where every family has one rank."""
+def _families(changes: Sequence[OutChange], full: Sequence[OutFull], terms: Sequence[Term]) -> dict[str, str]:
+    """The metadata that training needs to go on from here, where every part has one rank."""
     ranks: dict[str, set[int]] = {}
     for change in changes:
         ranks.setdefault(part_of(change.target), set()).add(change.r)
-    kind = "moetune.model_type"
-    types = {part.source.metadata.get(kind) for part in parts}
-    if any(len(found) > 1 for found in ranks.values()) or len(types) > 1 or None in types:
+    types = {term.source.metadata.get(MODEL_TYPE_KEY) for term in terms}
+    if any(len(of_part) > 1 for of_part in ranks.values()) or len(types) > 1 or None in types:
         return {}
-    families = {part: asdict(Lora(r=min(found), alpha=float(min(found)))) for part, found in ranks.items()}
+    families = {part: asdict(Lora(r=min(of_part), alpha=float(min(of_part)))) for part, of_part in ranks.items()}
     families |= {part_of(tensor.target): {} for tensor in full}
-    return {"moetune.families": json.dumps(families), kind: parts[0].source.metadata[kind]}
-
-
-def _lines(changes: Sequence[OutChange], full: Sequence[OutFull]) -> list[FamilyLine]:
-    groups: dict[tuple[str, str], list[int]] = {}
-    for change in changes:
-        key = (part_of(change.target), f"lora of r {change.r}, scale 1")
-        groups.setdefault(key, []).append(change.experts * change.r * sum(change.shape[-2:]))
-    for tensor in full:
-        groups.setdefault((part_of(tensor.target), "full"), []).append(math.prod(tensor.shape))
-    return [
-        FamilyLine(part=part, how=how, tensors=len(sizes) * (1 if how == "full" else 2), parameters=sum(sizes))
-        for (part, how), sizes in groups.items()
-    ]
+    return {FAMILIES_KEY: json.dumps(families), MODEL_TYPE_KEY: terms[0].source.metadata[MODEL_TYPE_KEY]}

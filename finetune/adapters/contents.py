@@ -20,7 +20,7 @@ _NO_MODULES = "dummy-target-modules"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class TrainedTensor:
     """A tensor that training changes: its canonical name, where it lives, and its shape in the file."""
 
     name: str
@@ -44,7 +44,7 @@ class Held:
         return self.name if self.name.startswith(PEFT_PREFIX) else PEFT_PREFIX + self.name
 
 
-def trained_families(empty: EmptyModel) -> dict[str, Lora | None]:
+def lora_by_part(empty: EmptyModel) -> dict[str, Lora | None]:
     """Return the parts that a model trains, with their LoRA, or None for those trained in full."""
     lora = {**empty.lora, **sparse_lora(empty.module)}
     parts = dict.fromkeys(adapted_part(empty.canonical(name)) for name in empty.trained)
@@ -53,7 +53,7 @@ def trained_families(empty: EmptyModel) -> dict[str, Lora | None]:
 
 def file_config(empty: EmptyModel, base: str) -> LoraConfig:
     """Return PEFT's config of everything that the model trains; targets by full path, in the model's own names."""
-    families = trained_families(empty)
+    families = lora_by_part(empty)
     lora = {part: options for part, options in families.items() if options is not None}
     names: dict[str, list[str]] = {part: [] for part in families}
     for name in empty.expected:
@@ -67,7 +67,7 @@ def file_config(empty: EmptyModel, base: str) -> LoraConfig:
     return config
 
 
-def held_tensors(empty: EmptyModel) -> Iterator[Held]:
+def trained_tensors(empty: EmptyModel) -> Iterator[TrainedTensor]:
     """Everything that trains, in the model's order."""
     for name in empty.trained:
         parameter, owner = empty.module.get_parameter(name), empty.module.get_submodule(name.rpartition(".")[0])
@@ -81,4 +81,11 @@ def held_tensors(empty: EmptyModel) -> Iterator[Held]:
                 shape = (shape[1], shape[2] * experts)
             else:
                 shape = (experts, *shape[1:])
-        yield Held(name=canonical, parameter=parameter, owner=owner, shape=shape)
+        yield TrainedTensor(name=canonical, parameter=parameter, owner=owner, shape=shape)
+
+
+def mode_text(lora: Lora | None, trains: bool) -> str:
+    """Say how a part of the model trains."""
+    if lora is None:
+        return "full" if trains else "frozen"
+    return f"lora of r {lora.r}, scale {lora.scale:g}"

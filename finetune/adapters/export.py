@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.adapters.card import FamilyLine, card
+from finetune.adapters.card import card
 from finetune.adapters.change import Change
-from finetune.adapters.forms import ORIENTATION
+from finetune.adapters.keys import FAMILIES_KEY, ORIENTATION_KEY
 from finetune.adapters.provenance import base_of, versions
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.adapters.write import (
@@ -27,11 +27,12 @@ from finetune.adapters.write import (
     OutChange,
     OutForm,
     OutFull,
+    card_lines,
     with_both_stacks,
     write_adapter_folder,
 )
 from finetune.architecture.shapes import Shape, is_expert_stack, part_of
-from finetune.files.tensorfile import FLOAT_TYPES
+from finetune.files.tensorfile import torch_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +61,37 @@ def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shap
     r = max((change.r for change in source.changes.values()), default=1)
     scale = _common_scale(source)
     changes = with_both_stacks([_uniform(change, r, scale) for change in source.changes.values()])
-    told = base_of(source.metadata)
-    base = told.name if told is not None else str(source.config.get("base_model_name_or_path") or "unknown")
+    named = base_of(source.metadata)
+    base = named.name if named is not None else str(source.config.get("base_model_name_or_path") or "unknown")
     metadata = {key: text for key, text in source.metadata.items() if key.startswith("moetune.")}
-    metadata.pop("moetune.families", None)  # ranks and scales are others now: training does not go on from here
-    metadata |= {ORIENTATION: f"form {form}, experts [out, in]", "moetune.versions": versions()}
+    metadata.pop(FAMILIES_KEY, None)  # ranks and scales are others now: training does not go on from here
+    metadata |= {ORIENTATION_KEY: f"form {form}, experts [out, in]", "moetune.versions": versions()}
     exact = all(_ratio_is_exact(change.scale / scale) for change in source.changes.values())
     warnings = _warnings(source, exact)
-    text = card(base, metadata, _lines(changes, source), title="Exported adapter", notes=notes(form, base, r, warnings))
     full = [
         OutFull(target=name, shape=tuple(tensor.shape), dtype=tensor.dtype, read=partial(source.read_full, name))
         for name, tensor in source.full.items()
     ]
+    page = notes(form, base, r, warnings)
+    text = card(base, metadata, card_lines(changes, full), title="Exported adapter", notes=page)
     written = OutAdapter(changes=changes, full=full, base=base, metadata=metadata, card=text, form=form)
     size = write_adapter_folder(written, out, check=lambda folder: compare(open_source(folder), changes))
     return Exported(
-        folder=out, changes=len(changes), bytes=size, r=r, scale=scale, exact=exact, warnings=tuple(warnings)
-    )  # fmt: skip
+        folder=out,
+        changes=len(changes),
+        bytes=size,
+        r=r,
+        scale=scale,
+        exact=exact,
+        warnings=tuple(warnings),
+    )
 
 
 def compare(written: AdapterSource, changes: Sequence[OutChange]) -> None:
     """Raise unless a file means exactly these changes."""
     for change in changes:
-        found = written.changes.get(change.target)
-        if found is None or not _alike(found, change) or not _equal(found.read(), change.read()):
+        reread = written.changes.get(change.target)
+        if reread is None or not _alike(reread, change) or not _equal(reread.read(), change.read()):
             raise ValueError(
                 f"{written.folder}: {change.target} reads back otherwise than it was written; nothing kept"
             )
@@ -92,22 +100,22 @@ def compare(written: AdapterSource, changes: Sequence[OutChange]) -> None:
 def compare_settings(written: AdapterSource, changes: Sequence[OutChange]) -> None:
     """Raise unless a file and its config give exactly these changes, with their ranks and scales."""
     for change in changes:
-        found = written.changes.get(change.target)
-        if found is None or not _alike(found, change):
+        reread = written.changes.get(change.target)
+        if reread is None or not _alike(reread, change):
             raise ValueError(f"{written.folder}: {change.target} reads back with another rank or scale; nothing kept")
 
 
-def _alike(found: Change, wanted: OutChange) -> bool:
-    same = (found.shape, found.r) == (wanted.shape, wanted.r)
-    return same and math.isclose(found.scale, wanted.scale, rel_tol=1e-12)
+def _alike(reread: Change, change: OutChange) -> bool:
+    same = (reread.shape, reread.r) == (change.shape, change.r)
+    return same and math.isclose(reread.scale, change.scale, rel_tol=1e-12)
 
 
-def _equal(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
-    return all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+def _equal(reread: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(first, second) for first, second in zip(reread, factors, strict=True))
 
 
 def _common_scale(source: AdapterSource) -> float:
-    """The experts' scale, as most of the numbers are theirs; else the one that most changes have."""
+    """The experts' scale, as they hold most of the parameters; else the one that most changes have."""
     changes = source.changes.values()
     scales = Counter(change.scale for change in changes if is_expert_stack(change.target))
     scales = scales or Counter(change.scale for change in changes)
@@ -119,13 +127,18 @@ def _uniform(change: Change, r: int, scale: float) -> OutChange:
     ratio = change.scale / scale
     dtype = change.dtype if _ratio_is_exact(ratio) else "F32"
     return OutChange(
-        target=change.target, shape=change.shape, r=r, scale=scale, dtype=dtype, read=_reader(change, r, ratio, dtype)
-    )  # fmt: skip
+        target=change.target,
+        shape=change.shape,
+        r=r,
+        scale=scale,
+        dtype=dtype,
+        read=_reader(change, r, ratio, dtype),
+    )
 
 
 def _reader(change: Change, r: int, ratio: float, dtype: str) -> Callable[[], tuple[Tensor, Tensor]]:
     def read() -> tuple[Tensor, Tensor]:
-        a, b = (factor.to(getattr(torch, FLOAT_TYPES[dtype])) for factor in change.read())
+        a, b = (factor.to(torch_type(dtype)) for factor in change.read())
         if ratio != 1:
             b = b * ratio
         if change.r == r:
@@ -143,36 +156,23 @@ def _ratio_is_exact(ratio: float) -> bool:
 
 
 def _warnings(source: AdapterSource, exact: bool) -> list[str]:
-    found = []
+    warnings = []
     parts = {part_of(name) for name in source.changes}
     if source.full:
-        found.append(
+        warnings.append(
             f"it holds {len(source.full)} tensors in full (modules_to_save): PEFT reads them, vLLM refuses them"
         )
     if source.copies:
-        found.append(f"its copy of the base's {', '.join(source.copies)} was left out: readers take the base's own")
+        warnings.append(f"its copy of the base's {', '.join(source.copies)} was left out: readers take the base's own")
     if "router" in parts:
-        found.append("it adapts routers: PEFT reads that, servers do not; merge it to serve it")
+        warnings.append("it adapts routers: PEFT reads that, servers do not; merge it to serve it")
     if parts & {"vision_blocks", "merger", "deepstack_mergers"}:
-        found.append("it adapts the vision side, which few servers do; compare before you rely on it, or merge it")
+        warnings.append("it adapts the vision side, which few servers do; compare before you rely on it, or merge it")
     if not exact:
-        found.append(
+        warnings.append(
             "its families have several scales: B was multiplied to one, rounded to float32 (6e-8 of each value)"
         )
-    return found
-
-
-def _lines(changes: Sequence[OutChange], source: AdapterSource) -> list[FamilyLine]:
-    sizes: dict[str, list[int]] = {}
-    for change in changes:
-        numbers = change.experts * change.r * sum(change.shape[-2:])
-        sizes.setdefault(part_of(change.target), []).append(numbers)
-    how = f"lora of r {changes[0].r}, scale {changes[0].scale:g}" if changes else ""
-    lines = [FamilyLine(part=p, how=how, tensors=2 * len(n), parameters=sum(n)) for p, n in sizes.items()]
-    full: dict[str, list[int]] = {}
-    for name, tensor in source.full.items():
-        full.setdefault(part_of(name), []).append(math.prod(tensor.shape))
-    return lines + [FamilyLine(part=p, how="full", tensors=len(n), parameters=sum(n)) for p, n in full.items()]
+    return warnings
 
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
@@ -215,5 +215,5 @@ def notes(form: str, base: str, r: int, warnings: Sequence[str]) -> str:
     """Return the page's last part."""
     rank = next((size for size in _RANKS if size >= r), r)
     text = (_PEFT if form == "peft" else _SINGLE).format(base=base, rank=rank, r=r)
-    listed = "".join(f"- {line}.\n" for line in warnings)
-    return text + (f"\n## Note\n\n{listed}" if listed else "") + "\n" + _END
+    items = "".join(f"- {line}.\n" for line in warnings)
+    return text + (f"\n## Note\n\n{items}" if items else "") + "\n" + _END

@@ -11,30 +11,52 @@ from typing import Any, Literal
 
 from moe.names import PEFT_PREFIX
 
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CARD = "README.md"
+
+FAMILIES_KEY = "moetune.families"
+"""Metadata of a file of ours: how each part was trained."""
+MODEL_TYPE_KEY = "moetune.model_type"
+ORIENTATION_KEY = "moetune.orientation"
+ORIENTATION = "experts [out, in], lora_A expert by expert, lora_B rank by rank"
+
 _FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.default)?\.weight$")
-_SINGLE = re.compile(r"^(?P<stem>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)$")
-_PARTS: Mapping[str, Part] = {
-    "gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down",
-}  # fmt: skip
+_SINGLE = re.compile(
+    r"^(?P<stem>.+\.mlp\.experts)\.(?P<expert>\d+)\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)$"
+)
+_PROJECTIONS: Mapping[str, Projection] = {
+    "gate_proj": "gate",
+    "w1": "gate",
+    "up_proj": "up",
+    "w3": "up",
+    "down_proj": "down",
+    "w2": "down",
+}
 _NOT_LOW_RANK = ("lora_magnitude_vector", "lora_embedding_", "lora_bias", "lora_A.bias", "lora_B.bias", "lora_E")
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq")
 _OTHER_FORMS = (
-    "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "layer_replication", "alora_invocation_tokens",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "alora_invocation_tokens",
     "trainable_token_indices",
-)  # fmt: skip
+)
 
-Part = Literal["gate", "up", "down"]
+Projection = Literal["gate", "up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One factor: the module that PEFT says it belongs to, and for experts one by one which expert and part."""
+    """One factor: the module that PEFT says it belongs to, and for experts one by one which expert and projection."""
 
     module: str
     factor: Literal["A", "B"]
     stem: str = ""
     expert: int = -1
-    part: Part | None = None
+    projection: Projection | None = None
 
     @property
     def is_inner(self) -> bool:
@@ -50,20 +72,21 @@ class Key:
 def parse_key(name: str, where: Path) -> Key | str:
     """Return what a tensor of an adapter file is: a factor, or the canonical name of a tensor that is kept in full."""
     bare = name.removeprefix(PEFT_PREFIX)
-    found = _FACTOR.match(bare)
-    if found is None:
+    parsed = _FACTOR.match(bare)
+    if parsed is None:
         if any(word in bare for word in _NOT_LOW_RANK) or ".lora_" in bare:
             raise ValueError(
                 f"{where}: {name} is no plain low-rank factor (DoRA, embeddings and biases of LoRA are not read here). "
                 f"Merge that adapter with the tool that made it"
             )
         return re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", bare)
-    factor: Literal["A", "B"] = "A" if found["factor"] == "A" else "B"
-    single = _SINGLE.match(found["module"])
+    module = parsed["module"]
+    factor: Literal["A", "B"] = "A" if parsed["factor"] == "A" else "B"
+    single = _SINGLE.match(module)
     if single is None:
-        return Key(module=found["module"], factor=factor)
-    part = _PARTS[single["part"]]
-    return Key(module=found["module"], factor=factor, stem=single["stem"], expert=int(single["expert"]), part=part)
+        return Key(module=module, factor=factor)
+    projection = _PROJECTIONS[single["projection"]]
+    return Key(module=module, factor=factor, stem=single["stem"], expert=int(single["expert"]), projection=projection)
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
@@ -95,16 +118,18 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
         patterns = config.get(kind) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{where}: {kind} is {patterns!r}; an object of numbers by pattern is wanted")
-        for name, value in {key: config.get(key), **{f"{kind}[{p!r}]": v for p, v in patterns.items()}}.items():
+        by_pattern = {f"{kind}[{pattern!r}]": value for pattern, value in patterns.items()}
+        for name, value in {key: config.get(key), **by_pattern}.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or (key == "r" and (value < 1 or value != int(value))):
-                wanted = "a whole number from 1 on" if key == "r" else "a finite number"
+                allowed = "a whole number from 1 on" if key == "r" else "a finite number"
                 raise ValueError(
-                    f"{where}: {name} is {value!r}; {wanted} is wanted. The adapter's config belongs to another file, "
+                    f"{where}: {name} is {value!r}; {allowed} is wanted. The adapter's config belongs to another file, "
                     f"or is damaged: get it again"
                 )
-    words = [word for key in ("target_modules", "exclude_modules") if isinstance(word := config.get(key), str)]
-    for pattern in [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *words]:
+    targets = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    expressions = [target for target in targets if isinstance(target, str)]
+    for pattern in [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *expressions]:
         try:
             re.compile(pattern)
         except re.error as error:
@@ -120,15 +145,27 @@ def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
 
 def only_stack(config: Mapping[str, Any]) -> str | None:
     """Return gate_up_proj or down_proj where a config's target_parameters name one of the two only."""
-    named = config.get("target_parameters") or []
-    found = {stack for stack in ("gate_up_proj", "down_proj") if any(str(name).endswith(stack) for name in named)}
-    return found.pop() if len(found) == 1 else None
+    targets = config.get("target_parameters") or []
+    stacks = {stack for stack in ("gate_up_proj", "down_proj") if any(str(name).endswith(stack) for name in targets)}
+    return stacks.pop() if len(stacks) == 1 else None
+
+
+def packed_module(stack: str) -> str:
+    """Return the module that holds the factors of an expert stack, as PEFT wraps gate_up_proj first."""
+    experts, _, kind = stack.rpartition(".")
+    return experts if kind == "down_proj" else f"{experts}.base_layer"
+
+
+def packed_stack(module: str) -> str:
+    """Return the expert stack whose factors a module holds where both stacks of its layer are adapted."""
+    inner = module.removesuffix(".base_layer")
+    return f"{inner}.{'down_proj' if inner == module else 'gate_up_proj'}"
 
 
 def turns_parameters(config: Mapping[str, Any]) -> bool | None:
     """Whether a PEFT of this version takes [E, out, in] for what it is, as 0.19.1 and newer do; None if not said."""
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
-    return None if found is None else tuple(map(int, found.groups())) >= (0, 19, 1)
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
+    return None if version is None else tuple(map(int, version.groups())) >= (0, 19, 1)
 
 
 def _by_pattern(patterns: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -7,28 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import isfinite, prod
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from finetune.adapters.merge_blocks import Lane, Realised, blocks, factors, intended_square
 from finetune.adapters.merge_plan import CHECKSUMS, REPORT, MergePlan, OutFile, check_room, jobs_for
 from finetune.adapters.provenance import parent_line, versions
-from finetune.architecture.shapes import is_expert_stack
+from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.architecture.yarn import both_spellings, extended_config
 from finetune.files.atomic import whole_folder, write_file
 from finetune.files.hubconfig import config_text, to_hub_spelling
 from finetune.files.jsonblock import load_json
-from finetune.files.tensorfile import FLOAT_TYPES
-from finetune.files.writer import INDEX
+from finetune.files.layouts import HUB_METADATA
+from finetune.files.tensorfile import ReservedFile, raw_bytes, reserve, torch_type
+from finetune.files.writer import INDEX, index_text
 
 
 class _Stopped(Exception):
@@ -101,7 +100,7 @@ def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], Non
         require_all(plan, merged)
         small = dict(plan.side_files) | {REPORT: _report(plan, merged)}
         if len(plan.files) > 1:
-            small[INDEX] = _index(plan)
+            small[INDEX] = index_text({file.name: file.tensors for file in plan.files})
         # The config comes last: without it no reader takes a folder for a model.
         config = extended_config(load_json(plan.base.folder / "config.json"), plan.context)
         small["config.json"] = config_text(both_spellings(to_hub_spelling(config))).encode()
@@ -132,14 +131,11 @@ def require_all(plan: MergePlan, merged: Merged) -> None:
 def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
     """The largest files first, so that no thread waits long for the last."""
     order = sorted(work.plan.files, key=lambda file: -file.size)
-    for file in order:  # a disk too small, or a quota, is known before anything is computed
-        handle = os.open(work.beside / file.name, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            os.posix_fallocate(handle, 0, file.size)
-        finally:
-            os.close(handle)
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(_write_file, work, file): file for file in order}
+    with ExitStack() as stack:
+        # all at once: a disk too small, or a quota, is known before anything is computed
+        reserved = [stack.enter_context(reserve(work.beside / file.name, file.tensors, HUB_METADATA)) for file in order]
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        running = {pool.submit(_write_file, work, *pair): pair[0] for pair in zip(order, reserved, strict=True)}
         try:
             for future in as_completed(running):
                 future.result()
@@ -150,31 +146,27 @@ def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
             raise
 
 
-def _write_file(work: _Work, file: OutFile) -> None:
+def _write_file(work: _Work, file: OutFile, out: ReservedFile) -> None:
     """One weight file from its first byte to its last, hashed on the way."""
     widest = max(prod(shape[2:] if is_expert_stack(name) else shape[1:]) for name, (_, shape) in file.tensors.items())
-    lane, digest = Lane(widest), hashlib.sha256()
-    with (work.beside / file.name).open("r+b", buffering=0) as out:
-
-        def put(data: Any) -> None:
-            view, done = memoryview(data), 0
-            while done < len(view):
-                done += out.write(view[done:]) or 0
-            digest.update(data)
-
-        put(file.header)
+    lane, digest = Lane(widest), hashlib.sha256(out.header)
+    with out:
         for name, (kind, stored) in file.tensors.items():
             if name in work.plan.source.full:
-                _replace(work.plan, name, kind, put)
+                pieces = _replacement(work.plan, name, kind)
                 work.full.append(name)
             else:
-                _write_tensor(work, name, stored, lane, put)
-        assert out.tell() == file.size
-        os.fsync(out.fileno())
+                pieces = _sum(work, name, stored, lane)
+            begin = 0
+            for piece in pieces:
+                out.put_bytes(name, piece, begin)
+                digest.update(piece)
+                begin += len(piece)
     work.digests[file.name] = digest.hexdigest()
 
 
-def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, put: Callable[[Any], None]) -> None:
+def _sum(work: _Work, name: str, stored: Shape, lane: Lane) -> Iterator[memoryview]:
+    """A tensor of the base plus the adapter's change of it, as it is stored, block by block."""
     plan = work.plan
     change = plan.source.changes.get(name)
     left, right = factors(change) if change is not None else (None, None)
@@ -183,10 +175,10 @@ def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, p
         if work.stop.is_set():
             raise _Stopped
         if left is None or right is None:
-            put(block.raw)
+            yield block.raw
             continue
         block.add(left[matrix, rows.start : rows.stop], right[matrix], found)
-        put(block.out_raw)
+        yield block.out_raw
     if left is None or right is None:
         return
     found.intended_square = intended_square(left, right)
@@ -198,25 +190,13 @@ def _write_tensor(work: _Work, name: str, stored: tuple[int, ...], lane: Lane, p
     work.changes[name] = found
 
 
-def _replace(plan: MergePlan, name: str, kind: str, put: Callable[[Any], None]) -> None:
+def _replacement(plan: MergePlan, name: str, kind: str) -> Iterator[memoryview]:
     """A tensor that the adapter holds in full, in the base's type; of expert stacks one matrix at a time."""
     tensor = plan.source.read_full(name)
-    dtype = getattr(torch, FLOAT_TYPES[kind])
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the adapter holds NaN or infinity for it. Nothing was written")
     for matrix in tensor.transpose(1, 2) if is_expert_stack(name) else (tensor,):
-        put(_bytes(matrix.to(dtype).contiguous()))
-
-
-def _bytes(tensor: Tensor) -> Any:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _index(plan: MergePlan) -> bytes:
-    total = sum(file.size - len(file.header) for file in plan.files)
-    where = {name: file.name for file in plan.files for name in file.tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    return (json.dumps(index, indent=2) + "\n").encode()
+        yield raw_bytes(matrix.to(torch_type(kind)))
 
 
 def _report(plan: MergePlan, merged: Merged) -> bytes:

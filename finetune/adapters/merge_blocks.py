@@ -7,7 +7,6 @@ of the file that is written, so that the hub's transposed expert stacks are neve
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from finetune.adapters.change import Change
 from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.files.basefiles import BaseFiles
-from finetune.files.tensorfile import FLOAT_TYPES
+from finetune.files.tensorfile import read_bytes, torch_type
 
 BLOCK = 1 << 18
 """Values of a block: two float32 buffers of 1 MiB and the block twice in its own type. Smaller ones make threads wait
@@ -149,24 +148,12 @@ def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tu
                 yield expert, range(first, first + len(part)), block
         return
     tensor = base.stored[name]
-    dtype = getattr(torch, FLOAT_TYPES[tensor.dtype])
-    handle = os.open(tensor.file, os.O_RDONLY)
-    try:
-        at = tensor.begin
+    dtype = torch_type(tensor.dtype)
+    begin = 0
+    with tensor.file.open("rb", buffering=0) as file:
         for expert in range(experts):
             for first in range(0, rows, step):
                 block = lane.block(min(step, rows - first), columns, dtype)
-                _fill(handle, block.raw, at, f"{tensor.file}: {name}")
-                at += len(block.raw)
+                read_bytes(file.fileno(), tensor, block.raw, begin)
+                begin += len(block.raw)
                 yield expert, range(first, first + len(block.values)), block
-    finally:
-        os.close(handle)
-
-
-def _fill(handle: int, view: Any, at: int, what: str) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(handle, [view[done:]], at + done)
-        if not count:
-            raise ValueError(f"{what} ends early: the base was cut off while it was being read")
-        done += count

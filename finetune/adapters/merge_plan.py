@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from finetune.architecture.yarn import Extension, extension
 from finetune.config import ContextConfig, YarnConfig
 from finetune.files.basefiles import BaseFiles
 from finetune.files.hubconfig import read_family
-from finetune.files.layouts import LAYOUT_KEY, stored_shape
-from finetune.files.tensorfile import ITEM_SIZES, make_header
+from finetune.files.layouts import HUB_METADATA, stored_shape
+from finetune.files.tensorfile import file_size
 from finetune.files.writer import plan_shards, side_files_of
 
 CHECKSUMS, REPORT = "checksums.sha256", "moetune-merge.json"
@@ -26,16 +25,15 @@ CHECKSUMS, REPORT = "checksums.sha256", "moetune-merge.json"
 
 @dataclass(frozen=True, kw_only=True)
 class OutFile:
-    """A weight file to be written: its tensors in order, and the header in front of them."""
+    """A weight file to be written: its tensors in order, (dtype, shape) by name."""
 
     name: str
     tensors: Mapping[str, tuple[str, Shape]]
-    header: bytes
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(math.prod(shape) * ITEM_SIZES[kind] for kind, shape in self.tensors.values())
+        """Bytes of the file, its header included."""
+        return file_size(self.tensors, HUB_METADATA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +130,7 @@ def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
             groups.setdefault(base.stored[name].file.name, {})[name] = stored[name]
     else:
         groups = plan_shards(stored)
-    metadata = {"format": "pt", LAYOUT_KEY: "hub"}
-    return tuple(
-        OutFile(name=file, tensors=tensors, header=make_header(tensors, metadata)[0])
-        for file, tensors in groups.items()
-    )
+    return tuple(OutFile(name=file, tensors=tensors) for file, tensors in groups.items())
 
 
 def jobs_for(files: int, asked: int = 0) -> int:

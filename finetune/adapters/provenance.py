@@ -13,13 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.keys import WEIGHTS
 from finetune.files.basefiles import BaseFiles
 from finetune.files.fingerprint import fingerprint
 
 BASE, PARENT = "moetune.base", "moetune.parent"
 _AGAIN = "another program changed it, or it is damaged; get the adapter again"
 _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
-"""Parts of a configuration that say how a run was done, not what it trained."""
+"""Parts of a configuration that decide how a run was carried out, not what it trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,16 @@ class Provenance:
 
     def metadata(self) -> dict[str, str]:
         """Return it as strings; reads a few bytes of each of the base's tensors."""
-        found = {BASE: _json({"name": self.base_name, "fingerprint": fingerprint(self.base)})}
+        metadata = {BASE: _json({"name": self.base_name, "fingerprint": fingerprint(self.base)})}
         if self.data:
-            found["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
+            metadata["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
         if self.config:
-            found["moetune.config"] = _json(_without(self.config, _OF_THE_RANKS))
+            metadata["moetune.config"] = _json(_without(self.config, _OF_THE_RANKS))
         if self.scores:
-            found["moetune.scores"] = _json(self.scores)
+            metadata["moetune.scores"] = _json(self.scores)
         if self.parent is not None:
-            found[PARENT] = parent_line(self.parent)
-        return found
+            metadata[PARENT] = parent_line(self.parent)
+        return metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,41 +60,41 @@ def base_of(metadata: Mapping[str, str]) -> BaseName | None:
     """Return the base that an adapter's metadata names; None in files of other tools."""
     if BASE not in metadata:
         return None
-    told = recorded(metadata, BASE)
-    if not all(isinstance(told.get(key), str) for key in ("name", "fingerprint")):
+    base = recorded(metadata, BASE)
+    if not all(isinstance(base.get(key), str) for key in ("name", "fingerprint")):
         raise ValueError(f"the adapter's metadata {BASE} is {metadata[BASE]!r}, without name and fingerprint: {_AGAIN}")
-    return BaseName(name=told["name"], fingerprint=told["fingerprint"])
+    return BaseName(name=base["name"], fingerprint=base["fingerprint"])
 
 
 def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     """Return the object that an adapter's metadata hold under a key, empty without one."""
     try:
-        found = json.loads(metadata.get(key, "{}"))
+        value = json.loads(metadata.get(key, "{}"))
     except json.JSONDecodeError as error:
         raise ValueError(f"the adapter's metadata {key} is no JSON ({error}): {_AGAIN}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"the adapter's metadata {key} is {metadata[key][:80]!r}, not an object: {_AGAIN}")
-    return found
+    return value
 
 
 def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFiles) -> str:
-    """Raise unless the adapter was trained on this base; return what was found, in a sentence."""
-    told = base_of(metadata)
-    if told is None:
+    """Raise unless the adapter was trained on this base; return what is known of it, in a sentence."""
+    named = base_of(metadata)
+    if named is None:
         return f"{adapter} does not say which base it was trained on; only its shapes were compared with {base.folder}"
     ours = fingerprint(base)
-    if ours != told.fingerprint:
+    if ours != named.fingerprint:
         raise ValueError(
-            f"{adapter} was trained on {told.name} (fingerprint {told.fingerprint}), but {base.folder} is another base "
-            f"(fingerprint {ours}): same shapes, other values. Give the base it was trained on, or --other-base if the "
-            f"two are meant to differ"
+            f"{adapter} was trained on {named.name} (fingerprint {named.fingerprint}), but {base.folder} is another "
+            f"base (fingerprint {ours}): same shapes, other values. Give the base it was trained on, or --other-base "
+            f"if the two are meant to differ"
         )
     return f"{adapter} was trained on this base (fingerprint {ours})"
 
 
 def parent_line(folder: Path) -> str:
     """Return an adapter's folder and the hash of its weights, as the metadata of what grew out of it has them."""
-    with (folder / "adapter_model.safetensors").open("rb") as file:
+    with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return _json({"folder": str(folder), "sha256": digest})
 
@@ -101,7 +102,7 @@ def parent_line(folder: Path) -> str:
 def versions() -> str:
     """Return the versions that an adapter's meaning may depend on."""
     names = ("moetune", "peft", "torch", "transformers")
-    return _json({name: found for name in names if (found := _version(name))})
+    return _json({name: installed for name in names if (installed := _version(name))})
 
 
 def _version(name: str) -> str:
@@ -112,12 +113,13 @@ def _version(name: str) -> str:
 
 
 def _without(config: Mapping[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in dropped}
+    """A configuration without some of its sections and keys, by their path."""
+    rest = {section: values for section, values in config.items() if section not in dropped}
     for path in dropped:
         section, _, key = path.partition(".")
-        if key and isinstance(kept.get(section), Mapping):
-            kept[section] = {name: value for name, value in kept[section].items() if name != key}
-    return kept
+        if key and isinstance(rest.get(section), Mapping):
+            rest[section] = {name: value for name, value in rest[section].items() if name != key}
+    return rest
 
 
 def _json(value: Any) -> str:

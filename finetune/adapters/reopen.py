@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from finetune.architecture.shapes import Shape
-from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_rows
+from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_tensor
 from finetune.ranks.log import listed
 
 
@@ -36,21 +35,17 @@ def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> 
         raise ValueError(f"{file} was written wrongly: {listed(wrong)}; nothing was kept")
     zero: list[str] = []
     unused: list[str] = []
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        for name, want in expected.items():
-            tensor = read_rows(handle, held[name], range(want.shape[0]))
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{file}: {name} holds NaN or infinity; nothing was kept. The run diverged before it")
-            empty = _empty_experts(name, tensor, want.experts)
-            if ".lora_A." in name and empty:
-                raise ValueError(f"{file}: {name} is zero for experts {empty[:8]}: they never came; nothing was kept")
-            if ".lora_B." in name and len(empty) == want.experts:
-                zero.append(name)
-            elif ".lora_B." in name and empty:
-                unused.append(f"{name} ({len(empty)} of {want.experts})")
-    finally:
-        os.close(handle)
+    for name, want in expected.items():
+        tensor = read_tensor(held[name])
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: {name} holds NaN or infinity; nothing was kept. The run diverged before it")
+        empty = _empty_experts(name, tensor, want.experts)
+        if ".lora_A." in name and empty:
+            raise ValueError(f"{file}: {name} is zero for experts {empty[:8]}: they never came; nothing was kept")
+        if ".lora_B." in name and len(empty) == want.experts:
+            zero.append(name)
+        elif ".lora_B." in name and empty:
+            unused.append(f"{name} ({len(empty)} of {want.experts})")
     if not trained:
         return []
     found = []

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.adapters.change import Change, read_stored
-from finetune.adapters.forms import CONFIG, Reader
-from finetune.adapters.keys import Key, check_config, check_numbers, parse_key
+from finetune.adapters.change import Change
+from finetune.adapters.forms import FileContext, Pair, changes_of, check_full
+from finetune.adapters.keys import CONFIG, WEIGHTS, Key, check_config, check_numbers, parse_key
 from finetune.adapters.targets import missing_targets
 from finetune.architecture.shapes import Shape
 from finetune.files.basefiles import BaseFiles
 from finetune.files.jsonblock import load_json
-from finetune.files.tensorfile import Stored, read_header
+from finetune.files.tensorfile import Stored, read_header, read_tensor
 
-WEIGHTS = "adapter_model.safetensors"
 _COPY = ".base_layer."
 
 
@@ -37,12 +36,12 @@ class AdapterSource:
 
     def read_full(self, name: str) -> Tensor:
         """Return a tensor that replaces the base's, as it lies in memory."""
-        return read_stored(self.full[name])
+        return read_tensor(self.full[name])
 
     def check_copies(self, base: BaseFiles) -> None:
         """Raise unless what the file repeats of the base is what the base has."""
         for name, stored in self.copies.items():
-            if not torch.equal(read_stored(stored).float(), base.read(name).float()):
+            if not torch.equal(read_tensor(stored).float(), base.read(name).float()):
                 raise ValueError(
                     f"{self.folder} holds a copy of {name} (PEFT saves one beside a head's factors) with other values "
                     f"than {base.folder} has: it was trained on another base, or the copy was trained too. Give that "
@@ -51,9 +50,9 @@ class AdapterSource:
 
 
 def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> AdapterSource:
-    """Return an adapter of any known form, from headers alone. With a base's `shapes` everything is held against them.
+    """Return an adapter of any known form, from headers alone, checked against a base's `shapes` where they are given.
 
-    Raises one error about what is not understood or does not fit; nothing of a file is passed over.
+    Raises one error about what is not understood or does not fit; nothing in a file is ignored.
     """
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
@@ -67,12 +66,12 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     copies = {key.replace(_COPY, "."): tensor for key, tensor in whole.items() if _COPY in key}
     full = {key: tensor for key, tensor in whole.items() if _COPY not in key}
     factors = {key: stored[name] for name, key in parsed.items() if isinstance(key, Key)}
-    reader = Reader(folder=folder, config=config, metadata=metadata, shapes=shapes)
-    changes = reader.changes(_pairs(factors, folder))
+    context = FileContext(folder=folder, config=config, metadata=metadata, shapes=shapes)
+    changes = changes_of(context, _pairs(factors, folder))
     if not changes and not full:
         raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
     for name, tensor in [*full.items(), *copies.items()]:
-        reader.check_full(name, tensor)
+        check_full(context, name, tensor)
     lacking = missing_targets(config, shapes or {}, {*changes, *full})
     if lacking:
         raise ValueError(
@@ -83,33 +82,38 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     order = {name: at for at, name in enumerate(shapes or {})}
     ordered = dict(sorted(changes.items(), key=lambda item: order.get(item[0], 0)))
     return AdapterSource(
-        folder=folder, changes=ordered, full=full, copies=copies, metadata=metadata, config=config
-    )  # fmt: skip
+        folder=folder,
+        changes=ordered,
+        full=full,
+        copies=copies,
+        metadata=metadata,
+        config=config,
+    )
 
 
 def require_finite(folder: Path) -> None:
-    """Raise where an adapter holds NaN or infinity: attention on a CPU hides it, and the answers are anything."""
+    """Raise where an adapter holds NaN or infinity: attention on a CPU hides it, and the answers are meaningless."""
     for name, stored in read_header(folder / WEIGHTS)[0].items():
-        if not bool(torch.isfinite(read_stored(stored)).all()):
+        if not bool(torch.isfinite(read_tensor(stored)).all()):
             raise ValueError(f"{folder}: {name} holds NaN or infinity; the run diverged before it was saved")
 
 
 def _hint(folder: Path) -> str:
     if (folder / "adapter" / CONFIG).is_file():
         return f"; {folder / 'adapter'} is one"
-    return (
-        "; adapter_model.bin is not read, convert it to safetensors" if (folder / "adapter_model.bin").is_file() else ""
-    )
+    if (folder / "adapter_model.bin").is_file():
+        return "; adapter_model.bin is not read, convert it to safetensors"
+    return ""
 
 
-def _pairs(factors: Mapping[Key, Stored], folder: Path) -> dict[Key, tuple[Stored, Stored]]:
-    """Key of the A -> (A, B)."""
-    found: dict[str, dict[str, Stored]] = {}
+def _pairs(factors: Mapping[Key, Stored], folder: Path) -> dict[Key, Pair]:
+    """The factors (A, B) of each module, by the key of one of them."""
+    by_module: dict[str, dict[str, Stored]] = {}
     keys: dict[str, Key] = {}
     for key, tensor in factors.items():
-        found.setdefault(key.module, {})[key.factor] = tensor
+        by_module.setdefault(key.module, {})[key.factor] = tensor
         keys[key.module] = key
-    for module, pair in found.items():
+    for module, pair in by_module.items():
         if len(pair) != 2:
             raise ValueError(f"{folder}: {module} has lora_{next(iter(pair))} only; the file is not whole")
         a, b = pair["A"], pair["B"]
@@ -118,4 +122,4 @@ def _pairs(factors: Mapping[Key, Stored], folder: Path) -> dict[Key, tuple[Store
                 f"{folder}: {module} has lora_A {a.dtype} {list(a.shape)} and lora_B {b.dtype} {list(b.shape)}; wanted "
                 f"are [r, in] and [out, r] of one type"
             )
-    return {keys[module]: (pair["A"], pair["B"]) for module, pair in found.items()}
+    return {keys[module]: (pair["A"], pair["B"]) for module, pair in by_module.items()}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
-from finetune.adapters.source import WEIGHTS
-from finetune.architecture.shapes import Shape, is_expert_stack
+from finetune.adapters.card import PartLine
+from finetune.adapters.keys import CARD, CONFIG, WEIGHTS, packed_module
+from finetune.architecture.shapes import Shape, is_expert_stack, other_stack, part_of
 from finetune.files.atomic import whole_folder, write_file
-from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, make_header
+from finetune.files.tensorfile import reserve, tensor_bytes, torch_type
 from finetune.model.lora import peft_config
 from moe.experts import ExpertLora as Lora
 from moe.names import PEFT_PREFIX
@@ -24,7 +25,6 @@ from moe.packing import pack_lora
 
 OutForm = Literal["peft", "per-expert"]
 FORMS: tuple[OutForm, ...] = ("peft", "per-expert")
-CONFIG, CARD = "adapter_config.json", "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class OutFull:
 
 @dataclass(frozen=True, kw_only=True)
 class OutAdapter:
-    """Everything that a folder shall hold."""
+    """Everything that a folder is to hold."""
 
     changes: Sequence[OutChange]
     full: Sequence[OutFull]
@@ -75,49 +75,53 @@ def write_adapter_folder(
     """
     kinds = {name: entry for change in adapter.changes for name, entry in _names(change, adapter.form).items()}
     kinds |= {PEFT_PREFIX + full.target: (full.dtype, full.shape) for full in adapter.full}
-    header, offsets = make_header(kinds, {"format": "pt", **adapter.metadata})
-    total = len(header) + sum(math.prod(shape) * ITEM_SIZES[kind] for kind, shape in kinds.values())
     with whole_folder(folder) as beside:
-        with (beside / WEIGHTS).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, total)
-            file.write(header)
+        with reserve(beside / WEIGHTS, kinds, {"format": "pt", **adapter.metadata}) as file:
             for name, tensor in _tensors(adapter):
-                kind, shape = kinds[name]
-                assert (tuple(tensor.shape), FLOAT_TYPES[kind]) == (shape, str(tensor.dtype).removeprefix("torch.")), (
-                    name
-                )
-                file.seek(offsets[name])
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
+                assert tuple(tensor.shape) == file.tensors[name].shape, name
+                file.put(name, tensor)
         write_file(beside / CONFIG, _config(adapter))
         write_file(beside / CARD, adapter.card)
         check(beside)
-    return total - len(header)
+    return tensor_bytes(kinds)
 
 
 def with_both_stacks(changes: Sequence[OutChange]) -> list[OutChange]:
     """Add a change of zero where a layer has one of its two expert stacks only: readers want both."""
-    held = {change.target for change in changes}
-    found = list(changes)
+    targets = {change.target for change in changes}
+    zeros = [
+        _zero(other_stack(change.target), change)
+        for change in changes
+        if is_expert_stack(change.target) and other_stack(change.target) not in targets
+    ]
+    return [*changes, *zeros]
+
+
+def card_lines(changes: Sequence[OutChange], full: Sequence[OutFull]) -> list[PartLine]:
+    """What the folder's card says of each part of the model."""
+    sizes: dict[tuple[str, str], list[int]] = {}
     for change in changes:
-        stem, _, kind = change.target.rpartition(".")
-        other = f"{stem}.{'down_proj' if kind == 'gate_up_proj' else 'gate_up_proj'}"
-        if is_expert_stack(change.target) and other not in held:
-            found.append(_zero(other, change))
-    return found
+        key = (part_of(change.target), f"lora of r {change.r}, scale {change.scale:g}")
+        sizes.setdefault(key, []).append(change.experts * change.r * sum(change.shape[-2:]))
+    for tensor in full:
+        sizes.setdefault((part_of(tensor.target), "full"), []).append(math.prod(tensor.shape))
+    return [
+        PartLine(part=part, how=how, tensors=len(each) * (1 if how == "full" else 2), parameters=sum(each))
+        for (part, how), each in sizes.items()
+    ]
 
 
-def _zero(target: str, beside: OutChange) -> OutChange:
-    experts, out, into = beside.shape
+def _zero(target: str, other: OutChange) -> OutChange:
+    """A change of zero to one stack of a layer, with the rank and scale of the change to the other."""
+    experts, out, into = other.shape
     shape = (experts, into, out // 2) if target.endswith("down_proj") else (experts, 2 * into, out)
-    dtype = getattr(torch, FLOAT_TYPES[beside.dtype])
+    dtype = torch_type(other.dtype)
 
     def read() -> tuple[Tensor, Tensor]:
-        a = torch.zeros(experts, beside.r, shape[2], dtype=dtype)
-        return a, torch.zeros(experts, shape[1], beside.r, dtype=dtype)
+        a = torch.zeros(experts, other.r, shape[2], dtype=dtype)
+        return a, torch.zeros(experts, shape[1], other.r, dtype=dtype)
 
-    return OutChange(target=target, shape=shape, r=beside.r, scale=beside.scale, dtype=beside.dtype, read=read)
+    return OutChange(target=target, shape=shape, r=other.r, scale=other.scale, dtype=other.dtype, read=read)
 
 
 def _names(change: OutChange, form: OutForm) -> dict[str, tuple[str, Shape]]:
@@ -127,12 +131,12 @@ def _names(change: OutChange, form: OutForm) -> dict[str, tuple[str, Shape]]:
         return _pair(change.target.removesuffix(".weight"), change.dtype, change.r, into, out)
     if form == "peft":
         rows = change.r * change.experts
-        return _pair(_packed_module(change.target), change.dtype, rows, into, out)
-    found: dict[str, tuple[str, Shape]] = {}
+        return _pair(packed_module(change.target), change.dtype, rows, into, out)
+    kinds: dict[str, tuple[str, Shape]] = {}
     for expert in range(change.experts):
         for module, rows in _single_modules(change, expert):
-            found |= _pair(module, change.dtype, change.r, into, rows)
-    return found
+            kinds |= _pair(module, change.dtype, change.r, into, rows)
+    return kinds
 
 
 def _pair(module: str, dtype: str, r: int, into: int, out: int) -> dict[str, tuple[str, Shape]]:
@@ -140,17 +144,12 @@ def _pair(module: str, dtype: str, r: int, into: int, out: int) -> dict[str, tup
     return {f"{stem}A.weight": (dtype, (r, into)), f"{stem}B.weight": (dtype, (out, r))}
 
 
-def _packed_module(target: str) -> str:
-    """PEFT wraps gate_up_proj first and down_proj around it."""
-    stem, _, kind = target.rpartition(".")
-    return stem if kind == "down_proj" else f"{stem}.base_layer"
-
-
 def _single_modules(change: OutChange, expert: int) -> list[tuple[str, int]]:
-    stem, _, kind = change.target.rpartition(".")
+    """The modules of one expert of a stack, each with its output rows."""
+    experts, _, kind = change.target.rpartition(".")
     out = change.shape[1]
-    parts = [("down_proj", out)] if kind == "down_proj" else [("gate_proj", out // 2), ("up_proj", out // 2)]
-    return [(f"{stem}.{expert}.{part}", rows) for part, rows in parts]
+    projections = [("down_proj", out)] if kind == "down_proj" else [("gate_proj", out // 2), ("up_proj", out // 2)]
+    return [(f"{experts}.{expert}.{projection}", rows) for projection, rows in projections]
 
 
 def _tensors(adapter: OutAdapter) -> Iterator[tuple[str, Tensor]]:
@@ -159,7 +158,7 @@ def _tensors(adapter: OutAdapter) -> Iterator[tuple[str, Tensor]]:
         if not is_expert_stack(change.target):
             yield from _two(change.target.removesuffix(".weight"), a_Eri[0], b_Eor[0])
         elif adapter.form == "peft":
-            yield from _two(_packed_module(change.target), *pack_lora(a_Eri, b_Eor))
+            yield from _two(packed_module(change.target), *pack_lora(a_Eri, b_Eor))
         else:
             for expert in range(change.experts):
                 top = 0
@@ -192,9 +191,14 @@ def _config(adapter: OutAdapter) -> bytes:
     config = peft_config(targets, lora, parameters=parameters)
     config.base_model_name_or_path, config.inference_mode = adapter.base, True
     config.modules_to_save = sorted({full.target.rpartition(".")[0] for full in adapter.full}) or None
+    if adapter.form == "per-expert":  # servers compare the last word of a module's name
+        config.target_modules = {name.rpartition(".")[2] for names in targets.values() for name in names}
+    return config_bytes(config)
+
+
+def config_bytes(config: LoraConfig) -> bytes:
+    """Return the text of adapter_config.json, with sets in order."""
     values: dict[str, Any] = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }
-    if adapter.form == "per-expert":  # servers compare the last word of a module's name
-        values["target_modules"] = sorted({name.rpartition(".")[2] for names in targets.values() for name in names})
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

@@ -182,3 +182,9 @@ _VISION_PARTS = {
 def is_expert_stack(name: str) -> bool:
     """Whether a canonical name is a stack of all experts' weights, whose first dim is the expert."""
     return bool(_FUSED.search(name))
+
+
+def other_stack(name: str) -> str:
+    """The name of the layer's other expert stack: down_proj for gate_up_proj, and the other way round."""
+    experts, _, kind = name.rpartition(".")
+    return f"{experts}.{'down_proj' if kind == 'gate_up_proj' else 'gate_up_proj'}"

@@ -3,16 +3,14 @@
 Nothing is gathered for it and no rank waits, so that it also comes with a checkpoint that is written behind the run.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from finetune.adapters.contents import Held, held_tensors, trained_families
-from finetune.adapters.file import write_pieces
+from finetune.adapters.contents import TrainedTensor, lora_by_part, trained_tensors
 from finetune.adapters.provenance import Provenance
+from finetune.adapters.write_trained import Piece, write_pieces
 from finetune.checkpoint.manifest import Manifest
 from finetune.checkpoint.stored import Tensors, open_tensors
 from finetune.model.empty import EmptyModel
@@ -20,22 +18,28 @@ from moe.experts import GroupedExperts
 
 FOLDER = "adapter"
 
-Beside = Callable[[Path, Manifest], None]
-"""(an unfinished checkpoint with all its tensors, what it will say of itself)"""
+AdapterWriter = Callable[[Path, Manifest], None]
+"""Writes an adapter into an unfinished checkpoint that has all its tensors, and is going to have this manifest."""
 
 
-def adapter_beside(empty: EmptyModel, *, base: str, provenance: Provenance) -> Beside | None:
+def adapter_writer(empty: EmptyModel, *, base: str, provenance: Provenance) -> AdapterWriter | None:
     """Return what writes `adapter/` into a checkpoint; None where nothing is adapted, and the model itself trains."""
-    if all(lora is None for lora in trained_families(empty).values()):
+    if all(lora is None for lora in lora_by_part(empty).values()):
         return None
-    held = list(held_tensors(empty))
+    trained = list(trained_tensors(empty))
 
     def write(folder: Path, manifest: Manifest) -> None:
         with open_tensors(folder) as tensors:
             write_pieces(
-                empty, folder / FOLDER, held, _pieces(held, tensors), base=base,
-                provenance=reached(provenance, manifest.state), extra={"step": str(manifest.step)}, trained=False,
-            )  # fmt: skip
+                empty,
+                folder / FOLDER,
+                trained,
+                _pieces(trained, tensors),
+                base=base,
+                provenance=reached(provenance, manifest.state),
+                extra={"step": str(manifest.step)},
+                trained=False,
+            )
 
     return write
 
@@ -46,10 +50,10 @@ def reached(provenance: Provenance, state: Mapping[str, Any]) -> Provenance:
     return replace(provenance, data=data, scores=state.get("scores", {}))
 
 
-def _pieces(held: list[Held], tensors: Tensors) -> Iterator[tuple[Held, int, Tensor]]:
-    """Each tensor whole, as the engine would hand it out: its float32 master in the type of the weights."""
-    for one in held:
-        shape = tuple(getattr(one.parameter, "ds_shape", one.parameter.shape))
-        if isinstance(one.owner, GroupedExperts):
-            shape = (one.experts, *shape[1:])
-        yield one, 0, tensors.whole(f"master/{one.name}").view(shape).to(one.parameter.dtype)
+def _pieces(trained: Iterable[TrainedTensor], tensors: Tensors) -> Iterator[Piece]:
+    """Each tensor complete, as the engine would hand it out: its float32 master in the type of the weights."""
+    for tensor in trained:
+        shape = tuple(getattr(tensor.parameter, "ds_shape", tensor.parameter.shape))
+        if isinstance(tensor.owner, GroupedExperts):
+            shape = (tensor.experts, *shape[1:])
+        yield tensor, 0, tensors.whole(f"master/{tensor.name}").view(shape).to(tensor.parameter.dtype)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from finetune.checkpoint.adapter import Beside
+from finetune.checkpoint.adapter import AdapterWriter
 from finetune.checkpoint.folder import find_latest, make_room, point_and_prune
 from finetune.checkpoint.manifest import (
     File,
@@ -73,19 +73,27 @@ class _Save:
 class Checkpoints:
     """The checkpoints of one run in `folder`: `step-000120` and the like, the newest `keep` and the best, and LATEST.
 
-    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks. `beside` adds
-    to each, on rank 0, what can be made of its tensors.
+    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks.
+    `adapter_writer` adds an adapter to each, on rank 0, made of its tensors.
     """
 
     def __init__(
-        self, engine: Any, empty: EmptyModel, folder: Path, *, base: BaseFiles, keep: int = 3,
-        asynchronous: bool = False, beside: Beside | None = None, busy: Callable[[bool], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self,
+        engine: Any,
+        empty: EmptyModel,
+        folder: Path,
+        *,
+        base: BaseFiles,
+        keep: int = 3,
+        asynchronous: bool = False,
+        adapter_writer: AdapterWriter | None = None,
+        busy: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         """`busy` is told when this rank begins to work on a file, and when it is done and may wait for others."""
         assert keep >= 1
         self._busy = busy
         self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
-        self.beside = beside
+        self._adapter_writer = adapter_writer
         # a group of its own: no collective of the engine waits for a disk
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
@@ -152,8 +160,8 @@ class Checkpoints:
     def _close(self, stack: ExitStack, partial: Path, manifest: Manifest) -> None:
         """Write what goes beside, then the manifest, which makes the checkpoint whole, and give the folder its name."""
         assert {path.name for path in partial.glob("*.safetensors")} == set(manifest.files), "a rank's file is missing"
-        if self.beside is not None:
-            self.beside(partial, manifest)
+        if self._adapter_writer is not None:
+            self._adapter_writer(partial, manifest)
         write_manifest(partial, manifest)
         stack.close()
 

@@ -6,7 +6,6 @@ process group or any weight exists.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from finetune.files.hubconfig import read_family
 from finetune.files.jsonblock import load_json
 from finetune.files.keycheck import check_keys
 from finetune.files.layouts import LAYOUT_KEY, Layout, recognise, single_expert
-from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_header, read_rows
+from finetune.files.tensorfile import Stored, read_header, read_tensor, torch_type
 from finetune.files.writer import INDEX
 from finetune.ranks.log import listed
 
@@ -67,16 +66,16 @@ class BaseFiles:
         shape = self.shapes[name]
         rows = range(shape[0]) if rows is None else rows
         if not is_expert_stack(name) or self.layout == "memory":
-            return _read(self.stored[name], rows)
-        dtype = getattr(torch, FLOAT_TYPES[self._parts(name, 0)[0].dtype])
+            return read_tensor(self.stored[name], rows)
+        dtype = torch_type(self._parts(name, 0)[0].dtype)
         result = torch.empty((len(rows), *shape[1:]), dtype=dtype)
         for at, expert in enumerate(rows):
             if self.layout == "hub":
-                result[at] = _read(self.stored[name], range(expert, expert + 1))[0].t()
+                result[at] = read_tensor(self.stored[name], range(expert, expert + 1))[0].t()
             else:
                 filled = 0
                 for part in self._parts(name, expert):
-                    result[at, filled : filled + part.shape[0]] = _read(part, range(part.shape[0]))
+                    result[at, filled : filled + part.shape[0]] = read_tensor(part)
                     filled += part.shape[0]
         return result
 
@@ -85,8 +84,8 @@ class BaseFiles:
         if self.layout == "per_expert":
             parts = self._parts(name, expert)
             height = parts[0].shape[0]
-            return _read(parts[row // height], range(row % height, row % height + 1))[0]
-        matrix = _read(self.stored[name], range(expert, expert + 1))[0]
+            return read_tensor(parts[row // height], range(row % height, row % height + 1))[0]
+        matrix = read_tensor(self.stored[name], range(expert, expert + 1))[0]
         return matrix[:, row] if self.layout == "hub" else matrix[row]
 
     def _parts(self, name: str, expert: int) -> list[Stored]:
@@ -178,11 +177,3 @@ def _index_problems(folder: Path, name: str, held: Mapping[str, Stored], mapped:
     if held.keys() - promised:
         found.append(f"{folder / INDEX} does not say that {name} holds {listed(sorted(held.keys() - promised))}")
     return found
-
-
-def _read(tensor: Stored, rows: range) -> torch.Tensor:
-    handle = os.open(tensor.file, os.O_RDONLY)
-    try:
-        return read_rows(handle, tensor, rows)
-    finally:
-        os.close(handle)

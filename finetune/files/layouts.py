@@ -15,7 +15,9 @@ from typing import Literal, cast, get_args
 from finetune.architecture.shapes import Shape, is_expert_stack
 
 Layout = Literal["hub", "memory", "per_expert"]
-LAYOUT_KEY = "moetune.layout"  # in the metadata of every file that this package writes
+LAYOUT_KEY = "moetune.layout"
+HUB_METADATA = {"format": "pt", LAYOUT_KEY: "hub"}
+"""What the weight files that this package writes say of themselves."""
 
 _SINGLE = re.compile(r"\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$")
 _WORDS = ("auto", *get_args(Layout))

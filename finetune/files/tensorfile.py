@@ -1,7 +1,8 @@
-"""The safetensors format by hand: headers, byte ranges, and reading exactly the bytes asked for.
+"""The safetensors format by hand: headers, byte ranges, reading exactly the bytes asked for, writing each in its place.
 
-By hand, because a mapped file counts its pages into the resident memory of whoever touches them: reading 100 MB through
-the library's mapping raised the peak by far more. Here a read costs the tensor it returns and nothing else.
+By hand, because a mapped file counts its pages into the resident memory of the process that touches them: reading
+100 MB through the library's mapping raised the peak by far more. Here a read costs the tensor it returns and nothing
+else, and a file larger than memory is written a tensor, or some of its rows, at a time.
 """
 
 from __future__ import annotations
@@ -11,20 +12,27 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 from finetune.architecture.shapes import Shape
 
 if TYPE_CHECKING:
     import torch
 
-ITEM_SIZES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+_TYPES_BY_SIZE = {
+    8: ("F64", "I64", "U64"),
+    4: ("F32", "I32", "U32"),
+    2: ("BF16", "F16", "I16", "U16"),
+    1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"),
+}
+ITEM_SIZES = {name: size for size, names in _TYPES_BY_SIZE.items() for name in names}
 FLOAT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TYPE_NAMES = {torch_name: name for name, torch_name in FLOAT_TYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
@@ -101,11 +109,21 @@ def _check_extent(file: Path, tensors: Mapping[str, Stored], *, start: int, size
         )
 
 
-def make_header(tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header of a file that holds (dtype, shape) by name, and the first byte of each tensor in that file."""
+def file_size(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> int:
+    """Bytes of a file for tensors of (dtype, shape) by name, its header included."""
+    return len(_header(kinds, metadata)[0]) + tensor_bytes(kinds)
+
+
+def tensor_bytes(kinds: Mapping[str, tuple[str, Shape]]) -> int:
+    """Bytes of tensors of (dtype, shape) by name."""
+    return sum(math.prod(shape) * ITEM_SIZES[dtype] for dtype, shape in kinds.values())
+
+
+def _header(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The header of a file for tensors of (dtype, shape) by name, and the first byte of each tensor in that file."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, at = {}, 0
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in kinds.items():
         size = math.prod(shape) * ITEM_SIZES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         offsets[name] = at
@@ -115,8 +133,8 @@ def make_header(tensors: Mapping[str, tuple[str, Shape]], metadata: Mapping[str,
     return _LENGTH.pack(len(text)) + text, {name: 8 + len(text) + offset for name, offset in offsets.items()}
 
 
-def read_rows(handle: int, tensor: Stored, rows: range) -> torch.Tensor:
-    """Rows of a tensor as they are stored, through an open file descriptor: one buffer of their size, nothing more."""
+def read_tensor(tensor: Stored, rows: range | None = None) -> torch.Tensor:
+    """Read a tensor as it is stored, or some of its rows: one buffer of their size, nothing more."""
     import torch
 
     if tensor.dtype not in FLOAT_TYPES:
@@ -124,12 +142,100 @@ def read_rows(handle: int, tensor: Stored, rows: range) -> torch.Tensor:
             f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; weights are read from "
             f"{', '.join(FLOAT_TYPES)} only. A quantised checkpoint cannot be trained; take the original one"
         )
-    row_size = tensor.row_size
-    raw = torch.empty(len(rows) * row_size, dtype=torch.uint8)
-    view, done, at = raw.numpy().data, 0, tensor.begin + rows.start * row_size
-    while done < len(view):
-        count = os.preadv(handle, [view[done:]], at + done)  # one call returns 2 GiB at most
+    first, size, shape = 0, tensor.size, tensor.shape
+    if rows is not None:
+        first, size = rows.start * tensor.row_size, len(rows) * tensor.row_size
+        shape = (len(rows), *tensor.shape[1:])
+    raw = torch.empty(size, dtype=torch.uint8)
+    with tensor.file.open("rb", buffering=0) as file:
+        read_bytes(file.fileno(), tensor, raw.numpy().data, first)
+    return raw.view(torch_type(tensor.dtype)).reshape(shape)
+
+
+def read_bytes(handle: int, tensor: Stored, buffer: memoryview, begin: int) -> None:
+    """Fill a buffer with a tensor's bytes from its byte `begin` on, through an open file descriptor."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(handle, [buffer[done:]], tensor.begin + begin + done)  # one call returns 2 GiB at most
         if count == 0:
             raise ValueError(f"{tensor.file} ends inside {tensor.name}: it was cut off while it was being read")
         done += count
-    return raw.view(getattr(torch, FLOAT_TYPES[tensor.dtype])).reshape(len(rows), *tensor.shape[1:])
+
+
+def torch_type(dtype: str) -> torch.dtype:
+    """The torch type of a safetensors type name, one of `FLOAT_TYPES`."""
+    import torch
+
+    kind: torch.dtype = getattr(torch, FLOAT_TYPES[dtype])
+    return kind
+
+
+def type_name(kind: torch.dtype) -> str:
+    """The safetensors name of a torch type; empty where it is none of `FLOAT_TYPES`."""
+    return TYPE_NAMES.get(str(kind).removeprefix("torch."), "")
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as they lie in a file; copied only where they are not contiguous in the host's memory."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(kw_only=True)
+class ReservedFile:
+    """A file at its full size that takes its tensors in any order; each byte must come once.
+
+    Leaving its context closes it and, unless an error ended it, writes it through to the disk first.
+    """
+
+    file: FileIO
+    header: bytes
+    tensors: Mapping[str, Stored]
+    missing: int
+    """Bytes of tensors that have not come yet."""
+
+    def put(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
+        """Write a tensor, or those of its rows that begin at its byte `begin`."""
+        assert type_name(tensor.dtype) == self.tensors[name].dtype, f"{name} came as {tensor.dtype}"
+        self.put_bytes(name, raw_bytes(tensor), begin)
+
+    def put_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
+        """Write bytes of a tensor, from its byte `begin` on."""
+        tensor = self.tensors[name]
+        assert 0 <= begin <= begin + len(data) <= tensor.size, f"{name}: {begin} + {len(data)} of {tensor.size} bytes"
+        self._write(data, tensor.begin + begin)
+        self.missing -= len(data)
+
+    def _write(self, data: bytes | memoryview, at: int) -> None:
+        view, done = memoryview(data), 0
+        while done < len(view):  # one call writes 2 GiB at most
+            done += os.pwrite(self.file.fileno(), view[done:], at + done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.file.closed:
+            return
+        with self.file:
+            if kind is None:
+                assert not self.missing, f"{self.missing} bytes of {self.file.name!r} never came"
+                os.fsync(self.file.fileno())
+
+
+def reserve(path: Path, kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> ReservedFile:
+    """Make a file for tensors of (dtype, shape) by name: a disk too small is known before the first of them comes."""
+    header, begins = _header(kinds, metadata)
+    tensors = {
+        name: Stored(name=name, file=path, dtype=dtype, shape=shape, begin=begins[name])
+        for name, (dtype, shape) in kinds.items()
+    }
+    size = tensor_bytes(kinds)
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("wb", buffering=0))
+        os.posix_fallocate(file.fileno(), 0, len(header) + size)
+        reserved = ReservedFile(file=file, header=header, tensors=tensors, missing=size)
+        reserved._write(header, 0)
+        stack.pop_all()
+    return reserved

@@ -15,13 +15,12 @@ from finetune.architecture.family_problems import family_problems
 from finetune.architecture.shapes import EMBEDDING, Shape, parameter_shapes
 from finetune.files.hubconfig import hub_config
 from finetune.files.hubfiles import added_token_ids, side_files
+from finetune.files.tensorfile import TYPE_NAMES
 from finetune.files.vocabulary import Vocabulary, qwen3_vocabulary, tiny_vocabulary
 from finetune.files.writer import SHARD_BYTES, WrittenModel, write_model
 
 if TYPE_CHECKING:
     import torch
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ def write_tiny(folder: Path, model: TinyModel = TinyModel()) -> WrittenModel:
         folder,
         random_weights(shapes, dtype=model.dtype, seed=model.seed),
         shapes=shapes,
-        dtypes=DTYPES[model.dtype],
+        dtypes=TYPE_NAMES[model.dtype],
         config=hub_config(family),
         side_files={
             **side_files(family, vocabulary.base_size, image_min_tokens=model.image_min_tokens),
@@ -176,8 +175,8 @@ def _option_problems(model: TinyModel, vocabulary: Vocabulary) -> list[str]:
             found.append(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
     if model.head_dim % 2 or model.head_dim < 8:
         found.append(f"--head-dim is {model.head_dim}; three rotary sections need an even number from 8 on")
-    if model.dtype not in DTYPES:
-        found.append(f"--dtype is {model.dtype!r}; allowed are {', '.join(DTYPES)}")
+    if model.dtype not in TYPE_NAMES:
+        found.append(f"--dtype is {model.dtype!r}; allowed are {', '.join(TYPE_NAMES)}")
     if model.experts is not None:
         f, d = model.expert_hidden, model.hidden
         if d in (f, 2 * f):

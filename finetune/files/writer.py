@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.architecture.yarn import both_spellings
 from finetune.files.atomic import whole_folder, write_file
 from finetune.files.hubconfig import config_text, to_hub_spelling
-from finetune.files.layouts import LAYOUT_KEY, stored_shape
-from finetune.files.tensorfile import ITEM_SIZES, make_header
+from finetune.files.layouts import HUB_METADATA, stored_shape
+from finetune.files.tensorfile import ITEM_SIZES, ReservedFile, reserve, tensor_bytes, type_name
 
 if TYPE_CHECKING:
     import torch
@@ -29,18 +28,6 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
-_TYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a canonical tensor goes: its file, its first byte there, and what the file's header says of it."""
-
-    file: str
-    begin: int
-    dtype: str
-    stored: Shape
-    shape: Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,28 +45,30 @@ class ModelWriter:
     """Takes tensors in any order, whole or by expert rows, until every byte of every file was written once."""
 
     folder: Path
-    places: Mapping[str, _Place]
-    handles: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+    files: Mapping[str, ReservedFile]
+    """By canonical name, the file that takes the tensor."""
     missing: dict[str, set[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.missing = {
-            name: set(range(place.shape[0] if is_expert_stack(name) else 1)) for name, place in self.places.items()
+            name: set(range(shape[0] if is_expert_stack(name) else 1)) for name, shape in self.shapes.items()
         }
 
     def write(self, name: str, tensor: torch.Tensor, *, first_row: int = 0) -> None:
         """Write a canonical tensor, or a stack's experts from `first_row` on, as it lies in memory [E, out, in]."""
-        place = self._place(name, tensor, first_row)
+        self._check(name, tensor, first_row)
+        file = self.files[name]
         units = set(range(first_row, first_row + tensor.shape[0])) if is_expert_stack(name) else {0}
         if not units <= self.missing[name]:
             again = sorted(units - self.missing[name])
             raise ValueError(f"{name} was handed over twice" + (f" (experts {again})" if is_expert_stack(name) else ""))
         if is_expert_stack(name):
-            row = math.prod(place.stored[1:]) * ITEM_SIZES[place.dtype]
+            row_size = file.tensors[name].row_size
             for expert in range(tensor.shape[0]):  # one matrix at a time: the transposed copy stays small
-                self._put(place, (first_row + expert) * row, tensor[expert].t())
+                file.put(name, tensor[expert].t(), (first_row + expert) * row_size)
         else:
-            self._put(place, 0, tensor)
+            file.put(name, tensor)
         self.missing[name] -= units
 
     def check_complete(self) -> None:
@@ -91,32 +80,22 @@ class ModelWriter:
                 for name, units in list(left.items())[:8]
             ]
             raise ValueError(
-                f"{len(left)} of {len(self.places)} tensors were never handed over or only in part: {', '.join(shown)}"
+                f"{len(left)} of {len(self.shapes)} tensors were never handed over or only in part: {', '.join(shown)}"
                 f"{', ...' if len(left) > 8 else ''}. Nothing was written to {self.folder}"
             )
 
-    def _place(self, name: str, tensor: torch.Tensor, first_row: int) -> _Place:
-        if name not in self.places:
+    def _check(self, name: str, tensor: torch.Tensor, first_row: int) -> None:
+        if name not in self.shapes:
             raise ValueError(f"{name} is not a parameter of this model; nothing was written to {self.folder}")
-        place = self.places[name]
-        dtype = _TYPE_NAMES.get(str(tensor.dtype).removeprefix("torch."))
-        fits = tuple(tensor.shape) == place.shape
+        shape, dtype = self.shapes[name], self.files[name].tensors[name].dtype
+        fits = tuple(tensor.shape) == shape
         if is_expert_stack(name):
-            fits = tuple(tensor.shape[1:]) == place.shape[1:] and first_row + tensor.shape[0] <= place.shape[0]
-        if not fits or dtype != place.dtype:
+            fits = tuple(tensor.shape[1:]) == shape[1:] and first_row + tensor.shape[0] <= shape[0]
+        if not fits or type_name(tensor.dtype) != dtype:
             raise ValueError(
-                f"{name} must be {place.dtype} {list(place.shape)}, was handed over as {dtype or tensor.dtype} "
+                f"{name} must be {dtype} {list(shape)}, was handed over as {type_name(tensor.dtype) or tensor.dtype} "
                 f"{list(tensor.shape)}" + (f" from expert {first_row} on" if first_row else "")
             )
-        return place
-
-    def _put(self, place: _Place, offset: int, tensor: torch.Tensor) -> None:
-        import torch
-
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        view, done = raw.numpy().data, 0
-        while done < len(view):
-            done += os.pwrite(self.handles[place.file], view[done:], place.begin + offset + done)
 
 
 @contextmanager
@@ -135,17 +114,11 @@ def model_writer(
     weights. Any error leaves nothing under `folder` and removes what was written beside it.
     """
     with whole_folder(folder) as beside:
-        handles: dict[str, int] = {}
-        try:
-            places = _reserve(beside, handles, shapes, dtypes, shard_bytes)
-            writer = ModelWriter(folder=folder, places=places, handles=handles)
+        with ExitStack() as stack:
+            files = _reserve(stack, beside, shapes, dtypes, shard_bytes)
+            writer = ModelWriter(folder=folder, shapes=shapes, files=files)
             yield writer
             writer.check_complete()
-            for handle in handles.values():
-                os.fsync(handle)
-        finally:
-            for handle in handles.values():
-                os.close(handle)
         for name, content in side_files.items():
             write_file(beside / name, content if isinstance(content, bytes) else content.read_bytes())
         # The config comes last: without it no reader takes a folder for a model.
@@ -169,11 +142,12 @@ def write_model(
         for name, tensor in tensors:
             writer.write(name, tensor)
             del tensor  # or it would be held while the next one is made
+    stored = [file.tensors[name] for name, file in writer.files.items()]
     return WrittenModel(
         folder=folder,
-        files=len({place.file for place in writer.places.values()}),
-        tensors=len(writer.places),
-        weight_bytes=sum(math.prod(place.shape) * ITEM_SIZES[place.dtype] for place in writer.places.values()),
+        files=len({tensor.file for tensor in stored}),
+        tensors=len(stored),
+        weight_bytes=sum(tensor.size for tensor in stored),
     )
 
 
@@ -207,32 +181,31 @@ def plan_shards(
 
 
 def _reserve(
+    stack: ExitStack,
     beside: Path,
-    handles: dict[str, int],
     shapes: Mapping[str, Shape],
     dtypes: Mapping[str, str] | str,
     shard_bytes: int,
-) -> dict[str, _Place]:
+) -> dict[str, ReservedFile]:
     """Make every weight file at its full size with its header, and the index where there are several."""
-    kinds = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in shapes}
-    stored = {name: (kinds[name], stored_shape(name, shape, "hub")) for name, shape in shapes.items()}
-    plan, places = plan_shards(stored, shard_bytes), {}
-    for file, tensors in plan.items():
-        header, begins = make_header(tensors, {"format": "pt", LAYOUT_KEY: "hub"})
-        size = len(header) + sum(math.prod(shape) * ITEM_SIZES[dtype] for dtype, shape in tensors.values())
-        handles[file] = os.open(beside / file, os.O_RDWR | os.O_CREAT, 0o644)
-        os.posix_fallocate(handles[file], 0, size)
-        os.pwrite(handles[file], header, 0)
-        for name, (dtype, shape) in tensors.items():
-            places[name] = _Place(file=file, begin=begins[name], dtype=dtype, stored=shape, shape=shapes[name])
-    if len(plan) > 1:
-        total = sum(math.prod(shape) * ITEM_SIZES[dtype] for dtype, shape in stored.values())
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: place.file for name, place in sorted(places.items())},
-        }
-        write_file(beside / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    return places
+    types = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in shapes}
+    kinds = {name: (types[name], stored_shape(name, shape, "hub")) for name, shape in shapes.items()}
+    shards = plan_shards(kinds, shard_bytes)
+    files: dict[str, ReservedFile] = {}
+    for file, tensors in shards.items():
+        reserved = stack.enter_context(reserve(beside / file, tensors, HUB_METADATA))
+        files |= dict.fromkeys(tensors, reserved)
+    if len(shards) > 1:
+        write_file(beside / INDEX, index_text(shards))
+    return files
+
+
+def index_text(shards: Mapping[str, Mapping[str, tuple[str, Shape]]]) -> bytes:
+    """The index of a model whose tensors, (dtype, shape) by name, lie in several files."""
+    total = sum(tensor_bytes(tensors) for tensors in shards.values())
+    places = {name: file for file, tensors in shards.items() for name in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()
 
 
 def _ranges(numbers: set[int]) -> str:

@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.adapters.file import write_adapter
 from finetune.adapters.provenance import Provenance
+from finetune.adapters.write_trained import write_adapter
 from finetune.checkpoint.adapter import FOLDER
 from finetune.checkpoint.folder import best_checkpoint
 from finetune.checkpoint.manifest import read_manifest

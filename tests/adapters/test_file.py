@@ -17,10 +17,11 @@ from tiny_moe import media_batch, token_count, token_loss, vl_model
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from finetune.adapters.file import open_adapter, write_adapter
+from finetune.adapters.file import open_adapter
 from finetune.adapters.merge import merge
 from finetune.adapters.merge_plan import plan_merge
 from finetune.adapters.provenance import Provenance, base_of
+from finetune.adapters.write_trained import write_adapter
 from finetune.config import AdaptersConfig, DenseFamilyConfig, FamilyConfig, RouterFamilyConfig
 from finetune.files.basefiles import open_base
 from finetune.files.fingerprint import fingerprint

@@ -13,9 +13,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from tiny_moe import text_model, vl_model
 
-from finetune.adapters import file as adapter_file
-from finetune.adapters.contents import held_tensors
-from finetune.adapters.file import write_adapter
+from finetune.adapters.contents import trained_tensors
+from finetune.adapters.write_trained import gathered_pieces, write_adapter, write_pieces
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
@@ -32,13 +31,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) -> None:
     empty = made(base, WIDE)
     load(empty, open_base(base, empty.expected))
-    held = list(held_tensors(empty))
-    part = [(tensor, first, rows[: len(rows) // 2] if tensor.is_packed else rows)
-            for tensor, first, rows in adapter_file._pieces(held)]  # fmt: skip
+    trained = list(trained_tensors(empty))
+    pieces = [
+        (tensor, first, rows[: len(rows) // 2] if tensor.is_packed else rows)
+        for tensor, first, rows in gathered_pieces(trained)
+    ]
     with pytest.raises(
         ValueError, match=r"12 of \d+ tensors came to rank 0 only in part, .*experts or rows \[6, 7, 8,"
     ):
-        adapter_file._write_folder(tmp_path / "out", held, part, {}, {}, trained=False)
+        write_pieces(empty, tmp_path / "out", trained, pieces, base="", trained=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,8 +19,9 @@ from transformers import AutoModelForImageTextToText
 
 from data.config import DataConfig, ImageConfig
 from data.render.vision import read_spec
-from finetune.adapters.file import WEIGHTS, write_adapter
+from finetune.adapters.keys import WEIGHTS
 from finetune.adapters.provenance import Provenance
+from finetune.adapters.write_trained import write_adapter
 from finetune.ask.open_model import open_speaker
 from finetune.ask.speaker import Sampling, Speaker
 from finetune.config import RouterFamilyConfig, RunConfig

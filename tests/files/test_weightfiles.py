@@ -1,6 +1,7 @@
 """Weight files and their index: whatever is damaged, missing or contradictory is named before any weight is read."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.files.basefiles import open_base, weight_files
 from finetune.files.layouts import LAYOUT_KEY
-from finetune.files.tensorfile import make_header, read_header
+from finetune.files.tensorfile import file_size, read_header, read_tensor, reserve
 from finetune.files.tiny import TinyModel, write_tiny
 from finetune.files.writer import INDEX
 
@@ -168,10 +169,37 @@ def test_the_librarys_headers_and_ours_are_read_alike(tmp_path):
     found, metadata = read_header(tmp_path / "lib.safetensors")
     assert metadata == {"k": "v"}
     assert {name: entry.shape for name, entry in found.items()} == {"a": (2,), "b": (3, 5), "c": (4, 0)}
-    header, begins = make_header({"b": ("F32", (3, 5)), "a": ("BF16", (2,))}, {"k": "v"})
-    assert begins == {"b": len(header), "a": len(header) + 60}
-    data = tensors["b"].numpy().tobytes() + tensors["a"].view(torch.int16).numpy().tobytes()
-    (tmp_path / "ours.safetensors").write_bytes(header + data)
-    loaded = load_file(tmp_path / "ours.safetensors")
-    assert torch.equal(loaded["b"], tensors["b"])
-    assert torch.equal(loaded["a"], tensors["a"])
+
+
+KINDS = {"b": ("F32", (3, 5)), "a": ("BF16", (2,))}
+
+
+def test_the_library_reads_what_was_written_in_any_order_and_in_short_calls(tmp_path, monkeypatch):
+    b, a = torch.randn(3, 5), torch.randn(2).bfloat16()
+    path = tmp_path / "ours.safetensors"
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: pwrite(handle, data[:7], at))
+    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: preadv(handle, [buffers[0][:7]], at))
+    with reserve(path, KINDS, {"k": "v"}) as file:
+        assert path.stat().st_size == file_size(KINDS, {"k": "v"}) == len(file.header) + 64
+        file.put("a", a)
+        file.put("b", b[1:], 20)
+        file.put("b", b[:1])
+    loaded = load_file(path)
+    assert torch.equal(loaded["b"], b)
+    assert torch.equal(loaded["a"], a)
+    stored, metadata = read_header(path)
+    assert metadata == {"k": "v"}
+    assert torch.equal(read_tensor(stored["b"]), b)
+    assert torch.equal(read_tensor(stored["b"], range(1, 3)), b[1:])
+
+
+def test_a_file_takes_each_byte_once_and_all_of_them(tmp_path):
+    for values, begin, message in (
+        (torch.zeros(3, 5), 4, "b: 4 . 60 of 60 bytes"),
+        (torch.zeros(1, 5), -20, "b: -20"),
+        (torch.zeros(3, 5).double(), 0, "b came as torch.float64"),
+        (torch.zeros(2, 5), 0, "24 bytes of .* never came"),
+    ):
+        with pytest.raises(AssertionError, match=message), reserve(tmp_path / "x", KINDS, {}) as file:
+            file.put("b", values, begin)

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from tiny_moe import batch, rows_of, token_count, token_loss
 from torch import Tensor
 
-from finetune.adapters.file import write_adapter
 from finetune.adapters.provenance import Provenance
-from finetune.checkpoint.adapter import adapter_beside
+from finetune.adapters.write_trained import write_adapter
+from finetune.checkpoint.adapter import adapter_writer
 from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.checkpoint.folder import find_latest
 from finetune.checkpoint.manifest import read_manifest, write_manifest
@@ -120,7 +120,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     engine.train()
     checkpoints = Checkpoints(
         engine, empty, job.folder, base=files, keep=2, asynchronous=job.asynchronous,
-        beside=adapter_beside(empty, base="base", provenance=Provenance(base=files, base_name="base")),
+        adapter_writer=adapter_writer(empty, base="base", provenance=Provenance(base=files, base_name="base")),
     )  # fmt: skip
     torch.manual_seed(rank)
     return Run(engine=engine, empty=empty, checkpoints=checkpoints, rank=rank, world=world)

@@ -20,7 +20,7 @@ import finetune.train as loop
 from data.render.sample import Renderer
 from data.render.vision import normalise, read_spec
 from data.stream.batch import Batch
-from finetune.adapters.file import write_adapter
+from finetune.adapters.write_trained import write_adapter
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
