@@ -17,7 +17,7 @@ PAIRS = (
 
 def run() -> Iterator[Figure]:
     """Yield how far the meter is off each published pair."""
-    parts = ("attention", "experts", "router", "norms", "embed_tokens", "lm_head")
+    parts = ("attention", "experts", "router", "norms", "embeddings", "head")
     trains = {part: Training(mode="full") for part in parts}
     for who, name, rate, published in PAIRS:
         work = Work(tokens=LENGTH, supervised=LENGTH, squares=LENGTH**2)

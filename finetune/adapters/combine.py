@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetune.adapters.card import card
 from finetune.adapters.change import Change
+from finetune.adapters.contents import families_text
 from finetune.adapters.export import compare_settings
 from finetune.adapters.keys import FAMILIES_KEY, MODEL_TYPE_KEY, ORIENTATION, ORIENTATION_KEY
 from finetune.adapters.provenance import BASE, PARENT, base_of, parent_line, versions
@@ -201,6 +202,8 @@ def _families(changes: Sequence[OutChange], full: Sequence[OutFull], terms: Sequ
     types = {term.source.metadata.get(MODEL_TYPE_KEY) for term in terms}
     if any(len(of_part) > 1 for of_part in ranks.values()) or len(types) > 1 or None in types:
         return {}
-    families = {part: asdict(Lora(r=min(of_part), alpha=float(min(of_part)))) for part, of_part in ranks.items()}
-    families |= {part_of(tensor.target): {} for tensor in full}
-    return {FAMILIES_KEY: json.dumps(families), MODEL_TYPE_KEY: terms[0].source.metadata[MODEL_TYPE_KEY]}
+    families: dict[str, Lora | None] = {
+        part: Lora(r=min(of_part), alpha=float(min(of_part))) for part, of_part in ranks.items()
+    }
+    families |= {part_of(tensor.target): None for tensor in full}
+    return {FAMILIES_KEY: families_text(families), MODEL_TYPE_KEY: terms[0].source.metadata[MODEL_TYPE_KEY]}

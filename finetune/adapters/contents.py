@@ -1,12 +1,13 @@
 """What an adapter file holds of a model, and what PEFT's config says of it: by families, in canonical names."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from finetune.architecture.parts import FAMILIES
+from finetune.architecture.parts import PARTS
 from finetune.architecture.shapes import Shape, part_of
 from finetune.model.empty import EmptyModel
 from finetune.model.lora import adapted_part, lora_targets, peft_config, sparse_lora
@@ -15,6 +16,8 @@ from moe.experts import GroupedExperts
 from moe.names import PEFT_PREFIX
 
 _SPARSE = ("experts", "router")
+_FILE_WORDS = {"embeddings": "embed_tokens", "head": "lm_head"}
+"""Older names of two parts, which the metadata of adapter files keeps."""
 _NO_MODULES = "dummy-target-modules"
 """PEFT's word for an adapter that holds full modules only."""
 
@@ -48,7 +51,18 @@ def lora_by_part(empty: EmptyModel) -> dict[str, Lora | None]:
     """Return the parts that a model trains, with their LoRA, or None for those trained in full."""
     lora = {**empty.lora, **sparse_lora(empty.module)}
     parts = dict.fromkeys(adapted_part(empty.canonical(name)) for name in empty.trained)
-    return {part: lora.get(part) for part in FAMILIES.values() if part in parts}
+    return {part: lora.get(part) for part in PARTS if part in parts}
+
+
+def families_text(parts: Mapping[str, Lora | None]) -> str:
+    """Return the metadata that says how each part was trained."""
+    return json.dumps({_FILE_WORDS.get(part, part): asdict(lora) if lora else {} for part, lora in parts.items()})
+
+
+def read_families(text: str) -> dict[str, Lora | None]:
+    """Return what `families_text` wrote: the parts that train, with their LoRA, or None for those trained in full."""
+    parts = {word: part for part, word in _FILE_WORDS.items()}
+    return {parts.get(word, word): Lora(**values) if values else None for word, values in json.loads(text).items()}
 
 
 def file_config(empty: EmptyModel, base: str) -> LoraConfig:

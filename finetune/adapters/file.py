@@ -1,15 +1,13 @@
 """Reading an adapter of ours to begin training with: the metadata of its file say how each family was trained."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from finetune.adapters.contents import lora_by_part, mode_text, trained_tensors
+from finetune.adapters.contents import lora_by_part, mode_text, read_families, trained_tensors
 from finetune.adapters.keys import CONFIG, FAMILIES_KEY, MODEL_TYPE_KEY, WEIGHTS
-from finetune.architecture.parts import FAMILIES
 from finetune.architecture.shapes import Shape
 from finetune.files.tensorfile import Stored, read_header, read_tensor
 from finetune.model.empty import EmptyModel
@@ -62,14 +60,13 @@ class AdapterFile:
         """Raise unless each tensor has its place in the model, adapted with the same rank and scale."""
         if self.model_type != empty.model_type:
             raise ValueError(f"{self.folder} adapts a {self.model_type}, this base is a {empty.model_type}")
-        keys = {part: f"adapters.{family}" for family, part in FAMILIES.items()}
         trained = lora_by_part(empty)
         for part, lora in self.families.items():
             stored, now = mode_text(lora, True), mode_text(trained.get(part), part in trained)
             if stored != now:
                 raise ValueError(
-                    f"{self.folder} holds {part} as {stored}; {keys[part]} says {now}. Set {keys[part]} to what the "
-                    f"adapter has"
+                    f"{self.folder} holds {part} as {stored}; adapters.{part} says {now}. Set adapters.{part} to "
+                    f"what the adapter has"
                 )
         shapes = {
             tensor.name: tensor.shape for tensor in trained_tensors(empty) if adapted_part(tensor.name) in self.families
@@ -103,7 +100,7 @@ def open_adapter(folder: Path) -> AdapterFile:
             f"{folder} holds an adapter of another tool: its metadata lacks {FAMILIES_KEY}, which says how each family "
             f"was trained. Only adapters written here can be continued"
         )
-    families = {part: Lora(**values) if values else None for part, values in json.loads(metadata[FAMILIES_KEY]).items()}
+    families = read_families(metadata[FAMILIES_KEY])
     stored = {name if ".lora_" in name else name.removeprefix(PEFT_PREFIX): entry for name, entry in tensors.items()}
     return AdapterFile(
         folder=folder, stored=stored, families=families, model_type=metadata[MODEL_TYPE_KEY], metadata=metadata

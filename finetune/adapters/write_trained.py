@@ -5,17 +5,22 @@ LoRA of dense matrices, of experts and of routers lies under PEFT's names; what 
 config says neither and gives the scale itself; what training used is in the metadata of the tensors' file.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from finetune.adapters.card import PartLine, card
-from finetune.adapters.contents import TrainedTensor, file_config, lora_by_part, mode_text, trained_tensors
+from finetune.adapters.contents import (
+    TrainedTensor,
+    families_text,
+    file_config,
+    lora_by_part,
+    mode_text,
+    trained_tensors,
+)
 from finetune.adapters.keys import CARD, CONFIG, FAMILIES_KEY, MODEL_TYPE_KEY, ORIENTATION, ORIENTATION_KEY, WEIGHTS
 from finetune.adapters.provenance import Provenance, versions
 from finetune.adapters.reopen import Expected, reopened
@@ -154,10 +159,9 @@ def _packed(pieces: Iterable[Piece], missing: Mapping[str, set[int]]) -> Iterato
 
 def _metadata(empty: EmptyModel) -> dict[str, str]:
     """How it was trained and by what; nothing of the ranks, so that any layout writes the same file."""
-    families = {part: asdict(lora) if lora else {} for part, lora in lora_by_part(empty).items()}
     return {
         "format": "pt",
-        FAMILIES_KEY: json.dumps(families),
+        FAMILIES_KEY: families_text(lora_by_part(empty)),
         MODEL_TYPE_KEY: empty.model_type,
         ORIENTATION_KEY: ORIENTATION,
         "moetune.seed": str(empty.seed),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from finetune.architecture.families import Family
-from finetune.architecture.parts import FAMILIES
+from finetune.architecture.parts import MERGERS, PARTS, TOWER
 from finetune.architecture.shapes import EMBEDDING, HEAD, parameter_shapes, part_of
 from finetune.config import AdaptersConfig
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from data.stream.batch import Batch
 
 TEXT_PARTS = ("attention", "experts", "router", "mlp")
-MERGERS = ("merger", "deepstack_mergers")
-TOWER = ("vision_blocks", "patch_embed", "pos_embed")
 KERNEL_AGAIN = 0.5
 """What attention's kernel recomputes in backward, as a share of its forward: one of the forward's two products."""
 
@@ -90,9 +88,10 @@ def batch_work(batch: Batch) -> Work:
 
 def trainings(adapters: AdaptersConfig) -> dict[str, Training]:
     """Return how each part trains by the configuration's `adapters` section."""
+    sections = {part: getattr(adapters, part) for part in PARTS}
     return {
-        part: Training(mode=family.mode, r=family.r if family.mode == "lora" else 0)
-        for part, family in ((part, getattr(adapters, name)) for name, part in FAMILIES.items())
+        part: Training(mode=section.mode, r=section.r if section.mode == "lora" else 0)
+        for part, section in sections.items()
     }
 
 
@@ -116,7 +115,7 @@ class FlopMeter:
         self.family, self.recompute = family, recompute
         self._matrices = _matrices(family)
         self._trains = {part: training for part, training in trains.items() if training.mode != "frozen"}
-        known = (*self._matrices, "norms", "embed_tokens", "pos_embed")
+        known = (*self._matrices, "norms", "embeddings", "pos_embed")
         unknown = [part for part in self._trains if part not in known]
         if unknown:
             raise ValueError(
@@ -131,11 +130,11 @@ class FlopMeter:
     def count(self, work: Work) -> dict[str, Flops]:
         """Return the operations of each part for so much work; `attention_scores` and `vision_scores` are their own."""
         tower = any(part in self._trains for part in TOWER)
-        trunk = any(part != "lm_head" for part in self._trains)
-        rows = {part: work.tokens for part in TEXT_PARTS} | {"lm_head": work.supervised}
+        trunk = any(part != "head" for part in self._trains)
+        rows = {part: work.tokens for part in TEXT_PARTS} | {"head": work.supervised}
         rows |= {"vision_blocks": work.patches, "patch_embed": work.patches}
         rows |= dict.fromkeys(MERGERS, work.patches // self.family.vision.spatial_merge_size**2)
-        passes = {part: trunk for part in (*TEXT_PARTS, "lm_head")} | {"vision_blocks": tower, "patch_embed": False}
+        passes = {part: trunk for part in (*TEXT_PARTS, "head")} | {"vision_blocks": tower, "patch_embed": False}
         passes |= {part: tower or part in self._trains for part in MERGERS}
         found = {part: self._linear(part, rows[part], passes=passes[part]) for part in rows if part in self._matrices}
         text, vision = self.family.text, self.family.vision
@@ -182,7 +181,7 @@ def _matrices(family: Family) -> dict[str, list[tuple[int, int, float]]]:
     experts = family.text.experts
     for name, shape in shapes.items():
         part = part_of(name)
-        if len(shape) < 2 or part in ("embed_tokens", "pos_embed"):
+        if len(shape) < 2 or part in ("embeddings", "pos_embed"):
             continue
         if part == "experts":
             assert experts is not None

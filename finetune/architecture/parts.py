@@ -1,24 +1,29 @@
-"""The families of parameters as a user names them, the parts of the model they stand for, and what cannot be adapted.
+"""The parts of a model, by the keys of `adapters:`: what trains or stays frozen together, and what cannot be adapted.
 
 Loads no torch.
 """
 
-FAMILIES = {
-    "attention": "attention",
-    "experts": "experts",
-    "router": "router",
-    "mlp": "mlp",
-    "vision_blocks": "vision_blocks",
-    "merger": "merger",
-    "deepstack_mergers": "deepstack_mergers",
-    "patch_embed": "patch_embed",
-    "pos_embed": "pos_embed",
-    "norms": "norms",
-    "embeddings": "embed_tokens",
-    "head": "lm_head",
-}
-"""Key of `adapters:` -> part, as `finetune.architecture.shapes` calls it."""
+PARTS = (
+    "attention",
+    "experts",
+    "router",
+    "mlp",
+    "vision_blocks",
+    "merger",
+    "deepstack_mergers",
+    "patch_embed",
+    "pos_embed",
+    "norms",
+    "embeddings",
+    "head",
+)
+"""In the order of `adapters:`. `finetune.architecture.shapes` counts them and finds the part of a tensor."""
 
+DECODER = ("attention", "experts", "router", "mlp", "norms")
+"""Parts of a decoder layer."""
+TOWER = ("vision_blocks", "patch_embed", "pos_embed")
+MERGERS = ("merger", "deepstack_mergers")
+VISION = (*TOWER, *MERGERS)
 TIED = ("embeddings", "head")
 """One and the same weight where the base ties them."""
 
@@ -29,4 +34,4 @@ NO_LORA = {
     "embeddings": "an adapter on the token table is not read by servers of this model",
     "head": "the loss multiplies by the head's own weight tile by tile, and servers of this model adapt no head",
 }
-"""Families that are frozen or trained in full, never adapted, and why."""
+"""Parts that are frozen or trained in full, never adapted, and why."""

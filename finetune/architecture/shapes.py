@@ -24,10 +24,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """How many parameters each part holds. `lm_head` is 0 where the head is tied to the embedding."""
+    """How many parameters each part holds. `head` is 0 where it is tied to the embeddings."""
 
-    embed_tokens: int
-    lm_head: int
+    embeddings: int
+    head: int
     attention: int
     experts: int
     router: int
@@ -85,8 +85,8 @@ def active_text_parameters(family: Family) -> int:
     """Text parameters that one token passes through, embedding and head included: top-k of the experts, all else."""
     counts, experts = parameter_counts(family), family.text.experts
     routed = 0 if experts is None else counts.experts * experts.num_experts_per_tok // experts.num_experts
-    head = counts.lm_head or counts.embed_tokens
-    return counts.embed_tokens + head + counts.attention + routed + counts.router + counts.mlp + counts.norms
+    head = counts.head or counts.embeddings
+    return counts.embeddings + head + counts.attention + routed + counts.router + counts.mlp + counts.norms
 
 
 def _named(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
@@ -162,7 +162,7 @@ def part_of(name: str) -> str:
     if name.startswith(VISUAL):
         return _VISION_PARTS[name.removeprefix(VISUAL).partition(".")[0]]
     if name == HEAD or name.endswith("embed_tokens.weight"):  # the text-only models have a shorter prefix
-        return "lm_head" if name == HEAD else "embed_tokens"
+        return "head" if name == HEAD else "embeddings"
     if ".self_attn." in name:
         return "attention"
     if ".mlp." in name:

@@ -91,10 +91,10 @@ def _check_asked(folder: Path, parts: Collection[str], options: ModelOptions) ->
 def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:
     """Freeze all but the parts named and what the layers train themselves."""
     parts = {name: part_of(name) for name in empty.expected}
-    unknown = sorted(set(train) - set(parts.values()) - {"lm_head"})
+    unknown = sorted(set(train) - set(parts.values()) - {"head"})
     if unknown:
         raise ValueError(f"parts to train: {', '.join(unknown)} not in this model; it has {', '.join(_order(parts))}")
-    if empty.tied_head and {"lm_head", "embed_tokens"} & set(train):
+    if empty.tied_head and {"head", "embeddings"} & set(train):
         raise ValueError(
             "training the head or the embedding of a model that ties them would change both; this base ties them "
             "(tie_word_embeddings: true). Train other parts, or adapt the attention"

@@ -18,7 +18,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from finetune.architecture.parts import FAMILIES, NO_LORA
+from finetune.architecture.parts import NO_LORA, PARTS
 from finetune.architecture.shapes import Shape, part_of
 from finetune.config import AdaptersConfig
 from moe.experts import ExpertLora as Lora
@@ -68,25 +68,27 @@ class FamilyRow:
 
 def settle(config: AdaptersConfig, options: "ModelOptions") -> "ModelOptions":
     """Return the options with what the configuration adapts and trains; everything else in them stays."""
-    families = {part: getattr(config, family) for family, part in FAMILIES.items()}
-    lora = {part: _lora(family) for part, family in families.items() if family.mode == "lora" and hasattr(family, "r")}
-    refuse = [family for family, part in FAMILIES.items() if families[part].mode == "lora" and part not in lora]
-    for family in refuse:
-        raise ValueError(f"adapters.{family}.mode: lora: {NO_LORA[family]}. Use frozen or full")
+    sections = {part: getattr(config, part) for part in PARTS}
+    lora = {
+        part: _lora(section) for part, section in sections.items() if section.mode == "lora" and hasattr(section, "r")
+    }
+    refuse = [part for part, section in sections.items() if section.mode == "lora" and part not in lora]
+    for part in refuse:
+        raise ValueError(f"adapters.{part}.mode: lora: {NO_LORA[part]}. Use frozen or full")
     experts, router = lora.pop("experts", None), lora.pop("router", None)
-    sparse = {"mode": families["router"].mode} | ({"r": router.r, "alpha": router.alpha} if router else {})
+    sparse = {"mode": sections["router"].mode} | ({"r": router.r, "alpha": router.alpha} if router else {})
     layer = replace(
         options.layer,
-        experts=families["experts"].mode,
+        experts=sections["experts"].mode,
         lora=experts,
         router=replace(options.layer.router, **sparse),
     )
-    full = [part for part, family in families.items() if family.mode == "full" and part not in ("experts", "router")]
+    full = [part for part, section in sections.items() if section.mode == "full" and part not in ("experts", "router")]
     return replace(options, layer=layer, train=tuple(full), lora=lora)
 
 
-def _lora(family: Any) -> Lora:
-    return Lora(**{key: value for key, value in asdict(family).items() if key not in ("mode", "lr")})
+def _lora(section: Any) -> Lora:
+    return Lora(**{key: value for key, value in asdict(section).items() if key not in ("mode", "lr")})
 
 
 def lora_targets(expected: Iterable[tuple[str, Shape]], part: str) -> list[str]:
@@ -103,14 +105,13 @@ def inject(module: nn.Module, expected: Mapping[str, Shape], lora: Mapping[str, 
 
     The factors have the dtype of the weights beside them, as the engine's parameters do; their masters are float32.
     """
-    families = {part: family for family, part in FAMILIES.items()}
     targets: dict[str, list[str]] = {}
     for part in lora:
-        if families.get(part, part) in NO_LORA:
-            raise ValueError(f"LoRA on {part}: {NO_LORA[families[part]]}. Freeze it or train it in full")
+        if part in NO_LORA:
+            raise ValueError(f"LoRA on {part}: {NO_LORA[part]}. Freeze it or train it in full")
         targets[part] = lora_targets(expected.items(), part)
         if not targets[part]:
-            raise ValueError(f"LoRA on {part}: the model has no such matrices. Leave adapters.{families[part]} frozen")
+            raise ValueError(f"LoRA on {part}: the model has no such matrices. Leave adapters.{part} frozen")
     if not targets:
         return
     inject_adapter_in_model(peft_config(targets, lora), module, adapter_name=ADAPTER, low_cpu_mem_usage=True)
@@ -211,13 +212,13 @@ def trainable_table(empty: "EmptyModel") -> list[FamilyRow]:
         tensors[part].add(re.sub(r"\.lora_[AB]\.weight$", "", canonical))
     lora = {**empty.lora, **sparse_lora(empty.module)}
     rows = []
-    for family, part in FAMILIES.items():
+    for part in PARTS:
         if part not in total:
             continue
         mode = "frozen" if not trained[part] else "lora" if part in lora else "full"
         rows.append(
             FamilyRow(
-                family=family,
+                family=part,
                 mode=mode,
                 tensors=len(tensors[part]),
                 trained=trained[part],

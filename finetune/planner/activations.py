@@ -7,17 +7,16 @@ Letters: T tokens of this rank, D hidden, H and KV widths of queries and keys, E
 F expert hidden, r LoRA rank; b bytes of an activation.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from finetune.architecture.families import Family, Text
+from finetune.architecture.parts import PARTS, TOWER, VISION
 from finetune.config import AdaptersConfig
 
 Recompute = Literal["none", "layer", "selective"]
 CHUNK_BYTES, KEEP_BYTES = 1 << 30, 4 << 30
 """Those of the experts: intermediates at a time, and the gate_up output that a call keeps at most."""
-VISION = ("vision_blocks", "patch_embed", "pos_embed", "merger", "deepstack_mergers")
-"""Parts of the tower."""
 TILE_BYTES = 160 * 2**20
 """Float32 logits that the loss makes at once."""
 MOVED_BYTES = 1 << 20
@@ -55,12 +54,8 @@ class Reach:
     @classmethod
     def of(cls, adapters: AdaptersConfig) -> Self:
         """By what trains."""
-        trains = {
-            field.name
-            for field in fields(adapters)
-            if getattr(getattr(adapters, field.name), "mode", "frozen") != "frozen"
-        }
-        tower = bool(trains & {"vision_blocks", "patch_embed", "pos_embed"})
+        trains = {part for part in PARTS if getattr(adapters, part).mode != "frozen"}
+        tower = bool(trains & set(TOWER))
         vision = bool(trains & set(VISION))
         first = vision or bool(trains & {"embeddings", "attention", "norms"})
         layers = first or bool(trains & {"experts", "router", "mlp"})

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from finetune.architecture.families import Family
+from finetune.architecture.parts import VISION
 from finetune.config import RunConfig
-from finetune.planner.activations import VISION, WIDE
+from finetune.planner.activations import WIDE
 from finetune.planner.moments import Moment, moments
 from finetune.planner.rank_layout import Layout, bucket, slices, small
 from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from finetune.architecture.families import Family
+from finetune.architecture.parts import DECODER, VISION
 from finetune.config import RunConfig
-from finetune.planner.activations import VISION, WIDE, Layer, Reach, Rows, embedded, head, layer, row
-from finetune.planner.rank_layout import BUCKET, DECODER, Layout, bucket, gathered, largest_layer, slices
+from finetune.planner.activations import WIDE, Layer, Reach, Rows, embedded, head, layer, row
+from finetune.planner.rank_layout import BUCKET, Layout, bucket, gathered, largest_layer, slices
 from finetune.planner.tensors import Tensor
 from finetune.planner.vision import pixels, tower
 
@@ -59,11 +60,11 @@ def moments(
         _moment(
             "end of forward", stays,
             {"vision features": seen.outputs, "one layer at work": max(last, passing)},
-            _gather(layout, weights, (*used, "lm_head"), forward=True),
+            _gather(layout, weights, (*used, "head"), forward=True),
         ),
         _moment(
             "head and loss", stays, {"head and loss": head(base, rows, trained=adapters.head.mode == "full")},
-            _gather(layout, weights, (*used, "lm_head"), forward=False),
+            _gather(layout, weights, (*used, "head"), forward=False),
         ),
         _moment("backward of a layer", *([
             stays, {"one layer recomputed": again, "one layer's gradients": widest.working + gradients},

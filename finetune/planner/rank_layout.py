@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finetune.architecture.parts import DECODER
 from finetune.planner.activations import Recompute
 from finetune.planner.tensors import Tensor
 
@@ -11,8 +12,6 @@ PERSISTENCE, REUSE, SUB_GROUP = 1_000_000, 1_000_000_000, 1_000_000_000
 many of a rank's own are updated at a time."""
 BUCKET = (1_000_000, 100_000_000)
 """The engine's setting, in elements: least and most of the bucket through which gradients leave."""
-DECODER = ("attention", "experts", "router", "mlp", "norms")
-"""Parts of a decoder layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import Any
 
 from finetune.architecture.families import Family
-from finetune.architecture.parts import FAMILIES
 from finetune.architecture.shapes import Shape, is_expert_stack, parameter_shapes, part_of
 from finetune.config import AdaptersConfig
 
@@ -24,26 +22,25 @@ class Tensor:
 
 @cache
 def trained_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple[Tensor, ...]:
-    """What trains on a rank of an expert-parallel group of `ep`; an expert's tensors are this rank's experts'."""
-    modes = {part: getattr(adapters, family) for family, part in FAMILIES.items()}
-    found: list[Tensor] = []
+    """Return what trains on a rank of an expert-parallel group of `ep`; of the experts, only those of this rank."""
+    tensors: list[Tensor] = []
     for name, shape in parameter_shapes(base).items():
-        part, family = part_of(name), modes[part_of(name)]
-        if family.mode == "full":
+        part = part_of(name)
+        section = getattr(adapters, part)
+        if section.mode == "full":
             elements = prod(shape) // (ep if is_expert_stack(name) else 1)
-            found.append(Tensor(part=part, elements=elements, expert=is_expert_stack(name), trained=True))
-        elif family.mode == "lora":
-            found += [
+            tensors.append(Tensor(part=part, elements=elements, expert=is_expert_stack(name), trained=True))
+        elif section.mode == "lora":
+            tensors += [
                 Tensor(part=part, elements=elements, expert=is_expert_stack(name), trained=True)
-                for elements in _factors(name, shape, family, ep)
+                for elements in _factors(name, shape, section.r, ep)
             ]
-    return tuple(found)
+    return tuple(tensors)
 
 
 @cache
 def frozen_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple[Tensor, ...]:
-    """What stays as it is, as one rank would hold it whole."""
-    modes = {part: getattr(adapters, family).mode for family, part in FAMILIES.items()}
+    """Return what does not change, as one rank would hold it whole."""
     return tuple(
         Tensor(
             part=part_of(name),
@@ -52,14 +49,15 @@ def frozen_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple[
             trained=False,
         )
         for name, shape in parameter_shapes(base).items()
-        if modes[part_of(name)] != "full"
+        if getattr(adapters, part_of(name)).mode != "full"
     )
 
 
-def _factors(name: str, shape: Shape, family: Any, ep: int) -> Iterator[int]:
-    """Elements of a matrix's two factors; a stack's of every expert that the rank has."""
+def _factors(name: str, shape: Shape, r: int, ep: int) -> Iterator[int]:
+    """Yield the elements of a matrix's two factors; of a stack, those of all the experts on one rank."""
     if is_expert_stack(name):
-        local, out, into = shape[0] // ep, shape[1], shape[2]
-        yield from (local * family.r * into, local * out * family.r)
+        experts, out, into = shape
+        yield from (experts // ep * r * into, experts // ep * out * r)
     elif len(shape) == 2 and name.endswith(".weight"):
-        yield from (family.r * shape[1], shape[0] * family.r)
+        out, into = shape
+        yield from (r * into, out * r)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from math import gcd
 
 from finetune.architecture.families import Family
+from finetune.architecture.parts import DECODER
 from finetune.config import RunConfig
 from finetune.planner.activations import Reach
 from finetune.planner.gpus import Cluster
 from finetune.planner.moments import micro_batch
-from finetune.planner.rank_layout import DECODER, Layout, gathered, small
+from finetune.planner.rank_layout import Layout, gathered, small
 from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 
 FLOAT32, INT64 = 4, 8
@@ -147,7 +148,7 @@ def _passes(tensor: Tensor, layout: Layout, again: float, reach: Reach) -> float
     recomputed. Tower and head are done when the forward is. As was counted, not as one would think: where layers are
     recomputed, frozen weights of the lowest ones that are come once more, blocks of the tower or else the embedding.
     """
-    lowest = "vision_blocks" if reach.tower else "embed_tokens"
+    lowest = "vision_blocks" if reach.tower else "embeddings"
     if tensor.part == lowest and layout.recompute != "none":
         return 1 if tensor.trained else 2
     if tensor.part not in DECODER:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.architecture.families import Family
-from finetune.architecture.parts import FAMILIES, NO_LORA, TIED
+from finetune.architecture.parts import NO_LORA, PARTS, TIED
 from finetune.architecture.shapes import parameter_counts
 from finetune.config import AdaptersConfig
 from finetune.settings.problems import Problem
@@ -17,19 +17,19 @@ _GEMM_ROWS = 8
 
 def adapter_problems(adapters: AdaptersConfig, base: Family | None) -> list[Problem]:
     """Everything wrong in the section, given the base's shape where it is known."""
-    families: dict[str, Any] = {family: getattr(adapters, family) for family in FAMILIES}
-    problems = [problem for name, family in families.items() for problem in _numbers(name, family)]
+    sections: dict[str, Any] = {part: getattr(adapters, part) for part in PARTS}
+    problems = [problem for part, section in sections.items() for problem in _numbers(part, section)]
     problems += [
-        _problem(f"adapters.{name}.mode", "lora", NO_LORA[name], "Use frozen or full")
-        for name, family in families.items()
-        if family.mode == "lora" and name in NO_LORA
+        _problem(f"adapters.{part}.mode", "lora", NO_LORA[part], "Use frozen or full")
+        for part, section in sections.items()
+        if section.mode == "lora" and part in NO_LORA
     ]
-    asked = {name: family.mode for name, family in families.items() if family.mode != "frozen"}
-    if not asked:
+    modes = {part: section.mode for part, section in sections.items() if section.mode != "frozen"}
+    if not modes:
         remedy = "Set adapters.attention.mode=lora, or another family's mode"
         problems.append(_problem("adapters", "all frozen", "nothing would train", remedy))
     if base is not None:
-        problems += _absent(asked, base)
+        problems += _absent(modes, base)
     start = adapters.start_from
     if start and not (Path(start) / "adapter_config.json").is_file():
         remedy = "Name the folder that holds it, or leave the key out"
@@ -37,15 +37,15 @@ def adapter_problems(adapters: AdaptersConfig, base: Family | None) -> list[Prob
     return problems
 
 
-def _absent(asked: dict[str, str], base: Family) -> list[Problem]:
+def _absent(modes: dict[str, str], base: Family) -> list[Problem]:
     """What is asked for and is not in the base, or is in it only as a part of something else."""
     counts, problems = asdict(parameter_counts(base)), []
-    for name, mode in asked.items():
-        key = f"adapters.{name}.mode"
-        if name in TIED and base.tie_word_embeddings:
+    for part, mode in modes.items():
+        key = f"adapters.{part}.mode"
+        if part in TIED and base.tie_word_embeddings:
             allowed = f"{base.name} ties its head to its embedding, so training one would change both"
             problems.append(_problem(key, mode, allowed, "Leave it frozen"))
-        elif counts[FAMILIES[name]] == 0:
+        elif counts[part] == 0:
             allowed = f"{base.name} has no such parameters"
             problems.append(_problem(key, mode, allowed, "Leave it frozen"))
     return problems

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from math import isfinite
 
 from data.checks import data_problems
-from finetune.architecture.parts import FAMILIES
+from finetune.architecture.parts import PARTS
 from finetune.config import RunConfig, StageConfig
 from finetune.settings.problems import Problem, did_you_mean
-from finetune.settings.stages import run_stages, stage_data, trained_families
+from finetune.settings.stages import run_stages, stage_data, trained_parts
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
@@ -52,23 +52,22 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
         elif firsts[stage.from_step] > 1:
             yield _problem(key, stage.from_step, "two stages begin there", "Give each its own first step")
         yield from _stage(config, name, stage)
-    asked = trained_families(config)
-    for family in asked:
-        if all(family not in stage.peaks for stage in run_stages(config)):
-            mode = getattr(config.adapters, family).mode
+    for part in trained_parts(config):
+        if all(part not in stage.peaks for stage in run_stages(config)):
+            mode = getattr(config.adapters, part).mode
             allowed = "no stage trains it"
-            remedy = f"Name {family} in stages.<name>.train, or leave it frozen"
-            yield _problem(f"adapters.{family}.mode", mode, allowed, remedy)
+            remedy = f"Name {part} in stages.<name>.train, or leave it frozen"
+            yield _problem(f"adapters.{part}.mode", mode, allowed, remedy)
 
 
 def _stage(config: RunConfig, name: str, stage: StageConfig) -> Iterator[Problem]:
     key = f"stages.{name}"
-    for family in stage.train:
-        if family not in FAMILIES:
-            yield _problem(f"{key}.train", family, "no such family", did_you_mean(family, list(FAMILIES)))
-        elif getattr(config.adapters, family).mode == "frozen":
-            remedy = f"Set adapters.{family}.mode to lora or full, or take it out"
-            yield _problem(f"{key}.train", family, f"adapters.{family}.mode is frozen", remedy)
+    for part in stage.train:
+        if part not in PARTS:
+            yield _problem(f"{key}.train", part, "no such family", did_you_mean(part, list(PARTS)))
+        elif getattr(config.adapters, part).mode == "frozen":
+            remedy = f"Set adapters.{part}.mode to lora or full, or take it out"
+            yield _problem(f"{key}.train", part, f"adapters.{part}.mode is frozen", remedy)
     if not (isfinite(stage.lr) and stage.lr >= 0):
         yield _problem(f"{key}.lr", stage.lr, "a finite number above 0 is wanted, or 0 for optim.lr", "Set one")
     if stage.warmup_steps < 0:

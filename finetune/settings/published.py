@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.architecture.families import Family
-from finetune.architecture.parts import FAMILIES
 from finetune.architecture.shapes import parameter_counts
 from finetune.config import RunConfig
 from finetune.settings.problems import Problem
-from finetune.settings.stages import run_stages, trained_families
+from finetune.settings.stages import run_stages, trained_parts
 
 SMALLEST = 1_000_000_000
 """Smaller bases are toys, for which nothing was published."""
@@ -48,50 +47,50 @@ PACKS = Range(low=4, high=512)  # ms-swift's script for the 30B; the authors' 4 
 
 
 def published_problems(config: RunConfig, base: Family | None) -> Iterator[Problem]:
-    """Warn of values that nobody has published for such a base: once for a key, whichever families it concerns."""
+    """Warn of values that nobody has published for such a base: once for a key, whichever parts it concerns."""
     if base is None or not config.optim.lr > 0 or parameter_counts(base).total < SMALLEST:
         return
     counts = asdict(parameter_counts(base))
-    families = [name for name in trained_families(config) if counts[FAMILIES[name]]]
+    parts = [part for part in trained_parts(config) if counts[part]]
     rates: dict[tuple[str, float], list[str]] = {}
-    for name in families:
-        for key, rate in _rates(config, name):
-            is_lora = getattr(config.adapters, name).mode == "lora"
-            found = LORA_LR if is_lora else FULL_LR_OF.get(name, FULL_LR)
-            if not found.holds(rate):
-                kind = f"LoRA on {name}" if is_lora else f"full tuning of {name}"
-                rates.setdefault((key, rate), []).append(f"{kind} {found.low:g} to {found.high:g}")
+    for part in parts:
+        for key, rate in _rates(config, part):
+            is_lora = getattr(config.adapters, part).mode == "lora"
+            published = LORA_LR if is_lora else FULL_LR_OF.get(part, FULL_LR)
+            if not published.holds(rate):
+                kind = f"LoRA on {part}" if is_lora else f"full tuning of {part}"
+                rates.setdefault((key, rate), []).append(f"{kind} {published.low:g} to {published.high:g}")
     for (key, rate), lines in rates.items():
         own = key if key.startswith("adapters.") else "adapters.<family>.lr"
         yield _warning(key, rate, f"published are for {', '.join(lines)}", f"Set {own} into that range, or be sure")
-    for name in families:
-        yield from _ranks(name, getattr(config.adapters, name))
+    for part in parts:
+        yield from _ranks(part, getattr(config.adapters, part))
     if not PACKS.holds(config.data.packs_per_step):
         allowed = f"published batches are {PACKS.low:g} to {PACKS.high:g} rows"
         yield _warning("data.packs_per_step", config.data.packs_per_step, allowed, "16 to 128 are usual")
 
 
-def _rates(config: RunConfig, name: str) -> dict[tuple[str, float], None]:
-    """Each peak rate that a family gets in some stage, with the key that decides it."""
-    own = f"adapters.{name}.lr" if getattr(config.adapters, name).lr else "optim.lr"
+def _rates(config: RunConfig, part: str) -> dict[tuple[str, float], None]:
+    """Return each peak rate that a part gets in some stage, with the key that decides it."""
+    own = f"adapters.{part}.lr" if getattr(config.adapters, part).lr else "optim.lr"
     return dict.fromkeys(
-        (f"stages.{stage.name}.lr" if stage.name and config.stages[stage.name].lr else own, stage.peaks[name])
+        (f"stages.{stage.name}.lr" if stage.name and config.stages[stage.name].lr else own, stage.peaks[part])
         for stage in run_stages(config)
-        if name in stage.peaks
+        if part in stage.peaks
     )
 
 
-def _ranks(name: str, family: Any) -> Iterator[Problem]:
-    """Ranks and scales of a low-rank family."""
-    if family.mode != "lora" or getattr(family, "r", 0) < 1:
+def _ranks(part: str, section: Any) -> Iterator[Problem]:
+    """Warn of ranks and scales of a part that trains as LoRA."""
+    if section.mode != "lora" or getattr(section, "r", 0) < 1:
         return
-    scale = family.alpha / family.r
-    if not RANK.holds(family.r):
+    scale = section.alpha / section.r
+    if not RANK.holds(section.r):
         allowed = f"published ranks are {RANK.low:g} to {RANK.high:g}"
-        yield _warning(f"adapters.{name}.r", family.r, allowed, "8 to 64 are usual")
-    if not getattr(family, "rslora", False) and not SCALE.holds(scale):
+        yield _warning(f"adapters.{part}.r", section.r, allowed, "8 to 64 are usual")
+    if not getattr(section, "rslora", False) and not SCALE.holds(scale):
         allowed = f"published alpha / r are {SCALE.low:g} to {SCALE.high:g}, this is {scale:g}"
-        yield _warning(f"adapters.{name}.alpha", family.alpha, allowed, f"Twice r, {2 * family.r}, is usual")
+        yield _warning(f"adapters.{part}.alpha", section.alpha, allowed, f"Twice r, {2 * section.r}, is usual")
 
 
 def _warning(key: str, found: object, allowed: str, remedy: str) -> Problem:

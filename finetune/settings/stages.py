@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data.config import DataConfig
-from finetune.architecture.parts import FAMILIES
+from finetune.architecture.parts import PARTS
 from finetune.config import RunConfig, StageConfig
 
 
@@ -18,7 +18,7 @@ class Stage:
     first: int
     end: int
     peaks: Mapping[str, float]
-    """The families of `adapters:` that train, each with the highest learning rate it gets."""
+    """The parts of the model that train, each with the highest learning rate it gets."""
     warmup_steps: int
     data: DataConfig
     sp: int
@@ -43,8 +43,8 @@ def run_stages(config: RunConfig) -> tuple[Stage, ...]:
             end=end,
             peaks={
                 name: stage.lr or getattr(config.adapters, name).lr or config.optim.lr
-                for name in trained_families(config)
-                if name in (stage.train or FAMILIES)
+                for name in trained_parts(config)
+                if name in (stage.train or PARTS)
             },
             warmup_steps=stage.warmup_steps,
             data=stage_data(config, stage),
@@ -59,9 +59,9 @@ def stage_of(stages: Sequence[Stage], step: int) -> Stage:
     return next(stage for stage in reversed(stages) if stage.first <= step or stage.number == 0)
 
 
-def trained_families(config: RunConfig) -> list[str]:
-    """Families that train in some stage, in the order of `adapters:`."""
-    return [family for family in FAMILIES if getattr(config.adapters, family).mode != "frozen"]
+def trained_parts(config: RunConfig) -> list[str]:
+    """Return the parts that train in some stage, in the order of `adapters:`."""
+    return [part for part in PARTS if getattr(config.adapters, part).mode != "frozen"]
 
 
 def stage_data(config: RunConfig, stage: StageConfig) -> DataConfig:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from finetune.architecture.parts import FAMILIES
 from finetune.config import RunConfig
 from finetune.model.empty import EmptyModel
 from finetune.model.lora import adapted_part
@@ -21,11 +20,10 @@ from finetune.settings.stages import Stage
 
 def trained_groups(empty: EmptyModel, stages: Sequence[Stage]) -> list[Group]:
     """Sort the parameters that train by their learning rates in all stages; as few groups as that takes."""
-    families = {part: family for family, part in FAMILIES.items()}
     found: dict[tuple[float, ...], list[nn.Parameter]] = {}
     for name in empty.trained:
-        family = families[adapted_part(empty.canonical(name))]
-        peaks = tuple(stage.peaks.get(family, 0.0) for stage in stages)
+        part = adapted_part(empty.canonical(name))
+        peaks = tuple(stage.peaks.get(part, 0.0) for stage in stages)
         found.setdefault(peaks, []).append(empty.module.get_parameter(name))
     return [Group(parameters=tuple(these), peaks=peaks) for peaks, these in found.items()]
 

@@ -15,7 +15,6 @@ from data.render.vision import Pixels, VisionSpec, unpatch
 from data.stream.batch import Batch, Step
 from finetune.architecture.families import Family
 from finetune.architecture.flops import FlopMeter, peak_flops, trainings
-from finetune.architecture.parts import FAMILIES
 from finetune.config import RunConfig
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.failures import keep_outcome
@@ -103,10 +102,9 @@ class Tracker:
                 self._write("expert_load", {"step": at, "layers": self._moe_layers, "counts": load.counts})
         return max(share.stop for share in shares)
 
-    def stage(self, families: Collection[str]) -> None:
-        """From here these families of parameters train, which decides what work counts."""
-        trains = trainings(self._config.adapters)
-        here = {part: trains[part] for family, part in FAMILIES.items() if family in families}
+    def stage(self, parts: Collection[str]) -> None:
+        """From here these parts of the model train, which decides what work counts."""
+        here = {part: training for part, training in trainings(self._config.adapters).items() if part in parts}
         self._meter = FlopMeter(self._base, here, recompute=self._config.parallel.recompute)
 
     def evaluation(self, found: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from tiny_moe import media_batch, token_count, token_loss, vl_model
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from finetune.adapters.contents import families_text, read_families
 from finetune.adapters.file import open_adapter
 from finetune.adapters.merge import merge
 from finetune.adapters.merge_plan import plan_merge
@@ -28,6 +29,7 @@ from finetune.files.fingerprint import fingerprint
 from finetune.model.empty import EmptyModel
 from finetune.model.lora import trainable_table
 from finetune.model.weights import load
+from moe.experts import ExpertLora
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +271,14 @@ def test_an_error_of_the_writing_rank_ends_all(trained: tuple[Path, dict[str, An
     assert "exists and is not empty" in first
     assert second.startswith("RuntimeError: rank 1 stops, as writing")
     assert "failed on rank 0: ValueError" in second
+
+
+def test_metadata_keeps_the_names_of_parts_that_older_files_have() -> None:
+    parts = {"attention": ExpertLora(r=4, alpha=6.0), "embeddings": None, "head": None}
+    written = families_text(parts)
+    assert {name: bool(values) for name, values in json.loads(written).items()} == {
+        "attention": True,
+        "embed_tokens": False,
+        "lm_head": False,
+    }
+    assert read_families(written) == parts

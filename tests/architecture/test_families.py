@@ -67,12 +67,12 @@ def test_parameter_counts_by_part():
     assert counts.attention == 905_981_952
     assert counts.router == 12_582_912
     assert counts.vision == 538_631_408
-    assert counts.embed_tokens == counts.lm_head == 311_164_928
+    assert counts.embeddings == counts.head == 311_164_928
     assert (counts.norms, counts.mlp) == (198_656, 0)
     large = parameter_counts(family("qwen3-vl-235b-a22b"))
     assert (large.experts, large.attention, large.router) == (227_096_395_776, 6_702_521_856, 49_283_072)
-    assert (large.vision, large.lm_head, large.norms) == (576_388_336, 622_329_856, 774_144)
-    assert parameter_counts(family("qwen3-vl-2b")).lm_head == 0
+    assert (large.vision, large.head, large.norms) == (576_388_336, 622_329_856, 774_144)
+    assert parameter_counts(family("qwen3-vl-2b")).head == 0
     assert active_text_parameters(family("qwen3-vl-30b-a3b")) == 3_353_032_704
     assert round(active_text_parameters(family("qwen3-vl-235b-a22b")) / 1e9, 2) == 22.19
 

@@ -11,7 +11,7 @@ from finetune.architecture.flops import FlopMeter, Training, Work, batch_work, p
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig
 
 FULL = Training(mode="full")
-TEXT = {part: FULL for part in ("attention", "mlp", "lm_head", "embed_tokens", "norms")}
+TEXT = {part: FULL for part in ("attention", "mlp", "head", "embeddings", "norms")}
 TOWER = {part: FULL for part in ("vision_blocks", "patch_embed", "pos_embed", "merger", "deepstack_mergers")}
 GB, HUGE = "qwen3-vl-30b-a3b", "qwen3-vl-235b-a22b"
 LORA16 = {part: Training(mode="lora", r=16) for part in ("attention", "experts")}
@@ -50,8 +50,8 @@ def counted(model, batch) -> float:
     [
         (TEXT | TOWER, ("",)),
         (TEXT, ("language_model", "lm_head")),
-        ({"embed_tokens": FULL}, ("embed_tokens",)),
-        ({"lm_head": FULL}, ("lm_head",)),
+        ({"embeddings": FULL}, ("embed_tokens",)),
+        ({"head": FULL}, ("lm_head",)),
         ({}, ()),
     ],
     ids=["all", "text", "embedding", "head", "nothing"],
@@ -78,7 +78,7 @@ def test_what_torch_counts(trains, names):
     ("name", "rate", "published"), [(GB, 12_040, 277), (HUGE, 1_862, 276), (HUGE, 6_131, 907)]
 )  # tokens a second and device, TFLOP/s
 def test_published_throughputs_within_one_percent(name, rate, published):
-    full = {part: FULL for part in ("attention", "experts", "router", "norms", "embed_tokens", "lm_head")}
+    full = {part: FULL for part in ("attention", "experts", "router", "norms", "embeddings", "head")}
     found = FlopMeter(family(name), full).model(tokens(4096)) / 4096 * rate / 1e12
     assert found == pytest.approx(published, rel=0.01)
 
@@ -126,7 +126,7 @@ def test_a_frozen_tower_has_no_backward_and_a_trained_merger_does_not_reach_the_
     assert blocks["vision_blocks"].again == blocks["vision_blocks"].forward > frozen["vision_blocks"].forward
     assert blocks["merger"].backward == blocks["merger"].forward
     tied = FlopMeter(family("qwen3-vl-2b"), {}).count(Work(tokens=3, supervised=3))
-    assert tied["lm_head"].forward == 2 * 3 * 151_936 * 2048
+    assert tied["head"].forward == 2 * 3 * 151_936 * 2048
 
 
 def test_trainings_of_a_configuration():
@@ -135,7 +135,7 @@ def test_trainings_of_a_configuration():
         head=FamilyConfig(mode="full"),
     )  # fmt: skip
     found = {part: training for part, training in trainings(adapters).items() if training.mode != "frozen"}
-    assert found == {"attention": Training(mode="lora", r=16), "experts": Training(mode="lora", r=4), "lm_head": FULL}
+    assert found == {"attention": Training(mode="lora", r=16), "experts": Training(mode="lora", r=4), "head": FULL}
     FlopMeter(family("tiny-dense"), {"attention": FULL})
 
 

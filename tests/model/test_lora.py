@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from tiny_moe import media_batch, vl_model
 
 from finetune.architecture.families import family
-from finetune.architecture.parts import FAMILIES, NO_LORA
+from finetune.architecture.parts import NO_LORA, PARTS
 from finetune.architecture.shapes import part_of
 from finetune.config import (
     AdaptersConfig,
@@ -69,7 +69,7 @@ def test_b_of_zero_gives_the_bases_logits_exactly(folders: dict[str, Path], base
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("chosen", [name for name in FAMILIES if name != "mlp"])
+@pytest.mark.parametrize("chosen", [name for name in PARTS if name != "mlp"])
 def test_only_the_family_asked_for_trains(folders: dict[str, Path], chosen: str) -> None:
     modes = ["full"] if chosen in NO_LORA else ["full", "lora"]
     for mode in modes:
@@ -79,7 +79,7 @@ def test_only_the_family_asked_for_trains(folders: dict[str, Path], chosen: str)
         assert {name: row.mode for name, row in rows.items() if row.mode != "frozen"} == {chosen: mode}
         assert sum(row.trained for row in rows.values()) == rows[chosen].trained > 0
         assert (rows[chosen].trained == rows[chosen].total) == (mode == "full")
-        own = [name for name in empty.expected if part_of(name) == FAMILIES[chosen]]
+        own = [name for name in empty.expected if part_of(name) == chosen]
         assert rows[chosen].tensors <= len(own)
         assert mode == "lora" or rows[chosen].tensors == len(own)
 
@@ -143,8 +143,8 @@ def test_what_is_not_there_or_cannot_be_adapted_is_refused(
 
 def test_injection_refuses_what_the_section_refuses(folders: dict[str, Path]) -> None:
     empty = made(folders["moe"], OFF)
-    with pytest.raises(ValueError, match=r"LoRA on embed_tokens: an adapter on the token table"):
-        inject(empty.module, empty.expected, {"embed_tokens": Lora(r=4, alpha=4.0)})
+    with pytest.raises(ValueError, match=r"LoRA on embeddings: an adapter on the token table"):
+        inject(empty.module, empty.expected, {"embeddings": Lora(r=4, alpha=4.0)})
 
 
 @pytest.mark.parametrize(

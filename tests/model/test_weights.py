@@ -24,7 +24,7 @@ from moe.parallel import LayerOptions
 from moe.router import RouterOptions
 
 EVERYTHING = (
-    *("embed_tokens", "lm_head", "attention", "norms", "vision_blocks"),
+    *("embeddings", "head", "attention", "norms", "vision_blocks"),
     *("patch_embed", "pos_embed", "merger", "deepstack_mergers"),
 )
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_built_is_refused(folders: dict[str, Path], tmp_path: Pat
     with pytest.raises(ValueError, match=r"parallel.ep: 2, but qwen3_vl in .*dense has no experts. Set parallel.ep=1"):
         build(folders["dense"], ModelOptions(ep_size=2))
     tied = write_base(dense_model(tied=True), tmp_path / "tied")
-    for part in ("lm_head", "embed_tokens"):
+    for part in ("head", "embeddings"):
         with pytest.raises(ValueError, match=r"ties them would change both"):
             build(tied, ModelOptions(train=(part,)))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
