@@ -1,4 +1,4 @@
-"""What CUDA demands of an operation, said of an operation on any device: for the second device of the tests.
+"""What CUDA demands of an operation, checked on any device: for the second device of the tests.
 
 Each rule is that of a kernel or of the host's side of it, as torch's source has it; none needs a GPU to be checked.
 """
@@ -16,9 +16,13 @@ INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 COPIES = {aten.copy_.default, aten.copy.default, aten._to_copy.default}
 
 SIZE_UNKNOWN = {
-    aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten.unique_dim.default,
-    aten._unique2.default, aten.unique_consecutive.default,
-}  # fmt: skip
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten.unique_dim.default,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+}
 """The shape of what these return is in the values: the host waits to allocate it."""
 
 ASKS_VALUE = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}

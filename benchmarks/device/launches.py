@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.device.meta_layer import MetaLayer
-from benchmarks.harness.figure import Figure
+from benchmarks.harness.figure import Figure, Peer
 from finetune.architecture.families import Text, family
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig
 
@@ -21,23 +21,25 @@ def run() -> Iterator[Figure]:
 def figures(text: Text, tokens: tuple[int, ...]) -> Iterator[Figure]:
     """The same at any size; nothing is computed, so it takes no memory."""
     for number in tokens:
-        ours, peer = (_passes(MetaLayer(text, ADAPTERS, ours=mine), number) for mine in (True, False))
+        ours, peer = (_passes(MetaLayer(text, ADAPTERS, ours=is_ours), number) for is_ours in (True, False))
         for (what, unit), count in ours.items():
             yield Figure(
-                metric=f"of a layer, {number} tokens, {what}", value=count, unit=unit, peer=PEER,
+                f"of a layer, {number} tokens, {what}",
+                count,
+                unit,
                 config={"tokens": number, "recompute": "layer", "hidden": text.hidden_size, "r": R},
-                peer_value=peer[what, unit],
-            )  # fmt: skip
+                peer=Peer(PEER, peer[what, unit]),
+            )
 
 
 def _passes(layer: MetaLayer, tokens: int) -> dict[tuple[str, str], float]:
     """Backward recomputes in the one run and does not in the other: the difference is what is computed again."""
     (forward, plain), (_, both) = layer.count(tokens, "none"), layer.count(tokens, "layer")
-    found: dict[tuple[str, str], float] = {
+    counts: dict[tuple[str, str], float] = {
         ("forward", "operations"): forward.launches,
         ("recompute", "operations"): both.launches - plain.launches,
         ("backward", "operations"): plain.launches,
         ("all", "operations"): forward.launches + both.launches,
     }
     every = (*forward.kinds.values(), *both.kinds.values())
-    return found | {("read and written", "GB"): sum(count.bytes for count in every) / 1e9}
+    return counts | {("read and written", "GB"): sum(count.bytes for count in every) / 1e9}

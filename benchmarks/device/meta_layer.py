@@ -41,9 +41,14 @@ class MetaLayer:
     """A layer with what its forward needs. `ours` is the kit's, else transformers' with PEFT."""
 
     def __init__(
-        self, text: Text, adapters: AdaptersConfig, *, ours: bool = True, resident: bool = True,
+        self,
+        text: Text,
+        adapters: AdaptersConfig,
+        *,
+        ours: bool = True,
+        resident: bool = True,
         balance: BalanceMode = "off",
-    ) -> None:  # fmt: skip
+    ) -> None:
         register()
         self.text, self.ours = text, ours
         config = _config(text)
@@ -53,9 +58,14 @@ class MetaLayer:
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(adapters.attention.mode == "full" and "self_attn" in name)
         self.balance = Balance(
-            mode=balance, coefficient=1e-3, z_coefficient=0.0, layers=1, experts=config.num_experts,
-            top_k=config.num_experts_per_tok, device=META,
-        )  # fmt: skip
+            mode=balance,
+            coefficient=1e-3,
+            z_coefficient=0.0,
+            layers=1,
+            experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            device=META,
+        )
         if adapters.attention.mode == "lora":
             experts = not ours and adapters.experts.mode == "lora"
             _adapt(layer, adapters, STACKS if experts else [])
@@ -69,9 +79,13 @@ class MetaLayer:
         cuts = torch.zeros(3, dtype=torch.int32, device=META)
         tables = self.rotary(x.detach(), torch.zeros(3, 1, tokens, dtype=torch.int64, device=META))
         given: dict[str, Any] = {
-            "attention_mask": None, "position_embeddings": tables, "cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts,
-            "max_length_q": tokens, "max_length_k": tokens,
-        }  # fmt: skip
+            "attention_mask": None,
+            "position_embeddings": tables,
+            "cu_seq_lens_q": cuts,
+            "cu_seq_lens_k": cuts,
+            "max_length_q": tokens,
+            "max_length_k": tokens,
+        }
         self.balance.start_step(tokens)
         self.balance.start_micro_batch(torch.ones(tokens, dtype=torch.bool, device=META))
         rows = tokens * self.text.experts.num_experts_per_tok if self.text.experts is not None else 0
@@ -132,9 +146,15 @@ def _block(config: Any, adapters: AdaptersConfig, resident: bool, balance: Balan
         experts=family.mode, lora=lora, resident=resident, router=RouterOptions(mode=router.mode, r=router.r)
     )
     return ExpertParallelMoe(
-        name="layer", index=0, config=config, ep_size=1, options=options, balance=balance, dtype=torch.bfloat16,
+        name="layer",
+        index=0,
+        config=config,
+        ep_size=1,
+        options=options,
+        balance=balance,
+        dtype=torch.bfloat16,
         device=META,
-    )  # fmt: skip
+    )
 
 
 def _adapt(layer: nn.Module, adapters: AdaptersConfig, stacks: list[str]) -> None:

@@ -15,12 +15,44 @@ from torch.utils._pytree import tree_leaves
 
 from finetune.planner.operations import Kind
 
-NOTHING = frozenset((
-    "view", "_unsafe_view", "_reshape_alias", "reshape", "transpose", "t", "permute", "slice", "select", "expand",
-    "detach", "alias", "unsqueeze", "squeeze", "split", "split_with_sizes", "unbind", "chunk", "as_strided", "unfold",
-    "diagonal", "narrow", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh",
-    "is_same_size", "sym_size", "sym_numel", "_local_scalar_dense", "set_", "resize_",
-))  # fmt: skip
+NOTHING = frozenset(
+    (
+        "view",
+        "_unsafe_view",
+        "_reshape_alias",
+        "reshape",
+        "transpose",
+        "t",
+        "permute",
+        "slice",
+        "select",
+        "expand",
+        "detach",
+        "alias",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "chunk",
+        "as_strided",
+        "unfold",
+        "diagonal",
+        "narrow",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "lift_fresh",
+        "is_same_size",
+        "sym_size",
+        "sym_numel",
+        "_local_scalar_dense",
+        "set_",
+        "resize_",
+    )
+)
 FILLS = frozenset(("fill_", "zero_", "zeros", "zeros_like", "new_zeros", "full", "full_like", "ones", "arange"))
 PARTS = frozenset(("slice_backward", "select_backward"))
 """Zeros, then a part of them filled: two operations."""

@@ -55,9 +55,14 @@ class Elsewhere(Tensor):
         assert here.device.type == "cpu"
         assert not isinstance(here, Elsewhere)
         made: Self = torch.Tensor._make_wrapper_subclass(
-            cls, here.size(), strides=here.stride(), storage_offset=here.storage_offset(), dtype=here.dtype,
-            device=DEVICE, requires_grad=False,
-        )  # fmt: skip
+            cls,
+            here.size(),
+            strides=here.stride(),
+            storage_offset=here.storage_offset(),
+            dtype=here.dtype,
+            device=DEVICE,
+            requires_grad=False,
+        )
         made.here = here
         return made
 
@@ -110,7 +115,7 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
     def is_pinned(self, tensor: Tensor) -> bool:
         """Say whether its memory was asked for as page-locked."""
-        return any(tensor.untyped_storage().data_ptr() == held.untyped_storage().data_ptr() for held in self.pinned)
+        return any(tensor.untyped_storage().data_ptr() == pinned.untyped_storage().data_ptr() for pinned in self.pinned)
 
 
 def move_module(module: nn.Module) -> None:
@@ -136,15 +141,15 @@ def move_module(module: nn.Module) -> None:
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat, spec = tree_flatten((args, kwargs))
-    theirs = [t for t in flat if isinstance(t, Elsewhere)]
-    goes_there = _is_second(kwargs["device"]) if kwargs.get("device") is not None else bool(theirs)
+    on_device = [t for t in flat if isinstance(t, Elsewhere)]
+    goes_there = _is_second(kwargs["device"]) if kwargs.get("device") is not None else bool(on_device)
     if func in cuda_rules.COPIES:
         goes_there = goes_there if kwargs.get("device") is not None else isinstance(args[0], Elsewhere)
         _count_copy(func, args, kwargs, goes_there=goes_there)
     else:
         _refuse_mixed(func, args, flat)
-        if theirs and cuda_rules.waits_for_values(func, args, kwargs):
-            _waits(theirs[0], str(func))
+        if on_device and cuda_rules.waits_for_values(func, args, kwargs):
+            _waits(on_device[0], str(func))
     here = [t.here if isinstance(t, Elsewhere) else t for t in flat]
     here = [torch.device("cpu") if isinstance(t, torch.device) and t.type == NAME else t for t in here]
     here_args, here_kwargs = tree_unflatten(here, spec)
@@ -199,18 +204,18 @@ def _waits(tensor: Tensor, what: str) -> None:
 
 def _place() -> str:
     """The nearest line of ours, and the nearest of transformers' or PEFT's below it."""
-    found: list[str] = []
+    places: list[str] = []
     frame = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
         library = next((part for part in ("transformers", "peft") if f"/{part}/" in str(file)), "")
         ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in ("data", "moe", "finetune")
-        if ours or (library and not found):
-            found.append(f"{file.parent.name}/{file.name}:{frame.f_lineno} {frame.f_code.co_name}")
+        if ours or (library and not places):
+            places.append(f"{file.parent.name}/{file.name}:{frame.f_lineno} {frame.f_code.co_name}")
         if ours:
             break
         frame = frame.f_back  # type: ignore[assignment]
-    return " < ".join(found) or "backward"
+    return " < ".join(places) or "backward"
 
 
 def _is_second(device: Any) -> bool:

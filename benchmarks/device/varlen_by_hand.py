@@ -9,9 +9,18 @@ from benchmarks.device.cuda_rules import require_varlen
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, _: Any, longest: int, __: int, is_causal: bool = False,
-    scale: float | None = None, window: Any = None, *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cuts: Tensor,
+    _: Any,
+    longest: int,
+    __: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: Any = None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of variable lengths by its definition, as the kernel returns it."""
     require_varlen(q, k, v, cuts, longest)
     out = torch.empty_like(q)
@@ -21,9 +30,22 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cuts: Tensor, _: Any, longest: int,
-    __: int, is_causal: bool, state: Tensor, scale: float | None = None, window: Any = None, *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cuts: Tensor,
+    _: Any,
+    longest: int,
+    __: int,
+    is_causal: bool,
+    state: Tensor,
+    scale: float | None = None,
+    window: Any = None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     copies, factor = q.shape[1] // k.shape[1], q.shape[2] ** -0.5 if scale is None else scale
@@ -32,9 +54,11 @@ def backward(
         pull = grad_out @ values.transpose(1, 2)
         scores = chances * (pull - (pull * chances).sum(-1, keepdim=True)) * factor
         grad_q[part] = (scores @ keys).transpose(0, 1)
-        for into, found in ((grad_k, scores.transpose(1, 2) @ q[part].transpose(0, 1)),
-                            (grad_v, chances.transpose(1, 2) @ grad_out)):  # fmt: skip
-            into[part] = found.unflatten(0, (-1, copies)).sum(1).transpose(0, 1)
+        for into, gradient in (
+            (grad_k, scores.transpose(1, 2) @ q[part].transpose(0, 1)),
+            (grad_v, chances.transpose(1, 2) @ grad_out),
+        ):
+            into[part] = gradient.unflatten(0, (-1, copies)).sum(1).transpose(0, 1)
     return grad_q, grad_k, grad_v
 
 

@@ -37,7 +37,7 @@ CASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Waits:
     """One row by both: its loss, and its waits by place."""
 
     ours: Mapping[str, int]
@@ -46,7 +46,7 @@ class Found:
     peer_loss: Tensor
 
 
-def count(layers: int, tower_blocks: int, rows: Sequence[str]) -> dict[str, Found]:
+def count(layers: int, tower_blocks: int, rows: Sequence[str]) -> dict[str, Waits]:
     """Return what each kind of row made both sides wait for; forward and backward, recomputed by layer."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     start_distributed()
@@ -56,11 +56,11 @@ def count(layers: int, tower_blocks: int, rows: Sequence[str]) -> dict[str, Foun
         start_adapter(base)
         batches = {kind: packed_row(CASES[kind], read_family(base), read_spec(base)) for kind in rows}
         ours, peer = _ours(base), _peer(base, read_spec(base))
-        found = {}
+        counted = {}
         for kind, batch in batches.items():
-            (mine, my_loss), (theirs, their_loss) = (_counted(side, batch) for side in (ours, peer))
-            found[kind] = Found(ours=mine, peer=theirs, ours_loss=my_loss, peer_loss=their_loss)
-        return found
+            (our_waits, our_loss), (peer_waits, peer_loss) = (_counted(side, batch) for side in (ours, peer))
+            counted[kind] = Waits(ours=our_waits, peer=peer_waits, ours_loss=our_loss, peer_loss=peer_loss)
+        return counted
 
 
 Step = Callable[[Batch], Callable[[], Tensor]]

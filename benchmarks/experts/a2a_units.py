@@ -16,18 +16,21 @@ UNITS: dict[Literal["none", "layer", "selective"], int] = {"none": 4, "layer": 6
 def run() -> Iterator[Figure]:
     """Yield the bytes of all all-to-alls of rows over all ranks, which the formula must hit exactly."""
     setups = [Setup(side="ours", resident=True, recompute=mode) for mode in UNITS]
-    found = dict(zip(UNITS, count(setups, world=WORLD), strict=True))
+    counts = dict(zip(UNITS, count(setups, world=WORLD), strict=True))
     payload = ROWS * LENGTH * TOP_K * HIDDEN * 4  # float32
     for mode, units in UNITS.items():
-        for ours, none in zip(found[mode], found["none"], strict=True):
+        for ours, none in zip(counts[mode], counts["none"], strict=True):
             same_tensors({"logits": ours.logits}, {"logits": none.logits}, relative=1e-6)
         sent = sum(
-            n
-            for rank in found[mode]
-            for kind, n in rank.micro_batch.items()
+            size
+            for rank in counts[mode]
+            for kind, size in rank.micro_batch.items()
             if kind.collective == "all_to_all_single" and kind.dtype == "float32"
         )
         yield counted(
-            metric=f"rows sent a micro-batch, recompute {mode}", found=sent, expected=units * payload * LAYERS,
-            unit="bytes", config={"ranks": WORLD, "ep": WORLD, "units_a_layer": sent / payload / LAYERS},
-        )  # fmt: skip
+            f"rows sent a micro-batch, recompute {mode}",
+            sent,
+            "bytes",
+            expected=units * payload * LAYERS,
+            config={"ranks": WORLD, "ep": WORLD, "units_a_layer": sent / payload / LAYERS},
+        )

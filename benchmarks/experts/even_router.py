@@ -38,8 +38,8 @@ def spread_evenly(folder: Path, batch: Batch) -> list[float]:
         own_TD = torch.cat([x_TD[part] - x_TD[part].mean(0) for part in (seen_T, ~seen_T) if part.any()])
         values_D, vectors_DD = torch.linalg.eigh(own_TD.T @ own_TD / len(own_TD))
         white_DD = vectors_DD * values_D.clamp(min=1e-3 * values_D.max()).rsqrt()
-        wanted = torch.randn(white_DD.shape[1], len(gate.weight), generator=generator, dtype=torch.float64)
-        across = torch.linalg.qr(torch.cat([white_DD.T @ means_GD.T, wanted], dim=1)).Q[:, len(means_GD) :]
+        directions = torch.randn(white_DD.shape[1], len(gate.weight), generator=generator, dtype=torch.float64)
+        across = torch.linalg.qr(torch.cat([white_DD.T @ means_GD.T, directions], dim=1)).Q[:, len(means_GD) :]
         gate.weight.copy_((white_DD @ across).T)
         load_E = (x_TD.float() @ gate.weight.T).topk(gate.top_k).indices.flatten().bincount(minlength=len(gate.weight))
         busiest.append(float(load_E.max() / load_E.double().mean()))

@@ -67,12 +67,20 @@ class Pair:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         torch.manual_seed(0)
-        self.shape, self.device, self.dtype = shape, torch.device(device), dtype
+        self.shape = shape
+        self.device, self.dtype = torch.device(device), dtype
         self.experts = GroupedExperts(
-            name="block", num_experts=shape.experts, local_experts=range(shape.experts), hidden=shape.hidden,
-            intermediate=shape.intermediate, mode="lora", lora=ExpertLora(r=shape.r, alpha=2.0 * shape.r),
-            resident=True, seed=0, dtype=dtype,
-        ).to(self.device)  # fmt: skip
+            name="block",
+            num_experts=shape.experts,
+            local_experts=range(shape.experts),
+            hidden=shape.hidden,
+            intermediate=shape.intermediate,
+            mode="lora",
+            lora=ExpertLora(r=shape.r, alpha=2.0 * shape.r),
+            resident=True,
+            seed=0,
+            dtype=dtype,
+        ).to(self.device)
         self.experts.gate_up.normal_(std=shape.hidden**-0.5)
         self.experts.down.normal_(std=shape.intermediate**-0.5)
         self.experts.init_lora(b_std=0.1)  # with B = 0 the gradients of A would be nothing to compare
@@ -87,9 +95,11 @@ class Pair:
         x_TD, grad_TD = torch.randn(2, tokens, self.shape.hidden, generator=generator).to(self.device, self.dtype)
         scores_TK = (scores_TK / scores_TK.sum(-1, keepdim=True)).to(self.device, self.dtype)
         return Inputs(
-            x_TD=x_TD.requires_grad_(), topk_TK=topk_TK.to(self.device), scores_TK=scores_TK.requires_grad_(),
+            x_TD=x_TD.requires_grad_(),
+            topk_TK=topk_TK.to(self.device),
+            scores_TK=scores_TK.requires_grad_(),
             grad_TD=grad_TD,
-        )  # fmt: skip
+        )
 
     def config(self, tokens: int) -> dict[str, object]:
         """Return what a record says of the shapes."""
@@ -98,8 +108,8 @@ class Pair:
 
     def forward_ours(self, inputs: Inputs) -> Tensor:
         """Return y_TD by the kit's own route, dispatch, experts and combine."""
-        plan = route(inputs.topk_TK, num_experts=self.shape.experts, group=None, ep_size=1)
-        return combine(self.experts(dispatch(inputs.x_TD, plan), plan.counts_L), inputs.scores_TK, plan)
+        routing = route(inputs.topk_TK, num_experts=self.shape.experts, group=None, ep_size=1)
+        return combine(self.experts(dispatch(inputs.x_TD, routing), routing.counts_L), inputs.scores_TK, routing)
 
     def forward_peer(self, inputs: Inputs) -> Tensor:
         """Return y_TD by PEFT."""
@@ -136,12 +146,12 @@ class Pair:
         return {f"d{key}": _gradient(factor) for key, factor in self.experts.named_parameters()}
 
     def _peer_gradients(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
         for projection, key in _PEFT_KEYS.items():
             packed = [_gradient(self.peer.get_parameter(key.format(letter))) for letter in "AB"]
             a, b = unpack_lora(projection, *packed, experts=self.shape.experts)
-            found |= {f"d{projection}_lora_A": a, f"d{projection}_lora_B": b}
-        return found
+            gradients |= {f"d{projection}_lora_A": a, f"d{projection}_lora_B": b}
+        return gradients
 
 
 def same_step(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
@@ -157,9 +167,11 @@ def _gradient(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def _peft_block(ours: GroupedExperts, shape: Shape, implementation: str) -> Any:
     config = Qwen3VLMoeTextConfig(
-        hidden_size=shape.hidden, moe_intermediate_size=shape.intermediate, num_experts=shape.experts,
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.intermediate,
+        num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
-    )  # fmt: skip
+    )
     config._experts_implementation = implementation
     experts = Qwen3VLMoeTextExperts(config)
     # copies of its own: ours may lie in memory with gaps
@@ -169,9 +181,11 @@ def _peft_block(ours: GroupedExperts, shape: Shape, implementation: str) -> Any:
     block.experts = experts
     assert ours.lora is not None
     options = LoraConfig(
-        r=ours.lora.r, lora_alpha=ours.lora.alpha, target_modules=[],
+        r=ours.lora.r,
+        lora_alpha=ours.lora.alpha,
+        target_modules=[],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
-    )  # fmt: skip
+    )
     adapted = inject_adapter_in_model(options, block)
     for projection, key in _PEFT_KEYS.items():
         factors = (ours.get_parameter(f"{projection}_lora_{letter}") for letter in "AB")

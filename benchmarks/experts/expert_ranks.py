@@ -10,7 +10,13 @@ from torch import Tensor
 from benchmarks.harness.collectives import CollectiveCounter, Kind
 from benchmarks.harness.spawned import on_ranks
 
-HIDDEN, EXPERTS, INTERMEDIATE, TOP_K, LAYERS, ROWS, LENGTH = 64, 32, 96, 4, 3, 8, 40
+HIDDEN = 64
+EXPERTS = 32
+INTERMEDIATE = 96
+TOP_K = 4
+LAYERS = 3
+ROWS = 8
+LENGTH = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +54,12 @@ def _train_all(setups: list[Setup], world: int) -> list[Counted]:
 
 def gathered(kinds: dict[Kind, int]) -> int:
     """Return the bytes of all all-gathers of real numbers."""
-    return sum(n for kind, n in kinds.items() if "allgather" in kind.collective and "float" in kind.dtype)
+    return sum(size for kind, size in kinds.items() if "allgather" in kind.collective and "float" in kind.dtype)
 
 
 def by_kind(kinds: dict[Kind, int]) -> dict[str, int]:
     """Spell the table out for a record."""
-    return {f"{kind.collective} of {kind.dtype} over {kind.ranks} ranks": n for kind, n in sorted(kinds.items())}
+    return {f"{kind.collective} of {kind.dtype} over {kind.ranks} ranks": size for kind, size in sorted(kinds.items())}
 
 
 def _model() -> Any:
@@ -61,14 +67,29 @@ def _model() -> Any:
 
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
     text = {
-        "vocab_size": 176, "hidden_size": HIDDEN, "intermediate_size": 72, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "moe_intermediate_size": INTERMEDIATE,
-        "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "rope_parameters": rope, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "vocab_size": 176,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 72,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+    }
     vision = {
-        "depth": 2, "hidden_size": 40, "num_heads": 2, "intermediate_size": 44, "patch_size": 4,
-        "out_hidden_size": HIDDEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
-    }  # fmt: skip
+        "depth": 2,
+        "hidden_size": 40,
+        "num_heads": 2,
+        "intermediate_size": 44,
+        "patch_size": 4,
+        "out_hidden_size": HIDDEN,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 64,
+    }
     config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
     torch.manual_seed(0)
     model = Qwen3VLMoeForConditionalGeneration(config)
@@ -87,7 +108,7 @@ def _train(setup: Setup, rank: int, world: int) -> Counted:
 
     start_distributed()
     model = _model()
-    found = Counted(
+    counted = Counted(
         weights=sum(p.nbytes for p in model.parameters()),
         experts=sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name),
     )
@@ -112,15 +133,15 @@ def _train(setup: Setup, rank: int, world: int) -> Counted:
     model.train()
     ids = torch.randint(0, 160, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
     for _ in range(3):
-        found.step_gathers = 0
+        counted.step_gathers = 0
         for _ in range(setup.micro_batches):
             with CollectiveCounter() as micro_batch:
                 logits = engine(input_ids=ids, use_cache=False).logits
                 backward(engine, logits.square().sum(), ROWS * LENGTH)
-            found.step_gathers += gathered(dict(micro_batch.bytes))
+            counted.step_gathers += gathered(dict(micro_batch.bytes))
             with CollectiveCounter() as update:
                 engine.step()
-    found.logits = logits.detach()
-    found.micro_batch, found.update = dict(micro_batch.bytes), dict(update.bytes)
+    counted.logits = logits.detach()
+    counted.micro_batch, counted.update = dict(micro_batch.bytes), dict(update.bytes)
     engine.destroy()
-    return found
+    return counted

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.experts.expert_block import Inputs, Pair, same_step
 from benchmarks.experts.moe_lora_step import NARROW, WIDE
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, at_most, ratio_at_least
 from benchmarks.harness.memory import Allocations, Saved
 
 CASES = ((WIDE, 512), (WIDE, 2048), (NARROW, 256), (NARROW, 1024), (NARROW, 4096))
@@ -40,36 +40,46 @@ def _figures(pair: Pair, tokens: int) -> Iterator[Figure]:
     inputs, shape = pair.inputs(tokens), pair.shape
     ours, peer = pair.sides(inputs)
     same_step(ours.run(), peer.run())
-    mine, theirs = (_measure(pair, inputs, forward) for forward in (pair.forward_ours, pair.forward_peer))
-    no_more = Target(of="ratio", rule="at least", floor=1.0)
+    ours_took, peer_took = (_measure(pair, inputs, forward) for forward in (pair.forward_ours, pair.forward_peer))
+    no_more = ratio_at_least(1.0)
     stack = shape.smaller_stack_bytes
     widest = 4 * tokens * shape.top_k * max(shape.hidden, 2 * shape.intermediate + shape.r)
     # narrow blocks with many tokens have activations above the stack: then these are the bound
-    below_a_stack = Target(of="value", rule="at most", floor=max(stack - 1, widest) / MIB, goal=widest / MIB)
+    below_a_stack = at_most(max(stack - 1, widest) / MIB, goal=widest / MIB)
     config = pair.config(tokens) | {
-        "largest_by": mine.largest_by,
-        "peer_largest_by": theirs.largest_by,
+        "largest_by": ours_took.largest_by,
+        "peer_largest_by": peer_took.largest_by,
         "smaller_expert_stack_mib": stack / MIB,
     }
-    for metric, found, others, target in (
-        ("saved for backward", mine.saved, theirs.saved, no_more),
-        ("alive after forward", mine.alive, theirs.alive, no_more),
-        ("peak of the step", mine.peak, theirs.peak, None),
-        ("largest allocation", mine.largest, theirs.largest, below_a_stack),
+    for metric, value, peer_value, target in (
+        ("saved for backward", ours_took.saved, peer_took.saved, no_more),
+        ("alive after forward", ours_took.alive, peer_took.alive, no_more),
+        ("peak of the step", ours_took.peak, peer_took.peak, None),
+        ("largest allocation", ours_took.largest, peer_took.largest, below_a_stack),
     ):
         yield Figure(
-            metric=f"{metric}, D={shape.hidden}, {tokens} tokens", value=found / MIB, unit="MiB", config=config,
-            peer=pair.peer_name, peer_value=others / MIB, target=target,
-        )  # fmt: skip
+            f"{metric}, D={shape.hidden}, {tokens} tokens",
+            value / MIB,
+            "MiB",
+            config=config,
+            peer=Peer(pair.peer_name, peer_value / MIB),
+            target=target,
+        )
 
 
 def _measure(pair: Pair, inputs: Inputs, forward: Callable[[Inputs], Tensor]) -> Memory:
     pair.forget(inputs)
     weights = [*pair.experts.buffers(), *pair.experts.parameters(), *pair.peer.parameters()]
-    with Allocations() as seen:
+    with Allocations() as allocations:
         with Saved(beside=[*inputs.leaves(), *weights]) as saved:
             y_TD = forward(inputs)
-        kept, alive = saved.bytes, seen.live_bytes
+        saved_bytes, live_bytes = saved.bytes, allocations.live_bytes
         torch.autograd.backward(y_TD, inputs.grad_TD)
     pair.forget(inputs)
-    return Memory(saved=kept, alive=alive, peak=seen.peak_bytes, largest=seen.largest_bytes, largest_by=seen.largest_by)
+    return Memory(
+        saved=saved_bytes,
+        alive=live_bytes,
+        peak=allocations.peak_bytes,
+        largest=allocations.largest_bytes,
+        largest_by=allocations.largest_by,
+    )

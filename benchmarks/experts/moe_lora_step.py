@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.experts.expert_block import Pair, Shape, same_step
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Target, ratio_at_least
 from benchmarks.harness.measure import race
 
 WIDE = Shape(hidden=1024, intermediate=384, experts=128)
@@ -27,7 +27,7 @@ def run() -> Iterator[Figure]:
     for shape, tokens, floor, goal, rounds in CASES:
         if pair is None or pair.shape != shape:
             pair = Pair(shape)
-        target = Target(of="ratio", rule="at least", floor=floor, goal=goal)
+        target = ratio_at_least(floor, goal=goal)
         yield _figure(pair, tokens, rounds, target)
     yield _figure(Pair(NARROW, implementation="eager"), 1024, 1, None)
 
@@ -35,4 +35,4 @@ def run() -> Iterator[Figure]:
 def _figure(pair: Pair, tokens: int, rounds: int, target: Target | None) -> Figure:
     raced = race(*pair.sides(pair.inputs(tokens)), same=same_step, rounds=rounds)
     metric = f"step, D={pair.shape.hidden}, {tokens} tokens"
-    return raced.figure(metric=metric, config=pair.config(tokens), target=target)
+    return raced.figure(metric, config=pair.config(tokens), target=target)

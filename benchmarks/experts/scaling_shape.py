@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.experts.expert_block import Inputs, Pair, Shape, same_step
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, at_most
 from benchmarks.harness.measure import Side, spread, take_turns
 
 FEW = Shape(hidden=1024, intermediate=384, experts=32)
 MANY = Shape(hidden=1024, intermediate=384, experts=128)
 CASES = ((512, 9), (2048, 4))  # tokens, rounds
-TARGET = Target(of="value", rule="at most", floor=1.3)
+TARGET = at_most(1.3)
 
 
 def run() -> Iterator[Figure]:
@@ -40,13 +40,18 @@ def _growth(pairs: list[Pair], tokens: int, rounds: int) -> Iterator[Figure]:
     config = {**pair.config(tokens), "experts": [few, many], "statistic": "min"}
     over = f"at {many} experts over {few}, {tokens} tokens"
     yield Figure(
-        metric=f"step {over}", value=ours_x, unit="x", config=config, n=rounds, peer=pair.peer_name, peer_value=peer_x,
-        spread={"ours": spread(seconds[3]), "peer": spread(seconds[4])}, target=TARGET,
-    )  # fmt: skip
+        f"step {over}",
+        ours_x,
+        "x",
+        config=config,
+        n=rounds,
+        spread={"ours": spread(seconds[3]), "peer": spread(seconds[4])},
+        peer=Peer(pair.peer_name, peer_x),
+        target=TARGET,
+    )
     yield Figure(
-        metric=f"frozen GEMMs alone {over}", value=frozen_x, unit="x", config=config, n=rounds,
-        spread={"ours": spread(seconds[5])},
-    )  # fmt: skip
+        f"frozen GEMMs alone {over}", frozen_x, "x", config=config, n=rounds, spread={"ours": spread(seconds[5])}
+    )
 
 
 def _frozen_gemms(pair: Pair, inputs: Inputs) -> Callable[[], object]:

@@ -30,34 +30,40 @@ def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # or this process held memory of each GPU
         sizes, device = pool.submit(look).result()
     record: dict[str, object] = {
-        **surroundings(), **device, "gpu": sizes.gpu, "gpus": sizes.world, "sizes": sizes.name,
-        "minutes": args.minutes, "parts": [], "predictions": [],
-    }  # fmt: skip
+        **surroundings(),
+        **device,
+        "gpu": sizes.gpu,
+        "gpus": sizes.world,
+        "sizes": sizes.name,
+        "minutes": args.minutes,
+        "parts": [],
+        "predictions": [],
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"gpu-{_slug(sizes.gpu)}x{sizes.world}-{_slug(str(record['commit']))}.json"
     chosen = [part for part in parts if not args.only or part.name in args.only]
-    found, environment = [], {"DS_ACCELERATOR": sizes.device}
+    outcomes, environment = [], {"DS_ACCELERATOR": sizes.device}
     with path.with_suffix(".log").open("w+") as log:
         log.write(json.dumps({key: record[key] for key in record if key not in ("parts", "predictions")}, indent=1))
-        for one in run_parts(chosen, sizes, minutes=args.minutes, log=log, environment=environment):
-            found.append(one)
-            reason = f": {one['reason']}" if one["reason"] else ""
-            print(f"{one['part']:<16} {one['outcome']:<10} {one['seconds']:6.1f} s{reason}", flush=True)
-            for figure in one["figures"]:
+        for outcome in run_parts(chosen, sizes, minutes=args.minutes, log=log, environment=environment):
+            outcomes.append(outcome)
+            reason = f": {outcome['reason']}" if outcome["reason"] else ""
+            print(f"{outcome['part']:<16} {outcome['outcome']:<10} {outcome['seconds']:6.1f} s{reason}", flush=True)
+            for figure in outcome["figures"]:
                 print(f"  {_line(figure)}", flush=True)
-            compared = _compare(sizes, [figure for part in found for figure in part["figures"]])
-            path.write_text(json.dumps(record | {"parts": found, "predictions": compared}, indent=1) + "\n")
-        said = misses.lines(_compare(sizes, [figure for part in found for figure in part["figures"]]))
-        print("\n".join(said))
-        log.write("\n".join(["", *said, ""]))
+            compared = _compare(sizes, [figure for part in outcomes for figure in part["figures"]])
+            path.write_text(json.dumps(record | {"parts": outcomes, "predictions": compared}, indent=1) + "\n")
+        verdicts = misses.lines(_compare(sizes, [figure for part in outcomes for figure in part["figures"]]))
+        print("\n".join(verdicts))
+        log.write("\n".join(["", *verdicts, ""]))
     print(f"record: {path}\nlog: {path.with_suffix('.log')}")
-    return 1 if any(one["outcome"] in ("failed", "timed out") for one in found) else 0
+    return 1 if any(outcome["outcome"] in ("failed", "timed out") for outcome in outcomes) else 0
 
 
 def _compare(sizes: Sizes, figures: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    said = misses.read(PATH)
+    predictions = misses.read(PATH)
     steps = [figure for figure in figures if str(figure["name"]).startswith("gpu-step")]
-    return misses.compare(said, steps, device=sizes.gpu, visible=sizes.world)
+    return misses.compare(predictions, steps, device=sizes.gpu, visible=sizes.world)
 
 
 def _line(figure: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.device import synchronise
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, at_most
 from benchmarks.harness.measure import Side, take_turns
 from benchmarks.harness.outputs import same_tensors
 from finetune.model.varlen import segments, varlen
@@ -28,21 +28,26 @@ def run(sizes: Sizes) -> Iterator[Figure]:
         ways["varlen"] = varlen
     for lengths in sizes.samples:
         row = _Row(sizes, lengths)
-        wanted = row.wanted()
+        reference = row.reference()
         for name, attend in ways.items():
-            errors = same_tensors(row.step(attend), wanted, relative=inf)  # the figure says whether it is too large
+            errors = same_tensors(row.step(attend), reference, relative=inf)  # the figure says whether it is too large
             yield Figure(
-                metric=f"{name}, {row.words}: largest error", value=max(errors.values()), unit="of the largest value",
+                f"{name}, {row.words}: largest error",
+                max(errors.values()),
+                "of the largest value",
                 config=row.config | {"errors": errors},
-                target=Target(of="value", rule="at most", floor=RELATIVE),
-            )  # fmt: skip
+                target=at_most(RELATIVE),
+            )
         sides = [Side(name=name, run=partial(row.step, attend)) for name, attend in ways.items()]
         times = [min(t) for t in take_turns(sides, rounds=2 * sizes.rounds, synchronise=synchronise)]
         yield Figure(
-            metric=f"{sides[-1].name}, {row.words}: forward and backward", value=1e3 * times[-1], unit="ms",
-            config=row.config, n=2 * sizes.rounds, peer="segments" if len(times) > 1 else None,
-            peer_value=1e3 * times[0] if len(times) > 1 else None,
-        )  # fmt: skip
+            f"{sides[-1].name}, {row.words}: forward and backward",
+            1e3 * times[-1],
+            "ms",
+            config=row.config,
+            n=2 * sizes.rounds,
+            peer=Peer("segments", 1e3 * times[0]) if len(times) > 1 else None,
+        )
 
 
 class _Row:
@@ -50,12 +55,16 @@ class _Row:
 
     def __init__(self, sizes: Sizes, lengths: tuple[int, ...]) -> None:
         heads, kv, size = sizes.heads
-        self.lengths, tokens, self.copies = lengths, sum(lengths), heads // kv
+        self.lengths, self.copies = lengths, heads // kv
+        tokens = sum(lengths)
         self.words = f"{len(lengths)} samples of {tokens} tokens"
         self.config = {
-            "heads": heads, "kv_heads": kv, "head_dim": size, "dtype": "bfloat16",
+            "heads": heads,
+            "kv_heads": kv,
+            "head_dim": size,
+            "dtype": "bfloat16",
             "lengths": lengths if len(lengths) < 9 else f"{len(lengths)} from {min(lengths)} to {max(lengths)}",
-        }  # fmt: skip
+        }
         generator = torch.Generator().manual_seed(tokens)
         shapes = [(1, n, tokens, size) for n in (heads, kv, kv)] + [(1, tokens, heads, size)]
         drawn = [torch.randn(shape, generator=generator).to(sizes.device, torch.bfloat16) for shape in shapes]
@@ -72,9 +81,9 @@ class _Row:
         borders = {"cu_seq_lens_q": self.cuts, "cu_seq_lens_k": self.cuts}
         out, _ = attend(self.module, *self.qkv, **borders, max_length_q=longest, max_length_k=longest)
         torch.autograd.backward(out, self.grad)
-        return self._found(out, self.qkv)
+        return self._results(out, self.qkv)
 
-    def wanted(self) -> dict[str, Tensor]:
+    def reference(self) -> dict[str, Tensor]:
         """The same in float32, one sample after the other, with a key of its own for each query head."""
         q, k, v = qkv = [x.detach().float().requires_grad_() for x in self.qkv]
         k, v = (x.repeat_interleave(self.copies, dim=1) for x in (k, v))
@@ -83,9 +92,9 @@ class _Row:
         outs = [scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in parts]
         out = torch.cat(outs, dim=2).transpose(1, 2)
         torch.autograd.backward(out, self.grad.float())
-        return self._found(out, qkv)
+        return self._results(out, qkv)
 
-    def _found(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
+    def _results(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
         gradients = [x.grad for x in qkv]
         assert all(gradient is not None for gradient in gradients)
         return {

@@ -20,8 +20,8 @@ def synchronise() -> None:
 
 def cudnn_version() -> int | None:
     """As a number: 92000 is 9.20.0."""
-    found: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return found
+    version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return version
 
 
 def nccl_version() -> str:
@@ -29,7 +29,7 @@ def nccl_version() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-def held() -> int:
+def allocated() -> int:
     """Bytes of tensors on the GPU; 0 on a CPU, which does not count them."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 

@@ -17,17 +17,27 @@ from typing import Any
 from benchmarks.gpu.material import TINY, write_rows
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_least, at_most
 from benchmarks.harness.measure import OutputsDiffer
 from finetune.files.tiny import write_tiny
 
 RELATIVE = 3e-2
 """Losses and gradient norms of one step in two runs: sums in another order, in bfloat16."""
 WORDS = (
-    "tiny-cpu", "model.path=base", 'model.family=""', "data.sources.general.path=rows.jsonl", "data.image.min_tokens=4",
-    "data.image.max_tokens=32", "data.workers=2", "schedule.steps=4", "checkpoint.every_steps=2", "parallel.ep=1",
-    "eval.every_steps=0", "eval.sources.held.path=rows.jsonl", "moe.balance=global",
-)  # fmt: skip
+    "tiny-cpu",
+    "model.path=base",
+    'model.family=""',
+    "data.sources.general.path=rows.jsonl",
+    "data.image.min_tokens=4",
+    "data.image.max_tokens=32",
+    "data.workers=2",
+    "schedule.steps=4",
+    "checkpoint.every_steps=2",
+    "parallel.ep=1",
+    "eval.every_steps=0",
+    "eval.sources.held.path=rows.jsonl",
+    "moe.balance=global",
+)
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
@@ -38,30 +48,43 @@ def run(sizes: Sizes) -> Iterator[Figure]:
             place, sizes, "straight", "data.packs_per_step=4", "eval.answers=2", "parallel.recompute=layer"
         )
         resumed = train(
-            place, sizes, "resumed", "data.packs_per_step=4", "checkpoint.asynchronous=true",
-            "checkpoint.resume=runs/straight/checkpoints/step-000002", "parallel.recompute=layer",
+            place,
+            sizes,
+            "resumed",
+            "data.packs_per_step=4",
+            "checkpoint.asynchronous=true",
+            "checkpoint.resume=runs/straight/checkpoints/step-000002",
+            "parallel.recompute=layer",
             "parallel.offload_activations=true",
-        )  # fmt: skip
+        )
         yield _apart("restored, offloaded", resumed, straight[2:])
         saved = [path.name for path in sorted((place / "runs/resumed/checkpoints").iterdir()) if path.is_dir()]
         answers = (place / "runs/straight/predictions.jsonl").read_text().splitlines()
     yield Figure(
-        metric="checkpoints that were written behind the run", value=len(saved), unit="checkpoints", better="higher",
-        config={"folders": saved}, target=Target(of="value", rule="at least", floor=1),
-    )  # fmt: skip
+        "checkpoints that were written behind the run",
+        len(saved),
+        "checkpoints",
+        config={"folders": saved},
+        better="higher",
+        target=at_least(1),
+    )
     yield Figure(
-        metric="answers that evaluations wrote", value=len(answers), unit="answers", better="higher",
-        config={"words": ["eval.answers=2"]}, target=Target(of="value", rule="at least", floor=2),
-    )  # fmt: skip
+        "answers that evaluations wrote",
+        len(answers),
+        "answers",
+        config={"words": ["eval.answers=2"]},
+        better="higher",
+        target=at_least(2),
+    )
 
 
 def run_ranks(sizes: Sizes) -> Iterator[Figure]:
     """Yield how far the same steps on all GPUs are from one GPU's, by how the ranks share them."""
     if sizes.world < 2:
         raise Skipped("one GPU: ranks share a run on two or more")
-    shared = max(n for n in (1, 2, 4, 8) if sizes.world % n == 0)
+    ep = max(n for n in (1, 2, 4, 8) if sizes.world % n == 0)
     ways = {
-        f"ep {shared}": [f"parallel.ep={shared}", "parallel.resident=frozen"],
+        f"ep {ep}": [f"parallel.ep={ep}", "parallel.resident=frozen"],
         "frozen weights partitioned by ZeRO-3": ["parallel.resident=none"],
     }
     if sizes.world % 2 == 0:
@@ -70,8 +93,8 @@ def run_ranks(sizes: Sizes) -> Iterator[Figure]:
         place, packs = _place(Path(name), packs=2 * sizes.world), f"data.packs_per_step={2 * sizes.world}"
         alone = train(place, sizes, "alone", packs)
         for number, (what, words) in enumerate(ways.items()):
-            found = train(place, sizes, f"way-{number}", packs, *words, ranks=sizes.world)
-            yield _apart(f"{sizes.world} ranks, {what}", found, alone)
+            shared_run = train(place, sizes, f"way-{number}", packs, *words, ranks=sizes.world)
+            yield _apart(f"{sizes.world} ranks, {what}", shared_run, alone)
 
 
 def train(place: Path, sizes: Sizes, name: str, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
@@ -82,11 +105,12 @@ def train(place: Path, sizes: Sizes, name: str, *words: str, ranks: int = 1) -> 
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            command, cwd=place,
+            command,
+            cwd=place,
             env=os.environ | common | {"RANK": str(n), "LOCAL_RANK": str(n), "DS_ACCELERATOR": sizes.device},
         )
         for n in range(ranks)
-    ]  # fmt: skip
+    ]
     try:
         while any(process.poll() is None for process in processes) and not any(p.returncode for p in processes):
             time.sleep(0.1)
@@ -108,15 +132,17 @@ def _place(folder: Path, *, packs: int) -> Path:
     return folder
 
 
-def _apart(what: str, found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]]) -> Figure:
+def _apart(what: str, run: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> Figure:
     """The largest difference of a loss or norm of any step, as a share of it."""
-    steps = [[step["step"] for step in side] for side in (found, wanted)]
+    steps = [[step["step"] for step in side] for side in (run, reference)]
     if steps[0] != steps[1] or not steps[0]:
         raise OutputsDiffer(f"{what}: it took steps {steps[0]}, and steps {steps[1]} are those to compare with")
-    pairs = [(a[key], b[key]) for a, b in zip(found, wanted, strict=True) for key in ("loss", "grad_norm")]
+    pairs = [(a[key], b[key]) for a, b in zip(run, reference, strict=True) for key in ("loss", "grad_norm")]
     apart = max(abs(a - b) / abs(b) for a, b in pairs)
     return Figure(
-        metric=f"{what}: largest difference of losses and gradient norms", value=apart, unit="of the value",
-        config={"steps": steps[0], "losses": [step["loss"] for step in found], "words": list(WORDS)},
-        target=Target(of="value", rule="at most", floor=RELATIVE),
-    )  # fmt: skip
+        f"{what}: largest difference of losses and gradient norms",
+        apart,
+        "of the value",
+        config={"steps": steps[0], "losses": [step["loss"] for step in run], "words": list(WORDS)},
+        target=at_most(RELATIVE),
+    )

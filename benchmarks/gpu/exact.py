@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.gpu.material import TINY, conversation, film, packed, photographs, renderer, sample
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_most
 from benchmarks.harness.outputs import same_tensors
 from benchmarks.harness.spawned import on_ranks
-from data.render.sample import Renderer
+from data.render.sample import Renderer, Sample
 from data.render.vision import read_spec
 from data.stream.batch import Batch, loss_sums
 from finetune.config import RunConfig
@@ -31,10 +31,14 @@ from finetune.training.setup import make_balance, model_options, save_memory
 
 # every vision part trains, so that the tower's backward and DeepStack's are in it
 WORDS = (
-    "adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full",
-    "adapters.vision_blocks.mode=lora", "adapters.merger.mode=full", "adapters.deepstack_mergers.mode=full",
+    "adapters.attention.mode=lora",
+    "adapters.experts.mode=lora",
+    "adapters.router.mode=full",
+    "adapters.vision_blocks.mode=lora",
+    "adapters.merger.mode=full",
+    "adapters.deepstack_mergers.mode=full",
     "moe.balance=micro",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +57,18 @@ class Way:
 
 def ways() -> dict[str, Way]:
     """In float32 all but exact; in bfloat16 with the kernels that training takes."""
-    found = {
+    every_way = {
         f"float32, recompute {mode}": Way(
             words=("model.dtype=float32", "model.attention=segments", f"parallel.recompute={mode}")
         )
         for mode in ("none", "layer", "selective")
     }
     offload = ("model.dtype=float32", "parallel.recompute=layer", "parallel.offload_activations=true")
-    found["float32, offload and tiles"] = Way(words=(*offload, "parallel.tile_tokens=64"))
+    every_way["float32, offload and tiles"] = Way(words=(*offload, "parallel.tile_tokens=64"))
     for mode in ("layer", "selective"):
         words = ("model.dtype=bfloat16", "model.attention=auto", f"parallel.recompute={mode}")
-        found[f"bfloat16, recompute {mode}"] = Way(words=words, losses=2e-2, gradients=0.3, together=True)
-    return found
+        every_way[f"bfloat16, recompute {mode}"] = Way(words=words, losses=2e-2, gradients=0.3, together=True)
+    return every_way
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
@@ -73,33 +77,36 @@ def run(sizes: Sizes) -> Iterator[Figure]:
         base = Path(name) / "base"
         write_tiny(base, TINY)
         exactly = Way(words=("model.dtype=float32", "parallel.recompute=none"))
-        (wanted,) = on_ranks(1, _all, base, {"": exactly})
-        (found,) = on_ranks(1, _all, base, ways(), accelerator=sizes.device)
+        (on_cpu,) = on_ranks(1, _all, base, {"": exactly})
+        (on_device,) = on_ranks(1, _all, base, ways(), accelerator=sizes.device)
     for name, way in ways().items():
-        sides = [{"losses": _only(side, SAMPLED), "gradients": _only(side, side.keys() - set(SAMPLED))}
-                 for side in (found[name], wanted[""])]  # fmt: skip
+        sides = [
+            {"losses": _only(side, SAMPLED), "gradients": _only(side, side.keys() - set(SAMPLED))}
+            for side in (on_device[name], on_cpu[""])
+        ]
         for what, allowed in (("losses", way.losses), ("gradients", way.gradients)):
             errors = _errors(*(side[what] for side in sides), together=way.together and what == "gradients")
             worst = max(errors, key=lambda key: errors[key])
             yield Figure(
-                metric=f"{sizes.device} against the CPU, {name}: largest error of {len(sides[0][what])} {what}",
-                value=errors[worst], unit="of the largest value",
+                f"{sizes.device} against the CPU, {name}: largest error of {len(sides[0][what])} {what}",
+                errors[worst],
+                "of the largest value",
                 config={"words": [*WORDS, *way.words], "worst": worst, "rows": list(ROWS), "together": way.together},
-                target=Target(of="value", rule="at most", floor=allowed),
-            )  # fmt: skip
+                target=at_most(allowed),
+            )
 
 
 def _only(tensors: dict[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
-def _errors(found: dict[str, Tensor], wanted: dict[str, Tensor], *, together: bool) -> dict[str, float]:
-    """Not refused when they are large: the figure says so, and those after it are told too."""
-    errors = same_tensors(found, wanted, relative=inf)
+def _errors(tensors: dict[str, Tensor], reference: dict[str, Tensor], *, together: bool) -> dict[str, float]:
+    """Not refused when they are large: the figure says so, and those after it are reported too."""
+    errors = same_tensors(tensors, reference, relative=inf)
     if not together:
         return errors
-    one, other = (torch.cat([side[name].flatten() for name in wanted]) for side in (found, wanted))
-    return {"all together": float((one - other).norm() / other.norm())}
+    vector, right = (torch.cat([side[name].flatten() for name in reference]) for side in (tensors, reference))
+    return {"all together": float((vector - right).norm() / right.norm())}
 
 
 def _all(base: Path, chosen: dict[str, Way]) -> dict[str, dict[str, Tensor]]:
@@ -121,17 +128,15 @@ SAMPLED = tuple(name for name, samples in ROWS.items() if samples)
 
 
 def _rows(made: Renderer) -> dict[str, Batch]:
-    seen, moving = photographs(), film()
     return {
-        name: packed(made, [
-            sample(
-                made, f"{name}/{at}", conversation(f"What is {at}?", f"It is {what}.", images=images, frames=frames),
-                images=seen[:images], film=moving[:frames],
-            )
-            for at, (what, images, frames) in enumerate(samples)
-        ], multiple=4)
+        name: packed(made, [_sample(made, name, at, *about) for at, about in enumerate(samples)], multiple=4)
         for name, samples in ROWS.items()
-    }  # fmt: skip
+    }
+
+
+def _sample(made: Renderer, row: str, at: int, what: str, images: int, frames: int) -> Sample:
+    turns = conversation(f"What is {at}?", f"It is {what}.", images=images, frames=frames)
+    return sample(made, f"{row}/{at}", turns, images=photographs()[:images], film=film()[:frames])
 
 
 def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Tensor]:
@@ -147,7 +152,7 @@ def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Ten
     model = PackedModel(empty.module, spec=read_spec(base))
     save_memory(model, config)
     model.train()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     balance.start_step(sum(int((row.sample_ids >= 0).sum()) for row in rows.values()))
     for name, row in rows.items():
         there = model.send(row, device).arrived()
@@ -155,9 +160,9 @@ def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Ten
         losses = model(batch=there)
         (losses.objective / max(loss_sums(row).tokens, 1.0)).backward()
         if row.keys:
-            found[name] = losses.objective
-    found |= {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+            results[name] = losses.objective
+    results |= {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    return {name: tensor.detach().float().cpu() for name, tensor in results.items()}
 
 
 @torch.no_grad()

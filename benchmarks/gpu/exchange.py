@@ -20,18 +20,22 @@ def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield bytes a second that a rank sends to others, after what arrived was compared with what was sent."""
     if sizes.world < 2:
         raise Skipped("one GPU: rows travel between two or more")
-    found = on_ranks(sizes.world, _one, sizes, accelerator=sizes.device)
-    sent, seconds = min(one["sent"] for one in found), max(one["seconds"] for one in found)
+    ranks = on_ranks(sizes.world, _one, sizes, accelerator=sizes.device)
+    sent, seconds = min(rank["sent"] for rank in ranks), max(rank["seconds"] for rank in ranks)
     yield Figure(
-        metric=f"all-to-all, {sizes.exchange_rows} rows a rank over {sizes.world} ranks", unit="GB/s", better="higher",
-        value=sent / seconds / 1e9, n=2 * sizes.rounds,
+        f"all-to-all, {sizes.exchange_rows} rows a rank over {sizes.world} ranks",
+        sent / seconds / 1e9,
+        "GB/s",
         config={"rows": sizes.exchange_rows, "hidden": sizes.model.hidden, "ranks": sizes.world, "dtype": "bfloat16"},
-    )  # fmt: skip
+        n=2 * sizes.rounds,
+        better="higher",
+    )
 
 
 def _one(sizes: Sizes) -> dict[str, float]:
     """One rank: to rank r it sends a share that grows with r, each row marked with its sender and receiver."""
-    rank, world, device = dist.get_rank(), dist.get_world_size(), engine_device()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = engine_device()
     group = dist.group.WORLD
     shares = [sizes.exchange_rows * (to + 1) // (world * (world + 1) // 2) for to in range(world)]
     receive = [shares[rank]] * world
@@ -39,9 +43,9 @@ def _one(sizes: Sizes) -> dict[str, float]:
     x = marks[:, None].expand(-1, sizes.model.hidden).to(device, torch.bfloat16).contiguous().requires_grad_()
     came = exchange(x, receive, shares, group)
     torch.autograd.backward(came, came.detach())
-    wanted = torch.cat([torch.full((n,), sender * world + rank) for sender, n in enumerate(receive)])
+    expected = torch.cat([torch.full((n,), sender * world + rank) for sender, n in enumerate(receive)])
     assert x.grad is not None
-    if not torch.equal(came[:, 0].cpu().long(), wanted) or not torch.equal(x.grad, x.detach()):
+    if not torch.equal(came[:, 0].cpu().long(), expected) or not torch.equal(x.grad, x.detach()):
         raise OutputsDiffer(f"rank {rank}: the rows that came, or the gradients that went home, are not those sent")
     seconds = []
     with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.experts.expert_block import Inputs, Pair, Shape
 from benchmarks.gpu.device import synchronise
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, ratio_at_least
 from benchmarks.harness.measure import Side, race
 from benchmarks.harness.outputs import same_tensors
 
@@ -20,26 +20,38 @@ def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield time and, where the device counts it, memory at each number of tokens."""
     assert sizes.model.experts is not None
     shape = Shape(
-        hidden=sizes.model.hidden, intermediate=sizes.model.expert_hidden, experts=sizes.model.experts,
-        top_k=sizes.model.top_k, r=16,
-    )  # fmt: skip
+        hidden=sizes.model.hidden,
+        intermediate=sizes.model.expert_hidden,
+        experts=sizes.model.experts,
+        top_k=sizes.model.top_k,
+        r=16,
+    )
     pair = Pair(shape, device=sizes.device, dtype=torch.bfloat16)
     for tokens in sizes.expert_tokens:
         inputs = pair.inputs(tokens)
         raced = race(
-            *pair.sides(inputs), same=_same, rounds=2 * sizes.rounds, warmup=3, statistic="median",
+            *pair.sides(inputs),
+            same=_same,
+            rounds=2 * sizes.rounds,
+            warmup=3,
+            statistic="median",
             synchronise=synchronise,
-        )  # fmt: skip
+        )
         yield raced.figure(
-            metric=f"step, {tokens} tokens", config=pair.config(tokens),
-            target=Target(of="ratio", rule="at least", floor=1.0) if sizes.name == "full" else None,
-        )  # fmt: skip
+            f"step, {tokens} tokens",
+            config=pair.config(tokens),
+            target=ratio_at_least(1.0) if sizes.name == "full" else None,
+        )
         if sizes.device == "cuda":
             ours, peer = (_peak(pair, inputs, side) for side in pair.sides(inputs))
             yield Figure(
-                metric=f"memory of a step, {tokens} tokens", value=ours, unit="bytes", config=pair.config(tokens),
-                peer=pair.peer_name, peer_value=peer, target=Target(of="ratio", rule="at least", floor=1.0),
-            )  # fmt: skip
+                f"memory of a step, {tokens} tokens",
+                ours,
+                "bytes",
+                config=pair.config(tokens),
+                peer=Peer(pair.peer_name, peer),
+                target=ratio_at_least(1.0),
+            )
 
 
 def _same(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
@@ -52,7 +64,7 @@ def _peak(pair: Pair, inputs: Inputs, side: Side) -> float:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    found: dict[str, Tensor] = side.run()
+    outputs: dict[str, Tensor] = side.run()
     torch.cuda.synchronize()
-    del found
+    del outputs
     return float(torch.cuda.max_memory_allocated() - before)

@@ -62,15 +62,15 @@ def weigh(folder: Path) -> int:
 def packages() -> list[str]:
     """Names of all that the machine needs, by what the installed packages say of themselves on the machine's Python."""
     there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
-    waiting, found = list(ROOTS), set(ROOTS) - {"moetune"}
+    waiting, names = list(ROOTS), set(ROOTS) - {"moetune"}
     while waiting:
         for line in requires(waiting.pop()) or ():
-            one = Requirement(line)
-            name = canonicalize_name(one.name)
-            if name not in LEFT_OUT | found and (one.marker is None or one.marker.evaluate(there)):
-                found.add(name)
+            requirement = Requirement(line)
+            name = canonicalize_name(requirement.name)
+            if name not in LEFT_OUT | names and (requirement.marker is None or requirement.marker.evaluate(there)):
+                names.add(name)
                 waiting.append(name)
-    return sorted(found)
+    return sorted(names)
 
 
 def collect(names: list[str], into: Path) -> None:

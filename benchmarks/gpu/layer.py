@@ -18,7 +18,7 @@ from benchmarks.gpu.device import Profiled, profiled, synchronise
 from benchmarks.gpu.drawn import drawn_base
 from benchmarks.gpu.material import write_sides
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure
+from benchmarks.harness.figure import Figure, Peer
 from benchmarks.harness.measure import Side, spread, take_turns
 from finetune.architecture.families import Family
 from finetune.files.hubconfig import read_family
@@ -48,14 +48,17 @@ def run(sizes: Sizes) -> Iterator[Figure]:
                     side = _side(base, tokens, recompute)
                     (seconds,) = take_turns([side], rounds=2 * sizes.rounds, warmup=2, synchronise=synchronise)
                     gpu = gpu_like(sizes.gpu)
-                    said = roofline(read_family(base), gpu, tokens, recompute) if gpu is not None else {}
+                    roofline_s = roofline(read_family(base), gpu, tokens, recompute) if gpu is not None else {}
                     config = {
-                        "tokens": tokens, "local_experts": experts, "recompute": recompute, "dtype": "bfloat16",
-                        "hidden": sizes.model.hidden, "gpu": sizes.gpu, "samples": 1,
-                    }  # fmt: skip
-                    yield from _figures(
-                        config, min(seconds), spread(seconds), len(seconds), profiled(side), said
-                    )  # fmt: skip
+                        "tokens": tokens,
+                        "local_experts": experts,
+                        "recompute": recompute,
+                        "dtype": "bfloat16",
+                        "hidden": sizes.model.hidden,
+                        "gpu": sizes.gpu,
+                        "samples": 1,
+                    }
+                    yield from _figures(config, min(seconds), spread(seconds), len(seconds), profiled(side), roofline_s)
 
 
 def _side(base: Path, tokens: int, recompute: Recompute) -> Side:
@@ -104,28 +107,34 @@ def roofline(base: Family, gpu: Gpu, tokens: int, recompute: Recompute) -> dict[
 
 
 def _figures(
-    config: dict[str, Any], wall: float, apart: float, rounds: int, seen: Profiled, said: dict[str, float]
+    config: dict[str, Any], wall: float, apart_s: float, rounds: int, profile: Profiled, roofline_s: dict[str, float]
 ) -> Iterator[Figure]:
     what = f"{config['local_experts']} local experts, {config['tokens']} tokens, recompute {config['recompute']}"
-    kernels = {name[:100]: round(1e3 * seconds, 4) for name, seconds in list(seen.kernels.items())[:20]}
+    kernels = {name[:100]: round(1e3 * seconds, 4) for name, seconds in list(profile.kernels.items())[:20]}
     yield Figure(
-        metric=f"one layer, {what}", value=1e3 * wall, unit="ms", config=config | {"kernels_ms": kernels}, n=rounds,
-        spread={"ours": apart},
-    )  # fmt: skip
+        f"one layer, {what}",
+        1e3 * wall,
+        "ms",
+        config=config | {"kernels_ms": kernels},
+        n=rounds,
+        spread={"ours": apart_s},
+    )
     kinds: dict[str, float] = defaultdict(float)
-    for name, seconds in seen.operations.items():
+    for name, seconds in profile.operations.items():
         kinds[kind(name)] += seconds
     for name, seconds in [
-        ("device", seen.device),
-        ("host", seen.host),
+        ("device", profile.device),
+        ("host", profile.host),
         *sorted(kinds.items(), key=lambda item: -item[1]),
     ]:
-        beside = sum(said.values()) if name == "device" and said else said.get(name)
+        beside = sum(roofline_s.values()) if name == "device" and roofline_s else roofline_s.get(name)
         yield Figure(
-            metric=f"{name}, one layer, {what}", value=1e3 * seconds, unit="ms", config=config,
-            peer=None if beside is None else "roofline",
-            peer_value=None if beside is None else 1e3 * beside,
-        )  # fmt: skip
+            f"{name}, one layer, {what}",
+            1e3 * seconds,
+            "ms",
+            config=config,
+            peer=None if beside is None else Peer("roofline", 1e3 * beside),
+        )
 
 
 def kind(operation: str) -> Kind:

@@ -55,7 +55,7 @@ def renderer(base: Path, *, max_tokens: int | None = None) -> Renderer:
 
 
 def conversation(question: str, answer: str, *, images: int = 0, frames: int = 0) -> dict[str, Any]:
-    """One question and its answer, about so many photographs and a video of so many frames."""
+    """One question and its answer, about `images` photographs and a video of `frames` frames."""
     marks = "<image>" * images + "<video>" * bool(frames)
     raw: dict[str, Any] = {
         "messages": [{"role": "user", "content": marks + question}, {"role": "assistant", "content": answer}],
@@ -80,25 +80,26 @@ def sample(
 def packed(made: Renderer, samples: Sequence[Sample], *, multiple: int = 1) -> Batch:
     """Put samples into one row."""
     return collate(
-        samples, keys=[one.key for one in samples], pad_id=made.pad_id, multiple=multiple, widths=made.patch_widths
+        samples, keys=[each.key for each in samples], pad_id=made.pad_id, multiple=multiple, widths=made.patch_widths
     )
 
 
 def full_row(made: Renderer, tokens: int, seed: int) -> Batch:
     """A row of exactly `tokens`: samples of many lengths, every other about a photograph, while they fit; padding."""
-    drawn, seen, words = np.random.default_rng(seed), photographs(), text()
+    generator = np.random.default_rng(seed)
+    pictures, words = photographs(), text()
     samples: list[Sample] = []
     left = tokens
     while True:
-        number, length = len(samples), int(drawn.integers(10, 250))
-        first = int(drawn.integers(0, len(words) - length))
-        images = [seen[number // 2 % 2]] if number % 2 == 0 else []
+        number, length = len(samples), int(generator.integers(10, 250))
+        first = int(generator.integers(0, len(words) - length))
+        images = [pictures[number // 2 % 2]] if number % 2 == 0 else []
         raw = conversation("What is this?", " ".join(words[first : first + length]), images=len(images))
-        one = sample(made, f"{seed}/{number}", raw, images=images)
-        if len(one.input_ids) > left:
+        row_sample = sample(made, f"{seed}/{number}", raw, images=images)
+        if len(row_sample.input_ids) > left:
             return packed(made, samples, multiple=tokens)
-        samples.append(one)
-        left -= len(one.input_ids)
+        samples.append(row_sample)
+        left -= len(row_sample.input_ids)
 
 
 def even_row(made: Renderer, tokens: int, seed: int, like: Assumed) -> Batch:
@@ -109,13 +110,13 @@ def even_row(made: Renderer, tokens: int, seed: int, like: Assumed) -> Batch:
     answer = _words(made, int(like.supervised_share * like.sample_tokens), seed)
     without = sample(made, "one", conversation("", answer, images=len(images)), images=images)
     question = _words(made, like.sample_tokens - len(without.input_ids) - 2, seed)
-    one = sample(made, "one", conversation(question, answer, images=len(images)), images=images)
-    samples = [replace(one, key=f"{seed}/{at}") for at in range(tokens // len(one.input_ids))]
+    full = sample(made, "one", conversation(question, answer, images=len(images)), images=images)
+    samples = [replace(full, key=f"{seed}/{at}") for at in range(tokens // len(full.input_ids))]
     return packed(made, samples, multiple=tokens)
 
 
 def _words(made: Renderer, tokens: int, seed: int) -> str:
-    """As many words as are no more than so many tokens."""
+    """As many words as fit into this many tokens."""
     words = text()
     many = [words[(seed + at) % len(words)] for at in range(tokens)]
     count = bisect_right(range(tokens), tokens, key=lambda count: len(made.encode(" ".join(many[:count])))) - 1

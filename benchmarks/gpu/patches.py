@@ -26,10 +26,13 @@ def run(sizes: Sizes) -> Iterator[Figure]:
         raced = race(
             Side(name="linear", run=lambda: {"y": F.linear(rows, convolution.weight.flatten(1), convolution.bias)}),
             Side(name="Conv3d", run=lambda: {"y": convolution(rows.view(-1, 3, *KERNEL)).view(-1, width)}),
-            same=_same, rounds=sizes.rounds, warmup=0, synchronise=synchronise,  # Conv3d may take seconds
-        )  # fmt: skip
+            same=_same,
+            rounds=sizes.rounds,
+            warmup=0,  # Conv3d may take seconds
+            synchronise=synchronise,
+        )
     config = {"patches": sizes.patches, "width": width, "dtype": "bfloat16", "cudnn": cudnn_version()}
-    yield raced.figure(metric=f"patch embedding of {sizes.patches} patches", config=config)
+    yield raced.figure(f"patch embedding of {sizes.patches} patches", config=config)
 
 
 def _same(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:

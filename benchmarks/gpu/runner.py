@@ -33,13 +33,13 @@ def run_parts(
         log.flush()
         limit = min(part.seconds * 60 * minutes / TEN_MINUTES, end - time.monotonic())
         if limit < LEAST_SECONDS * min(1.0, 60 * minutes / TEN_MINUTES):
-            found = _outcome(part, "skipped", f"the {minutes:g} minutes are over", 0.0, limit, [])
+            outcome = _outcome(part, "skipped", f"the {minutes:g} minutes are over", 0.0, limit, [])
         else:
-            found = _run(part, sizes, limit, log, os.environ | (environment or {}))
-        reason = f": {found['reason']}" if found["reason"] else ""
-        log.write(f"===== {part.name} {found['outcome']} after {found['seconds']:.1f} s{reason}\n")
+            outcome = _run(part, sizes, limit, log, os.environ | (environment or {}))
+        reason = f": {outcome['reason']}" if outcome["reason"] else ""
+        log.write(f"===== {part.name} {outcome['outcome']} after {outcome['seconds']:.1f} s{reason}\n")
         log.flush()
-        yield found
+        yield outcome
 
 
 def _run(part: Part, sizes: Sizes, limit: float, log: TextIO, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -78,9 +78,14 @@ def _outcome(
     part: Part, outcome: str, reason: str, seconds: float, limit: float, figures: list[dict[str, Any]]
 ) -> dict[str, Any]:
     return {
-        "part": part.name, "about": part.about, "outcome": outcome, "reason": reason, "seconds": round(seconds, 2),
-        "limit_seconds": round(max(limit, 0.0), 2), "figures": figures,
-    }  # fmt: skip
+        "part": part.name,
+        "about": part.about,
+        "outcome": outcome,
+        "reason": reason,
+        "seconds": round(seconds, 2),
+        "limit_seconds": round(max(limit, 0.0), 2),
+        "figures": figures,
+    }
 
 
 def _kill_group(group: int) -> None:
@@ -101,13 +106,13 @@ def child(target: str, sizes: Path, out: Path) -> int:
     """Run one part in this process, and write each figure as it is found."""
     module, _, function = target.partition(":")
     run = getattr(import_module(module), function)
-    with out.open("a", buffering=1) as found:
+    with out.open("a", buffering=1) as results:
         try:
             for figure in run(pickle.loads(sizes.read_bytes())):  # the parent's
                 print(figure.line(), flush=True)
-                found.write(json.dumps({"figure": figure.record(name="", surroundings={})}) + "\n")
+                results.write(json.dumps({"figure": figure.record(name="", surroundings={})}) + "\n")
         except Skipped as why:
-            found.write(json.dumps({"skipped": str(why)}) + "\n")
+            results.write(json.dumps({"skipped": str(why)}) + "\n")
             return SKIPPED
     return 0
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.gpu.drawn import drawn_base
+from benchmarks.harness.rows import step_of
 from data.render.vision import normalise, read_spec
-from data.stream.batch import Batch, Step, loss_sums
+from data.stream.batch import Batch
 from finetune.adapters.file import open_adapter
 from finetune.adapters.write_trained import write_adapter
 from finetune.config import RunConfig
@@ -26,7 +27,7 @@ from finetune.ranks.engine import engine_config, engine_device, initialize
 from finetune.training.setup import engine_options, make_balance, model_options, save_memory
 from finetune.training.update import take_step
 
-Taken = Callable[[Sequence[Batch]], dict[str, float]]
+TakeStep = Callable[[Sequence[Batch]], dict[str, float]]
 """One step on some rows: loss and gradient norm before the update."""
 
 
@@ -35,7 +36,7 @@ class Trainer:
     """A side that is ready to step; `write` writes its adapter as PEFT reads it."""
 
     name: str
-    step: Taken
+    step: TakeStep
     write: Callable[[Path], object]
 
 
@@ -56,21 +57,11 @@ def ours(base: Path, config: RunConfig, *, start: Path | None = None) -> Trainer
 
     def step(rows: Sequence[Batch]) -> dict[str, float]:
         nonlocal done
-        sums = sum((loss_sums(row) for row in rows[1:]), loss_sums(rows[0]))
-        taken = Step(
-            epoch=0, step=done, batches=tuple(rows), sums=sums, bad=(), notes=(), tokens=useful(rows), images=0,
-            video_seconds=0.0, wait_seconds=0.0,
-        )  # fmt: skip
-        found, _ = take_step(engine, taken, config, balance, done, device, lambda *_: None)
+        figures, _ = take_step(engine, step_of(rows, done), config, balance, done, device, lambda *_: None)
         done += 1
-        return {name: found[name] for name in ("loss", "grad_norm")}
+        return {name: figures[name] for name in ("loss", "grad_norm")}
 
     return Trainer(name="moetune", step=step, write=lambda folder: write_adapter(empty, folder, base=str(base)))
-
-
-def useful(rows: Sequence[Batch]) -> int:
-    """Tokens that are no padding."""
-    return sum(int((row.sample_ids >= 0).sum()) for row in rows)
 
 
 def peer(base: Path, adapter: Path, config: RunConfig, *, zero3: bool = False, liger: bool = False) -> Trainer:
@@ -151,9 +142,11 @@ def _zero3(model: Any, adamw: torch.optim.Optimizer, config: RunConfig) -> Any:
 def _inputs(row: Batch, spec: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor | bool]:
     ids = row.input_ids.to(device)
     given: dict[str, Tensor | bool] = {
-        "input_ids": ids, "position_ids": row.positions.to(device), "use_cache": False,
+        "input_ids": ids,
+        "position_ids": row.positions.to(device),
+        "use_cache": False,
         "labels": torch.where(row.loss_weights.to(device) > 0, ids, -100),
-    }  # fmt: skip
+    }
     for patches, grids, (pixels, grid) in (
         (row.image_patches, row.image_grids, ("pixel_values", "image_grid_thw")),
         (row.video_patches, row.video_grids, ("pixel_values_videos", "video_grid_thw")),

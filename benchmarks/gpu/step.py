@@ -12,14 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.device import Profiled, held, peak_of, profiled, synchronise
+from benchmarks.gpu.device import Profiled, allocated, peak_of, profiled, synchronise
 from benchmarks.gpu.material import even_row, full_row, renderer, write_sides
 from benchmarks.gpu.misses import first_predicted
 from benchmarks.gpu.parts import Skipped
-from benchmarks.gpu.sides import Trainer, ours, peer, useful
+from benchmarks.gpu.sides import Trainer, ours, peer
 from benchmarks.gpu.sizes import Sizes, StepCase
-from benchmarks.harness.figure import Figure
+from benchmarks.harness.figure import Figure, Peer
 from benchmarks.harness.measure import OutputsDiffer, Side, spread, take_turns
+from benchmarks.harness.rows import useful
 from benchmarks.harness.spawned import on_ranks
 from data.stream.batch import Batch
 from finetune.config import RunConfig
@@ -45,8 +46,8 @@ def run(sizes: Sizes) -> Iterator[Figure]:
     """Yield the figures of each case beside plain torch, and the first one's beside ZeRO-3 too."""
     for number, case in enumerate(first_predicted(sizes.steps, sizes, gpus=1)):
         # each in a process of its own, as no engine gives all its memory back
-        facts, found = on_ranks(1, beside, sizes, case, number == 0, accelerator=sizes.device)[0]
-        yield from figures(sizes, case, facts, found)
+        facts, sides = on_ranks(1, beside, sizes, case, number == 0, accelerator=sizes.device)[0]
+        yield from figures(sizes, case, facts, sides)
 
 
 def run_whole(sizes: Sizes) -> Iterator[Figure]:
@@ -58,11 +59,11 @@ def run_whole(sizes: Sizes) -> Iterator[Figure]:
     for number, case in enumerate(first_predicted(sizes.whole, sizes, gpus=1, whole=True)):
         with tempfile.TemporaryDirectory() as name:
             adapter = Path(name) / "adapter"
-            (mine,) = on_ranks(1, alone, sizes, case, adapter, None, accelerator=sizes.device)
-            found = [mine]
+            (our_side,) = on_ranks(1, alone, sizes, case, adapter, None, accelerator=sizes.device)
+            both = [our_side]
             if number == 0:
-                found += on_ranks(1, alone, sizes, case, adapter, mine[1], accelerator=sizes.device)
-        yield from figures(sizes, case, mine[2], [one[0] for one in found], in_turns=False)
+                both += on_ranks(1, alone, sizes, case, adapter, our_side[1], accelerator=sizes.device)
+        yield from figures(sizes, case, our_side[2], [side[0] for side in both], in_turns=False)
 
 
 def run_ranks(sizes: Sizes) -> Iterator[Figure]:
@@ -70,9 +71,9 @@ def run_ranks(sizes: Sizes) -> Iterator[Figure]:
     if sizes.world < 2:
         raise Skipped("one GPU: ranks share a step on two or more")
     for case in first_predicted(sizes.ranks, sizes, gpus=sizes.world):
-        found = on_ranks(sizes.world, alone, sizes, case, None, None, accelerator=sizes.device)
-        slowest = max((one[0] for one in found), key=lambda one: median(one.seconds))
-        facts = found[0][2] | {key: sum(one[2][key] for one in found) for key in COUNTS}
+        ranks = on_ranks(sizes.world, alone, sizes, case, None, None, accelerator=sizes.device)
+        slowest = max((rank[0] for rank in ranks), key=lambda rank: median(rank.seconds))
+        facts = ranks[0][2] | {key: sum(rank[2][key] for rank in ranks) for key in COUNTS}
         yield from figures(sizes, case, facts, [slowest], in_turns=False)
 
 
@@ -86,9 +87,9 @@ def run_liger(sizes: Sizes) -> Iterator[Figure]:
         base, config, rows = prepare(Path(name), sizes, case)
         ours(base, config).write(Path(name) / "adapter")
         plain = peer(base, Path(name) / "adapter", config)
-        wanted = plain.step(rows)
+        step = plain.step(rows)
         fast = peer(base, Path(name) / "adapter", config, liger=True)
-        same_step(fast.name, fast.step(rows), plain.name, wanted)
+        same_step(fast.name, fast.step(rows), plain.name, step)
         yield from figures(sizes, case, facts_of(rows), in_turns([fast, plain], rows, sizes.rounds, [0, 0]))
 
 
@@ -97,34 +98,34 @@ def beside(sizes: Sizes, case: StepCase, zero3: bool) -> tuple[dict[str, Any], l
     start_distributed()
     with tempfile.TemporaryDirectory() as name:
         base, config, rows = prepare(Path(name), sizes, case)
-        before = held()
+        before = allocated()
         sides = [ours(base, config)]
-        wanted = _begun(sides[0], rows, Path(name) / "adapter")
-        sizes_of = [held() - before]
+        first = _begun(sides[0], rows, Path(name) / "adapter")
+        sizes_of = [allocated() - before]
         for with_zero3 in (False, True)[: 1 + zero3]:
-            before = held()
+            before = allocated()
             sides.append(peer(base, Path(name) / "adapter", config, zero3=with_zero3))
-            same_step(sides[0].name, wanted, sides[-1].name, sides[-1].step(rows))
-            sizes_of.append(held() - before)
+            same_step(sides[0].name, first, sides[-1].name, sides[-1].step(rows))
+            sizes_of.append(allocated() - before)
         others = [sum(sizes_of) - size for size in sizes_of]
         return facts_of(rows), in_turns(sides, rows, sizes.rounds, others)
 
 
 def alone(
-    sizes: Sizes, case: StepCase, adapter: Path | None, wanted: dict[str, float] | None
+    sizes: Sizes, case: StepCase, adapter: Path | None, our_step: dict[str, float] | None
 ) -> tuple[Measured, dict[str, float], dict[str, Any]]:
-    """One side of a rank by itself: ours, which writes `adapter`; the peer from it where `wanted` is our step."""
+    """One side of a rank by itself: ours, which writes `adapter`; the peer from it where `our_step` is given."""
     start_distributed()
     with tempfile.TemporaryDirectory() as name:
         base, config, rows = prepare(Path(name), sizes, case)
-        if wanted is None:
+        if our_step is None:
             side = ours(base, config)
             first = _begun(side, rows, adapter)
         else:
             assert adapter is not None
             side = peer(base, adapter, config)
             first = side.step(rows)
-            same_step("moetune", wanted, side.name, first)
+            same_step("moetune", our_step, side.name, first)
         return in_turns([side], rows, sizes.rounds, [0])[0], first, facts_of(rows)
 
 
@@ -153,12 +154,12 @@ def prepare(folder: Path, sizes: Sizes, case: StepCase) -> tuple[Path, RunConfig
     return base, config, [full_row(made, tokens, number) for number in numbers]
 
 
-def same_step(name: str, found: dict[str, float], other: str, wanted: dict[str, float]) -> None:
+def same_step(name: str, step: dict[str, float], other: str, other_step: dict[str, float]) -> None:
     """Refuse sides whose loss or gradient norm of the same step differs."""
-    for key, value in wanted.items():
-        print(f"{key}: {name} {found[key]:.6g}, {other} {value:.6g}", flush=True)
-        if not abs(found[key] - value) <= RELATIVE[key] * abs(value):
-            raise OutputsDiffer(f"{key} of {name} is {found[key]:.6g}, of {other} {value:.6g}")
+    for key, value in other_step.items():
+        print(f"{key}: {name} {step[key]:.6g}, {other} {value:.6g}", flush=True)
+        if not abs(step[key] - value) <= RELATIVE[key] * abs(value):
+            raise OutputsDiffer(f"{key} of {name} is {step[key]:.6g}, of {other} {value:.6g}")
 
 
 def in_turns(
@@ -177,24 +178,33 @@ def in_turns(
 def facts_of(rows: Sequence[Batch]) -> dict[str, Any]:
     """What this rank's rows hold."""
     return {
-        "gpus": dist.get_world_size(), "useful_tokens": useful(rows),
+        "gpus": dist.get_world_size(),
+        "useful_tokens": useful(rows),
         "row_tokens": sum(row.input_ids.numel() for row in rows),
         "supervised_tokens": sum(int((row.loss_weights > 0).sum()) for row in rows),
-        "samples": sum(len(row.keys) for row in rows), "images": sum(len(row.image_grids) for row in rows),
-    }  # fmt: skip
+        "samples": sum(len(row.keys) for row in rows),
+        "images": sum(len(row.image_grids) for row in rows),
+    }
 
 
 def figures(
     sizes: Sizes, case: StepCase, facts: dict[str, Any], sides: Sequence[Measured], *, in_turns: bool = True
 ) -> Iterator[Figure]:
     """Tokens per second, peak memory, device and host time of the first side, beside each of the others."""
-    mine = sides[0]
+    first = sides[0]
     config = {
-        "case": case.name, "words": list(case.words), "layers": case.layers, "gpu": sizes.gpu, "sizes": sizes.name,
-        "vocabulary": sizes.model.vocabulary, "weights": "drawn on the device", "in_turns": in_turns, **facts,
+        "case": case.name,
+        "words": list(case.words),
+        "layers": case.layers,
+        "gpu": sizes.gpu,
+        "sizes": sizes.name,
+        "vocabulary": sizes.model.vocabulary,
+        "weights": "drawn on the device",
+        "in_turns": in_turns,
+        **facts,
         "assumed": case.assumed and asdict(case.assumed),
-        "kernels_ms": {name[:100]: round(1e3 * seconds, 3) for name, seconds in list(mine.seen.kernels.items())[:15]},
-    }  # fmt: skip
+        "kernels_ms": {name[:100]: round(1e3 * seconds, 3) for name, seconds in list(first.seen.kernels.items())[:15]},
+    }
     tokens = facts["useful_tokens"]
     what: list[tuple[str, str, Callable[[Measured], float]]] = [
         ("useful tokens/s", "tokens/s", lambda side: tokens / median(side.seconds)),
@@ -206,11 +216,16 @@ def figures(
         if metric == "peak memory" and sizes.device == "cpu":
             continue  # not counted there
         figure = Figure(
-            metric=f"{metric}, {case.name}", value=value(mine), unit=unit, config=config, n=sizes.rounds,
-            better="higher" if unit == "tokens/s" else "lower", spread={"ours": spread(mine.seconds)},
-        )  # fmt: skip
+            f"{metric}, {case.name}",
+            value(first),
+            unit,
+            config=config,
+            n=sizes.rounds,
+            better="higher" if unit == "tokens/s" else "lower",
+            spread={"ours": spread(first.seconds)},
+        )
         if len(sides) == 1:
             yield figure
         for other in sides[1:]:
             shown = {**figure.spread, "peer": spread(other.seconds)}
-            yield replace(figure, peer=other.name, peer_value=value(other), spread=shown)
+            yield replace(figure, peer=Peer(other.name, value(other)), spread=shown)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_least
 from benchmarks.harness.machine import ROOT
 
 MARK = "@pytest.mark.gpu"
@@ -25,6 +25,5 @@ def run(sizes: Sizes) -> Iterator[Figure]:
     if not counts.get("passed"):
         raise Skipped(f"{counts.get('skipped', 0)} tests marked gpu need a CUDA device")
     yield Figure(
-        metric="tests marked gpu that pass", value=counts["passed"], unit="tests", config=counts, better="higher",
-        target=Target(of="value", rule="at least", floor=1),
-    )  # fmt: skip
+        "tests marked gpu that pass", counts["passed"], "tests", config=counts, better="higher", target=at_least(1)
+    )

@@ -10,12 +10,12 @@ NEEDED = ("torch", "numpy")
 
 def main(kit: Path, into: Path) -> int:
     """Unzip; 2 where this Python is not the kit's, or lacks torch."""
-    wanted = (kit / "python").read_text().strip()
-    found = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if found != wanted:
+    expected = (kit / "python").read_text().strip()
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if version != expected:
         return _refuse(
-            f"{sys.executable} is Python {found}, the kit's packages are for {wanted}. Give another one: "
-            f"PYTHON=/path/to/python{wanted} bash benchmarks/gpu/run.sh"
+            f"{sys.executable} is Python {version}, the kit's packages are for {expected}. Give another one: "
+            f"PYTHON=/path/to/python{expected} bash benchmarks/gpu/run.sh"
         )
     unpack(sorted((kit / "wheels").glob("*.whl")), into)
     missing = [name for name in NEEDED if not _can_import(name)]

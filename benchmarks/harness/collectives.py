@@ -62,7 +62,7 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
             self.leaving[kind] += round(_bytes(first) * (1 - here))
 
     def total(self, *collectives: str, floating: bool = True) -> int:
-        """Return the bytes of the named collectives, of real numbers only unless told otherwise."""
+        """Return the bytes of the named collectives, of real numbers only unless `floating` is off."""
         kinds = [k for k in self.bytes if k.collective in collectives and (not floating or "float" in k.dtype)]
         return sum(self.bytes[kind] for kind in kinds)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from math import isfinite
 from typing import Literal
 
@@ -16,44 +16,71 @@ class Target:
     floor: float
     goal: float | None = None
 
-    def passes(self, found: float) -> bool:
+    def passes(self, value: float) -> bool:
         """Say whether the floor is reached; not-a-number never does."""
-        return self._reached(found, self.floor)
+        return self._reaches(value, self.floor)
 
-    def meets_goal(self, found: float) -> bool:
+    def meets_goal(self, value: float) -> bool:
         """Say whether the goal is reached, where there is one."""
-        return self.passes(found) if self.goal is None else self._reached(found, self.goal)
+        return self.passes(value) if self.goal is None else self._reaches(value, self.goal)
 
-    def _reached(self, found: float, bound: float) -> bool:
-        return {"at least": found >= bound, "at most": found <= bound, "exactly": found == bound}[self.rule]
+    def _reaches(self, value: float, bound: float) -> bool:
+        return {"at least": value >= bound, "at most": value <= bound, "exactly": value == bound}[self.rule]
 
 
-@dataclass(frozen=True, kw_only=True)
+def at_least(floor: float, *, goal: float | None = None) -> Target:
+    """The value must be this large."""
+    return Target(of="value", rule="at least", floor=floor, goal=goal)
+
+
+def at_most(floor: float, *, goal: float | None = None) -> Target:
+    """The value must be this small."""
+    return Target(of="value", rule="at most", floor=floor, goal=goal)
+
+
+def exactly(floor: float) -> Target:
+    """The value must be this one."""
+    return Target(of="value", rule="exactly", floor=floor)
+
+
+def ratio_at_least(floor: float, *, goal: float | None = None) -> Target:
+    """The value must be this many times better than the peer's."""
+    return Target(of="ratio", rule="at least", floor=floor, goal=goal)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a figure stands beside, and its value of the same metric."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Figure:
     """One metric under one config; `spread` says per side how far the median lies above the fastest sample."""
 
     metric: str
     value: float
     unit: str
+    _: KW_ONLY
     config: Mapping[str, object]
-    better: Literal["lower", "higher"] = "lower"
     n: int = 1
+    better: Literal["lower", "higher"] = "lower"
     spread: Mapping[str, float] = field(default_factory=dict)
-    peer: str | None = None
-    peer_value: float | None = None
+    peer: Peer | None = None
     target: Target | None = None
 
     def __post_init__(self) -> None:
-        assert (self.peer is None) == (self.peer_value is None)
         assert self.target is None or self.target.of == "value" or self.peer is not None
 
     @property
     def ratio(self) -> float | None:
         """How many times better than the peer: 2.0 is half the time, half the bytes, or twice the throughput."""
-        if self.peer_value is None:
+        if self.peer is None:
             return None
-        ours, theirs = (self.value, self.peer_value) if self.better == "lower" else (self.peer_value, self.value)
-        return theirs / ours if ours else float("inf")
+        over, under = (self.peer.value, self.value) if self.better == "lower" else (self.value, self.peer.value)
+        return over / under if under else float("inf")
 
     @property
     def passed(self) -> bool | None:
@@ -67,15 +94,15 @@ class Figure:
 
     def _judged(self) -> float:
         assert self.target is not None
-        found = self.value if self.target.of == "value" else self.ratio
-        assert found is not None
-        return found
+        value = self.value if self.target.of == "value" else self.ratio
+        assert value is not None
+        return value
 
     def line(self) -> str:
         """Say it in one line for people."""
         words = [f"{self.metric}: {self.value:,.4g} {self.unit}{_percent(self.spread.get('ours'))}"]
-        if self.ratio is not None:
-            words.append(f"{self.peer}: {self.peer_value:,.4g} {self.unit}{_percent(self.spread.get('peer'))}")
+        if self.peer is not None:
+            words.append(f"{self.peer.name}: {self.peer.value:,.4g} {self.unit}{_percent(self.spread.get('peer'))}")
             words.append(f"{self.ratio:.2f}x")
         if self.target is not None:
             goal = "" if self.target.goal is None else f", goal {self.target.goal:g}"
@@ -94,8 +121,8 @@ class Figure:
             "unit": self.unit,
             "n": self.n,
             "spread": dict(self.spread),
-            "peer": self.peer,
-            "peer_value": self.peer_value,
+            "peer": None if self.peer is None else self.peer.name,
+            "peer_value": None if self.peer is None else self.peer.value,
             "ratio": self.ratio if self.ratio is None or isfinite(self.ratio) else None,  # JSON has no infinity
             "target": None if self.target is None else dataclasses.asdict(self.target),
             "pass": self.passed,
@@ -104,7 +131,7 @@ class Figure:
 
 def refusal(*, name: str, surroundings: Mapping[str, object], why: str) -> dict[str, object]:
     """Return the record of a benchmark whose outputs differ: there is no figure, and it did not pass."""
-    nothing = Figure(metric="refused", value=0.0, unit="", config={"refused": why})
+    nothing = Figure("refused", 0.0, "", config={"refused": why})
     return nothing.record(name=name, surroundings=surroundings) | {"value": None, "n": 0, "pass": False}
 
 

@@ -31,8 +31,8 @@ def commit(root: Path) -> str:
         if head:
             return f"{head}-dirty" if _git(root, "status", "--porcelain") else head
     if (root / KIT.name / "commit").is_file():
-        said, digest = (root / KIT.name / "commit").read_text().splitlines()
-        return said if digest == source_digest(root) or said.endswith("-dirty") else f"{said}-dirty"
+        kit_commit, digest = (root / KIT.name / "commit").read_text().splitlines()
+        return kit_commit if digest == source_digest(root) or kit_commit.endswith("-dirty") else f"{kit_commit}-dirty"
     return f"version {_version('moetune')}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, Target, exactly
 
 
 class OutputsDiffer(ValueError):
@@ -31,18 +31,17 @@ class Race:
     peer_s: tuple[float, ...]
     statistic: Literal["min", "median"]
 
-    def figure(self, *, metric: str, config: Mapping[str, object], target: Target | None = None) -> Figure:
+    def figure(self, metric: str, *, config: Mapping[str, object], target: Target | None = None) -> Figure:
         """Return milliseconds beside the peer's; the ratio is how many times faster ours is."""
         pick = min if self.statistic == "min" else statistics.median
         return Figure(
-            metric=metric,
-            value=1e3 * pick(self.ours_s),
-            unit="ms",
+            metric,
+            1e3 * pick(self.ours_s),
+            "ms",
             config={**config, "statistic": self.statistic},
             n=len(self.ours_s),
             spread={"ours": spread(self.ours_s), "peer": spread(self.peer_s)},
-            peer=self.peer,
-            peer_value=1e3 * pick(self.peer_s),
+            peer=Peer(self.peer, 1e3 * pick(self.peer_s)),
             target=target,
         )
 
@@ -99,17 +98,34 @@ def _seconds(run: Callable[[], Any], synchronise: Callable[[], object]) -> float
     return elapsed
 
 
-def spread(samples: tuple[float, ...]) -> float:
+def spread(samples: Sequence[float]) -> float:
     """Return how far the median lies above the fastest, as a share of it: 0 on a machine that does nothing else."""
     return statistics.median(samples) / min(samples) - 1.0
 
 
-def counted(*, metric: str, found: int, expected: int, unit: str, config: Mapping[str, object]) -> Figure:
-    """Return a figure that passes only when what was counted is what the formula says."""
+def fastest(
+    metric: str,
+    samples: Sequence[float],
+    unit: str,
+    *,
+    config: Mapping[str, object],
+    peer: tuple[str, Sequence[float]] | None = None,
+    target: Target | None = None,
+) -> Figure:
+    """Return the best of some rounds, beside the best of the peer's."""
+    name, peer_samples = peer or ("", ())
     return Figure(
-        metric=metric,
-        value=found,
-        unit=unit,
-        config={**config, "expected": expected},
-        target=Target(of="value", rule="exactly", floor=expected),
+        metric,
+        min(samples),
+        unit,
+        config=config,
+        n=len(samples),
+        spread={"ours": spread(samples)} | ({"peer": spread(peer_samples)} if peer else {}),
+        peer=Peer(name, min(peer_samples)) if peer else None,
+        target=target,
     )
+
+
+def counted(metric: str, value: int, unit: str, *, expected: int, config: Mapping[str, object]) -> Figure:
+    """Return a figure that passes only when what was counted is what the formula says."""
+    return Figure(metric, value, unit, config={**config, "expected": expected}, target=exactly(expected))

@@ -15,15 +15,15 @@ def same_tensors(ours: Mapping[str, Tensor], peer: Mapping[str, Tensor], *, rela
     if ours.keys() != peer.keys():
         raise OutputsDiffer(f"ours gives {sorted(ours)}, the peer gives {sorted(peer)}")
     errors = {}
-    for name, theirs in peer.items():
-        if ours[name].shape != theirs.shape:
-            raise OutputsDiffer(f"{name} has shape {tuple(ours[name].shape)}, the peer's has {tuple(theirs.shape)}")
-        scale = theirs.abs().max().item()
+    for name, expected in peer.items():
+        if ours[name].shape != expected.shape:
+            raise OutputsDiffer(f"{name} has shape {tuple(ours[name].shape)}, the peer's has {tuple(expected.shape)}")
+        scale = expected.abs().max().item()
         if scale == 0.0:
             raise OutputsDiffer(f"{name} is all zeros at the peer's side, so that agreeing with it proves nothing")
-        errors[name] = (ours[name].double() - theirs.double()).abs().max().item() / scale
+        errors[name] = (ours[name].double() - expected.double()).abs().max().item() / scale
     wrong = {name: error for name, error in errors.items() if not error <= relative}
     if wrong:
-        found = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
-        raise OutputsDiffer(f"of its largest value, {relative:.0e} allowed: {found}")
+        listed = ", ".join(f"{name} by {error:.1e}" for name, error in wrong.items())
+        raise OutputsDiffer(f"of its largest value, {relative:.0e} allowed: {listed}")
     return errors

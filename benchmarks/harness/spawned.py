@@ -47,9 +47,12 @@ def _rank(rank: int, world: int, run: Callable[..., Any], args: tuple[Any, ...],
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        "nccl" if device is not None else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+        "nccl" if device is not None else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
         device_id=device,
-    )  # fmt: skip
+    )
     (Path(folder) / str(rank)).write_bytes(pickle.dumps(run(*args)))
     dist.barrier()
     dist.destroy_process_group()

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, Target, ratio_at_least
 from benchmarks.harness.outputs import same_tensors
-from benchmarks.long_rows.long_ranks import Found, Setup, measure, together
+from benchmarks.long_rows.long_ranks import RankResult, Setup, measure, together
 
 TOKENS = (1536, 3072)
 PLAIN = "recompute by layer, sp 1"
@@ -26,7 +26,7 @@ def cases(sp: int) -> Mapping[str, dict[str, object]]:
 
 def run() -> Iterator[Figure]:
     """Yield bytes a token, the growth of the peak over the growth of the row; recompute by layer is the peer."""
-    found: dict[str, float] = {}
+    slopes: dict[str, float] = {}
     for sp in (1, 2):
         setups, names = [], []
         for name, options in cases(sp).items():
@@ -37,17 +37,21 @@ def run() -> Iterator[Figure]:
         ranks = measure(setups, world=sp)
         for at, name in enumerate(names):
             pair = ranks[2 * at : 2 * at + 2]
-            for mine, plain in zip(pair, ranks[2:4], strict=True):
-                same_tensors(together(mine), together(plain), relative=1e-5)
-            found[name] = slope(pair)
-    for name, bytes_a_token in found.items():
+            for ranks_of_row, plain in zip(pair, ranks[2:4], strict=True):
+                same_tensors(together(ranks_of_row), together(plain), relative=1e-5)
+            slopes[name] = slope(pair)
+    for name, bytes_a_token in slopes.items():
         yield Figure(
-            metric=f"peak by one more token, {name}", value=bytes_a_token, unit="bytes a token of the row",
-            config={"tokens": list(TOKENS)}, peer=PLAIN, peer_value=found[PLAIN], target=_target(name),
-        )  # fmt: skip
+            f"peak by one more token, {name}",
+            bytes_a_token,
+            "bytes a token of the row",
+            config={"tokens": list(TOKENS)},
+            peer=Peer(PLAIN, slopes[PLAIN]),
+            target=_target(name),
+        )
 
 
-def slope(pair: list[list[Found]]) -> float:
+def slope(pair: list[list[RankResult]]) -> float:
     """Growth of the worst rank's peak by one more token of the row."""
     peaks = [max(rank.peak for rank in ranks) for ranks in pair]
     return (peaks[1] - peaks[0]) / (TOKENS[1] - TOKENS[0])
@@ -55,7 +59,7 @@ def slope(pair: list[list[Found]]) -> float:
 
 def _target(name: str) -> Target | None:
     if name == "recompute by layer, sp 2":
-        return Target(of="ratio", rule="at least", floor=1.7, goal=1.9)
+        return ratio_at_least(1.7, goal=1.9)
     if "tiled and offloaded" in name:
-        return Target(of="ratio", rule="at least", floor=1.3)
+        return ratio_at_least(1.3)
     return None

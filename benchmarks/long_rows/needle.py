@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, at_least, ratio_at_least
 from benchmarks.long_rows.needle_ranks import DEPTHS, NATIVE, Course, Score, train_and_probe
 
 FACTOR = 3.0
@@ -15,19 +15,27 @@ def run() -> Iterator[Figure]:
     near, plain, stretched = train_and_probe(COURSE, [(NATIVE, 1.0), (far, 1.0), (far, FACTOR)])
     yield _figure(near, "found within the native window", floor=0.8)
     yield Figure(
-        metric=f"found at {far:,} tokens with YaRN x {FACTOR:g}", value=stretched.mean, unit="share", better="higher",
-        config=_config(stretched) | {"plain": list(plain.found)}, peer="the same weights without YaRN",
-        peer_value=plain.mean, target=Target(of="ratio", rule="at least", floor=1.05),
-    )  # fmt: skip
+        f"found at {far:,} tokens with YaRN x {FACTOR:g}",
+        stretched.mean,
+        "share",
+        config=_config(stretched) | {"plain": list(plain.shares)},
+        better="higher",
+        peer=Peer("the same weights without YaRN", plain.mean),
+        target=ratio_at_least(1.05),
+    )
 
 
 def _figure(score: Score, metric: str, *, floor: float) -> Figure:
     return Figure(
-        metric=f"{metric}, {score.length:,} tokens", value=score.mean, unit="share", better="higher",
-        config=_config(score), target=Target(of="value", rule="at least", floor=floor),
-    )  # fmt: skip
+        f"{metric}, {score.length:,} tokens",
+        score.mean,
+        "share",
+        config=_config(score),
+        better="higher",
+        target=at_least(floor),
+    )
 
 
 def _config(score: Score) -> dict[str, object]:
-    by_depth = {f"{depth:.0%}": found for depth, found in zip(DEPTHS, score.found, strict=True)}
+    by_depth = {f"{depth:.0%}": share for depth, share in zip(DEPTHS, score.shares, strict=True)}
     return {"sp": COURSE.sp, "stages": list(COURSE.stages), "trials_a_depth": COURSE.trials, "by_depth": by_depth}

@@ -10,15 +10,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from benchmarks.harness.rows import text_row
 from benchmarks.harness.spawned import on_ranks
 from data.stream.batch import Batch
 from finetune.architecture.families import Rope
 from finetune.architecture.yarn import Extension, extended_rope, rotary
 
-FILLER, MARKER, VALUE, QUESTION, VALUES = 40, 40, 41, 60, 16
-VOCAB, NATIVE, THETA, HEAD_DIM = 64, 4096, 10_000.0, 16
+FILLER = 40
+"""Tokens below it are filler."""
+MARKER = 40
+VALUE = 41
+"""The first of the values."""
+VALUES = 16
+QUESTION = 60
+VOCAB = 64
+NATIVE = 4096
+THETA = 10_000.0
+HEAD_DIM = 16
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -39,24 +48,24 @@ class Score:
 
     length: int
     factor: float
-    found: tuple[float, ...]
+    shares: tuple[float, ...]
 
     @property
     def mean(self) -> float:
         """Over the depths."""
-        return sum(self.found) / len(self.found)
+        return sum(self.shares) / len(self.shares)
 
 
-def train_and_probe(course: Course, asked: Sequence[tuple[int, float]]) -> list[Score]:
+def train_and_probe(course: Course, probes: Sequence[tuple[int, float]]) -> list[Score]:
     """Train over `course.sp` ranks, then ask at each (length, YaRN factor)."""
-    found: list[Score] = on_ranks(course.sp, _train_and_score, course, tuple(asked))[0]
-    return found
+    scores: list[Score] = on_ranks(course.sp, _train_and_score, course, tuple(probes))[0]
+    return scores
 
 
-def _train_and_score(course: Course, asked: Sequence[tuple[int, float]]) -> list[Score]:
+def _train_and_score(course: Course, probes: Sequence[tuple[int, float]]) -> list[Score]:
     """Every rank trains; the first one asks."""
     model = _train(course)
-    return [_score(model, length, factor, course.trials) for length, factor in asked] if dist.get_rank() == 0 else []
+    return [_score(model, length, factor, course.trials) for length, factor in probes] if dist.get_rank() == 0 else []
 
 
 def _train(course: Course) -> Any:
@@ -74,7 +83,8 @@ def _train(course: Course) -> Any:
     packed.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=course.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    steps, row_tokens, number = sum(n for _, n in course.stages), course.stages[-1][0], 0
+    steps, row_tokens = sum(count for _, count in course.stages), course.stages[-1][0]
+    number = 0
     for length, count in course.stages:
         for _ in range(count):
             batch = _row(row_tokens // length, length, seed=number)
@@ -98,26 +108,31 @@ def _train(course: Course) -> Any:
 def _score(model: Any, length: int, factor: float, trials: int) -> Score:
     """Ask one haystack after the other, whole rows, with positions stretched by the factor."""
     _stretch(model, factor)
-    found = []
+    shares = []
     for number, depth in enumerate(DEPTHS):
         right = 0
         for trial in range(trials):
             batch = _row(1, length, seed=10**6 + 1000 * number + trial, depth=depth)
-            out = model.model(input_ids=batch.input_ids, position_ids=batch.positions[0], use_cache=False,
-                              attention_mask=None, **batch.attention)  # fmt: skip
+            out = model.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.positions[0],
+                use_cache=False,
+                attention_mask=None,
+                **batch.attention,
+            )
             logits_V = model.lm_head(out.last_hidden_state[0, -2])
             right += int(logits_V.argmax()) == int(batch.input_ids[0, -1])
-        found.append(right / trials)
-    return Score(length=length, factor=factor, found=tuple(found))
+        shares.append(right / trials)
+    return Score(length=length, factor=factor, shares=tuple(shares))
 
 
 def _stretch(model: Any, factor: float) -> None:
     rope = Rope(theta=THETA, mrope_section=(4, 2, 2))
     if factor > 1:
         rope = extended_rope(rope, Extension(factor=factor, original=NATIVE, length=int(NATIVE * factor)))
-    want = rotary(rope, HEAD_DIM)
-    model.model.rotary_emb.inv_freq.copy_(torch.tensor(want.inv_freq))
-    model.model.rotary_emb.attention_scaling = want.scaling
+    tables = rotary(rope, HEAD_DIM)
+    model.model.rotary_emb.inv_freq.copy_(torch.tensor(tables.inv_freq))
+    model.model.rotary_emb.attention_scaling = tables.scaling
 
 
 def _model() -> Any:
@@ -128,11 +143,21 @@ def _model() -> Any:
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=HEAD_DIM, num_experts=4, moe_intermediate_size=48, num_experts_per_tok=2,
-        norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=NATIVE,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=72,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HEAD_DIM,
+        num_experts=4,
+        moe_intermediate_size=48,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=NATIVE,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
-    )  # fmt: skip
+    )
     model = Qwen3MoeForCausalLM(config)
     options = LayerOptions(experts="full", router=RouterOptions(mode="full"), resident=False)
     replace_moe_blocks(model, ep_size=1, options=options)
@@ -144,7 +169,7 @@ def _model() -> Any:
 
 
 def _row(samples: int, length: int, *, seed: int, depth: float | None = None) -> Batch:
-    """So many haystacks of one length: filler with a needle, the question, the answer."""
+    """Haystacks of one length: filler with a needle, the question, the answer."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, FILLER, (samples, length), generator=generator)
     value = torch.randint(VALUE, VALUE + VALUES, (samples,), generator=generator)
@@ -152,15 +177,8 @@ def _row(samples: int, length: int, *, seed: int, depth: float | None = None) ->
     if depth is not None:
         at = torch.full((samples,), round(depth * (length - 5)))
     rows = torch.arange(samples)
-    ids[rows, at], ids[rows, at + 1], ids[:, -2], ids[:, -1] = MARKER, value, QUESTION, value
+    ids[rows, at], ids[rows, at + 1] = MARKER, value
+    ids[:, -2], ids[:, -1] = QUESTION, value
     weights = torch.zeros(samples, length)
     weights[:, -1] = 1
-    positions = torch.arange(length).repeat(samples).expand(4, 1, -1)
-    empty, grids = torch.zeros(0, 1, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
-    owners: Tensor = rows.repeat_interleave(length).int()
-    return Batch(
-        input_ids=ids.view(1, -1), loss_weights=weights.view(1, -1), positions=positions.contiguous(),
-        sample_ids=owners[None], cu_seq_lens=torch.arange(0, samples * length + 1, length, dtype=torch.int32),
-        max_length=length, image_patches=empty, image_grids=grids, video_patches=empty, video_grids=grids,
-        keys=tuple(f"s/{number}" for number in range(samples)),
-    )  # fmt: skip
+    return text_row(ids.unbind(), weights.unbind())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.harness.figure import Figure
+from benchmarks.harness.figure import Figure, Peer
 from benchmarks.harness.measure import counted
 from benchmarks.harness.outputs import same_tensors
 from benchmarks.long_rows.long_ranks import HEAD_DIM, HEADS, KV_HEADS, LAYERS, Setup, measure, together
@@ -18,18 +18,22 @@ def run() -> Iterator[Figure]:
     setups = [Setup(tokens=TOKENS, sp=2, recompute=mode) for mode in ("none", "layer", "selective")]
     ranks = measure(setups, world=2)
     (whole,) = measure([Setup(tokens=TOKENS, sp=1, recompute="none")], world=1)
-    for setup, found in zip(setups, ranks, strict=True):
-        same_tensors(together(found), together(whole), relative=1e-5)
+    for setup, of_ranks in zip(setups, ranks, strict=True):
+        same_tensors(together(of_ranks), together(whole), relative=1e-5)
         yield counted(
-            metric=f"handed to attention's all-to-alls a layer, recompute {setup.recompute}",
-            found=max(rank.exchanged for rank in found) // LAYERS, expected=PASSES[setup.recompute] * bytes_per_layer(slices=2),
-            unit="bytes a rank", config={"tokens": TOKENS, "sp": 2, "heads": HEADS, "kv_heads": KV_HEADS},
-        )  # fmt: skip
+            f"handed to attention's all-to-alls a layer, recompute {setup.recompute}",
+            max(rank.exchanged for rank in of_ranks) // LAYERS,
+            "bytes a rank",
+            expected=PASSES[setup.recompute] * bytes_per_layer(slices=2),
+            config={"tokens": TOKENS, "sp": 2, "heads": HEADS, "kv_heads": KV_HEADS},
+        )
     yield Figure(
-        metric="a row over two ranks, forward and backward", value=max(rank.seconds for rank in ranks[0]), unit="s",
-        config={"tokens": TOKENS, "sp": 2, "threads_a_rank": 1}, peer="one rank, the whole row",
-        peer_value=whole[0].seconds,
-    )  # fmt: skip
+        "a row over two ranks, forward and backward",
+        max(rank.seconds for rank in ranks[0]),
+        "s",
+        config={"tokens": TOKENS, "sp": 2, "threads_a_rank": 1},
+        peer=Peer("one rank, the whole row", whole[0].seconds),
+    )
 
 
 def bytes_per_layer(*, slices: int) -> int:

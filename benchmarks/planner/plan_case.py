@@ -36,7 +36,7 @@ class Case:
     """Frames, rows and columns of patches: all of them in the first sample."""
     videos: tuple[Grid, ...] = ()
     supervised: int = 1
-    """One token in so many."""
+    """One token in this many carries loss."""
     persistence: int = PERSISTENCE
     reuse: int = REUSE
     """Elements within which the engine keeps what it gathered; with 0 it fetches nothing ahead either."""
@@ -57,12 +57,22 @@ class Case:
         parallel = config.parallel
         assert parallel.recompute != "auto"
         return Layout(
-            world=world, ep=parallel.ep, sp=parallel.sp, layers=base.text.num_hidden_layers,
-            resident=parallel.resident == "frozen", recompute=parallel.recompute, tile_tokens=parallel.tile_tokens,
-            offload=parallel.offload_activations, itemsize=4 if config.model.dtype == "float32" else 2,
-            segmented=True, supervised_share=1 / self.supervised, device=False, persistence=self.persistence,
-            reuse=self.reuse, sub_group=self.sub_group,
-        )  # fmt: skip
+            world=world,
+            ep=parallel.ep,
+            sp=parallel.sp,
+            layers=base.text.num_hidden_layers,
+            resident=parallel.resident == "frozen",
+            recompute=parallel.recompute,
+            tile_tokens=parallel.tile_tokens,
+            offload=parallel.offload_activations,
+            itemsize=4 if config.model.dtype == "float32" else 2,
+            segmented=True,
+            supervised_share=1 / self.supervised,
+            device=False,
+            persistence=self.persistence,
+            reuse=self.reuse,
+            sub_group=self.sub_group,
+        )
 
 
 def write_base(folder: Path, *, experts: int | None = 8) -> Path:
@@ -70,9 +80,15 @@ def write_base(folder: Path, *, experts: int | None = 8) -> Path:
     from benchmarks.experts.even_router import spread_evenly  # transformers, which a list of benchmarks has no need of
 
     model = TinyModel(
-        hidden=64, layers=6, experts=experts, expert_hidden=48, heads=4, kv_heads=2, vision_hidden=96,
+        hidden=64,
+        layers=6,
+        experts=experts,
+        expert_hidden=48,
+        heads=4,
+        kv_heads=2,
+        vision_hidden=96,
         vision_intermediate=224,
-    )  # fmt: skip
+    )
     write_tiny(folder, model)
     if experts is not None:
         every = Case(words=(), samples=(300, 180, 124, 76), images=((1, 16, 16), (1, 16, 16)), videos=((2, 8, 8),))
@@ -95,10 +111,15 @@ def packed_row(case: Case, base: Family, spec: VisionSpec, *, row: int = 0) -> B
 
 
 def _sample(
-    length: int, base: Family, spec: VisionSpec, case: Case, seed: tuple[int, int], images: tuple[Grid, ...],
+    length: int,
+    base: Family,
+    spec: VisionSpec,
+    case: Case,
+    seed: tuple[int, int],
+    images: tuple[Grid, ...],
     videos: tuple[Grid, ...],
-) -> Sample:  # fmt: skip
-    """So many tokens, of which one in `case.supervised` is."""
+) -> Sample:
+    """A sample of this length; one in `case.supervised` tokens carries loss."""
     generator = np.random.default_rng([*seed])
     ids = generator.integers(0, base.text.vocab_size - 40, length).astype(np.int32)
     kinds, at = np.zeros(length, dtype=np.int64), 1
@@ -106,7 +127,8 @@ def _sample(
         for frames, rows, columns in grids:
             for _ in range(frames):
                 here = slice(at, at + rows * columns // MERGE**2)
-                ids[here], kinds[here], at = token, kind, here.stop + 1
+                ids[here], kinds[here] = token, kind
+                at = here.stop + 1
     assert at <= length, "more patches than the sample has tokens"
     patches = [
         generator.integers(0, 256, (sum(t * h * w for t, h, w in grids), 3 * frames * spec.patch**2), dtype=np.uint8)
@@ -114,14 +136,19 @@ def _sample(
     ]
     shapes = [np.array(part, dtype=np.int32).reshape(-1, 3) for part in (images, videos)]
     return Sample(
-        key=str(seed), input_ids=ids, loss_weights=(np.arange(length) % case.supervised == 0).astype(np.float32),
+        key=str(seed),
+        input_ids=ids,
+        loss_weights=(np.arange(length) % case.supervised == 0).astype(np.float32),
         positions=sample_positions(kinds, image_grids=shapes[0], video_grids=shapes[1], merge=MERGE),
-        image_patches=patches[0], image_grids=shapes[0], video_patches=patches[1], video_grids=shapes[1],
-    )  # fmt: skip
+        image_patches=patches[0],
+        image_grids=shapes[0],
+        video_patches=patches[1],
+        video_grids=shapes[1],
+    )
 
 
-def collective_of(one: Traffic) -> str:
+def collective_of(traffic: Traffic) -> str:
     """The collective by which a kind of the plan's traffic goes."""
-    if one.exchange:
+    if traffic.exchange:
         return "all_to_all_single"
-    return "reduce_scatter" if one.kind.startswith("gradients") else "allgather"
+    return "reduce_scatter" if traffic.kind.startswith("gradients") else "allgather"

@@ -59,7 +59,7 @@ class Measured:
 def between_ranks(counted: dict[str, int], collective: str) -> int:
     """Bytes of one collective, without the exchange of a rank with itself."""
     names = {name: name.split("/") for name in counted}
-    return sum(counted[name] for name, (found, ranks, _) in names.items() if found == collective and int(ranks) > 1)
+    return sum(counted[name] for name, (kind, ranks, _) in names.items() if kind == collective and int(ranks) > 1)
 
 
 def session(base: Path, cases: list[Case]) -> list[Measured]:
@@ -92,7 +92,7 @@ def measure(base: Path, case: Case) -> Measured:
     states = [value for state in optimizer.optimizer.state.values() for value in state.values()]
     slices = vars(optimizer)["_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"]
     names = {kind: f"{kind.collective}/{kind.ranks}/{kind.dtype}" for kind in sent.bytes}
-    found = Measured(
+    measured = Measured(
         static=static,
         weights=_bytes([*engine.module.buffers(), *parameters, *(p.ds_tensor for p in parameters)]),
         masters=_bytes(optimizer.fp32_partitioned_groups_flat),
@@ -106,18 +106,19 @@ def measure(base: Path, case: Case) -> Measured:
     )
     engine.destroy()
     gc.unfreeze()
-    return found
+    return measured
 
 
 def _start(base: Path, case: Case) -> tuple[Any, Any]:
     """The engine as a run starts it, and what balances its experts."""
-    config, device, shape = case.config(f"model.path={base}"), engine_device(), read_family(base)
+    config, family = case.config(f"model.path={base}"), read_family(base)
+    device = engine_device()
     groups = sequence_groups([config.parallel.sp])
-    balance = make_balance(config, shape, device)
-    chosen = model_options(config, shape, device, lambda text: None)
-    empty = build(base, chosen, balance=balance)
+    balance = make_balance(config, family, device)
+    of_model = model_options(config, family, device, lambda text: None)
+    empty = build(base, of_model, balance=balance)
     if config.parallel.sp > 1:
-        use_sequence(empty.module, groups, chosen.attention)
+        use_sequence(empty.module, groups, of_model.attention)
     options = replace(
         engine_options(config),
         persistence_threshold=case.persistence,
@@ -162,15 +163,28 @@ def _uncounted() -> dict[Any, Any]:
         return 2 * prod(x) * weight[-1]  # rows by matrices, and columns by rows for a matrix's own gradient
 
     def attention(
-        q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dropout: float = 0.0, is_causal: bool = False,
-        *_: Any, **__: Any,
-    ) -> int:  # fmt: skip
+        q: tuple[int, ...],
+        k: tuple[int, ...],
+        v: tuple[int, ...],
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        *_: Any,
+        **__: Any,
+    ) -> int:
         return 4 * prod(q) * k[2] // (2 if is_causal else 1)
 
     def attention_backward(
-        grad: tuple[int, ...], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], out: Any, sums: Any,
-        dropout: float, is_causal: bool, *_: Any, **__: Any,
-    ) -> int:  # fmt: skip
+        grad: tuple[int, ...],
+        q: tuple[int, ...],
+        k: tuple[int, ...],
+        v: tuple[int, ...],
+        out: Any,
+        sums: Any,
+        dropout: float,
+        is_causal: bool,
+        *_: Any,
+        **__: Any,
+    ) -> int:
         return 10 * prod(q) * k[2] // (2 if is_causal else 1)  # scores once more, and four gradients
 
     aten = torch.ops.aten
@@ -183,12 +197,12 @@ def _uncounted() -> dict[Any, Any]:
 
 def _alive() -> list[Tensor]:
     """Every tensor that was made since the rest was frozen."""
-    found = []
+    tensors = []
     for thing in gc.get_objects():
         with contextlib.suppress(ReferenceError):  # a weak proxy whose object is gone
             if isinstance(thing, Tensor) and thing.device.type == "cpu":
-                found.append(thing)
-    return found
+                tensors.append(thing)
+    return tensors
 
 
 def _id_of(tensor: Tensor) -> int:

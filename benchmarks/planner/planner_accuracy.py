@@ -1,10 +1,10 @@
-"""`planner-accuracy`: what the planner says of a run over what is counted in it, at several layouts."""
+"""`planner-accuracy`: what the planner predicts of a run over what is counted in it, at several layouts."""
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_most
 from benchmarks.harness.spawned import on_ranks
 from benchmarks.planner.plan_case import COLLECTIVES, FULL, Case, collective_of, packed_row, write_base
 from benchmarks.planner.plan_ranks import MICRO_BATCHES, Measured, between_ranks, session
@@ -23,10 +23,15 @@ TEXT = (*LORA, "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=froze
 LAYOUTS = {
     "LoRA with the tower, resident, recompute selective": (*LORA, "parallel.resident=frozen"),
     "LoRA, partitioned, recompute by layer": (*TEXT, "parallel.resident=none", "parallel.recompute=layer"),
-    "full fine-tuning, no recompute": (*FULL, "parallel.ep=1", "parallel.resident=none", "parallel.recompute=none",
-                                       "model.dtype=float32"),
+    "full fine-tuning, no recompute": (
+        *FULL,
+        "parallel.ep=1",
+        "parallel.resident=none",
+        "parallel.recompute=none",
+        "model.dtype=float32",
+    ),
     "LoRA, resident, rows over two ranks": (*TEXT, "parallel.resident=frozen", "parallel.sp=2"),
-}  # fmt: skip
+}
 
 
 def run() -> Iterator[Figure]:
@@ -51,20 +56,20 @@ def _pairs(case: Case, base: Family, ranks: list[Measured], folder: Path) -> Ite
     engine = ("masters", "optimiser", "gradients", "gradient bucket")
     weights = sum(size for name, size in planned.always.items() if name not in engine)
     yield "weights", weights, max(rank.weights for rank in ranks)
-    for name, found in (("masters", "masters"), ("optimiser", "moments"), ("gradients", "gradients")):
-        yield name, planned.always[name], max(getattr(rank, found) for rank in ranks)
+    for name, attribute in (("masters", "masters"), ("optimiser", "moments"), ("gradients", "gradients")):
+        yield name, planned.always[name], max(getattr(rank, attribute) for rank in ranks)
     yield "between steps", planned.static, max(rank.static for rank in ranks)
     yield "peak", planned.peak, max(rank.peak for rank in ranks)
     here = cluster("h100-80gb", gpus=WORLD, per_node=None, price=None)
     sent = traffic(config, base, layout, here, micro_batches=MICRO_BATCHES)
     for kind in COLLECTIVES:
-        foreseen = [one for one in sent if collective_of(one) == kind]
+        foreseen = [each for each in sent if collective_of(each) == kind]
         counted = sum(between_ranks(rank.sent, kind) for rank in ranks) / WORLD
         if counted or foreseen:
-            yield f"bytes of {kind}", sum(one.bytes for one in foreseen), counted
+            yield f"bytes of {kind}", sum(each.bytes for each in foreseen), counted
     left = sum(between_ranks(rank.leaving, "all_to_all_single") for rank in ranks) / WORLD
     if left:
-        yield "bytes that leave a rank", sum(one.leaving for one in sent if one.exchange), left
+        yield "bytes that leave a rank", sum(each.leaving for each in sent if each.exchange), left
     meter = FlopMeter(base, trainings(config.adapters), recompute=layout.recompute)
     rows = MICRO_BATCHES / layout.sp
     operations = rows * meter.hardware(batch_work(packed_row(case, base, read_spec(folder))))
@@ -74,7 +79,9 @@ def _pairs(case: Case, base: Family, ranks: list[Measured], folder: Path) -> Ite
 def _figure(layout: str, what: str, predicted: float, measured: float) -> Figure:
     ratio = predicted / measured if measured else float("inf")
     return Figure(
-        metric=f"{layout}: {what}, predicted over measured, off by", value=abs(ratio - 1), unit="",
+        f"{layout}: {what}, predicted over measured, off by",
+        abs(ratio - 1),
+        "",
         config={"predicted": predicted, "measured": measured, "ratio": round(ratio, 4), "ranks": WORLD},
-        target=Target(of="value", rule="at most", floor=PEAK_BOUND if what == "peak" else BOUND),
-    )  # fmt: skip
+        target=at_most(PEAK_BOUND if what == "peak" else BOUND),
+    )

@@ -1,8 +1,8 @@
-"""What the planner says of ten runs on one GPU, written down before any of them ran.
+"""What the planner predicts of ten runs on one GPU, written down before any of them ran.
 
     python -m benchmarks.planner.predictions      renew benchmarks/results/predictions.json
 
-On a GPU the same runs are measured and compared. A run has the recipe's words, so many of the model's layers, and rows
+On a GPU the same runs are measured and compared. A run has the recipe's words, some of the model's layers, and rows
 as `assumed` says: full, of samples and images of those lengths. Loads no torch.
 """
 
@@ -49,10 +49,14 @@ class Case:
         """The recipe and what is changed in it: everything on one GPU."""
         vision = int(self.tokens * self.assumed.vision_share) or 1
         return [
-            RECIPE, "parallel.ep=1", "parallel.resident=frozen", f"parallel.recompute={self.recompute}",
-            f"data.tokens_per_pack={self.tokens}", f"data.vision_tokens_per_pack={vision}",
+            RECIPE,
+            "parallel.ep=1",
+            "parallel.resident=frozen",
+            f"parallel.recompute={self.recompute}",
+            f"data.tokens_per_pack={self.tokens}",
+            f"data.vision_tokens_per_pack={vision}",
             f"data.packs_per_step={MICRO_BATCHES}",
-        ]  # fmt: skip
+        ]
 
 
 CASES = (
@@ -81,23 +85,31 @@ def predicted(case: Case) -> Plan:
 def predictions(*, at: str) -> Iterator[dict[str, Any]]:
     """Every run as the file has it; `at` is the commit. Peak bytes are of tensors, without the planner's reserve."""
     for case in CASES:
-        found = predicted(case)
+        foreseen = predicted(case)
         yield {
-            "name": case.name, "gpu": case.gpu, "gpus": 1, "words": case.words, "layers": case.layers,
-            "assumed": asdict(case.assumed), "tokens_per_second": round(found.time.tokens_per_second, 1),
-            "step_seconds": round(found.time.step, 4), "host_seconds": round(found.time.host, 4),
-            "limit": found.time.limit, "peak_bytes": found.memory.peak, "commit": at,
-        }  # fmt: skip
+            "name": case.name,
+            "gpu": case.gpu,
+            "gpus": 1,
+            "words": case.words,
+            "layers": case.layers,
+            "assumed": asdict(case.assumed),
+            "tokens_per_second": round(foreseen.time.tokens_per_second, 1),
+            "step_seconds": round(foreseen.time.step, 4),
+            "host_seconds": round(foreseen.time.host, 4),
+            "limit": foreseen.time.limit,
+            "peak_bytes": foreseen.memory.peak,
+            "commit": at,
+        }
 
 
 def write(path: Path) -> None:
     """Write all of them."""
-    found = list(predictions(at=commit(ROOT)))
+    runs = list(predictions(at=commit(ROOT)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     write(PATH)
-    for one in json.loads(PATH.read_text()):
-        print(f"{one['name']:<58} {one['tokens_per_second']:>9,.0f} tokens/s {one['peak_bytes'] / 1e9:>7.2f} GB")
+    for run in json.loads(PATH.read_text()):
+        print(f"{run['name']:<58} {run['tokens_per_second']:>9,.0f} tokens/s {run['peak_bytes'] / 1e9:>7.2f} GB")

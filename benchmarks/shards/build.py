@@ -27,29 +27,29 @@ def run() -> Iterator[Figure]:
         for jobs in (1, 2):
             measured = race(
                 Side(name=f"moetune shards build, {jobs} processes", run=partial(_ours, rows, folder, jobs, count())),
-                Side(name="webdataset.TarWriter in a loop", run=partial(_theirs, rows, folder)),
+                Side(name="webdataset.TarWriter in a loop", run=partial(_peer, rows, folder)),
                 same=_same,
                 rounds=3,
             )
             config = {"rows": ROWS, "photos": "640x480 JPEG in every other row", "processes": jobs}
-            yield measured.figure(metric=f"build, {jobs} processes", config=config)
+            yield measured.figure(f"build, {jobs} processes", config=config)
 
 
 def _ours(rows: Path, folder: Path, jobs: int, numbers: Iterator[int]) -> dict[str, bytes]:
     out = folder / f"ours-{jobs}-{next(numbers)}"
     report = build_shards(rows, out, BuildOptions(name="x", samples_per_shard=250), jobs=jobs)
     reader = SampleReader()
-    found = {}
+    photos = {}
     for number, shard in enumerate(report.shards):
         record, members = reader.sample(shard, 1)
-        found[f"{record.messages[0].contents[-1].text} {number}"] = next(iter(members.values()))
+        photos[f"{record.messages[0].contents[-1].text} {number}"] = next(iter(members.values()))
     reader.bytes.close()
     shutil.rmtree(out)
-    return found
+    return photos
 
 
-def _theirs(rows: Path, folder: Path) -> dict[str, bytes]:
-    found = {}
+def _peer(rows: Path, folder: Path) -> dict[str, bytes]:
+    photos = {}
     with rows.open() as file:
         for shard in range(ROWS // 250):
             with webdataset.TarWriter(str(folder / f"theirs-{shard}.tar")) as sink:
@@ -61,10 +61,10 @@ def _theirs(rows: Path, folder: Path) -> dict[str, bytes]:
                     sink.write(sample)
                     if number == 1:
                         text = row["messages"][0]["content"].removeprefix("<image>")
-                        found[f"{text} {shard}"] = sample["0.jpg"]
-    return found
+                        photos[f"{text} {shard}"] = sample["0.jpg"]
+    return photos
 
 
-def _same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
-    if ours != theirs:
-        raise OutputsDiffer(f"shards hold different samples: {sorted(ours)} and {sorted(theirs)}")
+def _same(ours: dict[str, bytes], peer: dict[str, bytes]) -> None:
+    if ours != peer:
+        raise OutputsDiffer(f"shards hold different samples: {sorted(ours)} and {sorted(peer)}")

@@ -25,7 +25,10 @@ def chain(processor: Any, shard: str) -> Iterator[Output]:
     """Every sample of the shard, as the processor hands it to the model."""
     pipeline = webdataset.WebDataset(shard, shardshuffle=False, nodesplitter=None, empty_check=False).decode()
     for sample in pipeline:
-        record, images, videos, metadata = sample["json"], [], [], []
+        record = sample["json"]
+        images: list[Image.Image] = []
+        videos: list[Any] = []
+        metadata: list[dict[str, Any]] = []
         messages = [{**message, "content": _parts(message["content"])} for message in record["messages"]]
         for member in record.get("images", []):
             images.append(Image.open(io.BytesIO(sample[member])).convert("RGB"))
@@ -34,7 +37,7 @@ def chain(processor: Any, shard: str) -> Iterator[Output]:
             videos.append(frames)
             metadata.append(described)
         text = processor.apply_chat_template(messages, tokenize=False)
-        found = processor(
+        features = processor(
             text=[text],
             images=images or None,
             videos=videos or None,
@@ -43,17 +46,17 @@ def chain(processor: Any, shard: str) -> Iterator[Output]:
             cap_pixels_per_frame=True,
             return_tensors="pt",
         )
-        yield {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
+        yield {name: value.numpy() for name, value in features.items() if hasattr(value, "numpy")}
 
 
 def _parts(content: str) -> list[dict[str, str]]:
-    """The marks at the start of a content as parts, then its text."""
-    parts = []
+    """The marks at the start of a content as objects, then its text."""
+    contents = []
     for kind in ("image", "video"):
         while content.startswith(f"<{kind}>"):
-            parts.append({"type": kind})
+            contents.append({"type": kind})
             content = content.removeprefix(f"<{kind}>")
-    return [*parts, {"type": "text", "text": content}]
+    return [*contents, {"type": "text", "text": content}]
 
 
 def _read_video(data: bytes, video_processor: Any) -> tuple[Any, dict[str, Any]]:
@@ -63,14 +66,14 @@ def _read_video(data: bytes, video_processor: Any) -> tuple[Any, dict[str, Any]]
     with av.open(io.BytesIO(data), mode="r") as container:
         stream = container.streams.video[0]
         rate, total = float(stream.average_rate or 1), stream.frames
-        wanted = video_processor.sample_frames(VideoMetadata(total_num_frames=total, fps=rate)).tolist()
+        numbers = video_processor.sample_frames(VideoMetadata(total_num_frames=total, fps=rate)).tolist()
         frames = []
         for number, frame in enumerate(container.decode(stream)):
-            if number > wanted[-1]:
+            if number > numbers[-1]:
                 break
-            if number in wanted:
+            if number in numbers:
                 frames.append(frame.to_ndarray(format="rgb24"))
-    return np.stack(frames), {"fps": rate, "total_num_frames": total, "frames_indices": wanted}
+    return np.stack(frames), {"fps": rate, "total_num_frames": total, "frames_indices": numbers}
 
 
 def main() -> None:
@@ -90,9 +93,9 @@ def main() -> None:
     processor.image_processor.size["longest_edge"] = int(most)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may write into the answers
-    for asked in sys.stdin:
+    for request in sys.stdin:
         made = list(chain(processor, shard))
-        pickle.dump(made if asked.strip() == "outputs" else len(made), answers)
+        pickle.dump(made if request.strip() == "outputs" else len(made), answers)
         answers.flush()
 
 

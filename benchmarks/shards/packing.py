@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, at_least, at_most
 from benchmarks.harness.measure import OutputsDiffer
 from benchmarks.shards.corpus import MIX, mixed_lengths
 from data.stream.pack import Ints, Packs, best_fit, group_steps
@@ -12,8 +12,8 @@ from data.stream.plan import Cost
 
 SAMPLES = 200_000
 RANKS = 64
-FILL = Target(of="value", rule="at least", floor=0.99, goal=0.998)
-BALANCE = Target(of="value", rule="at most", floor=1.1, goal=1.05)
+FILL = at_least(0.99, goal=0.998)
+BALANCE = at_most(1.1, goal=1.05)
 
 
 def run() -> Iterator[Figure]:
@@ -25,24 +25,22 @@ def run() -> Iterator[Figure]:
         config = {"tokens_per_pack": budget, "samples": SAMPLES, "mix": MIX}
         strung = next_fit(tokens, budget)
         yield Figure(
-            metric=f"fill of packs at {budget}",
-            value=float(tokens.sum()) / (len(packs) * budget),
-            unit="of the budget",
-            better="higher",
+            f"fill of packs at {budget}",
+            float(tokens.sum()) / (len(packs) * budget),
+            "of the budget",
             config=config,
-            peer="samples strung together",
-            peer_value=float(tokens.sum()) / (strung * budget),
+            better="higher",
+            peer=Peer("samples strung together", float(tokens.sum()) / (strung * budget)),
             target=FILL,
         )
         cost = packs.sums(tokens) + Cost().squared * packs.sums(tokens * tokens) + Cost().patch * packs.sums(patches)
         order = group_steps(cost, RANKS, window=32, rng=np.random.default_rng(0))
         yield Figure(
-            metric=f"dearest pack over the mean of its step at {budget}",
-            value=_unevenness(cost[order]),
-            unit="",
+            f"dearest pack over the mean of its step at {budget}",
+            _unevenness(cost[order]),
+            "",
             config=config | {"ranks": RANKS, "window": "32 steps"},
-            peer="packs shuffled",
-            peer_value=_unevenness(np.random.default_rng(0).permutation(cost)),
+            peer=Peer("packs shuffled", _unevenness(np.random.default_rng(0).permutation(cost))),
             target=BALANCE,
         )
 

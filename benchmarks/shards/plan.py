@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from functools import partial
 
-from benchmarks.harness.figure import Figure, Target
-from benchmarks.harness.measure import OutputsDiffer, Side, spread, take_turns
+from benchmarks.harness.figure import Figure, at_most
+from benchmarks.harness.measure import OutputsDiffer, Side, fastest, take_turns
 from benchmarks.shards.corpus import MIX, mixed_units
 from data.stream.plan import PlanSettings, make_plan
 
 SAMPLES = 1_000_000
 BUDGET = 8192
-TARGET = Target(of="value", rule="at most", floor=4.0, goal=2.0)
+TARGET = at_most(4.0, goal=2.0)
 
 
 def run() -> Iterator[Figure]:
@@ -29,12 +29,10 @@ def run() -> Iterator[Figure]:
         if plan.packs.members.tolist() != make_plan(sources, settings, epoch=1).packs.members.tolist():
             raise OutputsDiffer("two plans of the same epoch differ")
         (seconds,) = take_turns([Side(name="plan", run=partial(make_plan, sources, settings, epoch=1))], rounds=3)
-        yield Figure(
-            metric=f"plan of a million samples, mixture {mixture}",
-            value=min(seconds),
-            unit="s",
-            n=len(seconds),
-            spread={"ours": spread(seconds)},
+        yield fastest(
+            f"plan of a million samples, mixture {mixture}",
+            seconds,
+            "s",
             config={"samples": SAMPLES, "tokens_per_pack": BUDGET, "steps": plan.steps, "fill": plan.fill, "mix": MIX},
             target=TARGET,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import webdataset
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_most
 from benchmarks.harness.measure import OutputsDiffer, Side, race, spread, take_turns
 from benchmarks.shards.corpus import write_rows
 from data.config import ChatConfig, DataConfig, ImageConfig, SourceConfig, VideoConfig
@@ -21,7 +21,7 @@ from finetune.files.tiny import TinyModel, write_tiny
 
 SAMPLES = 4000
 PLACES = 12  # positions at each end of an epoch: a step's own contents differ more than resuming could
-CONSTANT = Target(of="value", rule="at most", floor=1.5, goal=1.1)
+CONSTANT = at_most(1.5, goal=1.1)
 
 
 def run() -> Iterator[Figure]:
@@ -53,19 +53,19 @@ def _measure(folder: Path, renderer: Renderer, pictures: int) -> Iterator[Figure
         same=partial(_same_twice, states[-1:], resume),
         rounds=5,
     )
-    yield against.figure(metric=f"resume late in an epoch, {samples_are}", config=shown)
+    yield against.figure(f"resume late in an epoch, {samples_are}", config=shown)
     ends = [
         Side(name="early", run=partial(resume, states[:PLACES])),
         Side(name="late", run=partial(resume, states[-PLACES:])),
     ]
     first, last = take_turns(ends, rounds=9)
     yield Figure(
-        metric=f"late over early, {samples_are}",
-        value=min(last) / min(first),
-        unit="",
+        f"late over early, {samples_are}",
+        min(last) / min(first),
+        "",
+        config={**shown, "positions": PLACES},
         n=len(last),
         spread={"ours": spread(last)},
-        config={**shown, "positions": PLACES},
         target=CONSTANT,
     )
 
@@ -82,13 +82,13 @@ def _first_steps(
     config: DataConfig, corpus: Corpus, renderer: Renderer, states: list[dict[str, Any]]
 ) -> list[tuple[str, ...]]:
     """Resume at each of these positions, and read one step there."""
-    found = []
+    keys_of_steps = []
     for state in states:
         stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
         stream.load_state_dict(state)
         step = next(iter(stream))
-        found.append(tuple(key for batch in step.batches for key in batch.keys))
-    return found
+        keys_of_steps.append(tuple(key for batch in step.batches for key in batch.keys))
+    return keys_of_steps
 
 
 def _read_up_to(shards: tuple[Path, ...], consumed: int) -> str:
@@ -96,8 +96,8 @@ def _read_up_to(shards: tuple[Path, ...], consumed: int) -> str:
     return str(next(islice(samples, consumed, None))["__key__"])
 
 
-def _same_twice(late: list[dict[str, Any]], resume: Any, ours: list[tuple[str, ...]], theirs: str) -> None:
+def _same_twice(late: list[dict[str, Any]], resume: Any, ours: list[tuple[str, ...]], peer: str) -> None:
     if not ours[0] or resume(late) != ours:
         raise OutputsDiffer("resuming twice at one place gives two different steps")
-    if not theirs:
+    if not peer:
         raise OutputsDiffer("webdataset found no sample there")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, ratio_at_least
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.measure import OutputsDiffer, Side, race
 from benchmarks.shards.workers import two_workers_beside_one
@@ -39,9 +39,9 @@ GREY_LEVELS = 2.01 / 127.5
 ANSWER = "It shows a pattern of stripes that run from one corner to the other. " * 10
 ORACLE = Path(sys.prefix) / "oracle"  # where torchvision is: see the Makefile
 TARGETS = {
-    ("images", "pil"): Target(of="ratio", rule="at least", floor=4.0, goal=6.0),
-    ("images", "torchvision"): Target(of="ratio", rule="at least", floor=2.5, goal=4.0),
-    ("video", "torchvision"): Target(of="ratio", rule="at least", floor=1.5, goal=2.0),
+    ("images", "pil"): ratio_at_least(4.0, goal=6.0),
+    ("images", "torchvision"): ratio_at_least(2.5, goal=4.0),
+    ("video", "torchvision"): ratio_at_least(1.5, goal=2.0),
 }
 
 
@@ -69,7 +69,7 @@ def run() -> Iterator[Figure]:
                     rounds=5,
                 )
             config = {"samples": len(IMAGES) if kind == "images" else CLIPS, "threads": 1, "image_tokens": IMAGE_TOKENS}
-            yield measured.figure(metric=f"{kind} beside {backend}", config=config, target=target)
+            yield measured.figure(f"{kind} beside {backend}", config=config, target=target)
         yield from two_workers_beside_one(renderer, _write_images(folder / "many" / "images.tar", IMAGES * 12))
 
 
@@ -84,24 +84,17 @@ def _ours(renderer: Renderer, shard: Path) -> Iterator[Sample]:
 
 @contextmanager
 def _peer(base: Path, shard: Path, backend: str) -> Iterator[Callable[[str], Any]]:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.shards.hf_chain",
-        str(base),
-        str(shard),
-        backend,
-        str(IMAGE_TOKENS * 1024),
-    ]
+    arguments = [str(base), str(shard), backend, str(IMAGE_TOKENS * 1024)]
+    command = [sys.executable, "-m", "benchmarks.shards.hf_chain", *arguments]
     paths = {"PYTHONPATH": f"{ORACLE}:{ROOT}", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with subprocess.Popen(command, env=paths, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        asked, answers = process.stdin, process.stdout
-        assert asked is not None
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
         assert answers is not None
 
         def ask(what: str) -> Any:
-            asked.write(f"{what}\n".encode())
-            asked.flush()
+            requests.write(f"{what}\n".encode())
+            requests.flush()
             try:
                 return pickle.load(answers)  # our own child's answer
             except EOFError as error:
@@ -110,25 +103,25 @@ def _peer(base: Path, shard: Path, backend: str) -> Iterator[Callable[[str], Any
         try:
             yield ask
         finally:
-            asked.close()
+            requests.close()
 
 
-def _compare(ours: list[Sample], theirs: list[dict[str, Any]], base: Path, backend: str) -> None:
-    if len(ours) != len(theirs):
-        raise OutputsDiffer(f"{len(ours)} samples of ours beside {len(theirs)}")
-    for sample, other in zip(ours, theirs, strict=True):
-        if sample.input_ids.tolist() != other["input_ids"][0].tolist():
+def _compare(ours: list[Sample], peer: list[dict[str, Any]], base: Path, backend: str) -> None:
+    if len(ours) != len(peer):
+        raise OutputsDiffer(f"{len(ours)} samples of ours beside {len(peer)}")
+    for sample, outputs in zip(ours, peer, strict=True):
+        if sample.input_ids.tolist() != outputs["input_ids"][0].tolist():
             raise OutputsDiffer(f"sample {sample.key}: other tokens")
         for patches, name in ((sample.image_patches, "pixel_values"), (sample.video_patches, "pixel_values_videos")):
             pixels = normalise(torch.from_numpy(patches), spec=read_spec(base)).numpy()
-            apart = float(np.abs(pixels - other[name]).max()) if len(pixels) else 0.0
+            apart = float(np.abs(pixels - outputs[name]).max()) if len(pixels) else 0.0
             if apart > (GREY_LEVELS if backend == "pil" else 0.0):
                 raise OutputsDiffer(f"sample {sample.key}: {name} differ by {apart}")
 
 
-def _same_number(ours: int, theirs: int) -> None:
-    if ours != theirs:
-        raise OutputsDiffer(f"{ours} samples of ours beside {theirs}")
+def _same_number(ours: int, peer: int) -> None:
+    if ours != peer:
+        raise OutputsDiffer(f"{ours} samples of ours beside {peer}")
 
 
 def _record(mark: str, media: str, member: str) -> bytes:
@@ -155,7 +148,8 @@ def _write_videos(shard: Path) -> Path:
             still, file = _pattern(360, 640, number), io.BytesIO()
             with av.open(file, "w", format="mp4") as container:
                 stream = container.add_stream("libx264", rate=Fraction(30))
-                stream.height, stream.width, stream.pix_fmt, stream.gop_size = 360, 640, "yuv420p", 60
+                stream.height, stream.width = 360, 640
+                stream.pix_fmt, stream.gop_size = "yuv420p", 60
                 for at in range(600):
                     frame = av.VideoFrame.from_ndarray(np.roll(still, 2 * at, axis=1), format="rgb24")
                     container.mux(stream.encode(frame))

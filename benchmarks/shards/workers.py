@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, ratio_at_least
 from benchmarks.harness.measure import OutputsDiffer, spread
 from data.config import DataConfig, SourceConfig
 from data.open import open_corpus, open_stream
@@ -14,7 +14,7 @@ from data.stream.corpus import Corpus
 
 ROUNDS = 5
 STARTING = 4  # steps not counted: workers start, and the first packs were read meanwhile
-SCALES = Target(of="ratio", rule="at least", floor=1.7)
+SCALES = ratio_at_least(1.7)
 
 
 def two_workers_beside_one(renderer: Renderer, shard: Path) -> Iterator[Figure]:
@@ -40,14 +40,13 @@ def two_workers_beside_one(renderer: Renderer, shard: Path) -> Iterator[Figure]:
     if len(keys) != 1:
         raise OutputsDiffer("one and two workers give other packs")
     yield Figure(
-        metric="images, two workers beside one",
-        value=1e3 * statistics.median(seconds[2]),
-        unit="ms a pack",
+        "images, two workers beside one",
+        1e3 * statistics.median(seconds[2]),
+        "ms a pack",
+        config={"tokens_per_pack": 8192, "prefetch": 1, "steps not counted": STARTING, "statistic": "median"},
         n=ROUNDS,
         spread={"ours": spread(tuple(seconds[2])), "peer": spread(tuple(seconds[1]))},
-        config={"tokens_per_pack": 8192, "prefetch": 1, "steps not counted": STARTING, "statistic": "median"},
-        peer="one worker",
-        peer_value=1e3 * statistics.median(seconds[1]),
+        peer=Peer("one worker", 1e3 * statistics.median(seconds[1])),
         target=SCALES,
     )
 

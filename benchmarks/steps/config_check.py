@@ -5,14 +5,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, ratio_at_least
 from benchmarks.harness.machine import ROOT
 from benchmarks.harness.measure import OutputsDiffer, Side, race
 
 RECIPE = "qwen3-vl-30b-a3b-lora"
 CHECK = [sys.executable, "-m", "launchers.cli", "check", RECIPE]
 IMPORT_TORCH = [sys.executable, "-c", "import torch"]
-TARGET = Target(of="ratio", rule="at least", floor=2.0, goal=4.0)
+TARGET = ratio_at_least(2.0, goal=4.0)
 
 
 def run() -> Iterator[Figure]:
@@ -23,7 +23,7 @@ def run() -> Iterator[Figure]:
         same=lambda text, _: _same_twice(text, CHECK),
         rounds=3,
     )
-    yield measured.figure(metric="cold start of check", config={"recipe": RECIPE}, target=TARGET)
+    yield measured.figure("cold start of check", config={"recipe": RECIPE}, target=TARGET)
 
 
 def _same_twice(first: str, command: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_most
 from finetune.architecture.families import family
 from finetune.architecture.flops import FlopMeter, Training, Work
 
@@ -12,20 +12,20 @@ PAIRS = (
     ("ModelZoo, 235B", "qwen3-vl-235b-a22b", 1_862, 276.0),
     ("Megatron-Bridge, 235B on GB300", "qwen3-vl-235b-a22b", 6_131, 907.0),
 )
-"""Who, the model, tokens a second and device, TFLOP/s a device: full tuning, samples of 4,096 tokens."""
+"""The publisher, the model, tokens a second and device, TFLOP/s a device: full tuning, samples of 4,096 tokens."""
 
 
 def run() -> Iterator[Figure]:
     """Yield how far the meter is off each published pair."""
     parts = ("attention", "experts", "router", "norms", "embeddings", "head")
     trains = {part: Training(mode="full") for part in parts}
-    for who, name, rate, published in PAIRS:
+    for publisher, name, rate, published in PAIRS:
         work = Work(tokens=LENGTH, supervised=LENGTH, squares=LENGTH**2)
-        found = FlopMeter(family(name), trains).model(work) / LENGTH * rate / 1e12
+        metered = FlopMeter(family(name), trains).model(work) / LENGTH * rate / 1e12
         yield Figure(
-            metric=f"error against {who}",
-            value=abs(found / published - 1) * 100,
-            unit="%",
-            config={"family": name, "tokens_per_second": rate, "published_tflops": published, "found_tflops": found},
-            target=Target(of="value", rule="at most", floor=1.0),
+            f"error against {publisher}",
+            abs(metered / published - 1) * 100,
+            "%",
+            config={"family": name, "tokens_per_second": rate, "published_tflops": published, "found_tflops": metered},
+            target=at_most(1.0),
         )

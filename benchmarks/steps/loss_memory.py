@@ -2,19 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, at_most, ratio_at_least
 from benchmarks.harness.memory import Allocations
 from benchmarks.harness.outputs import same_tensors
+from benchmarks.harness.rows import text_row
 from data.stream.batch import Batch
 from finetune.model.loss import row_losses, tile_head
 from finetune.model.row import lay_out
 
-VOCAB, HIDDEN, TOKENS = 151_936, 128, 2048
+VOCAB = 151_936
+HIDDEN = 128
+TOKENS = 2048
 SUPERVISED = (128, 512, 1024, 2047)
 PEER = "transformers, full logits"
 MIB = 2**20
@@ -41,7 +45,8 @@ class Outcome:
 
     tensors: dict[str, Tensor]
     peak: int
-    kept: int
+    saved: int
+    """For backward, when the loss is there."""
 
 
 class _Headed(nn.Module):
@@ -60,67 +65,64 @@ def run() -> Iterator[Figure]:
     for dtype in (torch.float32, torch.bfloat16):
         for trained in (False, True):
             yield _peak(Case(dtype=dtype, trained=trained, supervised=SUPERVISED[-1]))[0]
-    found = [_peak(Case(dtype=torch.float32, trained=False, supervised=n)) for n in SUPERVISED]
-    yield from (figure for figure, _ in found[:-1])
-    kept = [mine.kept for _, mine in found]
+    by_number = [_peak(Case(dtype=torch.float32, trained=False, supervised=number)) for number in SUPERVISED]
+    yield from (figure for figure, _ in by_number[:-1])
+    saved = dict(zip(SUPERVISED, (ours.saved for _, ours in by_number), strict=True))
     yield Figure(
-        metric="kept for backward by one more supervised token",
-        value=max((b - a) / (m - n) for a, b, n, m in zip(kept, kept[1:], SUPERVISED, SUPERVISED[1:], strict=False)),
-        unit="bytes",
-        config={"vocabulary": VOCAB, "hidden": HIDDEN, "kept_bytes": dict(zip(SUPERVISED, kept, strict=True))},
+        "kept for backward by one more supervised token",
+        max((saved[more] - saved[few]) / (more - few) for few, more in pairwise(SUPERVISED)),
+        "bytes",
+        config={"vocabulary": VOCAB, "hidden": HIDDEN, "kept_bytes": saved},
         # its own gradient in float32, and its loss
-        target=Target(of="value", rule="at most", floor=4 * HIDDEN + 64),
+        target=at_most(4 * HIDDEN + 64),
     )
 
 
 def _peak(case: Case) -> tuple[Figure, Outcome]:
     hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(case.dtype)
     batch = _row(case.supervised)
-    ours, theirs = _ours(case, hidden, batch), _theirs(case, hidden, batch)
+    ours, peer = _ours(case, hidden, batch), _peer(case, hidden, batch)
     # bfloat16 rounds each logit and each product's result; the sides round at different places
-    same_tensors(ours.tensors, theirs.tensors, relative=1e-5 if case.dtype == torch.float32 else 2e-2)
+    same_tensors(ours.tensors, peer.tensors, relative=1e-5 if case.dtype == torch.float32 else 2e-2)
     figure = Figure(
-        metric=f"peak, {case.name}", value=ours.peak / MIB, unit="MiB",
+        f"peak, {case.name}",
+        ours.peak / MIB,
+        "MiB",
         config={"vocabulary": VOCAB, "hidden": HIDDEN, "tokens": TOKENS, "case": case.name},
-        peer=PEER, peer_value=theirs.peak / MIB, target=Target(of="ratio", rule="at least", floor=8.0),
-    )  # fmt: skip
+        peer=Peer(PEER, peer.peak / MIB),
+        target=ratio_at_least(8.0),
+    )
     return figure, ours
 
 
 def _ours(case: Case, hidden: Tensor, batch: Batch) -> Outcome:
-    model, hidden, row = _Headed(case), hidden.clone().requires_grad_(), lay_out(batch)
+    model, hidden = _Headed(case), hidden.clone().requires_grad_()
+    row = lay_out(batch)
     tile_head(model)
     total = float(batch.loss_weights.sum())
     with Allocations() as seen:
         loss = row_losses(model.lm_head, hidden, row, "token").objective / total
-        kept = seen.live_bytes
+        saved = seen.live_bytes
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return _outcome(model, hidden, loss, seen, kept)
+    return _outcome(model, hidden, loss, seen, saved)
 
 
-def _theirs(case: Case, hidden: Tensor, batch: Batch) -> Outcome:
+def _peer(case: Case, hidden: Tensor, batch: Batch) -> Outcome:
     model, hidden = _Headed(case), hidden.clone().requires_grad_()
     labels = batch.input_ids.masked_fill(batch.loss_weights == 0, -100)
     with Allocations() as seen:
         loss = ForCausalLMLoss(model.lm_head(hidden[None]), labels, vocab_size=VOCAB)
-        kept = seen.live_bytes
+        saved = seen.live_bytes
         loss.backward()
-    return _outcome(model, hidden, loss, seen, kept)
+    return _outcome(model, hidden, loss, seen, saved)
 
 
-def _outcome(model: _Headed, hidden: Tensor, loss: Tensor, seen: Allocations, kept: int) -> Outcome:
+def _outcome(model: _Headed, hidden: Tensor, loss: Tensor, seen: Allocations, saved: int) -> Outcome:
     tensors = {"loss": loss.detach(), "hidden": hidden.grad, "head": model.lm_head.weight.grad}
-    return Outcome(tensors={k: t for k, t in tensors.items() if t is not None}, peak=seen.peak_bytes, kept=kept)
+    return Outcome(tensors={k: t for k, t in tensors.items() if t is not None}, peak=seen.peak_bytes, saved=saved)
 
 
 def _row(supervised: int) -> Batch:
     """One sample whose last tokens are supervised."""
-    ids = torch.randint(0, VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(2))
-    weights = torch.zeros(1, TOKENS)
-    weights[:, TOKENS - supervised :] = 1
-    none, grids = torch.zeros(0, 1, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
-    return Batch(
-        input_ids=ids, loss_weights=weights, positions=torch.arange(TOKENS).expand(4, 1, -1),
-        sample_ids=torch.zeros(1, TOKENS, dtype=torch.int32), cu_seq_lens=torch.tensor([0, TOKENS], dtype=torch.int32),
-        max_length=TOKENS, image_patches=none, image_grids=grids, video_patches=none, video_grids=grids, keys=("s/0",),
-    )  # fmt: skip
+    ids = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    return text_row([ids], [torch.arange(TOKENS) >= TOKENS - supervised])

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from benchmarks.harness.rows import step_of, text_row
 from benchmarks.steps.start_adapter import ADAPTERS, start_adapter
-from data.render.sample import Sample
 from data.render.vision import read_spec
-from data.stream.batch import Batch, Step, collate, loss_sums
 from finetune.adapters.file import open_adapter
 from finetune.config import LossConfig, ModelConfig, ParallelConfig, RunConfig
 from finetune.files.basefiles import open_base
@@ -47,13 +45,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     start_distributed()
-    found: list[dict[str, Any]] = []
+    cases: list[dict[str, Any]] = []
     if args.side == "adapter":
         start_adapter(args.folder)
     else:
         step = (ours if args.side == "ours" else peer)(args.folder, args.recompute)
-        found = [_timed(step, tokens, micro_batches, args.steps) for tokens, micro_batches in args.cases]
-    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+        cases = [_timed(step, tokens, micro_batches, args.steps) for tokens, micro_batches in args.cases]
+    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(cases))
 
 
 def _timed(step: Callable[[list[Tensor]], float], tokens: int, micro_batches: int, steps: int) -> dict[str, Any]:
@@ -91,29 +89,12 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
 
     def step(rows: list[Tensor]) -> float:
         nonlocal done
-        batches = tuple(_batch(row) for row in rows)
-        sums = sum((loss_sums(batch) for batch in batches[1:]), loss_sums(batches[0]))
-        tokens = sum(len(row) for row in rows)
-        taken = Step(
-            epoch=0, step=done, batches=batches, sums=sums, bad=(), notes=(), tokens=tokens, images=0,
-            video_seconds=0.0, wait_seconds=0.0,
-        )  # fmt: skip
-        found, _ = take_step(engine, taken, config, balance, done, device, lambda *_: None)
+        batches = [text_row([row], [torch.ones(len(row))]) for row in rows]
+        figures, _ = take_step(engine, step_of(batches, done), config, balance, done, device, lambda *_: None)
         done += 1
-        return found["loss"]
+        return figures["loss"]
 
     return step
-
-
-def _batch(ids: Tensor) -> Batch:
-    length = len(ids)
-    sample = Sample(
-        key="row", source="", input_ids=ids.cpu().numpy().astype(np.int32),
-        loss_weights=np.ones(length, dtype=np.float32), positions=np.tile(np.arange(length, dtype=np.int32), (4, 1)),
-        image_patches=np.empty((0, 768), dtype=np.uint8), image_grids=np.empty((0, 3), dtype=np.int32),
-        video_patches=np.empty((0, 1536), dtype=np.uint8), video_grids=np.empty((0, 3), dtype=np.int32),
-    )  # fmt: skip
-    return collate([sample], keys=["row"], pad_id=0, multiple=1, widths=(768, 1536))
 
 
 def peer(base: Path, recompute: str) -> Callable[[list[Tensor]], float]:

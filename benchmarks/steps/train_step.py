@@ -8,22 +8,29 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, Peer, ratio_at_least
 from benchmarks.harness.measure import spread
 from benchmarks.harness.outputs import same_tensors
 from benchmarks.weights.load import start_ranks
 from finetune.files.tiny import TinyModel, write_tiny
 
 MODEL = TinyModel(
-    hidden=512, experts=128, top_k=8, expert_hidden=192, layers=4, heads=8, kv_heads=2, head_dim=64,
+    hidden=512,
+    experts=128,
+    top_k=8,
+    expert_hidden=192,
+    layers=4,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
     shard_bytes=200_000_000,
-)  # fmt: skip
+)
 PEER = "transformers grouped_mm + PEFT + DeepSpeed ZeRO-3"
 RANKS, STEPS = 2, 6
 CASES = {
-    "256 tokens": (256, 1, Target(of="ratio", rule="at least", floor=4.0, goal=5.5)),
-    "1,024 tokens": (1024, 1, Target(of="ratio", rule="at least", floor=1.8, goal=2.5)),
-    "4 x 256 tokens": (256, 4, Target(of="ratio", rule="at least", floor=4.0, goal=6.0)),
+    "256 tokens": (256, 1, ratio_at_least(4.0, goal=5.5)),
+    "1,024 tokens": (1024, 1, ratio_at_least(1.8, goal=2.5)),
+    "4 x 256 tokens": (256, 4, ratio_at_least(4.0, goal=6.0)),
 }
 RELATIVE = 1e-4
 """How far the losses of any step may be apart, as a share of the largest."""
@@ -43,31 +50,46 @@ def run() -> Iterator[Figure]:
         same_losses(selective[number], peer[number])
         useful = RANKS * tokens * micro_batches
         config = {
-            "ranks": RANKS, "ep": RANKS, "tokens": tokens, "micro_batches": micro_batches, "experts": MODEL.experts,
-            "top_k": MODEL.top_k, "hidden": MODEL.hidden, "expert_hidden": MODEL.expert_hidden,
-            "layers": MODEL.layers, "r": 8, "dtype": "float32",
-        }  # fmt: skip
-        for recompute, mine, goal in (("layer", ours[number], target), ("selective", selective[number], None)):
+            "ranks": RANKS,
+            "ep": RANKS,
+            "tokens": tokens,
+            "micro_batches": micro_batches,
+            "experts": MODEL.experts,
+            "top_k": MODEL.top_k,
+            "hidden": MODEL.hidden,
+            "expert_hidden": MODEL.expert_hidden,
+            "layers": MODEL.layers,
+            "r": 8,
+            "dtype": "float32",
+        }
+        for recompute, of_ours, goal in (("layer", ours[number], target), ("selective", selective[number], None)):
             yield Figure(
-                metric=f"useful tokens/s, {metric} per rank, recompute {recompute}", unit="tokens/s", better="higher",
-                value=useful / min(mine["seconds"]), config={**config, "recompute": recompute}, n=STEPS - 1,
-                spread={"ours": spread(mine["seconds"]), "peer": spread(peer[number]["seconds"])},
-                peer=f"{PEER}, recompute layer", peer_value=useful / min(peer[number]["seconds"]), target=goal,
-            )  # fmt: skip
+                f"useful tokens/s, {metric} per rank, recompute {recompute}",
+                useful / min(of_ours["seconds"]),
+                "tokens/s",
+                config={**config, "recompute": recompute},
+                n=STEPS - 1,
+                better="higher",
+                spread={"ours": spread(of_ours["seconds"]), "peer": spread(peer[number]["seconds"])},
+                peer=Peer(f"{PEER}, recompute layer", useful / min(peer[number]["seconds"])),
+                target=goal,
+            )
 
 
 def race_side(side: str, base: Path, cases: Sequence[tuple[int, int]], *words: str, ranks: int = RANKS) -> Any:
     """Return, by case, seconds and losses of the steps of one side; a step is as slow as its slowest rank."""
     given = ["--cases", json.dumps(cases), "--steps", str(STEPS), *words]
-    found = start_ranks(ranks, side, base, *given, module="benchmarks.steps.train_ranks")
+    results = start_ranks(ranks, side, base, *given, module="benchmarks.steps.train_ranks")
     return [
-        {"seconds": tuple(map(max, *(rank[n]["seconds"] for rank in found), [0.0] * (STEPS - 1))),
-         "losses": found[0][n]["losses"]}
+        {
+            "seconds": tuple(map(max, *(rank[n]["seconds"] for rank in results), [0.0] * (STEPS - 1))),
+            "losses": results[0][n]["losses"],
+        }
         for n in range(len(cases))
-    ]  # fmt: skip
+    ]
 
 
 def same_losses(ours: Any, peer: Any) -> None:
     """Refuse sides that do not learn the same."""
-    mine, theirs = ({"losses": torch.tensor(side["losses"], dtype=torch.float64)} for side in (ours, peer))
-    same_tensors(mine, theirs, relative=RELATIVE)
+    our_losses, peer_losses = ({"losses": torch.tensor(side["losses"], dtype=torch.float64)} for side in (ours, peer))
+    same_tensors(our_losses, peer_losses, relative=RELATIVE)

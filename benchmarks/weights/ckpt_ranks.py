@@ -48,70 +48,68 @@ def main() -> None:
         kind: Checkpoints(engine, empty, beside / kind, base=files, keep=1, asynchronous=kind == "behind")
         for kind in ("now", "behind")
     }
-    held = slices(engine, empty)
-    _fill(held)
+    pieces = slices(engine, empty)
+    _fill(pieces)
     ours = [_timed(partial(made["now"].save, step=step, state={}, config={})) for step in range(ROUNDS)]
-    peer = [_timed(lambda: _torch_save(held, beside / f"peer-{dist.get_rank()}")) for _ in range(ROUNDS)]
+    peer = [_timed(lambda: _torch_save(pieces, beside / f"peer-{dist.get_rank()}")) for _ in range(ROUNDS)]
     last = beside / "now" / f"step-{ROUNDS - 1:06d}"
     size = sum(file.stat().st_size for file in last.iterdir())
-    restore = _restored(made["now"], last, held, _copy(held))
-    stalls = _stalls(made["behind"], held)
-    peer_stalls = _torch_stalls(held, beside)
-    state = sum(view.numel() * view.element_size() for slice_ in held for view in slice_.views.values())
-    found = {"ours": ours, "peer": peer, "restore": restore, "bytes": size, "state_bytes": state}
-    found |= {"stalls": stalls, "peer_stalls": peer_stalls}
-    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+    restore = _restored(made["now"], last, pieces, _copy(pieces))
+    stalls = _stalls(made["behind"], pieces)
+    peer_stalls = _torch_stalls(pieces, beside)
+    state = sum(view.numel() * view.element_size() for piece in pieces for view in piece.views.values())
+    results = {"ours": ours, "peer": peer, "restore": restore, "bytes": size, "state_bytes": state}
+    results |= {"stalls": stalls, "peer_stalls": peer_stalls}
+    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(results))
 
 
-def _stalls(checkpoints: Checkpoints, held: list[Slice]) -> list[float]:
+def _stalls(checkpoints: Checkpoints, pieces: list[Slice]) -> list[float]:
     """Seconds for which asynchronous saves hold the run up; what changes while they are written is not in them."""
-    found = []
+    stalls = []
     for step in range(ROUNDS):
-        wanted = _copy(held)
-        found.append(_timed(partial(checkpoints.save, step=step, state={}, config={})))
-        _fill(held)
+        saved = _copy(pieces)
+        stalls.append(_timed(partial(checkpoints.save, step=step, state={}, config={})))
+        _fill(pieces)
         checkpoints.wait()
-    _restored(checkpoints, checkpoints.folder / f"step-{ROUNDS - 1:06d}", held, wanted)
-    return found
+    _restored(checkpoints, checkpoints.folder / f"step-{ROUNDS - 1:06d}", pieces, saved)
+    return stalls
 
 
-def _torch_stalls(held: list[Slice], folder: Path) -> list[float]:
+def _torch_stalls(pieces: list[Slice], folder: Path) -> list[float]:
     """The same of torch's own asynchronous save, of each rank's slices under names of their own."""
     group = dist.new_group(backend="gloo")
-    rank, found = dist.get_rank(), list[float]()
-    state: Mapping[str, Any] = {
-        f"{rank}/{kind}/{s.canonical}": view for s in held for kind, view in s.views.items()
-    }  # fmt: skip
+    rank, stalls = dist.get_rank(), list[float]()
+    state: Mapping[str, Any] = {f"{rank}/{kind}/{s.canonical}": view for s in pieces for kind, view in s.views.items()}
     for step in range(ROUNDS):
         writer = FileSystemWriter(folder / f"torch-{step}")
         dist.barrier()
         start = time.perf_counter()
         saved: Any = async_save(dict(state), storage_writer=writer, process_group=group)
-        found.append(time.perf_counter() - start)
+        stalls.append(time.perf_counter() - start)
         getattr(saved, "upload_completion", saved).result()
-    return found
+    return stalls
 
 
-def _restored(checkpoints: Checkpoints, path: Path, held: list[Slice], wanted: list[list[Tensor]]) -> float:
+def _restored(checkpoints: Checkpoints, path: Path, pieces: list[Slice], expected: list[list[Tensor]]) -> float:
     """Seconds of a restore that brings back what is wanted."""
-    for slice_ in held:
-        for view in slice_.views.values():
+    for piece in pieces:
+        for view in piece.views.values():
             view.zero_()
     seconds = _timed(lambda: checkpoints.restore(path, config={}))
-    for slice_, views in zip(held, wanted, strict=True):
-        if not all(map(torch.equal, slice_.views.values(), views)):
-            raise OutputsDiffer(f"{slice_.canonical} came back changed")
+    for piece, views in zip(pieces, expected, strict=True):
+        if not all(map(torch.equal, piece.views.values(), views)):
+            raise OutputsDiffer(f"{piece.canonical} came back changed")
     return seconds
 
 
-def _fill(held: list[Slice]) -> None:
-    for slice_ in held:
-        for view in slice_.views.values():
+def _fill(pieces: list[Slice]) -> None:
+    for piece in pieces:
+        for view in piece.views.values():
             view.copy_(torch.rand_like(view))
 
 
-def _copy(held: list[Slice]) -> list[list[Tensor]]:
-    return [[view.clone() for view in slice_.views.values()] for slice_ in held]
+def _copy(pieces: list[Slice]) -> list[list[Tensor]]:
+    return [[view.clone() for view in piece.views.values()] for piece in pieces]
 
 
 def _timed(do: Callable[[], object]) -> float:
@@ -121,9 +119,9 @@ def _timed(do: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _torch_save(held: list[Slice], path: Path) -> None:
+def _torch_save(pieces: list[Slice], path: Path) -> None:
     with path.open("wb") as file:
-        torch.save({slice_.canonical: {k: v.clone() for k, v in slice_.views.items()} for slice_ in held}, file)
+        torch.save({piece.canonical: {k: v.clone() for k, v in piece.views.items()} for piece in pieces}, file)
         file.flush()
         os.fsync(file.fileno())
 

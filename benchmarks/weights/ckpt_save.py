@@ -4,8 +4,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.figure import Figure, Target
-from benchmarks.harness.measure import spread
+from benchmarks.harness.figure import Figure, at_most
+from benchmarks.harness.measure import fastest
 from benchmarks.weights.load import start_ranks
 from finetune.files.tiny import TinyModel, write_tiny
 
@@ -21,24 +21,21 @@ def run() -> Iterator[Figure]:
     state = sum(rank["state_bytes"] for rank in ranks)
     config = {"ranks": 2, "ep": 2, "state_bytes": state, "asynchronous": False}
     yield Figure(
-        metric="bytes of a checkpoint over the trained state", value=ranks[0]["bytes"] / state, unit="x", config=config,
-        target=Target(of="value", rule="at most", floor=1.02),
-    )  # fmt: skip
-    ours, peer = (tuple(map(max, *(rank[side] for rank in ranks))) for side in ("ours", "peer"))
-    yield Figure(
-        metric="seconds of a save", value=min(ours), unit="s", config=config, n=len(ours),
-        spread={"ours": spread(ours), "peer": spread(peer)},
-        peer="torch.save of each rank's slices, synced", peer_value=min(peer),
-    )  # fmt: skip
-    stalls, peer = (tuple(map(max, *(rank[side] for rank in ranks))) for side in ("stalls", "peer_stalls"))
+        "bytes of a checkpoint over the trained state",
+        ranks[0]["bytes"] / state,
+        "x",
+        config=config,
+        target=at_most(1.02),
+    )
+    slowest = {
+        side: tuple(map(max, *(rank[side] for rank in ranks))) for side in ("ours", "peer", "stalls", "peer_stalls")
+    }
+    ours, stalls = slowest["ours"], slowest["stalls"]
+    synced = ("torch.save of each rank's slices, synced", slowest["peer"])
+    yield fastest("seconds of a save", ours, "s", config=config, peer=synced)
     config |= {"asynchronous": True}
-    yield Figure(
-        metric="seconds for which an asynchronous save holds the run up", value=min(stalls), unit="s", config=config,
-        n=len(stalls), spread={"ours": spread(stalls)}, peer="the same save, synchronous", peer_value=min(ours),
-    )  # fmt: skip
-    yield Figure(
-        metric="the same, beside torch's", value=min(stalls), unit="s", config=config, n=len(stalls),
-        spread={"ours": spread(stalls), "peer": spread(peer)}, peer="torch's async_save of each rank's slices",
-        peer_value=min(peer),
-    )  # fmt: skip
-    yield Figure(metric="seconds of a restore", value=max(rank["restore"] for rank in ranks), unit="s", config=config)
+    metric = "seconds for which an asynchronous save holds the run up"
+    yield fastest(metric, stalls, "s", config=config, peer=("the same save, synchronous", ours))
+    torchs = ("torch's async_save of each rank's slices", slowest["peer_stalls"])
+    yield fastest("the same, beside torch's", stalls, "s", config=config, peer=torchs)
+    yield Figure("seconds of a restore", max(rank["restore"] for rank in ranks), "s", config=config)

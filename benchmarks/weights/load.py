@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.figure import Figure, Target
-from benchmarks.harness.measure import spread
+from benchmarks.harness.figure import Figure, Peer, at_most, ratio_at_least
+from benchmarks.harness.measure import fastest
 from benchmarks.harness.outputs import same_tensors
 from finetune.files.tiny import TinyModel, write_tiny
 
 ROUNDS = 3
+PEER = "transformers from_pretrained under ZeRO-3"
 MODEL = TinyModel(hidden=1024, experts=32, expert_hidden=640, layers=4, shard_bytes=150_000_000)
 
 
@@ -27,33 +28,43 @@ def run() -> Iterator[Figure]:
         size = write_tiny(folder, MODEL).weight_bytes
         config = {"ranks": 2, "ep": 2, "weight_bytes": size, "partitioned": True}
         ways = {"ours": ["ours", "--ep", "2"], "peer": ["transformers"], "raw": ["raw"]}
-        found: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in ways}
+        runs_of: dict[str, list[list[dict[str, Any]]]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
             for way, words in ways.items():
-                found[way].append(start_ranks(2, words[0], folder, *words[1:]))
-        _same_outputs(found["ours"][0], found["peer"][0])
-        seconds = {way: tuple(max(rank["seconds"] for rank in ranks) for ranks in runs) for way, runs in found.items()}
-        peaks = {way: min(max(rank["peak"] for rank in ranks) for ranks in runs) for way, runs in found.items()}
+                runs_of[way].append(start_ranks(2, words[0], folder, *words[1:]))
+        _same_outputs(runs_of["ours"][0], runs_of["peer"][0])
+        seconds = {
+            way: tuple(max(rank["seconds"] for rank in ranks) for ranks in runs) for way, runs in runs_of.items()
+        }
+        peaks = {way: min(max(rank["peak"] for rank in ranks) for ranks in runs) for way, runs in runs_of.items()}
+        yield fastest(
+            "seconds to load",
+            seconds["ours"],
+            "s",
+            config=config,
+            peer=(PEER, seconds["peer"]),
+            target=ratio_at_least(1.5, goal=3.0),
+        )
         yield Figure(
-            metric="seconds to load", value=min(seconds["ours"]), unit="s", config=config, n=ROUNDS,
-            spread={"ours": spread(seconds["ours"]), "peer": spread(seconds["peer"])},
-            peer="transformers from_pretrained under ZeRO-3", peer_value=min(seconds["peer"]),
-            target=Target(of="ratio", rule="at least", floor=1.5, goal=3.0),
-        )  # fmt: skip
+            "peak memory of a rank",
+            peaks["ours"],
+            "bytes",
+            config=config,
+            n=ROUNDS,
+            peer=Peer(PEER, peaks["peer"]),
+            target=ratio_at_least(1 / 0.6, goal=1 / 0.4),
+        )
+        beyond = min(max(rank["peak"] - rank["kept"] for rank in ranks) for ranks in runs_of["ours"])
         yield Figure(
-            metric="peak memory of a rank", value=peaks["ours"], unit="bytes", config=config, n=ROUNDS,
-            peer="transformers from_pretrained under ZeRO-3", peer_value=peaks["peer"],
-            target=Target(of="ratio", rule="at least", floor=1 / 0.6, goal=1 / 0.4),
-        )  # fmt: skip
-        beyond = min(max(rank["peak"] - rank["kept"] for rank in ranks) for ranks in found["ours"])
-        yield Figure(
-            metric="peak beyond what is kept, over the largest tensor", value=beyond / found["ours"][0][0]["largest"],
-            unit="x", config=config, n=ROUNDS, target=Target(of="value", rule="at most", floor=2.0, goal=1.5),
-        )  # fmt: skip
-        yield Figure(
-            metric="seconds to load", value=min(seconds["ours"]), unit="s", config=config, n=ROUNDS,
-            peer="reading the files alone", peer_value=min(seconds["raw"]),
-        )  # fmt: skip
+            "peak beyond what is kept, over the largest tensor",
+            beyond / runs_of["ours"][0][0]["largest"],
+            "x",
+            config=config,
+            n=ROUNDS,
+            target=at_most(2.0, goal=1.5),
+        )
+        reading = ("reading the files alone", seconds["raw"])
+        yield fastest("seconds to load", seconds["ours"], "s", config=config, peer=reading)
 
 
 def start_ranks(
@@ -73,5 +84,5 @@ def start_ranks(
 
 def _same_outputs(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> None:
     for side in zip(ours, peer, strict=True):
-        mine, theirs = ({"logits": torch.tensor(rank["logits"])} for rank in side)
-        same_tensors(mine, theirs, relative=1e-4)
+        our_logits, peer_logits = ({"logits": torch.tensor(rank["logits"])} for rank in side)
+        same_tensors(our_logits, peer_logits, relative=1e-4)

@@ -39,24 +39,24 @@ def main() -> None:
     start_distributed()
     dist.barrier()
     config = engine_config(EngineOptions(dtype="float32"))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with AnonymousPeak() as memory:
         start = time.perf_counter()
-        module = _load(args, config, found)
+        module = _load(args, config, results)
         dist.barrier()
-        found["seconds"] = time.perf_counter() - start
-    found |= {"peak": memory.peak_bytes, "kept": memory.end_bytes - memory.start_bytes}
+        results["seconds"] = time.perf_counter() - start
+    results |= {"peak": memory.peak_bytes, "kept": memory.end_bytes - memory.start_bytes}
     if module is not None:
         engine = module
         if any(True for _ in module.parameters()):  # else all of it is resident, and there is nothing for the engine
             engine, *_ = deepspeed.initialize(model=module, config=config)
         ids = torch.arange(BATCH)[None] + 7 * dist.get_rank()
         with torch.no_grad():
-            found["logits"] = engine(input_ids=ids, use_cache=False).logits[0, -1, :16].float().tolist()
-    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))
+            results["logits"] = engine(input_ids=ids, use_cache=False).logits[0, -1, :16].float().tolist()
+    args.out.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(results))
 
 
-def _load(args: argparse.Namespace, config: dict[str, Any], found: dict[str, Any]) -> torch.nn.Module | None:
+def _load(args: argparse.Namespace, config: dict[str, Any], results: dict[str, Any]) -> torch.nn.Module | None:
     if args.side == "raw":
         _read_my_half(args.folder)
         return None
@@ -69,7 +69,7 @@ def _load(args: argparse.Namespace, config: dict[str, Any], found: dict[str, Any
     empty = build(args.folder, ModelOptions(ep_size=args.ep, layer=layer, resident=args.resident, dtype=torch.float32))
     report = load(empty, open_base(args.folder, empty.expected), engine_config=config)
     largest = max(prod(shape) // (args.ep if is_expert_stack(name) else 1) for name, shape in empty.expected.items())
-    found |= {"read": report.bytes_read, "held": report.bytes_held, "largest": 4 * largest}
+    results |= {"read": report.bytes_read, "held": report.bytes_held, "largest": 4 * largest}
     return empty.module
 
 

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_most
 from benchmarks.weights.load import MODEL, start_ranks
 from finetune.architecture.families import Family
 from finetune.architecture.rank_shares import rank_shares
@@ -33,6 +33,9 @@ def run() -> Iterator[Figure]:
             for metric, key in (("weights kept, counted", "held"), ("weights kept, anonymous memory", "kept")):
                 worst = max((rank[key] for rank in ranks), key=lambda value: abs(value / formula - 1))
                 yield Figure(
-                    metric=f"{metric}, over the formula", value=worst / formula - 1, unit="", config=config,
-                    target=Target(of="value", rule="at most", floor=0.05) if key == "held" else None,
-                )  # fmt: skip
+                    f"{metric}, over the formula",
+                    worst / formula - 1,
+                    "",
+                    config=config,
+                    target=at_most(0.05) if key == "held" else None,
+                )

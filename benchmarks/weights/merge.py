@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.harness.figure import Figure, Target
-from benchmarks.harness.measure import spread
+from benchmarks.harness.figure import Figure, Peer, ratio_at_least
+from benchmarks.harness.measure import fastest
 from benchmarks.harness.outputs import same_tensors
 from benchmarks.weights.merge_case import measured, write_adapter, write_base
 from finetune.files.basefiles import open_base
@@ -25,30 +25,41 @@ def run() -> Iterator[Figure]:
         size = write_base(place / "base")
         adapter = write_adapter(place / "base", place / "adapter")
         config = {"weight_bytes": size, "adapter_bytes": adapter, "dtype": "bfloat16", "checksums": "sha256"}
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": [], "copy": []}
+        runs_of: dict[str, list[dict[str, Any]]] = {"ours": [], "peft": [], "copy": []}
         for number in range(ROUNDS):
-            for side, runs in found.items():
+            for side, runs in runs_of.items():
                 runs.append(measured(side, place / "base", place / "adapter", place / side))
             if not number:
                 _same_outputs(place / "ours", place / "peft")
-            for side in found:
+            for side in runs_of:
                 shutil.rmtree(place / side)
-    seconds = {side: tuple(one["seconds"] for one in runs) for side, runs in found.items()}
-    peaks = {side: min(one["peak"] for one in runs) for side, runs in found.items()}
+    seconds = {side: tuple(run["seconds"] for run in runs) for side, runs in runs_of.items()}
+    peaks = {side: min(run["peak"] for run in runs) for side, runs in runs_of.items()}
+    yield fastest(
+        "seconds to merge",
+        seconds["ours"],
+        "s",
+        config=config,
+        peer=(PEER, seconds["peft"]),
+        target=ratio_at_least(2.0, goal=4.0),
+    )
     yield Figure(
-        metric="seconds to merge", value=min(seconds["ours"]), unit="s", config=config, n=ROUNDS,
-        spread={"ours": spread(seconds["ours"]), "peer": spread(seconds["peft"])}, peer=PEER,
-        peer_value=min(seconds["peft"]), target=Target(of="ratio", rule="at least", floor=2.0, goal=4.0),
-    )  # fmt: skip
-    yield Figure(
-        metric="peak memory above imports", value=peaks["ours"], unit="bytes", config=config, n=ROUNDS, peer=PEER,
-        peer_value=peaks["peft"], target=Target(of="ratio", rule="at least", floor=3.0, goal=6.0),
-    )  # fmt: skip
-    yield Figure(
-        metric="seconds to merge", value=min(seconds["ours"]), unit="s", config=config, n=ROUNDS,
-        spread={"ours": spread(seconds["ours"]), "peer": spread(seconds["copy"])}, peer="a plain copy, synced",
-        peer_value=min(seconds["copy"]), target=Target(of="ratio", rule="at least", floor=1 / 1.6, goal=1 / 1.3),
-    )  # fmt: skip
+        "peak memory above imports",
+        peaks["ours"],
+        "bytes",
+        config=config,
+        n=ROUNDS,
+        peer=Peer(PEER, peaks["peft"]),
+        target=ratio_at_least(3.0, goal=6.0),
+    )
+    yield fastest(
+        "seconds to merge",
+        seconds["ours"],
+        "s",
+        config=config,
+        peer=("a plain copy, synced", seconds["copy"]),
+        target=ratio_at_least(1 / 1.6, goal=1 / 1.3),
+    )
 
 
 def _same_outputs(ours: Path, peft: Path) -> None:

@@ -18,16 +18,25 @@ from moe.packing import pack_lora
 
 GB = float(os.environ.get("MOETUNE_BENCH_GB", "4"))
 """Size of the base; the targets are meant for 4 and above."""
-LAYERS, HIDDEN, INNER = 4, 2048, 768
+LAYERS = 4
+HIDDEN = 2048
+INNER = 768
 
 
 def write_base(folder: Path) -> int:
     """Write a base of about GB gigabytes in bfloat16 and return its bytes of weights."""
     experts = math.ceil(GB * 1e9 / (2 * 3 * HIDDEN * INNER * LAYERS))
     model = TinyModel(
-        hidden=HIDDEN, experts=max(experts, 4), expert_hidden=INNER, layers=LAYERS, heads=16, kv_heads=4, head_dim=128,
-        dtype="bfloat16", shard_bytes=500_000_000,
-    )  # fmt: skip
+        hidden=HIDDEN,
+        experts=max(experts, 4),
+        expert_hidden=INNER,
+        layers=LAYERS,
+        heads=16,
+        kv_heads=4,
+        head_dim=128,
+        dtype="bfloat16",
+        shard_bytes=500_000_000,
+    )
     return write_tiny(folder, model).weight_bytes
 
 
@@ -56,21 +65,13 @@ def write_adapter(base: Path, folder: Path, *, r: int = 8) -> int:
 def measured(side: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     """Run one side in a fresh process."""
     with tempfile.NamedTemporaryFile() as result:
-        words = [
-            sys.executable,
-            "-m",
-            "benchmarks.weights.merge_sides",
-            side,
-            str(base),
-            str(adapter),
-            str(out),
-            result.name,
-        ]
+        paths = [str(base), str(adapter), str(out), result.name]
+        words = [sys.executable, "-m", "benchmarks.weights.merge_sides", side, *paths]
         threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # to either side all cores
         done = subprocess.run(
             words, env=os.environ | {"DS_ACCELERATOR": "cpu"} | threads, capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-3000:]}")
-        found: dict[str, Any] = json.loads(Path(result.name).read_text())
-    return found
+        took: dict[str, Any] = json.loads(Path(result.name).read_text())
+    return took

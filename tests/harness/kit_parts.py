@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.parts import Skipped
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness.figure import Figure, Target
+from benchmarks.harness.figure import Figure, at_least
 
 
 def figure(value: float, floor: float = 1.0) -> Figure:
-    target = Target(of="value", rule="at least", floor=floor)
-    return Figure(metric=f"value {value:g}", value=value, unit="things", config={"who": "a test"}, target=target)
+    target = at_least(floor)
+    return Figure(f"value {value:g}", value, "things", config={"who": "a test"}, target=target)
 
 
 def passes(sizes: Sizes) -> Iterator[Figure]:

@@ -17,8 +17,8 @@ from benchmarks.entries import ENTRIES, Entry
 from benchmarks.experts import moe_lora_memory, moe_lora_step, scaling_shape
 from benchmarks.experts.expert_block import Pair, Shape, same_step
 from benchmarks.harness import machine
-from benchmarks.harness.figure import Figure, Target
-from benchmarks.harness.measure import OutputsDiffer, Side, counted, race, spread
+from benchmarks.harness.figure import Figure, Peer, at_least, at_most, exactly, ratio_at_least
+from benchmarks.harness.measure import OutputsDiffer, Side, counted, fastest, race, spread
 from benchmarks.harness.memory import Allocations, AnonymousPeak, Saved
 from benchmarks.harness.outputs import same_tensors
 
@@ -27,7 +27,7 @@ FIELDS += ["peer", "peer_value", "ratio", "target", "pass"]
 
 GOOD = """
     import time
-    from benchmarks.harness.figure import Figure, Target
+    from benchmarks.harness.figure import Figure, ratio_at_least
     from benchmarks.harness.measure import OutputsDiffer, Side, counted, race
 
     def slow():
@@ -40,17 +40,15 @@ GOOD = """
 
     def run():
         raced = race(Side(name="ours", run=lambda: 7), Side(name="sleeper", run=slow), same=equal, rounds=3)
-        yield raced.figure(
-            metric="step", config={"size": 3}, target=Target(of="ratio", rule="at least", floor=2, goal=1e9)
-        )
-        yield counted(metric="units", found=4, expected=4, unit="messages", config={})
-        yield Figure(metric="for the record", value=1.5, unit="x", config={})
+        yield raced.figure("step", config={"size": 3}, target=ratio_at_least(2, goal=1e9))
+        yield counted("units", 4, "messages", expected=4, config={})
+        yield Figure("for the record", 1.5, "x", config={})
 """
 MISSED = """
     from benchmarks.harness.measure import counted
 
     def run():
-        yield counted(metric="units", found=6, expected=4, unit="messages", config={})
+        yield counted("units", 6, "messages", expected=4, config={})
 """
 WRONG = GOOD.replace("lambda: 7", "lambda: 8")
 
@@ -205,7 +203,7 @@ def test_the_statistic_and_its_spread():
     side = Side(name="peer", run=lambda: None)
     raced = race(side, side, same=lambda *_: None, rounds=1, statistic="median")
     object.__setattr__(raced, "ours_s", (0.003, 0.001, 0.002))
-    figure = raced.figure(metric="step", config={})
+    figure = raced.figure("step", config={})
     assert figure.value == pytest.approx(2.0)
     assert figure.spread["ours"] == pytest.approx(1.0)  # the median is twice the fastest
     assert spread((0.5, 0.5)) == 0.0
@@ -214,34 +212,34 @@ def test_the_statistic_and_its_spread():
 @pytest.mark.parametrize(
     ("target", "found", "passes", "meets_goal"),
     [
-        (Target(of="value", rule="at least", floor=3, goal=4.5), 2.9, False, False),
-        (Target(of="value", rule="at least", floor=3, goal=4.5), 3.0, True, False),
-        (Target(of="value", rule="at least", floor=3, goal=4.5), 4.5, True, True),
-        (Target(of="value", rule="at most", floor=1.3, goal=1.1), 1.31, False, False),
-        (Target(of="value", rule="at most", floor=1.3, goal=1.1), 1.2, True, False),
-        (Target(of="value", rule="exactly", floor=4), 4, True, True),
-        (Target(of="value", rule="exactly", floor=4), 5, False, False),
-        (Target(of="value", rule="at most", floor=1.3), float("nan"), False, False),
+        (at_least(3, goal=4.5), 2.9, False, False),
+        (at_least(3, goal=4.5), 3.0, True, False),
+        (at_least(3, goal=4.5), 4.5, True, True),
+        (at_most(1.3, goal=1.1), 1.31, False, False),
+        (at_most(1.3, goal=1.1), 1.2, True, False),
+        (exactly(4), 4, True, True),
+        (exactly(4), 5, False, False),
+        (at_most(1.3), float("nan"), False, False),
     ],
 )
 def test_floor_and_goal(target, found, passes, meets_goal):
-    figure = Figure(metric="m", value=found, unit="x", config={}, target=target)
+    figure = Figure("m", found, "x", config={}, target=target)
     assert (figure.passed, figure.met_goal) == (passes, meets_goal)
 
 
 def test_the_ratio_says_how_many_times_better():
-    half_the_time = Figure(metric="m", value=2.0, unit="ms", config={}, peer="p", peer_value=4.0)
-    twice_the_rate = Figure(metric="m", value=4.0, unit="1/s", config={}, better="higher", peer="p", peer_value=2.0)
+    half_the_time = Figure("m", 2.0, "ms", config={}, peer=Peer("p", 4.0))
+    twice_the_rate = Figure("m", 4.0, "1/s", config={}, better="higher", peer=Peer("p", 2.0))
     assert half_the_time.ratio == twice_the_rate.ratio == 2.0
-    wanted = Target(of="ratio", rule="at least", floor=2.5)
-    missed = Figure(metric="m", value=2.0, unit="ms", config={}, peer="p", peer_value=4.0, target=wanted)
+    wanted = ratio_at_least(2.5)
+    missed = Figure("m", 2.0, "ms", config={}, peer=Peer("p", 4.0), target=wanted)
     assert missed.passed is False
 
 
 def test_counting_passes_only_when_exact():
-    assert counted(metric="m", found=4, expected=4, unit="x", config={}).passed
-    assert not counted(metric="m", found=5, expected=4, unit="x", config={}).passed
-    assert not counted(metric="m", found=3, expected=4, unit="x", config={}).passed
+    assert counted("m", 4, "x", expected=4, config={}).passed
+    assert not counted("m", 5, "x", expected=4, config={}).passed
+    assert not counted("m", 3, "x", expected=4, config={}).passed
 
 
 def test_tensors_are_compared_by_their_largest_value():
@@ -351,13 +349,22 @@ def test_our_expert_block_and_pefts_do_the_same_work():
         same_step(ours.run(), theirs)
 
 
+def test_the_fastest_of_some_rounds_is_the_figure():
+    figure = fastest("m", [3.0, 2.0, 4.0], "s", config={}, peer=("p", [8.0, 4.0]))
+    assert (figure.value, figure.n, figure.peer, figure.ratio) == (2.0, 3, Peer("p", 4.0), 2.0)
+    assert figure.spread == {"ours": 0.5, "peer": 0.5}
+    alone = fastest("m", [3.0], "s", config={})
+    assert (alone.peer, alone.spread) == (None, {"ours": 0.0})
+
+
 def test_the_lora_step_is_timed_beside_peft():
-    target = Target(of="ratio", rule="at least", floor=0.9)
+    target = ratio_at_least(0.9)
     figure = moe_lora_step._figure(Pair(TINY), 24, 2, target)
-    assert (figure.unit, figure.n, figure.peer, figure.target) == ("ms", 2, "PEFT ParamWrapper, grouped_mm", target)
+    assert (figure.unit, figure.n, figure.target) == ("ms", 2, target)
+    assert figure.peer.name == "PEFT ParamWrapper, grouped_mm"
     assert figure.config["hidden"] == 32
     assert figure.config["tokens"] == 24
-    assert min(figure.value, figure.peer_value) > 0
+    assert min(figure.value, figure.peer.value) > 0
 
 
 def test_the_lora_memory_is_counted_beside_peft():
@@ -366,11 +373,11 @@ def test_the_lora_memory_is_counted_beside_peft():
     rows = 24 * TINY.top_k
     stacks = 4 * TINY.experts * 3 * TINY.intermediate * TINY.hidden
     assert saved.value * 2**20 >= 4 * rows * (TINY.hidden + 2 * TINY.intermediate)  # x and the gate_up output at least
-    assert saved.peer_value * 2**20 >= stacks  # PEFT keeps both merged stacks
+    assert saved.peer.value * 2**20 >= stacks  # PEFT keeps both merged stacks
     assert saved.value <= alive.value <= peak.value
     assert saved.passed
     assert alive.passed
-    assert largest.peer_value * 2**20 == 4 * TINY.experts * 2 * TINY.intermediate * TINY.hidden
+    assert largest.peer.value * 2**20 == 4 * TINY.experts * 2 * TINY.intermediate * TINY.hidden
     assert 0 < largest.value * 2**20 <= 4 * rows * (2 * TINY.intermediate + TINY.r) == largest.target.goal * 2**20
     assert largest.met_goal
 
@@ -386,8 +393,8 @@ def test_the_growth_with_experts_is_measured_for_both(monkeypatch):
     assert gemms.target is None
     assert figure.config["experts"] == [4, 12]
     assert figure.unit == "x"
-    assert min(figure.value, figure.peer_value) > 0
-    assert figure.target == Target(of="value", rule="at most", floor=1.3)
+    assert min(figure.value, figure.peer.value) > 0
+    assert figure.target == at_most(1.3)
 
 
 @pytest.mark.slow  # five processes that import PEFT and transformers
@@ -398,13 +405,13 @@ def test_merge_and_export_are_measured_on_any_size(monkeypatch):
         monkeypatch.setattr(merge_case, name, value)
     monkeypatch.setattr(merge, "ROUNDS", 1)
     figures = list(merge.run())  # real processes: ours, PEFT's merge and a copy; PEFT's output is compared with ours
-    assert [(figure.metric, figure.peer) for figure in figures] == [
+    assert [(figure.metric, figure.peer.name) for figure in figures] == [
         ("seconds to merge", merge.PEER),
         ("peak memory above imports", merge.PEER),
         ("seconds to merge", "a plain copy, synced"),
     ]
     assert all(figure.value > 0 for figure in figures)
-    assert figures[1].value < figures[1].peer_value / 3  # bytes, not seconds
+    assert figures[1].value < figures[1].peer.value / 3  # bytes, not seconds
     monkeypatch.setattr(export, "ROUNDS", 1)
     assert [figure.config["form"] for figure in export.run()] == ["peft", "per-expert"]
 
@@ -428,5 +435,5 @@ def test_waits_are_counted_for_both(monkeypatch):
     monkeypatch.setattr(waits, "TOWER_BLOCKS", 4)
     text, text_layer, media, media_layer = waits.run()
     assert all(figure.met_goal for figure in (text, text_layer, media, media_layer))
-    assert media.peer_value == sum(media.config["peer"].values()) > 6 * 4, "three lists a block, in both passes"
+    assert media.peer.value == sum(media.config["peer"].values()) > 6 * 4, "three lists a block, in both passes"
     assert text_layer.value == media_layer.value == 0

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from sequence_session import Case, Outcome, adapted_model, session
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from benchmarks.long_rows.long_ranks import Found, Setup, run_setups
+from benchmarks.long_rows.long_ranks import RankResult, Setup, run_setups
 from finetune.model.row import lay_out
 from finetune.model.sequence import SequenceGroup, divisible, own_part, sequence_group
 from finetune.model.sequence_attention import NAMES, key_copies, use_sequence
@@ -172,7 +172,7 @@ def _by_hand(q, k, v, cuts, _cuts, longest, _longest, *, dropout_p, softmax_scal
     return out
 
 
-def _peaks(rank: int, world: int, setups: list[Setup]) -> list[Found]:
+def _peaks(rank: int, world: int, setups: list[Setup]) -> list[RankResult]:
     return run_setups(setups)
 
 
