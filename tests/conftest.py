@@ -18,12 +18,24 @@ settings.load_profile("moetune")
 
 TESTS = Path(__file__).parent
 LONG_FIRST = (
-    "training/test_train.py", "ranks/test_ended_runs.py", "experts/test_parallel.py", "planner/test_plan_measured.py",
-    "model/test_parity.py", "training/test_checkpoint.py", "model/test_weights.py", "ranks/test_launch.py",
-    "house/test_benchmarks.py", "training/test_evaluation.py", "training/test_stages.py", "verify/test_merged.py",
-    "model/test_forward_ranks.py", "model/test_sequence.py", "house/test_ranks_helper.py", "planner/test_plan_256.py",
+    "training/test_train.py",
+    "ranks/test_ended_runs.py",
+    "experts/test_parallel.py",
+    "planner/test_plan_measured.py",
+    "model/test_parity.py",
+    "training/test_checkpoint.py",
+    "model/test_weights.py",
+    "ranks/test_launch.py",
+    "house/test_benchmarks.py",
+    "training/test_evaluation.py",
+    "training/test_stages.py",
+    "verify/test_merged.py",
+    "model/test_forward_ranks.py",
+    "model/test_sequence.py",
+    "house/test_ranks_helper.py",
+    "planner/test_plan_256.py",
     "training/test_demo.py",
-)  # fmt: skip
+)
 """Files that take long, longest first: workers begin with them, so that none is left alone with one at the end."""
 
 
@@ -52,8 +64,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if not config.getoption("--versions"):
         return
-    counts = [f"{len(terminalreporter.stats[key]):,} {key}" for key in ("passed", "failed", "error", "skipped")
-              if terminalreporter.stats.get(key)]  # fmt: skip
+    counts = [
+        f"{len(terminalreporter.stats[key]):,} {key}"
+        for key in ("passed", "failed", "error", "skipped")
+        if terminalreporter.stats.get(key)
+    ]
     rows = [
         ("python", platform.python_version(), ""),
         *((name, version(name), LOCKED[name]) for name in sorted(direct())),

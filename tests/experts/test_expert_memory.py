@@ -233,5 +233,7 @@ def test_built_on_meta_and_filled_later(mode: str, resident: bool) -> None:
     frozen = {name for name, _ in late.named_buffers()}
     assert frozen == ({"gate_up", "down"} if resident else set())
     assert {name for name, p in late.named_parameters() if p.requires_grad} == {
-        "lora": set(FACTORS), "full": {"gate_up", "down"}, "frozen": set()
-    }[mode]  # fmt: skip
+        "lora": set(FACTORS),
+        "full": {"gate_up", "down"},
+        "frozen": set(),
+    }[mode]

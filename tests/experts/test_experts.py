@@ -74,8 +74,11 @@ def test_rows_that_need_no_gradient_get_none() -> None:
         expected = run(module, x, counts, grad)
         module.zero_grad()
         module(x.detach(), counts).backward(grad)
-        same({name: p.grad for name, p in module.named_parameters() if p.requires_grad},
-             {name: value for name, value in expected.items() if name not in ("x", "y")}, 0)  # fmt: skip
+        same(
+            {name: p.grad for name, p in module.named_parameters() if p.requires_grad},
+            {name: value for name, value in expected.items() if name not in ("x", "y")},
+            0,
+        )
 
 
 def test_two_runs_are_equal_bit_for_bit() -> None:
@@ -209,17 +212,27 @@ class OneRank(nn.Module):
 def test_parity_with_peft_through_a_whole_model() -> None:
     base, ours = vl_model(experts=8), vl_model(experts=8)
     config = LoraConfig(
-        r=R_LORA, lora_alpha=6, target_modules=[],
+        r=R_LORA,
+        lora_alpha=6,
+        target_modules=[],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )  # fmt: skip
+    )
     theirs = get_peft_model(base, config)
     wrappers = [layer.mlp.experts for layer in base.model.language_model.layers]
     modules = []
     for number, layer in enumerate(ours.requires_grad_(False).model.language_model.layers):
         module = GroupedExperts(
-            name=f"layers.{number}", num_experts=8, local_experts=range(8), hidden=48, intermediate=40, mode="lora",
-            lora=ExpertLora(r=R_LORA, alpha=6), resident=True, seed=0, dtype=torch.float32,
-        )  # fmt: skip
+            name=f"layers.{number}",
+            num_experts=8,
+            local_experts=range(8),
+            hidden=48,
+            intermediate=40,
+            mode="lora",
+            lora=ExpertLora(r=R_LORA, alpha=6),
+            resident=True,
+            seed=0,
+            dtype=torch.float32,
+        )
         module.init_lora(b_std=0.2)
         with torch.no_grad():
             module.gate_up.copy_(layer.mlp.experts.gate_up_proj)
@@ -268,7 +281,7 @@ def test_parity_with_peft_through_a_whole_model() -> None:
         (dict(mode="half", lora=None), "mode 'half' is not one of frozen, lora, full"),
         (dict(lora=ExpertLora(r=4, alpha=1.0, dropout=1.0)), r"LoRA dropout 1.0 is not in \[0, 1\)"),
     ],
-)  # fmt: skip
+)
 def test_what_the_grouped_gemm_or_the_mode_cannot_take_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(**{"mode": "lora", **options})

@@ -41,9 +41,12 @@ def factors_of(generator: torch.Generator) -> reference.Factors:
         return torch.randn(shape, generator=generator).mul_(0.3).requires_grad_()
 
     return reference.Factors(
-        gate_up_A=made(E, RANK, D), gate_up_B=made(E, 2 * F_, RANK), down_A=made(E, RANK, F_), down_B=made(E, D, RANK),
+        gate_up_A=made(E, RANK, D),
+        gate_up_B=made(E, 2 * F_, RANK),
+        down_A=made(E, RANK, F_),
+        down_B=made(E, D, RANK),
         scale=1.5,
-    )  # fmt: skip
+    )
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:

@@ -128,7 +128,7 @@ def dense() -> Any:
         (twice, "model.layers.1.mlp, model.layers.2.mlp), but 0 were found (none), 3 are replaced already"),
         (lambda: broken(hidden_act="gelu"), "experts compute SwiGLU, but the config's hidden_act is 'gelu'"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_is_not_as_expected_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         replace_moe_blocks(make(), ep_size=1, options=LayerOptions())

@@ -32,9 +32,15 @@ class Server:
             inputs = {name: torch.from_numpy(value) for name, value in inputs.items()}
             with torch.no_grad():
                 found = self.model.generate(
-                    **inputs, do_sample=False, max_new_tokens=body["max_tokens"], output_scores=True,
-                    return_dict_in_generate=True, top_k=None, top_p=None, temperature=None,
-                )  # fmt: skip
+                    **inputs,
+                    do_sample=False,
+                    max_new_tokens=body["max_tokens"],
+                    output_scores=True,
+                    return_dict_in_generate=True,
+                    top_k=None,
+                    top_p=None,
+                    temperature=None,
+                )
             prompt = inputs["input_ids"][0].tolist()
             ids = found.sequences[0, len(prompt) :].tolist()
             text = oracle.ask(oracle.decoded, folder=self.folder, ids=ids)

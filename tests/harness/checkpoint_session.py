@@ -108,9 +108,11 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     """Build, load and start the engine: expert LoRA, full attention (with its vectors), full router."""
     start_distributed()
     layer = LayerOptions(
-        experts="lora", lora=ExpertLora(r=8, alpha=12, dropout=job.dropout), router=RouterOptions(mode="full"),
+        experts="lora",
+        lora=ExpertLora(r=8, alpha=12, dropout=job.dropout),
+        router=RouterOptions(mode="full"),
         resident=job.resident,
-    )  # fmt: skip
+    )
     dtype = getattr(torch, job.dtype)
     empty = build(base, ModelOptions(ep_size=job.ep, layer=layer, train=train, resident=job.resident, dtype=dtype))
     options = EngineOptions(dtype=job.dtype, lr=1e-3, eps=1e-6, clip_norm=0.05, weight_decay=0.1)
@@ -119,9 +121,14 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     engine = initialize(empty.module, options)
     engine.train()
     checkpoints = Checkpoints(
-        engine, empty, job.folder, base=files, keep=2, asynchronous=job.asynchronous,
+        engine,
+        empty,
+        job.folder,
+        base=files,
+        keep=2,
+        asynchronous=job.asynchronous,
         adapter_writer=adapter_writer(empty, base="base", provenance=Provenance(base=files, base_name="base")),
-    )  # fmt: skip
+    )
     torch.manual_seed(rank)
     return Run(engine=engine, empty=empty, checkpoints=checkpoints, rank=rank, world=world)
 

@@ -97,13 +97,21 @@ def _built(case: Case, attention: str) -> tuple[PackedModel, Balance | None]:
     if case.kind != "dense":
         layers = model.config.get_text_config().num_hidden_layers
         balance = Balance(
-            mode=case.balance, coefficient=0.1, z_coefficient=0.01, layers=layers, experts=EXPERTS, top_k=TOP_K,
+            mode=case.balance,
+            coefficient=0.1,
+            z_coefficient=0.01,
+            layers=layers,
+            experts=EXPERTS,
+            top_k=TOP_K,
             device=torch.device("cpu"),
-        )  # fmt: skip
+        )
         options = LayerOptions(
-            experts="lora", lora=ExpertLora(r=8, alpha=12, dropout=case.dropout), router=RouterOptions(mode="full"),
-            resident=True, tiles=3 if case.tile else 1,
-        )  # fmt: skip
+            experts="lora",
+            lora=ExpertLora(r=8, alpha=12, dropout=case.dropout),
+            router=RouterOptions(mode="full"),
+            resident=True,
+            tiles=3 if case.tile else 1,
+        )
         for layer in replace_moe_blocks(model, ep_size=1, options=options, balance=balance):
             start_factors(layer)
     make_resident(model)

@@ -70,9 +70,10 @@ def recorded() -> Iterator[Record]:
             setattr(kind, name, property(record.calling(name, member.fget, lambda _: None)))
     torch_s = dist.distributed_c10d
     torch_s._new_process_group_helper = record.calling(
-        MADE, torch_s._new_process_group_helper,
+        MADE,
+        torch_s._new_process_group_helper,
         lambda size, rank, ranks, *_, timeout, **__: Group(ranks=tuple(ranks), limit=timeout),
-    )  # fmt: skip
+    )
     yield record
 
 

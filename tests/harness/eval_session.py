@@ -16,9 +16,15 @@ from finetune.settings.recipes import load
 from finetune.train import train
 
 SETTING = (
-    "model.path=base", "model.dtype=float32", "data.workers=0", "data.sources.general.path=rows.jsonl",
-    "data.tokens_per_pack=128", "data.packs_per_step=2", "optim.eps=1e-6", "optim.lr=1e-3",
-)  # fmt: skip
+    "model.path=base",
+    "model.dtype=float32",
+    "data.workers=0",
+    "data.sources.general.path=rows.jsonl",
+    "data.tokens_per_pack=128",
+    "data.packs_per_step=2",
+    "optim.eps=1e-6",
+    "optim.lr=1e-3",
+)
 
 
 def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:

@@ -35,9 +35,17 @@ class ElasticBuffer:
         self.group, self.sizes, self.calls = group, sizes, 0
 
     def dispatch(
-        self, tokens: Tensor, *, topk_idx: Tensor | None = None, topk_weights: Tensor | None = None,
-        handle: Handle | None = None, num_experts: int = 0, do_expand: bool, expert_alignment: int = 1, num_sms: int,
-    ) -> tuple[Tensor, None, Tensor | None, Handle, None]:  # fmt: skip
+        self,
+        tokens: Tensor,
+        *,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        handle: Handle | None = None,
+        num_experts: int = 0,
+        do_expand: bool,
+        expert_alignment: int = 1,
+        num_sms: int,
+    ) -> tuple[Tensor, None, Tensor | None, Handle, None]:
         self.calls += 1
         assert do_expand
         if handle is None:

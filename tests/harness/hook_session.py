@@ -56,10 +56,13 @@ class Job:
             ["attention", "experts", *(["vision_blocks"] if self.vision == "lora" else [])] if self.dropout else []
         )
         return (
-            "model.dtype=float32", "parallel.ep=1", f"adapters.vision_blocks.mode={self.vision}",
-            f"parallel.recompute={self.recompute}", f"parallel.resident={self.resident}",
+            "model.dtype=float32",
+            "parallel.ep=1",
+            f"adapters.vision_blocks.mode={self.vision}",
+            f"parallel.recompute={self.recompute}",
+            f"parallel.resident={self.resident}",
             *[f"adapters.{family}.dropout={self.dropout}" for family in dropped],
-        )  # fmt: skip
+        )
 
 
 @dataclass(kw_only=True)

@@ -28,9 +28,13 @@ class Host:
         """Start a command in it, in a group of its own; what it prints goes into a file."""
         with output.open("wb") as file:
             return subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *command], cwd=folder, env=environment, stdout=file,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                ["ip", "netns", "exec", self.name, *command],
+                cwd=folder,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def cut_off(self) -> None:
         """Take its link down: nothing leaves it or reaches it, and nobody is told."""

@@ -111,8 +111,10 @@ def _step(rank: int, case: Case) -> Outcome:
         if batch is not rows[-1]:
             engine.step()
     trained = {n.removeprefix("model."): p for n, p in wrapped.named_parameters() if p.requires_grad}
-    grads = {"model." * (not n.startswith(("model.", "lm_head"))) + n: safe_get_full_grad(p).float()
-             for n, p in trained.items()}  # fmt: skip
+    grads = {
+        "model." * (not n.startswith(("model.", "lm_head"))) + n: safe_get_full_grad(p).float()
+        for n, p in trained.items()
+    }
     engine.step()
     require_step_applied(engine, 0)
     loss = report([each.objective for each in losses], total, None)["loss"]

@@ -22,9 +22,12 @@ def stock(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def adapt(base: Path, out: Path, *, size: float = 0.05, dense: bool = False, full: bool = False, r: int = 4) -> Any:
     """Save an adapter with random factors that stock PEFT made of this base; return PEFT's model."""
     config = LoraConfig(
-        r=r, lora_alpha=6, target_modules=["q_proj", "o_proj", *(["up_proj"] if dense else []), "qkv"],
-        target_parameters=None if dense else STACKS, modules_to_save=["merger.norm"] if full else None,
-    )  # fmt: skip
+        r=r,
+        lora_alpha=6,
+        target_modules=["q_proj", "o_proj", *(["up_proj"] if dense else []), "qkv"],
+        target_parameters=None if dense else STACKS,
+        modules_to_save=["merger.norm"] if full else None,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(stock(base), config)

@@ -149,14 +149,9 @@ def build(plan: Plan) -> tuple[Any, list[Any], Balance | None]:
     model = vl_model(**plan.model).to(plan.torch_dtype)
     freeze(model)
     text = model.config.text_config
-    balance = Balance(
-        mode="global", coefficient=BALANCE, z_coefficient=Z, layers=text.num_hidden_layers, experts=text.num_experts,
-        top_k=text.num_experts_per_tok, device=torch.device("cpu"),
-    ) if plan.balance else None  # fmt: skip
+    balance = _balance(text) if plan.balance else None
     lora = LORA if plan.experts == "lora" else None
-    options = LayerOptions(
-        experts=plan.experts, lora=lora, router=plan.router, resident=plan.resident, seed=plan.seed
-    )  # fmt: skip
+    options = LayerOptions(experts=plan.experts, lora=lora, router=plan.router, resident=plan.resident, seed=plan.seed)
     layers = replace_moe_blocks(model, ep_size=plan.ep, options=options, balance=balance)
     for layer in layers:
         start_factors(layer)
@@ -165,13 +160,30 @@ def build(plan: Plan) -> tuple[Any, list[Any], Balance | None]:
     return model, layers, balance
 
 
+def _balance(text: Any) -> Balance:
+    return Balance(
+        mode="global",
+        coefficient=BALANCE,
+        z_coefficient=Z,
+        layers=text.num_hidden_layers,
+        experts=text.num_experts,
+        top_k=text.num_experts_per_tok,
+        device=torch.device("cpu"),
+    )
+
+
 def _train(rank: int, world: int, plan: Plan) -> Outcome:
     model, layers, balance = build(plan)
     persistence = plan.persistence if plan.persistence is not None else (1_000_000 if plan.resident else 0)
     options = EngineOptions(
-        micro_batches_per_step=plan.accumulation, clip_norm=CLIP, dtype=plan.dtype, lr=LR, eps=EPS,
-        betas=(0.9, 0.95), persistence_threshold=persistence,
-    )  # fmt: skip
+        micro_batches_per_step=plan.accumulation,
+        clip_norm=CLIP,
+        dtype=plan.dtype,
+        lr=LR,
+        eps=EPS,
+        betas=(0.9, 0.95),
+        persistence_threshold=persistence,
+    )
     engine = initialize(model, options)
     set_recompute(model, plan.recompute)
     model.train()

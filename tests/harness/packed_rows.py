@@ -36,15 +36,22 @@ def sample(mix: str, *, length: int = 9, seed: int = 0) -> Sample:
     text(length)
     grids = {k: [g for x in mix if x in k for g in GRIDS[x]] for k in ("ij", "vw")}
     arrays = {k: np.array(v, dtype=np.int32).reshape(-1, 3) for k, v in grids.items()}
-    patches = [generator.integers(0, 256, (int(a.prod(1).sum()), w), dtype=np.uint8)
-               for a, w in zip(arrays.values(), WIDTHS, strict=True)]  # fmt: skip
+    patches = [
+        generator.integers(0, 256, (int(a.prod(1).sum()), w), dtype=np.uint8)
+        for a, w in zip(arrays.values(), WIDTHS, strict=True)
+    ]
     kinds_T = np.array(kinds)
     weights = (kinds_T == 0) & (np.arange(len(ids)) > len(ids) // 3)
     return Sample(
-        key=mix or "text", input_ids=np.array(ids, dtype=np.int32), loss_weights=weights.astype(np.float32),
+        key=mix or "text",
+        input_ids=np.array(ids, dtype=np.int32),
+        loss_weights=weights.astype(np.float32),
         positions=sample_positions(kinds_T, image_grids=arrays["ij"], video_grids=arrays["vw"], merge=2),
-        image_patches=patches[0], image_grids=arrays["ij"], video_patches=patches[1], video_grids=arrays["vw"],
-    )  # fmt: skip
+        image_patches=patches[0],
+        image_grids=arrays["ij"],
+        video_patches=patches[1],
+        video_grids=arrays["vw"],
+    )
 
 
 def row(*mixes: str, length: int = 9) -> Batch:

@@ -33,17 +33,33 @@ from finetune.training.steps import RunData
 
 STEPS, WARMUP, LR, EXPERTS_LR, CLIP = 8, 2, 1e-3, 6e-4, 0.5
 EVERYTHING = [
-    "adapters.attention.mode=lora", "adapters.experts.mode=lora", f"adapters.experts.lr={EXPERTS_LR}",
-    "adapters.vision_blocks.mode=lora", "adapters.merger.mode=full", "adapters.deepstack_mergers.mode=lora",
+    "adapters.attention.mode=lora",
+    "adapters.experts.mode=lora",
+    f"adapters.experts.lr={EXPERTS_LR}",
+    "adapters.vision_blocks.mode=lora",
+    "adapters.merger.mode=full",
+    "adapters.deepstack_mergers.mode=lora",
     "adapters.router.mode=full",
-]  # fmt: skip
+]
 COMMON = [
-    "model.path=base", "model.dtype=float32", "data.sources.general.path=shards", "data.workers=0",
-    "data.remainder=keep", "data.tokens_per_pack=384",
-    "data.image.min_tokens=4", "data.image.max_tokens=16", "data.video.max_tokens=64",
-    f"optim.lr={LR}", "optim.eps=1e-6", f"optim.clip_norm={CLIP}", "optim.weight_decay=0.1", "moe.balance=off",
-    f"schedule.warmup_steps={WARMUP}", "schedule.shape=cosine", "checkpoint.every_steps=0",
-]  # fmt: skip
+    "model.path=base",
+    "model.dtype=float32",
+    "data.sources.general.path=shards",
+    "data.workers=0",
+    "data.remainder=keep",
+    "data.tokens_per_pack=384",
+    "data.image.min_tokens=4",
+    "data.image.max_tokens=16",
+    "data.video.max_tokens=64",
+    f"optim.lr={LR}",
+    "optim.eps=1e-6",
+    f"optim.clip_norm={CLIP}",
+    "optim.weight_decay=0.1",
+    "moe.balance=off",
+    f"schedule.warmup_steps={WARMUP}",
+    "schedule.shape=cosine",
+    "checkpoint.every_steps=0",
+]
 
 
 def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:

@@ -35,9 +35,14 @@ from limits import LIMIT_S
 
 GRACE_S = 5.0  # after the first failure: time for ranks that failed before it, or with it, to say so
 PRELOADED = (
-    "torch", "torch.distributed", "transformers", "peft", "deepspeed", "finetune.train",
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "finetune.train",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # each engine imports it at its start, and torch's compiler with it
-)  # fmt: skip
+)
 SHOWN_CHARS = 6000  # of what a rank printed
 
 

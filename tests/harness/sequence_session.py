@@ -98,9 +98,14 @@ def run(rank: int, world: int, case: Case) -> Outcome:
     model = adapted_model()
     text = model.config.text_config
     balance = Balance(
-        mode=case.balance, coefficient=0.1, z_coefficient=0.01, layers=text.num_hidden_layers,
-        experts=text.num_experts, top_k=text.num_experts_per_tok, device=torch.device("cpu"),
-    )  # fmt: skip
+        mode=case.balance,
+        coefficient=0.1,
+        z_coefficient=0.01,
+        layers=text.num_hidden_layers,
+        experts=text.num_experts,
+        top_k=text.num_experts_per_tok,
+        device=torch.device("cpu"),
+    )
     options = LayerOptions(
         experts="lora",
         lora=LORA,
@@ -126,9 +131,13 @@ def run(rank: int, world: int, case: Case) -> Outcome:
     data_size, data_rank = world // case.sp, rank // case.sp
     micro = 2 // data_size
     engine_options = EngineOptions(
-        micro_batches_per_step=micro, dtype="float32", lr=1e-3, eps=1e-4, clip_norm=1e9,
+        micro_batches_per_step=micro,
+        dtype="float32",
+        lr=1e-3,
+        eps=1e-4,
+        clip_norm=1e9,
         persistence_threshold=1_000_000 if case.resident else 0,
-    )  # fmt: skip
+    )
     engine = initialize(packed, engine_options)
     set_recompute(model, case.recompute, host_from_bytes=packed.host_from_bytes)
     packed.train()
@@ -150,10 +159,17 @@ def _step(
 ) -> None:
     cpu, group = torch.device("cpu"), packed.sequence
     step = Step(
-        epoch=0, step=number, batches=tuple(rows), sums=sum((loss_sums(batch) for batch in rows), LossSums()), bad=(),
-        notes=(), tokens=sum(int((batch.sample_ids >= 0).sum()) for batch in rows), images=0, video_seconds=0.0,
+        epoch=0,
+        step=number,
+        batches=tuple(rows),
+        sums=sum((loss_sums(batch) for batch in rows), LossSums()),
+        bad=(),
+        notes=(),
+        tokens=sum(int((batch.sample_ids >= 0).sum()) for batch in rows),
+        images=0,
+        video_seconds=0.0,
         wait_seconds=0.0,
-    )  # fmt: skip
+    )
     step = counted_once(step, group)
     total = normaliser(step_sums(step.sums, cpu), case.how)
     balance.start_step(int(sum_over_ranks([step.tokens], cpu)[0]))

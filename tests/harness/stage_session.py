@@ -7,18 +7,35 @@ from pathlib import Path
 from finetune.train import main
 
 STAGES = [
-    "stages.align.train=[merger]", "stages.align.lr=2e-3",
-    "stages.all.from_step=2", "stages.all.data.tokens_per_pack=256", "stages.all.data.packs_per_step=4",
+    "stages.align.train=[merger]",
+    "stages.align.lr=2e-3",
+    "stages.all.from_step=2",
+    "stages.all.data.tokens_per_pack=256",
+    "stages.all.data.packs_per_step=4",
     "stages.all.warmup_steps=2",
-    "stages.experts.from_step=4", "stages.experts.train=[experts,merger]", "stages.experts.data.tokens_per_pack=256",
+    "stages.experts.from_step=4",
+    "stages.experts.train=[experts,merger]",
+    "stages.experts.data.tokens_per_pack=256",
     "stages.experts.data.packs_per_step=4",
-]  # fmt: skip
+]
 WORDS = [
-    "model.path=base", "model.dtype=float32", "data.sources.general.path=rows.jsonl", "data.workers=0",
-    "adapters.attention.mode=lora", "adapters.attention.lr=5e-4", "adapters.experts.mode=lora",
-    "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=full", "adapters.router.mode=full", "moe.balance=off",
-    "optim.eps=1e-6", "schedule.steps=6", "checkpoint.every_steps=1", "checkpoint.keep=9", *STAGES,
-]  # fmt: skip
+    "model.path=base",
+    "model.dtype=float32",
+    "data.sources.general.path=rows.jsonl",
+    "data.workers=0",
+    "adapters.attention.mode=lora",
+    "adapters.attention.lr=5e-4",
+    "adapters.experts.mode=lora",
+    "adapters.vision_blocks.mode=frozen",
+    "adapters.merger.mode=full",
+    "adapters.router.mode=full",
+    "moe.balance=off",
+    "optim.eps=1e-6",
+    "schedule.steps=6",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep=9",
+    *STAGES,
+]
 
 
 def runs(rank: int, world: int, place: Path) -> list[int]:

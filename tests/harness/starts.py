@@ -36,6 +36,10 @@ def start_rendered(rendered: Rendered, folder: Path) -> subprocess.CompletedProc
         (folder / "launch").mkdir(exist_ok=True)
         (folder / "launch" / name).write_text(text)
     return subprocess.run(
-        rendered.command, cwd=folder, env=environment() | dict(rendered.environment), capture_output=True, text=True,
+        rendered.command,
+        cwd=folder,
+        env=environment() | dict(rendered.environment),
+        capture_output=True,
+        text=True,
         timeout=LIMIT_S,
-    )  # fmt: skip
+    )

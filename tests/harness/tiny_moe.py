@@ -21,16 +21,33 @@ ROWS = 4
 
 def vl_config(*, hidden: int = 48, experts: int = 12, intermediate: int = 40, top_k: int = 2, layers: int = 2) -> Any:
     text = dict(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=56, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, moe_intermediate_size=intermediate, num_experts=experts,
-        num_experts_per_tok=top_k, max_position_embeddings=4096, tie_word_embeddings=False,
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=56,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=intermediate,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
         rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True),
-    )  # fmt: skip
+    )
     vision = dict(
-        depth=3, hidden_size=72, num_heads=2, intermediate_size=44, patch_size=4, temporal_patch_size=2,
-        spatial_merge_size=2, out_hidden_size=hidden, deepstack_visual_indexes=[0, 1], num_position_embeddings=64,
+        depth=3,
+        hidden_size=72,
+        num_heads=2,
+        intermediate_size=44,
+        patch_size=4,
+        temporal_patch_size=2,
+        spatial_merge_size=2,
+        out_hidden_size=hidden,
+        deepstack_visual_indexes=[0, 1],
+        num_position_embeddings=64,
         in_channels=3,
-    )  # fmt: skip
+    )
     ids = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
     return Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
 
@@ -49,10 +66,19 @@ def vl_model(*, seed: int = 0, **config: int) -> Any:
 def text_model(*, seed: int = 0, **config: Any) -> Any:
     torch.manual_seed(seed)
     keys = dict(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, moe_intermediate_size=40, num_experts=12, num_experts_per_tok=2,
-        norm_topk_prob=True, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=40,
+        num_experts=12,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+    )
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**(keys | config)))
 
 
@@ -115,9 +141,15 @@ class PlainMoe(nn.Module):
         lora = LORA if experts == "lora" else None
         common: dict[str, Any] = dict(resident=False, seed=seed, dtype=torch.float32)
         self.experts = GroupedExperts(
-            name=f"{name}.experts", num_experts=len(block.gate.weight), local_experts=range(len(block.gate.weight)),
-            hidden=hidden, intermediate=intermediate, mode=experts, lora=lora, **common,
-        )  # fmt: skip
+            name=f"{name}.experts",
+            num_experts=len(block.gate.weight),
+            local_experts=range(len(block.gate.weight)),
+            hidden=hidden,
+            intermediate=intermediate,
+            mode=experts,
+            lora=lora,
+            **common,
+        )
         self.gate = Router(
             name=f"{name}.gate", num_experts=len(block.gate.weight), hidden=hidden, options=router, **common
         )
@@ -141,9 +173,12 @@ class PlainMoe(nn.Module):
         factors = None
         if e.lora is not None:
             factors = reference.Factors(
-                gate_up_A=e.gate_up_lora_A, gate_up_B=e.gate_up_lora_B, down_A=e.down_lora_A, down_B=e.down_lora_B,
+                gate_up_A=e.gate_up_lora_A,
+                gate_up_B=e.gate_up_lora_B,
+                down_A=e.down_lora_A,
+                down_B=e.down_lora_B,
                 scale=e.lora.scale,
-            )  # fmt: skip
+            )
         return reference.block(x_TD, self.routing, e.gate_up, e.down, factors).view_as(hidden)
 
     def agreement(self) -> float:

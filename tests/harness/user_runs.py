@@ -55,16 +55,26 @@ def start(
 
     `site` is Python that each of its processes runs first.
     """
-    line = [*command, "tiny-cpu", f"run.name={name}", "model.path=base", "model.dtype=float32",
-            "data.sources.general.path=rows.jsonl", *words]  # fmt: skip
+    line = [
+        *command,
+        "tiny-cpu",
+        f"run.name={name}",
+        "model.path=base",
+        "model.dtype=float32",
+        "data.sources.general.path=rows.jsonl",
+        *words,
+    ]
     folder = place / f"{name}.site"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(PATIENT + site)
     settings = environment() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
     errors = place / f"{name}.stderr"
-    with errors.open("w") as stderr, subprocess.Popen(
-        line, cwd=place, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
-    ) as process:  # fmt: skip
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            line, cwd=place, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+        ) as process,
+    ):
         said = []
         try:
             assert process.stdout is not None

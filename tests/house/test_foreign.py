@@ -116,9 +116,13 @@ def _run(folder: Path, words: list[str], place: Path, **settings: str) -> subpro
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     kept |= {"DS_ACCELERATOR": "cpu"} | settings
     return subprocess.run(
-        [str(folder / "bin" / "python"), *start, "tiny-cpu"], cwd=place, env=kept, capture_output=True, text=True,
+        [str(folder / "bin" / "python"), *start, "tiny-cpu"],
+        cwd=place,
+        env=kept,
+        capture_output=True,
+        text=True,
         timeout=LIMIT_S,
-    )  # fmt: skip
+    )
 
 
 def _refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

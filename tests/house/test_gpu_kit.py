@@ -47,8 +47,10 @@ def is_alive(number: int) -> bool:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the record is named by this machine's GPUs")
 def test_parts_that_fail_hang_or_are_killed_stop_no_other(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "harness")]))
-    parts = [Part(name=name, run=f"kit_parts:{name}", seconds=most, about=f"it {name}")
-             for name, (_, _, most) in KIT_PARTS.items()]  # fmt: skip
+    parts = [
+        Part(name=name, run=f"kit_parts:{name}", seconds=most, about=f"it {name}")
+        for name, (_, _, most) in KIT_PARTS.items()
+    ]
     assert main(["10", "--out", str(tmp_path)], parts=parts) == 1
     (path,) = tmp_path.glob("*.json")
     assert re.fullmatch(r"gpu-cpux2-[0-9a-z.-]+\.json", path.name)
@@ -57,8 +59,15 @@ def test_parts_that_fail_hang_or_are_killed_stop_no_other(tmp_path, capsys, monk
         name: (outcome, reason) for name, (outcome, reason, _) in KIT_PARTS.items()
     }
     kept = {part["part"]: [figure["value"] for figure in part["figures"]] for part in record["parts"]}
-    assert kept == {"passes": [2], "fails": [3], "misses": [0.5], "hangs": [4], "killed": [5], "leaves_a_rank": [6],
-                    "skips": []}  # fmt: skip
+    assert kept == {
+        "passes": [2],
+        "fails": [3],
+        "misses": [0.5],
+        "hangs": [4],
+        "killed": [5],
+        "leaves_a_rank": [6],
+        "skips": [],
+    }
     (one,) = record["parts"][0]["figures"]
     assert (one["name"], one["metric"], one["unit"], one["pass"]) == ("passes", "value 2", "things", True)
     assert (record["gpus"], record["sizes"], record["minutes"]) == (2, "toy", 10)
@@ -149,8 +158,17 @@ def test_without_git_the_kit_says_the_commit_and_a_change_is_seen(tmp_path):
 
 
 def prediction(**values):
-    return {"name": "p", "gpu": "h200-141gb", "gpus": 1, "words": ["r", "a=1", "b=2"], "layers": 4, "assumed": {},
-            "tokens_per_second": 1000.0, "peak_bytes": 100, **values}  # fmt: skip
+    return {
+        "name": "p",
+        "gpu": "h200-141gb",
+        "gpus": 1,
+        "words": ["r", "a=1", "b=2"],
+        "layers": 4,
+        "assumed": {},
+        "tokens_per_second": 1000.0,
+        "peak_bytes": 100,
+        **values,
+    }
 
 
 def step_figure(metric, value, **config):
@@ -162,15 +180,25 @@ def step_figure(metric, value, **config):
 
 
 def test_predictions_are_compared_with_what_ran_here_only():
-    made = [prediction(), prediction(name="q", layers=8), prediction(name="other", gpu="h100-80gb"),
-            prediction(name="many", gpus=8)]  # fmt: skip
-    measured = [step_figure("useful tokens/s", 800.0), step_figure("peak memory", 95.0),
-                step_figure("useful tokens/s", 1, gpus=4), step_figure("useful tokens/s", 1, layers=48)]  # fmt: skip
+    made = [
+        prediction(),
+        prediction(name="q", layers=8),
+        prediction(name="other", gpu="h100-80gb"),
+        prediction(name="many", gpus=8),
+    ]
+    measured = [
+        step_figure("useful tokens/s", 800.0),
+        step_figure("peak memory", 95.0),
+        step_figure("useful tokens/s", 1, gpus=4),
+        step_figure("useful tokens/s", 1, layers=48),
+    ]
     found = misses.compare(made, measured, device="NVIDIA H200", visible=1)
     assert [(one["name"], one["what"], one["measured"], one["missed"]) for one in found] == [
-        ("p", "tokens_per_second", 800.0, True), ("p", "peak_bytes", 95.0, False),
-        ("q", "tokens_per_second", None, None), ("q", "peak_bytes", None, None),
-    ]  # fmt: skip
+        ("p", "tokens_per_second", 800.0, True),
+        ("p", "peak_bytes", 95.0, False),
+        ("q", "tokens_per_second", None, None),
+        ("q", "peak_bytes", None, None),
+    ]
     assert misses.lines(found) == [
         "MISSED: p, tokens_per_second: predicted 1,000, measured 800 (+25%)",
         "did not run: q, tokens_per_second: predicted 1,000",
@@ -221,9 +249,13 @@ def test_every_case_of_a_step_is_a_recipe(sizes):
 
 
 OPERATIONS = {
-    "aten::_grouped_mm": "grouped_mm", "aten::mm": "dense mm", "torch_attn::_varlen_attn_backward": "attention",
-    "aten::index_select": "row permutes", "aten::topk": "routing", "aten::mul": "pointwise",
-}  # fmt: skip
+    "aten::_grouped_mm": "grouped_mm",
+    "aten::mm": "dense mm",
+    "torch_attn::_varlen_attn_backward": "attention",
+    "aten::index_select": "row permutes",
+    "aten::topk": "routing",
+    "aten::mul": "pointwise",
+}
 
 
 def test_operations_are_told_apart():
@@ -235,8 +267,9 @@ def test_operations_are_told_apart():
 def test_the_whole_kit_runs_on_a_cpu(tmp_path):
     command = ["bash", "benchmarks/gpu/run.sh", "60", "--out", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HOME": "/nonexistent", "PYTHON": sys.executable,
-    }  # fmt: skip
+        "HOME": "/nonexistent",
+        "PYTHON": sys.executable,
+    }
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())

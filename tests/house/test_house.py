@@ -12,9 +12,17 @@ from places import ROOT
 
 COLLECTIVES_LIVE_IN = {
     f"finetune/{name}.py"
-    for name in ("ranks/collectives", "ranks/flight", "model/weights", "model/gather", "model/sequence",
-                 "checkpoint/checkpoints", "checkpoint/pieces", "planner/cluster_check")
-}  # fmt: skip
+    for name in (
+        "ranks/collectives",
+        "ranks/flight",
+        "model/weights",
+        "model/gather",
+        "model/sequence",
+        "checkpoint/checkpoints",
+        "checkpoint/pieces",
+        "planner/cluster_check",
+    )
+}
 ENGINE_LIVES_IN = {
     "finetune/ranks/engine.py",
     "finetune/ranks/hooks.py",

@@ -55,9 +55,12 @@ def row(samples, padding=2):
         sample_ids=owners.int()[None],
         cu_seq_lens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
         max_length=max(lengths),
-        image_patches=empty, image_grids=empty.long(), video_patches=empty, video_grids=empty.long(),
+        image_patches=empty,
+        image_grids=empty.long(),
+        video_patches=empty,
+        video_grids=empty.long(),
         keys=tuple(f"s/{number}" for number in range(len(samples))),
-    )  # fmt: skip
+    )
 
 
 def reference(model, samples, how):

@@ -16,10 +16,19 @@ FROZEN = [f"adapters.{name}.mode=frozen" for name in ("attention", "experts", "r
 FULL = [
     f"adapters.{name}.mode=full"
     for name in (
-        "attention", "experts", "router", "vision_blocks", "merger", "deepstack_mergers", "patch_embed", "pos_embed",
-        "norms", "embeddings", "head",
+        "attention",
+        "experts",
+        "router",
+        "vision_blocks",
+        "merger",
+        "deepstack_mergers",
+        "patch_embed",
+        "pos_embed",
+        "norms",
+        "embeddings",
+        "head",
     )
-]  # fmt: skip
+]
 SHORT = ["schedule.steps=4", "schedule.warmup_steps=0", "data.packs_per_step=4"]
 
 

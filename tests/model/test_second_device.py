@@ -69,19 +69,41 @@ def test_a_step_on_a_device_is_the_cpus_and_waits_for_nothing(name: str) -> None
         assert sum(counted.values()) <= passes * LIMITS[case.attention], (row, counted)
 
 
+WAITS = (
+    "item",
+    "tolist",
+    "cpu",
+    "bool",
+    "nonzero",
+    "boolean index",
+    "boolean store",
+    "blocking copy",
+    "copy of pageable memory",
+    "a list made a tensor",
+)
+NO_WAITS = (
+    "page-locked copy there",
+    "page-locked copy back",
+    "known repeats",
+    "integer index",
+    "masked fill",
+    "a number",
+    "grouped",
+    "convolution",
+)
+
+
 def test_what_a_real_device_would_wait_for_is_counted_and_what_it_would_refuse_is_refused() -> None:
     found = run_ranks(rules, 1)[0]
-    for name in ("item", "tolist", "cpu", "bool", "nonzero", "boolean index", "boolean store", "blocking copy",
-                 "copy of pageable memory", "a list made a tensor"):  # fmt: skip
-        assert found[name] == 1, (name, found[name])
+    assert {name: found[name] for name in WAITS} == dict.fromkeys(WAITS, 1)
     assert found["repeats"] == 2, "the copy of the list, and the unknown length"
-    for name in ("page-locked copy there", "page-locked copy back", "known repeats", "integer index", "masked fill",
-                 "a number", "grouped", "convolution"):  # fmt: skip
-        assert found[name] == 0, (name, found[name])
+    assert {name: found[name] for name in NO_WAITS} == dict.fromkeys(NO_WAITS, 0)
     assert found["convolutions"] == 1
     for name, why in {
-        "mixed": "are on the CPU, not on second", "mixed weights": "are on the CPU, not on second",
-        "rows 12 bytes apart": "rows of [4, 3] lie 12 bytes apart", "long offsets": "ffsets",
-        "shifted": "begins 1 elements into its memory", 
-    }.items():  # fmt: skip
+        "mixed": "are on the CPU, not on second",
+        "mixed weights": "are on the CPU, not on second",
+        "rows 12 bytes apart": "rows of [4, 3] lie 12 bytes apart",
+        "long offsets": "ffsets",
+        "shifted": "begins 1 elements into its memory",
+    }.items():
         assert why in str(found[name]), (name, found[name])

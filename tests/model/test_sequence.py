@@ -119,9 +119,8 @@ def test_frames_are_shared_out_in_order_and_evenly(grids: list[tuple[int, int, i
 
 
 def test_keys_are_repeated_only_where_slices_outnumber_them() -> None:
-    assert [key_copies(kv, slices) for kv, slices in ((4, 2), (4, 4), (4, 8), (2, 4), (8, 12), (1, 3))] == [
-        1, 1, 2, 2, 3, 3
-    ]  # fmt: skip
+    copies = {(4, 2): 1, (4, 4): 1, (4, 8): 2, (2, 4): 2, (8, 12): 3, (1, 3): 3}
+    assert {pair: key_copies(*pair) for pair in copies} == copies
 
 
 def test_refusals() -> None:
