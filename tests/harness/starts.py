@@ -6,19 +6,33 @@ import subprocess
 from pathlib import Path
 
 from limits import LIMIT_S
+from PIL import Image
 from places import ROOT
 
 from finetune.files.tiny import write_tiny
 from launchers.render import Rendered
 
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
-def toy_run(folder: Path, rows: int = 24) -> None:
-    """Write `base` and `rows.jsonl`, all of it text."""
+
+def toy_run(folder: Path, rows: int = 24, *, images: bool = False) -> Path:
+    """Write `base` and `rows.jsonl`: all of it text, or three of four rows about an image in one colour."""
     write_tiny(folder / "base")
-    turns = [
-        [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}] for n in range(rows)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    (folder / "img").mkdir()
+    colours = list(COLOURS)
+    lines = [_row(folder, number, colours[number % 3] if images else str(number), images) for number in range(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def _row(folder: Path, number: int, word: str, images: bool) -> dict:
+    shown = images and number % 4 != 3
+    question = {"role": "user", "content": "<image>Which colour?" if shown else f"Say {word}."}
+    row = {"messages": [question, {"role": "assistant", "content": f"It is {word}."}]}
+    if not shown:
+        return row
+    Image.new("RGB", (48, 64), COLOURS[word]).save(folder / "img" / f"{number}.png")
+    return row | {"images": [f"img/{number}.png"]}
 
 
 def environment() -> dict[str, str]:

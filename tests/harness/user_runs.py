@@ -1,4 +1,4 @@
-"""Runs as a user starts them: a folder with a tiny base and rows, a command, and what it leaves behind."""
+"""Runs as a user starts them: a command in a folder of `toy_run`, and what it leaves behind."""
 
 import json
 import os
@@ -9,13 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from limits import LIMIT_S
-from PIL import Image
 from places import ROOT
 from starts import environment
 
-from finetune.files.tiny import write_tiny
-
-COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 TRAIN = [sys.executable, "-m", "launchers.cli", "train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PATIENT = f"""
@@ -24,22 +20,6 @@ if os.environ.get("RANK") == "0":  # what gives W&B's client seconds to start an
     import finetune.training.wandb_link
     finetune.training.wandb_link.START_S = finetune.training.wandb_link.FINISH_S = {LIMIT_S}
 """
-
-
-def make_place(folder: Path) -> Path:
-    """A base, and rows of which every fourth has no image."""
-    write_tiny(folder / "base")
-    (folder / "img").mkdir()
-    rows = []
-    for number in range(48):
-        name, colour = list(COLOURS.items())[number % 3]
-        Image.new("RGB", (48, 64), colour).save(folder / "img" / f"{number}.png")
-        seen = number % 4 != 3
-        asked = {"role": "user", "content": "<image>Which colour?" if seen else f"Say {name}."}
-        row = {"messages": [asked, {"role": "assistant", "content": f"It is {name}."}]}
-        rows.append(row | ({"images": [f"img/{number}.png"]} if seen else {}))
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def start(
@@ -75,11 +55,11 @@ def start(
             line, cwd=place, env=settings, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
         ) as process,
     ):
-        said = []
+        lines = []
         try:
             assert process.stdout is not None
             for text in process.stdout:
-                said.append(text)
+                lines.append(text)
                 if then is not None and text.startswith(at):
                     then(process.pid)
                     then = None
@@ -87,8 +67,8 @@ def start(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert then is None, f"no line began with {at!r}: {''.join(said)[-2000:]} {errors.read_text()[-3000:]}"
-    return subprocess.CompletedProcess(line, process.returncode, "".join(said), errors.read_text())
+    assert then is None, f"no line began with {at!r}: {''.join(lines)[-2000:]} {errors.read_text()[-3000:]}"
+    return subprocess.CompletedProcess(line, process.returncode, "".join(lines), errors.read_text())
 
 
 def metrics(place: Path, name: str) -> list[dict]:

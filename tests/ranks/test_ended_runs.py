@@ -17,7 +17,8 @@ import wandb_file
 from limits import LIMIT_S
 from places import ROOT
 from safetensors.torch import load_file, save_file
-from user_runs import TORCHRUN, TRAIN, beat, make_place, metrics, start
+from starts import toy_run
+from user_runs import TORCHRUN, TRAIN, beat, metrics, start
 
 from data.stream.batch import LossSums, Step
 from finetune.config import RunConfig
@@ -41,7 +42,7 @@ CLOCKS = ("seconds", "seconds_data", "tokens_per_second", "tflops_model", "memor
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_place(tmp_path_factory.mktemp("user"))
+    return toy_run(tmp_path_factory.mktemp("user"), 48, images=True)
 
 
 AT_EXIT = """

@@ -11,8 +11,9 @@ import pytest
 import torch
 from corpora import write_shards
 from peft import PeftModel
+from starts import toy_run
 from transformers import AutoModelForImageTextToText
-from user_runs import TORCHRUN, TRAIN, make_place, metrics, start
+from user_runs import TORCHRUN, TRAIN, metrics, start
 
 from finetune.config import ScheduleConfig
 from finetune.ranks.log import RankLog
@@ -28,7 +29,7 @@ LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and rows of which every fourth has no image."""
-    return make_place(tmp_path_factory.mktemp("user"))
+    return toy_run(tmp_path_factory.mktemp("user"), 48, images=True)
 
 
 def _train(place: Path, name: str, *words: str, ranks: int = 2, kill_after: str = "") -> CompletedProcess[str]:
