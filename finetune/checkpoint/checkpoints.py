@@ -26,7 +26,6 @@ from finetune.checkpoint.manifest import (
     File,
     Manifest,
     Trained,
-    base_fingerprint,
     config_hash,
     read_manifest,
     require_same_run,
@@ -37,6 +36,7 @@ from finetune.checkpoint.slices import Slice, put_in_service, slices
 from finetune.checkpoint.stored import checked, require_intact
 from finetune.files.atomic import whole_folder
 from finetune.files.basefiles import BaseFiles
+from finetune.files.fingerprint import fingerprint
 from finetune.model.empty import EmptyModel
 from finetune.ranks.collectives import PATIENCE
 from finetune.ranks.engine import take_device
@@ -96,7 +96,7 @@ class Checkpoints:
         self._adapter_writer = adapter_writer
         # a group of its own: no collective of the engine waits for a disk
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._fingerprint = self._first(lambda: base_fingerprint(base.stored.values()))
+        self._fingerprint = self._first(lambda: fingerprint(base))
         self._meshes = Meshes()
         self._host, self._copies = HostMemory(BLOCK_BYTES), list[HostCopy]()
         self._writer = ThreadPoolExecutor(1, "checkpoint", initializer=take_device) if asynchronous else None
@@ -212,9 +212,13 @@ class Checkpoints:
     def _judge(self, path: Path, held: list[Slice], config: Mapping[str, Any]) -> Manifest:
         saved = read_manifest(path)
         require_same_run(
-            path, saved, config=config, base=str(self.base.folder), fingerprint=self._fingerprint,
+            path,
+            saved,
+            config=config,
+            base=self.base,
+            fingerprint=self._fingerprint,
             shapes={slice_.canonical: slice_.shape for slice_ in held},
-        )  # fmt: skip
+        )
         return saved
 
     def _open(self, stack: ExitStack, final: Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files.atomic import write_file
+from finetune.files.basefiles import BaseFiles
 from finetune.files.jsonblock import load_json
 from finetune.files.tensorfile import Stored
 from finetune.ranks.log import listed
@@ -28,7 +29,7 @@ FREE = (
 )  # fmt: skip
 """Keys that may change between save and resume: they do not change what is computed."""
 ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
-SAMPLE_BYTES = 4096
+_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +105,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def require_same_run(
-    folder: Path, saved: Manifest, *, config: Mapping[str, Any], base: str, fingerprint: str,
+    folder: Path,
+    saved: Manifest,
+    *,
+    config: Mapping[str, Any],
+    base: BaseFiles,
+    fingerprint: str,
     shapes: Mapping[str, tuple[int, ...]],
-) -> None:  # fmt: skip
+) -> None:
     """Raise one ValueError that says what differs, unless a run of this kind can continue there exactly."""
     different = config_difference(saved.config, config)
     if different:
@@ -114,10 +120,10 @@ def require_same_run(
             f"{folder} was saved under another configuration:\n  {listed(different, between=chr(10) + '  ')}\n"
             f"Restore these values to continue it; or start anew with another run.name or checkpoint.resume=never"
         )
-    if saved.base_fingerprint != fingerprint:
+    if not _is_trained_on(saved, base, fingerprint):
         raise ValueError(
             f"{folder} was trained on another base: {saved.base} ({saved.base_fingerprint[:12]}), but model.path is "
-            f"{base} ({fingerprint[:12]}). Set model.path to the same weights"
+            f"{base.folder} ({fingerprint[:12]}). Set model.path to the same weights"
         )
     theirs = {name: trained.shape for name, trained in saved.trained.items()}
     names = [name for name in {**theirs, **shapes} if theirs.get(name) != shapes.get(name)]
@@ -155,22 +161,28 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def base_fingerprint(stored: Iterable[Stored]) -> str:
-    """Return a hash of the headers of a base's files, and of some of their bytes: other weights of one shape differ."""
+def _is_trained_on(saved: Manifest, base: BaseFiles, fingerprint: str) -> bool:
+    if len(saved.base_fingerprint) == len(fingerprint):
+        return saved.base_fingerprint == fingerprint
+    return saved.base_fingerprint == file_fingerprint(base.stored.values())
+
+
+def file_fingerprint(stored: Iterable[Stored]) -> str:
+    """Return the hash by which older manifests name a base: of its files' headers and of some of their bytes.
+
+    Unlike the fingerprint of today's, it differs between layouts and shardings of one base.
+    """
     files: dict[Path, list[Stored]] = {}
     for tensor in stored:
         files.setdefault(tensor.file, []).append(tensor)
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda path: path.name):
         size = file.stat().st_size
-        rows = sorted((t.name, t.dtype, t.shape, t.begin) for t in files[file])
-        digest.update(repr((file.name, size, rows)).encode())
+        entries = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.begin) for tensor in files[file])
+        digest.update(repr((file.name, size, entries)).encode())
         first = min(tensor.begin for tensor in files[file])
         with file.open("rb") as handle:
-            for at in (first, (first + size) // 2, max(first, size - SAMPLE_BYTES)):
+            for at in (first, (first + size) // 2, max(first, size - _SAMPLE_BYTES)):
                 handle.seek(at)
-                digest.update(handle.read(SAMPLE_BYTES))
+                digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-# --- the folder of a run's checkpoints

@@ -22,7 +22,7 @@ from finetune.adapters.write_trained import write_adapter
 from finetune.checkpoint.adapter import adapter_writer
 from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.checkpoint.folder import find_latest
-from finetune.checkpoint.manifest import read_manifest, write_manifest
+from finetune.checkpoint.manifest import file_fingerprint, read_manifest, write_manifest
 from finetune.checkpoint.slices import slices
 from finetune.checkpoint.stored import checked
 from finetune.files.basefiles import open_base
@@ -163,9 +163,9 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
     before = masters(run)
     changed = {"optim": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-6}, "parallel": {"ep": 4}, "run": {"seed": 3}}
     told = {"config": message(lambda: run.restore(good, config=changed))}
-    for name, damage in DAMAGES.items():
+    for name, change in CHANGES.items():
         if rank == 0:
-            damage(shutil.copytree(good, folder / name))
+            change(shutil.copytree(good, folder / name))
         dist.barrier()
         told[name] = message(lambda name=name: run.restore(folder / name))
     if full is not None:
@@ -193,6 +193,7 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
     for name, where, train in (("base", other_base, ("attention",)), ("trained", base, ("attention", "norms"))):
         other = start(rank, world, where, Job(folder=folder, ep=2), train=train)
         told[name] = message(lambda other=other: other.restore(good))
+        told[f"{name}, old"] = message(lambda other=other: other.restore(folder / "old"))
         other.engine.destroy()
     return told
 
@@ -227,12 +228,19 @@ def _edit(folder: Path) -> None:
     (folder / "manifest.json").write_text(text.replace('"updates": 2', '"updates": 3', 1))
 
 
+def _old_fingerprint(folder: Path) -> None:
+    """As manifests named their base before they had the fingerprint of adapter files."""
+    manifest = read_manifest(folder)
+    base = open_base(Path(manifest.base))
+    write_manifest(folder, replace(manifest, base_fingerprint=file_fingerprint(base.stored.values())))
+
+
 def _version(folder: Path) -> None:
     text = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(text.replace('"version": 2', '"version": 99'))
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+CHANGES: dict[str, Callable[[Path], None]] = {
     "cut": _cut,
     "missing": lambda folder: max(folder.glob("*.safetensors")).unlink(),
     "header": _header,
@@ -240,6 +248,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "edit": _edit,
     "unfinished": lambda folder: (folder / "manifest.json").unlink(),
     "version": _version,
+    "old": _old_fingerprint,
 }
 
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from tiny_moe import vl_model
 
 from finetune.checkpoint.folder import best_checkpoint, find_latest, point_and_prune, starting_point
-from finetune.checkpoint.manifest import config_difference, config_hash, read_manifest
+from finetune.checkpoint.manifest import config_difference, config_hash, file_fingerprint, read_manifest
 from finetune.checkpoint.pieces import require_whole
 from finetune.checkpoint.slices import Slice
+from finetune.files.tensorfile import read_header, reserve
 
 DTYPES = ("float32", "bfloat16")
 
@@ -95,6 +96,8 @@ TOLD = {
     "flip": r"^ValueError: .*/flip is damaged: \S+: some bits are not those that were written \(checksum\)",
     "edit": r"^ValueError: .*/edit/manifest.json is not as it was written. Resume from another checkpoint",
     "version": r"^ValueError: .*manifest.json has version 99; this moetune reads 2",
+    "old": "^nothing was raised$",
+    "base, old": r"^ValueError: .*/old was trained on another base: .*/base \(",
     "base": r"^ValueError: .*step-000002 was trained on another base: .*/base \(.*, but model.path is .*/other \(",
     "trained": r"^ValueError: .* trained other parameters:\n  model.*norm.weight: absent in the checkpoint, \[48\] now",
 }
@@ -142,6 +145,16 @@ def test_a_save_that_is_killed_leaves_the_last_good_checkpoint(base: Path, tmp_p
 def test_dropout_goes_on_as_it_would_have(base: Path, tmp_path: Path) -> None:
     for before, after in run_ranks(with_dropout, 2, base, tmp_path):
         assert before == after
+
+
+def test_the_hash_in_old_manifests_is_still_the_same(tmp_path: Path) -> None:
+    stored = []
+    for number, shape in enumerate([(40, 50), (3, 7)]):
+        path = tmp_path / f"model-{number}.safetensors"
+        with reserve(path, {f"t{number}": ("F32", shape)}, {}) as file:
+            file.put(f"t{number}", torch.arange(shape[0] * shape[1]).view(shape).float())
+        stored += read_header(path)[0].values()
+    assert file_fingerprint(stored) == "f90d9a9bd08add31d4d24d209732bc34f4933e8a68c5402737013cae692c5fc9"
 
 
 def _data(**source: object) -> dict[str, object]:
