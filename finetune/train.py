@@ -53,7 +53,7 @@ from finetune.ranks.log import RankLog
 from finetune.ranks.watch import PREEMPTED, Watch, exit_code
 from finetune.settings.checks import require
 from finetune.settings.derive import derive
-from finetune.settings.recipes import effective, load
+from finetune.settings.recipes import effective, load_recipe
 from finetune.settings.stages import run_stages, stage_of
 from finetune.training.bad_steps import IdleSteps, kept_step, random_states
 from finetune.training.dry_run import rehearse
@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         take_device()  # what is settled next may look at the device's memory
-        config, problems = load(words[0], words[1:])
+        config, problems = load_recipe(words[0], words[1:])
         folder = Path("runs") / config.run.name
         config = config if any(p.level == "error" for p in problems) else settled(config, ranks=world)
         resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None

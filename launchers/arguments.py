@@ -39,13 +39,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def asked_config(args: argparse.Namespace) -> "RunConfig":
     """How images, videos and conversations become tokens: as the adapter was trained, the recipe and --set above it."""
-    from finetune.settings.recipes import load
+    from finetune.settings.recipes import load_recipe
 
     allowed = [f"{section}.{key}" for section, keys in _SEEN.items() for key in keys]
     for word in args.settings:
         if not word.startswith(tuple(allowed)):
             raise ValueError(f"--set {word} would change nothing here; what counts is {', '.join(allowed)}")
-    config, problems = load(args.config, args.settings, below=_trained_with(args.adapter))
+    config, problems = load_recipe(args.config, args.settings, below=_trained_with(args.adapter))
     if problems:
         raise ValueError("\n".join(map(str, problems)))
     return config

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from omegaconf import OmegaConf
 
@@ -10,7 +11,7 @@ from finetune.ranks.versions import command, demand, installed_versions, unteste
 from finetune.settings.checks import cross_check
 from finetune.settings.derive import derive
 from finetune.settings.problems import Problem
-from finetune.settings.recipes import effective, load
+from finetune.settings.recipes import effective, load_recipe
 from finetune.settings.typed import leaves
 from launchers.arguments import positive
 
@@ -32,13 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the effective config, the derived numbers, the problems; 2 when there are errors."""
-    config, problems = load(args.config, args.overrides)
+    config, problems = load_recipe(args.config, args.overrides)
     problems += cross_check(config, ranks=args.ranks, known=[problem.key for problem in problems])
     problems += _versions()
     errors = [problem for problem in problems if problem.level == "error"]
     tree = effective(config)
     if args.diff:
-        other, other_problems = load(args.diff)
+        other, other_problems = load_recipe(args.diff)
         problems += other_problems
         name = f"{args.config} with overrides" if args.overrides else args.config
         tree = _difference(leaves(tree), leaves(effective(other)), name, args.diff)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         numbers = {line.name: {"value": line.value, "derivation": line.text} for line in derived}
         key = "difference" if args.diff else "config"
-        print(json.dumps({key: tree, "derived": numbers, "problems": [problem.as_dict() for problem in problems]}))
+        print(json.dumps({key: tree, "derived": numbers, "problems": [asdict(problem) for problem in problems]}))
     else:
         print(OmegaConf.to_yaml(OmegaConf.create(tree)) if tree else "no difference")
         for line in () if args.diff else derived:

@@ -44,11 +44,11 @@ def _machine(args: argparse.Namespace) -> int:
     from finetune.planner.doctor import machine_findings, run_findings
     from finetune.settings.checks import cross_check
     from finetune.settings.problems import ConfigError
-    from finetune.settings.recipes import load
+    from finetune.settings.recipes import load_recipe
 
     config = None
     if args.target:
-        config, problems = load(args.target, args.overrides)
+        config, problems = load_recipe(args.target, args.overrides)
         problems += cross_check(config, ranks=None, known=[problem.key for problem in problems])
         if any(problem.level == "error" for problem in problems):
             raise ConfigError(problems)

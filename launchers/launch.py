@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.settings.checks import cross_check
 from finetune.settings.problems import ConfigError
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from launchers.profile import read_profile
 from launchers.render import Job, Rendered, as_json, render, shell_line
 
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Render, show, and with --run start; the exit code is that of what was started."""
     profile = read_profile(args.on)
-    config, problems = load(args.config, args.overrides)
+    config, problems = load_recipe(args.config, args.overrides)
     problems += cross_check(config, ranks=profile.ranks, known=[problem.key for problem in problems])
     if any(problem.level == "error" for problem in problems):
         raise ConfigError(problems)

@@ -13,7 +13,7 @@ from finetune.planner.text import fit_lines, plan_lines
 from finetune.planner.time import Assumed
 from finetune.settings.checks import base_family, cross_check
 from finetune.settings.problems import ConfigError
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from launchers.arguments import positive
 
 EXAMPLE = """\
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         skew=args.skew,
         **{name: getattr(args, name) for name in _SHARES},
     )
-    config, problems = load(args.config, args.overrides)
+    config, problems = load_recipe(args.config, args.overrides)
     free = _free(config, args.fit)
     checked = config
     if args.fit and not problems:  # what is to be proposed need not suit the ranks yet

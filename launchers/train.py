@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     from finetune.ranks.failures import first_failure, outcome_since
     from finetune.ranks.versions import torch_problem
     from finetune.settings.checks import require
-    from finetune.settings.recipes import load
+    from finetune.settings.recipes import load_recipe
 
     if torch_problem():
         raise ValueError(torch_problem())
-    config, problems = load(args.config, args.overrides)
+    config, problems = load_recipe(args.config, args.overrides)
     folder, since = Path("runs") / config.run.name, time.time()
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
     require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start

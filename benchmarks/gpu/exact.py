@@ -26,7 +26,7 @@ from finetune.model.build import build
 from finetune.model.forward import PackedModel
 from finetune.model.weights import load
 from finetune.ranks.engine import engine_device, start_distributed
-from finetune.settings.recipes import load as load_recipe
+from finetune.settings.recipes import load_recipe
 from finetune.training.setup import make_balance, model_options, save_memory
 
 # every vision part trains, so that the tower's backward and DeepStack's are in it

@@ -30,7 +30,7 @@ from finetune.planner.gpus import Gpu, gpu_like
 from finetune.planner.layer import decoder_layer
 from finetune.planner.operations import Kind, spent
 from finetune.ranks.engine import engine_device, start_distributed
-from finetune.settings.recipes import load as load_recipe
+from finetune.settings.recipes import load_recipe
 from finetune.training.setup import make_balance, model_options
 
 RECOMPUTE: tuple[Recompute, ...] = ("layer", "selective")

@@ -25,7 +25,7 @@ from benchmarks.harness.spawned import on_ranks
 from data.stream.batch import Batch
 from finetune.config import RunConfig
 from finetune.ranks.engine import start_distributed
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 
 RELATIVE = {"loss": 5e-3, "grad_norm": 1e-1}
 """How far a step may be apart: in bfloat16 experts of nearly equal score change places."""
@@ -142,7 +142,7 @@ def prepare(folder: Path, sizes: Sizes, case: StepCase) -> tuple[Path, RunConfig
     model = replace(sizes.model, layers=case.layers)
     base = write_sides(folder / "base", model)
     recipe, words = ("", case.words) if "=" in case.words[0] else (case.words[0], case.words[1:])
-    config, problems = load(recipe, [*words, f"model.path={base}", 'model.family=""'])
+    config, problems = load_recipe(recipe, [*words, f"model.path={base}", 'model.family=""'])
     wrong = [str(problem) for problem in problems if problem.level == "error"]
     if wrong:
         raise ValueError(f"{case.name}: {'; '.join(wrong)}")

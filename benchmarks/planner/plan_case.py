@@ -15,7 +15,7 @@ from finetune.files.hubconfig import read_family
 from finetune.files.tiny import TinyModel, write_tiny
 from finetune.planner.rank_layout import PERSISTENCE, REUSE, SUB_GROUP, Layout
 from finetune.planner.wire import Traffic
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 
 FULL = tuple(
     f"adapters.{family}.mode=full"
@@ -47,7 +47,7 @@ class Case:
         """Return the recipe with the case's values, for rows of its size."""
         seen = sum(t * h * w for t, h, w in (*self.images, *self.videos)) // MERGE**2
         sizes = (f"data.tokens_per_pack={sum(self.samples)}", f"data.vision_tokens_per_pack={max(seen, 1)}")
-        config, problems = load("tiny-cpu", [*self.words, *sizes, *words])
+        config, problems = load_recipe("tiny-cpu", [*self.words, *sizes, *words])
         assert not problems, problems
         return config
 

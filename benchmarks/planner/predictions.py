@@ -17,7 +17,7 @@ from finetune.planner.gpus import cluster
 from finetune.planner.plan import Plan, plan
 from finetune.planner.time import Assumed
 from finetune.settings.checks import base_family
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 
 RECIPE = "qwen3-vl-30b-a3b-lora"
 PATH = ROOT / "benchmarks" / "results" / "predictions.json"
@@ -75,7 +75,7 @@ CASES = (
 
 def predicted(case: Case) -> Plan:
     """The plan of a run with fewer layers than the model has."""
-    config, problems = load(case.words[0], case.words[1:])
+    config, problems = load_recipe(case.words[0], case.words[1:])
     assert not problems, problems
     base = base_family(config)
     base = replace(base, text=replace(base.text, num_hidden_layers=case.layers))

@@ -16,7 +16,7 @@ from finetune.files.tiny import write_tiny
 def kept_per_rank(base: Family, *, world: int, ep: int, resident: bool) -> int:
     """The formula: bytes of float32 weights that a rank keeps."""
     shapes = parameter_shapes(base)
-    return rank_shares(shapes, world_size=world, ep_size=ep, itemsize=4, resident=resident)[0].held
+    return rank_shares(shapes, world_size=world, ep_size=ep, itemsize=4, resident=resident)[0].kept
 
 
 def run() -> Iterator[Figure]:

@@ -1,4 +1,4 @@
-"""Who reads and keeps what when a base is loaded: arithmetic over shapes, for any number of ranks. Loads no torch.
+"""What each rank reads and keeps when a base is loaded: arithmetic over shapes. Loads no torch.
 
 `finetune.model.weights` does what this says; a test compares the two.
 """
@@ -13,18 +13,18 @@ from finetune.architecture.shapes import Shape, is_expert_stack
 
 @dataclass(frozen=True, kw_only=True)
 class RankShare:
-    """Bytes that one rank reads from the base's files, keeps, and at most holds at once beside what it keeps."""
+    """Bytes that one rank reads, keeps, and holds temporarily at its peak while loading."""
 
     rank: int
     read: int
-    held: int
+    kept: int
     largest: int
 
 
 def rank_shares(
     shapes: Mapping[str, Shape], *, world_size: int, ep_size: int, itemsize: int, resident: bool
 ) -> list[RankShare]:
-    """Every rank's share of a frozen base, by the rule of `finetune.model.weights`.
+    """Return every rank's share of a frozen base, by the rule of `finetune.model.weights`.
 
     Dense tensors are read by rank 0; an expert stack's rows by the first rank that holds them. A resident weight is
     kept whole by every rank that uses it; otherwise ZeRO-3 cuts dense tensors over all ranks and expert rows over the
@@ -32,15 +32,15 @@ def rank_shares(
     """
     dense = [prod(shape) for name, shape in shapes.items() if not is_expert_stack(name)]
     stacks = [prod(shape) // ep_size for name, shape in shapes.items() if is_expert_stack(name)]
-    held = sum(dense) + sum(stacks)
+    kept = sum(dense) + sum(stacks)
     if not resident:
         replicas = world_size // ep_size
-        held = sum(-(-size // world_size) for size in dense) + sum(-(-size // replicas) for size in stacks)
+        kept = sum(-(-size // world_size) for size in dense) + sum(-(-size // replicas) for size in stacks)
     return [
         RankShare(
             rank=rank,
             read=itemsize * ((sum(dense) if rank == 0 else 0) + (sum(stacks) if rank < ep_size else 0)),
-            held=itemsize * held,
+            kept=itemsize * kept,
             largest=itemsize * max([*dense, *stacks]),
         )
         for rank in range(world_size)
@@ -48,8 +48,8 @@ def rank_shares(
 
 
 LEAST_MARGIN = 0.05
-"""Of a device's memory: what stays free beyond all that is foreseen, its reserve for the allocator included.
-A peak is foreseen within 10 %, but for the weights; and a run shall not end at its fullest row."""
+"""Share of a device's memory that must stay free beyond all that is foreseen, the allocator's reserve included.
+A peak is foreseen within 10 %, not counting the weights; and a run must not end at its fullest row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class ResidentChoice:
 
 
 def has_room(*, needed_bytes: int, room_bytes: int) -> bool:
-    """Say whether so much may be asked of a device's memory."""
+    """Say whether a device has room for this many bytes."""
     return room_bytes - needed_bytes >= LEAST_MARGIN * room_bytes
 
 

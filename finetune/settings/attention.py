@@ -1,7 +1,7 @@
-"""Which attention serves packed rows, and why. Loads no torch: what the machine offers is handed in.
+"""Chooses the attention of packed rows, and says why. Loads no torch: what the machine offers is handed in.
 
-In a packed row attention must stay inside each sample. A kernel that takes the samples' borders does that for nothing;
-a mask of the whole row grows with the square of its tokens.
+In a packed row attention must stay inside each sample. A kernel that takes the samples' borders does that at no cost; a
+mask of the row grows with the square of its tokens.
 """
 
 from collections.abc import Collection
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 AttentionName = Literal["flash_attention_2", "varlen", "segments", "sdpa"]
-"""Flash-attention's kernel, torch's own kernel of variable lengths, torch's sdpa sample by sample, sdpa with a mask."""
+"""Flash-attention's kernel, torch's own kernel for variable lengths, sdpa sample by sample, and sdpa with a mask."""
 
 MASK_TOKENS = 8192
-"""Longest row that `sdpa` is allowed: its mask of this many tokens squared takes 64 MiB, and is read in every layer."""
+"""Tokens of the longest row that `sdpa` may take: its mask then has 64 MiB, and is read in every layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides: where tensors live, in what type, and which kernels are there."""
+    """What decides the choice: where tensors live, their type, and the kernels that can be used."""
 
     cuda: bool
-    half: bool  # bfloat16 or float16, the only types of both kernels
+    half: bool  # bfloat16 or float16, the only types that the kernels take
     capability: tuple[int, int] = (0, 0)
     flash_attention_2: bool = False  # the package can be imported
 
@@ -36,7 +36,7 @@ class AttentionChoice:
 def choose_attention(
     choice: str, *, tokens: int, machine: Machine, head_sizes: Collection[int] = ()
 ) -> AttentionChoice:
-    """Decide `model.attention` for rows of so many tokens; refuse what the machine lacks or what needs a wide mask.
+    """Decide `model.attention` for rows of `tokens`; refuse what the machine lacks or what needs too wide a mask.
 
     `head_sizes` are those of the text model and of the vision tower, which attends by the same kernel.
     """
@@ -65,7 +65,7 @@ def _too_wide(name: str, tokens: int) -> bool:
 
 
 def _missing(name: AttentionName, machine: Machine, head_sizes: Collection[int]) -> str:
-    """Return what the machine or the model lacks for it, or nothing."""
+    """Return what the machine or the model lacks for this attention, or nothing."""
     if name in ("segments", "sdpa"):
         return ""
     if not machine.cuda:
@@ -77,5 +77,5 @@ def _missing(name: AttentionName, machine: Machine, head_sizes: Collection[int])
         return f"the device has compute capability {major}.{minor}, the kernel needs 8.0"
     if name == "flash_attention_2" and not machine.flash_attention_2:
         return "the package flash-attn is not installed"
-    odd = sorted(size for size in head_sizes if size % 8)
-    return f"a head size is {odd[0]}, the kernel takes multiples of 8" if odd else ""
+    unfit = sorted(size for size in head_sizes if size % 8)
+    return f"a head size is {unfit[0]}, the kernel takes multiples of 8" if unfit else ""

@@ -1,28 +1,28 @@
-"""What is wrong with the `context:` section, or worth a warning. Loads no torch."""
+"""What is wrong with the `context:` section, and what is worth a warning. Loads no torch."""
 
 import math
 
 from finetune.architecture.families import Family
 from finetune.architecture.yarn import extension
 from finetune.config import ContextConfig
-from finetune.settings.problems import Problem
+from finetune.settings.problems import Problem, problem
 
-FEW = 3.0
-"""The authors' factor for a million tokens; positions grow more slowly than tokens, so 4 is not wanted."""
+USUAL_FACTOR = 3.0
+"""The highest factor that is usual: the authors' for a million tokens, as positions grow more slowly than tokens."""
 
 
 def context_problems(config: ContextConfig, base: Family | None, *, longest_row: int) -> list[Problem]:
-    """What is wrong, or worth a warning, in the `context:` section itself."""
+    """Return what is wrong, or worth a warning, in the `context:` section itself."""
     problems = []
     factor, length = config.yarn.factor, config.length
     if factor is not None and not (math.isfinite(factor) and factor > 1):
         allowed = "a factor above 1 is wanted: positions are stretched by it"
-        problems.append(_problem("context.yarn.factor", factor, allowed, "Leave it out for the base's own context"))
-    elif factor is not None and factor > FEW:
+        problems.append(problem("context.yarn.factor", factor, allowed, "Leave it out for the base's own context"))
+    elif factor is not None and factor > USUAL_FACTOR:
         allowed = "above 3: positions grow more slowly than tokens, and the authors use 2 or 3 for a million tokens"
-        problems.append(_problem("context.yarn.factor", factor, allowed, "Set 2 or 3", warning=True))
+        problems.append(problem("context.yarn.factor", factor, allowed, "Set 2 or 3", warning=True))
     if length is not None and length < 1:
-        problems.append(_problem("context.length", length, "at least 1 is wanted", "Leave it out for the default"))
+        problems.append(problem("context.length", length, "at least 1 is wanted", "Leave it out for the default"))
     if base is None or problems:
         return problems
     native = base.text.max_position_embeddings
@@ -30,17 +30,13 @@ def context_problems(config: ContextConfig, base: Family | None, *, longest_row:
     if length is not None and length > native and extended is None:
         allowed = f"{base.name} was trained for {native:,} positions, and nothing stretches them"
         remedy = f"Set context.yarn.factor={min(3, math.ceil(length / native))}, or leave context.length out"
-        problems.append(_problem("context.length", length, allowed, remedy))
+        problems.append(problem("context.length", length, allowed, remedy))
     if extended is None and length is not None and length < native:
         allowed = f"{base.name} serves {native:,} positions already; a shorter context changes nothing in training"
-        problems.append(_problem("context.length", length, allowed, "Leave it out, or set data.tokens_per_pack"))
+        problems.append(problem("context.length", length, allowed, "Leave it out, or set data.tokens_per_pack"))
     limit = extended.length if extended else native
     if longest_row > limit:
         allowed = f"a pack longer than the context of {base.name}, {limit:,} tokens"
         remedy = f"A sample up to the whole pack would be outside it: set {limit} or less, or context.yarn.factor"
-        problems.append(_problem("data.tokens_per_pack", longest_row, allowed, remedy, warning=True))
+        problems.append(problem("data.tokens_per_pack", longest_row, allowed, remedy, warning=True))
     return problems
-
-
-def _problem(key: str, found: object, allowed: str, remedy: str, *, warning: bool = False) -> Problem:
-    return Problem(key=key, found=found, allowed=allowed, remedy=remedy, level="warning" if warning else "error")

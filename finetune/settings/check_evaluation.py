@@ -1,93 +1,87 @@
-"""What is wrong with the `eval:` section: a metric of nothing, a guard without a bound. Loads no torch."""
+"""What is wrong with the `eval:` section, such as a metric of nothing or a guard without a bound. Loads no torch."""
 
 from math import isfinite
 
+from finetune.architecture.parts import PARTS
 from finetune.config import EvalConfig, EvalSourceConfig, RunConfig
-from finetune.settings.problems import Problem
+from finetune.settings.problems import Problem, problem
 
 HIGHER_IS_BETTER = {"loss": False, "accuracy": True, "kl": False}
 """The quantities that eval.metric may name."""
+NO_BASE = "no family trains as lora, so there is no adapter to switch off for the base"
 
 
 def eval_problems(config: RunConfig) -> list[Problem]:
-    """Every problem at once."""
-    found = config.eval
+    """Return every problem at once."""
+    section, has_lora = config.eval, _has_lora(config)
     problems = []
     for key, least in {"every_steps": 0, "patience": 0, "answers": 0, "answer_tokens": 1}.items():
-        if getattr(found, key) < least:
+        if getattr(section, key) < least:
             allowed, remedy = f"at least {least} is wanted", f"Set {least} or more"
-            problems.append(_problem(f"eval.{key}", getattr(found, key), allowed, remedy))
-    if found.answers > 0:
+            problems.append(problem(f"eval.{key}", getattr(section, key), allowed, remedy))
+    if section.answers > 0:
         problems += _answers(config)
-    if found.metric:
-        problems += _metric(found, has_lora=_has_lora(config))
-    elif found.patience > 0:
+    if section.metric:
+        problems += _metric(section, has_lora=has_lora)
+    elif section.patience > 0:
         remedy = "Set eval.metric=<source>/loss, or drop eval.patience"
-        problems.append(_problem("eval.patience", found.patience, "it waits for a better eval.metric", remedy))
+        problems.append(problem("eval.patience", section.patience, "it waits for a better eval.metric", remedy))
     trained_on = {source.path: name for name, source in config.data.sources.items()}
-    for name, source in found.sources.items():
-        problems += _source(name, source, has_lora=_has_lora(config))
+    for name, source in section.sources.items():
+        problems += _source(name, source, has_lora=has_lora)
         if source.path in trained_on:
             allowed = f"data.sources.{trained_on[source.path]} trains on the same path: nothing is held out"
             remedy = "Split it first: `moetune shards split`"
-            problems.append(_problem(f"eval.sources.{name}.path", source.path, allowed, remedy, warning=True))
+            problems.append(problem(f"eval.sources.{name}.path", source.path, allowed, remedy, warning=True))
     return problems
 
 
-def _metric(found: EvalConfig, *, has_lora: bool) -> list[Problem]:
-    source, _, quantity = found.metric.rpartition("/")
-    if source not in found.sources or quantity not in HIGHER_IS_BETTER:
-        known = ", ".join(f"{name}/{kind}" for name in found.sources for kind in HIGHER_IS_BETTER)
+def _metric(section: EvalConfig, *, has_lora: bool) -> list[Problem]:
+    source, _, quantity = section.metric.rpartition("/")
+    if source not in section.sources or quantity not in HIGHER_IS_BETTER:
+        known = ", ".join(f"{name}/{kind}" for name in section.sources for kind in HIGHER_IS_BETTER)
         remedy = f"One of {known}" if known else "Add eval.sources.<name>.path=..., or drop eval.metric"
-        return [_problem("eval.metric", found.metric, "a source and what is measured of it are wanted", remedy)]
+        return [problem("eval.metric", section.metric, "a source and what is measured of it are wanted", remedy)]
     if quantity == "kl" and not has_lora:
-        return [_problem("eval.metric", found.metric, NO_BASE, f"Take {source}/loss or {source}/accuracy")]
+        return [problem("eval.metric", section.metric, NO_BASE, f"Take {source}/loss or {source}/accuracy")]
     return []
 
 
 def _answers(config: RunConfig) -> list[Problem]:
-    """Whether questions can be answered while the run trains."""
+    """Return what keeps questions from being answered while the run trains."""
     key, value = "eval.answers", config.eval.answers
-    found = []
+    problems = []
     if not config.eval.sources:
         remedy = "Add eval.sources.<name>.path=..., or drop eval.answers"
-        found.append(_problem(key, value, "there is no held-out source to ask about", remedy))
+        problems.append(problem(key, value, "there is no held-out source to ask about", remedy))
     if config.parallel.resident == "none":
         remedy = "Drop it and use `moetune eval` on a checkpoint's adapter, or set parallel.resident=frozen"
-        found.append(_problem(key, value, "partitioned weights would be gathered for each token", remedy))
+        problems.append(problem(key, value, "partitioned weights would be gathered for each token", remedy))
     if config.parallel.sp > 1 or any(stage.sp > 1 for stage in config.stages.values()):
         remedy = "Drop it and use `moetune eval` on a checkpoint's adapter, or set sp=1"
-        found.append(_problem(key, value, "ranks that share a row each hold a part of the answer", remedy))
-    return found
-
-
-NO_BASE = "no family trains as lora, so there is no adapter to switch off for the base"
+        problems.append(problem(key, value, "ranks that share a row each hold a part of the answer", remedy))
+    return problems
 
 
 def _source(name: str, source: EvalSourceConfig, *, has_lora: bool) -> list[Problem]:
     key = f"eval.sources.{name}"
     problems = []
     if "/" in name:
-        problems.append(_problem(key, name, "a name without / is wanted, as eval.metric has one", "Rename it"))
+        problems.append(problem(key, name, "a name without / is wanted, as eval.metric has one", "Rename it"))
     bounds = {"max_kl": source.max_kl, "max_loss_rise": source.max_loss_rise}
     for bound, value in bounds.items():
         if value is not None and not (isfinite(value) and value >= 0):
-            problems.append(_problem(f"{key}.{bound}", value, "a finite number of 0 or more is wanted", "Set one"))
+            problems.append(problem(f"{key}.{bound}", value, "a finite number of 0 or more is wanted", "Set one"))
         elif value is not None and source.guard == "none":
             remedy = f"Set {key}.guard to flag or stop, or drop the bound"
-            problems.append(_problem(f"{key}.{bound}", value, "no guard reads it", remedy))
+            problems.append(problem(f"{key}.{bound}", value, "no guard reads it", remedy))
     if source.guard != "none" and set(bounds.values()) == {None}:
         remedy = f"Set {key}.max_kl or {key}.max_loss_rise"
-        problems.append(_problem(f"{key}.guard", source.guard, "it has no bound to hold the source to", remedy))
+        problems.append(problem(f"{key}.guard", source.guard, "it has no bound to hold the source to", remedy))
     if source.max_kl is not None and not has_lora:
-        problems.append(_problem(f"{key}.max_kl", source.max_kl, NO_BASE, f"Bound {key}.max_loss_rise instead"))
+        problems.append(problem(f"{key}.max_kl", source.max_kl, NO_BASE, f"Bound {key}.max_loss_rise instead"))
     return problems
 
 
 def _has_lora(config: RunConfig) -> bool:
-    families = vars(config.adapters).values()
-    return any(getattr(family, "mode", None) == "lora" for family in families)
-
-
-def _problem(key: str, found: object, allowed: str, remedy: str, *, warning: bool = False) -> Problem:
-    return Problem(key=key, found=found, allowed=allowed, remedy=remedy, level="warning" if warning else "error")
+    return any(getattr(config.adapters, part).mode == "lora" for part in PARTS)

@@ -5,14 +5,14 @@ from math import isfinite
 from pathlib import PurePosixPath
 
 from finetune.config import RunConfig
-from finetune.settings.problems import Problem
+from finetune.settings.problems import Problem, problem
 
 _SEEDS = 2**63
 _PAIRS = (("data.image", "tokens"), ("data.video", "tokens"), ("data.video", "frames"))
 
 
 def media_problems(config: RunConfig) -> Iterator[Problem]:
-    """Sizes and rates that no picture or video can have; what is unset is the base's own, which is known later."""
+    """Yield sizes and rates that no picture or video can have; what is unset is the base's own, known later."""
     video = config.data.video
     sizes: dict[str, float | None] = {"data.video.max_tokens_per_frame": video.max_tokens_per_frame}
     for section, unit in _PAIRS:
@@ -21,24 +21,20 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
         sizes |= {f"{section}.min_{unit}": low, f"{section}.max_{unit}": high}
         if low is not None and high is not None and low > high >= 1:
             allowed = f"it is above {section}.max_{unit}, {high}"
-            yield Problem(
-                key=f"{section}.min_{unit}", found=low, allowed=allowed, remedy="Lower it, or raise the other"
-            )
+            yield problem(f"{section}.min_{unit}", low, allowed, "Lower it, or raise the other")
     for key, value in sizes.items():
         if value is not None and value < 1:
-            yield Problem(key=key, found=value, allowed="at least 1 is wanted", remedy=f"Set {key}=1 or more")
+            yield problem(key, value, "at least 1 is wanted", f"Set {key}=1 or more")
     for key, value in {"fps": video.fps, "timeout_seconds": video.timeout_seconds}.items():
         if not (isfinite(value) and value > 0):
-            allowed = "a finite number above 0 is wanted"
-            yield Problem(key=f"data.video.{key}", found=value, allowed=allowed, remedy="Set one")
+            yield problem(f"data.video.{key}", value, "a finite number above 0 is wanted", "Set one")
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:
-    """A name that leaves the folder of runs, a seed that no generator takes."""
+    """Yield a name that leaves the folder of runs, and a seed that no generator takes."""
     name = PurePosixPath(config.run.name)
     if name.is_absolute() or ".." in name.parts or not name.parts:
-        allowed = "it names a folder below runs/"
-        yield Problem(key="run.name", found=config.run.name, allowed=allowed, remedy="Choose a name, as charts-2")
+        yield problem("run.name", config.run.name, "it names a folder below runs/", "Choose a name, as charts-2")
     if config.run.seed >= _SEEDS:
         allowed = f"random generators take seeds below {_SEEDS}"
-        yield Problem(key="run.seed", found=config.run.seed, allowed=allowed, remedy="Set a smaller one")
+        yield problem("run.seed", config.run.seed, allowed, "Set a smaller one")

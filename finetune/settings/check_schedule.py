@@ -1,46 +1,47 @@
-"""What is wrong with `optim:`, `schedule:` and `stages:`. Each check returns problems; none raises. Loads no torch."""
+"""What is wrong with `optim:`, `schedule:` and `stages:`. Each check yields problems; none raises. Loads no torch."""
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from math import isfinite
 
 from data.checks import data_problems
 from finetune.architecture.parts import PARTS
 from finetune.config import RunConfig, StageConfig
-from finetune.settings.problems import Problem, did_you_mean
+from finetune.settings.problems import Problem, did_you_mean, problem
 from finetune.settings.stages import run_stages, stage_data, trained_parts
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
-    """Ranges, and lengths that do not fit the run."""
+    """Yield numbers out of range, and lengths that do not fit the run."""
     schedule, optim = config.schedule, config.optim
     if schedule.steps < 1:
-        yield _problem("schedule.steps", schedule.steps, "at least 1 is wanted", "Set schedule.steps=1 or more")
+        yield problem("schedule.steps", schedule.steps, "at least 1 is wanted", "Set schedule.steps=1 or more")
         return
     if not 0 <= schedule.warmup_steps <= schedule.steps:
         allowed = f"0 to the {schedule.steps} steps of the run are wanted"
-        yield _problem("schedule.warmup_steps", schedule.warmup_steps, allowed, "3 % of the steps are usual")
+        yield problem("schedule.warmup_steps", schedule.warmup_steps, allowed, "3 % of the steps are usual")
     if not 0 <= schedule.final_share <= 1:
-        yield _problem("schedule.final_share", schedule.final_share, "a share from 0 to 1 is wanted", "Set one")
+        yield problem("schedule.final_share", schedule.final_share, "a share from 0 to 1 is wanted", "Set one")
     left = schedule.steps - max(0, schedule.warmup_steps)
     if schedule.shape == "wsd" and not 1 <= schedule.decay_steps <= left:
         allowed = f"wsd comes down over 1 to {left} steps: those of the run without warm-up"
         remedy = f"10 % of the run, {max(1, schedule.steps // 10)}, is usual"
-        yield _problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
+        yield problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
     elif schedule.shape != "wsd" and schedule.decay_steps:
         allowed = f"schedule.shape is {schedule.shape}, so nothing reads it"
         remedy = "Set schedule.shape=wsd, or leave it out"
-        yield _problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
+        yield problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
     for name, beta in zip(("first", "second"), optim.betas, strict=True):
         if not 0 <= beta < 1:
-            yield _problem("optim.betas", beta, f"the {name} must be from 0 to below 1", "[0.9, 0.95] are usual")
+            yield problem("optim.betas", beta, f"the {name} must be from 0 to below 1", "[0.9, 0.95] are usual")
     for key, value in {"eps": optim.eps, "weight_decay": optim.weight_decay, "clip_norm": optim.clip_norm}.items():
         if not (isfinite(value) and value >= 0):
-            yield _problem(f"optim.{key}", value, "a finite number of 0 or more is wanted", "Set one")
+            yield problem(f"optim.{key}", value, "a finite number of 0 or more is wanted", "Set one")
 
 
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
-    """Stages that never begin, begin together, train what cannot, or read what is not there."""
+    """Yield stages that never begin, begin together, train what cannot train, or read what is not there."""
     if not config.stages or config.schedule.steps < 1 or not config.optim.lr > 0:
         return
     firsts = Counter(stage.from_step for stage in config.stages.values())
@@ -48,42 +49,42 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
         key = f"stages.{name}.from_step"
         if not 0 <= stage.from_step < config.schedule.steps:
             allowed = f"the run has the steps 0 to {config.schedule.steps - 1}"
-            yield _problem(key, stage.from_step, allowed, "Set one of them, or schedule.steps higher")
+            yield problem(key, stage.from_step, allowed, "Set one of them, or schedule.steps higher")
         elif firsts[stage.from_step] > 1:
-            yield _problem(key, stage.from_step, "two stages begin there", "Give each its own first step")
+            yield problem(key, stage.from_step, "two stages begin there", "Give each its own first step")
         yield from _stage(config, name, stage)
     for part in trained_parts(config):
         if all(part not in stage.peaks for stage in run_stages(config)):
             mode = getattr(config.adapters, part).mode
             allowed = "no stage trains it"
             remedy = f"Name {part} in stages.<name>.train, or leave it frozen"
-            yield _problem(f"adapters.{part}.mode", mode, allowed, remedy)
+            yield problem(f"adapters.{part}.mode", mode, allowed, remedy)
 
 
 def _stage(config: RunConfig, name: str, stage: StageConfig) -> Iterator[Problem]:
     key = f"stages.{name}"
     for part in stage.train:
         if part not in PARTS:
-            yield _problem(f"{key}.train", part, "no such family", did_you_mean(part, list(PARTS)))
+            yield problem(f"{key}.train", part, "no such family", did_you_mean(part, list(PARTS)))
         elif getattr(config.adapters, part).mode == "frozen":
             remedy = f"Set adapters.{part}.mode to lora or full, or take it out"
-            yield _problem(f"{key}.train", part, f"adapters.{part}.mode is frozen", remedy)
+            yield problem(f"{key}.train", part, f"adapters.{part}.mode is frozen", remedy)
     if not (isfinite(stage.lr) and stage.lr >= 0):
-        yield _problem(f"{key}.lr", stage.lr, "a finite number above 0 is wanted, or 0 for optim.lr", "Set one")
+        yield problem(f"{key}.lr", stage.lr, "a finite number above 0 is wanted, or 0 for optim.lr", "Set one")
     if stage.warmup_steps < 0:
-        yield _problem(f"{key}.warmup_steps", stage.warmup_steps, "at least 0 is wanted", "Set 0 or more")
+        yield problem(f"{key}.warmup_steps", stage.warmup_steps, "at least 0 is wanted", "Set 0 or more")
     for source in stage.data.weights:
         if source not in config.data.sources:
             remedy = did_you_mean(source, list(config.data.sources))
-            yield _problem(f"{key}.data.weights.{source}", stage.data.weights[source], "no such source", remedy)
-    known = {str(problem) for problem in data_problems(config.data)}
-    for problem in data_problems(stage_data(config, stage)):
-        if str(problem) not in known:
-            mine = problem.key.removeprefix("data.")
-            mine = mine.removeprefix("sources.").removesuffix(".weight") if mine.startswith("sources.") else mine
-            where = f"weights.{mine}" if problem.key.startswith("data.sources.") else mine
-            yield _problem(f"{key}.data.{where}", problem.value, problem.allowed, problem.remedy)
+            yield problem(f"{key}.data.weights.{source}", stage.data.weights[source], "no such source", remedy)
+    of_the_run = set(map(str, data_problems(config.data)))
+    for wrong in data_problems(stage_data(config, stage)):
+        if str(wrong) not in of_the_run:
+            own_key = f"{key}.{_stage_key(wrong.key)}"
+            yield replace(wrong, key=own_key, remedy=wrong.remedy.replace(wrong.key, own_key))
 
 
-def _problem(key: str, found: object, allowed: str, remedy: str) -> Problem:
-    return Problem(key=key, found=found, allowed=allowed, remedy=remedy)
+def _stage_key(key: str) -> str:
+    """Return where a stage sets what `data:` has under this key: weights by source have a section of their own."""
+    source = key.removeprefix("data.sources.").removesuffix(".weight")
+    return f"data.weights.{source}" if key.startswith("data.sources.") else key

@@ -13,7 +13,7 @@ from finetune.settings.stages import run_stages
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """One number, the machine's name for it, and the sentence that derives it."""
+    """One number, its name for programs, and the sentence that derives it."""
 
     name: str
     value: int | float
@@ -21,11 +21,17 @@ class Derived:
 
 
 def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list[Derived]:
-    """Every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
+    """Return every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
     count = ranks or fewest_ranks(config)
-    lines = [*_ranks(config, ranks), *_step(config, count), *_stages(config), *_model(config), *_context(config)]
-    lines += _mixture(config)
-    return [*lines, *(_reads(config, count) if reads and config.parallel.ep else ())]
+    return [
+        *_ranks(config, ranks),
+        *_step(config, count),
+        *_stages(config),
+        *_model(config),
+        *_context(config),
+        *_mixture(config),
+        *(_reads(config, count) if reads and config.parallel.ep else ()),
+    ]
 
 
 def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
@@ -62,7 +68,7 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
 
 
 def _stages(config: RunConfig) -> list[Derived]:
-    """Each stage in a line: its steps, what trains at which peak rate, and how much it reads."""
+    """Return a line for each stage: its steps, what trains at which peak rate, and how much it reads."""
     lines = []
     for stage in run_stages(config) if config.stages else ():
         trains = ", ".join(f"{name} at {peak:.3g}" for name, peak in stage.peaks.items())
@@ -136,18 +142,18 @@ def _mixture(config: RunConfig) -> list[Derived]:
 
 
 def _reads(config: RunConfig, ranks: int) -> list[Derived]:
-    """Frozen weights in bfloat16, resident and partitioned; equal neighbours share a line."""
+    """Return what ranks read of frozen weights in bfloat16, resident and partitioned; like neighbours share a line."""
     shapes = parameter_shapes(base_family(config))
     lines = []
     for way in ("resident", "partitioned"):
         shares = rank_shares(
             shapes, world_size=ranks, ep_size=config.parallel.ep, itemsize=2, resident=way == "resident"
         )
-        for (read, held), group in groupby(shares, key=lambda share: (share.read, share.held)):
-            members = [share.rank for share in group]
-            who = f"rank {members[0]}" if len(members) == 1 else f"each of ranks {members[0]} to {members[-1]}"
-            text = f"loading, {way}: {who} reads {read:,} bytes and keeps {held:,}"
-            lines.append(Derived(name=f"reads.{way}.{members[0]}", value=read, text=text))
+        for (read, kept), group in groupby(shares, key=lambda share: (share.read, share.kept)):
+            alike = [share.rank for share in group]
+            readers = f"rank {alike[0]}" if len(alike) == 1 else f"each of ranks {alike[0]} to {alike[-1]}"
+            text = f"loading, {way}: {readers} reads {read:,} bytes and keeps {kept:,}"
+            lines.append(Derived(name=f"reads.{way}.{alike[0]}", value=read, text=text))
         total, largest = sum(share.read for share in shares), shares[0].largest
         text = f"loading, {way}: read in all {total:,} bytes, each once; the largest single tensor has {largest:,}"
         lines.append(Derived(name=f"reads.{way}.total", value=total, text=text))

@@ -13,7 +13,7 @@ from typing import Any
 from finetune.architecture.families import Family
 from finetune.architecture.shapes import parameter_counts
 from finetune.config import RunConfig
-from finetune.settings.problems import Problem
+from finetune.settings.problems import Problem, problem
 from finetune.settings.stages import run_stages, trained_parts
 
 SMALLEST = 1_000_000_000
@@ -62,12 +62,14 @@ def published_problems(config: RunConfig, base: Family | None) -> Iterator[Probl
                 rates.setdefault((key, rate), []).append(f"{kind} {published.low:g} to {published.high:g}")
     for (key, rate), lines in rates.items():
         own = key if key.startswith("adapters.") else "adapters.<family>.lr"
-        yield _warning(key, rate, f"published are for {', '.join(lines)}", f"Set {own} into that range, or be sure")
+        yield problem(
+            key, rate, f"published are for {', '.join(lines)}", f"Set {own} into that range, or be sure", warning=True
+        )
     for part in parts:
         yield from _ranks(part, getattr(config.adapters, part))
     if not PACKS.holds(config.data.packs_per_step):
         allowed = f"published batches are {PACKS.low:g} to {PACKS.high:g} rows"
-        yield _warning("data.packs_per_step", config.data.packs_per_step, allowed, "16 to 128 are usual")
+        yield problem("data.packs_per_step", config.data.packs_per_step, allowed, "16 to 128 are usual", warning=True)
 
 
 def _rates(config: RunConfig, part: str) -> dict[tuple[str, float], None]:
@@ -87,11 +89,9 @@ def _ranks(part: str, section: Any) -> Iterator[Problem]:
     scale = section.alpha / section.r
     if not RANK.holds(section.r):
         allowed = f"published ranks are {RANK.low:g} to {RANK.high:g}"
-        yield _warning(f"adapters.{part}.r", section.r, allowed, "8 to 64 are usual")
+        yield problem(f"adapters.{part}.r", section.r, allowed, "8 to 64 are usual", warning=True)
     if not getattr(section, "rslora", False) and not SCALE.holds(scale):
         allowed = f"published alpha / r are {SCALE.low:g} to {SCALE.high:g}, this is {scale:g}"
-        yield _warning(f"adapters.{part}.alpha", section.alpha, allowed, f"Twice r, {2 * section.r}, is usual")
-
-
-def _warning(key: str, found: object, allowed: str, remedy: str) -> Problem:
-    return Problem(key=key, found=found, allowed=allowed, remedy=remedy, level="warning")
+        yield problem(
+            f"adapters.{part}.alpha", section.alpha, allowed, f"Twice r, {2 * section.r}, is usual", warning=True
+        )

@@ -1,4 +1,4 @@
-"""From a recipe's name and `key=value` overrides to a RunConfig. Loads no torch.
+"""Turns a recipe's name and `key=value` overrides into a RunConfig. Loads no torch.
 
 Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All problems are collected before any is shown.
 """
@@ -20,14 +20,14 @@ COMMAND_LINE = "command line"
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return sorted(
         entry.name.removesuffix(".yaml") for entry in files("configs").iterdir() if entry.name.endswith(".yaml")
     )
 
 
 def find_recipe(name: str, *, beside: Path = Path()) -> Path:
-    """A YAML file by path (relative to `beside`), or a shipped recipe by its bare name."""
+    """Return the path of a YAML file (relative to `beside`), or of a shipped recipe by its bare name."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = beside / name
         if path.is_file():
@@ -42,13 +42,12 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
     raise ValueError(f"recipe {name!r}: neither a file (its name ends in .yaml) nor a shipped recipe. {advice}")
 
 
-def load(
+def load_recipe(
     name: str, overrides: Sequence[str] = (), *, below: tuple[dict[str, Any], str] | None = None
 ) -> tuple[RunConfig, list[Problem]]:
-    """The configuration as far as it can be read, and what is wrong; a bad value leaves its default in place.
+    """Return the configuration as far as it can be read, and what is wrong; for a bad value the default stands in.
 
-    Without a name, the defaults of the code below the overrides. `below` are values under the recipe's, and their
-    source.
+    Without a name, overrides lie on the code's own defaults. `below` holds values under the recipe's, and their source.
     """
     typed = TypedTree(RunConfig)
     if below is not None:
@@ -62,7 +61,7 @@ def load(
 
 
 def effective(config: RunConfig) -> dict[str, Any]:
-    """Every key with its value, as plain containers."""
+    """Return every key with its value, as plain containers."""
     tree = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(tree, dict)
     if config.parallel.ep == 0:
@@ -71,12 +70,12 @@ def effective(config: RunConfig) -> dict[str, Any]:
 
 
 def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any], str]]:
-    """The recipe and all it builds on, the foundation first."""
+    """Return the recipe and all that it builds on, the lowest layer first."""
     path = find_recipe(name)
     chain = [path.resolve()]
     layers: list[tuple[dict[str, Any], str]] = []
     while True:
-        tree = _read(path)
+        tree = _read_yaml(path)
         base = tree.pop("base", None)
         layers.insert(0, (tree, path.name))
         if base is None:
@@ -93,7 +92,7 @@ def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any]
             return layers
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -117,6 +116,6 @@ def _take_override(text: str, typed: TypedTree[RunConfig]) -> None:
         return
     assert isinstance(parsed, dict)
     tree: Any = parsed["value"]
-    for part in reversed(key.split(".")):
-        tree = {part: tree}
+    for word in reversed(key.split(".")):
+        tree = {word: tree}
     typed.take(tree, COMMAND_LINE)

@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function, so that any step can be resumed or drawn. Loads no torch."""
+"""The learning rate of a step, as a pure function: any step can be resumed or drawn. Loads no torch."""
 
 from math import cos, pi
 
@@ -7,9 +7,9 @@ from finetune.settings.stages import Stage
 
 
 def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, stage: Stage | None = None) -> float:
-    """The rate of step `step` (from 0): linear warm-up to `peak`, then as the shape says, down to final_share of it.
+    """Return the rate of a step, counted from 0: up to `peak` in a line, then by the shape, down to final_share of it.
 
-    A stage may warm up from its own first step too.
+    A stage may warm up from its own first step as well.
     """
     rate = peak * _share(step, schedule)
     if stage is not None:
@@ -21,7 +21,7 @@ def _share(step: int, schedule: ScheduleConfig) -> float:
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     first = schedule.steps - schedule.decay_steps if schedule.shape == "wsd" else schedule.warmup_steps
-    # the last step is the first at the lowest rate; wsd comes down in its first decay step already
+    # the last step is the first at the lowest rate; wsd begins to come down in its first decay step
     span = schedule.decay_steps if schedule.shape == "wsd" else max(1, schedule.steps - first - 1)
     done = min(1.0, max(0, step - first + (schedule.shape == "wsd")) / max(1, span))
     left = {

@@ -1,4 +1,4 @@
-"""What trains on what, from which step on: the run cut at `stages:`. A pure function of the configuration, no torch."""
+"""The stages of a run: what trains on which data, from which step on. Pure functions of the configuration, no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from finetune.config import RunConfig, StageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stretch of the run. Nothing here depends on how far the run is, so that any step can be resumed."""
+    """One stretch of the run. Nothing in it depends on how far the run has come, so that any step can be resumed."""
 
     name: str
     number: int
@@ -25,12 +25,12 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """How many steps it has."""
+        """Return the number of its steps."""
         return self.end - self.first
 
 
 def run_stages(config: RunConfig) -> tuple[Stage, ...]:
-    """The stages in their order, from step 0 to the last; a run without `stages:` is one without a name."""
+    """Return the stages in order, from step 0 to the last; a run without `stages:` is one stage without a name."""
     named = sorted(config.stages.items(), key=lambda item: item[1].from_step)
     if not named or named[0][1].from_step > 0:
         named.insert(0, ("", StageConfig()))
@@ -55,7 +55,7 @@ def run_stages(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def stage_of(stages: Sequence[Stage], step: int) -> Stage:
-    """The stage that a step belongs to."""
+    """Return the stage that a step belongs to."""
     return next(stage for stage in reversed(stages) if stage.first <= step or stage.number == 0)
 
 
@@ -65,21 +65,21 @@ def trained_parts(config: RunConfig) -> list[str]:
 
 
 def stage_data(config: RunConfig, stage: StageConfig) -> DataConfig:
-    """The `data:` section of a stage."""
-    mine: dict[str, Any] = {key: value for key, value in vars(stage.data).items() if value is not None}
-    weights = mine.pop("weights")
+    """Return the `data:` section of a stage."""
+    changes: dict[str, Any] = {key: value for key, value in vars(stage.data).items() if value is not None}
+    weights = changes.pop("weights")
     sources = {
         name: replace(source, weight=weights.get(name, source.weight)) for name, source in config.data.sources.items()
     }
-    return replace(config.data, sources=sources, **mine)
+    return replace(config.data, sources=sources, **changes)
 
 
 def longest_pack(stages: Sequence[Stage]) -> int:
-    """Tokens of the longest packed row of the run."""
+    """Return the tokens of the longest packed row of the run."""
     return max(stage.data.tokens_per_pack for stage in stages)
 
 
 def by_stage(config: RunConfig, key: str) -> list[tuple[str, int]]:
-    """The values of a number of `data:`, by dotted key: the run's own, then each stage's that has another."""
-    named = [(f"stages.{name}.data.{key}", getattr(stage.data, key)) for name, stage in config.stages.items()]
-    return [(f"data.{key}", getattr(config.data, key)), *(item for item in named if item[1] is not None)]
+    """Return the values of a number of `data:` by dotted key: the run's, then those of the stages that set it."""
+    of_stages = [(f"stages.{name}.data.{key}", getattr(stage.data, key)) for name, stage in config.stages.items()]
+    return [(f"data.{key}", getattr(config.data, key)), *(entry for entry in of_stages if entry[1] is not None)]

@@ -1,6 +1,6 @@
-"""Plain mappings against dataclasses, value by value, so that every problem is found and keeps its dotted path.
+"""Holds plain mappings to dataclasses, value by value, so that every problem is found and keeps its dotted path.
 
-OmegaConf does the typing of single values; alone it would stop at the first bad one and lose paths inside containers.
+OmegaConf types single values; alone it would stop at the first bad one and lose the paths inside containers.
 """
 
 from collections.abc import Mapping
@@ -27,15 +27,15 @@ class TypedTree(Generic[Schema]):
         self.problems: list[Problem] = []
 
     def report(self, key: str, found: Any, allowed: str, remedy: str, source: str) -> None:
-        """Keep one problem."""
+        """Note one problem."""
         self.problems.append(Problem(key=key, found=found, allowed=allowed, remedy=remedy, source=source))
 
     def take(self, tree: Mapping[Any, Any], source: str) -> None:
-        """Lay a tree of values over what is there; what does not fit is reported and left out."""
+        """Lay a tree of values over those accepted so far; what does not fit is reported and left out."""
         self._take_section(tree, self.schema, "", source)
 
     def finish(self) -> Schema:
-        """The dataclass; what cannot be resolved or was never set is reported, and its default or absence stands in."""
+        """Return the dataclass; what cannot be resolved or was never set is reported, and its default stands in."""
         merged = OmegaConf.merge(OmegaConf.structured(self.schema), self.values)
         raw = OmegaConf.to_container(merged, resolve=False)
         assert isinstance(raw, dict)
@@ -43,7 +43,7 @@ class TypedTree(Generic[Schema]):
             if value == MUST_BE_SET:
                 if not any(related(problem.key, key) for problem in self.problems):
                     self.report(key, None, "it must be set", f"Add {key}=...", "")
-                self._drop(key.rpartition(".")[0])  # an entry without it is none
+                self._drop(key.rpartition(".")[0])  # the entry is useless without it
             elif "${" in str(value):
                 try:
                     OmegaConf.select(merged, key)
@@ -51,9 +51,9 @@ class TypedTree(Generic[Schema]):
                     reason = str(error).splitlines()[0]
                     self.report(key, value, f"it cannot be resolved: {reason}", "Mend the ${...}", self.sources[key])
                     self._drop(key)
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), self.values))
-        assert isinstance(made, self.schema)
-        return made
+        filled = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), self.values))
+        assert isinstance(filled, self.schema)
+        return filled
 
     def _take_section(self, tree: Any, schema: Any, path: str, source: str) -> None:
         if not isinstance(tree, Mapping):
@@ -91,7 +91,7 @@ class TypedTree(Generic[Schema]):
         if value is False and "off" in get_args(hint):
             value = "off"  # YAML 1.1 reads a bare off as false
         auto = next((field.metadata.get("auto") for field in fields(schema) if field.name == key), None)
-        if auto is not None:  # a number that stands for auto until it is settled, and is no one's to write
+        if auto is not None:  # the number that stands for auto inside; users must write auto
             if value == auto:
                 self.report(dotted, value, f"at least {auto + 1} is wanted, or auto", f"Set {dotted}=auto", source)
                 return
@@ -120,7 +120,7 @@ class TypedTree(Generic[Schema]):
 
 
 def leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value; an empty section is left out."""
+    """Return dotted key -> value; an empty section is left out."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -131,12 +131,12 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def related(key: str, other: str) -> bool:
-    """One is the other, or a section around it."""
+    """Say whether one key is the other, or a section around it."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def describe(hint: Any) -> str:
-    """A type as a user would say it."""
+    """Return a type in the words of a user."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"
@@ -153,7 +153,7 @@ def describe(hint: Any) -> str:
 
 
 def _element(hint: Any) -> Any:
-    """The dataclass of a dict of dataclasses, else None."""
+    """Return the dataclass of a dict of dataclasses, else None."""
     if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
         return get_args(hint)[1]
     return None

@@ -113,8 +113,8 @@ def test_a_size_of_ones_own_is_read_with_its_yarn(tmp_path):
     entry = family("qwen3-vl-30b-a3b")
     rope = Rope(type="yarn", factor=3.0, original_max_position_embeddings=262_144)
     own = replace(entry, name="mine", hub_id=None, config_sha256=None, text=replace(entry.text, rope=rope))
-    found = read_family(write_config(tmp_path / "mine", hub_config(own)))
-    assert found == own
+    read = read_family(write_config(tmp_path / "mine", hub_config(own)))
+    assert read == own
     assert family_of(str(tmp_path / "mine")) == own
 
 

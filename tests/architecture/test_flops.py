@@ -13,6 +13,10 @@ from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfi
 FULL = Training(mode="full")
 TEXT = {part: FULL for part in ("attention", "mlp", "head", "embeddings", "norms")}
 TOWER = {part: FULL for part in ("vision_blocks", "patch_embed", "pos_embed", "merger", "deepstack_mergers")}
+TEXT_SIZES = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size"
+)
+VISION_SIZES = "out_hidden_size depth hidden_size intermediate_size num_heads patch_size num_position_embeddings"
 GB, HUGE = "qwen3-vl-30b-a3b", "qwen3-vl-235b-a22b"
 LORA16 = {part: Training(mode="lora", r=16) for part in ("attention", "experts")}
 
@@ -25,15 +29,12 @@ def tokens(number: int) -> Work:
 def tiny_family(model) -> Family:
     """The small dense model of the tests as a family."""
     text, vision = model.config.text_config, model.config.vision_config
+    levels = {"deepstack_visual_indexes": tuple(vision.deepstack_visual_indexes)}
     return Family(
         name="small",
-        text=Text(**{k: getattr(text, k) for k in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "head_dim", "vocab_size")}),
-        vision=Vision(**{k: getattr(vision, k) for k in (
-            "out_hidden_size", "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size",
-            "num_position_embeddings")} | {"deepstack_visual_indexes": tuple(vision.deepstack_visual_indexes)}),
-    )  # fmt: skip
+        text=Text(**{name: getattr(text, name) for name in TEXT_SIZES.split()}),
+        vision=Vision(**{name: getattr(vision, name) for name in VISION_SIZES.split()}, **levels),
+    )
 
 
 def counted(model, batch) -> float:
@@ -68,8 +69,13 @@ def test_what_torch_counts(trains, names):
     ]
     assert (work.tokens, work.squares) == (sum(lengths), sum(n * n for n in lengths))
     # without tiles the head sees every token, and a square that is not halved
-    seen = Work(tokens=work.tokens, supervised=work.tokens, squares=2 * work.squares, patches=work.patches,
-                frame_squares=work.frame_squares)  # fmt: skip
+    seen = Work(
+        tokens=work.tokens,
+        supervised=work.tokens,
+        squares=2 * work.squares,
+        patches=work.patches,
+        frame_squares=work.frame_squares,
+    )
     expected = FlopMeter(tiny_family(model), trains).model(seen)
     assert counted(model, batch) == pytest.approx(expected, rel=2e-3)  # torch counts the rotary tables too
 
@@ -79,8 +85,8 @@ def test_what_torch_counts(trains, names):
 )  # tokens a second and device, TFLOP/s
 def test_published_throughputs_within_one_percent(name, rate, published):
     full = {part: FULL for part in ("attention", "experts", "router", "norms", "embeddings", "head")}
-    found = FlopMeter(family(name), full).model(tokens(4096)) / 4096 * rate / 1e12
-    assert found == pytest.approx(published, rel=0.01)
+    teraflops = FlopMeter(family(name), full).model(tokens(4096)) / 4096 * rate / 1e12
+    assert teraflops == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +137,12 @@ def test_a_frozen_tower_has_no_backward_and_a_trained_merger_does_not_reach_the_
 
 def test_trainings_of_a_configuration():
     adapters = AdaptersConfig(
-        attention=DenseFamilyConfig(mode="lora", r=16), experts=ExpertFamilyConfig(mode="lora", r=4),
+        attention=DenseFamilyConfig(mode="lora", r=16),
+        experts=ExpertFamilyConfig(mode="lora", r=4),
         head=FamilyConfig(mode="full"),
-    )  # fmt: skip
-    found = {part: training for part, training in trainings(adapters).items() if training.mode != "frozen"}
-    assert found == {"attention": Training(mode="lora", r=16), "experts": Training(mode="lora", r=4), "head": FULL}
+    )
+    trained = {part: training for part, training in trainings(adapters).items() if training.mode != "frozen"}
+    assert trained == {"attention": Training(mode="lora", r=16), "experts": Training(mode="lora", r=4), "head": FULL}
     FlopMeter(family("tiny-dense"), {"attention": FULL})
 
 

@@ -20,10 +20,10 @@ def test_235b_on_64_ranks_is_read_once_and_nobody_keeps_more_than_the_formula() 
         assert sum(share.read for share in shares) == 2 * 235_670_022_896
         assert [share.read for share in shares[ep:]] == [0] * (64 - ep)
         if resident:
-            assert {share.held for share in shares} == {2 * (dense + counts.experts // ep)}
+            assert {share.kept for share in shares} == {2 * (dense + counts.experts // ep)}
         else:
             exact = 2 * (dense / 64 + counts.experts / 64)
-            assert all(exact <= share.held <= exact + 2 * 64 * 2000 for share in shares), "rounded up per tensor"
+            assert all(exact <= share.kept <= exact + 2 * 64 * 2000 for share in shares), "rounded up per tensor"
 
 
 @pytest.mark.parametrize("name", family_names())

@@ -12,7 +12,7 @@ from finetune.ranks.engine import start_distributed
 from finetune.ranks.log import RankLog
 from finetune.ranks.watch import Watch
 from finetune.settings.checks import require
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.train import train
 
 SETTING = (
@@ -34,7 +34,7 @@ def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, 
     for name, words in jobs.items():
         folder = Path("runs") / name.split("+")[0]  # in the place, as a user would start it
         folder.mkdir(parents=True, exist_ok=True)
-        config, problems = load("tiny-cpu", [*SETTING, *words])
+        config, problems = load_recipe("tiny-cpu", [*SETTING, *words])
         require(config, problems, ranks=world)
         torch.manual_seed(rank)  # the runs before this one have drawn from it
         log = RankLog(folder / "logs" / name, rank)

@@ -27,7 +27,7 @@ from finetune.model.empty import ModelOptions
 from finetune.model.lora import settle
 from finetune.model.weights import load as load_weights
 from finetune.ranks.engine import gathered
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.settings.stages import run_stages
 from finetune.training.steps import RunData
 
@@ -96,7 +96,7 @@ def _frozen(module: nn.Module, trained: set[int]) -> dict[str, str]:
 
 def write_start(place: Path) -> None:
     """An adapter to begin with whose low-rank parts are all non-zero."""
-    config, problems = load("tiny-cpu", [*COMMON, *EVERYTHING])
+    config, problems = load_recipe("tiny-cpu", [*COMMON, *EVERYTHING])
     assert not problems
     empty = build(place / "base", settle(config.adapters, ModelOptions(dtype=torch.float32)))
     load_weights(empty, open_base(place / "base", empty.expected))
@@ -111,7 +111,7 @@ def write_start(place: Path) -> None:
 
 def plain_loop(place: Path, packs: int, out: Path) -> list[float]:
     """Train the start adapter for STEPS steps and save it; returns the losses."""
-    config, problems = load(
+    config, problems = load_recipe(
         "tiny-cpu",
         [
             *COMMON,

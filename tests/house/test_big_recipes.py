@@ -13,7 +13,7 @@ from finetune.model.build import build
 from finetune.model.lora import trainable_table
 from finetune.ranks.engine import engine_config
 from finetune.settings.checks import base_family
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.settings.stages import run_stages
 from finetune.training.setup import engine_options, model_options
 
@@ -22,7 +22,7 @@ NAMES = ("qwen3-vl-30b-a3b-long", "qwen3-vl-235b-a22b-lora")
 
 
 def told() -> dict[str, object]:
-    return {name: engine_config(engine_options(load(name)[0])) for name in NAMES}
+    return {name: engine_config(engine_options(load_recipe(name)[0])) for name in NAMES}
 
 
 def test_the_engine_is_told_the_golden_dictionaries() -> None:
@@ -34,7 +34,7 @@ def test_the_engine_is_told_the_golden_dictionaries() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_built_on_meta_with_every_published_shape(name: str, tmp_path: Path) -> None:
     # one process is one rank, which holds all experts; the layout of ranks is checked by `moetune check`
-    config, _ = load(name, ["parallel.ep=1", "parallel.resident=none", "context.yarn.factor=3"])
+    config, _ = load_recipe(name, ["parallel.ep=1", "parallel.resident=none", "context.yarn.factor=3"])
     base = base_family(config)
     (tmp_path / "config.json").write_text(config_text(hub_config(base)))
     empty = build(tmp_path, model_options(config, base, torch.device("cpu"), lambda _: None))
@@ -55,6 +55,6 @@ def test_the_model_is_built_on_meta_with_every_published_shape(name: str, tmp_pa
 
 
 def test_every_stage_of_the_long_recipe_takes_as_many_tokens_a_step() -> None:
-    stages = run_stages(load(NAMES[0])[0])
+    stages = run_stages(load_recipe(NAMES[0])[0])
     assert [(stage.data.tokens_per_pack, stage.sp) for stage in stages] == [(8192, 1), (32768, 4), (262_144, 8)]
     assert {stage.data.tokens_per_pack * stage.data.packs_per_step for stage in stages} == {524_288}

@@ -25,7 +25,7 @@ from benchmarks.planner.predictions import PATH
 from finetune.architecture.families import family
 from finetune.planner.gpus import gpu
 from finetune.settings.problems import Problem
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 
 KIT_PARTS = {
     "passes": ("passed", "", 60),
@@ -243,7 +243,7 @@ def test_the_roofline_of_a_layer_is_the_planners():
 @pytest.mark.parametrize("sizes", [toy(), full("NVIDIA H200", 8)], ids=["toy", "full"])
 def test_every_case_of_a_step_is_a_recipe(sizes):
     for case in (*sizes.steps, *sizes.whole, *sizes.ranks):
-        config, problems = load(case.words[0], list(case.words[1:]))
+        config, problems = load_recipe(case.words[0], list(case.words[1:]))
         assert not [p for p in problems if isinstance(p, Problem) and p.level == "error"]
         assert config.data.packs_per_step % config.parallel.ep == 0
 

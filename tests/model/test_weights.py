@@ -101,7 +101,7 @@ def _check(folder: Path, world: int, cases: list[tuple[int, bool]]) -> None:
         assert sum(result["read"] for result in found) == on_disk, "each byte is read once"
         if not resident:
             shares = rank_shares(shapes, world_size=world, ep_size=ep, itemsize=4, resident=False)
-            assert [(r["read"], r["held"]) for r in found] == [(s.read, s.held) for s in shares]
+            assert [(r["read"], r["held"]) for r in found] == [(s.read, s.kept) for s in shares]
         for result in found:
             name, error = max(result["worst"].items(), key=lambda item: item[1])
             assert error < 1e-5, f"ep {ep}, resident {resident}: {name}"

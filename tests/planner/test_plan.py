@@ -18,14 +18,14 @@ from finetune.planner.tensors import trained_tensors
 from finetune.planner.time import Assumed
 from finetune.planner.wire import traffic
 from finetune.settings.checks import base_family
-from finetune.settings.recipes import effective, load
+from finetune.settings.recipes import effective, load_recipe
 from launchers.cli import main
 
 GIB = 2**30
 
 
 def _config(*words: str, recipe: str = "qwen3-vl-30b-a3b-lora"):
-    config, problems = load(recipe, words)
+    config, problems = load_recipe(recipe, words)
     assert not problems
     return config
 

@@ -22,7 +22,7 @@ from finetune.planner.plan import STATE_BYTES, Plan, plan
 from finetune.planner.rank_layout import slices
 from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 from finetune.settings.checks import base_family
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 
 WORLD, EP, RECIPE = 256, 8, "qwen3-vl-235b-a22b-lora"
 
@@ -37,13 +37,13 @@ from finetune.settings.checks import require
 from finetune.ranks.engine import start_distributed
 from finetune.files.hubconfig import read_family
 from finetune.model.build import build
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.training.setup import make_balance, model_options
 
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 start_distributed()
-config, problems = load(sys.argv[4], [f"data.packs_per_step={world}"])
+config, problems = load_recipe(sys.argv[4], [f"data.packs_per_step={world}"])
 require(config, problems, ranks=world)
 base, said = read_family(folder), []
 options = model_options(config, base, torch.device("cpu"), said.append)
@@ -102,7 +102,7 @@ def _run(folder: Path, base: Family, code: str, rank: int, *words: str) -> Any:
 
 def _planned(base: Family) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...], int]:
     """What the planner says of the recipe; the tensors that train, those that do not; how many checkpoints are kept."""
-    config, problems = load(RECIPE, [f"data.packs_per_step={WORLD}"])
+    config, problems = load_recipe(RECIPE, [f"data.packs_per_step={WORLD}"])
     assert not problems
     found = plan(config, base, cluster("h100-80gb", gpus=WORLD, per_node=None, price=None))
     trained, frozen = (make(base, config.adapters, ep=EP) for make in (trained_tensors, frozen_tensors))

@@ -4,7 +4,7 @@ import json
 
 from benchmarks.planner import predictions
 from finetune.settings.checks import base_family, cross_check
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 
 
 def test_the_file_says_what_the_planner_says_today() -> None:
@@ -19,7 +19,7 @@ def test_the_file_says_what_the_planner_says_today() -> None:
 def test_every_prediction_is_of_a_run_that_can_be_started() -> None:
     for one in json.loads(predictions.PATH.read_text()):
         recipe, *words = one["words"]
-        config, problems = load(recipe, words)
+        config, problems = load_recipe(recipe, words)
         problems += cross_check(config, ranks=one["gpus"], known=[])
         assert not [problem for problem in problems if problem.level == "error"], one["name"]
         assert one["layers"] <= base_family(config).text.num_hidden_layers

@@ -37,14 +37,14 @@ from finetune.planner.doctor import (
 from finetune.ranks.autopsy import page
 from finetune.ranks.flight import write_flight
 from finetune.ranks.versions import TESTED, installed_versions, numbers
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from launchers.cli import main
 
 GOOD = installed_versions([*TESTED, *LEAST])
 
 
 def _config(*words: str):
-    config, problems = load("tiny-cpu", words)
+    config, problems = load_recipe("tiny-cpu", words)
     assert not problems
     return config
 

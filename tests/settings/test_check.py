@@ -8,7 +8,7 @@ import pytest
 from limits import LIMIT_S
 from places import GOLDEN, ROOT
 
-from finetune.settings.recipes import effective, load, recipe_names
+from finetune.settings.recipes import effective, load_recipe, recipe_names
 from launchers.cli import COMMANDS, main
 
 
@@ -131,7 +131,7 @@ def test_every_command_shows_a_worked_example(name: str, capsys: pytest.CaptureF
 
 
 def test_effective_config_is_complete() -> None:
-    config, _ = load("tiny-cpu")
+    config, _ = load_recipe("tiny-cpu")
     expected = "objective model adapters moe parallel data loss optim schedule stages context engine eval checkpoint"
     assert " ".join(effective(config)) == f"{expected} track run"
 

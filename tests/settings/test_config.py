@@ -9,7 +9,7 @@ from finetune.config import RunConfig
 from finetune.settings.checks import cross_check, require
 from finetune.settings.derive import derive
 from finetune.settings.problems import ConfigError, Problem
-from finetune.settings.recipes import effective, find_recipe, load, recipe_names
+from finetune.settings.recipes import effective, find_recipe, load_recipe, recipe_names
 from finetune.settings.typed import leaves
 
 
@@ -20,7 +20,7 @@ def _write(folder: Path, name: str, text: str) -> str:
 
 
 def _problems(name: str, *overrides: str, ranks: int | None = None) -> dict[str, Problem]:
-    config, problems = load(name, overrides)
+    config, problems = load_recipe(name, overrides)
     problems += cross_check(config, ranks=ranks, known=[problem.key for problem in problems])
     assert len({problem.key for problem in problems}) == len(problems), problems
     return {problem.key: problem for problem in problems}
@@ -30,7 +30,7 @@ def test_each_layer_wins_over_the_one_below(tmp_path: Path) -> None:
     _write(tmp_path, "ground.yaml", "optim: {lr: 0.1}\ndata: {packs_per_step: 6, tokens_per_pack: 60}\n")
     _write(tmp_path, "middle.yaml", "base: ground.yaml\ndata: {packs_per_step: 7}\n")
     top = _write(tmp_path, "top.yaml", "base: middle.yaml\nrun: {seed: 3}\n")
-    config, problems = load(top, ["data.tokens_per_pack=70"])
+    config, problems = load_recipe(top, ["data.tokens_per_pack=70"])
     assert problems == []
     assert (config.optim.lr, config.data.packs_per_step, config.data.tokens_per_pack) == (0.1, 7, 70)
     assert (config.run.seed, config.parallel.ep) == (3, RunConfig().parallel.ep)
@@ -38,14 +38,16 @@ def test_each_layer_wins_over_the_one_below(tmp_path: Path) -> None:
 
 def test_a_recipe_builds_on_a_shipped_one_by_name(tmp_path: Path) -> None:
     mine = _write(tmp_path, "mine.yaml", "base: tiny-cpu\ndata: {sources: {own: {path: a, weight: 3}}}\n")
-    config, problems = load(mine)
+    config, problems = load_recipe(mine)
     assert problems == []
     assert set(config.data.sources) == {"general", "own"}
-    assert config.data.packs_per_step == load("tiny-cpu")[0].data.packs_per_step
+    assert config.data.packs_per_step == load_recipe("tiny-cpu")[0].data.packs_per_step
 
 
 def test_sources_are_keyed_by_name_and_reached_from_the_command_line() -> None:
-    config, problems = load("tiny-cpu", ["data.sources.general.weight=0.3", "data.sources.extra.path=/x/{0..3}.tar"])
+    config, problems = load_recipe(
+        "tiny-cpu", ["data.sources.general.weight=0.3", "data.sources.extra.path=/x/{0..3}.tar"]
+    )
     assert problems == []
     assert config.data.sources["general"].weight == 0.3
     assert config.data.sources["extra"].path == "/x/{0..3}.tar"
@@ -56,15 +58,15 @@ def test_values_may_refer_to_each_other(tmp_path: Path, monkeypatch: pytest.Monk
     mine = _write(
         tmp_path, "a.yaml", "base: tiny-cpu\noptim: {lr: '${oc.env:LR_OF_TEST}'}\nrun: {seed: '${parallel.ep}'}\n"
     )
-    config, problems = load(mine)
+    config, problems = load_recipe(mine)
     assert problems == []
     assert (config.optim.lr, config.run.seed) == (0.25, 2)
 
 
 def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
     mine = _write(tmp_path, "a.yaml", "base: tiny-cpu\noptim: {lr: abc}\nrun: {seed: '???'}\n")
-    assert load(mine, ["optim.lr=0.5", "run.seed=4"])[1] == []
-    assert {problem.key for problem in load(mine)[1]} == {"optim.lr", "run.seed"}
+    assert load_recipe(mine, ["optim.lr=0.5", "run.seed=4"])[1] == []
+    assert {problem.key for problem in load_recipe(mine)[1]} == {"optim.lr", "run.seed"}
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,8 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("data.packs_per_step=0", "data.packs_per_step", r"at least 1 .*data.packs_per_step=1 or more"),
         ("data.tokens_per_pack=-1", "data.tokens_per_pack", r"at least 1 "),
         ("data.tokens_per_pack=[1, 2]", "data.tokens_per_pack", r"a whole number is wanted"),
+        ("data.prefetch=0", "data.prefetch", r"at least 1 .*data.prefetch=1 or more"),
+        ("data.sources.general.weight=2", "data.sources.general.weight", r"no effect with data.mixture=natural"),
         ("run.seed=-1", "run.seed", r"at least 0 "),
         ("parallel.ep=0", "parallel.ep", r"at least 1 "),
         ("data.sourcez=[]", "data.sourcez", r"no such key.*Did you mean `data.sources`"),
@@ -104,10 +108,10 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
     ],
 )
 def test_each_wrong_value_is_named_with_what_is_allowed_and_what_to_do(override: str, key: str, text: str) -> None:
-    found = _problems("tiny-cpu", override)
-    assert list(found) == [key]
+    problems = _problems("tiny-cpu", override)
+    assert list(problems) == [key]
     with pytest.raises(ConfigError, match=text):
-        raise ConfigError([found[key]] if found[key].level == "error" else [_as_error(found[key])])
+        raise ConfigError([problems[key]] if problems[key].level == "error" else [_as_error(problems[key])])
 
 
 def _as_error(problem: Problem) -> Problem:
@@ -119,12 +123,12 @@ def test_problems_are_collected_not_met_one_by_one(tmp_path: Path) -> None:
     mine = _write(
         tmp_path, "mine.yaml", "optim: {lr: x, wd: 1}\nnonsense: {}\ndata: {sources: {a: {path: [1]}, b: 7}}\n"
     )
-    found = _problems(mine, "run.seed=no", "parallel.ep=0")
-    assert set(found) == {
+    problems = _problems(mine, "run.seed=no", "parallel.ep=0")
+    assert set(problems) == {
         *("optim.lr", "optim.wd", "nonsense", "data.sources.a.path", "data.sources.b", "run.seed", "parallel.ep"),
         "model.path",
     }
-    assert (found["optim.lr"].source, found["run.seed"].source) == ("mine.yaml", "command line")
+    assert (problems["optim.lr"].source, problems["run.seed"].source) == ("mine.yaml", "command line")
 
 
 def test_packs_must_divide_by_the_ranks_and_the_nearest_that_do_are_named() -> None:
@@ -158,20 +162,20 @@ def test_a_key_written_with_dots_in_yaml_is_explained(tmp_path: Path) -> None:
 
 def test_a_folder_and_a_family_must_agree(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    found = _problems("tiny-cpu", f"model.path={tmp_path}")
-    assert "config.json" in str(found["model.path"])
+    problems = _problems("tiny-cpu", f"model.path={tmp_path}")
+    assert "config.json" in str(problems["model.path"])
 
 
 def test_require_raises_once_with_everything() -> None:
-    config, problems = load("tiny-cpu", ["optim.lr=abc", "data.sourcez=[]", "data.packs_per_step=5"])
+    config, problems = load_recipe("tiny-cpu", ["optim.lr=abc", "data.sourcez=[]", "data.packs_per_step=5"])
     with pytest.raises(ConfigError, match=r"(?s)3 problems.*optim.lr.*data.sourcez.*data.packs_per_step = 5"):
         require(config, problems, ranks=2)
-    config, problems = load("tiny-cpu")
+    config, problems = load_recipe("tiny-cpu")
     assert require(config, problems, ranks=2) == []
 
 
 def test_a_run_that_goes_on_may_have_lost_ranks() -> None:
-    config, problems = load("tiny-cpu", ["parallel.ep=1"])
+    config, problems = load_recipe("tiny-cpu", ["parallel.ep=1"])
     with pytest.raises(ConfigError, match=r"data.packs_per_step = 8.*must divide by the 3 data ranks"):
         require(config, problems, ranks=3)
     (warned,) = require(config, problems, ranks=3, resuming=True)
@@ -197,17 +201,17 @@ def test_a_recipe_that_is_not_there(name: str, text: str) -> None:
 @pytest.mark.parametrize("text", ["a: [1\n", "a: 1\na: 2\n", "\x00", "5\n"])
 def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"recipe .*bad.yaml: not readable as YAML"):
-        load(_write(tmp_path, "bad.yaml", text))
+        load_recipe(_write(tmp_path, "bad.yaml", text))
 
 
 def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sections with keys are wanted, found a list"):
-        load(_write(tmp_path, "bad.yaml", "- 1\n"))
+        load_recipe(_write(tmp_path, "bad.yaml", "- 1\n"))
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert load(_write(tmp_path, "empty.yaml", "")) == (RunConfig(), [])
-    assert load(_write(tmp_path, "half.yaml", "optim:\n")) == (RunConfig(), [])
+    assert load_recipe(_write(tmp_path, "empty.yaml", "")) == (RunConfig(), [])
+    assert load_recipe(_write(tmp_path, "half.yaml", "optim:\n")) == (RunConfig(), [])
 
 
 def test_a_broken_base_line_is_named(tmp_path: Path) -> None:
@@ -219,7 +223,7 @@ def test_a_broken_base_line_is_named(tmp_path: Path) -> None:
 
 
 def test_leaves_flatten_what_effective_gives() -> None:
-    config, _ = load("tiny-cpu")
+    config, _ = load_recipe("tiny-cpu")
     flat = leaves(effective(config))
     assert flat["data.sources.general.path"] == "shards/general"
     assert flat["optim.lr"] == config.optim.lr

@@ -39,11 +39,10 @@ THREE = Extension(factor=3.0, original=262_144, length=1_000_000)
 
 def paper(theta: float, dim: int, factor: float, original: int) -> torch.Tensor:
     """YaRN's blend of stretched and plain frequencies, written from its description, in float64."""
-    i = torch.arange(0, dim, 2, dtype=torch.float64)
-    plain = theta ** (-i / dim)
-    wavelengths = [original / turns for turns in (32, 1)]
-    first, last = (dim * torch.log(torch.tensor(w / (2 * torch.pi), dtype=torch.float64)) / (2 * np.log(theta))
-                   for w in wavelengths)  # fmt: skip
+    even = torch.arange(0, dim, 2, dtype=torch.float64)
+    plain = theta ** (-even / dim)
+    wavelengths = original / torch.tensor([32, 1], dtype=torch.float64)
+    first, last = (dim * torch.log(w / (2 * torch.pi)) / (2 * np.log(theta)) for w in wavelengths)
     first, last = first.floor().clamp(min=0), last.ceil().clamp(max=dim - 1)
     keep = 1 - ((torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
     return plain * keep + plain / factor * (1 - keep)
@@ -70,10 +69,10 @@ def test_every_reader_gets_the_frequencies_of_the_formula(factor: float, tmp_pat
         "hub": {key: value for key, value in text.items() if key != "rope_parameters"},
         "v5": {key: value for key, value in text.items() if key not in ("rope_scaling", "rope_theta")},
     }.items():
-        found = embedding(made | {"text_config": spelling}, tmp_path / name)
-        torch.testing.assert_close(found.inv_freq.double(), reference, rtol=1e-6, atol=0)
-        assert found.attention_scaling == pytest.approx(want.scaling, abs=1e-6)
-        assert list(found.mrope_section) == [24, 20, 20]
+        table = embedding(made | {"text_config": spelling}, tmp_path / name)
+        torch.testing.assert_close(table.inv_freq.double(), reference, rtol=1e-6, atol=0)
+        assert table.attention_scaling == pytest.approx(want.scaling, abs=1e-6)
+        assert list(table.mrope_section) == [24, 20, 20]
         read = read_family(tmp_path / name)
         assert read.text.rope == extended_rope(BIG.text.rope, extended), name
         assert read.text.max_position_embeddings == extended.length
@@ -82,12 +81,12 @@ def test_every_reader_gets_the_frequencies_of_the_formula(factor: float, tmp_pat
 
 
 def test_time_height_and_width_stay_interleaved(tmp_path: Path) -> None:
-    found = embedding(extended_config(hub_config(BIG), THREE), tmp_path)
+    table = embedding(extended_config(hub_config(BIG), THREE), tmp_path)
     positions = torch.randint(0, 700_000, (3, 1, 40), generator=torch.Generator().manual_seed(0))
-    cos, _ = found(torch.zeros(1, 40, 8), positions)
+    cos, _ = table(torch.zeros(1, 40, 8), positions)
     channel = torch.arange(64)
     axis = torch.where((channel % 3 == 1) & (channel < 60), 1, torch.where((channel % 3 == 2) & (channel < 60), 2, 0))
-    angles = positions[axis, 0].T.float() * found.inv_freq
+    angles = positions[axis, 0].T.float() * table.inv_freq
     expected = torch.cat([angles, angles], -1).cos() * rotary(extended_rope(BIG.text.rope, THREE), 128).scaling
     torch.testing.assert_close(cos[0], expected, rtol=0, atol=1e-6)
     assert axis.bincount().tolist() == [24, 20, 20]
@@ -101,9 +100,13 @@ def test_an_edit_of_a_loaded_config_keeps_theta_and_sections(tmp_path: Path) -> 
     assert config.text_config.rope_parameters["rope_type"] == "default"
     extend(config, THREE)
     assert config.text_config.rope_parameters == {
-        "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 262_144, "rope_theta": 5_000_000,
-        "mrope_section": [24, 20, 20], "mrope_interleaved": True,
-    }  # fmt: skip
+        "rope_type": "yarn",
+        "factor": 3.0,
+        "original_max_position_embeddings": 262_144,
+        "rope_theta": 5_000_000,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
     assert config.text_config.max_position_embeddings == 1_000_000
 
 
@@ -113,8 +116,13 @@ def test_without_an_extension_config_json_stays_the_published_one() -> None:
     assert extended_config(to_hub_spelling(yarn), None) == yarn
 
 
-YARN = {"rope_type": "yarn", "factor": 3.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
-        "original_max_position_embeddings": 262_144}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "factor": 3.0,
+    "mrope_section": [24, 20, 20],
+    "mrope_interleaved": True,
+    "original_max_position_embeddings": 262_144,
+}
 TRAPS = {
     "v5 block without theta": ({"rope_scaling": None, "rope_theta": None, "rope_parameters": YARN}, "lacks text"),
     "hub block without theta": ({"rope_theta": None, "rope_scaling": YARN}, "lacks text_config.rope_theta"),
@@ -131,14 +139,15 @@ TRAPS = {
         "no rope_theta beside it: transformers would then use its default, 500000",
     ),
     "no original length": (
-        {"rope_scaling": {**YARN, "original_max_position_embeddings": None}}, "without them the ramp is wrong",
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": None}},
+        "without them the ramp is wrong",
     ),
     "no factor": ({"rope_scaling": {**YARN, "factor": None}}, "rope_type yarn needs factor"),
     "a key nobody reads": ({"rope_scaling": {**YARN, "attn_factor": 1.0}}, "rope_scaling.attn_factor would be ignored"),
     "factor without yarn": ({"rope_scaling": {**YARN, "rope_type": "default"}}, "so factor 3 would be ignored"),
     "sections lost": ({"rope_scaling": {**YARN, "mrope_section": None}}, "rope_scaling.mrope_section"),
     "interleaving lost": ({"rope_scaling": {**YARN, "mrope_interleaved": None}}, "scaling.mrope_interleaved"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("trap", TRAPS)
@@ -209,30 +218,30 @@ def test_what_the_section_asks_of_a_base() -> None:
     assert extension(context(factor=2), BIG) == Extension(factor=2, original=262_144, length=524_288)
     assert extension(context(1_000_000, 3), BIG) == THREE
 
-    def told(config: ContextConfig, row: int = 8192) -> list[str]:
+    def problems(config: ContextConfig, row: int = 8192) -> list[str]:
         return [f"{p.level}: {p}" for p in context_problems(config, BIG, longest_row=row)]
 
-    assert told(context()) == told(context(factor=3), 700_000) == told(context(1_000_000, 3)) == []
-    assert "above 1 is wanted" in told(context(factor=0.5))[0]
-    (four,) = told(context(factor=4))
+    assert problems(context()) == problems(context(factor=3), 700_000) == problems(context(1_000_000, 3)) == []
+    assert "above 1 is wanted" in problems(context(factor=0.5))[0]
+    (four,) = problems(context(factor=4))
     assert four.startswith("warning: context.yarn.factor = 4")
     assert "Set 2 or 3" in four
-    assert "at least 1 is wanted" in told(context(0))[0]
-    assert "Set context.yarn.factor=3, or leave context.length out" in told(context(700_000))[0]
-    assert "serves 262,144 positions already" in told(context(4096))[0]
-    assert told(context(), 300_000)[0].startswith("warning: data.tokens_per_pack = 300000")
+    assert "at least 1 is wanted" in problems(context(0))[0]
+    assert "Set context.yarn.factor=3, or leave context.length out" in problems(context(700_000))[0]
+    assert "serves 262,144 positions already" in problems(context(4096))[0]
+    assert problems(context(), 300_000)[0].startswith("warning: data.tokens_per_pack = 300000")
 
 
 def test_the_largest_position_decides() -> None:
-    def told(extended: Extension | None, largest: int) -> list[str]:
+    def lines(extended: Extension | None, largest: int) -> list[str]:
         return need_lines(BIG, extended, largest=largest, exact=True, sample="s/1")
 
-    assert told(None, 97_744)[0].endswith("position in the data is 97,744 (s/1), within the base's 262,144")
-    assert "Set context.yarn.factor=2 (a factor of 1.14 is needed)" in told(None, 300_000)[0]
-    assert [line.startswith("warning") for line in told(THREE, 97_744)] == [False, True]
-    assert "is not needed" in told(THREE, 97_744)[1]
-    assert len(told(THREE, 700_000)) == 1
-    assert "reaches position 786,432" in told(THREE, 900_000)[1]
+    assert lines(None, 97_744)[0].endswith("position in the data is 97,744 (s/1), within the base's 262,144")
+    assert "Set context.yarn.factor=2 (a factor of 1.14 is needed)" in lines(None, 300_000)[0]
+    assert [line.startswith("warning") for line in lines(THREE, 97_744)] == [False, True]
+    assert "is not needed" in lines(THREE, 97_744)[1]
+    assert len(lines(THREE, 700_000)) == 1
+    assert "reaches position 786,432" in lines(THREE, 900_000)[1]
 
 
 def test_how_to_serve_is_said_where_a_server_computes_otherwise() -> None:
@@ -249,11 +258,13 @@ def test_how_to_serve_is_said_where_a_server_computes_otherwise() -> None:
 def test_positions_of_a_corpus_are_those_of_its_samples(tmp_path: Path) -> None:
     Image.new("RGB", (320, 320)).save(tmp_path / "a.png")
     rows = [
-        {"messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Black."}],
-         "images": ["a.png"]},
+        {
+            "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Black."}],
+            "images": ["a.png"],
+        },
         {"messages": [{"role": "user", "content": "Count. " * 9}, {"role": "assistant", "content": "One."}]},
         {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": "Gone."}]},
-    ]  # fmt: skip
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"mine": SourceConfig(path=str(tmp_path / "rows.jsonl"))}
     data = DataConfig(sources=source, packs_per_step=1, workers=0, image=ImageConfig(min_tokens=90, max_tokens=110))
@@ -262,10 +273,10 @@ def test_positions_of_a_corpus_are_those_of_its_samples(tmp_path: Path) -> None:
     batches = [b for step in open_stream(data, corpus, renderer, seed=0, rank=0, size=1) for b in step.batches]
     tokens = max(int(units.tokens.max()) for units in corpus.sources)
     assert reach(corpus, renderer, enough=tokens) == Reach(positions=tokens, exact=False)
-    found = reach(corpus, renderer, enough=1)
-    assert found.positions == max(int(batch.positions[1:].max()) for batch in batches) + 1
-    assert found.exact
-    assert found.positions < tokens, "the sample of most tokens shows an image, which moves positions on by one side"
+    farthest = reach(corpus, renderer, enough=1)
+    assert farthest.positions == max(int(batch.positions[1:].max()) for batch in batches) + 1
+    assert farthest.exact
+    assert farthest.positions < tokens, "the sample of most tokens shows an image, which moves positions on by one side"
 
 
 def test_check_derives_the_context(capsys: pytest.CaptureFixture[str]) -> None:

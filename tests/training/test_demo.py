@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from starts import environment
 
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from launchers.cli import COMMANDS as KNOWN
 from launchers.cli import main
 from launchers.demo import COMMANDS
@@ -55,7 +55,7 @@ def test_the_base_sees_letters_only(material: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["base.yaml", "digits.yaml"])
 def test_recipes_have_no_problems(material: Path, recipe: str) -> None:
-    assert load(str(material / recipe))[1] == []
+    assert load_recipe(str(material / recipe))[1] == []
 
 
 def test_every_command_of_the_demo_exists() -> None:

@@ -23,7 +23,7 @@ from finetune.ask.speaker import Sampling
 from finetune.config import RunConfig
 from finetune.files.tiny import write_tiny
 from finetune.model.lora import FamilyRow
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.training.evaluation import Evaluation, held_out, measured
 from finetune.training.predictions import Answers
 
@@ -134,7 +134,7 @@ def test_it_answers_as_the_loaded_adapter_does(place: Path, two: dict, monkeypat
 
 def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1"])
+    config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1"])
     rows = [FamilyRow(family="experts", mode="full", tensors=1, trained=3, total=4, lora=None)]
     for resident, why in ((False, "they do not fit a rank"), (True, "75% of them train in full")):
         with pytest.raises(
@@ -145,7 +145,7 @@ def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPa
                 say=lambda text: None, asked=lambda: 0,
             )  # fmt: skip
     said: list[str] = []
-    config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1", "eval.answer_tokens=120"])
+    config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1", "eval.answer_tokens=120"])
     data = held_out(config, packs_per_step=1)
     asked = Answers(config.eval, data, _renderer(config), stops=frozenset([1]), wish=lambda: 0, say=said.append)
     assert not asked.asked
@@ -154,7 +154,7 @@ def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_it_cannot_measure_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    config, _ = load("tiny-cpu", [*SETTING, "eval.sources.words.path=nowhere.jsonl"])
+    config, _ = load_recipe("tiny-cpu", [*SETTING, "eval.sources.words.path=nowhere.jsonl"])
     with pytest.raises(ValueError, match=r"eval.sources.words.path is 'nowhere.jsonl', which does not exist"):
         open_corpus(held_out(config, packs_per_step=1), _renderer(config), section="eval")
     with pytest.raises(
@@ -169,7 +169,7 @@ def _renderer(config: RunConfig) -> Renderer:
 
 def _samples(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids of each held-out sample by itself, and which of them are supervised."""
-    config, _ = load("tiny-cpu", [*SETTING, *HELD_OUT])
+    config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT])
     renderer = _renderer(config)
     data = held_out(config, packs_per_step=1)
     stream = open_stream(data, open_corpus(data, renderer), renderer, seed=0, rank=0, size=1)

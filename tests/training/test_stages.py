@@ -16,7 +16,7 @@ from finetune.files.tiny import write_tiny
 from finetune.model.lora import adapted_part
 from finetune.settings.checks import cross_check
 from finetune.settings.derive import derive
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.settings.schedule import learning_rate
 from finetune.settings.stages import longest_pack, run_stages, stage_of
 
@@ -133,7 +133,7 @@ def test_wsd_stays_and_comes_down_over_its_last_steps() -> None:
 
 
 def _problems(*words: str) -> str:
-    config, problems = load("qwen3-vl-30b-a3b-lora", words)
+    config, problems = load_recipe("qwen3-vl-30b-a3b-lora", words)
     known = [problem.key for problem in problems]
     return "\n".join(f"{p.level}: {p}" for p in [*problems, *cross_check(config, ranks=None, known=known)])
 
@@ -153,7 +153,10 @@ def _problems(*words: str) -> str:
             ["stages.a.data.weights.general=2"],
             "stages.a.data.weights.general = 2.0: it has no effect with data.mixture",
         ),
-        (["stages.a.data.tokens_per_pack=0"], "stages.a.data.tokens_per_pack = 0: at least 1 is wanted"),
+        (
+            ["stages.a.data.tokens_per_pack=0"],
+            "stages.a.data.tokens_per_pack = 0: at least 1 is wanted. Set stages.a.data.tokens_per_pack=1",
+        ),
         (["stages.a.data.packs_per_step=9"], "stages.a.data.packs_per_step = 9: it must divide by the 8 data ranks"),
         (["schedule.steps=0"], "schedule.steps = 0: at least 1 is wanted"),
         (["schedule.warmup_steps=2000"], "schedule.warmup_steps = 2000: 0 to the 1000 steps of the run are wanted"),
@@ -184,7 +187,7 @@ def test_the_shipped_recipe_is_within_what_was_published() -> None:
 
 
 def test_check_prints_the_stages() -> None:
-    config, _ = load("tiny-cpu", ["stages.a.train=[merger]", "stages.b.from_step=7", "adapters.merger.lr=3e-4"])
+    config, _ = load_recipe("tiny-cpu", ["stages.a.train=[merger]", "stages.b.from_step=7", "adapters.merger.lr=3e-4"])
     lines = {line.name: line for line in derive(config, ranks=2)}
     assert lines["stage.a"].value == 7
     assert lines["stage.a"].text == "stage a: steps 0 to 6 train merger at 0.0003; 8 packs x 512 = 4,096 tokens a step"

@@ -18,7 +18,7 @@ from user_runs import TORCHRUN, TRAIN, metrics, start
 from finetune.config import ScheduleConfig
 from finetune.ranks.log import RankLog
 from finetune.ranks.watch import Watch
-from finetune.settings.recipes import load
+from finetune.settings.recipes import load_recipe
 from finetune.settings.schedule import learning_rate
 from finetune.train import main
 from finetune.training.dry_run import rehearse
@@ -155,7 +155,7 @@ def test_a_dry_run_takes_one_real_step_and_leaves_nothing(place: Path) -> None:
 def test_a_dry_run_ends_at_shards_with_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path / "shards", count=4, per_shard=4)
     (tmp_path / "shards" / "part-009.tar").write_bytes((tmp_path / "shards" / "part-000.tar").read_bytes())
-    config, _ = load("tiny-cpu", [f"data.sources.general.path={tmp_path}/shards"])
+    config, _ = load_recipe("tiny-cpu", [f"data.sources.general.path={tmp_path}/shards"])
 
     def never(*_: object) -> int:
         raise AssertionError("no step is taken")
