@@ -51,6 +51,13 @@ def test_the_tree_in_readme_names_what_is_there() -> None:
     assert {name for name in named if "." not in name} == present
 
 
+def test_files_that_docs_name_are_there() -> None:
+    pattern = r"`((?:benchmarks|configs|data|docs|finetune|launchers|moe|tests)/[\w./-]*)`"
+    named = {path for page in PAGES for path in re.findall(pattern, page.read_text())}
+    assert "finetune/train.py" in named
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 def _error_rows() -> list[tuple[str, str]]:
     text = (ROOT / "docs" / "errors.md").read_text()
     return re.findall(r"^\| `(.+?)` \| `(moetune .+?)` \|", text, re.MULTILINE)
