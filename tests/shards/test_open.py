@@ -8,6 +8,7 @@ import pytest
 from corpora import corpus_of, renderer, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
+from media_files import clip, moving
 
 from data.checks import data_problems
 from data.config import DataConfig, SourceConfig
@@ -181,6 +182,20 @@ def test_a_sample_over_the_budget_is_refused_skipped_or_split(tmp_path, caplog):
     parts = [key for key in keys if key.endswith("talk")]
     assert len(parts) >= 2
     assert len(keys) == 12 + len(parts)
+
+
+def test_a_part_counts_the_seconds_of_its_own_video(tmp_path):
+    messages = []
+    for words in (150, 100):
+        messages += [{"role": "user", "content": "<video>" + "word " * words}, {"role": "assistant", "content": "yes"}]
+    record = {"v": 1, "messages": messages, "videos": ["0.mp4", "1.mp4"]}
+    with TarWriter(tmp_path / "x.tar") as tar:
+        tar.add("talk.json", json.dumps(record).encode())
+        for number, frames in enumerate((20, 10)):
+            tar.add(f"talk.{number}.mp4", clip(moving(frames, 64, 64), rate=10))
+    config = config_of(tmp_path, overlong="split-turns", packs_per_step=1)
+    steps = list(open_stream(config, open_corpus(config, renderer()), renderer(), seed=1, rank=0, size=1))
+    assert sorted(step.video_seconds for step in steps) == pytest.approx([1.0, 2.0])
 
 
 def test_split_turns_keeps_every_turn_once_with_its_images_and_boxes():
