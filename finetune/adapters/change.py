@@ -39,11 +39,6 @@ class Change:
         """The factors' type, by its name in safetensors files."""
         return self.parts[0][0].dtype
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of both factors in the file."""
-        return sum(a.size + b.size for a, b in self.parts)
-
     def read(self) -> tuple[Tensor, Tensor]:
         """Return A [E, r, in] and B [E, out, r] as they are stored, without the scale; E is 1 for a dense matrix."""
         if self.form == "single":

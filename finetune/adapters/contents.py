@@ -1,4 +1,4 @@
-"""What an adapter file holds of a model, and what PEFT's config says of it: by families, in canonical names."""
+"""What an adapter file holds of a model, and what PEFT's config says of it: by parts, in canonical names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ _SPARSE = ("experts", "router")
 _FILE_WORDS = {"embeddings": "embed_tokens", "head": "lm_head"}
 """Older names of two parts, which the metadata of adapter files keeps."""
 _NO_MODULES = "dummy-target-modules"
-"""PEFT's word for an adapter that holds full modules only."""
+"""PEFT's name for the targets of an adapter that holds full modules only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class TrainedTensor:
 
     @property
     def is_packed(self) -> bool:
-        """Experts' factors lie in the file side by side in two dims."""
+        """Whether the factors of all experts lie in the file side by side in two dims."""
         return isinstance(self.owner, GroupedExperts) and ".lora_" in self.name
 
     @property
     def experts(self) -> int:
-        """How many experts a stack has; 1 for a dense tensor, which comes whole."""
+        """How many experts a stack has; 1 for a dense tensor, which comes in one piece."""
         return self.owner.num_experts if isinstance(self.owner, GroupedExperts) else 1
 
     @property
@@ -67,22 +67,22 @@ def read_families(text: str) -> dict[str, Lora | None]:
 
 def file_config(empty: EmptyModel, base: str) -> LoraConfig:
     """Return PEFT's config of everything that the model trains; targets by full path, in the model's own names."""
-    families = lora_by_part(empty)
-    lora = {part: options for part, options in families.items() if options is not None}
-    names: dict[str, list[str]] = {part: [] for part in families}
+    trained = lora_by_part(empty)
+    lora = {part: options for part, options in trained.items() if options is not None}
+    names: dict[str, list[str]] = {part: [] for part in trained}
     for name in empty.expected:
         names.get(part_of(name), []).append(name)
     targets = {part: lora_targets(empty.expected.items(), part) for part in lora if part not in _SPARSE}
     bare = {part: names[part] for part in _SPARSE if part in lora}
     config = peft_config(targets, lora, parameters=bare) if lora else LoraConfig(target_modules=_NO_MODULES)
-    full = [name.rpartition(".")[0] for part in families if part not in lora for name in names[part]]
+    full = [name.rpartition(".")[0] for part in trained if part not in lora for name in names[part]]
     config.modules_to_save = list(dict.fromkeys(full)) or None
     config.base_model_name_or_path, config.inference_mode = base, True
     return config
 
 
 def trained_tensors(empty: EmptyModel) -> Iterator[TrainedTensor]:
-    """Everything that trains, in the model's order."""
+    """Yield everything that trains, in the model's order."""
     for name in empty.trained:
         parameter, owner = empty.module.get_parameter(name), empty.module.get_submodule(name.rpartition(".")[0])
         canonical = empty.canonical(name)

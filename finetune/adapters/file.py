@@ -39,7 +39,7 @@ class AdapterFile:
         return {name for name in self.stored if ".lora_" in name}
 
     def size(self, name: str, rows: range | None = None) -> int:
-        """Bytes that reading rows of a tensor, or all of it, takes from the disk."""
+        """Bytes to read from the disk for rows of a tensor, or for all of it."""
         return self.stored[name].row_size * (self.stored[name].shape[0] if rows is None else len(rows))
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
@@ -85,12 +85,12 @@ def _shape_text(shape: Shape | None) -> str:
 
 
 def is_ours(folder: Path) -> bool:
-    """Say whether a folder holds an adapter that was written here; another tool's says less of itself."""
+    """Whether a folder holds an adapter that was written here; another tool's says less of itself."""
     return (folder / WEIGHTS).is_file() and FAMILIES_KEY in read_header(folder / WEIGHTS)[1]
 
 
 def open_adapter(folder: Path) -> AdapterFile:
-    """Return the adapter that `write_adapter` wrote into a folder; its tensors are read when asked for."""
+    """Open the adapter that `write_adapter` wrote into a folder; each tensor is read when it is needed."""
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no adapter: {name} is missing")
@@ -103,5 +103,9 @@ def open_adapter(folder: Path) -> AdapterFile:
     families = read_families(metadata[FAMILIES_KEY])
     stored = {name if ".lora_" in name else name.removeprefix(PEFT_PREFIX): entry for name, entry in tensors.items()}
     return AdapterFile(
-        folder=folder, stored=stored, families=families, model_type=metadata[MODEL_TYPE_KEY], metadata=metadata
-    )  # fmt: skip
+        folder=folder,
+        stored=stored,
+        families=families,
+        model_type=metadata[MODEL_TYPE_KEY],
+        metadata=metadata,
+    )

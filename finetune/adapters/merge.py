@@ -1,4 +1,4 @@
-"""A base and an adapter into one model folder: file by file, a block at a time, without building the model.
+"""Merges a base and an adapter into one model folder: file by file, a block at a time, without building the model.
 
 Nothing under the destination looks finished before everything is: the folder is made beside it and renamed at the end.
 """
@@ -46,27 +46,27 @@ class Merged:
 
     @property
     def lost(self) -> list[str]:
-        """Tensors whose whole change was swallowed by rounding."""
-        return [name for name, found in self.changes.items() if found.lost]
+        """Tensors whose change was lost entirely to rounding."""
+        return [name for name, change in self.changes.items() if change.lost]
 
     def lines(self, worst: int = 5) -> list[str]:
         """Say it for people, the tensors whose change suffered most first."""
-        found = [f"applied  {self.applied} of {self.intended} intended changes; {len(self.full)} tensors replaced"]
+        lines = [f"applied  {self.applied} of {self.intended} intended changes; {len(self.full)} tensors replaced"]
         order = sorted(self.changes.items(), key=lambda item: -item[1].error)
         total = sum(change.intended_square for change in self.changes.values())
         if total:
             error = (sum(change.error_square for change in self.changes.values()) / total) ** 0.5
-            found.append(f"rounding the realised change is {error:.2%} off the intended one over all; most in:")
-        found += [
+            lines.append(f"rounding the realised change is {error:.2%} off the intended one over all; most in:")
+        lines += [
             f"  {name}: {change.error:.2%} off, {change.unchanged / change.values:.1%} of the weights unchanged"
             for name, change in order[:worst]
         ]
         zero = [name for name, change in self.changes.items() if not change.intended_square]
         if zero:
-            found.append(f"zero     {len(zero)} changes are zero in the adapter itself, first {zero[0]}")
+            lines.append(f"zero     {len(zero)} changes are zero in the adapter itself, first {zero[0]}")
         if self.lost:
-            found.append(f"LOST     the stored type swallowed {len(self.lost)} changes whole, first {self.lost[0]}")
-        return found
+            lines.append(f"LOST     the stored type swallowed {len(self.lost)} changes whole, first {self.lost[0]}")
+        return lines
 
 
 @dataclass(kw_only=True)
@@ -93,10 +93,12 @@ def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], Non
         finally:
             torch.set_num_threads(threads)
         merged = Merged(
-            folder=out, intended=plan.intended, applied=len(work.changes) + len(work.full),
+            folder=out,
+            intended=plan.intended,
+            applied=len(work.changes) + len(work.full),
             changes={name: work.changes[name] for name in plan.source.changes if name in work.changes},
             full=tuple(sorted(work.full)),
-        )  # fmt: skip
+        )
         require_all(plan, merged)
         small = dict(plan.side_files) | {REPORT: _report(plan, merged)}
         if len(plan.files) > 1:
@@ -118,8 +120,8 @@ def require_all(plan: MergePlan, merged: Merged) -> None:
     """Raise unless each intended change was applied, to every value of its tensor."""
     skipped = [name for name in plan.source.full if name not in merged.full]
     for name, change in plan.source.changes.items():
-        found = merged.changes.get(name)
-        if found is None or found.values != prod(change.shape):
+        realised = merged.changes.get(name)
+        if realised is None or realised.values != prod(change.shape):
             skipped.append(name)
     if skipped:
         raise ValueError(
@@ -129,7 +131,7 @@ def require_all(plan: MergePlan, merged: Merged) -> None:
 
 
 def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
-    """The largest files first, so that no thread waits long for the last."""
+    """Write the largest files first, so that no thread waits long for the last."""
     order = sorted(work.plan.files, key=lambda file: -file.size)
     with ExitStack() as stack:
         # all at once: a disk too small, or a quota, is known before anything is computed
@@ -147,7 +149,7 @@ def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
 
 
 def _write_file(work: _Work, file: OutFile, out: ReservedFile) -> None:
-    """One weight file from its first byte to its last, hashed on the way."""
+    """Write one weight file from its first byte to its last, and hash it on the way."""
     widest = max(prod(shape[2:] if is_expert_stack(name) else shape[1:]) for name, (_, shape) in file.tensors.items())
     lane, digest = Lane(widest), hashlib.sha256(out.header)
     with out:
@@ -166,32 +168,32 @@ def _write_file(work: _Work, file: OutFile, out: ReservedFile) -> None:
 
 
 def _sum(work: _Work, name: str, stored: Shape, lane: Lane) -> Iterator[memoryview]:
-    """A tensor of the base plus the adapter's change of it, as it is stored, block by block."""
+    """Yield a tensor of the base plus the adapter's change to it, as it is stored, block by block."""
     plan = work.plan
     change = plan.source.changes.get(name)
     left, right = factors(change) if change is not None else (None, None)
-    found = Realised()
+    realised = Realised()
     for matrix, rows, block in blocks(plan.base, name, stored, lane):
         if work.stop.is_set():
             raise _Stopped
         if left is None or right is None:
             yield block.raw
             continue
-        block.add(left[matrix, rows.start : rows.stop], right[matrix], found)
+        block.add(left[matrix, rows.start : rows.stop], right[matrix], realised)
         yield block.out_raw
     if left is None or right is None:
         return
-    found.intended_square = intended_square(left, right)
-    if not isfinite(found.intended_square + found.error_square):
+    realised.intended_square = intended_square(left, right)
+    if not isfinite(realised.intended_square + realised.error_square):
         raise ValueError(
             f"{name}: base plus adapter is not finite; one of the two holds NaN or infinity, or the sum is too large "
             f"for the type it is stored in. Nothing was written"
         )
-    work.changes[name] = found
+    work.changes[name] = realised
 
 
 def _replacement(plan: MergePlan, name: str, kind: str) -> Iterator[memoryview]:
-    """A tensor that the adapter holds in full, in the base's type; of expert stacks one matrix at a time."""
+    """Yield a tensor that the adapter holds in full, in the base's type; of expert stacks one matrix at a time."""
     tensor = plan.source.read_full(name)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the adapter holds NaN or infinity for it. Nothing was written")
@@ -202,11 +204,11 @@ def _replacement(plan: MergePlan, name: str, kind: str) -> Iterator[memoryview]:
 def _report(plan: MergePlan, merged: Merged) -> bytes:
     tensors = {
         name: {
-            "intended_norm": found.intended,
-            "relative_error": found.error,
-            "unchanged": found.unchanged / found.values,
+            "intended_norm": realised.intended,
+            "relative_error": realised.error,
+            "unchanged": realised.unchanged / realised.values,
         }
-        for name, found in merged.changes.items()
+        for name, realised in merged.changes.items()
     }
     content = {
         "base": str(plan.base.folder),

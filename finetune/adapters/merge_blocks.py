@@ -1,6 +1,6 @@
 """The arithmetic of a merge: blocks of a base tensor plus their share of the change, in float32, rounded once.
 
-A block is small enough that what is done to it happens in the processor's cache. All is computed in the orientation
+A block is small enough to stay in the processor's cache while it is computed. Everything is computed in the orientation
 of the file that is written, so that the hub's transposed expert stacks are never turned.
 """
 
@@ -27,7 +27,7 @@ for the interpreter, larger ones leave the cache."""
 
 @dataclass(kw_only=True)
 class Realised:
-    """What became of one tensor's change: squares summed over all its values."""
+    """What became of one tensor's change: sums of squares over all its values."""
 
     values: int = 0
     unchanged: int = 0
@@ -41,7 +41,7 @@ class Realised:
 
     @property
     def error(self) -> float:
-        """How far the change in the file is from the one meant, relative to it: 0 is exact, 1 is lost."""
+        """How far the change in the file is from the intended one, relative to it: 0 is exact, 1 is lost."""
         return math.sqrt(self.error_square / self.intended_square) if self.intended_square else 0.0
 
     @property
@@ -52,7 +52,7 @@ class Realised:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A lane's buffers seen as one block: made once for each shape, as making views costs as much as the arithmetic."""
+    """A lane's buffers as one block: made once for each shape, as making views costs as much as the arithmetic."""
 
     values: Tensor
     """The base's [rows, columns], and what `raw` fills."""
@@ -68,7 +68,7 @@ class Block:
     out_bits: Any
     differs: Any
 
-    def add(self, left: Tensor, right: Tensor, found: Realised) -> None:
+    def add(self, left: Tensor, right: Tensor, realised: Realised) -> None:
         """Let `out` be values + left @ right in the values' type, and count what became of it."""
         total, other = self.total, self.other
         if self.flat.dtype == torch.float32:  # the addition itself is the only rounding
@@ -82,9 +82,9 @@ class Block:
             total.sub_(other.copy_(self.out))
         count = len(self.differs)
         np.not_equal(self.bits, self.out_bits, out=self.differs)  # several times faster than torch here
-        found.error_square += float(torch.dot(total, total))
-        found.values += count
-        found.unchanged += count - int(np.count_nonzero(self.differs))
+        realised.error_square += float(torch.dot(total, total))
+        realised.values += count
+        realised.unchanged += count - int(np.count_nonzero(self.differs))
 
 
 class Lane:
@@ -104,13 +104,21 @@ class Lane:
             count = rows * columns
             read, rounded = (buffer[: count * dtype.itemsize] for buffer in (self._read, self._rounded))
             bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+            total, other = self._total[:count], self._other[:count]
             self._blocks[key] = Block(
-                values=read.view(dtype).view(rows, columns), raw=read.numpy().data, flat=read.view(dtype),
-                out=rounded.view(dtype), out_raw=rounded.numpy().data,
-                total=self._total[:count], total_rc=self._total[:count].view(rows, columns),
-                other=self._other[:count], other_rc=self._other[:count].view(rows, columns),
-                bits=read.view(bits).numpy(), out_bits=rounded.view(bits).numpy(), differs=self._differs[:count],
-            )  # fmt: skip
+                values=read.view(dtype).view(rows, columns),
+                raw=read.numpy().data,
+                flat=read.view(dtype),
+                out=rounded.view(dtype),
+                out_raw=rounded.numpy().data,
+                total=total,
+                total_rc=total.view(rows, columns),
+                other=other,
+                other_rc=other.view(rows, columns),
+                bits=read.view(bits).numpy(),
+                out_bits=rounded.view(bits).numpy(),
+                differs=self._differs[:count],
+            )
         return self._blocks[key]
 
 
@@ -130,9 +138,9 @@ def factors(change: Change) -> tuple[Tensor, Tensor]:
 
 
 def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tuple[int, range, Block]]:
-    """Every block of a tensor in the order and orientation of the written file, with its matrix and its rows there.
+    """Yield every block of a tensor in the order and orientation of the written file, with its matrix and rows there.
 
-    The next block overwrites it.
+    Each block overwrites the one before.
     """
     experts = stored[0] if is_expert_stack(name) else 1
     matrix = stored[1:] if is_expert_stack(name) else stored
@@ -140,9 +148,9 @@ def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tu
     step = max(1, lane.size // columns)
     if is_expert_stack(name) and base.layout != "hub":
         for expert in range(experts):
-            whole = base.read(name, range(expert, expert + 1))[0].t()
+            stored_matrix = base.read(name, range(expert, expert + 1))[0].t()
             for first in range(0, rows, step):
-                part = whole[first : first + step]
+                part = stored_matrix[first : first + step]
                 block = lane.block(len(part), columns, part.dtype)
                 block.values.copy_(part)
                 yield expert, range(first, first + len(part)), block

@@ -38,7 +38,7 @@ class OutFile:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """A base, an adapter that fits it, and the files that their sum will lie in."""
+    """A base, an adapter that fits it, and the files that will hold their sum."""
 
     base: BaseFiles
     source: AdapterSource
@@ -52,8 +52,11 @@ class MergePlan:
     @property
     def need_bytes(self) -> int:
         """Room that the merged folder takes."""
-        small = sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.side_files.values())
-        return sum(file.size for file in self.files) + small
+        small = [
+            len(content) if isinstance(content, bytes) else content.stat().st_size
+            for content in self.side_files.values()
+        ]
+        return sum(file.size for file in self.files) + sum(small)
 
     @property
     def intended(self) -> int:
@@ -76,7 +79,7 @@ class MergePlan:
 
 
 def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> MergePlan:
-    """Return the plan; raises where the adapter does not belong to the base, unless that is said to be meant."""
+    """Return the plan; raises where the adapter was trained on another base, unless `other_base` allows that."""
     source = open_source(adapter, base.shapes)
     origin = "merged into another base on purpose" if other_base else require_same_base(adapter, source.metadata, base)
     source.check_copies(base)
@@ -84,9 +87,13 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
     if not learned and not source.full:
         raise ValueError(f"{adapter} changes nothing: every lora_B in it is zero. Was it saved before its first step?")
     return MergePlan(
-        base=base, source=source, files=_out_files(base), side_files=side_files_of(base.folder), origin=origin,
+        base=base,
+        source=source,
+        files=_out_files(base),
+        side_files=side_files_of(base.folder),
+        origin=origin,
         context=_context(source, base.folder),
-    )  # fmt: skip
+    )
 
 
 def _context(source: AdapterSource, base: Path) -> Extension | None:
@@ -133,6 +140,6 @@ def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
     return tuple(OutFile(name=file, tensors=tensors) for file, tensors in groups.items())
 
 
-def jobs_for(files: int, asked: int = 0) -> int:
-    """Return how many files to work on at once: one more than cores, as one waits for the disk, unless told."""
-    return max(1, min(asked or len(os.sched_getaffinity(0)) + 1, files))
+def jobs_for(files: int, jobs: int = 0) -> int:
+    """Return how many files to work on at once: `jobs`, or one more than there are cores, as one waits for the disk."""
+    return max(1, min(jobs or len(os.sched_getaffinity(0)) + 1, files))

@@ -1,4 +1,4 @@
-"""An adapter file is opened again before it counts as written: what is in it, and whether it learned anything."""
+"""Opens an adapter file again before it counts as written: what is in it, and whether it learned anything."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> 
     """Return warnings about a file that was just written; raise if it is not what was to be written.
 
     Every tensor is read, one at a time. A factor A that is zero for some expert was never filled, since none begins at
-    zero. A factor B that is zero after training learned nothing: that is a warning which names it.
+    zero. A factor B that is zero after training learned nothing, and is named in a warning.
     """
-    held, _ = read_header(file)
-    wrong = [name for name, want in expected.items() if name not in held or _unlike(held[name], want)]
-    wrong += [name for name in held if name not in expected]
+    stored, _ = read_header(file)
+    wrong = [name for name, entry in expected.items() if name not in stored or _unlike(stored[name], entry)]
+    wrong += [name for name in stored if name not in expected]
     if wrong:
         raise ValueError(f"{file} was written wrongly: {listed(wrong)}; nothing was kept")
     zero: list[str] = []
     unused: list[str] = []
-    for name, want in expected.items():
-        tensor = read_tensor(held[name])
+    for name, entry in expected.items():
+        tensor = read_tensor(stored[name])
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: {name} holds NaN or infinity; nothing was kept. The run diverged before it")
-        empty = _empty_experts(name, tensor, want.experts)
+        empty = _empty_experts(name, tensor, entry.experts)
         if ".lora_A." in name and empty:
             raise ValueError(f"{file}: {name} is zero for experts {empty[:8]}: they never came; nothing was kept")
-        if ".lora_B." in name and len(empty) == want.experts:
+        if ".lora_B." in name and len(empty) == entry.experts:
             zero.append(name)
         elif ".lora_B." in name and empty:
-            unused.append(f"{name} ({len(empty)} of {want.experts})")
+            unused.append(f"{name} ({len(empty)} of {entry.experts})")
     if not trained:
         return []
-    found = []
+    warnings = []
     if zero:
-        found.append(f"{len(zero)} tensors learned nothing, their lora_B is still zero: {listed(zero)}")
+        warnings.append(f"{len(zero)} tensors learned nothing, their lora_B is still zero: {listed(zero)}")
     if unused:
-        found.append(f"experts that no token reached have a lora_B of zero in {listed(unused)}")
-    return found
+        warnings.append(f"experts that no token reached have a lora_B of zero in {listed(unused)}")
+    return warnings
 
 
-def _unlike(stored: Stored, want: Expected) -> bool:
-    return (stored.dtype, tuple(stored.shape)) != (want.dtype, tuple(want.shape)) or stored.dtype not in FLOAT_TYPES
+def _unlike(stored: Stored, entry: Expected) -> bool:
+    return (stored.dtype, tuple(stored.shape)) != (entry.dtype, tuple(entry.shape)) or stored.dtype not in FLOAT_TYPES
 
 
 def _empty_experts(name: str, tensor: torch.Tensor, experts: int) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""Adapters read as changes of a base's tensors, whoever wrote them: ours, PEFT's, or 2-D keys expert by expert."""
+"""Reads any tool's adapter as changes of a base's tensors: ours, PEFT's, or 2-D keys expert by expert."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     check_config(config, folder)
     check_numbers(config, folder / CONFIG)
     parsed = {name: parse_key(name, folder) for name in stored}
-    whole = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
-    copies = {key.replace(_COPY, "."): tensor for key, tensor in whole.items() if _COPY in key}
-    full = {key: tensor for key, tensor in whole.items() if _COPY not in key}
+    not_factors = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
+    copies = {key.replace(_COPY, "."): tensor for key, tensor in not_factors.items() if _COPY in key}
+    full = {key: tensor for key, tensor in not_factors.items() if _COPY not in key}
     factors = {key: stored[name] for name, key in parsed.items() if isinstance(key, Key)}
     context = FileContext(folder=folder, config=config, metadata=metadata, shapes=shapes)
     changes = changes_of(context, _pairs(factors, folder))
@@ -72,11 +72,11 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
         raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
     for name, tensor in [*full.items(), *copies.items()]:
         check_full(context, name, tensor)
-    lacking = missing_targets(config, shapes or {}, {*changes, *full})
-    if lacking:
+    missing = missing_targets(config, shapes or {}, {*changes, *full})
+    if missing:
         raise ValueError(
-            f"{folder} is not whole: {CONFIG} says that {lacking[0]} is adapted, and {WEIGHTS} has no factors for it"
-            f"{f', nor for {len(lacking) - 1} more' if len(lacking) > 1 else ''}. Some tools save one rank's or one "
+            f"{folder} is not whole: {CONFIG} says that {missing[0]} is adapted, and {WEIGHTS} has no factors for it"
+            f"{f', nor for {len(missing) - 1} more' if len(missing) > 1 else ''}. Some tools save one rank's or one "
             f"stage's part: save it again, or name what it lacks in exclude_modules"
         )
     order = {name: at for at, name in enumerate(shapes or {})}

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there: made beside their destination, written through to the disk, then renamed."""
+"""Folders that are complete or not there: made beside their destination, written through to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its name when the block ends without an error.
+    """Yield an empty folder beside `folder` that takes its name when the block ends without an error.
 
-    After an error nothing is under `folder` and what was written is removed; a full disk gets a sentence of its own.
+    After an error nothing is under `folder` and what was written is removed; a full disk gets a message of its own.
     The destination must be absent or empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -44,7 +44,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def _claim(beside: Path, folder: Path) -> int:
-    """Make the folder and keep other processes out while the descriptor is open; what a dead run left in it goes."""
+    """Make the folder, empty it of what a dead run left, and lock other processes out while the descriptor is open."""
     beside.mkdir(parents=True, exist_ok=True)
     handle = os.open(beside, os.O_RDONLY | os.O_DIRECTORY)
     try:

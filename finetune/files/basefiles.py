@@ -1,6 +1,6 @@
-"""A checkpoint's weight files: what they hold, whether that is the whole model, and reading single tensors from them.
+"""A base's weight files: what they hold, whether that is the complete model, and reading single tensors from them.
 
-All but `BaseFiles.read` looks at headers only, so a damaged or foreign checkpoint is refused in seconds, before any
+All but `BaseFiles.read` looks at headers only, so a damaged or foreign base is refused in seconds, before any
 process group or any weight exists.
 """
 
@@ -28,19 +28,13 @@ if TYPE_CHECKING:
 class WeightFiles:
     """Every tensor in a folder's weight files by key, and the layout that their metadata claims, if any."""
 
-    folder: Path
     tensors: Mapping[str, Stored]
     layout: str | None
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.size for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFiles:
-    """A whole checkpoint: reads its tensors by canonical name, as they lie in memory."""
+    """A complete base: reads its tensors by canonical name, as they lie in memory."""
 
     folder: Path
     layout: Layout
@@ -53,14 +47,14 @@ class BaseFiles:
         return {name: self._parts(name, 0)[0].dtype for name in self.shapes}
 
     def size(self, name: str, rows: range | None = None) -> int:
-        """Bytes that reading `rows` of a tensor, or all of it, takes from the disk."""
+        """Bytes to read from the disk for `rows` of a tensor, or for all of it."""
         rows = range(self.shapes[name][0]) if rows is None else rows
         if self.layout == "per_expert" and is_expert_stack(name):
             return len(rows) * sum(part.size for part in self._parts(name, 0))
         return len(rows) * self.stored[name].row_size
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        """A canonical tensor, or the experts `rows` of a stack. Holds the result and one expert's matrix at most."""
+        """Read a canonical tensor, or the experts `rows` of a stack, with one expert's matrix in memory beside it."""
         import torch
 
         shape = self.shapes[name]
@@ -80,7 +74,7 @@ class BaseFiles:
         return result
 
     def out_feature(self, name: str, expert: int, row: int) -> torch.Tensor:
-        """The weights of one output feature of one expert of a stack, found by the layout's definition alone."""
+        """Read the weights of one output feature of one expert, located by the layout's definition alone."""
         if self.layout == "per_expert":
             parts = self._parts(name, expert)
             height = parts[0].shape[0]
@@ -96,17 +90,17 @@ class BaseFiles:
 
 
 def open_base(folder: Path, shapes: Mapping[str, Shape] | None = None, *, layout: str = "auto") -> BaseFiles:
-    """The checkpoint in `folder`, after checking from headers alone that it is whole and fits its config.json.
+    """Open the base in `folder`, after checking from headers alone that it is complete and fits its config.json.
 
     `shapes` are the canonical shapes of the model to be filled; without them a Qwen3-VL is read from the config.json.
     `layout` is `model.layout`: auto, hub, memory or per_expert.
     """
     files = weight_files(folder)
     needed = shapes if shapes is not None else parameter_shapes(read_family(folder))
-    held = {key: tensor.shape for key, tensor in files.tensors.items()}
-    found = recognise(held, needed, metadata=files.layout, word=layout, where=f"the weight files in {folder}")
-    check_keys(files.tensors, needed, found, where=str(folder))
-    return BaseFiles(folder=folder, layout=found, stored=files.tensors, shapes=needed)
+    stored = {key: tensor.shape for key, tensor in files.tensors.items()}
+    known = recognise(stored, needed, metadata=files.layout, setting=layout, where=f"the weight files in {folder}")
+    check_keys(files.tensors, needed, known, where=str(folder))
+    return BaseFiles(folder=folder, layout=known, stored=files.tensors, shapes=needed)
 
 
 def weight_files(folder: Path) -> WeightFiles:
@@ -117,23 +111,23 @@ def weight_files(folder: Path) -> WeightFiles:
     claims: dict[str | None, str] = {}
     for name in names:
         try:
-            held, metadata = read_header(folder / name)
+            in_file, metadata = read_header(folder / name)
         except ValueError as error:
             problems.append(str(error))
             continue
         claims.setdefault(metadata.get(LAYOUT_KEY), name)
-        twice = sorted(held.keys() & tensors.keys())
+        twice = sorted(in_file.keys() & tensors.keys())
         if twice:
             problems.append(f"{folder / name} and {tensors[twice[0]].file.name} both hold {listed(twice)}")
-        tensors |= held
+        tensors |= in_file
         if mapped is not None:
-            problems += _index_problems(folder, name, held, mapped)
+            problems += _index_problems(folder, name, in_file, mapped)
     if len(claims) > 1:
-        shown = ", ".join(f"{file} {claim or 'none'}" for claim, file in claims.items())
-        problems.append(f"the files in {folder} name different layouts: {shown}; they come from two sources")
+        layouts = ", ".join(f"{file} {claim or 'none'}" for claim, file in claims.items())
+        problems.append(f"the files in {folder} name different layouts: {layouts}; they come from two sources")
     if problems:
         raise ValueError("\n".join(problems))
-    return WeightFiles(folder=folder, tensors=tensors, layout=next(iter(claims), None))
+    return WeightFiles(tensors=tensors, layout=next(iter(claims), None))
 
 
 def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -169,11 +163,12 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     return named, mapped
 
 
-def _index_problems(folder: Path, name: str, held: Mapping[str, Stored], mapped: Mapping[str, str]) -> list[str]:
+def _index_problems(folder: Path, name: str, in_file: Mapping[str, Stored], mapped: Mapping[str, str]) -> list[str]:
     promised = {key for key, file in mapped.items() if file == name}
-    found = []
-    if promised - held.keys():
-        found.append(f"{folder / name} lacks {listed(sorted(promised - held.keys()))}, which {INDEX} says it holds")
-    if held.keys() - promised:
-        found.append(f"{folder / INDEX} does not say that {name} holds {listed(sorted(held.keys() - promised))}")
-    return found
+    absent, unnamed = sorted(promised - in_file.keys()), sorted(in_file.keys() - promised)
+    problems = []
+    if absent:
+        problems.append(f"{folder / name} lacks {listed(absent)}, which {INDEX} says it holds")
+    if unnamed:
+        problems.append(f"{folder / INDEX} does not say that {name} holds {listed(unnamed)}")
+    return problems

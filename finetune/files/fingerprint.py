@@ -1,7 +1,7 @@
-"""Which base an adapter belongs to: a hash of a base's values that is the same in every layout and sharding of it.
+"""Identifies the base of an adapter or a checkpoint by a hash of values, the same in every layout and sharding of it.
 
-Of each tensor a few values are hashed, at places that its name decides. Another model of the same shape, or a further
-trained one, has other values; a copy in another layout, split into other files, or stored in a wider type has the same.
+Of each tensor a few values are hashed, at places that its name decides. Another model of the same shape, or one that
+was trained further, has other values; a copy in another layout, in other files, or in a wider type has the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune.files.layouts import single_expert
 from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, Stored
 
 VALUES = 16
-"""Values that are looked at in each tensor: some ten thousand small reads for the largest model."""
+"""Values read of each tensor: some ten thousand small reads for the largest model."""
 
 
 def fingerprint(files: BaseFiles) -> str:
@@ -43,7 +43,7 @@ def fingerprint(files: BaseFiles) -> str:
 
 
 def _places(name: str, shape: Shape) -> Iterator[int]:
-    """Flat indexes, as the tensor lies in memory."""
+    """The flat indexes of the values, as the tensor lies in memory."""
     size = math.prod(shape)
     raw = hashlib.shake_256(name.encode()).digest(8 * VALUES)
     return (number % size for number in struct.unpack(f"<{VALUES}Q", raw))

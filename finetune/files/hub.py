@@ -1,11 +1,11 @@
-"""From what the user calls a model to a folder: a local one, or a hub id through huggingface_hub and its cache."""
+"""Finds the folder of a model: a local one, or a hub id through huggingface_hub and its cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 # Other frameworks' copies of the weights, and none of the files that a model folder needs.
-_NEVER = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "original/*"]
+_UNNEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "original/*"]
 _NEEDED = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -13,14 +13,12 @@ def model_folder(
     model: str,
     *,
     revision: str | None = None,
-    weights: bool = True,
     cache: Path | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """The folder of `model`: a local path, or a hub id such as Qwen/Qwen3-VL-30B-A3B-Instruct, fetched if need be.
+    """Return the folder of `model`: a local path, or a hub id such as Qwen/Qwen3-VL-30B-A3B-Instruct, which is fetched.
 
-    `weights=False` fetches all but the weight files. Several processes of one host should not call this at once with
-    weights: let one fetch, then the others find the cache filled.
+    Several processes of one host should not call this at once: let one fetch, then the others find the cache filled.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -29,11 +27,11 @@ def model_folder(
         return require_files(path)
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise ValueError(f"model.path: {path} is no folder; give a folder with a config.json, or a hub id (owner/name)")
-    return require_files(_fetch(model, revision, weights, cache, endpoint))
+    return require_files(_fetch(model, revision, cache, endpoint))
 
 
 def require_files(folder: Path) -> Path:
-    """`folder` itself, after checking that the files that every model folder needs are there; one error names all."""
+    """Return `folder` after checking that the files which every model folder needs are there; one error names all."""
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not vocabulary and not (folder / "tokenizer.json").is_file():
@@ -46,7 +44,7 @@ def require_files(folder: Path) -> Path:
     return folder
 
 
-def _fetch(model: str, revision: str | None, weights: bool, cache: Path | None, endpoint: str | None) -> Path:
+def _fetch(model: str, revision: str | None, cache: Path | None, endpoint: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -61,12 +59,8 @@ def _fetch(model: str, revision: str | None, weights: bool, cache: Path | None, 
     named = f"model.path: {model}" + (f" at revision {revision}" if revision else "")
     where = cache or Path(constants.HF_HUB_CACHE)
     try:
-        found = snapshot_download(
-            model,
-            revision=revision,
-            cache_dir=cache,
-            endpoint=endpoint,
-            ignore_patterns=_NEVER if weights else [*_NEVER, "*.safetensors"],
+        folder = snapshot_download(
+            model, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=_UNNEEDED
         )
     except HFValidationError as error:
         raise ValueError(f"{named} is neither a folder here nor a hub id (owner/name): {error}") from error
@@ -95,4 +89,4 @@ def _fetch(model: str, revision: str | None, weights: bool, cache: Path | None, 
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"{named} could not be fetched from the hub: {error}") from error
-    return Path(found)
+    return Path(folder)

@@ -20,30 +20,23 @@ from finetune.files.jsonblock import Block, as_count, as_flag, as_indexes, as_nu
 TRANSFORMERS_VERSION = "4.57.0.dev0"  # what the published files carry; it is no key that changes how they are read
 
 
-def family_of(name_or_folder: str) -> Family:
-    """The family that `model.family` means: a name of the table, or a folder (or config.json) to read it from."""
-    path = Path(name_or_folder)
-    if path.is_dir() or path.suffix == ".json":
-        return read_family(path)
-    return known_family(name_or_folder)
-
-
 def read_family(path: Path) -> Family:
-    """The family described by a folder's config.json. Named as in the table where it equals an entry of it."""
+    """Read the family that a folder's config.json describes; one that equals an entry of the table has its name."""
     file = path / "config.json" if path.suffix != ".json" else path
-    found = _family(Block(file=file, key="", values=load_json(file)))
-    problems = family_problems(found)
+    described = _family(Block(file=file, key="", values=load_json(file)))
+    problems = family_problems(described)
     if problems:
         raise ValueError(f"{file} contradicts itself: {'; '.join(problems)}")
     for name in family_names():
-        if hub_config(known_family(name)) == hub_config(found):
+        if hub_config(known_family(name)) == hub_config(described):
             return known_family(name)
-    return found
+    return described
 
 
 def hub_config(family: Family) -> dict[str, Any]:
-    """The family's config.json as the hub spells it; for the published sizes equal to the published file."""
-    text, vision, rope, experts = family.text, family.vision, family.text.rope, family.text.experts
+    """Return the family's config.json as the hub spells it; for the published sizes it equals the published file."""
+    text, vision = family.text, family.vision
+    rope, experts = text.rope, text.experts
     text_config: dict[str, Any] = {
         key: getattr(text, key) for key in Text.__dataclass_fields__ if key not in ("experts", "rope")
     }
@@ -76,7 +69,7 @@ def hub_config(family: Family) -> dict[str, Any]:
 
 
 def to_hub_spelling(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config.json's object in the hub's spelling; keys that no spelling touches are kept as they are."""
+    """Copy a config.json's object into the hub's spelling; keys that are spelt alike stay as they are."""
     config = dict(config)
     text, vision = dict(config["text_config"]), dict(config["vision_config"])
     if "num_local_experts" in text:
@@ -93,7 +86,7 @@ def to_hub_spelling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """The bytes of a config.json: sorted keys, two spaces, closing newline, as the published files have them."""
+    """Return the text of a config.json: sorted keys, two spaces, closing newline, as the published files have them."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -116,7 +109,7 @@ def _family(root: Block) -> Family:
         name=(root.file.parent if root.file.name == "config.json" else root.file).name,
         text=_text(text, moe=model_type == "qwen3_vl_moe"),
         vision=_vision(root.block("vision_config")),
-        # The root's word counts, as in transformers; the class default of the text block would tie every MoE head.
+        # The root's value counts, as in transformers; the class default of the text block would tie every MoE head.
         tie_word_embeddings=root.get("tie_word_embeddings", as_flag, default=False),
         **{key: root.get(key, as_token, default=default) for key, default in _TOKENS.items()},
     )

@@ -15,31 +15,32 @@ from finetune.architecture.families import Family
 from finetune.files.jsonblock import load_json
 
 # In id order, right after the base vocabulary. The second group is no "special" token to readers that skip those.
-SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
-PLAIN_TOKENS = (
-    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-    "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
-)  # fmt: skip
+_SPECIAL = """
+    endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
+    vision_start vision_end vision_pad image_pad video_pad
+"""
+SPECIAL_TOKENS = tuple(f"<|{name}|>" for name in _SPECIAL.split())
+_PLAIN = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+    <tool_response> </tool_response> <think> </think>
+"""
+PLAIN_TOKENS = tuple(_PLAIN.split())
 
 
 def added_token_ids(first: int) -> dict[str, int]:
-    """The ids of Qwen's added tokens when the base vocabulary has `first` entries."""
+    """Return the ids of Qwen's added tokens where the base vocabulary has `first` entries."""
     return {token: first + at for at, token in enumerate(SPECIAL_TOKENS + PLAIN_TOKENS)}
 
 
 def chat_template() -> str:
-    """Qwen3-VL's own chat template, as its repositories carry it."""
+    """Return Qwen3-VL's own chat template, as its repositories carry it."""
     return files("finetune").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def side_files(family: Family, first_added_token: int, *, image_min_tokens: int = 64) -> dict[str, bytes]:
-    """Everything of a model folder but weights, config.json and the vocabulary: file name -> content.
+    """Return all files of a model folder but weights, config.json and the vocabulary: file name -> content.
 
-    Images smaller than so many tokens are enlarged; the published models have 64, that is 256 x 256 pixels.
+    Images of fewer than `image_min_tokens` are enlarged; the published models have 64, that is 256 x 256 pixels.
     """
     vision = family.vision
     patches = {
@@ -51,7 +52,7 @@ def side_files(family: Family, first_added_token: int, *, image_min_tokens: int 
         "processor_class": "Qwen3VLProcessor",
     }
     area = (vision.patch_size * vision.spatial_merge_size) ** 2  # pixels behind one token
-    # The budgets count pixels: of one image, and of all frames of a whole clip.
+    # The budgets count pixels: of one image, and of all frames of a clip.
     image = {"size": {"longest_edge": 16_777_216, "shortest_edge": image_min_tokens * area}, **patches}
     video = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4_096}, **patches}
     return {
@@ -112,16 +113,16 @@ def _json(content: Mapping[str, Any], *, indent: int) -> bytes:
 
 
 def stop_tokens(folder: Path) -> frozenset[int]:
-    """The tokens that end an answer, as the base's own generation settings name them."""
-    found: Any = None
+    """Return the tokens that end an answer, as the base's own generation settings name them."""
+    tokens: Any = None
     if (folder / "generation_config.json").is_file():
-        found = load_json(folder / "generation_config.json").get("eos_token_id")
-    if found is None:
+        tokens = load_json(folder / "generation_config.json").get("eos_token_id")
+    if tokens is None:
         config = load_json(folder / "config.json")
-        found = config.get("text_config", config).get("eos_token_id")
-    if found is None:
+        tokens = config.get("text_config", config).get("eos_token_id")
+    if tokens is None:
         raise ValueError(
             f"{folder}: neither generation_config.json nor config.json says which token ends an answer "
             f"(eos_token_id). Copy generation_config.json from the release the weights came from"
         )
-    return frozenset(found if isinstance(found, list) else [found])
+    return frozenset(tokens if isinstance(tokens, list) else [tokens])

@@ -1,4 +1,4 @@
-"""Reading JSON files whose every value is checked, and every complaint about which names file and key. No torch."""
+"""Reads JSON files and checks every value; each error names the file and the key. No torch."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Any
 
 
 def load_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; one clear error for a missing, unreadable or non-object file."""
+    """Return the object in a JSON file; one clear error for a missing, unreadable or non-object file."""
     if not file.is_file():
         raise ValueError(f"{file} is not there; a model folder needs it")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a JSON {type(found).__name__}, not an object")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")
+    return content
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One object of a config.json, which knows its file and key for error messages."""
+    """One object of a config.json, with its file and key for error messages."""
 
     file: Path
     key: str
     values: dict[str, Any]
 
     def get(self, key: str, kind: Callable[[Any], Any], *, instead: str = "", default: Any = None) -> Any:
-        """The value at `key` (or at its other spelling `instead`), checked to be of `kind`."""
+        """Return the value at `key` (or at its other spelling `instead`), checked to be of `kind`."""
         for name in (key, instead):
             if name and self.values.get(name) is not None:
                 try:
@@ -44,7 +44,7 @@ class Block:
         raise ValueError(f"{self.file} lacks {spelt}; it decides the model and no default is safe")
 
     def block(self, key: str) -> Block:
-        """The object at `key`."""
+        """Return the object at `key`."""
         return Block(file=self.file, key=f"{self.key}{key}.", values=self.get(key, as_object))
 
 

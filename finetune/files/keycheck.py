@@ -36,8 +36,8 @@ def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout
         lines.append(f"{len(unreadable)} of a type other than {', '.join(FLOAT_TYPES)}: {listed(pairs)}")
     if mixed:
         lines.append(f"{len(mixed)} expert stacks of several types: {listed(mixed)}")
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    causes = _causes(missing, unexpected, misshaped, found, expected)
+    shapes_in_files = {name: tensor.shape for name, tensor in stored.items()}
+    causes = _causes(missing, unexpected, misshaped, shapes_in_files, expected)
     if unreadable:
         causes.append("the checkpoint is quantised; training needs the original one")
     lines += [f"Likely cause: {cause}." for cause in causes]
@@ -52,7 +52,7 @@ def _mixed_types(stored: Mapping[str, Stored], expected: Mapping[str, Shape]) ->
         if experts and name in stored:
             stack = "down" if rest.endswith("down_proj.weight") else "gate_up"
             types.setdefault(f"{stem}{experts}{stack}" if rest[0].isdigit() else name, set()).add(stored[name].dtype)
-    return [f"{stack} ({', '.join(sorted(found))})" for stack, found in types.items() if len(found) > 1]
+    return [f"{stack} ({', '.join(sorted(kinds))})" for stack, kinds in types.items() if len(kinds) > 1]
 
 
 def _causes(
@@ -62,46 +62,46 @@ def _causes(
     shapes: Mapping[str, Shape],
     expected: Mapping[str, Shape],
 ) -> list[str]:
-    found = _naming_causes(missing, unexpected, expected)
+    causes = _naming_causes(missing, unexpected, expected)
     if HEAD in unexpected and HEAD not in expected:
-        found.append(
+        causes.append(
             "config.json ties the head to the embedding (tie_word_embeddings true), but the files hold a head of their "
             "own; with true the head would be dropped, so set it to false if the head was trained apart"
         )
     if missing == [HEAD]:
-        found.append("the files hold a tied head, but config.json says tie_word_embeddings false")
+        causes.append("the files hold a tied head, but config.json says tie_word_embeddings false")
     if missing and all(name.startswith(VISUAL) for name in missing):
-        found.append("these are the weights of a text model; the vision tower is not in them")
+        causes.append("these are the weights of a text model; the vision tower is not in them")
     if misshaped and all(is_expert_stack(name) for name in misshaped) and _swapped(misshaped, shapes, expected):
-        found.append(
+        causes.append(
             "the experts are stored in the other fused layout; leave model.layout at auto, or set it to hub (published "
             "files, transformers 4) or memory (saved by transformers 5)"
         )
     elif misshaped and set(misshaped) <= {EMBEDDING, HEAD}:
-        found.append("the vocabulary was resized; set text_config.vocab_size to the files' first dim")
+        causes.append("the vocabulary was resized; set text_config.vocab_size to the files' first dim")
     elif misshaped:
-        found.append("config.json belongs to another size than the weights")
-    return found
+        causes.append("config.json belongs to another size than the weights")
+    return causes
 
 
 def _naming_causes(missing: list[str], unexpected: list[str], expected: Mapping[str, Shape]) -> list[str]:
-    found = []
+    causes = []
     if any(".mlp.experts." in name for name in missing) and any(".mlp.experts." in name for name in unexpected):
-        found.append("the experts are stored under other names than this layout has; leave model.layout at auto")
+        causes.append("the experts are stored under other names than this layout has; leave model.layout at auto")
     wrappings = ("base_model.model.", "module.", "_orig_mod.", "model.model.")
     for prefix in wrappings:
         if any(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in unexpected):
-            found.append(f"the keys carry the prefix {prefix!r} of a training wrapper; save the model inside it")
+            causes.append(f"the keys carry the prefix {prefix!r} of a training wrapper; save the model inside it")
     if any(".lora_" in name for name in unexpected):
-        found.append("these are an adapter's weights, not a model's; merge the adapter first")
+        causes.append("these are an adapter's weights, not a model's; merge the adapter first")
     if any(f"model.{name}" in expected for name in unexpected):
-        found.append("the keys lack their first word, model.; they were saved from the inner model")
+        causes.append("the keys lack their first word, model.; they were saved from the inner model")
     if any(".language_model." not in name and name.startswith("model.layers.") for name in unexpected):
-        found.append("these are the weights of a text model (model.layers.*, no model.language_model.*)")
+        causes.append("these are the weights of a text model (model.layers.*, no model.language_model.*)")
     layers = {name.split(".layers.")[1].split(".")[0] for name in unexpected if ".language_model.layers." in name}
     if layers and not missing:
-        found.append(f"the files hold {len(layers)} more layers than num_hidden_layers in config.json says")
-    return found
+        causes.append(f"the files hold {len(layers)} more layers than num_hidden_layers in config.json says")
+    return causes
 
 
 def _swapped(misshaped: list[str], shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> bool:

@@ -20,7 +20,7 @@ HUB_METADATA = {"format": "pt", LAYOUT_KEY: "hub"}
 """What the weight files that this package writes say of themselves."""
 
 _SINGLE = re.compile(r"\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight$")
-_WORDS = ("auto", *get_args(Layout))
+_SETTINGS = ("auto", *get_args(Layout))
 
 
 def stored_shape(name: str, shape: Shape, layout: Layout) -> Shape:
@@ -32,13 +32,13 @@ def stored_shape(name: str, shape: Shape, layout: Layout) -> Shape:
 
 def stored_shapes(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Shape]:
     """Key -> shape in files of this layout of everything that a model of these canonical shapes needs."""
-    found: dict[str, Shape] = {}
+    stored: dict[str, Shape] = {}
     for name, shape in shapes.items():
         if layout == "per_expert" and is_expert_stack(name):
-            found |= {key: part for expert in range(shape[0]) for key, part in single_expert(name, shape, expert)}
+            stored |= dict(pair for expert in range(shape[0]) for pair in single_expert(name, shape, expert))
         else:
-            found[name] = stored_shape(name, shape, layout)
-    return found
+            stored[name] = stored_shape(name, shape, layout)
+    return stored
 
 
 def single_expert(name: str, shape: Shape, expert: int) -> list[tuple[str, Shape]]:
@@ -51,30 +51,30 @@ def single_expert(name: str, shape: Shape, expert: int) -> list[tuple[str, Shape
 
 
 def recognise(
-    found: Mapping[str, Shape],
+    stored: Mapping[str, Shape],
     needed: Mapping[str, Shape],
     *,
     metadata: str | None,
-    word: str = "auto",
+    setting: str = "auto",
     where: str = "the files",
 ) -> Layout:
-    """The layout of files with the keys and shapes `found`, for a model that needs `needed`.
+    """Return the layout of files with the keys and shapes `stored`, for a model that needs `needed`.
 
-    The user's `word` decides, else the metadata, else the shapes.
+    The user's `setting` decides, else the metadata, else the shapes.
 
-    Raises where the shapes contradict each other, or where they would be the same in both fused layouts: guessing
-    there loads transposed experts without any other sign.
+    Raises where the shapes contradict each other, or where they would be the same in both fused layouts: a wrong
+    guess would load transposed experts without any other sign.
     """
-    if word not in _WORDS:
-        raise ValueError(f"model.layout is {word!r}; allowed are {', '.join(_WORDS)}")
-    claim = word if word != "auto" else metadata
+    if setting not in _SETTINGS:
+        raise ValueError(f"model.layout is {setting!r}; allowed are {', '.join(_SETTINGS)}")
+    claim = setting if setting != "auto" else metadata
     if claim is not None:
         return _known(claim, where)
-    if any(_SINGLE.search(name) for name in found):
+    if any(_SINGLE.search(name) for name in stored):
         return "per_expert"
     votes: dict[Layout, str] = {}
     for name, shape in needed.items():
-        if not is_expert_stack(name) or name not in found:
+        if not is_expert_stack(name) or name not in stored:
             continue
         hub, memory = stored_shape(name, shape, "hub"), stored_shape(name, shape, "memory")
         if hub == memory:
@@ -83,9 +83,9 @@ def recognise(
                 f"the files cannot say which one they hold. Set model.layout to hub (published files, transformers 4) "
                 f"or memory (saved by transformers 5)"
             )
-        if found[name] == hub:
+        if stored[name] == hub:
             votes.setdefault("hub", name)
-        elif found[name] == memory:
+        elif stored[name] == memory:
             votes.setdefault("memory", name)
     if len(votes) > 1:
         raise ValueError(

@@ -59,7 +59,7 @@ class Stored:
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Every tensor of a file and the file's metadata. Checks that the file holds exactly the bytes it announces."""
+    """Return a file's tensors and metadata, after checking that it holds exactly the bytes that it announces."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = _LENGTH.unpack(handle.read(8))[0] if size >= 8 else 0
@@ -83,20 +83,20 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def _entry(file: Path, name: str, entry: dict[str, Any], start: int) -> Stored:
     try:
         begin, end = entry["data_offsets"]
-        found = Stored(name=name, file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]), begin=start + begin)
-        wrong = found.size != end - begin or begin < 0
+        tensor = Stored(name=name, file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]), begin=start + begin)
+        wrong = tensor.size != end - begin or begin < 0
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a damaged safetensors header: {name!r} is described by {entry!r}") from error
     if wrong:
         raise ValueError(
-            f"{file} has a damaged safetensors header: {name!r} of {found.dtype} {list(found.shape)} needs "
-            f"{found.size} bytes, its offsets give {end - begin}"
+            f"{file} has a damaged safetensors header: {name!r} of {tensor.dtype} {list(tensor.shape)} needs "
+            f"{tensor.size} bytes, its offsets give {end - begin}"
         )
-    return found
+    return tensor
 
 
 def _check_extent(file: Path, tensors: Mapping[str, Stored], *, start: int, size: int) -> None:
-    """The tensors lie end to end, and the file ends where the last one does."""
+    """Raise unless the tensors lie end to end, and the file ends where the last one does."""
     at = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
         if tensor.begin != at:
@@ -110,17 +110,17 @@ def _check_extent(file: Path, tensors: Mapping[str, Stored], *, start: int, size
 
 
 def file_size(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> int:
-    """Bytes of a file for tensors of (dtype, shape) by name, its header included."""
+    """Return the bytes of a file for tensors of (dtype, shape) by name, its header included."""
     return len(_header(kinds, metadata)[0]) + tensor_bytes(kinds)
 
 
 def tensor_bytes(kinds: Mapping[str, tuple[str, Shape]]) -> int:
-    """Bytes of tensors of (dtype, shape) by name."""
+    """Return the bytes of tensors of (dtype, shape) by name."""
     return sum(math.prod(shape) * ITEM_SIZES[dtype] for dtype, shape in kinds.values())
 
 
 def _header(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """The header of a file for tensors of (dtype, shape) by name, and the first byte of each tensor in that file."""
+    """Return a file's header for tensors of (dtype, shape) by name, and the first byte of each tensor in that file."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, at = {}, 0
     for name, (dtype, shape) in kinds.items():
@@ -142,13 +142,14 @@ def read_tensor(tensor: Stored, rows: range | None = None) -> torch.Tensor:
             f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; weights are read from "
             f"{', '.join(FLOAT_TYPES)} only. A quantised checkpoint cannot be trained; take the original one"
         )
-    first, size, shape = 0, tensor.size, tensor.shape
+    begin, size = 0, tensor.size
+    shape = tensor.shape
     if rows is not None:
-        first, size = rows.start * tensor.row_size, len(rows) * tensor.row_size
+        begin, size = rows.start * tensor.row_size, len(rows) * tensor.row_size
         shape = (len(rows), *tensor.shape[1:])
     raw = torch.empty(size, dtype=torch.uint8)
     with tensor.file.open("rb", buffering=0) as file:
-        read_bytes(file.fileno(), tensor, raw.numpy().data, first)
+        read_bytes(file.fileno(), tensor, raw.numpy().data, begin)
     return raw.view(torch_type(tensor.dtype)).reshape(shape)
 
 
@@ -163,7 +164,7 @@ def read_bytes(handle: int, tensor: Stored, buffer: memoryview, begin: int) -> N
 
 
 def torch_type(dtype: str) -> torch.dtype:
-    """The torch type of a safetensors type name, one of `FLOAT_TYPES`."""
+    """Return the torch type of a safetensors type name, one of `FLOAT_TYPES`."""
     import torch
 
     kind: torch.dtype = getattr(torch, FLOAT_TYPES[dtype])
@@ -171,12 +172,12 @@ def torch_type(dtype: str) -> torch.dtype:
 
 
 def type_name(kind: torch.dtype) -> str:
-    """The safetensors name of a torch type; empty where it is none of `FLOAT_TYPES`."""
+    """Return the safetensors name of a torch type; empty where it is none of `FLOAT_TYPES`."""
     return TYPE_NAMES.get(str(kind).removeprefix("torch."), "")
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's values as they lie in a file; copied only where they are not contiguous in the host's memory."""
+    """Return a tensor's values as a file holds them; copied where they are not contiguous in the host's memory."""
     import torch
 
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

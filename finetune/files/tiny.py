@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """The dimensions of a tiny model. All defaults differ, so that a swapped dim cannot go unseen.
+    """The dimensions of a tiny model. All defaults differ, so that a swapped dim is noticed.
 
     `experts` is None for a dense model. In expert layers D is `hidden`, F is `expert_hidden`.
     """
@@ -47,7 +47,7 @@ class TinyModel:
     image_min_tokens: int = 64
     tokenizer: Literal["tiny", "qwen3"] = "tiny"
     vocabulary: int | None = None
-    """Rows of embedding and head; None: the tokens, and some that none uses."""
+    """Rows of embedding and head; None: as many as there are tokens, and some that no token uses."""
     dtype: str = "float32"
     tied: bool = False
     seed: int = 0
@@ -74,7 +74,7 @@ def write_tiny(folder: Path, model: TinyModel = TinyModel()) -> WrittenModel:
 
 
 def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:
-    """The family of a tiny model; raises one error that lists every option at fault."""
+    """Return the family of a tiny model; raises one error that lists every option at fault."""
     token = added_token_ids(vocabulary.base_size)
     half = max(model.head_dim // 2, 0)
     side = half * 20 // 64  # the real models' shares: 24, 20 and 20 of 64
@@ -164,24 +164,25 @@ def _deepstack(model: TinyModel) -> tuple[int, ...]:
 
 
 def _option_problems(model: TinyModel, vocabulary: Vocabulary) -> list[str]:
-    found = []
+    problems = []
     if model.vocabulary is not None and 1 <= model.vocabulary < vocabulary.size:
-        found.append(
+        problems.append(
             f"--vocabulary is {model.vocabulary}; the tokenizer has {vocabulary.size} tokens: give as many rows or more"
         )
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
-            found.append(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+            problems.append(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
     if model.head_dim % 2 or model.head_dim < 8:
-        found.append(f"--head-dim is {model.head_dim}; three rotary sections need an even number from 8 on")
+        problems.append(f"--head-dim is {model.head_dim}; three rotary sections need an even number from 8 on")
     if model.dtype not in TYPE_NAMES:
-        found.append(f"--dtype is {model.dtype!r}; allowed are {', '.join(TYPE_NAMES)}")
+        problems.append(f"--dtype is {model.dtype!r}; allowed are {', '.join(TYPE_NAMES)}")
     if model.experts is not None:
-        f, d = model.expert_hidden, model.hidden
-        if d in (f, 2 * f):
-            found.append(
-                f"--hidden {d} with --expert-hidden {f}: transposed experts would have the same shape, and no reader "
-                f"could tell the two layouts apart; choose hidden other than expert-hidden and twice expert-hidden"
+        hidden, expert_hidden = model.hidden, model.expert_hidden
+        if hidden in (expert_hidden, 2 * expert_hidden):
+            problems.append(
+                f"--hidden {hidden} with --expert-hidden {expert_hidden}: transposed experts would have the same "
+                f"shape, and no reader could tell the two layouts apart; choose hidden other than expert-hidden and "
+                f"twice expert-hidden"
             )
-    return found
+    return problems

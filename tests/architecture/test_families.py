@@ -13,7 +13,7 @@ import pytest
 from finetune.architecture.families import Family, Rope, family, family_names
 from finetune.architecture.family_problems import family_problems
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
-from finetune.files.hubconfig import config_text, family_of, hub_config, read_family, to_hub_spelling
+from finetune.files.hubconfig import config_text, hub_config, read_family, to_hub_spelling
 from finetune.files.jsonblock import load_json
 
 TOTALS = {
@@ -115,7 +115,6 @@ def test_a_size_of_ones_own_is_read_with_its_yarn(tmp_path):
     own = replace(entry, name="mine", hub_id=None, config_sha256=None, text=replace(entry.text, rope=rope))
     read = read_family(write_config(tmp_path / "mine", hub_config(own)))
     assert read == own
-    assert family_of(str(tmp_path / "mine")) == own
 
 
 def test_layers_without_experts_follow_transformers_rule():
@@ -136,7 +135,7 @@ def test_attention_bias_adds_its_vectors():
 
 def test_hub_ids_and_editions_are_names_too():
     assert family("Qwen/Qwen3-VL-235B-A22B-Thinking") is family("qwen3-vl-235b-a22b")
-    assert family_of("Qwen/Qwen3-VL-4B-Instruct").name == "qwen3-vl-4b"
+    assert family("Qwen/Qwen3-VL-4B-Instruct").name == "qwen3-vl-4b"
 
 
 def test_unknown_family_suggests_the_nearest():

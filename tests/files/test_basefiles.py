@@ -111,7 +111,7 @@ def test_where_shapes_coincide_the_user_is_asked(tmp_path):
     with pytest.raises(ValueError, match=r"has the shape \[8, 48, 48\] in the hub's layout and in .* alike"):
         recognise(square, square, metadata=None)
     assert recognise(square, square, metadata="hub") == "hub"
-    assert recognise(square, square, metadata=None, word="memory") == "memory"
+    assert recognise(square, square, metadata=None, setting="memory") == "memory"
     mixed = {name: (8, 48, 40) if name == DOWN else shape for name, shape in hub_shapes(entry).items()}
     with pytest.raises(ValueError, match=r"the files mix two layouts: .*layers.0.*gate_up_proj.*layers.1.*down_proj"):
         recognise(mixed, entry, metadata=None)
