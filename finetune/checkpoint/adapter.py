@@ -56,4 +56,4 @@ def _pieces(trained: Iterable[TrainedTensor], tensors: Tensors) -> Iterator[Piec
         shape = tuple(getattr(tensor.parameter, "ds_shape", tensor.parameter.shape))
         if isinstance(tensor.owner, GroupedExperts):
             shape = (tensor.experts, *shape[1:])
-        yield tensor, 0, tensors.whole(f"master/{tensor.name}").view(shape).to(tensor.parameter.dtype)
+        yield tensor, 0, tensors.joined(f"master/{tensor.name}").view(shape).to(tensor.parameter.dtype)

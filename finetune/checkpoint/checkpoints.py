@@ -1,8 +1,8 @@
-"""Checkpoints: each rank writes the slices it keeps, nothing is gathered, any other layout reads them back.
+"""Checkpoints: each rank writes the slices it keeps, nothing is gathered, any number of ranks reads them back.
 
 Tensors go through torch.distributed.checkpoint into safetensors files, everything else into a JSON manifest. A save is
-written beside, through to the disk, then renamed, and LATEST names it last: what was interrupted is never picked up.
-Only what trains is in it; the frozen base is known by name and fingerprint.
+written beside its folder, through to the disk, then renamed, and LATEST names it last: an interrupted save is never
+resumed. Only what trains is in it; the frozen base is known by name and fingerprint.
 
 An asynchronous save copies the slices to the host and returns; a thread of each rank writes the copies while training
 goes on. The threads talk in a process group of their own, so that their collectives never meet those of the engine.
@@ -46,7 +46,7 @@ from moe.host import HostCopy, HostMemory
 
 T = TypeVar("T")
 BLOCK_BYTES = 1 << 28
-"""Of the host's memory for copies of slices; these are megabytes."""
+"""Size of the blocks of host memory that take copies of slices, which are megabytes each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Resumed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Save:
-    """Everything that a save writes; nothing of it changes while it is written."""
+    """Everything that a save writes; none of it changes while it is written."""
 
     final: Path
     slices: list[Slice]
@@ -71,7 +71,7 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`: `step-000120` and the like, the newest `keep` and the best, and LATEST.
+    """The checkpoints of one run in `folder`: `step-000120` and so on, the newest `keep` and the best, and LATEST.
 
     Every rank must make one and call its methods, at the same points. Errors are the same on all ranks.
     `adapter_writer` adds an adapter to each, on rank 0, made of its tensors.
@@ -89,10 +89,14 @@ class Checkpoints:
         adapter_writer: AdapterWriter | None = None,
         busy: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        """`busy` is told when this rank begins to work on a file, and when it is done and may wait for others."""
+        """`busy` is called when this rank begins to work on a file, and when it is done and may wait for others."""
         assert keep >= 1
         self._busy = busy
-        self.engine, self.empty, self.folder, self.base, self.keep = engine, empty, folder, base, keep
+        self.engine = engine
+        self.empty = empty
+        self.folder = folder
+        self.base = base
+        self.keep = keep
         self._adapter_writer = adapter_writer
         # a group of its own: no collective of the engine waits for a disk
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -103,79 +107,86 @@ class Checkpoints:
         self._under_way: Future[None] | None = None
 
     def save(
-        self, *, step: int, state: Mapping[str, Any], config: Mapping[str, Any], is_best: bool = False,
+        self,
+        *,
+        step: int,
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        is_best: bool = False,
         wait: bool = False,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         """Save masters, moments, random state, and what is handed in (JSON); returns the folder that it will have.
 
-        A save that fails, on whatever rank, is a RuntimeError on all, and leaves the checkpoints of before. When the
-        checkpoints are asynchronous, it is raised by the next call here, of `poll` or of `wait`; with `wait` this one
-        is written before it returns, in any case.
+        A save that fails on any rank is a RuntimeError on all, and leaves the checkpoints of before. When the
+        checkpoints are asynchronous, the error is raised by the next call of `save`, `poll` or `wait`; with `wait`
+        even an asynchronous save is written before this returns.
         """
         self.wait()
-        held, behind = slices(self.engine, self.empty), self._writer is not None and not wait
-        written = self._copied(held) if behind else held
-        job = _Save(
-            final=self.folder / f"step-{step:06d}", slices=written, random=_random_states(),
-            manifest=self._manifest(step, held, state, config), is_best=is_best,
-        )  # fmt: skip
-        if behind:
-            assert self._writer is not None
-            self._under_way = self._writer.submit(self._write, job)
+        own_slices = slices(self.engine, self.empty)
+        writer = None if wait else self._writer
+        save = _Save(
+            final=self.folder / f"step-{step:06d}",
+            slices=own_slices if writer is None else self._copied(own_slices),
+            random=_random_states(),
+            manifest=self._manifest(step, own_slices, state, config),
+            is_best=is_best,
+        )
+        if writer is None:
+            self._write(save)
         else:
-            self._write(job)
-        return job.final
+            self._under_way = writer.submit(self._write, save)
+        return save.final
 
     def wait(self) -> None:
-        """Wait until nothing is being written any more, and raise what went wrong."""
+        """Wait until nothing is being written any more, and raise the error of a save that failed."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
 
     def poll(self) -> None:
-        """Raise if a save behind the run has failed, without waiting for one."""
+        """Raise the error of an asynchronous save that has failed, without waiting for one."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
-    def _write(self, job: _Save) -> None:
-        """Write one save and see it named; in the thread when asynchronous."""
+    def _write(self, save: _Save) -> None:
+        """Write one save and name it in LATEST; in the thread when asynchronous."""
         try:
             with ExitStack() as stack:
-                partial = self._first(lambda: self._open(stack, job.final))
-                require_whole(job.slices, self._group)
-                files = self._all(lambda: self._write_mine(job, partial))
-                self._first(lambda: self._close(stack, partial, replace(job.manifest, files=files)))
-            self._first(lambda: point_and_prune(job.final, self.keep, is_best=job.is_best))
-        except OSError as failed:
+                partial = self._first(lambda: self._open(stack, save.final))
+                require_whole(save.slices, self._group)
+                files = self._all(lambda: self._write_own(save, partial))
+                self._first(lambda: self._close(stack, partial, replace(save.manifest, files=files)))
+            self._first(lambda: point_and_prune(save.final, self.keep, is_best=save.is_best))
+        except OSError as error:
             last = find_latest(self.folder)
             raise RuntimeError(
-                f"step {job.manifest.step}: the checkpoint was not saved: {failed}. "
+                f"step {save.manifest.step}: the checkpoint was not saved: {error}. "
                 + (f"The last good one is {last}" if last else "There is none yet")
-            ) from failed
+            ) from error
 
-    def _write_mine(self, job: _Save, partial: Path) -> dict[str, File]:
-        mine = write(flat_tensors(job.slices, self._meshes) | job.random, partial)
-        return {path.name: checked(path) for path in partial.glob(f"{mine}*")}
+    def _write_own(self, save: _Save, partial: Path) -> dict[str, File]:
+        prefix = write(flat_tensors(save.slices, self._meshes) | save.random, partial)
+        return {path.name: checked(path) for path in partial.glob(f"{prefix}*")}
 
     def _close(self, stack: ExitStack, partial: Path, manifest: Manifest) -> None:
-        """Write what goes beside, then the manifest, which makes the checkpoint whole, and give the folder its name."""
+        """Write the adapter, then the manifest, which makes the checkpoint complete, and give the folder its name."""
         assert {path.name for path in partial.glob("*.safetensors")} == set(manifest.files), "a rank's file is missing"
         if self._adapter_writer is not None:
             self._adapter_writer(partial, manifest)
         write_manifest(partial, manifest)
         stack.close()
 
-    def _copied(self, held: list[Slice]) -> list[Slice]:
-        """The slices in memory of the host; it is taken once, as one save is written at a time."""
+    def _copied(self, own_slices: list[Slice]) -> list[Slice]:
+        """Copy the slices to the host's memory, which is reused, as one save is written at a time."""
         self._copies.clear()
-        found = []
-        for slice_ in held:
+        copied = []
+        for slice_ in own_slices:
             copies = {kind: self._host.copy(view) for kind, view in slice_.views.items()}
             self._copies += copies.values()
-            found.append(replace(slice_, views={kind: copy.values for kind, copy in copies.items()}))
+            copied.append(replace(slice_, views={kind: copy.values for kind, copy in copies.items()}))
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        return found
+        return copied
 
     def restore(self, path: Path, *, config: Mapping[str, Any]) -> Resumed:
         """Continue at a checkpoint saved under the same config, on any number of ranks and any ep.
@@ -183,33 +194,34 @@ class Checkpoints:
         A checkpoint of another run, or a damaged one, is a ValueError before anything is changed.
         """
         self.wait()
-        held = slices(self.engine, self.empty)
-        saved = self._first(lambda: self._judge(path, held, config))
-        mine = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
-        self._all(lambda: require_intact(path, saved.files, mine))
+        own_slices = slices(self.engine, self.empty)
+        saved = self._first(lambda: self._resumable(path, own_slices, config))
+        own_files = sorted(saved.files)[dist.get_rank() :: dist.get_world_size()]
+        self._all(lambda: require_intact(path, saved.files, own_files))
         random = _random_states() if dist.get_rank() < saved.ranks else {}
         random = {name: state for name, state in random.items() if name.split("/")[1] in saved.random}
         try:
-            self._all(lambda: self._read_mine(held, random, path))
-        except OSError as failed:
+            self._all(lambda: self._read_own(own_slices, random, path))
+        except OSError as error:
             raise RuntimeError(
-                f"{path} could not be read: {failed}. Resume from another checkpoint: checkpoint.resume=PATH"
-            ) from failed
-        for slice_ in held:
+                f"{path} could not be read: {error}. Resume from another checkpoint: checkpoint.resume=PATH"
+            ) from error
+        for slice_ in own_slices:
             slice_.steps.fill_(saved.trained[slice_.canonical].updates)
         put_in_service(self.engine)
         keep_whole(self.engine)
         _reseed(random)
         return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state))
 
-    def _read_mine(self, held: list[Slice], random: dict[str, Tensor], path: Path) -> dict[str, None]:
+    def _read_own(self, own_slices: list[Slice], random: dict[str, Tensor], path: Path) -> dict[str, None]:
         try:
-            read(flat_tensors(held, self._meshes) | random, path)
-        except CheckpointException as failed:
-            raise OSError("; ".join(str(cause) for cause, _ in failed.failures.values())) from failed
+            read(flat_tensors(own_slices, self._meshes) | random, path)
+        except CheckpointException as error:
+            raise OSError("; ".join(str(cause) for cause, _ in error.failures.values())) from error
         return {}
 
-    def _judge(self, path: Path, held: list[Slice], config: Mapping[str, Any]) -> Manifest:
+    def _resumable(self, path: Path, own_slices: list[Slice], config: Mapping[str, Any]) -> Manifest:
+        """Read a checkpoint's manifest; raises unless this run can continue there."""
         saved = read_manifest(path)
         require_same_run(
             path,
@@ -217,7 +229,7 @@ class Checkpoints:
             config=config,
             base=self.base,
             fingerprint=self._fingerprint,
-            shapes={slice_.canonical: slice_.shape for slice_ in held},
+            shapes={slice_.canonical: slice_.shape for slice_ in own_slices},
         )
         return saved
 
@@ -225,27 +237,35 @@ class Checkpoints:
         make_room(final)
         return stack.enter_context(whole_folder(final))
 
-    def _manifest(self, step: int, held: list[Slice], state: Mapping[str, Any], config: Mapping[str, Any]) -> Manifest:
+    def _manifest(
+        self, step: int, own_slices: list[Slice], state: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> Manifest:
         return Manifest(
-            step=step, ranks=dist.get_world_size(), ep=max((s.ep or 1 for s in held), default=1),
-            base=str(self.base.folder), base_fingerprint=self._fingerprint,
-            trained={s.canonical: Trained(shape=s.shape, updates=s.updates) for s in held},
+            step=step,
+            ranks=dist.get_world_size(),
+            ep=max((slice_.ep or 1 for slice_ in own_slices), default=1),
+            base=str(self.base.folder),
+            base_fingerprint=self._fingerprint,
+            trained={slice_.canonical: Trained(shape=slice_.shape, updates=slice_.updates) for slice_ in own_slices},
             random=tuple(name.split("/")[1] for name in _random_states()),
-            files={}, state=state, config=config, config_hash=config_hash(config),
-        )  # fmt: skip
+            files={},
+            state=state,
+            config=config,
+            config_hash=config_hash(config),
+        )
 
     def _first(self, do: Callable[[], T]) -> T:
-        """Do it on rank 0 alone, and return or raise on every rank what came of it."""
-        said: list[Any] = [None, None]
+        """Do it on rank 0 alone, and return its result, or raise its error, on every rank."""
+        outcome: list[Any] = [None, None]  # a result, an error
         if dist.get_rank() == 0:
             try:
-                said[0] = self._worked(do)
+                outcome[0] = self._worked(do)
             except (OSError, ValueError) as error:
-                said[1] = error
-        dist.broadcast_object_list(said, src=0, group=self._group)
-        if said[1] is not None:
-            raise said[1]
-        result: T = said[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
         return result
 
     def _worked(self, do: Callable[[], T]) -> T:
@@ -256,25 +276,25 @@ class Checkpoints:
             self._busy(False)
 
     def _all(self, do: Callable[[], dict[str, T]]) -> dict[str, T]:
-        """Do it on every rank, and return what came of it together, or raise what failed, the same on all."""
-        mine: tuple[dict[str, T], Exception | None]
+        """Do it on every rank, and return all results together, or raise the ranks' errors, the same on all."""
+        own: tuple[dict[str, T], Exception | None]
         try:
-            mine = self._worked(do), None
+            own = self._worked(do), None
         except (OSError, ValueError) as error:
-            mine = {}, error
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, mine, group=self._group)
-        failed = {rank: error for rank, (_, error) in enumerate(said) if error is not None}
-        for wrong in failed.values():
-            if isinstance(wrong, ValueError):
-                raise wrong
-        if failed:
-            raise OSError(listed([f"rank {rank}: {error}" for rank, error in failed.items()], between="; "))
-        return {name: value for found, _ in said for name, value in found.items()}
+            own = {}, error
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, own, group=self._group)
+        errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+        for failure in errors.values():
+            if isinstance(failure, ValueError):
+                raise failure
+        if errors:
+            raise OSError(listed([f"rank {rank}: {error}" for rank, error in errors.items()], between="; "))
+        return {name: value for results, _ in outcomes for name, value in results.items()}
 
 
 def _random_states() -> dict[str, Tensor]:
-    """This rank's random states, of each kind of device that it computes on."""
+    """This rank's random states, one for each kind of device that it computes on."""
     rank = f"{dist.get_rank():05d}"
     states = {f"random/cpu/{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():

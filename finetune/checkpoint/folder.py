@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which is the newest, the best, and which go. No torch."""
+"""The folder of a run's checkpoints: which is the newest, which the best, and which are removed. No torch."""
 
 import re
 import shutil
@@ -12,13 +12,8 @@ _STEP = re.compile(r"step-(\d+)(?:\.replaced)?")
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Return the checkpoint to continue from: the one LATEST names, else the newest whole one; None without any."""
-    named = folder / LATEST
-    if named.is_file():
-        found = folder / named.read_text().strip()
-        if (found / MANIFEST).is_file():
-            return found
-    return max(_finished(folder), key=_age, default=None)
+    """Return the checkpoint to continue from: the one that LATEST names, else the newest complete one, else None."""
+    return _named_by(folder / LATEST) or max(_finished(folder), key=_age, default=None)
 
 
 def starting_point(folder: Path, resume: str) -> Path | None:
@@ -26,17 +21,17 @@ def starting_point(folder: Path, resume: str) -> Path | None:
     if resume in ("auto", "never"):
         return find_latest(folder) if resume == "auto" else None
     path = Path(resume)
-    found = path if (path / MANIFEST).is_file() else find_latest(path)
-    if found is None:
+    checkpoint = path if (path / MANIFEST).is_file() else find_latest(path)
+    if checkpoint is None:
         raise ValueError(
             f"checkpoint.resume: {resume} is neither a checkpoint nor a folder of checkpoints; auto, never and a path "
             f"are allowed"
         )
-    return found
+    return checkpoint
 
 
 def make_room(final: Path) -> None:
-    """Move aside a checkpoint of the same step: it still counts until the new one is whole."""
+    """Move aside a checkpoint of the same step; it counts until the new one is complete."""
     if final.exists():
         aside = final.with_name(f"{final.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
@@ -44,9 +39,9 @@ def make_room(final: Path) -> None:
 
 
 def point_and_prune(final: Path, keep: int, *, is_best: bool = False) -> None:
-    """Name `final` in LATEST, and in BEST if it is; then remove all but the best and the newest `keep`.
+    """Name `final` in LATEST, and in BEST if it is the best; then remove all but the best and the newest `keep`.
 
-    What interrupted saves left goes too.
+    Remains of interrupted saves are removed too.
     """
     folder = final.parent
     for name in [BEST, LATEST] if is_best else [LATEST]:
@@ -55,19 +50,25 @@ def point_and_prune(final: Path, keep: int, *, is_best: bool = False) -> None:
     sync_folder(folder)
     by_age = sorted(_finished(folder), key=_age, reverse=True)
     best = best_checkpoint(folder)
-    left = [path for path in folder.glob("step-*.partial") if path.is_dir()]
+    unfinished = [path for path in folder.glob("step-*.partial") if path.is_dir()]
     replaced = [path for path in by_age if path.name == f"{final.name}.replaced"]
     old = [path for path in by_age if path not in replaced][keep:]
-    for path in [*left, *replaced, *[path for path in old if path != best]]:
-        (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look whole
+    for path in [*unfinished, *replaced, *[path for path in old if path != best]]:
+        (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look complete
         shutil.rmtree(path)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint where eval.metric was best; None where none was judged."""
-    named = folder / BEST
-    found = folder / named.read_text().strip() if named.is_file() else None
-    return found if found is not None and (found / MANIFEST).is_file() else None
+    return _named_by(folder / BEST)
+
+
+def _named_by(pointer: Path) -> Path | None:
+    """The checkpoint whose name a file holds, if both are there."""
+    if not pointer.is_file():
+        return None
+    checkpoint = pointer.parent / pointer.read_text().strip()
+    return checkpoint if (checkpoint / MANIFEST).is_file() else None
 
 
 def _finished(folder: Path) -> Iterator[Path]:

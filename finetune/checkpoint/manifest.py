@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself, in JSON: its files, what trained, on which base, under which configuration.
+"""A checkpoint's manifest, in JSON: its files, what trained, on which base, under which configuration.
 
-No torch: a folder is found, read and judged here, before any tensor of it is touched.
+No torch: a checkpoint is read and compared with the run here, before any of its tensors is touched.
 """
 
 import hashlib
@@ -18,15 +18,30 @@ from finetune.files.tensorfile import Stored
 from finetune.ranks.log import listed
 from finetune.settings.typed import leaves
 
-MANIFEST, LATEST, BEST, VERSION = "manifest.json", "LATEST", "BEST", 2
+MANIFEST = "manifest.json"
+LATEST = "LATEST"
+BEST = "BEST"
+VERSION = 2
 FREE = (
-    "checkpoint.*", "eval.*", "track.*", "parallel.*", "stages.*.sp",
-    "run.name", "run.idle_steps", "run.stall_seconds",
-    "model.path",  # the base's bytes are compared instead
-    "model.attention", "moe.dispatch",  # as parallel.*: the same sums in another order
-    "data.sources.*.path", "data.cache_dir",  # the data's own state knows what it read
-    "data.workers", "data.prefetch", "data.stall_seconds", "data.max_bad_samples", "data.video.timeout_seconds",
-)  # fmt: skip
+    "checkpoint.*",
+    "eval.*",
+    "track.*",
+    "parallel.*",
+    "stages.*.sp",
+    "run.name",
+    "run.idle_steps",
+    "run.stall_seconds",
+    "model.path",  # the base's values are compared instead
+    "model.attention",  # as parallel.*: the same sums in another order
+    "moe.dispatch",
+    "data.sources.*.path",  # the data's own state knows what it read
+    "data.cache_dir",
+    "data.workers",
+    "data.prefetch",
+    "data.stall_seconds",
+    "data.max_bad_samples",
+    "data.video.timeout_seconds",
+)
 """Keys that may change between save and resume: they do not change what is computed."""
 ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
 _SAMPLE_BYTES = 4096
@@ -34,7 +49,7 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """One tensor that trains: its whole shape, and how often the optimiser has moved it."""
+    """One tensor that trains: its full shape, and how often the optimiser has updated it."""
 
     shape: tuple[int, ...]
     updates: int
@@ -50,7 +65,7 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of a checkpoint that is not a tensor."""
+    """Everything in a checkpoint that is not a tensor."""
 
     step: int
     ranks: int
@@ -59,7 +74,7 @@ class Manifest:
     base_fingerprint: str
     trained: Mapping[str, Trained]
     random: tuple[str, ...]
-    """The kinds of devices whose random state each of the ranks saved."""
+    """Kinds of devices whose random state each rank saved."""
     files: Mapping[str, File]
     state: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -74,12 +89,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """A hash of a manifest's content, as it reads back."""
+    """A hash of a manifest's content, as JSON gives it back."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and see that its files are whole; one ValueError names all that are not."""
+    """Read a checkpoint's manifest and check the sizes of its files; one ValueError names all that are damaged."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is not a finished checkpoint: it has no {MANIFEST}. Name a step-* folder that has one in "
@@ -91,16 +106,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{folder / MANIFEST} has version {version}; this moetune reads {VERSION}")
     if content.pop("digest", None) != _digest({"version": version, **content}):
         raise ValueError(f"{folder / MANIFEST} is not as it was written. {ANOTHER}")
-    files = {name: File(**told) for name, told in content["files"].items()}
+    files = {name: File(**entry) for name, entry in content["files"].items()}
     damaged = []
-    for name, size in ((name, told.bytes) for name, told in files.items()):
-        file = folder / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            damaged.append(f"{name} is missing" if found is None else f"{name} has {found} bytes, not {size}")
+    for name, file in files.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size is None:
+            damaged.append(f"{name} is missing")
+        elif size != file.bytes:
+            damaged.append(f"{name} has {size} bytes, not {file.bytes}")
     if damaged:
         raise ValueError(f"{folder} is damaged: {listed(damaged, between='; ')}. {ANOTHER}")
-    trained = {name: Trained(shape=tuple(t["shape"]), updates=t["updates"]) for name, t in content["trained"].items()}
+    trained = {
+        name: Trained(shape=tuple(entry["shape"]), updates=entry["updates"])
+        for name, entry in content["trained"].items()
+    }
     return Manifest(**(content | {"trained": trained, "files": files}))
 
 
@@ -113,7 +132,7 @@ def require_same_run(
     fingerprint: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise one ValueError that says what differs, unless a run of this kind can continue there exactly."""
+    """Raise one ValueError that says what differs, unless a run with this config and model can continue exactly."""
     different = config_difference(saved.config, config)
     if different:
         raise ValueError(
@@ -125,10 +144,13 @@ def require_same_run(
             f"{folder} was trained on another base: {saved.base} ({saved.base_fingerprint[:12]}), but model.path is "
             f"{base.folder} ({fingerprint[:12]}). Set model.path to the same weights"
         )
-    theirs = {name: trained.shape for name, trained in saved.trained.items()}
-    names = [name for name in {**theirs, **shapes} if theirs.get(name) != shapes.get(name)]
-    if names:
-        lines = [f"{n}: {_shape(theirs.get(n))} in the checkpoint, {_shape(shapes.get(n))} now" for n in names]
+    saved_shapes = {name: trained.shape for name, trained in saved.trained.items()}
+    lines = [
+        f"{name}: {_shape_text(saved_shapes.get(name))} in the checkpoint, {_shape_text(shapes.get(name))} now"
+        for name in {**saved_shapes, **shapes}
+        if saved_shapes.get(name) != shapes.get(name)
+    ]
+    if lines:
         raise ValueError(
             f"{folder} trained other parameters:\n  {listed(lines, between=chr(10) + '  ')}\n"
             f"Adapt and train what it did (adapters.*), or start anew with another run.name"
@@ -136,12 +158,12 @@ def require_same_run(
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a hash of what decides the training; keys of `FREE` do not count."""
+    """Return a hash of the keys that decide the training, which are all but those of `FREE`."""
     return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
 
 
 def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each leaf that decides the training and differs."""
+    """Return a line for each key that decides the training and differs."""
     old, new = _binding(saved), _binding(now)
     absent = object()
     keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
@@ -157,7 +179,7 @@ def _value(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "absent"
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
+def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 

@@ -1,8 +1,8 @@
 """What a rank writes and reads of a checkpoint: planned by each rank alone, as all slices follow from one rule.
 
-torch's own way of saving gathers the lists of all ranks on rank 0, compares them and hands them back, each time: of
-235B over 256 ranks 866,000 entries, while every rank waits. Here a rank plans its own 3,400 in half a second, and one
-sum over the ranks says whether the slices are as long as the tensors.
+torch's own way of saving gathers the lists of all ranks on rank 0, compares them and sends them back at every save:
+866,000 entries for 235B over 256 ranks, while every rank waits. Here a rank plans its own 3,400 in half a second, and
+one sum over the ranks tells whether the slices add up to the tensors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,26 +25,30 @@ from finetune.checkpoint.slices import Slice
 
 
 class Meshes:
-    """How the ranks stand to each other's slices, made once each."""
+    """How slices are spread over the ranks: a mesh for each way of spreading, made once."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int | None, str], DeviceMesh] = {}
 
     def of(self, ep: int | None, device: str) -> DeviceMesh:
-        """All ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
+        """Return all ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
         if (ep, device) not in self._made:
             ranks = torch.arange(dist.get_world_size())
-            # Only for where the slices lie: nothing is ever sent over a mesh. With its backend torch would make groups,
-            # on GPUs by splitting the world's communicator, which the engine may be using while a thread saves.
+            # A mesh only says where slices lie; nothing is sent over it. With a backend torch would make groups, on
+            # GPUs by splitting the world's communicator, which the engine may be using while a thread saves.
             self._made[ep, device] = DeviceMesh(
                 device, ranks if ep is None else ranks.view(-1, ep).T, _init_backend=False
             )
         return self._made[ep, device]
 
 
-def flat_tensors(held: Iterable[Slice], meshes: Meshes) -> dict[str, DTensor]:
-    """The slices as flat tensors that are spread over the ranks; the memory stays the engine's own."""
-    return {f"{kind}/{s.canonical}": _spread(s, view, meshes) for s in held for kind, view in s.views.items()}
+def flat_tensors(own_slices: Iterable[Slice], meshes: Meshes) -> dict[str, DTensor]:
+    """Return the slices as flat tensors that are spread over the ranks; the memory stays the engine's own."""
+    return {
+        f"{kind}/{slice_.canonical}": _spread(slice_, view, meshes)
+        for slice_ in own_slices
+        for kind, view in slice_.views.items()
+    }
 
 
 def _spread(slice_: Slice, view: Tensor, meshes: Meshes) -> DTensor:
@@ -56,22 +60,23 @@ def _spread(slice_: Slice, view: Tensor, meshes: Meshes) -> DTensor:
 
 
 def planned(tensors: Mapping[str, Any]) -> tuple[DefaultSavePlanner, SavePlan]:
-    """What this rank writes of them: where each piece begins, and how long it is."""
+    """Return what this rank writes of them: where each piece begins, and how long it is."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     return planner, planner.create_local_plan()
 
 
-def require_whole(held: Iterable[Slice], group: dist.ProcessGroup) -> None:
-    """See that the slices of all ranks are as long as the tensors; every rank must call this."""
-    slices = list(held)
-    found = torch.tensor([view.numel() for s in slices for view in s.views.values()], dtype=torch.int64)
-    dist.all_reduce(found, group=group)
-    assert found.tolist() == [prod(s.shape) for s in slices for _ in s.views], "slices overlap, or some are missing"
+def require_whole(own_slices: Iterable[Slice], group: dist.ProcessGroup) -> None:
+    """Raise unless the slices of all ranks add up to the tensors' lengths; every rank must call this."""
+    slices = list(own_slices)
+    lengths = torch.tensor([view.numel() for slice_ in slices for view in slice_.views.values()], dtype=torch.int64)
+    dist.all_reduce(lengths, group=group)
+    expected = [prod(slice_.shape) for slice_ in slices for _ in slice_.views]
+    assert lengths.tolist() == expected, "slices overlap, or some are missing"
 
 
 def write(tensors: Mapping[str, Any], folder: Path) -> str:
-    """Write this rank's pieces through to the disk, into a file of its own; returns the beginning of its name."""
+    """Write this rank's pieces through to the disk, into files of its own; returns how their names begin."""
     planner, plan = planned(tensors)
     number = dist.get_rank() + 1
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -82,5 +87,5 @@ def write(tensors: Mapping[str, Any], folder: Path) -> str:
 
 
 def read(tensors: Mapping[str, Any], folder: Path) -> None:
-    """Fill them with what any ranks wrote, however they were cut then."""
+    """Fill the tensors from a checkpoint's files, however they were cut when they were saved."""
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

@@ -1,8 +1,8 @@
 """The engine's own slices of what trains: views of masters and moments, by canonical name; and back into service.
 
 ZeRO-3 cuts each tensor, flattened, into equal slices over its group: the world, or for experts the ranks that hold the
-same experts. The optimiser's memory is one flat tensor per group of tensors, in which a slice has a place. All that is
-known here of the engine's inside is in this file. `cuts` says the same of a model that no engine has yet.
+same experts. The optimiser's memory is one flat tensor per group of tensors, in which a slice has a place. This file
+alone knows the engine's inside. `cuts` gives the same for a model that has no engine yet.
 """
 
 from collections.abc import Iterator
@@ -28,39 +28,42 @@ class Cut:
     canonical: str
     shape: tuple[int, ...]
     ep: int | None
-    """Over how many ranks the experts are spread before ZeRO cuts them; None: a tensor that all ranks share."""
+    """Number of ranks over which the experts are spread before ZeRO cuts them; None: a tensor that all ranks share."""
     pieces: int
+    """Number of slices."""
     place: int
-    """Of so many slices this rank keeps the one at this place."""
+    """The index of this rank's slice."""
     padded: int
-    held: int
-    """A slice's length, and how much of this rank's is the tensor; in the last ones some or all is padding."""
+    """A slice's length, padding included."""
+    filled: int
+    """How much of this rank's slice is the tensor; the last slices are partly or entirely padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """What this rank keeps of one tensor: by kind, a view of its elements, without the padding at the end."""
+    """What this rank keeps of one tensor: a view of its elements by kind, without the padding at the end."""
 
     canonical: str
     shape: tuple[int, ...]
     ep: int | None
-    """As of its cut."""
+    """As in its cut."""
     views: dict[str, Tensor]
     steps: Tensor
 
     @property
     def updates(self) -> int:
-        """How often the optimiser has moved it."""
+        """How often the optimiser has updated it."""
         return int(self.steps.item())
 
 
 def cuts(empty: EmptyModel, rank: int, world: int) -> Iterator[Cut]:
-    """The rule, for every tensor that trains, in the model's order; also for those that a stage pauses."""
+    """Yield the cut of every tensor that trains, in the model's order; also of those that a stage pauses."""
     spread = {
         id(parameter): owner.num_experts // len(owner.local_experts)
-        for owner in empty.module.modules() if isinstance(owner, GroupedExperts)
+        for owner in empty.module.modules()
+        if isinstance(owner, GroupedExperts)
         for parameter in owner.parameters(recurse=False)
-    }  # fmt: skip
+    }
     for name in empty.trained:
         parameter = empty.module.get_parameter(name)
         ep = spread.get(id(parameter))
@@ -69,9 +72,14 @@ def cuts(empty: EmptyModel, rank: int, world: int) -> Iterator[Cut]:
         total = prod(shape)
         padded = -(-total // pieces)
         yield Cut(
-            canonical=empty.canonical(name), shape=(first * (ep or 1), *rest), ep=ep, pieces=pieces, place=place,
-            padded=padded, held=min(padded, max(0, total - place * padded)),
-        )  # fmt: skip
+            canonical=empty.canonical(name),
+            shape=(first * (ep or 1), *rest),
+            ep=ep,
+            pieces=pieces,
+            place=place,
+            padded=padded,
+            filled=min(padded, max(0, total - place * padded)),
+        )
 
 
 def slices(engine: Any, empty: EmptyModel) -> list[Slice]:
@@ -83,8 +91,10 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
     for name, cut in zip(empty.trained, cuts(empty, *rank_and_world()), strict=True):
         parameter = empty.module.get_parameter(name)
         group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-        theirs = zero._get_param_partition_world_size(parameter), zero._get_param_partition_rank(parameter), padded
-        assert theirs == (cut.pieces, cut.place, cut.padded), "ZeRO-3 cuts tensors into slices of one size, in order"
+        pieces, place = zero._get_param_partition_world_size(parameter), zero._get_param_partition_rank(parameter)
+        assert (pieces, place, padded) == (cut.pieces, cut.place, cut.padded), (
+            "ZeRO-3 cuts tensors into slices of one size, in order"
+        )
         flat = zero.fp32_partitioned_groups_flat[group]
         moments = _moments(zero.optimizer, flat)
         flats = {"master": flat, **{kind: moments[kind] for kind in MOMENTS}}
@@ -92,13 +102,13 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
             canonical=cut.canonical,
             shape=cut.shape,
             ep=cut.ep,
-            views={kind: whole.detach()[offset : offset + cut.held] for kind, whole in flats.items()},
+            views={kind: values.detach()[offset : offset + cut.filled] for kind, values in flats.items()},
             steps=moments["step"],
         )
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of one flat tensor; before its first step it is made, as that step would."""
+    """The optimiser's state of one flat tensor; before the first step it is made here as that step would make it."""
     state: dict[str, Tensor] = optimizer.state[flat]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -109,7 +119,7 @@ def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor
 def put_in_service(engine: Any) -> None:
     """Bring restored masters into the slices that weights are gathered from; every rank must call this.
 
-    Whole copies are dropped, or the next forward would still see the values of before; small ones are to be made again.
+    Gathered copies are dropped, or the next forward would see the values of before; persistent ones must be made again.
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()

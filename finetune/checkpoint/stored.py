@@ -1,4 +1,4 @@
-"""The files of tensors of a checkpoint: what each weighs and sums up to, and a whole tensor out of their slices."""
+"""A checkpoint's files of tensors: their sizes and checksums, and a tensor put together from its slices."""
 
 import json
 import zlib
@@ -16,7 +16,7 @@ from finetune.ranks.log import listed
 
 BLOCK = 1 << 22
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
-"""How torch's writer says in a file's metadata where each slice lies in its tensor."""
+"""Keys in a file's metadata under which torch's writer tells where each slice lies in its tensor."""
 
 
 def checked(path: Path) -> File:
@@ -29,7 +29,7 @@ def checked(path: Path) -> File:
 
 
 def require_intact(folder: Path, files: Mapping[str, File], names: Sequence[str]) -> dict[str, File]:
-    """Raise unless these files have the bytes that were written; return them."""
+    """Raise unless these files hold the bytes that were written; return their entries."""
     changed = [name for name in names if checked(folder / name) != files[name]]
     if changed:
         raise ValueError(
@@ -48,8 +48,8 @@ class Tensors:
             for name in file.offset_keys():
                 self._slices.setdefault(name, []).append((offsets[name][OFFSETS][0], file))
 
-    def whole(self, name: str) -> Tensor:
-        """Return a tensor, flat."""
+    def joined(self, name: str) -> Tensor:
+        """Return a tensor of all its slices, flat."""
         pieces = sorted(self._slices[name], key=lambda piece: piece[0])
         return torch.cat([file.get_tensor(name) for _, file in pieces])
 

@@ -1,4 +1,4 @@
-"""One card for a base checkpoint: is it whole, is it what it says, do we compute with it what transformers computes?
+"""One card for a base: is it complete, is it what it claims, do we compute with it what transformers computes?
 
 Weights are streamed (finetune/verify/streaming.py), one layer at a time, so that the largest model fits.
 """
@@ -19,7 +19,7 @@ from finetune.verify.card import Check
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the computing checks run, and which family the checkpoint should be."""
+    """How the computing checks run, and which family the base should be."""
 
     family: str = ""
     layout: str = "auto"
@@ -29,10 +29,11 @@ class Options:
 
 
 def verify_base(folder: Path, options: Options = Options()) -> Iterator[Check]:
-    """Every check in order, each as soon as it is known; heavy ones last."""
+    """Yield every check in order, each as soon as its result is known; heavy ones last."""
     if options.family:
-        family(options.family)  # a name that is no family's is the caller's mistake, not the checkpoint's
-    files_ok, config_ok, weights = True, True, None
+        family(options.family)  # a name that is no family's is the caller's mistake, not the base's
+    files_ok, config_ok = True, True
+    weights = None
     try:
         require_files(folder)
         yield Check(name="files", status="pass", detail="config, tokenizer and processor files are there")
@@ -40,8 +41,8 @@ def verify_base(folder: Path, options: Options = Options()) -> Iterator[Check]:
         files_ok = False
         yield Check(name="files", status="fail", detail=str(error))
     try:
-        found = read_family(folder)
-        yield check_config(found, options.family)
+        model = read_family(folder)
+        yield check_config(model, options.family)
     except ValueError as error:
         config_ok = False
         yield Check(name="config", status="fail", detail=str(error))
@@ -55,43 +56,44 @@ def verify_base(folder: Path, options: Options = Options()) -> Iterator[Check]:
         from finetune.verify.text import check_processor, check_template, check_tokenizer
 
         for check in (check_tokenizer, check_template, check_processor):
-            yield _guarded(check, folder, found)
+            yield _guarded(check, folder, model)
     yield from _computing(folder, weights if files_ok else None, options)
 
 
-def check_config(found: Family, wanted: str = "") -> Check:
-    """The config.json against the family table: by name where one is given, else by the dimensions it shares."""
-    names = [wanted] if wanted else [name for name in family_names() if _is_meant(family(name), found)]
-    for name in names:
-        unlike = _differences(hub_config(found), hub_config(family(name)))
-        if not unlike:
-            return Check(name="config", status="pass", detail=f"every value is {family(name).name}'s")
-        return Check(name="config", status="fail", detail=f"unlike {family(name).name}: {'; '.join(unlike)}")
-    sizes = f"{found.text.num_hidden_layers} layers of {found.text.hidden_size}"
-    return Check(name="config", status="note", detail=f"consistent, but no published size has its dimensions ({sizes})")
+def check_config(model: Family, name: str = "") -> Check:
+    """Compare a config.json with the family table: by name where one is given, else by the dimensions it shares."""
+    name = name or next((entry for entry in family_names() if _has_size_of(family(entry), model)), "")
+    if not name:
+        sizes = f"{model.text.num_hidden_layers} layers of {model.text.hidden_size}"
+        detail = f"consistent, but no published size has its dimensions ({sizes})"
+        return Check(name="config", status="note", detail=detail)
+    entry = family(name)
+    differences = _differences(hub_config(model), hub_config(entry))
+    if differences:
+        return Check(name="config", status="fail", detail=f"unlike {entry.name}: {'; '.join(differences)}")
+    return Check(name="config", status="pass", detail=f"every value is {entry.name}'s")
 
 
-def _is_meant(entry: Family, found: Family) -> bool:
-    """Whether a config is held to this entry: a published size of the same dimensions, or a toy that it equals."""
+def _has_size_of(entry: Family, model: Family) -> bool:
+    """Whether a model is compared with this entry: a published size of its dimensions, or a toy that it equals."""
     if entry.hub_id is None:
-        return hub_config(entry) == hub_config(found)
-    ours, theirs = entry.text, found.text
-    return (ours.num_hidden_layers, ours.hidden_size, entry.is_moe) == (
-        theirs.num_hidden_layers,
-        theirs.hidden_size,
-        found.is_moe,
-    )
+        return hub_config(entry) == hub_config(model)
+    return _dimensions(entry) == _dimensions(model)
 
 
-def _differences(found: dict[str, object], wanted: dict[str, object], at: str = "") -> list[str]:
-    unlike = []
-    for key in sorted(found.keys() | wanted.keys()):
-        ours, theirs = found.get(key), wanted.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            unlike += _differences(ours, theirs, f"{at}{key}.")
-        elif ours != theirs:
-            unlike.append(f"{at}{key} is {ours}, not {theirs}")
-    return unlike
+def _dimensions(model: Family) -> tuple[int, int, bool]:
+    return model.text.num_hidden_layers, model.text.hidden_size, model.is_moe
+
+
+def _differences(config: dict[str, object], expected: dict[str, object], prefix: str = "") -> list[str]:
+    differences = []
+    for key in sorted(config.keys() | expected.keys()):
+        value, published = config.get(key), expected.get(key)
+        if isinstance(value, dict) and isinstance(published, dict):
+            differences += _differences(value, published, f"{prefix}{key}.")
+        elif value != published:
+            differences.append(f"{prefix}{key} is {value}, not {published}")
+    return differences
 
 
 def _weights_line(weights: BaseFiles) -> Check:
@@ -102,10 +104,10 @@ def _weights_line(weights: BaseFiles) -> Check:
     return Check(name="weights", status="pass", detail=detail)
 
 
-def _guarded(check: Callable[[Path, Family], Check], folder: Path, found: Family) -> Check:
-    """A user's broken file is a failed line, not the end of the card."""
+def _guarded(check: Callable[[Path, Family], Check], folder: Path, model: Family) -> Check:
+    """Make a check, for which a user's broken file is a failed line, not the end of the card."""
     try:
-        return check(folder, found)
+        return check(folder, model)
     except ValueError as error:
         return Check(name=check.__name__.removeprefix("check_"), status="fail", detail=str(error))
 

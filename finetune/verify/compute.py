@@ -31,15 +31,15 @@ from finetune.verify.card import Check
 from finetune.verify.samples import LAYOUTS, Trial, trials
 from finetune.verify.streaming import Read, streamed
 
-_SPREAD = 12  # positions of each sample that are compared, beside those that predict its answer
-_PREFERENCE = 0.05  # nats per token, and every video on the same side; random weights stay below
+_SPREAD = 12  # positions of each sample that are compared, besides those that predict its answer
+_PREFERENCE = 0.05  # nats per token, and every video must prefer the same layout; random weights stay below
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far logits may lie apart, in standard deviations of the logits, and how many next tokens must be equal.
+    """How far logits may differ, in standard deviations of the logits, and how many next tokens must be equal.
 
-    Rounding to bfloat16 lets experts of nearly equal score change places, which moves single positions by any amount.
+    Rounding to bfloat16 swaps experts of nearly equal score, which moves single positions by any amount.
     """
 
     worst: float
@@ -54,8 +54,8 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """The samples side by side: where in each the comparison looks, and what both models are fed."""
+class TrialSet:
+    """The samples of a comparison: the positions in each that are compared, and the pixels that both models get."""
 
     trials: Sequence[Trial]
     chosen: Sequence[list[int]]
@@ -65,18 +65,20 @@ class Row:
     def packed(self) -> Tensor:
         """Indexes of the chosen positions in the packed row."""
         starts = np.cumsum([0, *(len(trial.sample.input_ids) for trial in self.trials)])
-        return torch.tensor([starts[at] + p for at, places in enumerate(self.chosen) for p in places])
+        return torch.tensor(
+            [starts[number] + position for number, positions in enumerate(self.chosen) for position in positions]
+        )
 
     @property
     def padded(self) -> tuple[Tensor, Tensor]:
         """Rows and columns of the chosen positions in the padded batch."""
-        pairs = [(at, p) for at, places in enumerate(self.chosen) for p in places]
+        pairs = [(row, column) for row, columns in enumerate(self.chosen) for column in columns]
         return torch.tensor([row for row, _ in pairs]), torch.tensor([column for _, column in pairs])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One model's run: logits of the chosen positions, what each text layer gave there, and the most it held."""
+    """One model's run: the logits and each text layer's output at the chosen positions, and the peak of its weights."""
 
     logits: Tensor
     layers: dict[str, Tensor]
@@ -86,19 +88,19 @@ class Outcome:
 def compute_checks(
     folder: Path, weights: BaseFiles, *, device: str, dtype_name: Literal["float32", "bfloat16"]
 ) -> Iterator[Check]:
-    """Logits of both models on every sample, then what the answers cost in each video layout."""
+    """Compare the logits of both models on every sample, then what the answers cost in each video layout."""
     dtype, place = getattr(torch, dtype_name), open_device(device)
-    row = make_row(folder, trials(folder), place, dtype)
-    ours = _run_ours(folder, weights, row, place, dtype)
-    theirs = _run_theirs(folder, weights, row, place, dtype)
-    yield compare(row.chosen, [trial.name for trial in row.trials], ours, theirs, TOLERANCES[dtype_name])
-    yield video_preference(row.trials, row.chosen, ours.logits)
+    samples = trial_set(folder, trials(folder), place, dtype)
+    ours = _run_ours(folder, weights, samples, place, dtype)
+    theirs = _run_theirs(folder, weights, samples, place, dtype)
+    yield compare(samples.chosen, [trial.name for trial in samples.trials], ours, theirs, TOLERANCES[dtype_name])
+    yield video_preference(samples.trials, samples.chosen, ours.logits)
 
 
 def compare(
     chosen: Sequence[list[int]], names: Sequence[str], ours: Outcome, theirs: Outcome, allowed: Tolerance
 ) -> Check:
-    """Close logits and equal next tokens at the chosen positions; a failure names the sample and the first layer."""
+    """Check for close logits and equal next tokens; a failure names the sample and the first layer that differs."""
     apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / theirs.logits.float().std()
     equal = ours.logits.argmax(-1) == theirs.logits.argmax(-1)
     detail = (
@@ -118,7 +120,7 @@ def compare(
 
 
 def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logits: Tensor) -> Check:
-    """What the given answers cost, in nats per token, in each video layout: which one the weights know."""
+    """Note what the given answers cost, in nats per token, in each video layout: which one the weights know."""
     costs: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     at = 0
     for trial, places in zip(trials, chosen, strict=True):
@@ -128,7 +130,7 @@ def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logit
             targets = torch.from_numpy(trial.sample.input_ids[labels].astype(np.int64)).to(logits.device)
             costs[trial.layout].append(F.cross_entropy(logits[rows].float(), targets).item())
         at += len(places)
-    mean = {layout: sum(found) / len(found) for layout, found in costs.items()}
+    mean = {layout: sum(each) / len(each) for layout, each in costs.items()}
     low, high = sorted(LAYOUTS, key=mean.__getitem__)
     gap = mean[high] - mean[low]
     wins = sum(first < second for first, second in zip(costs[low], costs[high], strict=True))
@@ -147,21 +149,21 @@ def _parting(ours: Outcome, theirs: Outcome, typical: float) -> str:
     return "the layers agree, the head differs"
 
 
-def make_row(folder: Path, made: Sequence[Trial], device: torch.device, dtype: torch.dtype) -> Row:
-    """Choose where to look in each sample, and put the pictures of all together."""
+def trial_set(folder: Path, samples: Sequence[Trial], device: torch.device, dtype: torch.dtype) -> TrialSet:
+    """Choose the positions to compare in each sample, and put the pictures of all together."""
     chosen = []
-    for trial in made:
+    for trial in samples:
         spread = np.linspace(0, len(trial.sample.input_ids) - 1, _SPREAD).astype(int).tolist()
         chosen.append(sorted({*spread, *(label - 1 for label in _answer(trial))}))
     spec, pixels = read_spec(folder), {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
-        patches = np.concatenate([getattr(trial.sample, f"{kind}_patches") for trial in made])
-        grids = np.concatenate([getattr(trial.sample, f"{kind}_grids") for trial in made])
+        patches = np.concatenate([getattr(trial.sample, f"{kind}_patches") for trial in samples])
+        grids = np.concatenate([getattr(trial.sample, f"{kind}_grids") for trial in samples])
         if not len(grids):
             continue
         pixels[f"pixel_values{suffix}"] = normalise(torch.from_numpy(patches).to(device), spec=spec, dtype=dtype)
         pixels[f"{kind}_grid_thw"] = torch.from_numpy(grids).long().to(device)
-    return Row(trials=made, chosen=chosen, pixels=pixels)
+    return TrialSet(trials=samples, chosen=chosen, pixels=pixels)
 
 
 def _answer(trial: Trial) -> list[int]:
@@ -169,38 +171,40 @@ def _answer(trial: Trial) -> list[int]:
     return [int(place) for place in np.flatnonzero(trial.sample.loss_weights)]
 
 
-def _run_ours(folder: Path, weights: BaseFiles, row: Row, device: torch.device, dtype: torch.dtype) -> Outcome:
-    return run_packed(build(folder, ModelOptions(dtype=dtype)), weights.read, row, weights, device, dtype)
+def _run_ours(folder: Path, weights: BaseFiles, samples: TrialSet, device: torch.device, dtype: torch.dtype) -> Outcome:
+    return run_packed(build(folder, ModelOptions(dtype=dtype)), weights.read, samples, weights, device, dtype)
 
 
 def run_packed(
-    empty: EmptyModel, read: Read, row: Row, weights: BaseFiles, device: torch.device, dtype: torch.dtype
+    empty: EmptyModel, read: Read, samples: TrialSet, weights: BaseFiles, device: torch.device, dtype: torch.dtype
 ) -> Outcome:
     """Run our model on all samples in one row, as training does, with weights from `read`."""
+    ids = np.concatenate([trial.sample.input_ids for trial in samples.trials])
+    positions = np.concatenate([trial.sample.positions for trial in samples.trials], axis=1)
     inputs = {
-        "input_ids": torch.from_numpy(np.concatenate([t.sample.input_ids for t in row.trials])).long()[None],
-        "position_ids": torch.from_numpy(np.concatenate([t.sample.positions for t in row.trials], axis=1)).long()[
-            :, None
-        ],
+        "input_ids": torch.from_numpy(ids).long()[None],
+        "position_ids": torch.from_numpy(positions).long()[:, None],
     }
-    places = (torch.zeros_like(row.packed), row.packed)
-    return run_streamed(empty.module, read, empty.canonical, inputs, row.pixels, places, weights, device, dtype)
+    places = (torch.zeros_like(samples.packed), samples.packed)
+    return run_streamed(empty.module, read, empty.canonical, inputs, samples.pixels, places, weights, device, dtype)
 
 
-def _run_theirs(folder: Path, weights: BaseFiles, row: Row, device: torch.device, dtype: torch.dtype) -> Outcome:
+def _run_theirs(
+    folder: Path, weights: BaseFiles, samples: TrialSet, device: torch.device, dtype: torch.dtype
+) -> Outcome:
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    longest = max(len(trial.sample.input_ids) for trial in row.trials)
-    ids = torch.full((len(row.trials), longest), int(config.text_config.bos_token_id))
+    longest = max(len(trial.sample.input_ids) for trial in samples.trials)
+    ids = torch.full((len(samples.trials), longest), int(config.text_config.bos_token_id))
     mask = torch.zeros_like(ids)
-    for at, trial in enumerate(row.trials):
+    for at, trial in enumerate(samples.trials):
         ids[at, : len(trial.sample.input_ids)] = torch.from_numpy(trial.sample.input_ids).long()
         mask[at, : len(trial.sample.input_ids)] = 1
     kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
     read = library_reader(weights)
-    return run_streamed(module, read, lambda name: name, inputs, row.pixels, row.padded, weights, device, dtype)
+    return run_streamed(module, read, lambda name: name, inputs, samples.pixels, samples.padded, weights, device, dtype)
 
 
 def run_streamed(
@@ -239,23 +243,22 @@ def run_streamed(
         hidden = inner(**moved, **pixels, use_cache=False).last_hidden_state[rows, columns]
         head = read(HEAD if HEAD in weights.shapes else EMBEDDING).to(device=device, dtype=dtype)
         logits = F.linear(hidden, head)
-    return Outcome(logits=logits, layers=state.seen, bytes_peak=max(state.bytes_peak, head.nbytes))
+    return Outcome(logits=logits, layers=state.outputs, bytes_peak=max(state.bytes_peak, head.nbytes))
 
 
 def library_reader(weights: BaseFiles) -> Read:
-    """Tensors by the safetensors library, expert stacks turned as transformers turns them: where shapes differ."""
+    """Read tensors by the safetensors library; expert stacks are turned as in transformers: where shapes differ."""
 
     def stored(key: str) -> Tensor:
         with safe_open(weights.stored[key].file, framework="pt") as file:
-            found: Tensor = file.get_tensor(key)
-        return found
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
 
     def read(name: str) -> Tensor:
         shape = weights.shapes[name]
         if weights.layout == "per_expert" and is_expert_stack(name):
-            return torch.stack(
-                [torch.cat([stored(key) for key, _ in single_expert(name, shape, e)]) for e in range(shape[0])]
-            )
+            experts = [single_expert(name, shape, expert) for expert in range(shape[0])]
+            return torch.stack([torch.cat([stored(key) for key, _ in keys]) for keys in experts])
         tensor = stored(name)
         turned = is_expert_stack(name) and tuple(tensor.shape) != tuple(shape)
         return tensor.transpose(1, 2).contiguous() if turned else tensor

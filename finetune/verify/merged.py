@@ -1,7 +1,7 @@
 """The proof of a merge: logits of the merged files against base and adapter kept apart, on samples, layer by layer.
 
-Base and adapter are computed as training does: dense factors beside their matrix, experts' beside the grouped GEMM; so
-nothing of the merge's arithmetic or layout is in the judge. One layer of one model is in memory at a time.
+Base and adapter are computed as in training: dense factors beside their matrix, experts' beside the grouped GEMM; so
+the proof shares neither arithmetic nor layout with the merge. One layer of one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from data.render.sample import Renderer
 from data.shards.reader import SampleReader
 from data.stream.corpus import find_shards
 from finetune.adapters.change import Change
+from finetune.adapters.keys import packed_stack
 from finetune.adapters.merge_plan import MergePlan
 from finetune.adapters.source import AdapterSource
 from finetune.architecture.shapes import HEAD, is_expert_stack
@@ -28,7 +29,7 @@ from finetune.files.basefiles import BaseFiles, open_base
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.ranks.device import open_device
-from finetune.verify.compute import Outcome, Row, make_row, run_packed
+from finetune.verify.compute import Outcome, TrialSet, run_packed, trial_set
 from finetune.verify.samples import Trial, trials
 from moe.experts import ExpertLora
 from moe.names import PEFT_PREFIX
@@ -42,7 +43,7 @@ _TYPICAL_NARROW = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """How far the merged model is from base and adapter, and how far the base alone is; in spreads of the logits."""
+    """Distance of the merged model, and of the base alone, from base and adapter, in spreads of the logits."""
 
     positions: int
     samples: int
@@ -56,7 +57,7 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Close to what was meant, and closer to it than the base is; written so that a NaN fails."""
+        """Whether it is close to what was intended, and closer than the base is; written so that a NaN fails."""
         close = self.worst <= _WORST.get(self.stored, float("inf"))
         near = self.typical <= _TYPICAL.get(self.stored, _TYPICAL_NARROW)
         return close and near and self.equal >= 0.9 and self.typical < self.moved
@@ -75,30 +76,30 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
     """Compute in float32 what the merged folder gives, what base and adapter give, and what the base gives."""
     base = plan.base
     place, dtype = open_device(device), torch.float32
-    row = make_row(merged, samples, place, dtype)
+    inputs = trial_set(merged, samples, place, dtype)
     files = open_base(merged)
-    plain = ModelOptions(dtype=dtype)
-    ours = run_packed(build(merged, plain), files.read, row, files, place, dtype)
+    options = ModelOptions(dtype=dtype)
+    in_one = run_packed(build(merged, options), files.read, inputs, files, place, dtype)
     longer = ModelOptions(dtype=dtype, context=plan.context)
-    before = run_packed(build(base.folder, longer), base.read, row, base, place, dtype)
-    meant = _apart(plan, row, place)
-    spread = meant.logits.std()
-    distance = (ours.logits - meant.logits).abs().amax(-1) / spread
-    moved = (before.logits - meant.logits).abs().amax(-1) / spread
+    before = run_packed(build(base.folder, longer), base.read, inputs, base, place, dtype)
+    intended = _apart(plan, inputs, place)
+    spread = intended.logits.std()
+    distance = (in_one.logits - intended.logits).abs().amax(-1) / spread
+    moved = (before.logits - intended.logits).abs().amax(-1) / spread
     return Proof(
         positions=len(distance),
         samples=len(samples),
         worst=float(distance.max()),
         typical=float(distance.median()),
-        equal=float((ours.logits.argmax(-1) == meant.logits.argmax(-1)).float().mean()),
+        equal=float((in_one.logits.argmax(-1) == intended.logits.argmax(-1)).float().mean()),
         moved=float(moved.median()),
         stored="F32" if set(base.dtypes.values()) == {"F32"} else "/".join(sorted(set(base.dtypes.values()))),
-        bytes_peak=max(run.bytes_peak for run in (ours, before, meant)),
+        bytes_peak=max(run.bytes_peak for run in (in_one, before, intended)),
     )
 
 
 def proof_samples(folder: Path, given: str, count: int) -> list[Trial]:
-    """The first `count` samples of shards or of a JSONL or JSON file; without any, drawn ones of every kind."""
+    """Return the first `count` samples of shards, or of a JSONL or JSON file; drawn ones where no file is given."""
     if not given:
         return trials(folder)
     if given.endswith((".jsonl", ".json")):
@@ -107,21 +108,21 @@ def proof_samples(folder: Path, given: str, count: int) -> list[Trial]:
         shards = find_shards(given, "--verify")
     reader = SampleReader()
     renderer = Renderer(folder, image=ImageConfig(), video=VideoConfig(), chat=ChatConfig())
-    found: list[Trial] = []
+    samples: list[Trial] = []
     for shard in shards:
         for number, key in enumerate(reader.index(shard).keys):
-            if len(found) == count:
-                return found
+            if len(samples) == count:
+                return samples
             record, members = reader.sample(shard, number)
             sample = renderer.build(record, *reader.media(record, members, shard.parent), key=key)
-            found.append(Trial(name=key, record=record, sample=sample))
-    if not found:
+            samples.append(Trial(name=key, record=record, sample=sample))
+    if not samples:
         raise ValueError(f"--verify {given}: there is no sample in it")
-    return found
+    return samples
 
 
-def _apart(plan: MergePlan, row: Row, device: torch.device) -> Outcome:
-    """Base and adapter, kept apart: experts by the layer's own factors, matrices by a hook; routers and head folded."""
+def _apart(plan: MergePlan, samples: TrialSet, device: torch.device) -> Outcome:
+    """Run base and adapter apart: experts by the layer's own factors, matrices by a hook; routers and head merged."""
     base, source = plan.base, plan.source
     stacks = {name: change for name, change in source.changes.items() if is_expert_stack(name)}
     r = -(-max((change.r for change in stacks.values()), default=0) // _GEMM_ROWS) * _GEMM_ROWS
@@ -140,7 +141,7 @@ def _apart(plan: MergePlan, row: Row, device: torch.device) -> Outcome:
             return tensor.float() + source.changes[name].scale * (b[0].float() @ a[0].float())
         return tensor
 
-    return run_packed(empty, read, row, base, device, torch.float32)
+    return run_packed(empty, read, samples, base, device, torch.float32)
 
 
 def _hook_matrices(empty: EmptyModel, source: AdapterSource, device: torch.device) -> set[str]:
@@ -163,14 +164,13 @@ def _hook_matrices(empty: EmptyModel, source: AdapterSource, device: torch.devic
 def _factor(name: str, base: BaseFiles, stacks: dict[str, Change], r: int) -> Tensor:
     """A factor of all experts of a layer as the layer holds it, padded to one rank, the scale in B."""
     module, _, kind = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
-    inner = module.endswith(".base_layer")
-    stack = f"{module.removesuffix('.base_layer')}.{'gate_up_proj' if inner else 'down_proj'}"
+    stack = packed_stack(module)
     experts, out, into = base.shapes[stack]
-    found = torch.zeros((experts, r, into) if kind == "lora_A" else (experts, out, r))
+    factor = torch.zeros((experts, r, into) if kind == "lora_A" else (experts, out, r))
     if stack in stacks:
         a, b = stacks[stack].read()
         if kind == "lora_A":
-            found[:, : a.shape[1]] = a
+            factor[:, : a.shape[1]] = a
         else:
-            found[:, :, : b.shape[2]] = b.float() * stacks[stack].scale
-    return found
+            factor[:, :, : b.shape[2]] = b.float() * stacks[stack].scale
+    return factor

@@ -1,4 +1,4 @@
-"""The samples that a base model is tried on: text, an image, and short videos in each layout, made here from nothing.
+"""The samples on which a base model is tried: text, an image, and short videos in each layout, drawn here.
 
 Each video shows one plain event, so that a trained model finds the given answer likely, and finds it most likely in the
 layout that it was trained with.
@@ -23,7 +23,11 @@ VideoLayout = Literal["nested", "flat"]
 LAYOUTS: tuple[VideoLayout, ...] = ("nested", "flat")
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-_RED, _BLUE, _GREEN, _WHITE, _BLACK = (200, 30, 30), (30, 60, 200), (30, 160, 60), (255, 255, 255), (0, 0, 0)
+_RED = (200, 30, 30)
+_BLUE = (30, 60, 200)
+_GREEN = (30, 160, 60)
+_WHITE = (255, 255, 255)
+_BLACK = (0, 0, 0)
 _TIMES = tuple(float(second) for second in range(8))
 
 
@@ -38,23 +42,23 @@ class Trial:
 
 
 def trials(folder: Path) -> list[Trial]:
-    """Text, image, and every video in every layout, rendered by the data path with the base's own files."""
-    still = {layout: _renderer(folder, layout) for layout in LAYOUTS}
-    made = []
+    """Return text, image, and every video in every layout, rendered by the data path with the base's own files."""
+    renderers = {layout: _renderer(folder, layout) for layout in LAYOUTS}
+    samples = []
     for name, raw, images in _STILLS:
-        given = raw | {"images": [f"{at}.png" for at in range(len(images))]}
-        record = parse_record(given, shard="", key=name)
-        sample = still["nested"].build(record, [_png(picture) for picture in images], [], key=name)
-        made.append(Trial(name=name, record=record, sample=sample))
+        with_images = raw | {"images": [f"{at}.png" for at in range(len(images))]}
+        record = parse_record(with_images, shard="", key=name)
+        sample = renderers["nested"].build(record, [_png(picture) for picture in images], [], key=name)
+        samples.append(Trial(name=name, record=record, sample=sample))
     for layout in LAYOUTS:
         for name, question, answer, frames in _VIDEOS:
             raw = _record(f"<video>{question}", answer) | {
                 "videos": [{"frames": [f"{at}.png" for at in range(len(frames))], "times": list(_TIMES)}]
             }
             record = parse_record(raw, shard="", key=name)
-            sample = still[layout].build(record, [], [[_png(frame) for frame in frames]], key=name)
-            made.append(Trial(name=f"{name} ({layout})", record=record, sample=sample, layout=layout))
-    return made
+            sample = renderers[layout].build(record, [], [[_png(frame) for frame in frames]], key=name)
+            samples.append(Trial(name=f"{name} ({layout})", record=record, sample=sample, layout=layout))
+    return samples
 
 
 def _renderer(folder: Path, layout: VideoLayout) -> Renderer:

@@ -1,4 +1,4 @@
-"""Running a model that is larger than memory: each layer's weights are read when the layer is called, then dropped.
+"""Runs a model that is larger than memory: each layer's weights are read when the layer is called, then dropped.
 
 The model itself stays on meta; what it computes is its own forward, layer for layer.
 """
@@ -22,11 +22,11 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.\d+$")
 
 @dataclass(kw_only=True)
 class Streamed:
-    """What a streamed run has used and seen. `seen` holds the outputs that were asked for, by module name."""
+    """The memory of a streamed run, and the outputs that its `watch` returned, by module name."""
 
     bytes_now: int = 0
     bytes_peak: int = 0
-    seen: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,31 +50,31 @@ def streamed(
 ) -> Iterator[Streamed]:
     """Let a meta model run with weights from `read`; at most one layer of it is in memory.
 
-    `canonical` gives the canonical name of one of the model's own tensors. `watch` may keep something of a layer's
-    output. Tables that no file holds (rotary frequencies) must be in place already.
+    `canonical` gives the canonical name of one of the model's own tensors. `watch` may return a part of a layer's
+    output to keep. Tables that no file holds (rotary frequencies) must be in place already.
     """
     state = Streamed()
     handles = []
     for unit in _units(module, canonical):
-        kept: list[Tensor] = []
+        metas: list[Tensor] = []
 
-        def load(_module: nn.Module, _args: Any, unit: _Unit = unit, kept: list[Tensor] = kept) -> None:
+        def load(_module: nn.Module, _args: Any, unit: _Unit = unit, metas: list[Tensor] = metas) -> None:
             for owner, attribute, name in unit.tensors:
-                kept.append(getattr(owner, attribute))
+                metas.append(getattr(owner, attribute))
                 tensor = read(name).to(device=device, dtype=dtype)
-                assert tensor.shape == kept[-1].shape, f"{name}: {tuple(tensor.shape)} for {tuple(kept[-1].shape)}"
+                assert tensor.shape == metas[-1].shape, f"{name}: {tuple(tensor.shape)} for {tuple(metas[-1].shape)}"
                 state.bytes_now += tensor.nbytes
                 _put(owner, attribute, tensor)
             state.bytes_peak = max(state.bytes_peak, state.bytes_now)
 
-        def free(_module: nn.Module, _args: Any, output: Any, unit: _Unit = unit, kept: list[Tensor] = kept) -> None:
-            for (owner, attribute, _), meta in zip(unit.tensors, kept, strict=True):
+        def free(_module: nn.Module, _args: Any, output: Any, unit: _Unit = unit, metas: list[Tensor] = metas) -> None:
+            for (owner, attribute, _), meta in zip(unit.tensors, metas, strict=True):
                 state.bytes_now -= getattr(owner, attribute).nbytes
                 _put(owner, attribute, meta)
-            kept.clear()
-            found = watch(unit.name, output)
-            if found is not None:
-                state.seen[unit.name] = found
+            metas.clear()
+            watched = watch(unit.name, output)
+            if watched is not None:
+                state.outputs[unit.name] = watched
 
         handles += [unit.module.register_forward_pre_hook(load), unit.module.register_forward_hook(free)]
     try:
@@ -85,20 +85,20 @@ def streamed(
 
 
 def _units(module: nn.Module, canonical: Callable[[str], str]) -> list[_Unit]:
-    found: list[_Unit] = []
+    units: list[_Unit] = []
     for name, part in module.named_modules():
-        if any(name.startswith(unit.name + ".") for unit in found):
+        if any(name.startswith(unit.name + ".") for unit in units):
             continue
-        whole = bool(_LAYER.search(name))
+        is_layer = bool(_LAYER.search(name))
         tensors = [
             (owner, attribute, canonical(".".join(filter(None, (name, inner, attribute)))))
-            for inner, owner in (part.named_modules() if whole else [("", part)])
+            for inner, owner in (part.named_modules() if is_layer else [("", part)])
             for attribute in (*owner._parameters, *owner._buffers)
             if _from_files(owner, attribute)
         ]
         if tensors:
-            found.append(_Unit(name=name, module=part, tensors=tensors))
-    return found
+            units.append(_Unit(name=name, module=part, tensors=tensors))
+    return units
 
 
 def _from_files(owner: nn.Module, attribute: str) -> bool:

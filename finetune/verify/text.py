@@ -1,4 +1,4 @@
-"""What a base's tokenizer, chat template and processor files say, held against its config and against transformers."""
+"""Compares a base's tokenizer, chat template and processor files with its config and with transformers."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _INSTRUCT_TEMPLATE = "3636d0f0bd6bef02654cdffdc447b79cb2cef8ab02cc75267345946291
 _QWEN3_VOCABULARY = "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"
 
 
-def check_tokenizer(folder: Path, found: Family) -> Check:
-    """Every id that the config names is that token's id, and every token has a row in the embedding."""
+def check_tokenizer(folder: Path, model: Family) -> Check:
+    """Check that every id in the config is that token's id, and every token has a row in the embedding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    named = {
-        "image_token_id": ("<|image_pad|>", found.image_token_id),
-        "video_token_id": ("<|video_pad|>", found.video_token_id),
-        "vision_start_token_id": ("<|vision_start|>", found.vision_start_token_id),
-        "vision_end_token_id": ("<|vision_end|>", found.vision_end_token_id),
-        "text_config.bos_token_id": ("<|endoftext|>", found.text.bos_token_id),
-        "text_config.eos_token_id": ("<|im_end|>", found.text.eos_token_id),
+    ids = {
+        "image_token_id": ("<|image_pad|>", model.image_token_id),
+        "video_token_id": ("<|video_pad|>", model.video_token_id),
+        "vision_start_token_id": ("<|vision_start|>", model.vision_start_token_id),
+        "vision_end_token_id": ("<|vision_end|>", model.vision_end_token_id),
+        "text_config.bos_token_id": ("<|endoftext|>", model.text.bos_token_id),
+        "text_config.eos_token_id": ("<|im_end|>", model.text.eos_token_id),
     }
     vocabulary = tokenizer.get_vocab()
     wrong = [
         f"{key} is {number}, but {token} is token {vocabulary.get(token)}"
-        for key, (token, number) in named.items()
+        for key, (token, number) in ids.items()
         if vocabulary.get(token) != number
     ]
     absent = [token for token in SPECIAL_TOKENS + PLAIN_TOKENS if token not in vocabulary]
     if absent:
         wrong.append(f"the tokenizer lacks {', '.join(absent)}")
     largest = max(vocabulary.values())
-    if largest >= found.text.vocab_size:
-        wrong.append(f"token {largest} has no row in the embedding of {found.text.vocab_size}")
+    if largest >= model.text.vocab_size:
+        wrong.append(f"token {largest} has no row in the embedding of {model.text.vocab_size}")
     if wrong:
         return Check(name="tokenizer", status="fail", detail="; ".join(wrong))
     file = folder / "vocab.json"
@@ -55,13 +55,13 @@ def check_tokenizer(folder: Path, found: Family) -> Check:
     )
 
 
-def check_template(folder: Path, found: Family) -> Check:
-    """The copies of the template agree, and the data path renders with it what transformers does, token for token."""
+def check_template(folder: Path, model: Family) -> Check:
+    """Check that all copies of the template agree, and that the data path renders the same tokens as transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     copies = _template_copies(folder)
     if len(set(copies.values())) != 1:
-        listed = ", ".join(copies) or "none"
-        return Check(name="template", status="fail", detail=f"copies of the chat template differ or lack: {listed}")
+        names = ", ".join(copies) or "none"
+        return Check(name="template", status="fail", detail=f"copies of the chat template differ or lack: {names}")
     (template,) = set(copies.values())
     for trial in trials(folder):
         if trial.layout is not None:
@@ -86,16 +86,15 @@ def check_template(folder: Path, found: Family) -> Check:
     return Check(name="template", status="pass", detail=f"{kind}; renders as in transformers")
 
 
-def check_processor(folder: Path, found: Family) -> Check:
-    """The processor files cut patches as the tower expects them."""
-    spec, vision = read_spec(folder), found.vision
-    theirs = {"patch_size": spec.patch, "merge_size": spec.merge, "temporal_patch_size": spec.temporal}
-    ours = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
+def check_processor(folder: Path, model: Family) -> Check:
+    """Check that the processor files cut patches as the tower expects them."""
+    spec, vision = read_spec(folder), model.vision
+    sizes = {
+        "patch_size": (spec.patch, vision.patch_size),
+        "merge_size": (spec.merge, vision.spatial_merge_size),
+        "temporal_patch_size": (spec.temporal, vision.temporal_patch_size),
     }
-    wrong = [f"{key} is {theirs[key]}, but the tower has {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    wrong = [f"{key} is {cut}, but the tower has {tower}" for key, (cut, tower) in sizes.items() if cut != tower]
     if wrong:
         return Check(name="processor", status="fail", detail="; ".join(wrong))
     return Check(
@@ -105,12 +104,12 @@ def check_processor(folder: Path, found: Family) -> Check:
 
 def _template_copies(folder: Path) -> dict[str, str]:
     """File name -> chat template, of every file that carries one."""
-    found = {}
+    templates = {}
     if (folder / "chat_template.jinja").is_file():
-        found["chat_template.jinja"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        templates["chat_template.jinja"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
             if template:
-                found[name] = template
-    return found
+                templates[name] = template
+    return templates

@@ -70,7 +70,7 @@ def of(rank):
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     held = [
         Slice(canonical=c.canonical, shape=c.shape, ep=c.ep, steps=torch.empty((), device="meta"),
-              views={kind: torch.empty(c.held, dtype=torch.float32, device="meta") for kind in KINDS})
+              views={kind: torch.empty(c.filled, dtype=torch.float32, device="meta") for kind in KINDS})
         for c in cuts(empty, rank, world)
     ]
     return planned(flat_tensors(held, Meshes()))[1]
