@@ -98,27 +98,27 @@ class Family:
 
     @property
     def is_moe(self) -> bool:
-        """Whether the text model has expert layers."""
+        """Say whether the text model has expert layers."""
         return self.text.experts is not None
 
     @property
     def model_type(self) -> str:
-        """The hub's `model_type`."""
+        """Return the hub's `model_type`."""
         return "qwen3_vl_moe" if self.is_moe else "qwen3_vl"
 
     @property
     def architecture(self) -> str:
-        """The class that transformers builds."""
+        """Return the name of the class that transformers builds."""
         return "Qwen3VLMoeForConditionalGeneration" if self.is_moe else "Qwen3VLForConditionalGeneration"
 
     @property
     def head_sizes(self) -> tuple[int, int]:
-        """Of an attention head of the text model, and of one of the vision tower."""
+        """Return the size of an attention head of the text model, and of one of the vision tower."""
         return self.text.head_dim, self.vision.hidden_size // self.vision.num_heads
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indexes of the layers whose MLP is a mixture of experts, by transformers' own rule."""
+        """Return the indexes of the layers whose MLP is a mixture of experts, by transformers' own rule."""
         experts = self.text.experts
         if experts is None:
             return ()
@@ -130,16 +130,16 @@ class Family:
 
 
 def family_names() -> tuple[str, ...]:
-    """Every name that `model.family` takes: the dense sizes, then the mixture-of-experts sizes."""
+    """Return every name that `model.family` takes: the dense sizes, then the mixture-of-experts sizes."""
     return tuple(_FAMILIES)
 
 
 def family(name: str) -> Family:
-    """The table's entry for `name`: `qwen3-vl-30b-a3b`, or a hub id such as `Qwen/Qwen3-VL-30B-A3B-Instruct`."""
-    wanted = name.lower().removeprefix("qwen/").removesuffix("-instruct").removesuffix("-thinking")
-    if wanted in _FAMILIES:
-        return _FAMILIES[wanted]
-    close = difflib.get_close_matches(wanted, _FAMILIES, n=1, cutoff=0.6)
+    """Return the table's entry for `qwen3-vl-30b-a3b`, or for a hub id such as `Qwen/Qwen3-VL-30B-A3B-Instruct`."""
+    size = name.lower().removeprefix("qwen/").removesuffix("-instruct").removesuffix("-thinking")
+    if size in _FAMILIES:
+        return _FAMILIES[size]
+    close = difflib.get_close_matches(size, _FAMILIES, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ValueError(
         f"model.family: {name!r} is not a known family; {hint}known are {', '.join(_FAMILIES)}. "
@@ -160,7 +160,7 @@ def _size(
     small_tower: bool = False,
     tied: bool = False,
 ) -> Family:
-    """One row of the table; whatever is not an argument is equal in all published sizes."""
+    """Return one row of the table; what is not an argument is equal in all published sizes."""
     experts = Experts(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=expert_hidden or 0)
     tower = Vision(out_hidden_size=hidden)
     if small_tower:
@@ -184,32 +184,68 @@ def _size(
 
 _TABLE = (
     _size(
-        "2B", hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8, small_tower=True, tied=True,
+        "2B",
+        hidden=2048,
+        intermediate=6144,
+        layers=28,
+        heads=16,
+        kv_heads=8,
+        small_tower=True,
+        tied=True,
         sha256="bec4b3d446efa05807365c9e1cec03ac590836879d02f3a6da879971154bdd3b",
     ),
     _size(
-        "4B", hidden=2560, intermediate=9728, layers=36, heads=32, kv_heads=8, small_tower=True, tied=True,
+        "4B",
+        hidden=2560,
+        intermediate=9728,
+        layers=36,
+        heads=32,
+        kv_heads=8,
+        small_tower=True,
+        tied=True,
         sha256="edac7703329133edfc53e46ac0081835144c99d7eebf28b71c732694d435224d",
     ),
     _size(
-        "8B", hidden=4096, intermediate=12_288, layers=36, heads=32, kv_heads=8,
+        "8B",
+        hidden=4096,
+        intermediate=12_288,
+        layers=36,
+        heads=32,
+        kv_heads=8,
         sha256="5cd452860dc1e9c29dd71cc3cef7f39b338b7a40793f7a260655c2d3568f3661",
     ),
     _size(
-        "32B", hidden=5120, intermediate=25_600, layers=64, heads=64, kv_heads=8,
+        "32B",
+        hidden=5120,
+        intermediate=25_600,
+        layers=64,
+        heads=64,
+        kv_heads=8,
         sha256="d2dd0c60d01b9e195d9447c52da61c7302d28828524914c044d9c6e1b81d0427",
     ),
     # No layer of the MoE sizes uses `intermediate`: decoder_sparse_step is 1 and mlp_only_layers is empty.
     _size(
-        "30B-A3B", hidden=2048, intermediate=6144, layers=48, heads=32, kv_heads=4, expert_hidden=768,
+        "30B-A3B",
+        hidden=2048,
+        intermediate=6144,
+        layers=48,
+        heads=32,
+        kv_heads=4,
+        expert_hidden=768,
         sha256="6129b3f54d517a18553cf7525ff4886be6831c5806fc094d632b8ef38d859912",
     ),
     _size(
-        "235B-A22B", hidden=4096, intermediate=12_288, layers=94, heads=64, kv_heads=4, expert_hidden=1536,
+        "235B-A22B",
+        hidden=4096,
+        intermediate=12_288,
+        layers=94,
+        heads=64,
+        kv_heads=4,
+        expert_hidden=1536,
         sha256="a9b0434bf1bb5de21786cb3dc3abf95e7254a1e131557c911d7271d2fb63e476",
     ),
-)  # fmt: skip
-# What `moetune tiny` writes when nothing else is asked for.
+)
+# What `moetune tiny` writes by default.
 _TINY_MOE = Family(
     name="tiny-moe",
     text=Text(

@@ -1,4 +1,4 @@
-"""Whether a model's dimensions fit together. Loads no torch."""
+"""Checks that a model's dimensions fit together. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,60 +6,62 @@ from finetune.architecture.families import Family, Text
 
 
 def family_problems(family: Family) -> list[str]:
-    """What contradicts itself in a family's numbers: one sentence each, with the config's own keys; [] when sound."""
+    """Return what contradicts itself in a family's numbers: a sentence each, in the config's own keys; [] if sound."""
     return _text_problems(family.text) + _vision_problems(family)
 
 
 def _text_problems(text: Text) -> list[str]:
-    found = []
+    problems = []
     if text.num_attention_heads % text.num_key_value_heads:
-        found.append(
+        problems.append(
             f"text_config.num_attention_heads {text.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {text.num_key_value_heads}"
         )
     if sum(text.rope.mrope_section) * 2 != text.head_dim:
-        found.append(
+        problems.append(
             f"mrope_section {list(text.rope.mrope_section)} sums to {sum(text.rope.mrope_section)}, "
             f"but half of text_config.head_dim {text.head_dim} is {text.head_dim / 2:g}"
         )
     if text.rope.type not in ("default", "yarn"):
-        found.append(f"rope_type {text.rope.type!r} is not known; known are default and yarn")
+        problems.append(f"rope_type {text.rope.type!r} is not known; known are default and yarn")
     if text.rope.type == "yarn" and not (text.rope.factor and text.rope.original_max_position_embeddings):
-        found.append("rope_type yarn needs factor and original_max_position_embeddings; without them the ramp is wrong")
+        problems.append(
+            "rope_type yarn needs factor and original_max_position_embeddings; without them the ramp is wrong"
+        )
     if text.rope.type == "default" and text.rope.factor:
-        found.append(f"rope_type is default, so factor {text.rope.factor:g} would be ignored; write rope_type yarn")
+        problems.append(f"rope_type is default, so factor {text.rope.factor:g} would be ignored; write rope_type yarn")
     experts = text.experts
     if experts is not None and not 1 <= experts.num_experts_per_tok <= experts.num_experts:
-        found.append(
+        problems.append(
             f"num_experts_per_tok {experts.num_experts_per_tok} must be between 1 and num_experts {experts.num_experts}"
         )
-    return found
+    return problems
 
 
 def _vision_problems(family: Family) -> list[str]:
     vision, text = family.vision, family.text
-    found = []
+    problems = []
     if vision.out_hidden_size != text.hidden_size:
-        found.append(
+        problems.append(
             f"vision_config.out_hidden_size {vision.out_hidden_size} differs from text_config.hidden_size "
             f"{text.hidden_size}"
         )
     if vision.hidden_size % (4 * vision.num_heads):
-        found.append(
+        problems.append(
             f"vision_config.hidden_size {vision.hidden_size} is not a multiple of 4 x num_heads {vision.num_heads} "
             f"(rows and columns each rotate half of a head)"
         )
     if round(vision.num_position_embeddings**0.5) ** 2 != vision.num_position_embeddings:
-        found.append(f"vision_config.num_position_embeddings {vision.num_position_embeddings} is not a square")
+        problems.append(f"vision_config.num_position_embeddings {vision.num_position_embeddings} is not a square")
     outside = [index for index in vision.deepstack_visual_indexes if not 0 <= index < vision.depth]
     if outside:
-        found.append(
+        problems.append(
             f"vision_config.deepstack_visual_indexes {outside} are outside the tower's {vision.depth} blocks (0 to "
             f"{vision.depth - 1})"
         )
     if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
-        found.append(
+        problems.append(
             f"vision_config.deepstack_visual_indexes has {len(vision.deepstack_visual_indexes)} entries for "
             f"{text.num_hidden_layers} text layers; each feeds one of the first layers"
         )
-    return found
+    return problems

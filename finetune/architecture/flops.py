@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, by part of the model: what the training needs, and what the device executes.
+"""Floating-point operations of a step by part of the model: those the training needs, those the device executes.
 
 A matrix of n elements costs 2n a row in forward, 2n to bring the gradient to its input, 2n for its own gradient: 2n
 where nothing below it trains, 4n frozen on the gradient's way down, 6n trained. LoRA's factors cost 6 of their own.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TEXT_PARTS = ("attention", "experts", "router", "mlp")
 KERNEL_AGAIN = 0.5
-"""What attention's kernel recomputes in backward, as a share of its forward: one of the forward's two products."""
+"""Share of its forward that attention's kernel recomputes in backward: one of two products."""
 
 PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12,
@@ -60,7 +60,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Operations of one part: `model` of training it, `again` those computed twice."""
+    """Operations of one part; `again` are those that the device computes a second time."""
 
     forward: float
     backward: float
@@ -68,7 +68,7 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What this training needs at least."""
+        """Return the operations that this training needs at least."""
         return self.forward + self.backward
 
 
@@ -76,13 +76,14 @@ def batch_work(batch: Batch) -> Work:
     """Return the work in one packed row; reads tensors on the host, so call it before the row goes to a device."""
     cuts, owners = batch.cu_seq_lens.tolist(), batch.sample_ids[0].tolist()
     lengths = [last - first for first, last in zip(cuts, cuts[1:], strict=False) if last > first and owners[first] >= 0]
-    frames = [(t, h * w) for grids in (batch.image_grids, batch.video_grids) for t, h, w in grids.tolist()]
+    grids = [grid for of_kind in (batch.image_grids, batch.video_grids) for grid in of_kind.tolist()]
+    frames = [(pairs, height * width) for pairs, height, width in grids]
     return Work(
         tokens=sum(lengths),
         supervised=int((batch.loss_weights > 0).sum()),
         squares=sum(length**2 for length in lengths),
-        patches=sum(t * patches for t, patches in frames),
-        frame_squares=sum(t * patches**2 for t, patches in frames),
+        patches=sum(pairs * patches for pairs, patches in frames),
+        frame_squares=sum(pairs * patches**2 for pairs, patches in frames),
     )
 
 
@@ -128,7 +129,7 @@ class FlopMeter:
                 )
 
     def count(self, work: Work) -> dict[str, Flops]:
-        """Return the operations of each part for so much work; `attention_scores` and `vision_scores` are their own."""
+        """Return the operations of each part for this work, with `attention_scores` and `vision_scores` among them."""
         tower = any(part in self._trains for part in TOWER)
         trunk = any(part != "head" for part in self._trains)
         rows = {part: work.tokens for part in TEXT_PARTS} | {"head": work.supervised}
@@ -136,12 +137,12 @@ class FlopMeter:
         rows |= dict.fromkeys(MERGERS, work.patches // self.family.vision.spatial_merge_size**2)
         passes = {part: trunk for part in (*TEXT_PARTS, "head")} | {"vision_blocks": tower, "patch_embed": False}
         passes |= {part: tower or part in self._trains for part in MERGERS}
-        found = {part: self._linear(part, rows[part], passes=passes[part]) for part in rows if part in self._matrices}
+        counts = {part: self._linear(part, rows[part], passes=passes[part]) for part in rows if part in self._matrices}
         text, vision = self.family.text, self.family.vision
         pair = 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
-        found["attention_scores"] = self._scores(pair * work.squares / 2, passes=trunk)
-        found["vision_scores"] = self._scores(4 * vision.hidden_size * vision.depth * work.frame_squares, passes=tower)
-        return found
+        counts["attention_scores"] = self._scores(pair * work.squares / 2, passes=trunk)
+        counts["vision_scores"] = self._scores(4 * vision.hidden_size * vision.depth * work.frame_squares, passes=tower)
+        return counts
 
     def model(self, work: Work) -> float:
         """Return the operations this training needs: the numerator of model FLOP/s and MFU."""
@@ -174,7 +175,7 @@ class FlopMeter:
 
 def _matrices(family: Family) -> dict[str, list[tuple[int, int, float]]]:
     """Return each part's matrices as (out, in, how much of it one row passes through)."""
-    found: dict[str, list[tuple[int, int, float]]] = {}
+    matrices: dict[str, list[tuple[int, int, float]]] = {}
     shapes = parameter_shapes(family)
     if family.tie_word_embeddings:
         shapes[HEAD] = shapes[EMBEDDING]
@@ -185,7 +186,7 @@ def _matrices(family: Family) -> dict[str, list[tuple[int, int, float]]]:
             continue
         if part == "experts":
             assert experts is not None
-            found.setdefault(part, []).append((shape[1], shape[2], float(experts.num_experts_per_tok)))
+            matrices.setdefault(part, []).append((shape[1], shape[2], float(experts.num_experts_per_tok)))
         else:
-            found.setdefault(part, []).append((shape[0], math.prod(shape[1:]), 1.0))
-    return found
+            matrices.setdefault(part, []).append((shape[0], math.prod(shape[1:]), 1.0))
+    return matrices

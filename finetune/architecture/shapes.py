@@ -41,17 +41,17 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Return the number of all parameters."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def vision(self) -> int:
-        """The tower with its position table, merger and DeepStack mergers."""
+        """Return the number of the tower's, with its position table, merger and DeepStack mergers."""
         return self.vision_blocks + self.patch_embed + self.pos_embed + self.merger + self.deepstack_mergers
 
 
 def parameter_shapes(family: Family) -> dict[str, Shape]:
-    """Canonical name -> shape of every parameter that a checkpoint holds; a tied head is absent."""
+    """Return canonical name -> shape of every parameter that a checkpoint holds; a tied head is absent."""
     return dict(_shapes(family))
 
 
@@ -60,11 +60,11 @@ def _shapes(family: Family) -> dict[str, Shape]:
     text, moe_layers = family.text, family.moe_layers
     shapes: dict[str, Shape] = {EMBEDDING: (text.vocab_size, text.hidden_size)}
     for layer in range(text.num_hidden_layers):
-        at = f"{LANGUAGE}layers.{layer}."
-        shapes |= _named(at + "self_attn.", _attention(text))
-        shapes |= _named(at + "mlp.", _experts(text) if layer in moe_layers else _mlp(text))
-        shapes[at + "input_layernorm.weight"] = (text.hidden_size,)
-        shapes[at + "post_attention_layernorm.weight"] = (text.hidden_size,)
+        prefix = f"{LANGUAGE}layers.{layer}."
+        shapes |= _named(prefix + "self_attn.", _attention(text))
+        shapes |= _named(prefix + "mlp.", _experts(text) if layer in moe_layers else _mlp(text))
+        shapes[prefix + "input_layernorm.weight"] = (text.hidden_size,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (text.hidden_size,)
     shapes[LANGUAGE + "norm.weight"] = (text.hidden_size,)
     shapes |= _named(VISUAL, _tower(family.vision))
     if not family.tie_word_embeddings:
@@ -74,7 +74,7 @@ def _shapes(family: Family) -> dict[str, Shape]:
 
 @cache
 def parameter_counts(family: Family) -> ParameterCounts:
-    """How the family's parameters divide over its parts; query and key norms count as attention."""
+    """Return how the family's parameters divide over its parts; query and key norms count as attention."""
     counts = {field.name: 0 for field in fields(ParameterCounts)}
     for name, shape in parameter_shapes(family).items():
         counts[part_of(name)] += math.prod(shape)
@@ -82,7 +82,7 @@ def parameter_counts(family: Family) -> ParameterCounts:
 
 
 def active_text_parameters(family: Family) -> int:
-    """Text parameters that one token passes through, embedding and head included: top-k of the experts, all else."""
+    """Return the text parameters that one token passes through: top-k of the experts and all else, head included."""
     counts, experts = parameter_counts(family), family.text.experts
     routed = 0 if experts is None else counts.experts * experts.num_experts_per_tok // experts.num_experts
     head = counts.head or counts.embeddings
@@ -180,7 +180,7 @@ _VISION_PARTS = {
 
 
 def is_expert_stack(name: str) -> bool:
-    """Whether a canonical name is a stack of all experts' weights, whose first dim is the expert."""
+    """Say whether a canonical name is a stack of all experts' weights, whose first dim is the expert."""
     return bool(_FUSED.search(name))
 
 
