@@ -50,7 +50,8 @@ from finetune.ranks.engine import (
 from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_failure
 from finetune.ranks.flight import record_flight
 from finetune.ranks.log import RankLog
-from finetune.ranks.watch import PREEMPTED, Watch, exit_code
+from finetune.ranks.signals import PREEMPTED, exit_code
+from finetune.ranks.watch import Watch
 from finetune.settings.checks import require
 from finetune.settings.derive import derive
 from finetune.settings.recipes import effective, load_recipe

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from finetune.ranks.signals import PREEMPTED
 from launchers.arguments import positive
 from launchers.render import SHUTDOWN
 
@@ -18,7 +19,6 @@ EXAMPLE = """\
   moetune tiny base
   moetune train tiny-cpu --ranks 2 model.path=base data.sources.general.path=train.jsonl"""
 
-PREEMPTED = 75
 GRACE_S = 30
 """So long torchrun waits after SIGTERM: a checkpoint takes at most 25 s, or it is not the last one."""
 STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")

@@ -21,6 +21,7 @@ from finetune.planner.plan import Plan, plan, resident_choice
 from finetune.planner.rank_layout import Layout
 from finetune.planner.time import Assumed
 from finetune.ranks.collectives import rank_and_world
+from finetune.ranks.device import room
 from finetune.settings.checks import base_family
 
 TOLERANCE = 0.15
@@ -32,9 +33,9 @@ def settled(config: RunConfig, *, ranks: int) -> RunConfig:
     """Replace every `auto` that depends on the machine; every rank finds the same on machines that are alike."""
     if config.parallel.ep != AUTO_EP and config.parallel.recompute != "auto":
         return config
-    room, device = _room()
+    room_bytes, device = room()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return settle(config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room, device=device)
+    return settle(config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room_bytes, device=device)
 
 
 def resident_here(config: RunConfig, base: Family) -> ResidentChoice:
@@ -115,17 +116,9 @@ def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:
 
 
 def _cluster_here(ranks: int) -> Cluster:
-    room, device = _room()
+    room_bytes, device = room()
     known = gpu_like(torch.cuda.get_device_name()) if device else None
-    here = Gpu(name="CPU", memory_bytes=room, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9,
+    here = Gpu(name="CPU", memory_bytes=room_bytes, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9,
                kernels=HOPPER)  # fmt: skip
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Cluster(gpu=replace(known or here, memory_bytes=room), gpus=ranks, per_node=min(per_node, ranks))
-
-
-def _room() -> tuple[int, bool]:
-    """Bytes of memory that one rank has for itself, and whether they are a device's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, True
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here, False
+    return Cluster(gpu=replace(known or here, memory_bytes=room_bytes), gpus=ranks, per_node=min(per_node, ranks))

@@ -1,8 +1,8 @@
-"""Why did a run hang or die? What its ranks left in runs/<name>/logs, merged into one page. Loads no torch.
+"""Says why a run hung or died: one page from what its ranks left in runs/<name>/logs. Loads no torch.
 
-Ranks leave: rank-0007.log, their own words; rank-0007.json, where they last were; rank-0007.stack, their stacks when
-they stood still; failure-0007.json, why they ended; outcome.json, how the run ended; flight-7 and flight-gloo-7, the
-last collectives of NCCL and of gloo, when they stood still.
+A rank leaves: rank-0007.log, its log; rank-0007.json, where it last was; rank-0007.stack, its stacks when it stood
+still; failure-0007.json, why it ended; flight-7 and flight-gloo-7, the last collectives of NCCL and of gloo, when it
+stood still. The run leaves outcome.json, how it ended.
 """
 
 import json
@@ -18,6 +18,7 @@ from finetune.ranks.flight_reading import Flight, flight_lines, missed, read_fli
 from finetune.ranks.log import listed
 
 OLD_S = 60.0
+"""A rank whose last heartbeat is older than this is silent."""
 SHOWN = 12
 
 
@@ -34,18 +35,18 @@ class RankTrace:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's."""
+    """Whether a folder is that of a run."""
     return (folder / "config.yaml").is_file()
 
 
 def read_traces(logs: Path) -> list[RankTrace]:
-    """What every rank left, in order of rank."""
-    found = {
+    """Read what every rank left, in order of rank."""
+    ranks = {
         int(match[1])
         for path in logs.iterdir()
         if (match := re.match(r"(?:rank|failure|flight(?:-gloo)?)-(\d+)", path.name))
     }
-    return [_trace(logs, rank) for rank in sorted(found)]
+    return [_trace(logs, rank) for rank in sorted(ranks)]
 
 
 def _trace(logs: Path, rank: int) -> RankTrace:
@@ -62,10 +63,10 @@ def _trace(logs: Path, rank: int) -> RankTrace:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except (OSError, ValueError):  # not there, or cut off while it was written
         return {}
-    return found if isinstance(found, dict) else {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _text(path: Path) -> str:
@@ -73,8 +74,9 @@ def _text(path: Path) -> str:
 
 
 def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
-    """The page, and whether there is anything to find."""
-    logs, now = folder / "logs", time.time() if now is None else now
+    """Return the lines of the page, and whether anything is wrong."""
+    logs = folder / "logs"
+    now = time.time() if now is None else now
     traces = read_traces(logs) if logs.is_dir() else []
     outcome = _json(logs / "outcome.json")
     if not traces:
@@ -90,7 +92,7 @@ def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
 
 
 def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) -> Iterator[str]:
-    """Sentences, the likeliest cause first, each with what to do."""
+    """Yield sentences, the likeliest cause first, each with what to do."""
     failed = sorted(
         (t for t in traces if t.failure), key=lambda t: (t.failure.get("kind") == "lost", t.failure["time"])
     )
@@ -119,23 +121,23 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
 
 
 def _behind(traces: list[RankTrace]) -> Iterator[str]:
-    """Ranks in another step or stage than most: the others wait for them."""
-    where = {t.rank: (t.beat.get("step"), t.beat.get("stage")) for t in traces if t.beat}
-    if len(set(where.values())) < 2:
+    """Name the ranks in another step or stage than most: the others wait for them."""
+    places = {t.rank: (t.beat.get("step"), t.beat.get("stage")) for t in traces if t.beat}
+    if len(set(places.values())) < 2:
         return
-    usual, _ = Counter(where.values()).most_common(1)[0]
-    for rank, here in where.items():
-        if here != usual:
+    usual, _ = Counter(places.values()).most_common(1)[0]
+    for rank, (step, stage) in places.items():
+        if (step, stage) != usual:
             samples = next(t for t in traces if t.rank == rank).beat.get("samples") or []
             reading = f"; its samples: {', '.join(map(str, samples[:4]))}" if samples else ""
             yield (
-                f"rank {rank} is in step {here[0]}, {here[1]}, most are in step {usual[0]}, {usual[1]}: they wait for "
+                f"rank {rank} is in step {step}, {stage}, most are in step {usual[0]}, {usual[1]}: they wait for "
                 f"it{reading}. See its stack below"
             )
 
 
 def _odd_stack(traces: list[RankTrace]) -> Iterator[str]:
-    """A rank whose innermost frame of the main thread differs from the others'."""
+    """Name the ranks whose main thread stands in another innermost frame than most."""
     tops = {t.rank: top for t in traces if (top := _top(t.stack))}
     if len(tops) < 2 or len(set(tops.values())) == 1:
         return
@@ -146,7 +148,7 @@ def _odd_stack(traces: list[RankTrace]) -> Iterator[str]:
 
 
 def _top(stack: str) -> str:
-    """The innermost frame that is not of the machine room: ours, or the library's that we called."""
+    """Return the innermost frame of ours, or else the innermost of all."""
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stack.rpartition("most recent call first")[2])
     ours = [f for f in frames if re.search(r"/(finetune|moe|data)/", f[0])]
     if not frames:

@@ -1,4 +1,4 @@
-"""What ranks say to each other outside the model: sums, and whether they agree on what they are about to do."""
+"""What ranks exchange outside the model: sums, and whether they agree on what they are about to do."""
 
 import hashlib
 import os
@@ -15,14 +15,13 @@ from finetune.ranks.log import listed
 from moe.experts import GroupedExperts
 
 T = TypeVar("T")
-"""So many differences are printed."""
 PATIENCE = timedelta(days=1)
 """How long a collective waits for the slowest rank, which may fetch or index terabytes, or write a model, while others
-stand in it. One that is gone is not waited for: its connections break, or the watch misses it."""
+stand in it. Dead ranks are noticed sooner, by broken connections or by the watch."""
 
 
 class Preempted(Exception):
-    """A signal asked a rank for an end, and all know it: what is under way is left undone."""
+    """A signal asked some rank for an end, and all ranks know it: what is under way is left undone."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -30,10 +29,10 @@ class Preempted(Exception):
 
 
 def be_patient(limit: timedelta) -> None:
-    """Let the groups that are made from here on wait so long for a rank, where who makes them does not say.
+    """Set the timeout of all groups that are made from here on without one.
 
-    DeepSpeed does not, and those of NCCL would end a run after ten minutes: counted from when a collective is issued,
-    which on a GPU is long before its turn comes, if rank 0 writes what the others hand over.
+    DeepSpeed names none, and groups of NCCL would end a run after ten minutes: counted from when a collective is
+    issued, which on a GPU is long before its turn comes, if rank 0 writes what the others hand over.
     """
     torch_s = dist.distributed_c10d
     torch_s.default_pg_timeout = torch_s.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]  # not exported
@@ -42,10 +41,10 @@ def be_patient(limit: timedelta) -> None:
 def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | None = None) -> None:
     """After an elastic restart, meet the other ranks under names that the start before did not use.
 
-    `device` is what the group is bound to; None: what its collectives' tensors are on.
+    `device` is what the group is bound to; None: to the device of its collectives' tensors.
 
     torchrun keeps one store over its restarts, with the addresses of ranks that are gone: a group that reads one waits
-    for ever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
+    forever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
     torchrun's environment gives each restart a store of its own.
     """
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -75,9 +74,12 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return total.tolist()
 
 
-def require_no_wish(asked: int, device: torch.device) -> None:
-    """Raise Preempted on every rank when a signal has asked any of them for an end; every rank must call this."""
-    wish = torch.tensor(asked, dtype=torch.int64, device=device)
+def require_no_wish(stop: int, device: torch.device) -> None:
+    """Raise Preempted on every rank if a signal has asked any of them for an end; every rank must call this.
+
+    `stop` is the signal that this rank got, 0 for none.
+    """
+    wish = torch.tensor(stop, dtype=torch.int64, device=device)
     if dist.is_initialized():
         dist.all_reduce(wish, op=dist.ReduceOp.MAX)
     if number := int(wish):
@@ -184,12 +186,12 @@ def at_rank_zero(tensor: Tensor, owner: nn.Module) -> Iterator[tuple[int, Tensor
 
 
 def raise_together(what: str, error: Exception | None) -> None:
-    """Raise on every rank when rank 0 has an error, and not wait for each other forever; every rank must call this."""
+    """Raise on every rank if rank 0 has an error, so that none waits forever; every rank must call this."""
     rank, world = rank_and_world()
-    said = [f"{type(error).__name__}: {error}" if error is not None else ""]
+    message = [f"{type(error).__name__}: {error}" if error is not None else ""]
     if world > 1:
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(message, src=0)
     if error is not None:
         raise error
-    if said[0]:
-        raise RuntimeError(f"rank {rank} stops, as {what} failed on rank 0: {said[0]}")
+    if message[0]:
+        raise RuntimeError(f"rank {rank} stops, as {what} failed on rank 0: {message[0]}")

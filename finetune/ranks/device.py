@@ -1,7 +1,8 @@
-"""The device that a user named for one process, or one clear error."""
+"""The device of one process: as a user named it, and the memory that a rank has for itself."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import torch
@@ -11,10 +12,20 @@ def open_device(name: str) -> torch.device:
     """Return the device and make it the current one."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device is {name!r}; allowed are cpu, cuda, or one GPU by its number, as cuda:1")
-    place = torch.device(name)
-    if place.type == "cuda":
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= seen:
-            raise ValueError(f"--device is {name}, but torch sees {seen} GPUs here; use --device cpu or a lower number")
-        torch.cuda.set_device(place)
-    return place
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"--device is {name}, but torch sees {count} GPUs here; use --device cpu or a lower number"
+            )
+        torch.cuda.set_device(device)
+    return device
+
+
+def room() -> tuple[int, bool]:
+    """Return the bytes of memory that one rank has for itself, and whether they are a device's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, True
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here, False

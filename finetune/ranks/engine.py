@@ -248,13 +248,13 @@ def _has(config: Mapping[str, Any], dotted: str) -> bool:
 
 def _shared(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the dotted keys that both set."""
-    found = []
+    keys = []
     for key, value in theirs.items():
         if isinstance(value, Mapping) and isinstance(ours.get(key), Mapping):
-            found += _shared(ours[key], value, f"{prefix}{key}.")
+            keys += _shared(ours[key], value, f"{prefix}{key}.")
         elif key in ours:
-            found.append(f"{prefix}{key}")
-    return found
+            keys.append(f"{prefix}{key}")
+    return keys
 
 
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

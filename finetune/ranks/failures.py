@@ -1,4 +1,4 @@
-"""What ended a run, for people: the message of the rank that failed first, and not of those that only lost it.
+"""What ended a run, for people: the message of the rank that failed first, not of those that only lost it.
 
 Each failing rank leaves `logs/failure-0007.json`; a run that ends otherwise leaves `logs/outcome.json`. No torch here:
 the launcher reads both.
@@ -21,14 +21,19 @@ from finetune.ranks.log import RankLog
 Kind = Literal["input", "failed", "lost", "stall"]
 Outcome = Literal["done", "preempted", "problems"]
 LOST = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "Socket closed",
-    "remote process exited", "communicator was aborted",
-)  # fmt: skip
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "Socket closed",
+    "remote process exited",
+    "communicator was aborted",
+)
 """What a backend says when the rank at the other end is gone."""
-SETTLE_S = 0.5
-"""So long a failing rank looks for one that failed before it."""
+FAILED_S = 0.5
+"""Seconds a failing rank waits before it looks for one that failed before it."""
 LOST_S = 3.0
-"""So long a rank that only lost another one lets it be found out; its launcher then ends this one as well."""
+"""Seconds a rank waits after losing a peer, so that the peer's own error is reported first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ def keep_failure(log: RankLog, kind: Kind, message: str) -> Failure:
 
 
 def forget_failure(log: RankLog) -> None:
-    """A new start: what ended the one before is history."""
+    """Remove what ended the start before."""
     (log.folder / f"failure-{log.rank:04d}.json").unlink(missing_ok=True)
     if log.rank == 0:
         (log.folder / "outcome.json").unlink(missing_ok=True)
@@ -64,41 +69,41 @@ def forget_failure(log: RankLog) -> None:
 
 def first_failure(folder: Path, *, since: float) -> Failure | None:
     """Return the earliest failure of a start; one that only lost another rank comes last."""
-    found = []
+    failures = []
     for path in folder.glob("failure-*.json"):
         try:
-            found.append(Failure(**json.loads(path.read_text())))
+            failures.append(Failure(**json.loads(path.read_text())))
         except json.JSONDecodeError:  # being written
             continue
-    fresh = [failure for failure in found if failure.time >= since]
+    fresh = [failure for failure in failures if failure.time >= since]
     return min(fresh, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
 
 
 def keep_outcome(log: RankLog, outcome: Outcome, step: int | None) -> None:
-    """Write down that a run ended well, or shall be started again; None where no step was begun."""
-    beside = log.folder / f"outcome-{log.rank:04d}.new"
-    beside.write_text(json.dumps({"outcome": outcome, "step": step, "time": time.time()}))
-    beside.replace(log.folder / "outcome.json")  # whole at any time: several ranks may have the same to say
+    """Write down that a run ended well, or should be started again; `step` is None if no step was begun."""
+    partial = log.folder / f"outcome-{log.rank:04d}.new"
+    partial.write_text(json.dumps({"outcome": outcome, "step": step, "time": time.time()}))
+    partial.replace(log.folder / "outcome.json")  # complete at any time: several ranks may write it
 
 
 def outcome_since(folder: Path, since: float) -> str:
     """Return the outcome of a start, or nothing."""
     path = folder / "outcome.json"
-    found = json.loads(path.read_text()) if path.exists() else {"time": 0.0}
-    return str(found["outcome"]) if found["time"] >= since else ""
+    record = json.loads(path.read_text()) if path.exists() else {"time": 0.0}
+    return str(record["outcome"]) if record["time"] >= since else ""
 
 
 def report_failure(log: RankLog, error: BaseException, *, since: float) -> Failure:
-    """Keep it, and say it on the terminal unless another rank failed before; that one's message is the cause."""
+    """Write a failure down, and print it unless another rank failed before: then that rank's message is the cause."""
     log.note("".join(traceback.format_exception(error)).rstrip())
     text = str(error) or type(error).__name__
-    lost = isinstance(error, RuntimeError) and any(words in text for words in LOST)
-    kind: Kind = "input" if isinstance(error, ValueError) else "lost" if lost else "failed"
+    is_lost = isinstance(error, RuntimeError) and any(words in text for words in LOST)
+    kind: Kind = "input" if isinstance(error, ValueError) else "lost" if is_lost else "failed"
     failure = keep_failure(log, kind, text)
-    time.sleep(LOST_S if lost else SETTLE_S)
+    time.sleep(LOST_S if is_lost else FAILED_S)
     first = first_failure(log.folder, since=since) or failure
     if first.rank == log.rank:
-        words = f"another rank is gone: {text.splitlines()[0]}" if lost else text
+        words = f"another rank is gone: {text.splitlines()[0]}" if is_lost else text
         log.shout(f"moetune train, rank {log.rank}: {words}")
         if kind == "failed":
             log.shout(f"the traceback is in {log.path}")

@@ -16,39 +16,39 @@ from torch._C import _distributed_c10d
 from finetune.ranks.flight_reading import GLOO, NCCL
 
 KEPT = 2000
-"""So many collectives are kept; a step of a large model has some thousand."""
+"""Collectives that are kept; a step of a large model has some thousand."""
 RECORDERS = {NCCL: "_dump_nccl_trace", GLOO: "_dump_fr_trace"}
-"""By the beginning of the file's name; a build of torch without NCCL lacks the first."""
+"""torch's functions, by the beginning of the file's name; a build of torch without NCCL lacks the first."""
 
 
 def record_flight(folder: Path) -> None:
-    """Let torch record, and write beside the logs should NCCL's own watchdog fire; before the first process group."""
+    """Let torch record, and write beside the logs if NCCL's own watchdog fires; call it before the first group."""
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         os.environ.setdefault(name, str((folder / NCCL).absolute()))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT))
 
 
 def forget_flight(folder: Path, rank: int) -> None:
-    """A new start: what the one before recorded is history."""
+    """Remove what the start before recorded."""
     for name in RECORDERS:
         (folder / f"{name}{rank}").unlink(missing_ok=True)
 
 
 def write_flight(folder: Path, rank: int) -> None:
-    """Write what was recorded; from any thread, while the main one waits in a collective."""
+    """Write what was recorded; any thread may call this, while the main one waits in a collective."""
     for name, function in RECORDERS.items():
         dump: Callable[..., bytes] | None = getattr(_distributed_c10d, function, None)
         if dump is None:
             continue
         # torch hands over a pickle that this very process has just made, and its own tool reads pickles
-        found = pickle.loads(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
-        if found.get("entries"):
-            found["pg_config"] = _groups() or found["pg_config"]
-            (folder / f"{name}{rank}").write_bytes(pickle.dumps(found))
+        record = pickle.loads(dump(includeCollectives=True, includeStackTraces=True, onlyActive=False))
+        if record.get("entries"):
+            record["pg_config"] = _groups() or record["pg_config"]
+            (folder / f"{name}{rank}").write_bytes(pickle.dumps(record))
 
 
 def _groups() -> dict[str, dict[str, str]]:
-    """Who is in which group, as NCCL's recorder says it; gloo's leaves it out."""
+    """Return the ranks of each group, in the form of NCCL's recorder; gloo's leaves them out."""
     world = dist.distributed_c10d._world
     return {
         name: {"name": name, "desc": group.group_desc, "ranks": json.dumps(sorted(world.pg_group_ranks[group]))}

@@ -1,7 +1,7 @@
-"""The flight recorders of a run's ranks side by side: which collective some wait in, and who did not join it. No torch.
+"""Compares the flight recorders of a run's ranks: which collective some wait in, and which did not join it. No torch.
 
-A group of ranks counts its collectives, on each rank for itself. Where one rank's count is behind, it took another way;
-where the counts are equal and the collectives are not, they met in different ones.
+Every rank counts the collectives of each of its groups. If a rank's count is behind, it took another way; if counts are
+equal and collectives differ, the ranks met in different ones.
 """
 
 import json
@@ -20,31 +20,31 @@ NCCL, GLOO = "flight-", "flight-gloo-"
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
-    """What one rank's recorders kept: its collectives, oldest first, and who is in which group."""
+    """What one rank's recorders kept: its collectives, oldest first, and the ranks of each group."""
 
     entries: tuple[Mapping[str, Any], ...] = ()
     members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def last(self) -> dict[str, Mapping[str, Any]]:
-        """The newest collective of each group; a message between two ranks is none."""
+        """Return the newest collective of each group; a message between two ranks does not count."""
         return {_group(entry): entry for entry in self.entries if not entry.get("is_p2p")}
 
 
 class _Plain(pickle.Unpickler):
-    """The recorder's dumps are pickles of plain containers; anything else is refused."""
+    """Reads the recorder's dumps, which are pickles of plain containers; refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a dump of plain values")
 
 
 def read_flight(logs: Path, rank: int) -> Flight:
-    """What a rank left, of every backend; nothing where it left nothing that can be read."""
+    """Read what a rank left, of every backend; an empty flight if nothing can be read."""
     entries: list[Mapping[str, Any]] = []
     members: dict[str, tuple[int, ...]] = {}
     for path in (logs / f"{name}{rank}" for name in (NCCL, GLOO)):
-        found = _load(path)
-        entries += found.get("entries", ())
-        for name, group in found.get("pg_config", {}).items():
+        record = _load(path)
+        entries += record.get("entries", ())
+        for name, group in record.get("pg_config", {}).items():
             members |= {name: tuple(json.loads(group["ranks"]))} if group.get("ranks") else {}
     return Flight(entries=tuple(entries), members=members)
 
@@ -52,16 +52,16 @@ def read_flight(logs: Path, rank: int) -> Flight:
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
-            found = _Plain(file).load()
+            record = _Plain(file).load()
     except (OSError, pickle.UnpicklingError, EOFError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
-    """A sentence for each group whose ranks do not stand in the same collective."""
+    """Yield a sentence for each group whose ranks do not stand in the same collective."""
     last = {rank: flight.last() for rank, flight in flights.items() if flight.entries}
-    for group in sorted({group for found in last.values() for group in found}):
+    for group in sorted({group for collectives in last.values() for group in collectives}):
         ranks = _members(flights, last, group)
         counts = {rank: _number(last[rank][group]) if group in last[rank] else 0 for rank in ranks if rank in last}
         most = max(counts.values())
@@ -69,20 +69,22 @@ def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
         entry = last[ahead[0]][group]
         if not _waits(entry):
             continue
-        late, silent = [rank for rank in counts if counts[rank] < most], [rank for rank in ranks if rank not in last]
+        late = [rank for rank in counts if counts[rank] < most]
+        silent = [rank for rank in ranks if rank not in last]
         others = [rank for rank in ahead if _kind(last[rank][group]) != _kind(entry)]
         first = [rank for rank in ahead if rank not in others]
         if late:
-            where = f"{_what(last[late[0]][group])}, number {counts[late[0]]}" if group in last[late[0]] else "none yet"
+            late_entry = last[late[0]].get(group)
+            latest = f"{_what(late_entry)}, number {counts[late[0]]}" if late_entry is not None else "none yet"
             yield (
                 f"rank(s) {listed(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}, which rank(s) "
-                f"{listed(late)} did not join: the last there was {where}"
+                f"{listed(late)} did not join: the last there was {latest}"
             )
         elif others:
-            theirs, where = _called(last[others[0]][group]), _name(group)
+            other_entry = last[others[0]][group]
             yield (
-                f"rank(s) {listed(first)} wait in {_called(entry)}, and rank(s) {listed(others)} in {theirs}, both "
-                f"number {most} of {where}: they took different ways"
+                f"rank(s) {listed(first)} wait in {_called(entry)}, and rank(s) {listed(others)} in "
+                f"{_called(other_entry)}, both number {most} of {_name(group)}: they took different ways"
             )
         elif silent:
             yield (
@@ -92,7 +94,7 @@ def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
 
 
 def flight_lines(flight: Flight, shown: int = 3) -> Iterator[str]:
-    """A rank's last collectives, for people."""
+    """Describe a rank's last collectives."""
     for entry in flight.entries[-shown:]:
         state = "waits" if _waits(entry) else "done"
         yield f"  {_name(_group(entry))} {_number(entry)}: {_called(entry)} {state}"
@@ -100,19 +102,20 @@ def flight_lines(flight: Flight, shown: int = 3) -> Iterator[str]:
 
 def _members(flights: Mapping[int, Flight], last: Mapping[int, Mapping[str, Any]], group: str) -> list[int]:
     name = group.partition(":")[2].partition(" ")[0]
-    told = {rank for flight in flights.values() for rank in flight.members.get(name, ())}
-    return sorted(told | {rank for rank, found in last.items() if group in found})
+    members = {rank for flight in flights.values() for rank in flight.members.get(name, ())}
+    return sorted(members | {rank for rank, collectives in last.items() if group in collectives})
 
 
 def _group(entry: Mapping[str, Any]) -> str:
-    name, said = entry["process_group"]
-    return f"{str(entry['profiling_name']).partition(':')[0]}:{name} {said}"
+    name, description = entry["process_group"]
+    return f"{str(entry['profiling_name']).partition(':')[0]}:{name} {description}"
 
 
 def _name(group: str) -> str:
     backend, _, name = group.partition(":")
-    number, _, said = name.partition(" ")
-    return f"{backend} group {number}" + (f" ({said})" if said and said != "undefined" else "")
+    number, _, description = name.partition(" ")
+    is_known = description not in ("", "undefined")
+    return f"{backend} group {number}" + (f" ({description})" if is_known else "")
 
 
 def _number(entry: Mapping[str, Any]) -> int:
@@ -124,7 +127,7 @@ def _waits(entry: Mapping[str, Any]) -> bool:
 
 
 def _kind(entry: Mapping[str, Any]) -> str:
-    """What must be the same on all ranks of a group; of an all-to-all each rank may give another number of rows."""
+    """Return what must be the same on all ranks of a group; the rows of an all-to-all may differ."""
     return "all_to_all" if ":all_to_all" in str(entry["profiling_name"]) else _what(entry)
 
 
@@ -133,7 +136,7 @@ def _what(entry: Mapping[str, Any]) -> str:
 
 
 def _called(entry: Mapping[str, Any]) -> str:
-    """The collective, and the place of ours from which it was called."""
+    """Describe a collective, and the line of ours that called it."""
     for frame in entry.get("frames", ()):
         if re.search(r"/(finetune|moe|data)/[\w/]+\.py$", frame["filename"]):
             return f"{_what(entry)} of {frame['name']} ({Path(frame['filename']).name}:{frame['line']})"

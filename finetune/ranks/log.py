@@ -1,6 +1,6 @@
-"""One rank's log, runs/<name>/logs/rank-0007.log: what it said, its stages, and whatever it writes to its streams.
+"""One rank's log, runs/<name>/logs/rank-0007.log: its messages, its stages, and what it writes to its streams.
 
-On the terminal stands rank 0 alone: the standard streams of all others go into their logs.
+Only rank 0 writes to the terminal: the standard streams of all others go into their logs.
 """
 
 import os
@@ -20,13 +20,13 @@ def listed(items: Sequence[object], most: int = 8, between: str = ", ") -> str:
 
 
 def print_line(text: str) -> None:
-    """Print at once, not when a buffer is full."""
+    """Print a line and flush it."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 class RankLog:
-    """Call it to say something: it goes into the log, and from rank 0 to the terminal as well."""
+    """Call it with a message: it goes into the log, and from rank 0 to the terminal as well."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.rank, self.folder = rank, folder
@@ -39,7 +39,7 @@ class RankLog:
         self._file = self.path.open("a", buffering=1)
 
     def __call__(self, text: str) -> None:
-        """Say it."""
+        """Write a message into the log, and from rank 0 to the terminal."""
         self.note(text)
         if self.rank == 0:
             self.show(text)
@@ -56,7 +56,7 @@ class RankLog:
         self.terminal.flush()
 
     def close(self) -> None:
-        """Give the streams back; nothing is said after this."""
+        """Give the streams back; nothing is logged after this."""
         for number, stream in zip((1, 2), self._streams, strict=False):
             os.dup2(stream, number)
             os.close(stream)

@@ -1,4 +1,4 @@
-"""What a rank says that stood still and ends: what it waited for, what the others last said, whose limit it was."""
+"""The message of a rank that ends because it stood still: what it waited for, where the others were, which limit."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,18 +9,18 @@ SHOWN = 4
 def stall_text(
     kind: str, here: Mapping[str, Any], limit: float, *, reading: Sequence[str], others: Sequence[str], is_busy: bool
 ) -> str:
-    """Say it of a rank that has been `here` for its limit; `is_busy`: with a file of its own."""
+    """Describe a rank that has been `here` for its limit; `is_busy`: it works on a file of its own."""
     if kind == "data":
         return (
             f"data stall: step {here['step']} has waited {limit:g} s for data. Being read: "
             f"{'; '.join(reading) or 'nothing of this process'}. Look at these samples with `moetune shards check`; "
             f"data.stall_seconds is the limit"
         )
-    heard = f"The others last said: {'; '.join(others) or 'none has written'}. run.stall_seconds is the limit"
+    last_heard = f"The others last said: {'; '.join(others) or 'none has written'}. run.stall_seconds is the limit"
     if kind == "together":
         return (
             f"the ranks have not come together for {limit:g} s at the {here['stage']} of the run: some are missing, or "
-            f"messages between them do not arrive (`moetune doctor --cluster` on the same nodes looks). {heard}"
+            f"messages between them do not arrive (`moetune doctor --cluster` on the same nodes looks). {last_heard}"
         )
     samples = ", ".join(here["samples"][:SHOWN]) + (", ..." if len(here["samples"]) > SHOWN else "")
     cause = "No rank writes any more" if kind == "save" else "This rank has its data"
@@ -30,5 +30,5 @@ def stall_text(
     return (
         f"collective stall: step {here['step']} has stood for {limit:g} s in {here['stage']}"
         + (f" of samples {samples}" if samples else "")
-        + f". {cause}. {heard}"
+        + f". {cause}. {last_heard}"
     )

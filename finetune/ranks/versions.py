@@ -1,4 +1,4 @@
-"""The versions that are tested, of the packages whose insides we build on. Loads none of them."""
+"""The tested versions of the packages whose insides we build on. Loads none of them."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ TESTED = {
     "transformers": ">=5.23,<6",
     "peft": ">=0.21,<1",
 }
-"""As pyproject.toml has them, which does not lie beside an installed package; a test compares the two."""
+"""The same ranges as in pyproject.toml, which is not installed with the package; a test compares the two."""
 WHY = {
     "deepspeed": "older ones leak and misreduce the experts of ZeRO-3",
     "peft": "older ones do not read adapters on stacks of experts",
@@ -19,18 +19,18 @@ WHY = {
 
 
 def installed_versions(names: Iterable[str] = TESTED) -> dict[str, str]:
-    """Of these packages, those that are installed."""
-    found = {}
+    """Return the versions of those of the packages that are installed."""
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def untested(installed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """The installed packages whose version is outside its tested range, with that version."""
+    """Yield the installed packages whose version is outside its tested range, with that version."""
     for name, allowed in TESTED.items():
         least, _, end = allowed.removeprefix(">=").partition(",<")
         if name in installed and not numbers(least) <= numbers(installed[name]) < numbers(end):
@@ -38,25 +38,25 @@ def untested(installed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def demand(name: str) -> str:
-    """The range that is wanted of a package, and what older ones did wrong."""
+    """Say which range of a package is tested, and what older ones do wrong."""
     return f"moetune is tested with {name}{TESTED[name]}" + (f" ({WHY[name]})" if name in WHY else "")
 
 
 def command(name: str) -> str:
-    """What installs a tested version."""
+    """Return the command that installs a tested version."""
     return f"pip install '{name}{TESTED[name]}'"
 
 
 def torch_problem() -> str:
-    """Say what is wrong with the torch that is installed, in one sentence; nothing when it is a tested one."""
-    found = installed_versions(["torch"])
-    if not found and find_spec("torch") is None:
+    """Say what is wrong with the installed torch, in one sentence; nothing if its version is tested."""
+    installed = installed_versions(["torch"])
+    if not installed and find_spec("torch") is None:
         return f"torch is not installed, and {demand('torch')}: {command('torch')}"
-    wrong = "".join(have for _, have in untested(found))
+    wrong = "".join(torch_version for _, torch_version in untested(installed))
     return f"torch {wrong} is installed, and {demand('torch')}: {command('torch')}" if wrong else ""
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The numbers of a version, up to the first part that is none; a name without any is older than all."""
-    found = re.match(r"\d+(\.\d+)*", text.strip())
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    """Return the numbers a version begins with; a version without any is older than all."""
+    digits = re.match(r"\d+(\.\d+)*", text.strip())
+    return tuple(int(part) for part in digits[0].split(".")) if digits else ()

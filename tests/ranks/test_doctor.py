@@ -67,9 +67,9 @@ def test_this_machine_s_versions_are_good() -> None:
     ],
 )
 def test_versions(installed, text, remedy) -> None:
-    found = "\n".join(map(str, version_findings(GOOD | installed)))
-    assert text in found
-    assert remedy in found
+    findings = "\n".join(map(str, version_findings(GOOD | installed)))
+    assert text in findings
+    assert remedy in findings
 
 
 def test_a_missing_package() -> None:
@@ -127,14 +127,14 @@ FOUR = "\n".join(["NVIDIA H100, 550.90, 9.0, 3, 81559"] * 4)
     ],
 )
 def test_every_rank_must_see_its_gpu(smi: str | None, ranks: int, environment: dict[str, str], text: str) -> None:
-    found = list(visible_findings(smi, ranks=ranks, environment=environment))
-    assert len(found) == bool(text)
-    assert all(text in one.text and "--gpus-per-node" in one.remedy for one in found)
+    findings = list(visible_findings(smi, ranks=ranks, environment=environment))
+    assert len(findings) == bool(text)
+    assert all(text in one.text and "--gpus-per-node" in one.remedy for one in findings)
 
 
 def test_a_torch_of_a_newer_cuda_wants_a_newer_driver() -> None:
-    (found,) = driver_findings("NVIDIA H100, 570.90, 9.0, 3, 81559", {"nvidia-nccl-cu13": "2.29.7"})
-    assert "driver 570.90 is older than 580.65, which CUDA 13 wants" in str(found)
+    (finding,) = driver_findings("NVIDIA H100, 570.90, 9.0, 3, 81559", {"nvidia-nccl-cu13": "2.29.7"})
+    assert "driver 570.90 is older than 580.65, which CUDA 13 wants" in str(finding)
 
 
 def test_a_figure_that_a_sliced_gpu_does_not_tell_is_no_finding() -> None:
@@ -152,8 +152,10 @@ def test_shared_memory_disk_and_descriptors(tmp_path: Path) -> None:
 
 
 def test_descriptors_of_this_process_are_looked_at(tmp_path: Path) -> None:
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512));"
-            "from launchers.cli import main; sys.exit(main(['doctor', '--json']))")  # fmt: skip
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512));"
+        "from launchers.cli import main; sys.exit(main(['doctor', '--json']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert "at most 512 files" in json.loads(done.stdout)["findings"][-1]["text"]
@@ -211,9 +213,18 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
 
 def _rank(rank: int, **more) -> RankFacts:
     plain = RankFacts(
-        rank=rank, host=f"node-{rank}", address=f"10.0.0.{rank + 1}", device="H100", versions="torch 2.13", network={},
-        clock_offset=0.0, matmul=6e14, all_reduce=4e10, all_to_all=4e10, beside=3e11,
-    )  # fmt: skip
+        rank=rank,
+        host=f"node-{rank}",
+        address=f"10.0.0.{rank + 1}",
+        device="H100",
+        versions="torch 2.13",
+        network={},
+        clock_offset=0.0,
+        matmul=6e14,
+        all_reduce=4e10,
+        all_to_all=4e10,
+        beside=3e11,
+    )
     return replace(plain, **more)
 
 
@@ -238,9 +249,13 @@ def test_what_is_found_between_nodes(odd, text) -> None:
 
 def test_two_ranks_measure_each_other(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launchers.cli", "doctor", "--cluster", "--ranks", "2", "--json"], cwd=tmp_path,
-        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=LIMIT_S,
-    )  # fmt: skip
+        [sys.executable, "-m", "launchers.cli", "doctor", "--cluster", "--ranks", "2", "--json"],
+        cwd=tmp_path,
+        env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     ranks = json.loads(done.stdout.strip().splitlines()[-1])["ranks"]
     assert [rank["rank"] for rank in ranks] == [0, 1]
@@ -259,8 +274,16 @@ def _run(folder: Path, ranks: int = 3, **beat) -> Path:
     logs.mkdir(parents=True)
     (folder / "config.yaml").write_text("run: {}\n")
     for rank in range(ranks):
-        here = {"rank": rank, "host": f"node-{rank}", "pid": 1, "time": 1000.0, "step": 7, "stage": "backward",
-                "samples": [f"s/{rank}"], "collective": None}  # fmt: skip
+        here = {
+            "rank": rank,
+            "host": f"node-{rank}",
+            "pid": 1,
+            "time": 1000.0,
+            "step": 7,
+            "stage": "backward",
+            "samples": [f"s/{rank}"],
+            "collective": None,
+        }
         (logs / f"rank-{rank:04d}.json").write_text(json.dumps(here | beat))
         (logs / f"rank-{rank:04d}.log").write_text(f"rank {rank} says\n")
     return folder
@@ -280,12 +303,12 @@ def test_the_rank_that_failed_first_leads_the_page(tmp_path: Path) -> None:
     run = _run(tmp_path / "r")
     _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="lost", message="Connection closed by peer")
     _put(run, "failure-0002.json", rank=2, host="node-2", time=1002.0, kind="failed", message="CUDA out of memory")
-    said = _page(run, now=1100.0)
-    assert said.index("rank 2 on node-2 ended first (failed): CUDA out of memory") < said.index(
+    page = _page(run, now=1100.0)
+    assert page.index("rank 2 on node-2 ended first (failed): CUDA out of memory") < page.index(
         "rank(s) 0 ended after it"
     )
-    assert "rank(s) 1 left no word: killed from outside" in said
-    assert "rank 2 says" in said
+    assert "rank(s) 1 left no word: killed from outside" in page
+    assert "rank 2 says" in page
 
 
 def test_a_rank_that_others_wait_for_is_named_with_its_samples_and_stack(tmp_path: Path) -> None:
@@ -293,9 +316,9 @@ def test_a_rank_that_others_wait_for_is_named_with_its_samples_and_stack(tmp_pat
     _put(run, "rank-0001.json", rank=1, host="node-1", time=1000.0, step=7, stage="data", samples=["s/bad.mp4"])
     for rank in range(3):
         (run / "logs" / f"rank-{rank:04d}.stack").write_text(ELSEWHERE if rank == 1 else STACK)
-    said = _page(run)
-    assert "rank 1 is in step 7, data, most are in step 7, backward: they wait for it; its samples: s/bad.mp4" in said
-    assert "rank 1 stands in decode (frames.py:7), others in exchange (dispatch.py:9)" in said
+    page = _page(run)
+    assert "rank 1 is in step 7, data, most are in step 7, backward: they wait for it; its samples: s/bad.mp4" in page
+    assert "rank 1 stands in decode (frames.py:7), others in exchange (dispatch.py:9)" in page
 
 
 def record(rank: int, world: int, logs: Path) -> None:
@@ -321,20 +344,20 @@ def test_real_flight_recorders_name_the_rank_that_did_not_join(
     run = _run(tmp_path / "r")
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
     run_ranks(record, 3, run / "logs")
-    said = _page(run)
+    page = _page(run)
     wanted = (
         "rank(s) 0, 1 wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg), which rank(s) 2 did not join"
     )
-    assert f"{wanted}: the last there was all_reduce [[3]], number 1" in said
-    assert "group 1" not in said.partition("rank  host")[0]  # there all have come
-    assert "  gloo group 0 (default_pg) 2: all_reduce [[7]] waits" in said
+    assert f"{wanted}: the last there was all_reduce [[3]], number 1" in page
+    assert "group 1" not in page.partition("rank  host")[0]  # there all have come
+    assert "  gloo group 0 (default_pg) 2: all_reduce [[7]] waits" in page
     if numbers(GOOD["torch"]) >= (
         2,
         13,
     ):  # the files are torch's own, and its tool says the same; an older reads NCCL's
         arguments = JobConfig().parse_args([str(run / "logs"), "-p", "flight-gloo-"])
-        found = build_db(*read_dir(arguments)[:1], arguments, read_dir(arguments)[1])
-        assert [(one.collective_name, one.missing_ranks) for one in found.collectives if one.missing_ranks] == [
+        database = build_db(*read_dir(arguments)[:1], arguments, read_dir(arguments)[1])
+        assert [(one.collective_name, one.missing_ranks) for one in database.collectives if one.missing_ranks] == [
             ("gloo:all_reduce", {2})
         ]
     # a rank that left nothing, and one whose dump holds more than plain values: it is not opened
@@ -347,10 +370,15 @@ def test_ranks_of_one_group_in_different_collectives(tmp_path: Path) -> None:
     run = _run(tmp_path / "r")
     for rank, (what, rows) in enumerate((("all_to_all", 5), ("all_to_all", 3), ("_all_gather_base", 5))):
         entry = {
-            "collective_seq_id": 41, "profiling_name": f"nccl:{what}", "state": "started", "input_sizes": [[rows]],
-            "process_group": ("2", "ep"), "is_p2p": False, "retired": False,
+            "collective_seq_id": 41,
+            "profiling_name": f"nccl:{what}",
+            "state": "started",
+            "input_sizes": [[rows]],
+            "process_group": ("2", "ep"),
+            "is_p2p": False,
+            "retired": False,
             "frames": [{"name": "exchange", "filename": "/x/moe/dispatch.py", "line": 9}],
-        }  # fmt: skip
+        }
         dump = {"entries": [entry], "pg_config": {"2": {"name": "2", "desc": "ep", "ranks": "[0, 1, 2]"}}}
         (run / "logs" / f"flight-{rank}").write_bytes(pickle.dumps(dump))
     wanted = (

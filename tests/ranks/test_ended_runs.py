@@ -23,7 +23,7 @@ from user_runs import TORCHRUN, TRAIN, beat, metrics, start
 from data.stream.batch import LossSums, Step
 from finetune.config import RunConfig
 from finetune.ranks.failures import Failure, first_failure
-from finetune.ranks.heartbeats import Beats
+from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
 from finetune.training.bad_steps import IdleSteps, kept_rows, require_finite
 from finetune.training.update import take_step
@@ -33,10 +33,28 @@ LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.
 RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
 RUN += ["data.tokens_per_pack=256"]  # two steps an epoch: a signal finds workers that read ahead
 EVERY_FIGURE = {
-    "step", "epoch", "tokens", "tokens_nonpad", "tokens_supervised", "images", "video_seconds", "loss", "loss_balance",
-    "grad_norm", "lr", "seconds", "seconds_data", "tokens_per_second", "tflops_model", "mfu", "memory_gb",
-    "expert_load_max_over_mean", "expert_load_entropy", "experts_dead", "router_agreement",
-}  # fmt: skip
+    "step",
+    "epoch",
+    "tokens",
+    "tokens_nonpad",
+    "tokens_supervised",
+    "images",
+    "video_seconds",
+    "loss",
+    "loss_balance",
+    "grad_norm",
+    "lr",
+    "seconds",
+    "seconds_data",
+    "tokens_per_second",
+    "tflops_model",
+    "mfu",
+    "memory_gb",
+    "expert_load_max_over_mean",
+    "expert_load_entropy",
+    "experts_dead",
+    "router_agreement",
+}
 CLOCKS = ("seconds", "seconds_data", "tokens_per_second", "tflops_model", "memory_gb")
 
 
@@ -174,19 +192,19 @@ def test_a_signal_breaks_off_an_evaluation_also_the_last_and_the_next_start_make
     (place / "held-out.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     words = [*RUN, "schedule.steps=1", "schedule.warmup_steps=0", "eval.sources.words.path=held-out.jsonl"]
     words += ["data.workers=0", "eval.every_steps=1"]
-    found = place / "runs" / "judged"
+    folder = place / "runs" / "judged"
     cut = start(place, [*TRAIN, "--ranks", "2"], "judged", *words, at="step 0:", then=_stop(signal.SIGTERM))
     assert cut.returncode == 75, cut.stderr[-3000:]
     assert "the evaluation at step 1 is left for the next start" in cut.stdout
     assert "stopped by SIGTERM after 1 steps" in cut.stdout
-    assert (found / "checkpoints" / "step-000001").exists()
-    assert not (found / "adapter").exists()
+    assert (folder / "checkpoints" / "step-000001").exists()
+    assert not (folder / "adapter").exists()
     again = start(place, [*TRAIN, "--ranks", "2"], "judged", *words)
     assert again.returncode == 0, again.stderr[-3000:]
-    told = [json.loads(line) for line in (found / "evaluations.jsonl").read_text().splitlines()]
-    assert [one["step"] for one in told] == [0, 1]
-    assert told[1]["words/samples"] == 3000
-    assert (found / "adapter").exists()
+    evaluations = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in evaluations] == [0, 1]
+    assert evaluations[1]["words/samples"] == 3000
+    assert (folder / "adapter").exists()
 
 
 HANGS = """
@@ -207,16 +225,25 @@ def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, 
 
     def stop(pid: int) -> None:
         deadline = time.monotonic() + LIMIT_S
-        while time.time() - (said := beat(place, "waits", 1))["time"] > 2 or said["stage"] != "waiting for data":
-            assert time.monotonic() < deadline, said
+        while (
+            time.time() - (heartbeat := beat(place, "waits", 1))["time"] > 2 or heartbeat["stage"] != "waiting for data"
+        ):
+            assert time.monotonic() < deadline, heartbeat
             time.sleep(0.1)  # it writes where it is every 4 s
         time.sleep(1)
         os.kill(pid, signal.SIGTERM)
 
     cut = start(
-        place, [*TRAIN, "--ranks", "2"], "waits", *words, "run.stall_seconds=16", "data.stall_seconds=0", at="step 1:",
-        then=stop, site=HANGS,
-    )  # fmt: skip
+        place,
+        [*TRAIN, "--ranks", "2"],
+        "waits",
+        *words,
+        "run.stall_seconds=16",
+        "data.stall_seconds=0",
+        at="step 1:",
+        then=stop,
+        site=HANGS,
+    )
     assert cut.returncode == 75, cut.stderr[-3000:]
     done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
     assert done == 2
@@ -289,9 +316,9 @@ def test_a_step_that_is_not_finite_is_kept_and_a_replay_names_the_module(place: 
     words = [*LORA, "parallel.ep=1", "data.workers=0", "model.path=broken"]
     stopped = start(place, [*TRAIN], "nan", *words)
     assert stopped.returncode == 1
-    said = re.search(r"rank 0 failed first: step 0: loss is nan; .* --replay (\S+) names", stopped.stderr)
-    assert said is not None, stopped.stderr[-3000:]
-    kept = Path(said[1])
+    message = re.search(r"rank 0 failed first: step 0: loss is nan; .* --replay (\S+) names", stopped.stderr)
+    assert message is not None, stopped.stderr[-3000:]
+    kept = Path(message[1])
     assert len(kept_rows(place / kept)) == 8
     again = start(place, [*TRAIN, f"--replay={kept}"], "nan", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -331,9 +358,13 @@ def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
     ],
 )
 def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
-    place: Path, name: str, stop: Callable[[Path, str], Callable[[int], None]], limit: str, text: str,
+    place: Path,
+    name: str,
+    stop: Callable[[Path, str], Callable[[int], None]],
+    limit: str,
+    text: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv(SHUTDOWN, "3")
     raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
     # short packs: an epoch of 24 steps, so that a worker has more to read than it holds ready
@@ -348,12 +379,16 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
 @pytest.mark.parametrize(
     ("name", "what", "text"),
     [
-        ("suspended", "os.kill(os.getpid(), signal.SIGSTOP)", r"rank 0: a silent rank: nothing was heard of rank 1, .*"
-         r"this rank waits in the checkpoint. run.stall_seconds"),
+        (
+            "suspended",
+            "os.kill(os.getpid(), signal.SIGSTOP)",
+            r"rank 0: a silent rank: nothing was heard of rank 1, .*"
+            r"this rank waits in the checkpoint. run.stall_seconds",
+        ),
         ("killed-in-save", "os.kill(os.getpid(), signal.SIGKILL)", r"\(exitcode: -9\)|Signal 9"),
         ("slow-disk", "time.sleep(25)", ""),
     ],
-)  # fmt: skip
+)
 def test_a_rank_lost_in_a_save_is_missed_in_one_limit_and_a_slow_disk_is_waited_for(
     place: Path, name: str, what: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,19 +416,23 @@ def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.Mo
     words += ["data.packs_per_step=2", "run.stall_seconds=15", "data.stall_seconds=0"]
     done = start(place, raw, "hangs", *words, at="step 1:", then=_stopped_worker(place, "hangs"))
     assert re.search(r"rank 0: collective stall: step \d+ has stood for 15 s", done.stderr), done.stderr[-3000:]
-    asked = subprocess.run(
-        [*TRAIN[:-1], "doctor", "runs/hangs"], cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+    doctor = subprocess.run(
+        [*TRAIN[:-1], "doctor", "runs/hangs"],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
         capture_output=True,
-    )  # fmt: skip
-    assert asked.returncode == 3, asked.stderr
-    said = asked.stdout
-    assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", said), said
-    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*general-000000.tar", said), said
+    )
+    assert doctor.returncode == 3, doctor.stderr
+    page = doctor.stdout
+    assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", page), page
+    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*general-000000.tar", page), page
     assert re.search(
-        r"rank\(s\) 0 wait in all_reduce .* of require_no_wish \(ranks.py:\d+\), number (\d+) of gloo group 0 "
-        r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+", said,
-    ), said  # fmt: skip
-    assert re.search(r"rank 1, stack, innermost first:\n.*\n", said), said
+        r"rank\(s\) 0 wait in all_reduce .* of require_no_wish \(collectives.py:\d+\), number (\d+) of gloo group 0 "
+        r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+",
+        page,
+    ), page
+    assert re.search(r"rank 1, stack, innermost first:\n.*\n", page), page
 
 
 def test_ranks_that_do_not_meet_say_so_within_the_limit(place: Path) -> None:
@@ -451,43 +490,43 @@ def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_
     monkeypatch.setenv("WORLD_SIZE", "3")
     here = {"step": 4, "stage": "evaluation", "samples": [], "collective": None, "busy": False}
     logs = [RankLog(tmp_path / "logs", rank) for rank in (0, 2)]
-    Beats(logs[0], limit=4.0).tell(here)  # of an earlier start
-    first, last = (Beats(log, limit=4.0) for log in logs)
-    last.tell(here)
+    Heartbeats(logs[0], limit=4.0).write(here)  # of an earlier start
+    first, last = (Heartbeats(log, limit=4.0) for log in logs)
+    last.write(here)
     clock.goes_on(5.0)
-    assert last.silent() == ""
-    first.tell(here | {"busy": True})
-    assert last.silent() == ""
-    assert last.busy()
+    assert last.silent_rank() == ""
+    first.write(here | {"busy": True})
+    assert last.silent_rank() == ""
+    assert last.another_works()
     clock.goes_on(5.0)
-    assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, 5 s ago", last.silent())
-    assert not last.busy()
-    last.excuse(10.0)  # it was suspended itself
-    assert last.silent() == ""
-    last.excuse(-10.0)
-    first.tell(here | {"stage": "ended"})
-    assert last.silent() == ""
+    assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, 5 s ago", last.silent_rank())
+    assert not last.another_works()
+    last.add_silence(10.0)  # it was suspended itself
+    assert last.silent_rank() == ""
+    last.add_silence(-10.0)
+    first.write(here | {"stage": "ended"})
+    assert last.silent_rank() == ""
     clock.goes_on(5.0)
-    assert last.silent() == ""
-    first.tell(here)
-    assert last.silent() == ""
+    assert last.silent_rank() == ""
+    first.write(here)
+    assert last.silent_rank() == ""
     clock.goes_on(5.0)
-    assert last.silent()
+    assert last.silent_rank()
     for log in logs:
         log.close()
     shutil.rmtree(tmp_path / "logs")  # who cannot write does not judge
-    last.tell(here)
-    assert last.silent() == ""
+    last.write(here)
+    assert last.silent_rank() == ""
 
 
 def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Path) -> None:
     for rank, when, kind in ((0, 1.0, "lost"), (1, 3.0, "failed"), (2, 2.0, "stall"), (3, 0.5, "failed")):
         failure = Failure(rank=rank, host="h", time=100 + when, kind=kind, message=f"of {rank}")  # type: ignore[arg-type]
         (tmp_path / f"failure-{rank:04d}.json").write_text(json.dumps(vars(failure)))
-    found = first_failure(tmp_path, since=100.7)  # rank 3's is of an earlier start
-    assert found is not None
-    assert found.rank == 2
-    assert found.code == 1
+    first = first_failure(tmp_path, since=100.7)  # rank 3's is of an earlier start
+    assert first is not None
+    assert first.rank == 2
+    assert first.code == 1
     assert first_failure(tmp_path, since=200.0) is None
 
 
@@ -508,11 +547,21 @@ def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
 
 
 def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
-    told = list[str]()
+    announced = list[str]()
     step = Step(
-        epoch=0, step=3, batches=(), sums=LossSums(), bad=(), notes=(), tokens=7, images=0, video_seconds=0.0,
+        epoch=0,
+        step=3,
+        batches=(),
+        sums=LossSums(),
+        bad=(),
+        notes=(),
+        tokens=7,
+        images=0,
+        video_seconds=0.0,
         wait_seconds=0.0,
-    )  # fmt: skip
-    found = take_step(None, step, RunConfig(), None, 3, torch.device("cpu"), lambda _, what, __: told.append(what))
-    assert found == ({"loss": 0.0, "grad_norm": 0.0}, None)
-    assert told == ["the sums before the first forward"]
+    )
+    result = take_step(
+        None, step, RunConfig(), None, 3, torch.device("cpu"), lambda _, what, __: announced.append(what)
+    )
+    assert result == ({"loss": 0.0, "grad_norm": 0.0}, None)
+    assert announced == ["the sums before the first forward"]

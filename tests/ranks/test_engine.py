@@ -46,10 +46,10 @@ def golden() -> dict[str, Any]:
 
 def test_extra_adds_keys_beside_ours() -> None:
     extra = {"zero_optimization": {"round_robin_gradients": True}, "dump_state": True}
-    found = engine_config(EngineOptions(extra=extra))
-    assert found["dump_state"] is True
-    assert found["zero_optimization"]["round_robin_gradients"] is True
-    assert found["zero_optimization"]["stage"] == 3
+    config = engine_config(EngineOptions(extra=extra))
+    assert config["dump_state"] is True
+    assert config["zero_optimization"]["round_robin_gradients"] is True
+    assert config["zero_optimization"]["stage"] == 3
 
 
 def test_extra_may_not_override_and_every_key_is_listed() -> None:
@@ -106,13 +106,13 @@ def comparing(rank: int, world: int) -> dict[str, str]:
         "buffer": parameter_table(nn.BatchNorm1d(3 + rank, affine=False)),
         "same": parameter_table(small),
     }
-    said = {"sum": str(sum_over_ranks([rank + 1.0], torch.device("cpu")))}
+    messages = {"sum": str(sum_over_ranks([rank + 1.0], torch.device("cpu")))}
     for name, table in tables.items():
         try:
             require_equal_tables("Parameters", table, torch.device("cpu"))
         except ValueError as error:
-            said[name] = str(error)
-    return said
+            messages[name] = str(error)
+    return messages
 
 
 class Toy(nn.Module):
@@ -144,51 +144,51 @@ def fetching() -> dict[str, Any]:
     for columns in (5, 4, 5):
         with contextlib.suppress(RuntimeError):
             engine(torch.ones(2, columns))
-    found: dict[str, Any] = {"hooks": {"matrices fetched": hooks_of(model)}}
-    found["running"] = [modules == [model] for modules in running]
+    state: dict[str, Any] = {"hooks": {"matrices fetched": hooks_of(model)}}
+    state["running"] = [modules == [model] for modules in running]
     with gathered(model.inner.weight):
-        found["gathered"] = whole(model)
-    found["partitioned"] = whole(model)
+        state["gathered"] = whole(model)
+    state["partitioned"] = whole(model)
     engine.destroy()
-    return found
+    return state
 
 
 def stepping(rank: int, world: int) -> dict[str, Any]:
     """An engine in bfloat16: dtypes on the wire and of masters; weight decay; a step with an infinite gradient."""
     start_distributed()
-    found: dict[str, Any] = fetching()
+    state: dict[str, Any] = fetching()
     model = Toy()
     engine = initialize(model, EngineOptions(lr=0.1, weight_decay=0.5, clip_norm=1e9))
-    found["hooks"] |= {"all kept": hooks_of(model)}
-    found["whole"] = {"after the start": whole(model)}
+    state["hooks"] |= {"all kept": hooks_of(model)}
+    state["whole"] = {"after the start": whole(model)}
     master = [safe_get_full_fp32_param(p).clone() for p in model.parameters()]
     x = torch.full((4, 5), 0.25 + rank, dtype=torch.bfloat16)
     with CollectiveCounter() as counter:
         backward(engine, engine(x) * 0.0, 8)
-    found["reduced"] = {kind.dtype for kind in counter.calls if "reduce" in kind.collective}
-    found["accumulated"] = {g.dtype for gs in engine.optimizer.averaged_gradients.values() for g in gs}
+    state["reduced"] = {kind.dtype for kind in counter.calls if "reduce" in kind.collective}
+    state["accumulated"] = {g.dtype for gs in engine.optimizer.averaged_gradients.values() for g in gs}
     engine.step()
     require_step_applied(engine, 1)
     after = [safe_get_full_fp32_param(p) for p in model.parameters()]
-    found["masters"] = {p.dtype for p in after}
-    found["decay"] = [float((b / a).nanmean()) for a, b in zip(master, after, strict=True)]
+    state["masters"] = {p.dtype for p in after}
+    state["decay"] = [float((b / a).nanmean()) for a, b in zip(master, after, strict=True)]
     backward(engine, engine(x * float("inf")), 8)
     engine.step()
     try:
         require_step_applied(engine, 2)
     except RuntimeError as error:
-        found["skipped"] = str(error)
-    found["whole"]["after a skipped step"] = whole(model)
+        state["skipped"] = str(error)
+    state["whole"]["after a skipped step"] = whole(model)
     with gathered(model.inner.weight):
         pass
-    found["whole"]["after it was asked for whole"] = whole(model)
+    state["whole"]["after it was asked for whole"] = whole(model)
     engine.destroy()
     other = Toy() if rank == 0 else nn.Sequential(Toy())
     try:
         initialize(other, EngineOptions())
     except ValueError as error:
-        found["other"] = str(error)
-    return found
+        state["other"] = str(error)
+    return state
 
 
 def both(rank: int, world: int) -> tuple[dict[str, str], dict[str, Any]]:
@@ -201,53 +201,53 @@ def two_ranks() -> list[tuple[dict[str, str], dict[str, Any]]]:
 
 
 def test_only_modules_that_fetch_pay_for_it(two_ranks: Any) -> None:
-    for _, found in two_ranks:
-        assert found["hooks"] == {
+    for _, state in two_ranks:
+        assert state["hooks"] == {
             "all kept": {"": 4, "inner": 0, "norm": 0},  # the outermost has the engine's own
             "matrices fetched": {"": 5, "inner": 4, "norm": 0},  # and the test's
         }
 
 
 def test_what_is_kept_is_whole_whatever_happened(two_ranks: Any) -> None:
-    for _, found in two_ranks:
-        assert found["whole"] == dict.fromkeys(
+    for _, state in two_ranks:
+        assert state["whole"] == dict.fromkeys(
             ("after the start", "after a skipped step", "after it was asked for whole"), [True] * 4
         )
-        assert found["gathered"] == [True] * 4
-        assert found["partitioned"] == [False, True, True, True]
+        assert state["gathered"] == [True] * 4
+        assert state["partitioned"] == [False, True, True, True]
 
 
 def test_a_forward_that_failed_leaves_nothing_to_the_next(two_ranks: Any) -> None:
-    for _, found in two_ranks:
-        assert found["running"] == [True] * 3
+    for _, state in two_ranks:
+        assert state["running"] == [True] * 3
 
 
 def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
-    for said, _ in two_ranks:
-        assert said["sum"] == "[3.0]"
-        assert said["shape"].startswith(
+    for messages, _ in two_ranks:
+        assert messages["sum"] == "[3.0]"
+        assert messages["shape"].startswith(
             "Parameters differ between ranks (rank 0 against rank 1):\n  weight: (5, 3) float32"
         )
-        assert "weight: (5, 3) float32 trained on rank 0, (7, 3) float32 trained on rank 1" in said["shape"]
-        assert "b: x on rank 0, absent on rank 1" in said["name"]
-        assert "bias: (5,) float32 trained on rank 0, (5,) bfloat16 trained on rank 1" in said["dtype"]
-        assert "float32 trained on rank 0, (5, 3) float32 frozen on rank 1" in said["training"]
-        assert "running_mean: (3,) float32 buffer on rank 0, (4,) float32 buffer on rank 1" in said["buffer"]
-        assert "entry 0 is a on rank 0, b on rank 1: another order" in said["order"]
-        assert "... and 12 more" in said["many"]
-        assert "same" not in said
+        assert "weight: (5, 3) float32 trained on rank 0, (7, 3) float32 trained on rank 1" in messages["shape"]
+        assert "b: x on rank 0, absent on rank 1" in messages["name"]
+        assert "bias: (5,) float32 trained on rank 0, (5,) bfloat16 trained on rank 1" in messages["dtype"]
+        assert "float32 trained on rank 0, (5, 3) float32 frozen on rank 1" in messages["training"]
+        assert "running_mean: (3,) float32 buffer on rank 0, (4,) float32 buffer on rank 1" in messages["buffer"]
+        assert "entry 0 is a on rank 0, b on rank 1: another order" in messages["order"]
+        assert "... and 12 more" in messages["many"]
+        assert "same" not in messages
 
 
 def test_the_engine_compares_before_it_starts(two_ranks: Any) -> None:
-    for _, found in two_ranks:
-        assert "inner.weight: (3, 5) float32 trained on rank 0, absent on rank 1" in found["other"]
+    for _, state in two_ranks:
+        assert "inner.weight: (3, 5) float32 trained on rank 0, absent on rank 1" in state["other"]
 
 
 def test_bfloat16_keeps_gradients_and_masters_in_float32(two_ranks: Any) -> None:
-    for _, found in two_ranks:
-        assert found["reduced"] == {"float32"}
-        assert found["accumulated"] == {torch.float32}
-        assert found["masters"] == {torch.float32}
+    for _, state in two_ranks:
+        assert state["reduced"] == {"float32"}
+        assert state["accumulated"] == {torch.float32}
+        assert state["masters"] == {torch.float32}
 
 
 def test_vectors_are_not_decayed(two_ranks: Any) -> None:
@@ -258,5 +258,5 @@ def test_vectors_are_not_decayed(two_ranks: Any) -> None:
 
 
 def test_a_skipped_step_is_an_error(two_ranks: Any) -> None:
-    for _, found in two_ranks:
-        assert "step 2: the engine did not apply the update; the gradient norm was" in found["skipped"]
+    for _, state in two_ranks:
+        assert "step 2: the engine did not apply the update; the gradient norm was" in state["skipped"]

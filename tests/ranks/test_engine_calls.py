@@ -29,8 +29,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[Call]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    found: list[list[Call]] = run_ranks(run, request.param, base, tmp_path_factory.mktemp("run"), port)
-    return found
+    calls: list[list[Call]] = run_ranks(run, request.param, base, tmp_path_factory.mktemp("run"), port)
+    return calls
 
 
 def test_a_rank_takes_its_own_device_before_anything_else(ranks: list[list[Call]]) -> None:
@@ -50,8 +50,8 @@ def test_groups_are_made_at_set_up_alone_and_by_the_main_thread(ranks: list[list
 
 def test_streams_are_entered_in_steps_by_the_main_thread(ranks: list[list[Call]]) -> None:
     for calls in ranks:
-        found = {(call.phase, call.thread) for call in calls if call.what == "stream"}
-        assert found == {("step", "MainThread"), ("step after", "MainThread")}
+        places = {(call.phase, call.thread) for call in calls if call.what == "stream"}
+        assert places == {("step", "MainThread"), ("step after", "MainThread")}
 
 
 def test_no_group_ends_a_run_while_rank_0_works_for_all(ranks: list[list[Call]]) -> None:
@@ -94,9 +94,14 @@ def _asked(monkeypatch: pytest.MonkeyPatch, *, world: int, restarts: int) -> dic
 
     agent_s = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in {
-        "RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": agent_s.port, "TORCHELASTIC_RESTART_COUNT": restarts,
-    }.items():  # fmt: skip
+        "RANK": 0,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "LOCAL_RANK": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": agent_s.port,
+        "TORCHELASTIC_RESTART_COUNT": restarts,
+    }.items():
         monkeypatch.setenv(name, str(value))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # put back afterwards
         monkeypatch.setattr(dist.distributed_c10d, name, datetime.timedelta(0))

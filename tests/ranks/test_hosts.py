@@ -19,10 +19,18 @@ from launchers.render import Job, render
 STALL_S = 8
 STEPS = 9
 WORDS = [
-    "model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
-    "data.packs_per_step=4", "data.tokens_per_pack=128", "checkpoint.every_steps=3", "data.stall_seconds=6",
-    f"run.stall_seconds={STALL_S}", "parallel.ep=2", "data.mixture=natural",
-]  # fmt: skip
+    "model.path=base",
+    "data.sources.general.path=rows.jsonl",
+    "model.dtype=float32",
+    "data.workers=0",
+    "data.packs_per_step=4",
+    "data.tokens_per_pack=128",
+    "checkpoint.every_steps=3",
+    "data.stall_seconds=6",
+    f"run.stall_seconds={STALL_S}",
+    "parallel.ep=2",
+    "data.mixture=natural",
+]
 
 
 def _start(
@@ -37,9 +45,16 @@ def _start(
 ) -> list[tuple[subprocess.Popen, Path]]:
     """Start one run, an agent on each host, from the rendered command."""
     profile = Profile(
-        kind="torchrun", nodes=len(here), gpus_per_node=ranks, hosts=[host.address for host in here], restarts=restarts,
-        min_nodes=min_nodes, python=sys.executable, rendezvous_timeout=60, shutdown_timeout=5,
-    )  # fmt: skip
+        kind="torchrun",
+        nodes=len(here),
+        gpus_per_node=ranks,
+        hosts=[host.address for host in here],
+        restarts=restarts,
+        min_nodes=min_nodes,
+        python=sys.executable,
+        rendezvous_timeout=60,
+        shutdown_timeout=5,
+    )
     rendered = render(
         Job(recipe="tiny-cpu", overrides=[*WORDS, f"run.name={name}", *words], run=name), profile, folder=""
     )
@@ -66,8 +81,10 @@ def _metrics(folder: Path, name: str) -> list[dict]:
 def _wait_for_step(folder: Path, name: str, step: int, started, limit: float = 120) -> None:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
-        if any((folder / "runs" / name / "checkpoints" / "LATEST").exists() and line["step"] >= step
-               for line in _metrics(folder, name)):  # fmt: skip
+        if any(
+            (folder / "runs" / name / "checkpoints" / "LATEST").exists() and line["step"] >= step
+            for line in _metrics(folder, name)
+        ):
             return
         time.sleep(0.2)
     raise AssertionError("\n".join(output.read_text()[-2000:] for _, output in started))
@@ -105,8 +122,8 @@ def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_o
         began = time.monotonic()
         assert cut[0][0].wait(STALL_S + 60) != 0
         assert time.monotonic() - began < STALL_S + 45
-        said = cut[0][1].read_text()
-        assert "stall" in said or "Connection" in said, said[-3000:]
+        log = cut[0][1].read_text()
+        assert "stall" in log or "Connection" in log, log[-3000:]
         here[1].end()
         cut[1][0].wait(20)
 
@@ -114,9 +131,9 @@ def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_o
         again = _start(here[:1], tmp_path, "cut", f"schedule.steps={STEPS}")
         assert _finish(again) == [0], again[0][1].read_text()[-3000:]
         assert "resumed: " in again[0][1].read_text()
-        found = _losses(tmp_path, "cut")
-    assert sorted(found) == list(range(STEPS))
-    assert [found[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-5)
+        losses = _losses(tmp_path, "cut")
+    assert sorted(losses) == list(range(STEPS))
+    assert [losses[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-5)
 
 
 IN_SAVE = """
@@ -145,10 +162,8 @@ def test_a_host_cut_off_in_a_save_that_still_reaches_the_disk_is_missed_soon(tmp
         began = time.monotonic()
         assert cut[0][0].wait(120) != 0
         assert time.monotonic() - began < 4 + 2 * STALL_S + 45  # not the eight limits of a disk
-        said = cut[0][1].read_text()
-        assert re.search(r"in the checkpoint. No rank writes any more; some other rank does not come", said), said[
-            -3000:
-        ]
+        log = cut[0][1].read_text()
+        assert re.search(r"in the checkpoint. No rank writes any more; some other rank does not come", log), log[-3000:]
         assert not (tmp_path / "runs" / "cut" / "checkpoints" / "step-000003").exists()
         here[1].end()
         cut[1][0].wait(20)
@@ -167,7 +182,7 @@ def test_four_hosts_restart_by_themselves_without_the_one_that_was_cut_off(tmp_p
         assert _finish(started[:3]) == [0, 0, 0], started[0][1].read_text()[-3000:]
         here[3].end()
         started[3][0].wait(20)
-    found, wanted = _losses(tmp_path, "four"), _losses(tmp_path, "one")
-    assert sorted(found) == list(range(STEPS))
-    assert [found[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-4)
+    losses, wanted = _losses(tmp_path, "four"), _losses(tmp_path, "one")
+    assert sorted(losses) == list(range(STEPS))
+    assert [losses[step] for step in range(STEPS)] == pytest.approx([wanted[step] for step in range(STEPS)], rel=1e-4)
     assert "resumed: " in "".join(output.read_text() for _, output in started[:3])

@@ -27,29 +27,50 @@ JOB = Job(
 )
 PROFILES = {
     "torchrun": {
-        "kind": "torchrun", "nodes": 2, "hosts": ["node-a", "node-b"], "restarts": 3, "min_nodes": 1,
+        "kind": "torchrun",
+        "nodes": 2,
+        "hosts": ["node-a", "node-b"],
+        "restarts": 3,
+        "min_nodes": 1,
         "env": {"NCCL_SOCKET_IFNAME": "eth0"},
     },
     "deepspeed": {
-        "kind": "deepspeed", "nodes": 2, "hosts": ["node-a", "node-b"], "env": {"HF_HOME": "/shared/hf cache"},
+        "kind": "deepspeed",
+        "nodes": 2,
+        "hosts": ["node-a", "node-b"],
+        "env": {"HF_HOME": "/shared/hf cache"},
     },
     "slurm": {
-        "kind": "slurm", "nodes": 8, "workdir": "/shared/my project", "restarts": 1,
+        "kind": "slurm",
+        "nodes": 8,
+        "workdir": "/shared/my project",
+        "restarts": 1,
         "slurm": {
-            "partition": "gpu", "account": "lab", "time": "2-00:00:00", "extra": ["--exclusive"],
+            "partition": "gpu",
+            "account": "lab",
+            "time": "2-00:00:00",
+            "extra": ["--exclusive"],
             "container": {"image": "/images/moetune.sqsh", "mounts": ["/shared:/shared", "/scratch:/scratch"]},
         },
-        "env": {"NCCL_IB_HCA": "mlx5", "NOTE": "it's \"quoted\" $HOME"},
+        "env": {"NCCL_IB_HCA": "mlx5", "NOTE": 'it\'s "quoted" $HOME'},
     },
     "kubernetes": {
-        "kind": "kubernetes", "nodes": 8, "restarts": 3, "workdir": "/work", "env": {"NCCL_DEBUG": "WARN"},
+        "kind": "kubernetes",
+        "nodes": 8,
+        "restarts": 3,
+        "workdir": "/work",
+        "env": {"NCCL_DEBUG": "WARN"},
         "kubernetes": {
-            "namespace": "research", "image": "registry.example/moetune:1", "shm": "128Gi", "cpus": "96",
+            "namespace": "research",
+            "image": "registry.example/moetune:1",
+            "shm": "128Gi",
+            "cpus": "96",
             "volumes": {"data": {"claim": "datasets", "mount": "/data"}, "runs": {"claim": "runs", "mount": "/work"}},
-            "secrets": {"WANDB_API_KEY": "wandb/api-key"}, "node_selector": {"gpu": "h100"},
+            "secrets": {"WANDB_API_KEY": "wandb/api-key"},
+            "node_selector": {"gpu": "h100"},
         },
     },
-}  # fmt: skip
+}
 
 
 def _profile(tmp_path: Path, tree: object):
@@ -89,11 +110,11 @@ def test_the_batch_script_is_shell_and_hands_every_word_over_whole(tmp_path: Pat
     tools.mkdir()
     outcome = shlex.quote(str(tmp_path / "runs" / JOB.run / "logs" / "outcome.json"))
     bodies = {
-        "srun": f"printf '%s\\n' \"$NOTE\" \"$@\" > {seen}; sleep 1.1; mkdir -p \"$(dirname {outcome})\"; "
-        f"echo '{{\"outcome\": \"preempted\"}}' > {outcome}; exit 1",
-        "scontrol": f"if [ \"$1\" = show ]; then echo first; echo second; else echo \"$@\" > {tmp_path}/requeued; fi",
+        "srun": f'printf \'%s\\n\' "$NOTE" "$@" > {seen}; sleep 1.1; mkdir -p "$(dirname {outcome})"; '
+        f'echo \'{{"outcome": "preempted"}}\' > {outcome}; exit 1',
+        "scontrol": f'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > {tmp_path}/requeued; fi',
         "scancel": "true",
-    }  # fmt: skip
+    }
     for name, body in bodies.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
@@ -187,9 +208,17 @@ def test_the_command_checks_the_recipe_for_the_profile_s_ranks(tmp_path: Path, m
 def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None:
     toy_run(tmp_path)
     profile = _profile(tmp_path, {"kind": "deepspeed", "gpus_per_node": 2, "python": sys.executable})
-    words = ["model.path=base", "data.sources.general.path=rows.jsonl", "model.dtype=float32", "data.workers=0",
-             "schedule.steps=2", "run.name=by deepspeed", "data.packs_per_step=2",
-             "parallel.ep=auto", "parallel.recompute=auto"]  # fmt: skip
+    words = [
+        "model.path=base",
+        "data.sources.general.path=rows.jsonl",
+        "model.dtype=float32",
+        "data.workers=0",
+        "schedule.steps=2",
+        "run.name=by deepspeed",
+        "data.packs_per_step=2",
+        "parallel.ep=auto",
+        "parallel.recompute=auto",
+    ]
     job = Job(recipe="tiny-cpu", overrides=words, run="by deepspeed")
     done = start_rendered(render(job, profile, folder="launch"), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

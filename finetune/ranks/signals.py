@@ -1,0 +1,124 @@
+"""Signals of a rank: which ask for an end, how another thread hears them, and how a rank that was stopped exits.
+
+SIGTERM, SIGUSR1 and SIGHUP ask the rank to stop; the ranks agree on it at the end of the step, or before one begins.
+Until the first step there is nothing to lose, and they end the rank at once, as Ctrl-C always does. No torch here: the
+launcher reads the exit code.
+"""
+
+import ctypes
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from finetune.ranks.failures import keep_outcome
+from finetune.ranks.log import RankLog
+
+WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask for an end."""
+PREEMPTED = 75
+"""The exit code of a run that should be started again."""
+_PR_SET_PDEATHSIG = 1
+_cares_for_children = False
+
+
+class Wishes:
+    """What signals ask of this rank: caught in the main thread, heard in another one.
+
+    The main thread may be inside a collective that never returns; then no Python handler runs, but the wake-up pipe is
+    written to all the same.
+    """
+
+    def __init__(self, log: RankLog) -> None:
+        self.stop = 0
+        """The first signal that asked for an end; 0 for none."""
+        self.has_begun = False
+        """Whether a step was begun since the start: from then on there is something to save."""
+        self._log = log
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch signals while the block runs; in the main thread.
+
+        After a block that fails, wishes are ignored: the rank ends once the reason is written down.
+        """
+        _care_for_children()
+        handlers: dict[signal.Signals, Any] = {
+            number: signal.signal(number, _wake_thread) for number in (*WISHES, signal.SIGINT)
+        }
+        wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        try:
+            yield
+        except BaseException:
+            handlers = dict.fromkeys(WISHES, signal.SIG_IGN)
+            raise
+        finally:
+            signal.set_wakeup_fd(wakeup_before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            os.close(self._read_end)
+            os.close(self._write_end)
+
+    def wake(self) -> None:
+        """Let a call of `hear` return now."""
+        os.write(self._write_end, b"\0")
+
+    def hear(self, seconds: float) -> None:
+        """Wait this long for signals, and do what they ask for."""
+        ready, _, _ = select.select([self._read_end], [], [], seconds)
+        for number in os.read(self._read_end, 64) if ready else b"":
+            self._obey(number)
+
+    def _obey(self, number: int) -> None:
+        if number == signal.SIGINT:
+            self._log.note("Ctrl-C: ends now")
+            os._exit(128 + number)
+        if number in WISHES:
+            self.stop = self.stop or number
+            self._log.note(f"{signal.Signals(number).name}: stops when this step is done")
+            if not self.has_begun:
+                self._log.note("no step was begun since the start: ends now")
+                if number != signal.SIGTERM:  # launchers send that one too, when another rank has failed
+                    keep_outcome(self._log, "preempted", None)
+                os._exit(exit_code(number))
+
+
+def exit_code(stop: int) -> int:
+    """Return the exit code of a rank that was stopped by this signal; 0 stands for none.
+
+    torchrun passes SIGTERM on and ends with an error itself; a rank that does so too would only look like the cause.
+    Any other signal, or launcher, needs the rank's own word that the run is not done.
+    """
+    if not stop or (stop == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ):
+        return 0
+    return PREEMPTED
+
+
+def _wake_thread(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the thread hears of the signal through the pipe."""
+
+
+def _care_for_children() -> None:
+    """Let forked children (the data's workers) leave signals to their parent, and never outlive it.
+
+    torchrun signals a rank's whole group, and torch's workers die of SIGTERM even if they were set to ignore it: they
+    get a group of their own.
+    """
+    global _cares_for_children  # noqa: PLW0603  # the hook is the process's, and cannot be taken back
+    if not _cares_for_children:
+        os.register_at_fork(after_in_child=_leave_signals_to_parent)
+        _cares_for_children = True
+
+
+def _leave_signals_to_parent() -> None:
+    os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)
+    for number in (*WISHES, signal.SIGINT):
+        if signal.getsignal(number) is _wake_thread:
+            signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
