@@ -1,11 +1,11 @@
-"""A step that must not be taken: it is kept for replay, and a run that learns nothing is stopped."""
+"""A step that must not be taken is saved for a replay; a run that learns nothing is stopped."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,13 +16,15 @@ from data.stream.batch import Batch
 from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.ranks.collectives import barrier, rank_and_world
 from finetune.ranks.engine import NotFinite
+from finetune.settings.recipes import effective
+from finetune.training.setup import Run
 
 REPLAY = "replay"
 
 
-def require_finite(found: Mapping[str, float], step: int) -> None:
-    """Raise unless every loss of a step is finite; these are reduced, so every rank finds the same."""
-    wrong = [f"{name} is {value}" for name, value in found.items() if not isfinite(value)]
+def require_finite(losses: Mapping[str, float], step: int) -> None:
+    """Raise unless every loss of a step is finite; they are reduced, so every rank raises alike."""
+    wrong = [f"{name} is {value}" for name, value in losses.items() if not isfinite(value)]
     if wrong:
         raise NotFinite(f"step {step}: {', '.join(wrong)}; the weights are those of the step before")
 
@@ -34,7 +36,7 @@ class IdleSteps:
         self._allowed, self._steps = allowed, list[int]()
 
     def see(self, step: int, loss: float, keys: Sequence[str]) -> None:
-        """Raise when there were too many; give it what is the same on every rank, and this rank's samples to name."""
+        """Raise if there were too many; `loss` must be the same on every rank, `keys` name this rank's samples."""
         self._steps = [*self._steps, step] if loss == 0 else []
         if len(self._steps) >= self._allowed:
             raise ValueError(
@@ -44,69 +46,76 @@ class IdleSteps:
             )
 
 
-def random_states() -> dict[str, Tensor]:
-    """This rank's random states, as a step begins: dropout is the same in a replay."""
+@contextmanager
+def saved_if_not_finite(run: Run, step: int, batches: Sequence[Batch]) -> Iterator[None]:
+    """Take a step in the block: one that is not finite is saved for a replay, and its error says how to start that.
+
+    Every rank must enter it.
+    """
+    random = _random_states()
+    try:
+        yield
+    except NotFinite as error:
+        run.watch.stage("keeping a step that is not finite")
+        folder = _saved_step(run, step, batches, random, reason=str(error))
+        raise NotFinite(
+            f"{error}. Its rows and the weights before it are kept: the same command with --replay {folder} names the "
+            f"first module that is not finite. Then lower the learning rate, or leave the sample out"
+        ) from error
+
+
+def _random_states() -> dict[str, Tensor]:
+    """Return this rank's random states, as a step begins: dropout is the same in a replay."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["random.cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def keep_for_replay(
-    checkpoints: Checkpoints, batches: Sequence[Batch], random: Mapping[str, Tensor], *, step: int,
-    config: Mapping[str, Any], why: str,
-) -> Path:  # fmt: skip
+def _saved_step(run: Run, step: int, batches: Sequence[Batch], random: Mapping[str, Tensor], *, reason: str) -> Path:
     """Write the rows of a step, and the weights before it, into a folder; every rank must call this."""
-    folder = checkpoints.save(step=step, state={REPLAY: why}, config=config) / "rows"
-    rank, _ = rank_and_world()
-    folder.mkdir(exist_ok=True)
+    checkpoints = Checkpoints(run.engine, run.empty, run.folder / "replay", base=run.base_files, keep=1)
+    folder = checkpoints.save(step=step, state={REPLAY: reason}, config=effective(run.config))
+    rows_folder = folder / "rows"
+    rows_folder.mkdir(exist_ok=True)
     tensors = {name: state.contiguous() for name, state in random.items()}
-    said = []
+    rows = []
     for number, batch in enumerate(batches):
-        parts = {item.name: getattr(batch, item.name) for item in fields(batch)}
-        tensors |= {f"{number}.{name}": part.contiguous() for name, part in parts.items() if isinstance(part, Tensor)}
-        said.append({"keys": batch.keys, "max_length": batch.max_length})
-    save_file(tensors, folder / f"rank-{rank:04d}.safetensors", metadata={"rows": json.dumps(said), "step": str(step)})
+        values = {item.name: getattr(batch, item.name) for item in fields(batch)}
+        tensors |= {
+            f"{number}.{name}": value.contiguous() for name, value in values.items() if isinstance(value, Tensor)
+        }
+        rows.append({"keys": batch.keys, "max_length": batch.max_length})
+    path = rows_folder / f"rank-{rank_and_world()[0]:04d}.safetensors"
+    save_file(tensors, path, metadata={"rows": json.dumps(rows), "step": str(step)})
     barrier()
-    return folder.parent
+    return folder
 
 
-def kept_step(
-    error: NotFinite, checkpoints: Checkpoints, batches: Sequence[Batch], random: Mapping[str, Tensor], step: int,
-    config: Mapping[str, Any],
-) -> NotFinite:  # fmt: skip
-    """Keep a step that is not finite, and return its error with the way to look into it; every rank must call this."""
-    kept = keep_for_replay(checkpoints, batches, random, step=step, config=config, why=str(error))
-    return NotFinite(
-        f"{error}. Its rows and the weights before it are kept: the same command with --replay {kept} names the first "
-        f"module that is not finite. Then lower the learning rate, or leave the sample out"
-    )
-
-
-def kept_rows(folder: Path, ranks: int | None = None) -> list[Batch]:
-    """Return the rows of all ranks of a kept step, in their order; of so many ranks, where their number matters."""
+def saved_rows(folder: Path, ranks: int | None = None) -> list[Batch]:
+    """Return the rows of all ranks of a saved step, in their order; `ranks`: only if this many ranks saved it."""
     files = sorted((folder / "rows").glob("rank-*.safetensors"))
     if ranks is not None and len(files) != ranks:
         raise ValueError(f"--replay {folder}: parallel.sp wants the {len(files)} ranks that kept it, not {ranks}")
     if not files:
         raise ValueError(f"--replay {folder}: it holds no rows/. Name a folder that a stopped run said it kept")
-    found = []
+    batches = []
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            for number, said in enumerate(json.loads(opened.metadata()["rows"])):
-                held = opened.keys()
-                names = [name for name in held if name.startswith(f"{number}.")]
-                parts = {name.partition(".")[2]: opened.get_tensor(name) for name in names}
-                found.append(Batch(**parts, keys=tuple(said["keys"]), max_length=said["max_length"]))
-    return found
+            for number, row in enumerate(json.loads(opened.metadata()["rows"])):
+                stored_names = opened.keys()  # the file itself is no container
+                names = [name for name in stored_names if name.startswith(f"{number}.")]
+                tensors = {name.partition(".")[2]: opened.get_tensor(name) for name in names}
+                batches.append(Batch(**tensors, keys=tuple(row["keys"]), max_length=row["max_length"]))
+    return batches
 
 
 def restore_random(folder: Path) -> None:
-    """Set this rank's random states to those of the kept step, where it had this rank."""
+    """Set this rank's random states to those of the saved step, if this rank took part in it."""
     file = folder / "rows" / f"rank-{rank_and_world()[0]:04d}.safetensors"
     if file.exists():
         with safe_open(file, framework="pt") as opened:
             torch.set_rng_state(opened.get_tensor("random.cpu"))
-            held = opened.keys()  # the file itself is no container
-            if torch.cuda.is_available() and "random.cuda" in held:
+            stored_names = opened.keys()  # the file itself is no container
+            if torch.cuda.is_available() and "random.cuda" in stored_names:
                 torch.cuda.set_rng_state(opened.get_tensor("random.cuda"))

@@ -1,13 +1,13 @@
 """`--dry-run`: all that a run does, once: checks, shards, one real step, a checkpoint, an adapter; nothing stays.
 
-The step is the run's own, in a folder beside the run's that is removed: what would fail later, for memory, for the disk
-or for the data, fails now.
+The step is the run's own, in a folder beside the run's that is removed: what would fail later because of memory, the
+disk or the data, fails now.
 """
 
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,22 +30,22 @@ def rehearse(
 ) -> int:
     """Do one step of the run and leave nothing; every rank must call this. Returns 3 where shards have problems."""
     rank, _ = rank_and_world()
-    place = folder.with_name(f"{folder.name}.dry-run")
+    dry_folder = folder.with_name(f"{folder.name}.dry-run")
     if rank == 0:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
+        shutil.rmtree(dry_folder, ignore_errors=True)
+        dry_folder.mkdir(parents=True)
     barrier()
     try:
         findings = _look_at_shards(config)
-        say(_said(findings))
+        say("\n".join(_finding_lines(findings)))
         if not findings:
-            train(_one_step(config), place, say, watch)
+            train(_one_step(config), dry_folder, say, watch)
             say("\n".join(memory_lines()))
             say("dry run: passed; nothing of it is kept")
         barrier()  # or the folder would go while another rank still writes
     finally:
         if rank == 0:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(dry_folder, ignore_errors=True)
     if rank == 0 and findings:
         keep_outcome(say, "problems", 0)
     elif rank == 0:
@@ -54,25 +54,25 @@ def rehearse(
 
 
 def memory_lines() -> list[str]:
-    """Say the largest memory that each rank had; every rank must call this."""
+    """Describe the peak memory of each rank; every rank must call this."""
     device = engine_device()
     rank, _ = rank_and_world()
     if device.type == "cuda":
-        mine = (rank, torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory)
-        what = "of the device's"
+        peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        owner = "of the device's"
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        mine = (rank, peak * (1 if sys.platform == "darwin" else 1024), 0)
-        what = "of the process"
-    lines = []
-    for number, used, total in sorted(gather_lists([mine])):
-        there = f" {total / 2**30:.2f} GiB" if total else ""
-        lines.append(f"memory of rank {number}: at most {used / 2**30:.2f} GiB {what}{there}")
-    return lines
+        peak, total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
+        peak *= 1 if sys.platform == "darwin" else 1024
+        owner = "of the process"
+    return [
+        f"memory of rank {number}: at most {peak_bytes / 2**30:.2f} GiB {owner}"
+        + (f" {total_bytes / 2**30:.2f} GiB" if total_bytes else "")
+        for number, peak_bytes, total_bytes in sorted(gather_lists([(rank, peak, total)]))
+    ]
 
 
 def _one_step(config: RunConfig) -> RunConfig:
-    """The run's first step, from the base; what others would see of it is left out."""
+    """Return the run's first step, from the base, without what others would see of it."""
     return replace(
         config,
         schedule=replace(config.schedule, steps=1),
@@ -83,18 +83,21 @@ def _one_step(config: RunConfig) -> RunConfig:
 
 
 def _look_at_shards(config: RunConfig) -> list[Finding]:
-    """What is wrong with the shards by their headers, found by rank 0 and told to all."""
-    found: list[Finding] = []
+    """Return what is wrong with the headers of the shards; rank 0 looks, and every rank must call this."""
+    findings: list[Finding] = []
     if rank_and_world()[0] == 0:
         cache = Path(config.data.cache_dir) if config.data.cache_dir else None
         options = AuditOptions(decode=False, cache_dir=cache)
         for shards in find_sources(config.data).values():
-            found += audit_shards(shards, options)
-    return gather_lists(found)
+            findings += audit_shards(shards, options)
+    return gather_lists(findings)
 
 
-def _said(findings: Sequence[Finding]) -> str:
+def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     if not findings:
-        return "shards: every header is sound; `moetune shards check` looks at every pixel too"
-    lines = [f"shards: {len(findings)} problems", *(f"  {finding}" for finding in findings[:SHOWN])]
-    return "\n".join([*lines, *(["  ..."] if len(findings) > SHOWN else [])])
+        yield "shards: every header is sound; `moetune shards check` looks at every pixel too"
+        return
+    yield f"shards: {len(findings)} problems"
+    yield from (f"  {finding}" for finding in findings[:SHOWN])
+    if len(findings) > SHOWN:
+        yield "  ..."

@@ -1,4 +1,4 @@
-"""What a step was: each rank's share of it, brought together in the step's one exchange, and the figures made of it."""
+"""The figures of a step: each rank's share of it, exchanged once a step, and what is computed from all shares."""
 
 import resource
 from collections.abc import Mapping, Sequence
@@ -31,15 +31,15 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
-    """What the ranks compute on."""
+class Ranks:
+    """How many ranks compute, and what the device of one can do."""
 
     world: int
     peak_flops: float | None  # of one, in bfloat16; None: not known, so there is no MFU
 
 
 def share_of(step: Step, *, seconds: float, stop: int) -> Share:
-    """Return this rank's part; reads tensors on the host, so give it the step as it came from the stream."""
+    """Return this rank's part; it reads tensors on the host, so give it the step as it came from the stream."""
     # of the ranks that share a row's slices one counts it: the others' steps are emptied by `counted_once`
     real = [batch for batch in step.batches if batch.keys] if step.tokens else []
     return Share(
@@ -57,23 +57,23 @@ def share_of(step: Step, *, seconds: float, stop: int) -> Share:
 def gather_shares(mine: Share, device: torch.device) -> list[Share]:
     """Return the shares of all ranks, the same list on each; every rank must call this."""
     flat = [getattr(mine.work, name) for name in WORK] + [getattr(mine, name) for name in OWN]
-    found = []
+    shares = []
     for numbers in gather_numbers(flat, device):
         work = Work(**{name: int(number) for name, number in zip(WORK, numbers, strict=False)})
         own: dict[str, Any] = dict(zip(OWN, numbers[len(WORK) :], strict=True))
         own |= {name: int(own[name]) for name in ("row_tokens", "images", "stop")}
-        found.append(Share(work=work, **own))
-    return found
+        shares.append(Share(work=work, **own))
+    return shares
 
 
-def figures(shares: Sequence[Share], meter: FlopMeter, device: Device) -> dict[str, Any]:
-    """Return a step's figures over all ranks: sums of what was worked on, the slowest rank's seconds.
+def figures(shares: Sequence[Share], meter: FlopMeter, ranks: Ranks) -> dict[str, Any]:
+    """Return a step's figures over all ranks: sums of the work, the slowest rank's seconds.
 
     Tokens a second count useful tokens; FLOP/s are those that this training needs, of one device.
     """
     work = sum((share.work for share in shares), Work())
     seconds = max(share.seconds for share in shares)
-    rate = meter.model(work) / seconds / device.world
+    rate = meter.model(work) / seconds / ranks.world
     return {
         "tokens": sum(share.row_tokens for share in shares),
         "tokens_nonpad": work.tokens,
@@ -84,13 +84,13 @@ def figures(shares: Sequence[Share], meter: FlopMeter, device: Device) -> dict[s
         "seconds_data": max(share.seconds_data for share in shares),
         "tokens_per_second": work.tokens / seconds,
         "tflops_model": rate / 1e12,
-        "mfu": rate / device.peak_flops if device.peak_flops else None,
+        "mfu": rate / ranks.peak_flops if ranks.peak_flops else None,
         "memory_gb": max(share.memory_gb for share in shares),
     }
 
 
 def load_figures(load: StepLoad | None) -> Mapping[str, Any]:
-    """Return what is said of the experts' load in each step's line; nothing of a dense base."""
+    """Return the figures of the experts' load; None for each where the base is dense."""
     if load is None:
         return dict.fromkeys(
             ("expert_load_max_over_mean", "expert_load_entropy", "experts_dead", "router_agreement"), None

@@ -1,4 +1,4 @@
-"""The optimiser's groups: what has one learning rate and trains in the same stages; and from stage to stage.
+"""The optimiser's groups: parameters with one learning rate that train in the same stages; and how a stage begins.
 
 All that may ever train has its masters and moments from the start. A stage pauses what it does not train: its
 parameters ask for no gradient, so that none is computed, and its groups' rate is 0, which leaves every bit as it is.
@@ -20,18 +20,18 @@ from finetune.settings.stages import Stage
 
 def trained_groups(empty: EmptyModel, stages: Sequence[Stage]) -> list[Group]:
     """Sort the parameters that train by their learning rates in all stages; as few groups as that takes."""
-    found: dict[tuple[float, ...], list[nn.Parameter]] = {}
+    by_peaks: dict[tuple[float, ...], list[nn.Parameter]] = {}
     for name in empty.trained:
         part = adapted_part(empty.canonical(name))
         peaks = tuple(stage.peaks.get(part, 0.0) for stage in stages)
-        found.setdefault(peaks, []).append(empty.module.get_parameter(name))
-    return [Group(parameters=tuple(these), peaks=peaks) for peaks, these in found.items()]
+        by_peaks.setdefault(peaks, []).append(empty.module.get_parameter(name))
+    return [Group(parameters=tuple(parameters), peaks=peaks) for peaks, parameters in by_peaks.items()]
 
 
 def enter(engine: Any, stage: Stage, *, at: int) -> str:
-    """Let train what the stage trains, and nothing else; every rank must call this before step `at` of the stage.
+    """Train what the stage trains, and nothing else; every rank must call this before step `at` of the stage.
 
-    At its first step, what did not train in the stage before starts without moments. Returns what to say of it.
+    At its first step, what did not train in the stage before starts without moments. Returns a sentence about it.
     """
     for group, parameters, flat in _groups(engine):
         trains = group["peaks"][stage.number] > 0
@@ -46,7 +46,7 @@ def enter(engine: Any, stage: Stage, *, at: int) -> str:
 
 
 def set_rates(engine: Any, step: int, stage: Stage, config: RunConfig) -> Mapping[str, float]:
-    """Give every group the rate of this step, 0 where the stage pauses it; returns the highest of them as `lr`."""
+    """Set the learning rate of every group, 0 where the stage pauses it; return the highest of them as `lr`."""
     groups = engine.optimizer.param_groups
     for group in groups:
         peak = group["peaks"][stage.number]
@@ -55,7 +55,7 @@ def set_rates(engine: Any, step: int, stage: Stage, config: RunConfig) -> Mappin
 
 
 def _groups(engine: Any) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Any]]:
-    """The optimiser's groups, with their parameters, and the flat tensor that ZeRO-3 made of this rank's slices."""
+    """Yield each group, with its parameters, and the flat tensor that ZeRO-3 made of this rank's slices."""
     zero = engine.optimizer
     for number, (parameters, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
         yield zero.param_groups[zero.sub_group_to_group_id[number]], parameters, flat

@@ -1,4 +1,4 @@
-"""A few held-out questions, answered by the model while it is tuned: greedy, and no longer than a cap.
+"""A few held-out questions, answered by the model while it is tuned: greedily, up to a limit of tokens.
 
 All ranks answer the same questions at the same time, so that each calls the engine equally often. Packed rows have no
 cache of keys: a row is run once more for each token, on the very path that training takes. That costs a forward a
@@ -24,27 +24,36 @@ from finetune.config import EvalConfig
 from finetune.model.forward import PackedModel
 from finetune.model.row import Row
 from finetune.ranks.collectives import rank_and_world, require_no_wish, sum_over_ranks
+from finetune.ranks.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One question as the model reads it."""
+class HeldOutQuestion:
+    """One question, and the sample that the model reads."""
 
     source: str
     question: Question
     sample: Sample
 
 
-class Answers:
+class Predictions:
     """The questions of one run: the first few of each source. Every rank must make one and call it at equal steps."""
 
     def __init__(
-        self, config: EvalConfig, data: DataConfig, renderer: Renderer, *, stops: frozenset[int],
-        say: Callable[[str], None], wish: Callable[[], int],
-    ) -> None:  # fmt: skip
-        self._wish = wish
-        self._config, self._renderer, self._stops, self._budget = config, renderer, stops, data.tokens_per_pack
-        self.asked: list[Asked] = []
+        self,
+        config: EvalConfig,
+        data: DataConfig,
+        renderer: Renderer,
+        *,
+        stops: frozenset[int],
+        say: Callable[[str], None],
+        watch: Watch,
+    ) -> None:
+        """`stops` are the tokens that end an answer."""
+        self._config, self._budget = config, data.tokens_per_pack
+        self._renderer, self._stops = renderer, stops
+        self._watch = watch
+        self.questions: list[HeldOutQuestion] = []
         reader = SampleReader(cache_dir=Path(data.cache_dir) if data.cache_dir else None)
         for source, shards in find_sources(data, section="eval").items():
             for question in list(read_questions(shards, reader, source=source))[: config.answers]:
@@ -53,64 +62,68 @@ class Answers:
                 if len(sample.input_ids) + config.answer_tokens > self._budget:
                     say(f"not asked: {source}/{question.key} leaves no room for an answer in data.tokens_per_pack")
                     continue
-                self.asked.append(Asked(source=source, question=question, sample=sample))
+                self.questions.append(HeldOutQuestion(source=source, question=question, sample=sample))
         reader.bytes.close()
 
     def rows(self, engine: Any, device: torch.device) -> list[Mapping[str, Any]]:
-        """Answer them all, a row of questions after the other, and tell each beside what was wanted."""
-        found: list[Mapping[str, Any]] = []
-        for together in self._packed():
-            for asked, ids in zip(together, self._written(engine, together, device), strict=True):
-                found.append(
+        """Answer all questions, and return each answer beside its reference; every rank must call this."""
+        rows: list[Mapping[str, Any]] = []
+        for packed in self._packed():
+            for held_out, ids in zip(packed, self._answered(engine, packed, device), strict=True):
+                rows.append(
                     {
-                        "source": asked.source,
-                        "key": asked.question.key,
-                        "question": asked.question.text,
-                        "wanted": asked.question.references[0],
+                        "source": held_out.source,
+                        "key": held_out.question.key,
+                        "question": held_out.question.text,
+                        "wanted": held_out.question.references[0],
                         "answer": self._renderer.decode(ids),
                         "finished": len(ids) < self._config.answer_tokens,
                     }
                 )
-        return found
-
-    def _packed(self) -> list[list[Asked]]:
-        rows: list[list[Asked]] = []
-        room = 0
-        for asked in self.asked:
-            need = len(asked.sample.input_ids) + self._config.answer_tokens
-            if need > room:
-                rows.append([])
-                room = self._budget
-            rows[-1].append(asked)
-            room -= need
         return rows
 
-    def _written(self, engine: Any, together: Sequence[Asked], device: torch.device) -> list[list[int]]:
-        """The tokens of each answer, without the one that ends it."""
-        samples = [asked.sample for asked in together]
-        written: list[list[int]] = [[] for _ in samples]
+    def _packed(self) -> list[list[HeldOutQuestion]]:
+        """Put as many questions into each row as leave room for their answers."""
+        rows: list[list[HeldOutQuestion]] = []
+        room = 0
+        for question in self.questions:
+            tokens = len(question.sample.input_ids) + self._config.answer_tokens
+            if tokens > room:
+                rows.append([])
+                room = self._budget
+            rows[-1].append(question)
+            room -= tokens
+        return rows
+
+    def _answered(self, engine: Any, packed: Sequence[HeldOutQuestion], device: torch.device) -> list[list[int]]:
+        """Return the tokens of each answer of a row, without the one that ends it."""
+        samples = [question.sample for question in packed]
+        answers: list[list[int]] = [[] for _ in samples]
         ended = [False] * len(samples)
         for _ in range(self._config.answer_tokens):
             batch = collate(
-                samples, keys=[asked.question.key for asked in together], pad_id=self._renderer.pad_id, multiple=1,
+                samples,
+                keys=[question.question.key for question in packed],
+                pad_id=self._renderer.pad_id,
+                multiple=1,
                 widths=self._renderer.patch_widths,
-            )  # fmt: skip
+            )
             tokens = engine(batch=batch, measure=next_tokens).tolist()
-            require_no_wish(self._wish(), device)
+            require_no_wish(self._watch.stop, device)
             for at, token in enumerate(tokens):
                 ended[at] = ended[at] or token in self._stops
                 if not ended[at]:
-                    written[at].append(token)
+                    answers[at].append(token)
                 samples[at] = longer(samples[at], token)
             # ranks may round differently: they stop when all of them have ended
             if sum_over_ranks([float(all(ended))], device)[0] == rank_and_world()[1]:
                 break
-        return written
+        return answers
 
 
 @torch.no_grad()
 def next_tokens(packed: PackedModel, row: Row) -> Tensor:
-    """Return the likeliest token behind each sample of a whole row; every rank must call this."""
+    """Return the likeliest token behind each sample of a complete row; every rank must call this."""
     batch = row.batch
     assert row.part == slice(0, batch.input_ids.shape[1])
     ends_S = batch.cu_seq_lens[1 : len(batch.keys) + 1].long() - 1
@@ -120,11 +133,11 @@ def next_tokens(packed: PackedModel, row: Row) -> Tensor:
 
 def longer(sample: Sample, token: int) -> Sample:
     """Return a sample with a token of text behind it: its rotary positions go on from the farthest."""
-    last = sample.positions
-    position = np.array([last[0, -1] + 1, *[last[1:].max() + 1] * 3], dtype=last.dtype)
+    positions = sample.positions
+    next_position = np.array([positions[0, -1] + 1, *[positions[1:].max() + 1] * 3], dtype=positions.dtype)
     return replace(
         sample,
         input_ids=np.append(sample.input_ids, np.array(token, dtype=sample.input_ids.dtype)),
         loss_weights=np.append(sample.loss_weights, np.array(0, dtype=sample.loss_weights.dtype)),
-        positions=np.concatenate([last, position[:, None]], axis=1),
+        positions=np.concatenate([positions, next_position[:, None]], axis=1),
     )

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, one plain line a step everywhere else."""
+"""Shows the progress of a run: a bar on a terminal, one plain line a step everywhere else."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -10,17 +10,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from finetune.ranks.log import print_line
 
 SMOOTHED = 10
-"""Time left goes by the mean of about so many steps."""
+"""The time left is estimated from the mean of about this many steps."""
 
 
-def step_line(found: Mapping[str, Any]) -> str:
-    """Return one step for people."""
-    balance = f", balance {found['loss_balance']:.4f}" if found.get("loss_balance") else ""
-    mfu = f", MFU {found['mfu']:.1%}" if found.get("mfu") else ""
+def step_line(figures: Mapping[str, Any]) -> str:
+    """Describe one step in a line."""
+    balance = f", balance {figures['loss_balance']:.4f}" if figures.get("loss_balance") else ""
+    mfu = f", MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
     return (
-        f"step {found['step']}: loss {found['loss']:.4f}{balance}, norm {found['grad_norm']:.3g}, "
-        f"lr {found['lr']:.2e}, {found['tokens_nonpad']:,} tokens in {found['seconds']:.2f} s, "
-        f"{found['tokens_per_second']:,.0f} useful tokens/s{mfu}, {found['left']} left"
+        f"step {figures['step']}: loss {figures['loss']:.4f}{balance}, norm {figures['grad_norm']:.3g}, "
+        f"lr {figures['lr']:.2e}, {figures['tokens_nonpad']:,} tokens in {figures['seconds']:.2f} s, "
+        f"{figures['tokens_per_second']:,.0f} useful tokens/s{mfu}, {figures['left']} left"
     )
 
 
@@ -31,10 +31,11 @@ def duration(seconds: float) -> str:
 
 
 class Follower:
-    """Shows each step as it ends; `say` prints a line, and must not be given others' output while a bar is drawn."""
+    """Shows each step as it ends. While a bar is drawn, all other output must go through `print`."""
 
     def __init__(self, say: Callable[[str], None], *, done: int, steps: int, console: Console | None = None) -> None:
-        self._say, self._done, self._steps = say, done, steps
+        self._say = say
+        self._done, self._steps = done, steps
         self._mean: float | None = None
         self._console = console or Console(file=sys.stdout)
         self._bar: Progress | None = None
@@ -51,27 +52,29 @@ class Follower:
 
     @property
     def is_bar(self) -> bool:
-        """Whether steps are drawn rather than said."""
+        """Whether steps are drawn, not printed line by line."""
         return self._bar is not None
 
-    def step(self, found: Mapping[str, Any]) -> str:
+    def step(self, figures: Mapping[str, Any]) -> str:
         """Show one step, and return its line."""
-        seconds = float(found["seconds"])
+        seconds = float(figures["seconds"])
         # the first step of a start is slower than any other: it is forgotten when there is a second
-        fresh = self._mean is None or found["step"] == self._done + 1
-        self._mean = seconds if fresh or self._mean is None else self._mean + (seconds - self._mean) / SMOOTHED
-        left = duration(self._mean * (self._steps - found["step"] - 1))
-        line = step_line({**found, "left": left})
+        if self._mean is None or figures["step"] == self._done + 1:
+            self._mean = seconds
+        else:
+            self._mean += (seconds - self._mean) / SMOOTHED
+        left = duration(self._mean * (self._steps - figures["step"] - 1))
+        line = step_line({**figures, "left": left})
         if self._bar is None:
             self._say(line)
         else:
-            mfu = f"  MFU {found['mfu']:.1%}" if found.get("mfu") else ""
-            text = f"loss {found['loss']:.4f}  {found['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
-            self._bar.update(self._task, completed=found["step"] + 1, text=text)
+            mfu = f"  MFU {figures['mfu']:.1%}" if figures.get("mfu") else ""
+            text = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
+            self._bar.update(self._task, completed=figures["step"] + 1, text=text)
         return line
 
     def print(self, text: str) -> None:
-        """Print a line of somebody else's; above the bar where there is one."""
+        """Print a line that is not a step's, above the bar if there is one."""
         if self._bar is None:
             print_line(text)
         else:

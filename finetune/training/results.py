@@ -1,4 +1,4 @@
-"""What a run leaves when its last step is done: an adapter or a model, and their names for whoever follows it."""
+"""Writes what a run leaves after its last step: an adapter or a model."""
 
 import shutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from finetune.training.track import Tracker
 
 
 def hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Name the adapters of a run that has ended to whoever follows it: the last one, and the best."""
+    """Hand the last adapter of a run to the tracker, and its best one."""
     if (folder / "adapter").exists():
         tracker.adapter(steps, folder / "adapter", aliases=["last"])
     best = best_checkpoint(folder / "checkpoints")
@@ -28,25 +28,25 @@ def hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], N
 
 
 def write_learned(
-    empty: EmptyModel, folder: Path, origin: Provenance, steps: range, say: Callable[[str], None]
+    empty: EmptyModel, folder: Path, provenance: Provenance, steps: range, say: Callable[[str], None]
 ) -> None:
-    """Write what was learned in all, an adapter or the whole model; every rank must call this.
+    """Write what the run has learned, an adapter or the complete model; every rank must call this.
 
-    A run that was over when it started has it already; one that went on replaces it.
+    A run that was over when it started has written it before; a run that went on replaces it.
     """
     is_adapter = any(row.lora is not None for row in trainable_table(empty))
-    place = folder / ("adapter" if is_adapter else "model")
-    there = place.exists()
+    result = folder / ("adapter" if is_adapter else "model")
+    exists = result.exists()
     barrier()  # all have looked before rank 0 changes anything
-    if there and not steps:
-        say(f"{place.name}: {place}, of an earlier start")
+    if exists and not steps:
+        say(f"{result.name}: {result}, of an earlier start")
         return
-    if there and rank_and_world()[0] == 0:
-        shutil.rmtree(place)
+    if exists and rank_and_world()[0] == 0:
+        shutil.rmtree(result)
     if is_adapter:
-        ended = {"step": str(steps.stop)}
-        for line in write_adapter(empty, place, base=origin.base_name, provenance=origin, extra=ended):
+        last_step = {"step": str(steps.stop)}
+        for line in write_adapter(empty, result, base=provenance.base_name, provenance=provenance, extra=last_step):
             say(f"warning: {line}")
     else:
-        save(empty, place, origin.base.folder)
-    say(f"{place.name}: {place}")
+        save(empty, result, provenance.base.folder)
+    say(f"{result.name}: {result}")

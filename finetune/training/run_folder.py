@@ -1,4 +1,4 @@
-"""The folder of a run, runs/<run.name>: made by rank 0, or found as an earlier start left it."""
+"""The folder of a run, runs/<run.name>: made by rank 0, or left by an earlier start."""
 
 from pathlib import Path
 
@@ -11,19 +11,19 @@ from finetune.settings.recipes import effective
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:
-    """Whether a run with this configuration began there: one that ended before its first checkpoint begins again."""
+    """Whether a run with this configuration began there: if it ended before its first checkpoint, it begins again."""
     if config.checkpoint.resume != "auto" or not path.exists():
         return False
-    begun = OmegaConf.to_container(OmegaConf.load(path))
-    return isinstance(begun, dict) and not config_difference({str(key): begun[key] for key in begun}, effective(config))
+    tree = OmegaConf.to_container(OmegaConf.load(path))
+    return isinstance(tree, dict) and not config_difference({str(key): tree[key] for key in tree}, effective(config))
 
 
 def make_run_folder(folder: Path, config: RunConfig) -> None:
-    """Make it, with the effective configuration in it; another run's results are not written over."""
-    begun = (folder / "metrics.jsonl").exists() and not (
+    """Make it, with the effective configuration in it; never overwrite the results of another run."""
+    is_taken = (folder / "metrics.jsonl").exists() and not (
         starting_point(folder / "checkpoints", config.checkpoint.resume) or _is_same(folder / "config.yaml", config)
     )
-    if begun:
+    if is_taken:
         raise ValueError(
             f"run.name: {folder} holds a run already, and no checkpoint to resume from. Set another run.name, or "
             f"remove that folder"

@@ -1,30 +1,49 @@
-"""From a configuration to the options of model, engine and balance; what was chosen is said in sentences."""
+"""A run put together: from a configuration to model, data, weights and engine; what was chosen is said in sentences."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from data.config import DataConfig
 from data.render.sample import Renderer
+from data.render.vision import read_spec
 from data.stream.corpus import Corpus
 from data.stream.reach import reach
+from finetune.adapters.file import open_adapter
+from finetune.adapters.provenance import Provenance
 from finetune.architecture.families import Family
-from finetune.architecture.yarn import Extension, extension, need_lines, serving_lines
+from finetune.architecture.yarn import Extension, check_rotary, extension, need_lines, serving_lines
+from finetune.checkpoint.adapter import adapter_writer
+from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.config import RunConfig
+from finetune.files.basefiles import BaseFiles, open_base
 from finetune.files.hub import model_folder
-from finetune.model.empty import ModelOptions
+from finetune.files.hubconfig import read_family
+from finetune.model.build import build
+from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.forward import PackedModel
-from finetune.model.lora import settle
+from finetune.model.lora import settle, table_lines, trainable_table
 from finetune.model.recompute import set_recompute
-from finetune.model.sequence import SequenceGroup
+from finetune.model.sequence import SequenceGroup, sequence_groups
+from finetune.model.sequence_attention import use_sequence
 from finetune.model.tiled_norm import tile_norms
 from finetune.model.varlen import machine, register
-from finetune.planner.foresight import resident_here
+from finetune.model.weights import load
+from finetune.planner.foresight import Foresight, resident_here
 from finetune.ranks.collectives import barrier, rank_and_world
-from finetune.ranks.engine import EngineOptions
+from finetune.ranks.engine import EngineOptions, engine_config, engine_device, initialize
+from finetune.ranks.log import RankLog
+from finetune.ranks.watch import Watch
 from finetune.settings.attention import choose_attention
-from finetune.settings.stages import longest_pack, run_stages
+from finetune.settings.derive import derive
+from finetune.settings.recipes import effective
+from finetune.settings.stages import Stage, longest_pack, run_stages
+from finetune.training.evaluation import Evaluation
+from finetune.training.optimiser_groups import trained_groups
+from finetune.training.steps import RunData
 from moe.balance import Balance
 from moe.host import LEAST_BYTES
 from moe.parallel import LayerOptions
@@ -33,8 +52,123 @@ from moe.router import RouterOptions
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that a run consists of. What changes from step to step is in `RunState`."""
+
+    config: RunConfig
+    folder: Path
+    say: RankLog
+    watch: Watch
+    device: torch.device
+    stages: Sequence[Stage]
+    base: Family
+    base_files: BaseFiles
+    empty: EmptyModel
+    model: PackedModel
+    balance: Balance | None
+    sequence_groups: Mapping[int, SequenceGroup | None]
+    """By their size: the ranks that share a row with this one; None for whole rows."""
+    data: RunData
+    evaluation: Evaluation
+    foresight: Foresight
+    engine: Any
+    checkpoints: Checkpoints
+    provenance: Provenance
+    """Where its adapter comes from, as far as it is known before the first step."""
+
+    def share_rows(self, sp: int) -> None:
+        """From now on groups of `sp` ranks hold slices of one row each."""
+        share_rows(self.model, self.balance, self.sequence_groups[sp])
+
+
+def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run:
+    """Put a run together, from its base to its engine; every rank must call this."""
+    device = engine_device()
+    stages = run_stages(config)
+    say("\n".join(number.text for number in derive(config, ranks=rank_and_world()[1])))
+
+    watch.stage("base and empty model")
+    base_folder = fetch_base(config.model.path)
+    base = read_family(base_folder)
+    groups_by_size = sequence_groups(stage.sp for stage in stages)
+    balance = make_balance(config, base, device)
+    options = model_options(config, base, device, say)
+    empty = build(base_folder, options, balance=balance)
+    if max(groups_by_size) > 1:
+        use_sequence(empty.module, groups_by_size, options.attention)
+    say("\n".join(table_lines(trainable_table(empty))))
+
+    watch.stage("data")
+    renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
+    data = RunData(stages, renderer, seed=config.run.seed, groups=groups_by_size)
+    say("\n".join(data.lines()))
+    watch.reading = data.reading
+    evaluation = Evaluation(
+        config,
+        renderer,
+        trainable_table(empty),
+        base_folder=base_folder,
+        resident=options.resident,
+        say=say,
+        watch=watch,
+    )
+    if rank_and_world()[0] == 0:
+        say("\n".join(context_lines(empty.context, base, data.corpora, renderer, config.data)))
+
+    watch.stage("weights and engine")
+    base_files = open_base(base_folder, empty.expected, layout=config.model.layout)
+    start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
+    loaded = load(empty, base_files, engine_config=engine_config(engine_options(config)), start=start)
+    say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
+    foresight = Foresight(config, base, folder, say=say)
+    foresight.weights(loaded.bytes_held)
+    say(check_rotary(empty.module, base, empty.context))
+    model = PackedModel(empty.module, spec=read_spec(base_folder), normalise=config.loss.normalise)
+    say(save_memory(model, config))
+    engine = initialize(model, engine_options(config), trained_groups(empty, stages))
+    engine.train()
+    torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
+    provenance = Provenance(
+        base=base_files,
+        base_name=config.model.path,
+        config=effective(config),
+        parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
+    )
+    checkpoints = Checkpoints(
+        engine,
+        empty,
+        folder / "checkpoints",
+        base=base_files,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        adapter_writer=adapter_writer(empty, base=config.model.path, provenance=provenance),
+        busy=watch.busy,
+    )
+    return Run(
+        config=config,
+        folder=folder,
+        say=say,
+        watch=watch,
+        device=device,
+        stages=stages,
+        base=base,
+        base_files=base_files,
+        empty=empty,
+        model=model,
+        balance=balance,
+        sequence_groups=groups_by_size,
+        data=data,
+        evaluation=evaluation,
+        foresight=foresight,
+        engine=engine,
+        checkpoints=checkpoints,
+        provenance=provenance,
+    )
+
+
 def fetch_base(path: str) -> Path:
-    """The base's folder; a hub id is fetched by rank 0 first. Every rank must call this."""
+    """Return the base's folder; a hub id is fetched by rank 0 first. Every rank must call this."""
     if not path:
         raise ValueError(
             "model.path: training needs a base model. Set it to a folder (`moetune tiny` makes a small one) or a hub id"
@@ -46,7 +180,7 @@ def fetch_base(path: str) -> Path:
 
 
 def model_options(config: RunConfig, base: Family, device: torch.device, say: Callable[[str], None]) -> ModelOptions:
-    """What is built, trained and kept where."""
+    """Choose what is built, what trains, and where weights are kept."""
     dtype = DTYPES[config.model.dtype]
     register()
     longest = longest_pack(run_stages(config))
@@ -54,11 +188,11 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         config.model.attention, tokens=longest, machine=machine(device, dtype), head_sizes=base.head_sizes
     )
     say(f"attention: {attention.reason}")
-    resident = resident_here(config, base)
-    say(f"frozen weights {'resident' if resident.resident else 'partitioned'}: {resident.reason}")
+    residency = resident_here(config, base)
+    say(f"frozen weights {'resident' if residency.resident else 'partitioned'}: {residency.reason}")
     layer = LayerOptions(
         router=RouterOptions(float32=config.moe.router_float32),
-        resident=resident.resident,
+        resident=residency.resident,
         dispatch=config.moe.dispatch,
         deepep_max_tokens=-(-longest // config.parallel.sp),
         seed=config.run.seed,
@@ -67,7 +201,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
     options = ModelOptions(
         ep_size=config.parallel.ep,
         layer=layer,
-        resident=resident.resident,
+        resident=residency.resident,
         dtype=dtype,
         attention=attention.name,
         context=extension(config.context, base),
@@ -76,14 +210,14 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
 
 
 def _tiles(config: RunConfig) -> int:
-    """Parts in which a rank's tokens go through the experts: by the longest rows, so that all ranks make as many."""
+    """Return in how many tiles a rank's tokens go through the experts: by the longest rows, so equal on all ranks."""
     tile = config.parallel.tile_tokens
     tokens = max(-(-stage.data.tokens_per_pack // stage.sp) for stage in run_stages(config))
     return -(-tokens // tile) if tile else 1
 
 
 def save_memory(packed: PackedModel, config: RunConfig) -> str:
-    """Switch on what trades time for memory over long rows, and say it."""
+    """Switch on what trades time for memory over long rows, and return a sentence about it."""
     parallel = config.parallel
     host_from_bytes = LEAST_BYTES if parallel.offload_activations else None
     set_recompute(packed.model, parallel.recompute, host_from_bytes=host_from_bytes)
@@ -95,7 +229,7 @@ def save_memory(packed: PackedModel, config: RunConfig) -> str:
 
 
 def engine_options(config: RunConfig) -> EngineOptions:
-    """What decides a step; of how many micro-batches it is, the loop says itself, as stages and last steps differ."""
+    """Return what decides a step; the loop itself sets the number of micro-batches, as stages and last steps differ."""
     optim = config.optim
     return EngineOptions(
         clip_norm=optim.clip_norm,
@@ -109,7 +243,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
 
 
 def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balance | None:
-    """Balance loss and load statistics of the sparse layers; None for a dense base."""
+    """Make the balance loss and load statistics of the sparse layers; None for a dense base."""
     experts = base.text.experts
     if experts is None:
         return None
@@ -125,7 +259,7 @@ def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balan
 
 
 def share_rows(packed: PackedModel, balance: Balance | None, group: SequenceGroup | None) -> None:
-    """From now on the ranks of this group hold slices of one row; None: each rank has whole rows."""
+    """From now on the ranks of this group hold slices of one row; None: each rank has complete rows."""
     packed.sequence = group
     if balance is not None:
         balance.share_rows(group.ranks if group else None)
@@ -134,11 +268,10 @@ def share_rows(packed: PackedModel, balance: Balance | None, group: SequenceGrou
 def context_lines(
     context: Extension | None, base: Family, corpora: Iterable[Corpus], renderer: Renderer, data: DataConfig
 ) -> list[str]:
-    """What the largest position in the data says about the context, and how the trained model is to be served."""
+    """Say whether the largest position in the data needs a longer context, and how to serve the trained model."""
     native = base.text.rope.original_max_position_embeddings or base.text.max_position_embeddings
     cache = Path(data.cache_dir) if data.cache_dir else None
-    found = max(
-        (reach(corpus, renderer, enough=native, cache_dir=cache) for corpus in corpora), key=lambda r: r.positions
-    )
-    lines = need_lines(base, context, largest=found.positions, exact=found.exact, sample=found.sample)
+    reaches = (reach(corpus, renderer, enough=native, cache_dir=cache) for corpus in corpora)
+    farthest = max(reaches, key=lambda reach_of_corpus: reach_of_corpus.positions)
+    lines = need_lines(base, context, largest=farthest.positions, exact=farthest.exact, sample=farthest.sample)
     return [*lines, *serving_lines(base, context)]

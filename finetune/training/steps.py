@@ -1,7 +1,7 @@
 """The data of a run, step by step: over the epochs of a stage, and from one stage's data to the next one's.
 
-A stage that reads otherwise than the one before has a plan of its own. It starts with the epoch after the one that the
-other broke off, so that no source begins at its first sample again.
+A stage that reads other data than the stage before has a plan of its own. It starts with the epoch after the one that
+was broken off, so that no source begins at its first sample again.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,8 @@ class RunData:
     def __init__(
         self, stages: Sequence[Stage], renderer: Renderer, *, seed: int, groups: Mapping[int, SequenceGroup | None]
     ) -> None:
-        self.stages, self.renderer, self.seed, self.groups = stages, renderer, seed, groups
+        self.stages, self.groups = stages, groups
+        self.renderer, self.seed = renderer, seed
         self._streams: dict[int, DataStream] = {}
         self._corpora: dict[int, Corpus] = {}
         self._steps: Iterator[Step] = iter(())
@@ -38,31 +39,35 @@ class RunData:
 
     @property
     def stream(self) -> DataStream:
-        """What the present stage reads."""
+        """The stream of the present stage."""
         return self._streams[self._stage.number]
+
+    def reading(self) -> Sequence[str]:
+        """Name the samples that are being read now."""
+        return self.stream.reading()
 
     @property
     def corpora(self) -> list[Corpus]:
-        """What the stages read, each once."""
+        """The corpora of all stages, each once."""
         return list(self._corpora.values())
 
     def lines(self) -> Iterator[str]:
-        """What there is to read, for people: where its tokens lie, and how long an epoch of each stage is."""
-        told: set[int] = set()
+        """Describe what there is to read: where its tokens lie, and how long an epoch of each stage is."""
+        described: set[int] = set()
         for stage in self.stages:
             stream = self._streams[stage.number]
-            if id(stream) not in told:
+            if id(stream) not in described:
                 yield from corpus_lines(self._corpora[stage.number], patches_per_token=PATCHES_PER_TOKEN)
-            told.add(id(stream))
-            where = f", stage {stage.name}" if stage.name else ""
-            each = stream.plan.steps
-            epochs = f"; {stage.steps} steps are {stage.steps / each:.3g} epochs" if each else ""
-            yield f"data{where}: {each} steps an epoch of {stage.data.packs_per_step} packs{epochs}"
+            described.add(id(stream))
+            name = f", stage {stage.name}" if stage.name else ""
+            epoch_steps = stream.plan.steps
+            epochs = f"; {stage.steps} steps are {stage.steps / epoch_steps:.3g} epochs" if epoch_steps else ""
+            yield f"data{name}: {epoch_steps} steps an epoch of {stage.data.packs_per_step} packs{epochs}"
 
     def take(self, number: int, *, is_over: Callable[[], bool] = lambda: False) -> Step:
-        """Return this rank's share of step `number` of the run; they must be taken in their order.
+        """Return this rank's share of step `number` of the run; steps must be taken in their order.
 
-        Raises WaitIsOver while it waits for readers when `is_over` says so.
+        Raises WaitIsOver if `is_over` returns true while it waits for readers.
         """
         stage = stage_of(self.stages, number)
         if stage is not self._stage:
@@ -80,8 +85,8 @@ class RunData:
             "data.packs_per_step lower, or data.remainder=keep"
         )
 
-    def settle_bad_samples(self, step: Step, say: Callable[[str], None]) -> None:
-        """Tell every rank what any rank could not read; it is left out from the next epoch on."""
+    def leave_out_bad_samples(self, step: Step, say: Callable[[str], None]) -> None:
+        """Leave out, from the next epoch on, what any rank could not read; every rank must call this."""
         bad = gather_lists(list(step.bad))
         for item in bad:
             say(f"left out: {item}")
@@ -98,7 +103,7 @@ class RunData:
         self._steps = iter(())
 
     def _open(self, stage: Stage) -> None:
-        """Open a stage's stream; it is the one of the stage before where both read the same."""
+        """Open a stage's stream; where both stages read the same, it is the one of the stage before."""
         before = self.stages[stage.number - 1] if stage.number else None
         if before is not None and before.data == stage.data and before.sp == stage.sp:
             self._streams[stage.number] = self._streams[before.number]
@@ -108,11 +113,12 @@ class RunData:
             )
 
     def _move(self, stage: Stage) -> None:
-        before, read = self.stream, self._stage.data
+        """Enter a stage, and take the position over from the stream of the stage before."""
+        before, data_before = self.stream, self._stage.data
         self._stage = stage
         if self.stream is not before:
             position = before.state_dict()
-            if stage.data != read:  # else only the ranks share its rows otherwise
+            if stage.data != data_before:  # else only the number of ranks that share a row has changed
                 position |= {"epoch": before.epoch + 1, "step": 0}
             self.stream.load_state_dict(position, changed=True)
             self._steps = iter(())
@@ -121,7 +127,7 @@ class RunData:
 def take_together(data: RunData, number: int, watch: Watch, device: torch.device) -> Step:
     """Return this rank's share of a step that all ranks begin; every rank must call this.
 
-    When a signal asks any rank for an end, Preempted is raised on all, and none waits for its data any longer.
+    If a signal asks any rank for an end, Preempted is raised on all, and none waits for its data any longer.
     """
     step = None
     watch.data(number)
@@ -138,15 +144,22 @@ def take_together(data: RunData, number: int, watch: Watch, device: torch.device
 def open_data(
     config: DataConfig, renderer: Renderer, *, seed: int, sequence: SequenceGroup | None = None
 ) -> tuple[Corpus, DataStream]:
-    """Open what this rank reads; rank 0 indexes and converts what is new, the others then find it done.
+    """Open a corpus and this rank's stream of it; every rank must call this."""
+    corpus = open_together(config, renderer, section="data")
+    share, shares = data_share(sequence)
+    return corpus, open_stream(config, corpus, renderer, seed=seed, rank=share, size=shares)
 
-    Ranks of a sequence group read the same.
-    """
-    rank, world = rank_and_world()
-    if rank == 0:
-        open_corpus(config, renderer)
+
+def open_together(config: DataConfig, renderer: Renderer, *, section: str) -> Corpus:
+    """Open a corpus on every rank, rank 0 first: it indexes and converts what is new. Every rank must call this."""
+    if rank_and_world()[0] == 0:
+        open_corpus(config, renderer, section=section)
     barrier()
-    corpus = open_corpus(config, renderer)
-    together = sequence.size if sequence is not None else 1
-    stream = open_stream(config, corpus, renderer, seed=seed, rank=rank // together, size=world // together)
-    return corpus, stream
+    return open_corpus(config, renderer, section=section)
+
+
+def data_share(sequence: SequenceGroup | None) -> tuple[int, int]:
+    """Return which share of a stream this rank reads, and of how many; the ranks of a sequence group read the same."""
+    rank, world = rank_and_world()
+    ranks_per_row = sequence.size if sequence is not None else 1
+    return rank // ranks_per_row, world // ranks_per_row

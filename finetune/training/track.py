@@ -1,4 +1,4 @@
-"""Pictures out of a batch, as the model sees them: patches put together again."""
+"""Keeps track of a run: metrics, expert load, evaluations, predictions and pictures, in its folder and at W&B."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.failures import keep_outcome
 from finetune.ranks.log import RankLog, print_line
 from finetune.settings.recipes import effective
-from finetune.training.metrics import Device, figures, gather_shares, load_figures, share_of
+from finetune.training.metrics import Ranks, figures, gather_shares, load_figures, share_of
 from finetune.training.progress_bar import Follower
 from finetune.training.wandb_link import WandbLink
 from moe.expert_load import StepLoad
@@ -36,16 +36,17 @@ def pictures(batch: Batch, spec: VisionSpec) -> Iterator[Pixels]:
 
 
 class Tracker:
-    """What is told of one start of a run, from its step `done` on; use it as a context, so that it ends in any case."""
+    """Records one start of a run, from its step `done` on; use it as a context, so that it is closed in any case."""
 
     def __init__(
         self, config: RunConfig, folder: Path, *, base: Family, device: torch.device, log: RankLog, done: int
     ) -> None:
         rank, world = rank_and_world()
-        self._config, self._folder, self._device, self._log = config, folder, device, log
+        self._config, self._folder = config, folder
+        self._device, self._log = device, log
         self._base, self._meter = base, FlopMeter(base, trainings(config.adapters))
         peak, reason = _peak(config, device)
-        self._ranks = Device(world=world, peak_flops=peak)
+        self._ranks = Ranks(world=world, peak_flops=peak)
         self._writes = rank == 0
         self._moe_layers = list(base.moe_layers) if base.text.experts is not None else []
         self._preempted = False
@@ -60,9 +61,13 @@ class Tracker:
         _forget(folder / "predictions.jsonl", done + 1)
         if config.track.wandb != "off":
             self._link = WandbLink(
-                config.track, folder, name=config.run.name, settings=effective(config) | {"ranks": world},
-                done=done, warn=log,
-            )  # fmt: skip
+                config.track,
+                folder,
+                name=config.run.name,
+                settings=effective(config) | {"ranks": world},
+                done=done,
+                warn=log,
+            )
         self._follower = Follower(log, done=done, steps=config.schedule.steps)
         log.show = self._follower.print
 
@@ -80,22 +85,22 @@ class Tracker:
             if kind is None:
                 self._link.close(code=int(self._preempted), preempted=self._preempted)
             else:
-                self._link.abandon()  # the failure is to be told now
+                self._link.abandon()  # nothing may delay the report of the failure
 
     def step(
-        self, at: int, step: Step, found: Mapping[str, Any], *, load: StepLoad | None, seconds: float, stop: int = 0
+        self, at: int, step: Step, losses: Mapping[str, Any], *, load: StepLoad | None, seconds: float, stop: int = 0
     ) -> int:
-        """Bring one step together, write and show it; every rank must call this, with the step as the stream gave it.
+        """Gather one step's figures, write and show them; every rank must call this, with the step as it was read.
 
-        `found` is the same on all ranks. Returns the signal that any rank got, on every rank alike; 0 for none.
+        `losses` are the same on all ranks. Returns the signal that any rank got, on every rank alike; 0 for none.
         """
         shares = gather_shares(share_of(step, seconds=seconds, stop=stop), self._device)
         if self._writes:
             values = {"step": at, "epoch": step.epoch}
-            values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **found}
+            values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **losses}
             self._write("metrics", values)
             line = self._follower.step(values)
-            if self._follower.is_bar:  # else it was said
+            if self._follower.is_bar:  # else it is in the log already
                 self._log.note(line)
             every = self._config.track.load_every
             if load is not None and every and at % every == 0:
@@ -103,17 +108,17 @@ class Tracker:
         return max(share.stop for share in shares)
 
     def stage(self, parts: Collection[str]) -> None:
-        """From here these parts of the model train, which decides what work counts."""
-        here = {part: training for part, training in trainings(self._config.adapters).items() if part in parts}
-        self._meter = FlopMeter(self._base, here, recompute=self._config.parallel.recompute)
+        """From here these parts of the model train, which decides what counts as work."""
+        of_stage = {part: training for part, training in trainings(self._config.adapters).items() if part in parts}
+        self._meter = FlopMeter(self._base, of_stage, recompute=self._config.parallel.recompute)
 
-    def evaluation(self, found: Mapping[str, Any]) -> None:
-        """Write what an evaluation found: names with numbers, and as `step` how many steps were done."""
+    def evaluation(self, numbers: Mapping[str, Any]) -> None:
+        """Write the numbers of an evaluation by name; `step` is how many steps were done."""
         if self._writes:
-            self._write("evaluations", found)
+            self._write("evaluations", numbers)
 
     def predictions(self, steps: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the model answers after so many steps: rows of texts and numbers with the same names."""
+        """Write what the model answers after `steps` steps: rows of texts and numbers with the same names."""
         if self._writes and rows:
             self._write("predictions", {"step": steps, "rows": [dict(row) for row in rows]})
 
@@ -124,23 +129,23 @@ class Tracker:
 
     def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None) -> None:
         """Keep the first pictures of a run's first step as the model sees them, in the run folder's media/."""
-        wanted = self._config.track.media_samples
-        if at or not self._writes or spec is None or not wanted:
+        most = self._config.track.media_samples
+        if at or not self._writes or spec is None or not most:
             return
-        place = self._folder / "media"
-        kept: list[tuple[str, str]] = []
-        place.mkdir(exist_ok=True)
+        media = self._folder / "media"
+        files: list[tuple[str, str]] = []  # each with the keys of its row's samples
+        media.mkdir(exist_ok=True)
         for batch in batches:
             keys = ", ".join(batch.keys)
-            for pixels in islice(pictures(batch, spec), wanted - len(kept)):
-                file = place / f"step-{at:06d}-{len(kept)}.png"
+            for pixels in islice(pictures(batch, spec), most - len(files)):
+                file = media / f"step-{at:06d}-{len(files)}.png"
                 Image.fromarray(pixels).save(file)
-                kept.append((str(file.absolute()), keys))
-        if self._link is not None and self._config.track.media == "wandb" and kept:
-            self._link.send("pictures", {"step": at, "files": kept})
+                files.append((str(file.absolute()), keys))
+        if self._link is not None and self._config.track.media == "wandb" and files:
+            self._link.send("pictures", {"step": at, "files": files})
 
     def preempted(self, number: int, *, done: int) -> str:
-        """Take note that a signal ends this start after so many steps; returns the sentence for it."""
+        """Note that a signal ends this start after `done` steps, and return a sentence about it."""
         self._preempted = True
         if self._writes:
             keep_outcome(self._log, "preempted", done)
@@ -154,7 +159,7 @@ class Tracker:
 
 
 def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
-    """What one device can do at most, or why that is not known."""
+    """Return the peak FLOP/s of one device, or None, and then why it is not known."""
     if device.type != "cuda":
         return None, "as the peak of a CPU is not known"
     if config.model.dtype != "bfloat16":
@@ -164,8 +169,7 @@ def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
 
 
 def _forget(path: Path, steps: int) -> None:
-    """Drop lines of steps that an earlier start took after its last checkpoint, and one that it was killed in."""
+    """Drop the lines of steps that an earlier start took after its last checkpoint, and a line that was cut off."""
     if path.exists():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line.rstrip("\n") for line in whole if json.loads(line)["step"] < steps]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in complete if json.loads(line)["step"] < steps))

@@ -16,15 +16,21 @@ from moe.expert_load import StepLoad
 
 
 def take_step(
-    engine: Any, step: Step, config: RunConfig, balance: Balance | None, number: int, device: torch.device,
-    tell: Callable[..., None],
-) -> tuple[dict[str, float], StepLoad | None]:  # fmt: skip
-    """One update; every rank must call this with its share of the same step.
+    engine: Any,
+    step: Step,
+    config: RunConfig,
+    balance: Balance | None,
+    number: int,
+    device: torch.device,
+    announce: Callable[..., None],
+) -> tuple[dict[str, float], StepLoad | None]:
+    """Update the weights once; every rank must call this with its share of the same step.
 
-    `tell` is told (step, what, samples) before anything that waits for other ranks. Without one supervised token in
-    the step nothing is computed, and the loss is zero.
+    Calls `announce(step, what, samples)` before anything that waits for other ranks. Without one supervised token in
+    the step nothing is computed, and the loss is zero. Returns the losses and the gradient's norm, and the experts'
+    load.
     """
-    tell(number, "the sums before the first forward", keys_of(step.batches))
+    announce(number, "the sums before the first forward", keys_of(step.batches))
     sums = step_sums(step.sums, device)
     total = normaliser(sums, config.loss.normalise)
     if not total:
@@ -33,27 +39,27 @@ def take_step(
     if balance is not None:
         balance.start_step(tokens)
     objectives: list[torch.Tensor] = []
-    coming = engine.module.send(step.batches[0], device)
+    next_row = engine.module.send(step.batches[0], device)
     for at, batch in enumerate(step.batches):
         engine.set_gradient_accumulation_boundary(at == len(step.batches) - 1)
-        tell(number, f"row {at} of {len(step.batches)}", batch.keys)
-        row = coming.arrived()
+        announce(number, f"row {at} of {len(step.batches)}", batch.keys)
+        row = next_row.arrived()
         if balance is not None:
             balance.start_micro_batch(row.valid_T)
-        losses = engine(batch=row)
+        row_losses = engine(batch=row)
         # with this forward queued, and before backward, at whose end the engine waits for the device
         if at + 1 < len(step.batches):
-            coming = engine.module.send(step.batches[at + 1], device)
-        backward(engine, losses.objective, total)
-        objectives.append(losses.objective.detach())
-    tell(number, "the sums after the last backward")
-    found = dict(report(objectives, total, None))
-    require_finite(found, number)
+            next_row = engine.module.send(step.batches[at + 1], device)
+        backward(engine, row_losses.objective, total)
+        objectives.append(row_losses.objective.detach())
+    announce(number, "the sums after the last backward")
+    losses = dict(report(objectives, total, None))
+    require_finite(losses, number)
     load = balance.finish_step() if balance is not None else None
     if load is not None:
-        found |= {"loss_balance": load.loss_balance, "loss_z": load.loss_z}
-        require_finite(found, number)
-    tell(number, "the update")
+        losses |= {"loss_balance": load.loss_balance, "loss_z": load.loss_z}
+        require_finite(losses, number)
+    announce(number, "the update")
     engine.step()
     require_step_applied(engine, number)
-    return {**found, "grad_norm": float(engine.get_global_grad_norm())}, load
+    return {**losses, "grad_norm": float(engine.get_global_grad_norm())}, load

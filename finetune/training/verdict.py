@@ -1,4 +1,4 @@
-"""What an evaluation means for the run: is it the best yet, has a guard's bound been passed, is it time to stop.
+"""Judges an evaluation: is it the best so far, has a guard's bound been passed, is it time to stop.
 
 No torch. The state is JSON and goes with the checkpoint, so that a resumed run judges as the uninterrupted one would.
 """
@@ -13,14 +13,14 @@ from finetune.settings.check_evaluation import HIGHER_IS_BETTER
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One source's held-out samples: means over their supervised tokens, of the loss by the tokens' weights."""
+    """The means of one source over its supervised tokens; that of the loss is weighted as in training."""
 
     samples: int
     tokens: int
     loss: float
     accuracy: float
     loss_base: float | None
-    """The loss with the adapters switched off; None, as kl, where there is no low-rank part to switch."""
+    """The loss with the adapters switched off; None, like `kl`, if there is no low-rank part to switch off."""
     kl: float | None
 
 
@@ -29,10 +29,10 @@ class Verdict:
     """What follows from an evaluation: sentences for people, whether to keep this state, why to end the run."""
 
     is_best: bool = False
-    said: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
     stop: str | None = None
     preempted: int = 0
-    """The signal that broke the evaluation off; it is to be made up for when the run goes on."""
+    """The signal that broke the evaluation off; the next start repeats it."""
 
 
 class Judge:
@@ -45,24 +45,24 @@ class Judge:
         self.stale = 0
         self.last: dict[str, dict[str, float | None]] = {}  # by source, everything measured
 
-    def judge(self, step: int, found: Mapping[str, Measured]) -> Verdict:
-        """Take one evaluation in, in the order of steps; the one before the first step is what others are held to."""
-        for name, measured in found.items():
+    def judge(self, step: int, sources: Mapping[str, Measured]) -> Verdict:
+        """Judge one evaluation; call this in the order of steps. The one before the first step is the reference."""
+        for name, measured in sources.items():
             self.first.setdefault(name, measured.loss)
             self.last[name] = dict(vars(measured))
-        said = [text for source in self.config.sources for text in self._passed(source)]
-        is_best = step > 0 and bool(self.config.metric) and self._take(step, found)
+        sentences = [text for name in self.config.sources for text in self._passed_bounds(name)]
+        is_best = step > 0 and bool(self.config.metric) and self._is_best(step, sources)
         if is_best:
-            said.append(f"best {self.config.metric} so far: {self.best['value']:.4f}")
-        return Verdict(is_best=is_best, said=tuple(said), stop=self.stop())
+            sentences.append(f"best {self.config.metric} so far: {self.best['value']:.4f}")
+        return Verdict(is_best=is_best, sentences=tuple(sentences), stop=self.stop())
 
     def stop(self) -> str | None:
-        """Why the run ends, by all it has seen and the configuration as it is now; None: it goes on."""
+        """Return why the run ends, judged by the present configuration; None if it goes on."""
         tripped = [
             text
             for name, source in self.config.sources.items()
             if source.guard == "stop"
-            for text in self._passed(name)
+            for text in self._passed_bounds(name)
         ]
         if tripped:
             return "; ".join(tripped)
@@ -73,9 +73,10 @@ class Judge:
             )
         return None
 
-    def _take(self, step: int, found: Mapping[str, Measured]) -> bool:
+    def _is_best(self, step: int, sources: Mapping[str, Measured]) -> bool:
+        """Whether the metric is better than ever before, which is remembered."""
         source, _, quantity = self.config.metric.rpartition("/")
-        value = getattr(found[source], quantity)
+        value = getattr(sources[source], quantity)
         sign = 1 if HIGHER_IS_BETTER[quantity] else -1
         if self.best and sign * value <= sign * self.best["value"]:
             self.stale += 1
@@ -83,8 +84,8 @@ class Judge:
         self.best, self.stale = {"metric": self.config.metric, "step": step, "value": value}, 0
         return True
 
-    def _passed(self, name: str) -> list[str]:
-        """A sentence for each bound of a guard that is passed."""
+    def _passed_bounds(self, name: str) -> list[str]:
+        """Return a sentence for each bound of a guard that is passed."""
         source, last = self.config.sources[name], self.last.get(name)
         if source.guard == "none" or last is None:
             return []
@@ -101,19 +102,23 @@ class Judge:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that was learned, for a checkpoint."""
+        """Return everything that is remembered, for a checkpoint."""
         return {"first": self.first, "last": self.last, "best": self.best, "stale": self.stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue there, by the bounds and patience of now; another metric than then begins anew, as does nothing."""
+        """Continue from a checkpoint, with the present bounds and patience; a metric that was changed begins anew."""
         if not state:
             return
         self.first, self.last = dict(state["first"]), dict(state["last"])
-        same = state["best"].get("metric") == self.config.metric
-        self.best, self.stale = (dict(state["best"]), state["stale"]) if same else ({}, 0)
+        is_same_metric = state["best"].get("metric") == self.config.metric
+        self.best, self.stale = (dict(state["best"]), state["stale"]) if is_same_metric else ({}, 0)
 
 
 def scores(state: Mapping[str, Any]) -> dict[str, float]:
     """Return the last numbers that a judge's state holds, by `<source>/<quantity>`."""
-    last = state.get("last", {})
-    return {f"{name}/{key}": value for name, found in last.items() for key, value in found.items() if value is not None}
+    return {
+        f"{name}/{key}": value
+        for name, measured in state.get("last", {}).items()
+        for key, value in measured.items()
+        if value is not None
+    }

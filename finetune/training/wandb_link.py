@@ -1,4 +1,4 @@
-"""The trainer's end of Weights & Biases: messages go to a process of its own, and nothing ever waits for it.
+"""The trainer's end of Weights & Biases: messages go to a separate process, and nothing ever waits for it.
 
 Whatever goes wrong is one warning, and the run goes on: metrics.jsonl has everything. A run that cannot be opened
 online is recorded offline, to be uploaded later with `wandb sync`.
@@ -23,15 +23,15 @@ from typing import IO, Any
 from finetune.config import TrackConfig
 
 START_S = 12.0
-"""So long the client may take to open a run, online or offline."""
+"""Seconds that the client may take to open a run, online or offline."""
 FINISH_S = 12.0
-"""So long the end of a run waits for the rest to be written or uploaded."""
+"""Seconds that the end of a run waits for the rest to be written or uploaded."""
 WAITING = 10_000
-"""Messages that may wait for a slow client; one that is further behind is given up."""
+"""Messages that may wait for a slow client, before it is given up."""
 
 
 def run_id(folder: Path) -> str:
-    """Return the run's id at W&B, the same at every start: it is kept in the run folder."""
+    """Return the run's id at W&B, the same at every start: it is stored in the run folder."""
     path = folder / "wandb" / "run-id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -40,31 +40,44 @@ def run_id(folder: Path) -> str:
 
 
 class WandbLink:
-    """One run's way to W&B, from global rank 0. Only `close` takes time, and never more than FINISH_S and a little."""
+    """Sends one run to W&B, from global rank 0. Only `close` takes time, and little more than FINISH_S."""
 
     def __init__(
-        self, config: TrackConfig, folder: Path, *, name: str, settings: Mapping[str, Any], done: int,
+        self,
+        config: TrackConfig,
+        folder: Path,
+        *,
+        name: str,
+        settings: Mapping[str, Any],
+        done: int,
         warn: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self._config, self._folder, self._warn = config, folder, warn
+    ) -> None:
+        self._config, self._folder = config, folder
+        self._warn = warn
         self._start = {
-            "folder": str(folder.absolute()), "name": name, "project": config.project, "entity": config.entity,
-            "group": config.group, "tags": list(config.tags), "config": settings, "done": done,
+            "folder": str(folder.absolute()),
+            "name": name,
+            "project": config.project,
+            "entity": config.entity,
+            "group": config.group,
+            "tags": list(config.tags),
+            "config": settings,
+            "done": done,
             "timeout": START_S - 2,
-        }  # fmt: skip
+        }
         self._messages: queue.Queue[Mapping[str, Any]] = queue.Queue(WAITING)
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         self._over = False
         self._thread = threading.Thread(target=self._serve, daemon=True, name="wandb")
-        self._made = threading.Event()
+        self._process_made = threading.Event()
         self._thread.start()
-        # Readers are forked next. One that is forked while a process is being made keeps a pipe of the making open, and
+        # Readers are forked next. A reader that is forked while the process is being made inherits a pipe of that, and
         # the thread would wait until that reader ends.
-        self._made.wait(START_S)
+        self._process_made.wait(START_S)
 
     def send(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Hand over a message, which is on its way or dropped; never waits."""
+        """Send a message, or drop it; never waits."""
         if self._over:
             return
         try:
@@ -73,21 +86,21 @@ class WandbLink:
             self._give_up(f"it is {WAITING:,} messages behind")
 
     def close(self, *, code: int, preempted: bool = False) -> None:
-        """Let it finish, within bounds."""
+        """Let the client finish, but do not wait for long."""
         if not self._over:
             self.send("finish", {"code": code, "preempted": preempted})
             self._thread.join(FINISH_S)
             if self._thread.is_alive():
                 self._give_up(f"it did not finish within {FINISH_S:g} s; `wandb sync` uploads what is left")
         self._kill()
-        self._thread.join(1.5)  # it closes its end
+        self._thread.join(1.5)  # it closes its end of the pipes
 
     def abandon(self) -> None:
-        """Wait for nothing: the process finds its input at an end, marks the run as failed, and ends by itself."""
+        """Wait for nothing: the process sees its input end, marks the run as failed, and ends by itself."""
         self._over = True
 
     def _serve(self) -> None:
-        """The thread: opens the run, then hands over message by message, waiting as long as it takes."""
+        """Open the run, then send message by message, waiting as long as it takes; this runs in the thread."""
         reason = self._open(self._config.wandb)
         if reason and self._config.wandb == "online" and not self._over:
             offline = self._open("offline")
@@ -126,13 +139,17 @@ class WandbLink:
     def _make(self) -> "subprocess.Popen[str]":
         with self._log_path().open("a") as log:
             return subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("wandb_writer.py"))], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                [sys.executable, str(Path(__file__).with_name("wandb_writer.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
                 env=os.environ | {"PYTHONSAFEPATH": "1"},
-            )  # fmt: skip
+            )
 
     def _open(self, mode: str) -> str:
-        """Start the process and open a run; returns why it failed, or nothing."""
+        """Start the process and open a run; return why that failed, or nothing."""
         try:
             if find_spec("wandb") is None:
                 return "it is not installed: pip install 'moetune[wandb]'"
@@ -141,7 +158,7 @@ class WandbLink:
         except OSError as error:
             return str(error)
         finally:
-            self._made.set()
+            self._process_made.set()
         try:
             assert process.stdin is not None
             assert process.stdout is not None
@@ -153,10 +170,10 @@ class WandbLink:
             return str(error)
         if "run" in answer:
             return ""
-        late = time.monotonic() - began >= START_S
+        is_late = time.monotonic() - began >= START_S
         self._kill()
         _close(process)
-        return f"no answer within {START_S:g} s" if late else "it could not start" + self._log_tail()
+        return f"no answer within {START_S:g} s" if is_late else "it could not start" + self._log_tail()
 
     def _give_up(self, reason: str) -> None:
         with self._lock:
@@ -170,7 +187,7 @@ class WandbLink:
         self._warn(f"warning: W&B: {text}")
 
     def _kill(self) -> None:
-        """End the process and its own helper."""
+        """End the process and its children."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -181,12 +198,12 @@ class WandbLink:
 
     def _log_tail(self) -> str:
         lines = self._log_path().read_text(errors="replace").split("\n") if self._log_path().exists() else []
-        said = [line.strip() for line in lines if line.strip()]
-        return f": {said[-1][:300]}" if said else ""
+        words = [line.strip() for line in lines if line.strip()]
+        return f": {words[-1][:300]}" if words else ""
 
 
 def _close(process: "subprocess.Popen[str]") -> None:
-    """Close our ends of a process that is over."""
+    """Close our ends of the pipes of a process that is over."""
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with suppress(OSError):
@@ -194,6 +211,6 @@ def _close(process: "subprocess.Popen[str]") -> None:
 
 
 def _answer(stream: IO[str], seconds: float) -> str:
-    """Return the next line of a process, or nothing when there is none in time."""
+    """Return the next line of a process, or nothing if none comes in time."""
     ready, _, _ = select.select([stream], [], [], seconds)
     return stream.readline() if ready else ""

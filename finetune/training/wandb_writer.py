@@ -1,9 +1,9 @@
 """The process that talks to Weights & Biases: this file as a script, started by `finetune.training.wandb_link`.
 
-A process of its own, because the client may hang in a login, die, or install signal handlers, and none of that may
+It is a separate process because the client may hang in a login, die, or install signal handlers, and none of that may
 reach the training. It imports nothing of ours. One JSON object a line comes in on standard input, the first says how
-to start; one line goes out when the run is open, another when all is written. The end of the input without a `finish`
-means that the training died.
+to start; one line goes out when the run is open, another when everything is written. If the input ends without a
+`finish`, the training has died.
 """
 
 import json
@@ -20,15 +20,15 @@ import wandb
 from PIL import Image
 
 PATIENCE_S = 10
-"""So long the upload of the rest may take after the last message."""
+"""Seconds that the upload of the rest may take after the last message."""
 CELL = (4, 6)
-"""Pixels of an expert and a layer in the heatmap."""
+"""Width and height in pixels of one expert of one layer in the heatmap."""
 REPLAYED = {"metrics.jsonl": 0, "expert_load.jsonl": 0, "evaluations.jsonl": 1, "predictions.jsonl": 1}
-"""What the run folder holds of earlier starts, and is told again to an offline run; those numbered from 1 by 1."""
+"""The files of a run folder that are sent again to an offline run, and the number of the first step in each."""
 
 
 def heatmap(counts: list[list[int]]) -> Image.Image:
-    """Return layers (down) by experts (across): white at no token, blue at an even share, red at twice that."""
+    """Draw layers (down) by experts (across): white at no token, blue at an even share, red at twice that."""
     counts_LE = np.array(counts, dtype=np.float64)
     share_LE = np.clip(counts_LE / np.maximum(counts_LE.mean(1, keepdims=True), 1e-9) / 2, 0, 1)
     stops = np.array([[255, 255, 255], [33, 102, 172], [178, 24, 43]], dtype=np.float64)
@@ -38,7 +38,7 @@ def heatmap(counts: list[list[int]]) -> Image.Image:
 
 
 def log(run: Any, message: dict[str, Any]) -> None:
-    """Hand one message to the client; every value has its step as its x axis."""
+    """Hand one message to the client; the x axis of every value is its step."""
     kind, values = message["kind"], message["values"]
     at = {"step": values["step"]}
     if kind == "metrics":
@@ -61,35 +61,44 @@ def log(run: Any, message: dict[str, Any]) -> None:
 
 
 def earlier(folder: Path, done: int) -> Iterator[dict[str, Any]]:
-    """Yield what earlier starts of the run, up to its step `done`, left in its folder, as messages."""
-    for name, last in REPLAYED.items():
+    """Yield as messages what earlier starts of the run left in its folder, up to step `done`."""
+    for name, first in REPLAYED.items():
         if (folder / name).exists():
             for line in (folder / name).read_text().splitlines(keepends=True):
                 if not line.endswith("\n"):
                     break  # being written: the trainer has begun its own steps
                 values = json.loads(line)
-                if values["step"] < done + last:
+                if values["step"] < done + first:
                     yield {"kind": name.removesuffix(".jsonl"), "values": values}
 
 
 def open_run(start: dict[str, Any]) -> Any:
     """Open the run, the same one at every start.
 
-    An offline run of an earlier start cannot be continued, and two would be two runs to whoever uploads them: so it
-    is told again from the run folder, and then removed.
+    An offline run of an earlier start cannot be continued, and two would be uploaded as two runs: so the new one is
+    filled from the run folder, and the old one removed.
     """
-    folder, place = Path(start["folder"]), Path(start["folder"]) / "wandb"
-    place.mkdir(exist_ok=True)
-    (place / ".writable").touch()  # the client would write somewhere else without a word
-    (place / ".writable").unlink()
-    old = sorted(place.glob(f"offline-run-*-{start['id']}"))
+    folder = Path(start["folder"])
+    wandb_folder = folder / "wandb"
+    wandb_folder.mkdir(exist_ok=True)
+    (wandb_folder / ".writable").touch()  # the client would write somewhere else without a word
+    (wandb_folder / ".writable").unlink()
+    old = sorted(wandb_folder.glob(f"offline-run-*-{start['id']}"))
     run = wandb.init(
-        mode=start["mode"], id=start["id"], resume="allow", dir=str(folder), name=start["name"],
-        project=start["project"], entity=start["entity"] or None, group=start["group"] or None,
-        tags=start["tags"], config=start["config"], allow_val_change=True,
+        mode=start["mode"],
+        id=start["id"],
+        resume="allow",
+        dir=str(folder),
+        name=start["name"],
+        project=start["project"],
+        entity=start["entity"] or None,
+        group=start["group"] or None,
+        tags=start["tags"],
+        config=start["config"],
+        allow_val_change=True,
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=start["timeout"]),
-    )  # fmt: skip
-    run.define_metric("*", step_metric="step")  # a resumed run takes steps again that were seen already
+    )
+    run.define_metric("*", step_metric="step")  # a resumed run takes steps again that were logged before
     if start["mode"] == "offline":
         for message in earlier(folder, start["done"]):
             log(run, message)
@@ -101,7 +110,7 @@ def open_run(start: dict[str, Any]) -> Any:
 def main() -> None:
     """Serve one run until its input ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a signal to all processes: the trainer says when it is over
+        signal.signal(number, signal.SIG_IGN)  # the trainer gets them too, and decides when it is over
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     start = json.loads(sys.stdin.readline())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 import finetune.train as loop
+import finetune.training.setup as setup
 from data.render.sample import Renderer
 from data.render.vision import normalise, read_spec
 from data.stream.batch import Batch
@@ -65,7 +66,7 @@ COMMON = [
 def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:
     """Run ours, one after the other in these processes; what was frozen is hashed at its start and at its end."""
     hashes: dict[str, Any] = {}
-    initialize, write = loop.initialize, loop.write_learned
+    initialize, write = setup.initialize, loop.write_learned
     for name, words in jobs.items():
 
         def start(packed: Any, options: Any, groups: Any, name: str = name) -> Any:
@@ -77,7 +78,7 @@ def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:
             hashes[name]["after"] = _frozen(empty.module, hashes[name].pop("trained"))
             write(empty, *rest)
 
-        loop.initialize, loop.write_learned = start, end
+        setup.initialize, loop.write_learned = start, end
         code = loop.main(["tiny-cpu", f"run.name={name}", f"schedule.steps={STEPS}", *COMMON, *words])
         assert code == 0, (name, code)
     return hashes

@@ -25,7 +25,7 @@ from finetune.config import RunConfig
 from finetune.ranks.failures import Failure, first_failure
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
-from finetune.training.bad_steps import IdleSteps, kept_rows, require_finite
+from finetune.training.bad_steps import IdleSteps, require_finite, saved_rows
 from finetune.training.update import take_step
 from launchers.render import SHUTDOWN
 
@@ -319,7 +319,7 @@ def test_a_step_that_is_not_finite_is_kept_and_a_replay_names_the_module(place: 
     message = re.search(r"rank 0 failed first: step 0: loss is nan; .* --replay (\S+) names", stopped.stderr)
     assert message is not None, stopped.stderr[-3000:]
     kept = Path(message[1])
-    assert len(kept_rows(place / kept)) == 8
+    assert len(saved_rows(place / kept)) == 8
     again = start(place, [*TRAIN, f"--replay={kept}"], "nan", *words)
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"weights that are not finite: {norm}" in again.stdout
@@ -543,7 +543,7 @@ def test_steps_that_teach_nothing_stop_the_run() -> None:
 
 def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it holds no rows/. Name a folder that a stopped run said it kept"):
-        kept_rows(tmp_path)
+        saved_rows(tmp_path)
 
 
 def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:

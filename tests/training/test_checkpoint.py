@@ -46,10 +46,10 @@ def test_any_layout_continues_exactly(
             for dtype in DTYPES
         ]
         jobs += [Job(folder=tmp_path / "x", ep=2, dtype=dtype, resume=step[world, dtype]) for dtype in DTYPES]
-        found = run_ranks(session, world, base, jobs)
-        assert all(rank == found[0] for rank in found)
-        assert found[0][:2] == found[0][2:], "the same layout, bit for bit"
-        wanted |= {(world, dtype): run for dtype, run in zip(DTYPES, found[0], strict=False)}
+        runs = run_ranks(session, world, base, jobs)
+        assert all(rank == runs[0] for rank in runs)
+        assert runs[0][:2] == runs[0][2:], "the same layout, bit for bit"
+        wanted |= {(world, dtype): run for dtype, run in zip(DTYPES, runs[0], strict=False)}
     for saved in step.values():
         beside, gathered = (
             load_file(folder / "adapter_model.safetensors")
@@ -107,17 +107,17 @@ def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
     base: Path, tmp_path: Path, small_disk: Path | None
 ) -> None:
     other = write_base(vl_model(seed=1), tmp_path / "other")
-    found = run_ranks(troubles, 2, base, other, tmp_path / "saves", small_disk)
-    for told in found:
+    by_rank = run_ranks(troubles, 2, base, other, tmp_path / "saves", small_disk)
+    for messages in by_rank:
         for name, words in TOLD.items():
-            assert re.search(words, told[name]), told[name]
-        assert told["kept"] == "True True"
-    assert found[0] == found[1], "every rank is told the same"
+            assert re.search(words, messages[name]), messages[name]
+        assert messages["kept"] == "True True"
+    assert by_rank[0] == by_rank[1], "every rank is told the same"
     if small_disk is not None:
         words = r"^RuntimeError: step 3: the checkpoint was not saved: .*[Nn]o space left.*good one is .*step-000002$"
         for name in ("full", "full, poll", "full, wait", "full, save"):
-            assert re.search(words, found[0][name]), found[0][name]
-        assert found[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
+            assert re.search(words, by_rank[0][name]), by_rank[0][name]
+        assert by_rank[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
     else:
         pytest.skip("all else held; the full disk was not tried: mounting a small one is not permitted here")
 
@@ -189,8 +189,12 @@ def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
     for step in range(1, 7):
         point_and_prune(_finished(tmp_path, f"step-00000{step}"), 2, is_best=step in (1, 3))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "BEST", "LATEST", "step-000003", "step-000005", "step-000006",
-    ]  # fmt: skip
+        "BEST",
+        "LATEST",
+        "step-000003",
+        "step-000005",
+        "step-000006",
+    ]
     assert best_checkpoint(tmp_path) == tmp_path / "step-000003"
     assert find_latest(tmp_path) == tmp_path / "step-000006"
 
@@ -221,9 +225,9 @@ def test_slices_that_are_not_the_whole_tensor_are_never_written(tmp_path: Path) 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         group, steps = dist.distributed_c10d._get_default_group(), torch.zeros(())
-        for held in (6, 5, 7):
-            one = Slice(canonical="a", shape=(2, 3), ep=None, views={"master": torch.zeros(held)}, steps=steps)
-            if held == 6:
+        for length in (6, 5, 7):
+            one = Slice(canonical="a", shape=(2, 3), ep=None, views={"master": torch.zeros(length)}, steps=steps)
+            if length == 6:
                 require_whole([one], group)
             else:
                 with pytest.raises(AssertionError, match="slices overlap, or some are missing"):

@@ -32,10 +32,10 @@ def rows(path: Path) -> list[dict]:
 
 def test_held_out_digits_are_scikit_learns_and_none_is_trained_on(material: Path) -> None:
     digits = load_digits()
-    held, train = rows(material / "held-out.jsonl"), rows(material / "train.jsonl")
-    names = [row["images"][0] for row in held + train]
-    assert (len(held), len(set(names))) == (HELD_OUT, len(digits.images))
-    for row in (held[0], train[-1]):
+    held_out, train = rows(material / "held-out.jsonl"), rows(material / "train.jsonl")
+    names = [row["images"][0] for row in held_out + train]
+    assert (len(held_out), len(set(names))) == (HELD_OUT, len(digits.images))
+    for row in (held_out[0], train[-1]):
         at = int(Path(row["images"][0]).stem)
         cells = np.asarray(Image.open(material / row["images"][0]))[4::8, 4::8, 0]
         assert np.abs(cells / 15.9375 - digits.images[at]).max() < 0.1
@@ -78,5 +78,5 @@ def test_the_whole_demo_learns_digits(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launchers.cli", "demo", "shown"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=2 * LIMIT_S)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for said in ("base, before", "base + adapter, after", "after, images shuffled", "the digit shown is a"):
-        assert said in done.stdout
+    for line in ("base, before", "base + adapter, after", "after, images shuffled", "the digit shown is a"):
+        assert line in done.stdout

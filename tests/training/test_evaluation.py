@@ -23,25 +23,35 @@ from finetune.ask.speaker import Sampling
 from finetune.config import RunConfig
 from finetune.files.tiny import write_tiny
 from finetune.model.lora import FamilyRow
+from finetune.ranks.log import RankLog
+from finetune.ranks.watch import Watch
 from finetune.settings.recipes import load_recipe
 from finetune.training.evaluation import Evaluation, held_out, measured
-from finetune.training.predictions import Answers
+from finetune.training.predictions import Predictions
 
 HELD_OUT = ("eval.sources.words.path=words.jsonl", "eval.sources.seen.path=seen.jsonl", "eval.every_steps=2")
 LEARN = ("schedule.steps=3", "schedule.shape=constant", "moe.balance=global", "adapters.vision_blocks.mode=frozen")
 DROPOUT = ("adapters.attention.dropout=0.2", "adapters.experts.dropout=0.2")
 STALE = (
-    *HELD_OUT, "eval.every_steps=1", "eval.metric=words/accuracy", "eval.patience=1", "optim.lr=1e-12",
+    *HELD_OUT,
+    "eval.every_steps=1",
+    "eval.metric=words/accuracy",
+    "eval.patience=1",
+    "optim.lr=1e-12",
     "checkpoint.keep=1",
-)  # fmt: skip
+)
 
 
 def _rows(path: Path, count: int, *, seen: bool) -> None:
     rows = []
     for number in range(count):
         words = " ".join(f"w{(number * 7 + k * k) % 13}" for k in range(3 + number % 5))
-        row = {"messages": [{"role": "user", "content": ("<image>" if seen else "") + f"Say {words}."},
-                            {"role": "assistant", "content": f"{words} and {number % 3}."}]}  # fmt: skip
+        row = {
+            "messages": [
+                {"role": "user", "content": ("<image>" if seen else "") + f"Say {words}."},
+                {"role": "assistant", "content": f"{words} and {number % 3}."},
+            ]
+        }
         if seen:
             Image.new("RGB", (64, 32), (number * 30 % 255, 90, 200)).save(path.parent / f"{number}.png")
         rows.append(row | ({"images": [f"{number}.png"]} if seen else {}))
@@ -77,23 +87,23 @@ def two(place: Path) -> dict:
                 "checkpoint.asynchronous=true",
             ],
         }
-        found = run_ranks(runs, 2, jobs)
+        by_rank = run_ranks(runs, 2, jobs)
     for name in jobs:
-        told = [re.findall(r"evaluation at step .*", rank[name]["said"]) for rank in found]
-        assert told[0] == told[1], "every rank is told the same"
-    return found[0]
+        lines = [re.findall(r"evaluation at step .*", rank[name]["said"]) for rank in by_rank]
+        assert lines[0] == lines[1], "every rank is told the same"
+    return by_rank[0]
 
 
 def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     first, *_, last = two["learns"]["evaluations"]
-    assert [found["step"] for found in two["learns"]["evaluations"]] == [0, 2, 3]
+    assert [sums["step"] for sums in two["learns"]["evaluations"]] == [0, 2, 3]
     assert first["words/kl"] == first["seen/kl"] == 0.0
     assert first["words/loss"] == first["words/loss_base"]
     assert (last["words/samples"], last["seen/samples"]) == (11, 4)
     base, tuned = (AutoModelForImageTextToText.from_pretrained("base", dtype=torch.float32).eval() for _ in range(2))
     tuned = PeftModel.from_pretrained(tuned, "runs/learns/adapter").eval()
-    found, tokens = torch.zeros(4, dtype=torch.float64), 0
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for ids_T, supervised_T in _samples("words"):
         with torch.no_grad():
             z_TV, base_TV = (model(input_ids=ids_T[None]).logits[0, :-1].double() for model in (tuned, base))
@@ -101,10 +111,10 @@ def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monke
         divergence_T = kl_div(z_TV.log_softmax(-1), base_TV.log_softmax(-1), log_target=True, reduction="none").sum(-1)
         ce_T, base_ce_T = (cross_entropy(logits, wanted_T, reduction="none") for logits in (z_TV, base_TV))
         per_T = torch.stack([ce_T, (z_TV.argmax(-1) == wanted_T).double(), base_ce_T, divergence_T], 1)
-        found += per_T[on_T].sum(0)
+        sums += per_T[on_T].sum(0)
         tokens += int(on_T.sum())
     assert last["words/tokens"] == tokens
-    wanted = (found / tokens).tolist()
+    wanted = (sums / tokens).tolist()
     ours = [last[f"words/{key}"] for key in ("loss", "accuracy", "loss_base", "kl")]
     assert ours == pytest.approx(wanted, rel=1e-4)
     assert ours[3] > 1e-4
@@ -132,8 +142,11 @@ def test_it_answers_as_the_loaded_adapter_does(place: Path, two: dict, monkeypat
         assert answer.text == row["answer"]
 
 
-def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_need_resident_weights(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
+    log = RankLog(tmp_path, 0)
+    watch = Watch(log, data_stall=0, step_stall=0)
+    log.close()
     config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1"])
     rows = [FamilyRow(family="experts", mode="full", tensors=1, trained=3, total=4, lora=None)]
     for resident, why in ((False, "they do not fit a rank"), (True, "75% of them train in full")):
@@ -141,15 +154,20 @@ def test_answers_need_resident_weights(place: Path, monkeypatch: pytest.MonkeyPa
             ValueError, match=f"eval.answers: 1, but the weights are partitioned .*, as {why}: they would"
         ):
             Evaluation(
-                config, _renderer(config), families=rows, stops=lambda: frozenset([1]), resident=resident,
-                say=lambda text: None, asked=lambda: 0,
-            )  # fmt: skip
-    said: list[str] = []
+                config,
+                _renderer(config),
+                rows,
+                base_folder=Path("base"),
+                resident=resident,
+                say=lambda text: None,
+                watch=watch,
+            )
+    lines: list[str] = []
     config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1", "eval.answer_tokens=120"])
     data = held_out(config, packs_per_step=1)
-    asked = Answers(config.eval, data, _renderer(config), stops=frozenset([1]), wish=lambda: 0, say=said.append)
-    assert not asked.asked
-    assert re.search(r"not asked: words/\S+ leaves no room for an answer in data.tokens_per_pack", said[0])
+    predictions = Predictions(config.eval, data, _renderer(config), stops=frozenset([1]), say=lines.append, watch=watch)
+    assert not predictions.questions
+    assert re.search(r"not asked: words/\S+ leaves no room for an answer in data.tokens_per_pack", lines[0])
 
 
 def test_what_it_cannot_measure_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +191,13 @@ def _samples(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     renderer = _renderer(config)
     data = held_out(config, packs_per_step=1)
     stream = open_stream(data, open_corpus(data, renderer), renderer, seed=0, rank=0, size=1)
-    found = []
+    samples = []
     for step in stream:
         for number, key in enumerate(step.batches[0].keys):
             mine = step.batches[0].sample_ids[0] == number
             if key.startswith(f"{source}/"):
-                found.append((step.batches[0].input_ids[0, mine], step.batches[0].loss_weights[0, mine] > 0))
-    return found
+                samples.append((step.batches[0].input_ids[0, mine], step.batches[0].loss_weights[0, mine] > 0))
+    return samples
 
 
 def test_training_does_not_notice_it(two: dict) -> None:
@@ -203,12 +221,12 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
         assert "best checkpoint: runs/stale/checkpoints/step-000001" in two[name]["said"]
     assert "resumed: runs/stale/checkpoints/step-000002" in two["stale+again"]["said"], "it is over, and stays so"
     assert "adapter: runs/stale/adapter, of an earlier start" in two["stale+again"]["said"]
-    said = two["guarded"]["said"]
+    output = two["guarded"]["said"]
     assert re.search(
-        r"stopped: guard words: KL\(base \|\| tuned\) is 0.0\d+, above eval.sources.words.max_kl=1e-07", said
+        r"stopped: guard words: KL\(base \|\| tuned\) is 0.0\d+, above eval.sources.words.max_kl=1e-07", output
     )
-    assert "KL(base || tuned) is that of attention, experts, router; not of merger, whose base values are not" in said
-    assert "step-000001 is being written" in said
+    assert "KL(base || tuned) is that of attention, experts, router; not of merger, whose base values are not" in output
+    assert "step-000001 is being written" in output
     beside, last = (
         load_file(place / "runs" / "guarded" / part / "adapter_model.safetensors")
         for part in ("checkpoints/step-000001/adapter", "adapter")

@@ -16,9 +16,14 @@ from finetune.files.tiny import TinyModel, write_tiny
 
 STEPS = 3
 SHORT = (
-    f"schedule.steps={STEPS}", "schedule.warmup_steps=1", "checkpoint.every_steps=1", "eval.every_steps=1",
-    "eval.sources.held.path=shards/general", "data.remainder=keep", "data.workers=0",
-)  # fmt: skip
+    f"schedule.steps={STEPS}",
+    "schedule.warmup_steps=1",
+    "checkpoint.every_steps=1",
+    "eval.every_steps=1",
+    "eval.sources.held.path=shards/general",
+    "data.remainder=keep",
+    "data.workers=0",
+)
 """A short run over few samples: the last packs of an epoch are all that there are."""
 TINY = {"tiny-cpu": ("model.path=tiny", *SHORT)}
 LONG = "qwen3-vl-30b-a3b-long"
@@ -26,9 +31,14 @@ BASE = ('model.family=""', "model.path=base", *SHORT)
 BIG = {
     "qwen3-vl-30b-a3b-lora": BASE,
     "qwen3-vl-235b-a22b-lora": BASE,
-    LONG: (*BASE, "stages.middle.from_step=1", "stages.long.from_step=2", "stages.middle.warmup_steps=0",
-           "stages.long.warmup_steps=0"),
-}  # fmt: skip
+    LONG: (
+        *BASE,
+        "stages.middle.from_step=1",
+        "stages.long.from_step=2",
+        "stages.middle.warmup_steps=0",
+        "stages.long.warmup_steps=0",
+    ),
+}
 HALVED = {name: (*words, "parallel.ep=2") for name, words in BIG.items()}
 HALVED[LONG] += ("stages.middle.sp=2", "stages.long.sp=2")
 """For two ranks: the eight that the recipes are for take minutes on a small machine."""
@@ -61,10 +71,10 @@ def test_a_shipped_recipe_trains_evaluates_and_goes_on(place: Path, ranks: int, 
         assert [step["step"] for step in steps] == list(range(STEPS))
         assert all(step["grad_norm"] > 0 for step in steps)
         evaluations, later = lines(whole / "evaluations.jsonl"), lines(again / "evaluations.jsonl")
-        assert [found["step"] for found in evaluations] == list(range(STEPS + 1))
+        assert [actual["step"] for actual in evaluations] == list(range(STEPS + 1))
         assert evaluations[-1]["held/loss"] != evaluations[0]["held/loss"]
-        for found, wanted in ((resumed, steps[SAVED_AT:]), (later, evaluations[SAVED_AT + 1 :])):
-            assert [exact(line) for line in found] == [exact(line) for line in wanted]
+        for actual, wanted in ((resumed, steps[SAVED_AT:]), (later, evaluations[SAVED_AT + 1 :])):
+            assert [exact(line) for line in actual] == [exact(line) for line in wanted]
         for folder in ("adapter", "checkpoints/step-000003/adapter"):
             one, other = (load_file(run / folder / "adapter_model.safetensors") for run in (whole, again))
             assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())

@@ -88,7 +88,7 @@ def test_a_stage_has_its_own_plan_and_rate(finished: Path) -> None:
     steps = metrics(finished, "whole")
     assert [step["epoch"] for step in steps[:3]] == [0, 1, 2]
     assert steps[2]["tokens"] < 0.5 * steps[1]["tokens"]  # 4 packs of 256 after 8 packs of 512
-    said = (finished / "runs/whole/logs/rank-0000.log").read_text()
+    log = (finished / "runs/whole/logs/rank-0000.log").read_text()
     for text in (
         "from step 0, stage align: merger train",
         "from step 2, stage all: attention, experts, router, merger train",
@@ -96,7 +96,7 @@ def test_a_stage_has_its_own_plan_and_rate(finished: Path) -> None:
         "data, stage align: ",
         "stage align: steps 0 to 1 train merger at 0.002; 8 packs x 512 = 4,096 tokens a step",
     ):
-        assert text in said
+        assert text in log
 
 
 def _config(**stages: StageConfig) -> RunConfig:

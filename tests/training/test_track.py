@@ -19,7 +19,7 @@ from finetune.architecture.families import family
 from finetune.architecture.flops import FlopMeter, Training, Work
 from finetune.config import TrackConfig
 from finetune.ranks.log import RankLog
-from finetune.training.metrics import Device, Share, figures, gather_shares
+from finetune.training.metrics import Ranks, Share, figures, gather_shares
 from finetune.training.progress_bar import Follower, duration
 from finetune.training.wandb_link import WandbLink
 from finetune.training.wandb_writer import heatmap
@@ -35,16 +35,19 @@ def test_figures_are_sums_over_ranks_and_the_slowest_rank() -> None:
     ]
     assert gather_shares(shares[0], torch.device("cpu")) == [shares[0]]
     meter = FlopMeter(family("qwen3-vl-30b-a3b"), {"attention": Training(mode="lora", r=8)})
-    found = figures(shares, meter, Device(world=2, peak_flops=1e15))
-    assert {name: found[name] for name in ("tokens", "tokens_nonpad", "tokens_supervised", "images")} == {
-        "tokens": 2304, "tokens_nonpad": 2200, "tokens_supervised": 600, "images": 3,
-    }  # fmt: skip
-    assert (found["seconds"], found["seconds_data"], found["memory_gb"]) == (4.0, 0.5, 9.0)
-    assert (found["tokens_per_second"], found["video_seconds"]) == (550.0, 4.5)
+    step = figures(shares, meter, Ranks(world=2, peak_flops=1e15))
+    assert {name: step[name] for name in ("tokens", "tokens_nonpad", "tokens_supervised", "images")} == {
+        "tokens": 2304,
+        "tokens_nonpad": 2200,
+        "tokens_supervised": 600,
+        "images": 3,
+    }
+    assert (step["seconds"], step["seconds_data"], step["memory_gb"]) == (4.0, 0.5, 9.0)
+    assert (step["tokens_per_second"], step["video_seconds"]) == (550.0, 4.5)
     rate = meter.model(Work(tokens=2200, supervised=600, squares=800_000)) / 4.0 / 2
-    assert found["tflops_model"] == pytest.approx(rate / 1e12)
-    assert found["mfu"] == pytest.approx(rate / 1e15)
-    assert figures(shares, meter, Device(world=2, peak_flops=None))["mfu"] is None
+    assert step["tflops_model"] == pytest.approx(rate / 1e12)
+    assert step["mfu"] == pytest.approx(rate / 1e15)
+    assert figures(shares, meter, Ranks(world=2, peak_flops=None))["mfu"] is None
 
 
 def test_the_heatmap_is_white_blue_red() -> None:
@@ -56,13 +59,13 @@ def test_the_heatmap_is_white_blue_red() -> None:
 
 
 def test_a_terminal_gets_a_bar_and_everything_else_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    said: list[str] = []
-    follower = Follower(said.append, done=0, steps=10, console=Console(file=io.StringIO()))
+    step_lines: list[str] = []
+    follower = Follower(step_lines.append, done=0, steps=10, console=Console(file=io.StringIO()))
     for at, seconds in enumerate((90.0, 2.0, 2.0)):
         follower.step({**SHOWN, "step": at, "seconds": seconds, "mfu": 0.25})
     follower.close()
-    assert said[2].startswith("step 2: loss 2.5000, norm 1, ")
-    assert said[2].endswith("450 useful tokens/s, MFU 25.0%, 0:00:14 left")  # the slow first step is forgotten
+    assert step_lines[2].startswith("step 2: loss 2.5000, norm 1, ")
+    assert step_lines[2].endswith("450 useful tokens/s, MFU 25.0%, 0:00:14 left")  # the slow first step is forgotten
     assert duration(3725.4) == "1:02:05"
 
     screen, lines = io.StringIO(), list[str]()
@@ -104,10 +107,10 @@ def _run_folder(folder: Path) -> Path:
     return folder
 
 
-def _link(folder: Path, said: list[str], mode: Any = "offline", done: int = 0) -> WandbLink:
+def _link(folder: Path, warnings: list[str], mode: Any = "offline", done: int = 0) -> WandbLink:
     settings = {"optim": {"lr": 0.5}}
     config = TrackConfig(wandb=mode, project="ours", tags=("a",))
-    return WandbLink(config, folder, name="mine", settings=settings, done=done, warn=said.append)
+    return WandbLink(config, folder, name="mine", settings=settings, done=done, warn=warnings.append)
 
 
 def _step(folder: Path, link: WandbLink, at: int) -> None:
@@ -122,24 +125,24 @@ def _offline_runs(folder: Path) -> list[Path]:
 
 
 def test_an_offline_run_is_one_folder_also_when_it_is_resumed(tmp_path: Path) -> None:
-    folder, said = _run_folder(tmp_path / "runs" / "mine"), list[str]()
+    folder, warnings = _run_folder(tmp_path / "runs" / "mine"), list[str]()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "file").write_text("x")
-    link = _link(folder, said)
+    link = _link(folder, warnings)
     for at in range(2):
         _step(folder, link, at)
     link.close(code=1, preempted=True)
     (first,) = _offline_runs(folder)
 
     time.sleep(1.1)  # the client names a folder by the second
-    link = _link(folder, said, done=2)
+    link = _link(folder, warnings, done=2)
     _step(folder, link, 2)
     link.send("expert_load", {"step": 2, "layers": [0, 1], "counts": [[1, 2], [3, 0]]})
     link.send("evaluations", {"step": 3, "general/loss": 0.5})
     link.send("predictions", {"step": 3, "rows": [{"key": "k", "answer": "red"}]})
     link.send("adapter", {"step": 3, "folder": str(tmp_path / "adapter"), "aliases": ["last", "best"]})
     link.close(code=0)
-    assert not said, said
+    assert not warnings, warnings
     (second,) = _offline_runs(folder)
     assert first != second
     assert (folder / "wandb" / "run-id").read_text() == first.name.split("-")[-1] == second.name.split("-")[-1]
@@ -158,20 +161,20 @@ def test_an_offline_run_is_one_folder_also_when_it_is_resumed(tmp_path: Path) ->
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
-    folder, said = _run_folder(tmp_path), list[str]()
+    folder, warnings = _run_folder(tmp_path), list[str]()
     (folder / "wandb").write_text("a file where the client wants its folder")
-    link = _link(folder, said)
+    link = _link(folder, warnings)
     _step(folder, link, 0)
     link.close(code=0)
     _step(folder, link, 1)
-    assert len(said) == 1
-    assert said[0].startswith("warning: W&B: ")
-    assert "The run goes on without it; metrics.jsonl has everything" in said[0]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: W&B: ")
+    assert "The run goes on without it; metrics.jsonl has everything" in warnings[0]
 
 
 def test_a_client_that_dies_midway_is_one_warning(tmp_path: Path) -> None:
-    folder, said = _run_folder(tmp_path), list[str]()
-    link = _link(folder, said)
+    folder, warnings = _run_folder(tmp_path), list[str]()
+    link = _link(folder, warnings)
     _step(folder, link, 0)
     deadline = time.monotonic() + LIMIT_S
     while not link._messages.empty() and time.monotonic() < deadline:
@@ -183,8 +186,8 @@ def test_a_client_that_dies_midway_is_one_warning(tmp_path: Path) -> None:
     began = time.monotonic()
     link.close(code=0)
     assert time.monotonic() - began < LIMIT_S  # which is FINISH_S here: nothing waits for the dead
-    assert len(said) == 1
-    assert "W&B: its process" in said[0]
+    assert len(warnings) == 1
+    assert "W&B: its process" in warnings[0]
 
 
 def _is_writer(process: Path) -> bool:
@@ -199,12 +202,12 @@ def _is_writer(process: Path) -> bool:
 def test_a_broken_key_records_offline_and_says_how_to_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "broken")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    folder, said = _run_folder(tmp_path), list[str]()
-    link = _link(folder, said, mode="online")
+    folder, warnings = _run_folder(tmp_path), list[str]()
+    link = _link(folder, warnings, mode="online")
     _step(folder, link, 0)
     link.close(code=0)
-    assert len(said) == 1, said
-    assert said[0].startswith("warning: W&B: no run online (")
-    assert f"wandb sync {folder}/wandb" in said[0]
+    assert len(warnings) == 1, warnings
+    assert warnings[0].startswith("warning: W&B: no run online (")
+    assert f"wandb sync {folder}/wandb" in warnings[0]
     (run,) = _offline_runs(folder)
     assert [row["loss"] for row in wandb_file.history(run) if "loss" in row] == [3.0]

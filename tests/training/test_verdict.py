@@ -65,23 +65,26 @@ def test_patience_ends_a_run_and_a_resumed_one_too() -> None:
     assert other.judge(5, _found(7, kl=3.0)).is_best, "another metric begins anew"
 
 
-@pytest.mark.parametrize(("bound", "text"), [
-    ({"max_kl": 0.1}, r"guard a: KL\(base \|\| tuned\) is 0.2000, above eval.sources.a.max_kl=0.1"),
-    ({"max_loss_rise": 0.5}, r"guard a: the loss rose by 1.0000, above eval.sources.a.max_loss_rise=0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bound", "text"),
+    [
+        ({"max_kl": 0.1}, r"guard a: KL\(base \|\| tuned\) is 0.2000, above eval.sources.a.max_kl=0.1"),
+        ({"max_loss_rise": 0.5}, r"guard a: the loss rose by 1.0000, above eval.sources.a.max_loss_rise=0.5"),
+    ],
+)
 def test_a_guard_flags_or_stops(bound: dict[str, float], text: str) -> None:
     for guard in ("flag", "stop"):
         judge = Judge(_config(guard=guard, **bound))
-        assert judge.judge(0, _found(3.0)).said == ()
+        assert judge.judge(0, _found(3.0)).sentences == ()
         verdict = judge.judge(2, _found(4.0, kl=0.2))
-        assert re.search(text, verdict.said[0])
+        assert re.search(text, verdict.sentences[0])
         assert (verdict.stop is not None) == (guard == "stop")
         looser = Judge(_config(guard=guard, **{key: 9.0 for key in bound}))
         looser.load_state_dict(judge.state_dict())
         assert looser.stop() is None
         assert judge.judge(4, _found(3.0)).stop is None, "back within the bound"
-    assert not Judge(_config()).judge(2, _found(float("nan"), kl=9.0)).said
-    assert Judge(_config(guard="flag", max_kl=1.0)).judge(2, _found(1.0, kl=float("nan"))).said, "NaN is beyond"
+    assert not Judge(_config()).judge(2, _found(float("nan"), kl=9.0)).sentences
+    assert Judge(_config(guard="flag", max_kl=1.0)).judge(2, _found(1.0, kl=float("nan"))).sentences, "NaN is beyond"
 
 
 def _run(evaluation: EvalConfig, *, lora: bool = True, trained_on: str = "other") -> RunConfig:

@@ -1,0 +1,68 @@
+"""How far a run is, and how that is saved and resumed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint.adapter import reached
+from finetune.settings.recipes import effective
+from finetune.training.setup import Run
+from finetune.training.verdict import scores
+
+
+class RunState:
+    """What changes in a run from step to step, besides its weights, its data and its judge."""
+
+    def __init__(self, run: Run) -> None:
+        self.first = 0
+        """The first step of this start."""
+        self.done = 0
+        """Steps that were taken, those of earlier starts included."""
+        self.saved = 0
+        """Steps that the newest checkpoint holds."""
+        self.owes_evaluation = False
+        """Whether the start before was stopped before it could evaluate after its last step."""
+        self.provenance = run.provenance
+        """Where the adapter comes from, with the data and scores of the newest checkpoint."""
+        self._run = run
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint; every rank must call this."""
+        run = self._run
+        run.watch.stage("resume")
+        resumed = run.checkpoints.restore(path, config=effective(run.config))
+        self.first = self.done = self.saved = resumed.step
+        self.owes_evaluation = resumed.state.get("eval_owed", False)
+        run.data.load_state_dict(resumed.state["data"], done=self.done)
+        run.evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
+        self.provenance = reached(self.provenance, resumed.state)
+        steps_left = run.config.schedule.steps - self.done
+        run.say(f"resumed: {path}, saved by {resumed.ranks} ranks; {steps_left} steps to go")
+
+    def is_due(self) -> bool:
+        """Whether checkpoint.every_steps asks for a checkpoint now."""
+        every = self._run.config.checkpoint.every_steps
+        return every > 0 and self.done % every == 0
+
+    def save_if_new(self, data: Mapping[str, Any], *, stop: int) -> None:
+        """Save before the run ends, unless the newest checkpoint is of this step; every rank must call this."""
+        if self.saved != self.done:
+            self.save(data, stop=stop)
+        self._run.checkpoints.wait()
+
+    def save(self, data: Mapping[str, Any], *, stop: int, owes_evaluation: bool = False, is_best: bool = False) -> None:
+        """Save the run as it is, with the state of its data; every rank must call this.
+
+        A run that the signal `stop` ends waits until everything is written.
+        """
+        run = self._run
+        run.watch.save(self.done, run.checkpoints.folder)
+        judged = run.evaluation.judge.state_dict()
+        state = {"data": data, "eval": judged, "scores": scores(judged), "eval_owed": owes_evaluation}
+        self.provenance = reached(self.provenance, state)
+        path = run.checkpoints.save(
+            step=self.done, state=state, config=effective(run.config), is_best=is_best, wait=bool(stop)
+        )
+        is_under_way = run.config.checkpoint.asynchronous and not stop
+        run.say(f"checkpoint: {path}" + (" is being written" if is_under_way else ""))
+        self.saved = self.done
