@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     bounds = _bounds(args, {name for named in metrics.values() for name in named})
     answers.check_references(questions, metrics)
     respond = _respond(args, [question.record for question in questions])
-    asked = answers.put(questions, reader, control=args.media, seed=args.seed)
+    shown = answers.with_media(questions, reader, control=args.media, seed=args.seed)
     try:
-        scored = _collect(answers.ask_all(questions, asked, respond, metrics), len(questions), args.out)
+        scored = _collect(answers.ask_all(questions, shown, respond, metrics), len(questions), args.out)
     except EndpointError as error:
         if args.debug:
             raise

@@ -34,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
-    from finetune.ask.answers import find_questions, put
+    from finetune.ask.answers import find_questions, with_media
     from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable
 
     if not args.tolerance >= 0:
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
     questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed)
     for question in questions:
         check_sendable(question.record)
-    asked = put(questions, reader, control="kept", seed=args.seed)
+    shown = with_media(questions, reader, control="kept", seed=args.seed)
     try:
         endpoint.model_name()  # a server that is not there is known before a model is loaded
         speaker = load_speaker(args.model, args, adapter=args.adapter)
         from finetune.ask.serve_check import serve_check
 
-        for found in serve_check(speaker, endpoint, asked, tolerance=args.tolerance, max_tokens=args.max_tokens):
+        for found in serve_check(speaker, endpoint, shown, tolerance=args.tolerance, max_tokens=args.max_tokens):
             card = found
     except EndpointError as error:
         if args.debug:

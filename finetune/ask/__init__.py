@@ -1,5 +1,5 @@
-"""A loaded model, or a server, asked and scored.
+"""Asks a loaded model, or a server, and scores its answers.
 
-Reading order: open_model and speaker (a model that answers), local and endpoint (who is asked), answers and scores;
-serve_check; needle with heatmap, and overlaps.
+Reading order: open_model and speaker (a model that answers), answers and scores with overlaps, local and endpoint (who
+answers); serve_check; needle with heatmap.
 """

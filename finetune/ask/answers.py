@@ -1,7 +1,7 @@
 """Held-out questions, asked and scored: one JSON line an answer, one row a source. Torch is loaded for JSONL only.
 
-Who answers is a callable from questions to texts: a loaded model or an endpoint. Controls change what is shown: with
-shuffled media each question gets those of another, with blank ones grey pictures; a model that looks does badly then.
+A callable answers them: a loaded model or an endpoint. Controls change what is shown: with shuffled media each question
+gets those of another, with blank media grey pictures; a model that looks does badly then.
 """
 
 import io
@@ -23,8 +23,8 @@ Control = Literal["kept", "shuffled", "blank"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One question as it is put: a record without its answer, and the bytes of its media."""
+class ShownQuestion:
+    """One question as it is shown: a record without its answer, and the bytes of its media."""
 
     key: str
     record: Record
@@ -34,26 +34,26 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What came back. `finished`: the answer ended by itself, not at the limit of tokens."""
+    """One answer. `finished`: it ended by itself, not at the limit of tokens."""
 
     text: str
     finished: bool
 
 
-Respond = Callable[[Iterator[Asked]], Iterator[Reply]]
+Respond = Callable[[Iterator[ShownQuestion]], Iterator[Reply]]
 """One reply for each question, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One answer and its scores, as the file of answers holds it."""
+    """One question with its answer and scores, a line in the file of answers."""
 
     question: Question
     reply: Reply
     scores: Mapping[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """One line."""
+        """Return the line as an object."""
         return {
             "source": self.question.source,
             "shard": str(self.question.shard),
@@ -69,9 +69,9 @@ class Scored:
 def find_questions(
     paths: Sequence[str], *, limit: int | None = None, seed: int = 0, cache_dir: Path | None = None, jobs: int = 1
 ) -> tuple[list[Question], SampleReader]:
-    """All questions of shards, JSONL or JSON files (`PATH` or `NAME=PATH`), or a drawn few of every source."""
+    """Read all questions of shards, JSONL or JSON files (`PATH` or `NAME=PATH`), or draw a few of every source."""
     reader = SampleReader(cache_dir=cache_dir)
-    found: list[Question] = []
+    questions: list[Question] = []
     for word in paths:
         name, sign, path = word.partition("=")
         if not sign:
@@ -84,42 +84,46 @@ def find_questions(
             shards = shards_of_rows(Path(path), Path(path).stem, cache_dir=cache_dir, jobs=jobs, limit=0)
         else:
             shards = find_shards(path, "DATA")
-        found += read_questions(shards, reader, source=name)
-    if not found:
+        questions += read_questions(shards, reader, source=name)
+    if not questions:
         raise ValueError(
             f"{', '.join(paths)}: no sample there ends with an assistant's turn, so nothing is asked. "
             f"Look at one with `moetune shards show`"
         )
-    return (found if limit is None else _some(found, limit, seed)), reader
+    return (questions if limit is None else _drawn(questions, limit, seed)), reader
 
 
-def _some(questions: list[Question], limit: int, seed: int) -> list[Question]:
+def _drawn(questions: list[Question], limit: int, seed: int) -> list[Question]:
+    """Draw at most `limit` questions of every source, and keep their order."""
     by_source = defaultdict(list)
     for question in questions:
         by_source[question.source].append(question)
-    kept: set[int] = set()
-    for source, those in by_source.items():
-        drawn = random.Random(f"{seed}/{source}").sample(range(len(those)), min(limit, len(those)))
-        kept |= {id(those[at]) for at in drawn}
-    return [question for question in questions if id(question) in kept]
+    drawn: set[int] = set()
+    for source, candidates in by_source.items():
+        draw = random.Random(f"{seed}/{source}")
+        places = draw.sample(range(len(candidates)), min(limit, len(candidates)))
+        drawn |= {id(candidates[place]) for place in places}
+    return [question for question in questions if id(question) in drawn]
 
 
 def metrics_of(words: Sequence[str], sources: Sequence[str]) -> dict[str, dict[str, Metric]]:
-    """Metrics of every source, from `METRIC` (all sources) and `SOURCE=METRIC`; `exact` where nothing is said."""
-    everywhere = [word for word in words if "=" not in word]
-    own: dict[str, list[str]] = defaultdict(list)
+    """Find every source's metrics, from `METRIC` (all sources) and `SOURCE=METRIC`; `exact` where none is named."""
+    of_all = [word for word in words if "=" not in word]
+    of_source: dict[str, list[str]] = defaultdict(list)
     for word in words:
         source, sign, metric = word.partition("=")
         if sign and source not in sources:
             raise ValueError(f"--metric {word}: no sample is of source {source!r}; there are {', '.join(sources)}")
         if sign:
-            own[source].append(metric)
-    named = {source: own.get(source) or everywhere or ["exact"] for source in sources}
+            of_source[source].append(metric)
+    named = {source: of_source.get(source) or of_all or ["exact"] for source in sources}
     return {source: {name: find_metric(name) for name in names} for source, names in named.items()}
 
 
-def put(questions: Sequence[Question], reader: SampleReader, *, control: Control, seed: int) -> Iterator[Asked]:
-    """The questions with their media, or with what a control shows instead."""
+def with_media(
+    questions: Sequence[Question], reader: SampleReader, *, control: Control, seed: int
+) -> Iterator[ShownQuestion]:
+    """Yield the questions with their media, or with what a control shows instead."""
     owners = _shuffled(questions, seed) if control == "shuffled" else range(len(questions))
     for question, owner in zip(questions, owners, strict=True):
         images, videos = questions[owner].media(reader)
@@ -130,21 +134,21 @@ def put(questions: Sequence[Question], reader: SampleReader, *, control: Control
             if videos:
                 raise ValueError(f"--media blank: {question.key} shows a video; blank pictures replace images only")
             images = [_grey(image) for image in images]
-        yield Asked(key=question.key, record=record, images=images, videos=videos)
+        yield ShownQuestion(key=question.key, record=record, images=images, videos=videos)
 
 
 def _shuffled(questions: Sequence[Question], seed: int) -> list[int]:
-    """Whose media each question gets: another's with as many images and videos, found by one drawn circle."""
+    """Return whose media each question gets: those of another with as many images and videos, by one drawn circle."""
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for at, question in enumerate(questions):
         alike[(len(question.record.images), len(question.record.videos))].append(at)
     owners = list(range(len(questions)))
-    for shown, group in alike.items():
-        if shown == (0, 0):
+    for (images, videos), group in alike.items():
+        if not images and not videos:
             continue
         if len(group) == 1:
             raise ValueError(
-                f"--media shuffled: no other question shows {shown[0]} images and {shown[1]} videos as "
+                f"--media shuffled: no other question shows {images} images and {videos} videos as "
                 f"{questions[group[0]].key} does; give more samples"
             )
         circle = random.Random(seed).sample(group, len(group))
@@ -158,13 +162,13 @@ def _grey(data: bytes) -> bytes:
 
     from data.render.vision import probe_image
 
-    facts, out = probe_image(data), io.BytesIO()
-    Image.new("RGB", (facts.width, facts.height), (128, 128, 128)).save(out, "PNG")
-    return out.getvalue()
+    facts, png = probe_image(data), io.BytesIO()
+    Image.new("RGB", (facts.width, facts.height), (128, 128, 128)).save(png, "PNG")
+    return png.getvalue()
 
 
 def check_references(questions: Sequence[Question], metrics: Mapping[str, Mapping[str, Metric]]) -> None:
-    """Measure each reference by itself, so that one a metric cannot read is found before a model is asked."""
+    """Measure each reference against itself, so that a model is not asked before every metric can read its own."""
     for question in questions:
         for metric in metrics[question.source].values():
             try:
@@ -174,18 +178,21 @@ def check_references(questions: Sequence[Question], metrics: Mapping[str, Mappin
 
 
 def ask_all(
-    questions: Sequence[Question], asked: Iterator[Asked], respond: Respond, metrics: Mapping[str, Mapping[str, Metric]]
+    questions: Sequence[Question],
+    shown: Iterator[ShownQuestion],
+    respond: Respond,
+    metrics: Mapping[str, Mapping[str, Metric]],
 ) -> Iterator[Scored]:
-    """Every question with its reply and scores, as they come."""
-    for question, reply in zip(questions, respond(asked), strict=True):
-        said = spoken(reply.text)
-        scores = {name: metric(said, question.references) for name, metric in metrics[question.source].items()}
+    """Yield every question with its reply and scores, as they come."""
+    for question, reply in zip(questions, respond(shown), strict=True):
+        answer = spoken(reply.text)
+        scores = {name: metric(answer, question.references) for name, metric in metrics[question.source].items()}
         yield Scored(question=question, reply=reply, scores=scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One source, or all of them: samples, answers cut at the limit of tokens, mean scores by metric."""
+    """One source, or all: the number of samples and of answers cut at the limit of tokens, mean scores by metric."""
 
     source: str
     samples: int
@@ -194,7 +201,7 @@ class Row:
 
 
 def table(scored: Sequence[Scored]) -> list[Row]:
-    """A row a source, and one of all; a metric's mean over all is that over the samples it measured."""
+    """Return a row a source, and one of all; there a metric's mean is taken over the samples that it measured."""
     by_source: dict[str, list[Scored]] = defaultdict(list)
     for item in scored:
         by_source[item.question.source].append(item)
@@ -207,17 +214,17 @@ def _row(source: str, items: Sequence[Scored]) -> Row:
     for item in items:
         for name, score in item.scores.items():
             scores[name].append(score)
-    means = {name: sum(found) / len(found) for name, found in scores.items()}
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
     return Row(source=source, samples=len(items), cut=sum(not i.reply.finished for i in items), scores=means)
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
-    """The table as it is printed."""
+    """Return the lines of the printed table."""
     names = list(dict.fromkeys(name for row in rows for name in row.scores))
     width = max(6, *(len(row.source) for row in rows))
     lines = [f"{'source':<{width}}  {'samples':>7}" + "".join(f"  {name:>{max(7, len(name))}}" for name in names)]
     for row in rows:
         cells = [f"{row.scores[name]:.4f}" if name in row.scores else "-" for name in names]
-        shown = "".join(f"  {cell:>{max(7, len(name))}}" for cell, name in zip(cells, names, strict=True))
-        lines.append(f"{row.source:<{width}}  {row.samples:>7}{shown}")
+        columns = "".join(f"  {cell:>{max(7, len(name))}}" for cell, name in zip(cells, names, strict=True))
+        lines.append(f"{row.source:<{width}}  {row.samples:>7}{columns}")
     return lines

@@ -1,7 +1,7 @@
 """Questions over HTTP to any server that speaks OpenAI's chat completions: vLLM, sglang, or a hosted one. No torch.
 
-Media travel as data URLs, as they lie in the shard: the server resizes them itself. What a busy or restarting server
-refuses is tried again; what is wrong with the request or the key is said at once.
+Media are sent as data URLs, unchanged from the shard: the server resizes them itself. A request that a busy or
+restarting server refuses is repeated; an error in the request or the key is raised at once.
 """
 
 import base64
@@ -21,27 +21,27 @@ from typing import Any
 
 from data.format.record import Message, Record
 from data.shards.bytes import VideoBytes
-from finetune.ask.answers import Asked, Reply, Respond
+from finetune.ask.answers import Reply, Respond, ShownQuestion
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
-"""Answers of a server that may be another one in a moment."""
-_LONGEST_WAIT = 60.0
+"""HTTP codes after which a request is repeated."""
+_LONGEST_WAIT_S = 60.0
 _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 class EndpointError(RuntimeError):
-    """The server could not be asked, or said no."""
+    """The server could not be reached, or refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where the server is and how it is asked. `url` may end with or without /v1."""
+    """A server, and how to ask it. `url` may end with or without /v1."""
 
     url: str
     model: str = ""
-    """Its name at the server; empty: the only one that the server has."""
+    """The model's name at the server; empty: the only one that the server has."""
     key_variable: str = "OPENAI_API_KEY"
-    """The environment variable with the key; no key is sent when it is not set."""
+    """The environment variable with the key; if it is not set, no key is sent."""
     timeout: float = 600.0
     attempts: int = 5
     concurrency: int = 8
@@ -55,11 +55,11 @@ class Endpoint:
 
     @property
     def root(self) -> str:
-        """The address before /v1."""
+        """Return the address before /v1."""
         return self.url.rstrip("/").removesuffix("/v1")
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """POST a body, or GET without one; the JSON that comes back. EndpointError when it does not come."""
+        """POST a body, or GET without one, and return the JSON that comes back; EndpointError if none does."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
@@ -68,12 +68,12 @@ class Endpoint:
         problem, pause = "", 0.0
         for attempt in range(self.attempts):
             if attempt:
-                self.wait(min(pause or 2.0**attempt * random.uniform(0.5, 1), _LONGEST_WAIT))
+                self.wait(min(pause or 2.0**attempt * random.uniform(0.5, 1), _LONGEST_WAIT_S))
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
-                problem, pause = self._refused(error, path), _retry_after(error)
+                problem, pause = self._temporary(error, path), _retry_after(error)
             except (OSError, http.client.HTTPException) as error:
                 problem, pause = f"{getattr(error, 'reason', None) or error}", 0.0
             except json.JSONDecodeError as error:
@@ -82,21 +82,21 @@ class Endpoint:
                 ) from error
         raise EndpointError(f"{self.root}{path}: no answer after {self.attempts} attempt(s), the last said: {problem}")
 
-    def _refused(self, error: urllib.error.HTTPError, path: str) -> str:
-        """What a retry may mend, as text; what it cannot is raised."""
-        said = _said(error)
+    def _temporary(self, error: urllib.error.HTTPError, path: str) -> str:
+        """Describe an error after which the request is repeated; raise any other."""
+        reason = _reason(error)
         if error.code in AGAIN:
-            return f"HTTP {error.code}: {said}"
+            return f"HTTP {error.code}: {reason}"
         advice = ""
         if error.code in (401, 403):
             is_set = "is set but refused" if os.environ.get(self.key_variable) else "is not set"
             advice = f". The key is read from the environment variable {self.key_variable}, which {is_set}"
         if error.code == 404:
             advice = f". --url should be the server's address up to /v1, and --name a model it has ({self.url})"
-        raise EndpointError(f"{self.root}{path}: HTTP {error.code}: {said}{advice}") from error
+        raise EndpointError(f"{self.root}{path}: HTTP {error.code}: {reason}{advice}") from error
 
     def model_name(self) -> str:
-        """The name given, or the only one that the server lists."""
+        """Return the name given, or the only one that the server lists."""
         if self.model:
             return self.model
         names = [entry["id"] for entry in self.call("/v1/models")["data"]]
@@ -105,14 +105,16 @@ class Endpoint:
         return str(names[0])
 
 
-def _beside(work: Callable[[Asked], Reply], most: int) -> tuple[Callable[[Asked], Future[Reply]], Event]:
-    """Start work in threads of which so many run at a time, and an event that lets no further one begin.
+def _in_threads(
+    work: Callable[[ShownQuestion], Reply], most: int
+) -> tuple[Callable[[ShownQuestion], Future[Reply]], Event]:
+    """Return a function that runs `work` in daemon threads, at most `most` at a time, and an event that stops new ones.
 
     No pool: Python waits for a pool's threads before it ends, and a silent server would keep it for hours.
     """
     turns, stop = Semaphore(most), Event()
 
-    def start(one: Asked) -> Future[Reply]:
+    def start(question: ShownQuestion) -> Future[Reply]:
         future: Future[Reply] = Future()
 
         def run() -> None:
@@ -120,7 +122,7 @@ def _beside(work: Callable[[Asked], Reply], most: int) -> tuple[Callable[[Asked]
                 if stop.is_set():
                     return
                 try:
-                    future.set_result(work(one))
+                    future.set_result(work(question))
                 except Exception as error:  # noqa: BLE001 - raised where the result is waited for
                     future.set_exception(error)
 
@@ -131,22 +133,22 @@ def _beside(work: Callable[[Asked], Reply], most: int) -> tuple[Callable[[Asked]
 
 
 def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
-    """Answer through a server, several questions at a time; `options` are OpenAI's, max_tokens and temperature."""
+    """Answer through a server, several questions at a time; `options` are OpenAI's, such as max_tokens."""
 
-    def respond(asked: Iterator[Asked]) -> Iterator[Reply]:
+    def respond(questions: Iterator[ShownQuestion]) -> Iterator[Reply]:
         name = endpoint.model_name()
 
-        def ask(one: Asked) -> Reply:
+        def ask(question: ShownQuestion) -> Reply:
             try:
-                return reply_of(endpoint.call("/v1/chat/completions", completion_body(one, name, options)))
+                return reply_of(endpoint.call("/v1/chat/completions", completion_body(question, name, options)))
             except EndpointError as error:
-                raise EndpointError(f"sample {one.key}: {error}") from error
+                raise EndpointError(f"sample {question.key}: {error}") from error
 
         waiting: deque[Future[Reply]] = deque()
-        start, stop = _beside(ask, endpoint.concurrency)
+        start, stop = _in_threads(ask, endpoint.concurrency)
         try:
-            for one in asked:
-                waiting.append(start(one))
+            for question in questions:
+                waiting.append(start(question))
                 if len(waiting) >= 2 * endpoint.concurrency:  # bounds the media held in memory
                     yield waiting.popleft().result()
             while waiting:
@@ -157,23 +159,23 @@ def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
     return respond
 
 
-def completion_body(asked: Asked, model: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The request: the conversation in OpenAI's words."""
-    images, videos = iter(asked.images), iter(asked.videos)
-    messages = [_message(message, images, videos) for message in asked.record.messages]
+def completion_body(question: ShownQuestion, model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the request: the conversation in OpenAI's form."""
+    images, videos = iter(question.images), iter(question.videos)
+    messages = [_message(message, images, videos) for message in question.record.messages]
     calls = 0
     for message in messages:  # OpenAI joins results and calls by name, we by order
         calls = calls + 1 if message["role"] == "tool" else 0
         if calls:
             message["tool_call_id"] = f"call-{calls - 1}"
     body: dict[str, Any] = {"model": model, "messages": messages, **options}
-    if asked.record.tools:
-        body["tools"] = list(asked.record.tools)
+    if question.record.tools:
+        body["tools"] = list(question.record.tools)
     return body
 
 
 def reply_of(body: Any) -> Reply:
-    """What the first choice says."""
+    """Return the first choice of a completion."""
     try:
         first = body["choices"][0]
         return Reply(text=first["message"]["content"] or "", finished=first["finish_reason"] != "length")
@@ -182,7 +184,7 @@ def reply_of(body: Any) -> Reply:
 
 
 def check_sendable(record: Record) -> None:
-    """Refuse what OpenAI's protocol has no word for."""
+    """Raise on what OpenAI's protocol cannot express."""
     for message in record.messages:
         for part in message.contents:
             if part.kind not in ("text", "image", "video"):
@@ -208,15 +210,15 @@ def _message(message: Message, images: Iterator[bytes], videos: Iterator[VideoBy
             parts.append({"type": "video_url", "video_url": {"url": _data_url(data, "video/mp4")}})
     only_text = all(part["type"] == "text" for part in parts)
     content = "".join(part["text"] for part in parts) if only_text else parts
-    out: dict[str, Any] = {"role": message.role, "content": content}
+    body: dict[str, Any] = {"role": message.role, "content": content}
     if message.thinking is not None:
-        out["reasoning_content"] = message.thinking
+        body["reasoning_content"] = message.thinking
     if message.tool_calls:
-        out["tool_calls"] = [
+        body["tool_calls"] = [
             {"type": "function", "id": f"call-{at}", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}}
             for at, c in enumerate(message.tool_calls)
         ]
-    return out
+    return body
 
 
 def _data_url(data: bytes, kind: str = "") -> str:
@@ -224,17 +226,17 @@ def _data_url(data: bytes, kind: str = "") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The server's own words, whatever form they have."""
+def _reason(error: urllib.error.HTTPError) -> str:
+    """Return the server's own message, whatever form it has."""
     try:
         body = error.read().decode(errors="replace")
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     try:
-        found = json.loads(body)
+        tree = json.loads(body)
     except json.JSONDecodeError:
         return body[:300].strip() or str(error.reason)
-    inner = found.get("error", found) if isinstance(found, dict) else found
+    inner = tree.get("error", tree) if isinstance(tree, dict) else tree
     return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:300]
 
 

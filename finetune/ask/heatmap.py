@@ -5,13 +5,21 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-CELL, LEFT, TOP, GAP, BELOW = (72, 36), 64, 46, 40, 30
+CELL = (72, 36)
+LEFT, TOP = 64, 46
+GAP = 40
+BELOW = 30
+"""Pixels: of a cell, left of the cells and above them, between two grids, below the cells."""
 
 
 def draw_heatmap(
-    grids: Mapping[str, Sequence[Sequence[float]]], *, lengths: Sequence[int], depths: Sequence[float], title: str,
+    grids: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    title: str,
     path: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Write the PNG; a grid has a row for each depth and a column for each length, scores from 0 (red) to 1 (green)."""
     wide, high = LEFT + CELL[0] * len(lengths) + GAP, TOP + CELL[1] * len(depths) + BELOW
     image = Image.new("RGB", (wide * len(grids), high), "white")
@@ -34,6 +42,6 @@ def draw_heatmap(
 
 
 def colour(score: float) -> tuple[int, int, int]:
-    """Red for nothing, yellow for half, green for all."""
+    """Return red for 0, yellow for a half, green for 1."""
     share = min(1.0, max(0.0, score))
     return (round(230 * min(1.0, 2 - 2 * share)), round(200 * min(1.0, 2 * share)), 60)

@@ -1,6 +1,6 @@
 """Needles in haystacks of a given length: a fact in filler text, or one coloured frame in a grey video. From a seed.
 
-A model finds a needle when its own first choice is the right answer, token by token, given the question; one forward a
+A model finds a needle if its own first choice is the right answer, token by token, given the question; one forward a
 trial, nothing is generated. Haystacks are made to measure with the model's own tokenizer and frame sizes.
 """
 
@@ -32,8 +32,8 @@ MARKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One haystack with its needle: what is asked, what is right, and the media that go with it."""
+class Haystack:
+    """A haystack with its needle: the question, the right answer, and the frames of the videos."""
 
     record: Record
     videos: tuple[tuple[bytes, ...], ...]
@@ -42,32 +42,32 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """All trials of one length and depth."""
+    """The scores of all trials of one length and depth."""
 
     length: int
-    """Tokens that were asked for."""
+    """The wanted length in tokens."""
     depth: float
     tokens: float
-    """Mean tokens of the prompts that were made."""
+    """Mean length of the prompts in tokens."""
     found: float
     """Share of the trials in which the whole answer was the model's first choice."""
     right_tokens: float
-    """Share of the answers' tokens that were."""
+    """Share of the answers' tokens that were the model's first choice."""
 
 
-def text_trial(count: int, depth: float, *, seed: int) -> Trial:
-    """A needle behind `depth` of `count` sentences; the answer is a number of four digits."""
+def text_haystack(count: int, depth: float, *, seed: int) -> Haystack:
+    """Make a text of `count` sentences with a needle at `depth`; the answer is a number of four digits."""
     draw = random.Random(seed)
     thing, number = draw.choice(THINGS), f"{draw.randrange(1000, 10_000)}"
     filler = [f"The {draw.choice(THINGS)} {draw.choice(DOINGS)}." for _ in range(count)]
     filler.insert(round(depth * count), f"The secret number of the {thing} is {number}.")
     question = f"What is the secret number of the {thing}? Answer with the number alone."
     row = {"messages": [{"role": "user", "content": " ".join(filler) + "\n" + question}]}
-    return Trial(record=_record(row), videos=(), answer=number)
+    return Haystack(record=_record(row), videos=(), answer=number)
 
 
-def video_trial(count: int, depth: float, *, seed: int) -> Trial:
-    """A video of `count` grey frames, a second each, two of which (one pair) show a colour; the answer is its name."""
+def video_haystack(count: int, depth: float, *, seed: int) -> Haystack:
+    """Make a video of `count` grey frames, one a second, of which one pair shows a colour; the answer is its name."""
     draw = random.Random(seed)
     name, noise = draw.choice(list(COLOURS)), np.random.default_rng(seed)
     count += count % 2
@@ -77,59 +77,67 @@ def video_trial(count: int, depth: float, *, seed: int) -> Trial:
         pixels = noise.integers(110, 140, (FRAME, FRAME, 1), dtype=np.uint8).repeat(3, axis=2)
         if at in (pair, pair + 1):
             pixels[:] = COLOURS[name]
-        held = io.BytesIO()
-        Image.fromarray(pixels).save(held, "PNG")
-        frames.append(held.getvalue())
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG")
+        frames.append(png.getvalue())
     question = "<video>One moment of this video is not grey. Which colour is it? Answer with the colour alone."
     row: dict[str, Any] = {
         "messages": [{"role": "user", "content": question}],
         "videos": [{"frames": [f"{at}.png" for at in range(count)], "times": [float(at) for at in range(count)]}],
     }
-    return Trial(record=_record(row), videos=(tuple(frames),), answer=name)
+    return Haystack(record=_record(row), videos=(tuple(frames),), answer=name)
 
 
 def _record(row: dict[str, Any]) -> Record:
     return parse_record(convert_row(row)[0], shard="needle", key="trial")
 
 
-def count_tokens(trial: Trial, renderer: Renderer) -> int:
-    """Tokens of a trial with its answer and the marks around it; no pixel is looked at."""
+def count_tokens(haystack: Haystack, renderer: Renderer) -> int:
+    """Count the tokens of a haystack with its answer and the marks around it, without looking at a pixel."""
     sizes = [ImageFacts(height=FRAME, width=FRAME)]
     videos = [
         frame_list_facts(ref, sizes * len(frames))
-        for ref, frames in zip(trial.record.videos, trial.videos, strict=True)
+        for ref, frames in zip(haystack.record.videos, haystack.videos, strict=True)
     ]
-    seen = renderer.count_vision(trial.record, [], videos)
-    return renderer.count_text(trial.record, [], videos) + seen.tokens + len(renderer.encode(trial.answer)) + MARKS
+    vision = renderer.count_vision(haystack.record, [], videos)
+    text_tokens = renderer.count_text(haystack.record, [], videos)
+    return text_tokens + vision.tokens + len(renderer.encode(haystack.answer)) + MARKS
 
 
-def fitted(kind: str, length: int, depth: float, *, seed: int, renderer: Renderer) -> Trial:
-    """The trial whose haystack is as long as fits into `length` tokens."""
-    make, low, high = (text_trial, 4, 64) if kind == "text" else (video_trial, 4, 20)
+def fitted(kind: str, length: int, depth: float, *, seed: int, renderer: Renderer) -> Haystack:
+    """Return the longest haystack that fits into `length` tokens."""
+    make, high = (text_haystack, 64) if kind == "text" else (video_haystack, 20)
+    low = 4
     few, many = (count_tokens(make(count, depth, seed=seed), renderer) for count in (low, high))
-    each = (many - few) / (high - low)
-    count = low + int((length - few) / each)
+    tokens_each = (many - few) / (high - low)
+    count = low + int((length - few) / tokens_each)
     while count >= low:
-        trial = make(count, depth, seed=seed)
-        if count_tokens(trial, renderer) <= length:
-            return trial
-        count -= max(1, int((count_tokens(trial, renderer) - length) / each))
+        haystack = make(count, depth, seed=seed)
+        if count_tokens(haystack, renderer) <= length:
+            return haystack
+        count -= max(1, int((count_tokens(haystack, renderer) - length) / tokens_each))
     raise ValueError(
         f"--lengths: a {kind} needle does not fit {length} tokens; the shortest haystack here takes {few}. "
         f"Name longer ones"
     )
 
 
-def prompt_of(trial: Trial, renderer: Renderer) -> Sample:
-    """What the model is given: the haystack, the question, and the answer's turn opened."""
-    return renderer.build(trial.record, [], list(trial.videos), key="needle", prompt=True)
+def prompt_of(haystack: Haystack, renderer: Renderer) -> Sample:
+    """Return the prompt: the haystack, the question, and the answer's turn opened."""
+    return renderer.build(haystack.record, [], list(haystack.videos), key="needle", prompt=True)
 
 
 def probe(
-    speaker: Speaker, kind: str, *, lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int,
+    speaker: Speaker,
+    kind: str,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    seed: int,
     base: bool = False,
-) -> Iterator[Cell]:  # fmt: skip
-    """Yield what was found, by length and depth; with `base`, by the model without its adapter."""
+) -> Iterator[Cell]:
+    """Yield the scores by length and depth; with `base`, those of the model without its adapter."""
     for length in lengths:
         for depth in depths:
             alone: AbstractContextManager[None] = speaker.base_alone() if base else nullcontext()
@@ -138,12 +146,20 @@ def probe(
 
 
 def _cell(speaker: Speaker, kind: str, length: int, depth: float, trials: int, seed: int) -> Cell:
-    whole = right = answers = tokens = 0
+    right_answers = right_tokens = answer_tokens = prompt_tokens = 0
     for trial_seed in range(seed * 1000, seed * 1000 + trials):
-        trial = fitted(kind, length, depth, seed=trial_seed, renderer=speaker.renderer)
-        prompt, wanted = prompt_of(trial, speaker.renderer), speaker.renderer.encode(trial.answer)
-        judged = speaker.judge(prompt, wanted)
-        hits = [token.best_id == want for token, want in zip(judged, wanted, strict=True)]
-        whole, right, answers = whole + all(hits), right + sum(hits), answers + len(hits)
-        tokens += len(prompt.input_ids)
-    return Cell(length=length, depth=depth, tokens=tokens / trials, found=whole / trials, right_tokens=right / answers)
+        haystack = fitted(kind, length, depth, seed=trial_seed, renderer=speaker.renderer)
+        prompt, answer_ids = prompt_of(haystack, speaker.renderer), speaker.renderer.encode(haystack.answer)
+        judged = speaker.judge(prompt, answer_ids)
+        hits = [token.best_id == answer_id for token, answer_id in zip(judged, answer_ids, strict=True)]
+        right_answers += all(hits)
+        right_tokens += sum(hits)
+        answer_tokens += len(hits)
+        prompt_tokens += len(prompt.input_ids)
+    return Cell(
+        length=length,
+        depth=depth,
+        tokens=prompt_tokens / trials,
+        found=right_answers / trials,
+        right_tokens=right_tokens / answer_tokens,
+    )

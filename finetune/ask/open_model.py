@@ -1,7 +1,7 @@
-"""Opening a model to be asked: base, base with adapter, or merged, by our loader.
+"""Opens a model to be asked, with our loader: a base, a base with an adapter, or a merged model.
 
-An adapter of ours stays beside its weights: the model computes as it did in training. One of another tool is added to
-them in memory, in float32 with one rounding.
+An adapter of ours stays beside its weights: the model computes as it did in training. An adapter of another tool is
+added to them in memory, in float32 with one rounding.
 """
 
 from dataclasses import replace
@@ -43,27 +43,27 @@ def open_speaker(
     layout: str = "auto",
     other_base: bool = False,
 ) -> Speaker:
-    """Load a base or merged model, with an adapter on it or without; one process holds it whole.
+    """Load a base or merged model, with an adapter on it or without, into one process.
 
-    Of the configuration count data.image, data.video, data.chat, context and moe.router_float32.
+    Only data.image, data.video, data.chat, context and moe.router_float32 of the configuration have an effect.
     """
-    place = open_device(device)
+    opened_device = open_device(device)
     folder, config = model_folder(model), config or RunConfig()
     ours = open_adapter(adapter) if adapter is not None and is_ours(adapter) else None
-    held = torch.float32 if dtype == "float32" or (dtype == "auto" and place.type == "cpu") else torch.bfloat16
-    empty = build(folder, _options(ours, config, folder, held))
+    is_float32 = dtype == "float32" or (dtype == "auto" and opened_device.type == "cpu")
+    empty = build(folder, _options(ours, config, folder, torch.float32 if is_float32 else torch.bfloat16))
     files = open_base(folder, empty.expected, layout=layout)
-    other = open_source(adapter, files.shapes) if adapter is not None and ours is None else None
-    found = ours or other
-    if found is not None:
-        require_finite(found.folder)
-    if found is not None and not other_base:
-        require_same_base(found.folder, found.metadata, files)
-    if other is not None:
-        other.check_copies(files)
+    foreign = open_source(adapter, files.shapes) if adapter is not None and ours is None else None
+    source = ours or foreign
+    if source is not None:
+        require_finite(source.folder)
+    if source is not None and not other_base:
+        require_same_base(source.folder, source.metadata, files)
+    if foreign is not None:
+        foreign.check_copies(files)
     load(empty, files, start=ours)
-    if other is not None:
-        _add(empty, other)
+    if foreign is not None:
+        _add(empty, foreign)
     has_tower = getattr(empty.module.model, "visual", None) is not None
     data = config.data
     return Speaker(
@@ -77,15 +77,17 @@ def open_speaker(
 
 
 def _options(adapter: AdapterFile | None, config: RunConfig, folder: Path, dtype: torch.dtype) -> ModelOptions:
-    """The layout that holds what the adapter changes; without one, everything is frozen."""
+    """Return the options of a model with the adapter's parts; without an adapter, everything is frozen."""
     families = dict(adapter.families) if adapter is not None else {}
     modes: dict[str, Any] = {part: "lora" if lora else "full" for part, lora in families.items()}
     router: Lora | None = families.get("router")
-    own = RouterOptions(mode=modes.get("router", "frozen"), float32=config.moe.router_float32)
+    router_options = RouterOptions(mode=modes.get("router", "frozen"), float32=config.moe.router_float32)
+    if router:
+        router_options = replace(router_options, r=router.r, alpha=router.alpha)
     layer = LayerOptions(
         experts=modes.get("experts", "frozen"),
         lora=families.get("experts"),
-        router=replace(own, r=router.r, alpha=router.alpha) if router else own,
+        router=router_options,
     )
     dense = {part: lora for part, lora in families.items() if part not in ("experts", "router")}
     return ModelOptions(

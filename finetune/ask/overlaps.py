@@ -1,4 +1,4 @@
-"""Answers that point: boxes and points in an image, spans of time in a video, and how far they overlap. No torch."""
+"""Scores answers that point: boxes and points in an image, spans of time in a video. No torch."""
 
 import re
 from collections.abc import Sequence
@@ -13,50 +13,55 @@ Box = tuple[float, float, float, float]
 
 
 def point_in_box(answer: str, references: Sequence[str]) -> float:
-    """1 when the first point of the answer, or the middle of its first box, lies in a box of the reference."""
+    """Return 1 if the first point of the answer, or the middle of its first box, lies in a box of the reference."""
     point = _first_point(answer)
     boxes = [box for reference in references for box in find_boxes(reference)]
     need(boxes, references, "box [x1, y1, x2, y2]", "point-in-box")
-    return float(point is not None and any(b[0] <= point[0] <= b[2] and b[1] <= point[1] <= b[3] for b in boxes))
+    return float(point is not None and any(_contains(box, point) for box in boxes))
+
+
+def _contains(box: Box, point: tuple[float, float]) -> bool:
+    left, top, right, bottom = box
+    return left <= point[0] <= right and top <= point[1] <= bottom
 
 
 def time_iou(answer: str, references: Sequence[str]) -> float:
-    """Overlap of two spans of time over their union: seconds or clock times, the first two of the answer."""
+    """Return the overlap of two spans of time over their union; an answer's span is between its first two times."""
     spans = [_span(reference) for reference in references]
     need(all(spans), references, "pair of times, in seconds or as 00:01:30", "time-iou")
-    found = _span(answer)
-    return max((_overlap(found, span) for span in spans if span), default=0.0) if found else 0.0
+    answered = _span(answer)
+    return max((_overlap(answered, span) for span in spans if span), default=0.0) if answered else 0.0
 
 
 def time_iou_at(answer: str, references: Sequence[str], limit: float) -> bool:
-    """Whether the spans overlap by at least so much."""
+    """Whether the spans overlap by at least `limit`."""
     return time_iou(answer, references) >= limit
 
 
 def iou_at(answer: str, references: Sequence[str], limit: float) -> float:
-    """Boxes that overlap by at least `limit`, one to one, over all boxes given or wanted: for one box, hit or miss."""
-    found = find_boxes(answer)
+    """Return the share of boxes that match one to one with an overlap of at least `limit`: for one box, 0 or 1."""
+    answered = find_boxes(answer)
     best = 0.0
     for reference in references:
-        wanted = find_boxes(reference)
-        need(wanted, references, "box [x1, y1, x2, y2]", "iou@t")
-        best = max(best, _matched(found, wanted, limit) / max(len(found), len(wanted)))
+        expected = find_boxes(reference)
+        need(expected, references, "box [x1, y1, x2, y2]", "iou@t")
+        best = max(best, _matched(answered, expected, limit) / max(len(answered), len(expected)))
     return best
 
 
-def need(found: object, references: Sequence[str], wanted: str, metric: str) -> None:
+def need(is_there: object, references: Sequence[str], what: str, metric: str) -> None:
     """Raise unless the references hold what their metric measures."""
-    if not found:
-        raise ValueError(f"--metric {metric}: the reference {list(references)!r:.200} holds no {wanted}")
+    if not is_there:
+        raise ValueError(f"--metric {metric}: the reference {list(references)!r:.200} holds no {what}")
 
 
 def find_boxes(text: str) -> list[Box]:
-    """Every [x1, y1, x2, y2] in a text, corners in order."""
-    found = []
+    """Return every [x1, y1, x2, y2] in a text, corners in order."""
+    boxes = []
     for numbers in _BOX.findall(text):
         x1, y1, x2, y2 = map(float, numbers)
-        found.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
-    return found
+        boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return boxes
 
 
 def _first_point(text: str) -> tuple[float, float] | None:
@@ -68,18 +73,18 @@ def _first_point(text: str) -> tuple[float, float] | None:
     return (float(box[1]) + float(box[3])) / 2, (float(box[2]) + float(box[4])) / 2
 
 
-def box_iou(one: Box, two: Box) -> float:
-    """Intersection over union of two boxes."""
-    width = min(one[2], two[2]) - max(one[0], two[0])
-    height = min(one[3], two[3]) - max(one[1], two[1])
+def box_iou(first: Box, second: Box) -> float:
+    """Return the intersection over union of two boxes."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
     inside = max(width, 0.0) * max(height, 0.0)
-    union = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (one, two)) - inside
-    return inside / union if union > 0 else float(one == two)
+    union = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)) - inside
+    return inside / union if union > 0 else float(first == second)
 
 
-def _matched(found: Sequence[Box], wanted: Sequence[Box], limit: float) -> int:
-    """Most pairs that overlap enough, each box in one pair: augmenting paths."""
-    near = [[at for at, other in enumerate(wanted) if box_iou(box, other) >= limit] for box in found]
+def _matched(answered: Sequence[Box], expected: Sequence[Box], limit: float) -> int:
+    """Count the most pairs that overlap enough, each box in one pair: augmenting paths."""
+    near = [[at for at, other in enumerate(expected) if box_iou(box, other) >= limit] for box in answered]
     partner: dict[int, int] = {}
 
     def place(box: int, tried: set[int]) -> bool:
@@ -91,11 +96,11 @@ def _matched(found: Sequence[Box], wanted: Sequence[Box], limit: float) -> int:
                     return True
         return False
 
-    return sum(place(box, set()) for box in range(len(found)))
+    return sum(place(box, set()) for box in range(len(answered)))
 
 
 def _span(text: str) -> tuple[float, float] | None:
-    times = [_seconds(found) for found in _TIME.findall(text)[:2]]
+    times = [_seconds(time) for time in _TIME.findall(text)[:2]]
     return (min(times), max(times)) if len(times) == 2 else None
 
 
@@ -106,6 +111,6 @@ def _seconds(text: str) -> float:
     return total
 
 
-def _overlap(one: tuple[float, float], two: tuple[float, float]) -> float:
-    union = max(one[1], two[1]) - min(one[0], two[0])
-    return max(min(one[1], two[1]) - max(one[0], two[0]), 0.0) / union if union else 1.0
+def _overlap(first: tuple[float, float], second: tuple[float, float]) -> float:
+    union = max(first[1], second[1]) - min(first[0], second[0])
+    return max(min(first[1], second[1]) - max(first[0], second[0]), 0.0) / union if union else 1.0

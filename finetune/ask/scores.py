@@ -1,7 +1,7 @@
-"""How good an answer is, from 0 to 1: published definitions where there are any. Pure Python, loads no torch.
+"""Scores answers from 0 to 1, by published definitions where there are any. Pure Python, loads no torch.
 
-A metric takes the answer and the accepted references; with several references the best one counts. The caller
-cuts off what a model thought before (`spoken`).
+A metric takes the answer and the accepted references; with several references the best one counts. The caller removes
+the thinking before an answer (`spoken`).
 """
 
 import importlib
@@ -21,7 +21,7 @@ from finetune.ask.overlaps import iou_at, need, point_in_box, time_iou, time_iou
 Metric = Callable[[str, Sequence[str]], float]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_TOLD = re.compile(
+_NAMED = re.compile(
     r"\b(?i:answer|option|choice)\b(?i:\s+is)?[^A-Za-z]*(?:([A-Z])(?![A-Za-z'\u2019])|([a-z])\s*(?:[).:,;]|$))"
 )
 _MARKED = re.compile(r"[^A-Za-z0-9]*([A-Za-z])\s*(?:[).:,;*]|$)")
@@ -30,7 +30,7 @@ _ARTICLE = re.compile(r"A\s+[a-z]")
 
 
 def find_metric(name: str) -> Metric:
-    """The metric of a name: one of ours, `iou@0.5`, `time-iou@0.5`, or `module:function` of the user's."""
+    """Find a metric by name: one of ours, `iou@0.5`, `time-iou@0.5`, or the user's `module:function`."""
     if ":" in name:
         return _of_user(name)
     plain, at, threshold = name.partition("@")
@@ -51,78 +51,85 @@ def find_metric(name: str) -> Metric:
 
 
 def spoken(answer: str) -> str:
-    """The answer without the thinking before it."""
+    """Return the answer without the thinking before it."""
     return answer.rpartition("</think>")[2].strip()
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
-    """1 when the texts are equal, but for white space around them and the way Unicode composes a character."""
+    """Return 1 if the texts are equal, apart from surrounding white space and the way Unicode composes a character."""
     return float(_composed(answer) in map(_composed, references))
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
-    """1 when a reference stands in the answer as whole words, in any case: 9 is not in 19."""
+    """Return 1 if the answer contains a reference as full words, in upper or lower case: 9 is not in 19."""
     text = _composed(answer).casefold()
     words = (re.escape(_composed(reference).casefold()) for reference in references)
     return float(any(re.search(rf"(?<!\w){word}(?!\w)", text) for word in words if word))
 
 
 def choice(answer: str, references: Sequence[str]) -> float:
-    """1 when the answer names the reference's letter: `B`, `(b) a horse`, `The answer is B`; several letters do not."""
-    chosen, wanted = chosen_letter(answer), [chosen_letter(reference) for reference in references]
-    need(all(wanted), references, "letter of an option", "choice")
-    return float(chosen in wanted)
+    """Return 1 if the answer names the reference's letter alone: `B`, `(b) a horse`, `The answer is B`."""
+    letters = [chosen_letter(reference) for reference in references]
+    need(all(letters), references, "letter of an option", "choice")
+    return float(chosen_letter(answer) in letters)
 
 
 def chosen_letter(text: str) -> str | None:
-    """The option an answer settles on: the last one told as such, a marked one in front, or the only letter alone."""
-    if told := [one or other for one, other in _TOLD.findall(text)]:
-        return str(told[-1]).upper()
+    """Return the option that an answer chooses: the last one named as such, one marked in front, or the only letter."""
+    if named := [upper or lower for upper, lower in _NAMED.findall(text)]:
+        return str(named[-1]).upper()
     if marked := _MARKED.match(text):
         return marked[1].upper()
-    alone = [found for found in _ALONE.finditer(text) if found[1] != "I"]
-    if len({found[1] for found in alone}) != 1:
+    alone = [letter for letter in _ALONE.finditer(text) if letter[1] != "I"]
+    if len({letter[1] for letter in alone}) != 1:
         return None
     # "A horse" begins with an article, it does not choose
     return None if alone[0][1] == "A" and _ARTICLE.match(text, alone[0].start()) else alone[0][1]
 
 
 def f1(answer: str, references: Sequence[str]) -> float:
-    """Word overlap as SQuAD counts it: lower case, without punctuation and articles."""
+    """Return the word overlap as SQuAD counts it: lower case, without punctuation and articles."""
     return max(_word_f1(_squad_words(answer), _squad_words(reference)) for reference in references)
 
 
 def anls(answer: str, references: Sequence[str]) -> float:
-    """Normalised Levenshtein similarity of DocVQA: in lower case, 0 below one half (Biten et al., ICCV 2019)."""
+    """Return DocVQA's normalised Levenshtein similarity: in lower case, 0 below one half (Biten et al., ICCV 2019)."""
     best = 0.0
     for reference in references:
-        one, two = " ".join(answer.lower().split()), " ".join(reference.lower().split())
-        longest = max(len(one), len(two))
-        far = levenshtein(one, two) / longest if longest else 0.0
-        best = max(best, 1 - far if far < 0.5 else 0.0)
+        answered, expected = " ".join(answer.lower().split()), " ".join(reference.lower().split())
+        longest = max(len(answered), len(expected))
+        distance = levenshtein(answered, expected) / longest if longest else 0.0
+        best = max(best, 1 - distance if distance < 0.5 else 0.0)
     return best
 
 
 def relaxed(answer: str, references: Sequence[str]) -> float:
-    """ChartQA's relaxed accuracy: numbers within 5 % of the reference, other text equal in lower case."""
+    """Return ChartQA's relaxed accuracy: numbers within 5 % of the reference, other text equal in lower case."""
     return float(any(_relaxed(answer.strip(), reference.strip()) for reference in references))
 
 
 def json_field_f1(answer: str, references: Sequence[str]) -> float:
-    """F1 over the fields of a JSON object: a field is its path and its value; numbers by value, text by its words."""
-    found = _fields(find_json(answer))
+    """Return F1 over the fields of a JSON object, each a path and a value; numbers by value, text by its words."""
+    fields = _fields(find_json(answer))
     best = 0.0
     for reference in references:
-        wanted = find_json(reference)
-        need(wanted is not None, references, "JSON object or list", "json-field-f1")
-        best = max(best, _word_f1(found, _fields(wanted)))
+        expected = find_json(reference)
+        need(expected is not None, references, "JSON object or list", "json-field-f1")
+        best = max(best, _word_f1(fields, _fields(expected)))
     return best
 
 
 _PLAIN: dict[str, Metric] = {
-    "exact": exact, "contains": contains, "choice": choice, "f1": f1, "anls": anls, "relaxed": relaxed,
-    "point-in-box": point_in_box, "json-field-f1": json_field_f1, "time-iou": time_iou,
-}  # fmt: skip
+    "exact": exact,
+    "contains": contains,
+    "choice": choice,
+    "f1": f1,
+    "anls": anls,
+    "relaxed": relaxed,
+    "point-in-box": point_in_box,
+    "json-field-f1": json_field_f1,
+    "time-iou": time_iou,
+}
 _AT: dict[str, Callable[[str, Sequence[str], float], float]] = {"iou": iou_at, "time-iou": time_iou_at}
 METRICS = (*_PLAIN, *(f"{name}@t" for name in _AT))
 
@@ -132,12 +139,12 @@ def _of_user(name: str) -> Metric:
     if str(Path.cwd()) not in sys.path:  # last, so that no file where the user stands hides a package
         sys.path.append(str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), function)
+        metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--metric {name}: {error}. Write module:function, importable from here") from error
 
     def measured(answer: str, references: Sequence[str]) -> float:
-        score = found(answer, list(references))
+        score = metric(answer, list(references))
         if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
             raise ValueError(f"--metric {name} gave {score!r} for the answer {answer!r:.80}; a score is from 0 to 1")
         return float(score)
@@ -154,27 +161,27 @@ def _squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", bare).split()
 
 
-def _word_f1(found: Sequence[Any], wanted: Sequence[Any]) -> float:
-    if not found or not wanted:
-        return float(not found and not wanted)
-    common = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * common / (len(found) + len(wanted))
+def _word_f1(answered: Sequence[Any], expected: Sequence[Any]) -> float:
+    if not answered or not expected:
+        return float(not answered and not expected)
+    common = sum((Counter(answered) & Counter(expected)).values())
+    return 2 * common / (len(answered) + len(expected))
 
 
-def levenshtein(one: str, two: str) -> int:
-    """Fewest insertions, deletions and replacements of characters between two texts."""
-    row = list(range(len(two) + 1))
-    for at, left in enumerate(one, 1):
+def levenshtein(first: str, second: str) -> int:
+    """Return the fewest insertions, deletions and replacements of characters between two texts."""
+    row = list(range(len(second) + 1))
+    for at, left in enumerate(first, 1):
         before, row[0] = row[0], at
-        for column, right in enumerate(two, 1):
+        for column, right in enumerate(second, 1):
             before, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, before + (left != right))
     return row[-1]
 
 
 def _relaxed(answer: str, reference: str) -> bool:
-    found, wanted = _value(answer), _value(reference)
-    if found is not None and wanted:
-        return abs(found - wanted) / abs(wanted) <= 0.05
+    answered, expected = _value(answer), _value(reference)
+    if answered is not None and expected:
+        return abs(answered - expected) / abs(expected) <= 0.05
     return answer.lower() == reference.lower()
 
 
@@ -186,9 +193,9 @@ def _value(text: str) -> float | None:
 
 
 def find_json(text: str) -> Any:
-    """The first JSON object or list in a text, in a fence or bare; None where there is none."""
+    """Return the first JSON object or list in a text, in a fence or bare; None if there is none."""
     decoder = json.JSONDecoder(parse_int=float)  # a model that repeats itself writes integers of any length
-    for start in (found.start() for found in re.finditer(r"[{\[]", text)):
+    for start in (bracket.start() for bracket in re.finditer(r"[{\[]", text)):
         try:
             return decoder.raw_decode(text, start)[0]
         except json.JSONDecodeError:
@@ -199,7 +206,7 @@ def find_json(text: str) -> Any:
 
 
 def _fields(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Leaves with their paths. The order of a list does not count, what lies in it does."""
+    """Return the leaves with their paths; the order of a list does not count."""
     if isinstance(value, dict):
         return [leaf for key, item in value.items() for leaf in _fields(item, f"{path}.{str(key).casefold()}")]
     if isinstance(value, list):

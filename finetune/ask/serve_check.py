@@ -1,7 +1,8 @@
-"""A live server against our own computation: token ids, image grids, greedy choices and log-probabilities of samples.
+"""Compares a live server with our own computation: token ids, image grids, greedy choices and log-probabilities.
 
 The server writes; our model then reads what it wrote in one forward. So one differing token is one difference, and a
-near tie, where rounding decides, can be told from a wrong model. What a server does not tell is said, not guessed.
+near tie, where rounding decides, can be told from a wrong model. What a server does not return is reported, not
+guessed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from data.render.sample import Sample
-from finetune.ask.answers import Asked
+from finetune.ask.answers import ShownQuestion
 from finetune.ask.endpoint import Endpoint, completion_body, reply_of
 from finetune.ask.local import prompt_of
 from finetune.ask.speaker import Judged, Sampling, Speaker
@@ -20,7 +21,7 @@ TOPICS = ("token ids", "image grids", "greedy text", "log-probabilities")
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One thing that is not as it is here."""
+    """One thing that differs between the server and us."""
 
     key: str
     topic: str
@@ -32,7 +33,7 @@ class Difference:
 
 @dataclass(kw_only=True)
 class Card:
-    """What was compared so far."""
+    """What was compared so far, and what differed."""
 
     tolerance: float
     max_tokens: int
@@ -44,10 +45,10 @@ class Card:
     differences: list[Difference] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
-        """The card as it is printed, a topic a line."""
+        """Yield the lines of the printed card, one a topic."""
         units = {"token ids": "prompts", "image grids": "grids", "greedy text": "tokens", "log-probabilities": "tokens"}
         for topic in TOPICS:
-            wrong = sum(one.topic == topic for one in self.differences)
+            wrong = sum(difference.topic == topic for difference in self.differences)
             status = "FAIL" if wrong else "pass" if self.compared[topic] else "none"
             notes = [f"{self.compared[topic]} {units[topic]} compared"]
             notes += [f"{wrong} differ"] if wrong else []
@@ -60,26 +61,29 @@ class Card:
 
 
 def serve_check(
-    speaker: Speaker, endpoint: Endpoint, asked: Iterator[Asked], *, tolerance: float, max_tokens: int
+    speaker: Speaker, endpoint: Endpoint, questions: Iterator[ShownQuestion], *, tolerance: float, max_tokens: int
 ) -> Iterator[Card]:
-    """Compare sample by sample; the card grows, and comes back after each."""
+    """Compare sample by sample, and yield the growing card after each."""
     card, name = Card(tolerance=tolerance, max_tokens=max_tokens), endpoint.model_name()
-    # the last is vLLM's, for the ids of the prompt and of what was written; other servers pass over it
     options = {
-        "max_tokens": max_tokens, "temperature": 0.0, "logprobs": True, "top_logprobs": 1, "return_token_ids": True,
-    }  # fmt: skip
-    for one in asked:
-        prompt = prompt_of(speaker, one)
-        body = endpoint.call("/v1/chat/completions", completion_body(one, name, options))
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "logprobs": True,
+        "top_logprobs": 1,
+        "return_token_ids": True,  # vLLM's, for the ids of the prompt and of the answer; other servers ignore it
+    }
+    for question in questions:
+        prompt = prompt_of(speaker, question)
+        body = endpoint.call("/v1/chat/completions", completion_body(question, name, options))
         reply_of(body)
         card.samples += 1
-        if _compare_prompt(card, one.key, prompt, body, speaker):
-            _compare_answer(card, one.key, prompt, body, speaker)
+        if _compare_prompt(card, question.key, prompt, body, speaker):
+            _compare_answer(card, question.key, prompt, body, speaker)
         yield card
 
 
 def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Speaker) -> bool:
-    """Whether the server read the same prompt; with another one, answers cannot be compared."""
+    """Return whether the server read the same prompt; otherwise answers cannot be compared."""
     ours: list[int] = prompt.input_ids.tolist()
     theirs = body.get("prompt_token_ids") or body["choices"][0].get("prompt_token_ids")
     if theirs is None:
@@ -91,7 +95,7 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Sp
     if our_text != their_text:
         at = next((n for n, (a, b) in enumerate(zip(our_text, their_text, strict=False)) if a != b), len(our_text))
         at = min(at, len(our_text), len(their_text))
-        there, here = _shown(their_text, at, speaker), _shown(our_text, at, speaker)
+        there, here = _spelled(their_text, at, speaker), _spelled(our_text, at, speaker)
         detail = f"token {at} (media as one) is {there} there, {here} here"
         card.differences.append(Difference(key=key, topic="token ids", detail=detail))
     elif their_runs and all(run == 1 for run in their_runs) and their_runs != our_runs:
@@ -106,7 +110,7 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Sp
 
 
 def _compare_length(card: Card, key: str, ours: int, body: Any) -> bool:
-    """All that a server without ids tells: how many tokens the prompt took, media included."""
+    """Compare how many tokens the prompt took, media included; a server without ids returns no more."""
     card.untold["token ids"] += 1
     card.untold["image grids"] += 1
     theirs = (body.get("usage") or {}).get("prompt_tokens")
@@ -119,40 +123,40 @@ def _compare_length(card: Card, key: str, ours: int, body: Any) -> bool:
 
 def _compare_answer(card: Card, key: str, prompt: Sample, body: Any, speaker: Speaker) -> None:
     choice = body["choices"][0]
-    told = (choice.get("logprobs") or {}).get("content") or []
-    ids = _written(choice, len(told), speaker)
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    ids = _answer_ids(choice, len(entries), speaker)
     if ids is None:
         card.untold["log-probabilities"] += 1
         _compare_text(card, key, prompt, choice["message"]["content"] or "", speaker)
         return
     judged = speaker.judge(prompt, ids)
     _compare_choices(card, key, ids, judged, speaker)
-    if not told:
+    if not entries:
         card.untold["log-probabilities"] += 1
         return
     worst = (0.0, 0)
-    for at, (entry, mine) in enumerate(zip(told, judged, strict=False)):
+    for at, (entry, mine) in enumerate(zip(entries, judged, strict=False)):
         card.compared["log-probabilities"] += 1
         worst = max(worst, (abs(entry["logprob"] - mine.chosen), at))
     card.farthest = max(card.farthest, worst[0])
     if worst[0] > card.tolerance:
-        there, here = told[worst[1]]["logprob"], judged[worst[1]].chosen
-        detail = f"of token {worst[1] + 1}, {_shown(ids, worst[1], speaker)}: {there:.4f} there, {here:.4f} here"
+        there, here = entries[worst[1]]["logprob"], judged[worst[1]].chosen
+        detail = f"of token {worst[1] + 1}, {_spelled(ids, worst[1], speaker)}: {there:.4f} there, {here:.4f} here"
         card.differences.append(Difference(key=key, topic="log-probabilities", detail=detail))
 
 
-def _written(choice: Any, told: int, speaker: Speaker) -> list[int] | None:
-    """The tokens that the server wrote: told, or read from a text that no other tokens could have given."""
+def _answer_ids(choice: Any, count: int, speaker: Speaker) -> list[int] | None:
+    """Return the tokens that the server wrote: as it names them, or from a text that only these `count` can spell."""
     if choice.get("token_ids"):
         return list(choice["token_ids"])
     text = choice["message"]["content"] or ""
     ids = speaker.renderer.encode(text)
-    is_sure = told and len(ids) in (told, told - 1) and "\ufffd" not in text and speaker.renderer.decode(ids) == text
-    return ids if is_sure and ids else None
+    is_complete = "\ufffd" not in text and speaker.renderer.decode(ids) == text
+    return ids if ids and count and len(ids) in (count, count - 1) and is_complete else None
 
 
 def _compare_text(card: Card, key: str, prompt: Sample, text: str, speaker: Speaker) -> None:
-    """Greedy text alone, where tokens are not known: a near tie cannot be told from a difference."""
+    """Compare greedy text alone, as tokens are not known: a near tie cannot be told from a difference."""
     (ours,) = speaker.answer([prompt], Sampling(max_tokens=card.max_tokens))
     card.compared["greedy text"] += len(ours.ids)
     if ours.text != text:
@@ -163,7 +167,7 @@ def _compare_text(card: Card, key: str, prompt: Sample, text: str, speaker: Spea
 
 
 def _compare_choices(card: Card, key: str, ids: Sequence[int], judged: Sequence[Judged], speaker: Speaker) -> None:
-    """Each token written there against our own best one at its place."""
+    """Compare each token written there with our own best one at its place."""
     for at, (token, mine) in enumerate(zip(ids, judged, strict=True)):
         card.compared["greedy text"] += 1
         if token == mine.best_id:
@@ -172,7 +176,7 @@ def _compare_choices(card: Card, key: str, ids: Sequence[int], judged: Sequence[
             card.near_ties += 1
             continue
         detail = (
-            f"token {at + 1} is {_shown(ids, at, speaker)} there, {_shown([mine.best_id], 0, speaker)} here, whose "
+            f"token {at + 1} is {_spelled(ids, at, speaker)} there, {_spelled([mine.best_id], 0, speaker)} here, whose "
             f"log-probability is higher by {mine.best - mine.chosen:.4f}"
         )
         card.differences.append(Difference(key=key, topic="greedy text", detail=detail))
@@ -180,7 +184,7 @@ def _compare_choices(card: Card, key: str, ids: Sequence[int], judged: Sequence[
 
 
 def _without_runs(ids: Sequence[int], pads: frozenset[int]) -> tuple[list[int], list[int]]:
-    """Tokens with each run of one placeholder as a single one, and the lengths of the runs."""
+    """Return the tokens with each run of one placeholder as a single one, and the lengths of the runs."""
     runs = [(token, sum(1 for _ in group)) for token, group in groupby(ids)]
     text = [token for token, count in runs for _ in range(1 if token in pads else count)]
     return text, [count for token, count in runs if token in pads]
@@ -188,9 +192,9 @@ def _without_runs(ids: Sequence[int], pads: frozenset[int]) -> tuple[list[int], 
 
 def _grids(prompt: Sample) -> str:
     grids = [*prompt.image_grids.tolist(), *prompt.video_grids.tolist()]
-    shown = ", ".join("x".join(map(str, grid)) for grid in grids)
-    return f" (grids here: {shown}; look at the sizes in preprocessor_config.json and in the server's options)"
+    sizes = ", ".join("x".join(map(str, grid)) for grid in grids)
+    return f" (grids here: {sizes}; look at the sizes in preprocessor_config.json and in the server's options)"
 
 
-def _shown(ids: Sequence[int], at: int, speaker: Speaker) -> str:
+def _spelled(ids: Sequence[int], at: int, speaker: Speaker) -> str:
     return f"{ids[at]} ({speaker.renderer.spell(ids[at])!r})" if at < len(ids) else "the end"

@@ -1,7 +1,7 @@
 """A loaded model that answers: greedy or sampled, alone or in a batch, token by token, in one process.
 
-Prompts of a batch stand padded on their left side; a prompt alone has neither padding nor mask. With a temperature
-every prompt has a random generator of its own, so that an answer does not depend on what stands beside it.
+Prompts of a batch are padded on their left side; a single prompt has neither padding nor mask. With a temperature
+every prompt has a random generator of its own, so that an answer does not depend on the rest of its batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model wrote. `finished`: it ended by itself, not at max_tokens."""
+    """An answer of a model. `finished`: it ended by itself, not at max_tokens."""
 
     ids: tuple[int, ...]
     text: str
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A token that somebody else wrote, as our model sees it: log-probabilities of it and of our own choice there."""
+    """A token that another model wrote: our log-probabilities of it and of our own choice in its place."""
 
     chosen: float
     best: float
@@ -53,79 +53,89 @@ class Judged:
 
 
 class Speaker:
-    """A loaded model, and all it takes to ask it."""
+    """A loaded model, and everything that it takes to ask it."""
 
     def __init__(
-        self, module: Any, *, renderer: Renderer, spec: VisionSpec | None, stops: frozenset[int], device: torch.device,
+        self,
+        module: Any,
+        *,
+        renderer: Renderer,
+        spec: VisionSpec | None,
+        stops: frozenset[int],
+        device: torch.device,
         switches: bool = False,
-    ) -> None:  # fmt: skip
-        self.module, self.renderer, self.spec = module.eval(), renderer, spec
+    ) -> None:
+        self.module = module.eval()
+        self.renderer, self.spec = renderer, spec
         self.stops, self.device = stops, device
         # transformers 5.24 gave the argument a shorter name, and warns of the one that 5.23 has
         self.keyword = "cache" if "cache" in signature(module.model.forward).parameters else "past_key_values"
         self.switches = switches
-        """Whether all that the adapter does can be left out again."""
+        """Whether everything that the adapter does can be switched off again."""
 
     def base_alone(self) -> AbstractContextManager[None]:
-        """A block in which the adapter is left out."""
+        """Return a context in which the adapter is switched off."""
         assert self.switches, "what was trained in full or added to the weights cannot be left out"
         return adapters_off(self.module)
 
     def require_room(self, prompt: Sample) -> Sample:
-        """Return the prompt; raise when it reaches beyond the positions that the model was made to tell apart."""
-        wanted, known = (
-            int(prompt.positions[1:].max()) + 1,
-            self.module.config.get_text_config().max_position_embeddings,
-        )
-        if wanted > known:
+        """Return the prompt; raise if it takes more positions than the model was made for."""
+        positions = int(prompt.positions[1:].max()) + 1
+        known = self.module.config.get_text_config().max_position_embeddings
+        if positions > known:
             raise ValueError(
-                f"the prompt takes {wanted:,} positions ({len(prompt.input_ids):,} tokens), the model reads {known:,}. "
-                f"Shorten it, show smaller images or fewer frames, or set context.yarn.factor where it was trained so"
+                f"the prompt takes {positions:,} positions ({len(prompt.input_ids):,} tokens), the model reads "
+                f"{known:,}. Shorten it, show smaller images or fewer frames, or set context.yarn.factor where it was "
+                f"trained so"
             )
         return prompt
 
     def stream(self, prompt: Sample, sampling: Sampling) -> Iterator[str]:
-        """Text of one answer, piece by piece; a character that is not whole yet waits for its next token."""
+        """Yield the text of one answer piece by piece; an incomplete character waits for its next token."""
         ids: list[int] = []
-        shown = ""
+        streamed = ""
         for (token,) in self._tokens([prompt], sampling, [0]):
             ids += [token] if token not in self.stops else []
             text = self.renderer.decode(ids)
             if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
+                yield text[len(streamed) :]
+                streamed = text
         if ids:
-            yield self.renderer.decode(ids)[len(shown) :]
+            yield self.renderer.decode(ids)[len(streamed) :]
 
     def answer(self, prompts: Sequence[Sample], sampling: Sampling, *, numbers: Sequence[int] = ()) -> list[Answer]:
-        """Answers to prompts, computed side by side; `numbers` names each prompt's random generator."""
-        written: list[list[int]] = [[] for _ in prompts]
+        """Answer prompts in one batch; `numbers` are the seeds of their random generators."""
+        ids: list[list[int]] = [[] for _ in prompts]
         finished = [False] * len(prompts)
         for tokens in self._tokens(prompts, sampling, numbers or range(len(prompts))):
             for at, token in enumerate(tokens):
                 if token in self.stops:
                     finished[at] = True
                 elif not finished[at]:
-                    written[at].append(token)
-        texts = [self.renderer.decode(ids) for ids in written]
-        return [Answer(ids=tuple(i), text=t, finished=f) for i, t, f in zip(written, texts, finished, strict=True)]
+                    ids[at].append(token)
+        return [
+            Answer(ids=tuple(own_ids), text=self.renderer.decode(own_ids), finished=is_finished)
+            for own_ids, is_finished in zip(ids, finished, strict=True)
+        ]
 
     @torch.inference_mode()
     def judge(self, prompt: Sample, continuation: Sequence[int]) -> list[Judged]:
-        """Each token of a continuation, given the prompt and those before it, by one forward."""
-        both = replace(
+        """Judge each token of a continuation, given the prompt and those before it, by one forward."""
+        continued = replace(
             prompt,
             input_ids=torch.cat([torch.from_numpy(prompt.input_ids), torch.tensor(continuation[:-1])]).int().numpy(),
             positions=_continued(torch.from_numpy(prompt.positions), len(continuation) - 1).int().numpy(),
         )
-        hidden_TD = self.module.model(**self._inputs([both]), use_cache=False).last_hidden_state[0]
+        hidden_TD = self.module.model(**self._inputs([continued]), use_cache=False).last_hidden_state[0]
         logs_TV = self.module.lm_head(hidden_TD[-len(continuation) :]).float().log_softmax(-1)
-        wanted = torch.tensor(continuation, device=logs_TV.device)
-        rows = zip(logs_TV.gather(1, wanted[:, None])[:, 0].tolist(), *map(Tensor.tolist, logs_TV.max(-1)), strict=True)
+        tokens_T = torch.tensor(continuation, device=logs_TV.device)
+        chosen_T = logs_TV.gather(1, tokens_T[:, None])[:, 0]
+        best_T, best_id_T = logs_TV.max(-1)
+        rows = zip(chosen_T.tolist(), best_T.tolist(), best_id_T.tolist(), strict=True)
         return [Judged(chosen=chosen, best=best, best_id=best_id) for chosen, best, best_id in rows]
 
     def _tokens(self, prompts: Sequence[Sample], sampling: Sampling, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """The next token of every prompt, until all have ended; what an ended one still writes is no answer."""
+        """Yield the next token of every prompt, until all have ended; ignore what follows the end of one."""
         generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in numbers]
         ended = [False] * len(prompts)
         cache, inputs = DynamicCache(config=self.module.config), self._inputs(prompts)
@@ -142,14 +152,14 @@ class Speaker:
             ids = torch.tensor(tokens, device=self.device)[:, None]
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
-    @torch.inference_mode()  # not around the loop: a generator would leave the mode on for whoever reads it
+    @torch.inference_mode()  # not around the loop: a generator would leave the mode on for its caller
     def _next_logits(self, inputs: dict[str, Any], cache: DynamicCache) -> Tensor:
         hidden_BTD = self.module.model(**inputs, **{self.keyword: cache}, use_cache=True).last_hidden_state
         logits_BV: Tensor = self.module.lm_head(hidden_BTD[:, -1]).float()
         return logits_BV
 
     def _inputs(self, prompts: Sequence[Sample]) -> dict[str, Any]:
-        """Rows padded on the left, and the pixels of all of them, in the order of the rows."""
+        """Return rows padded on the left, and the pixels of all of them, in the order of the rows."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.renderer.pad_id)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -158,16 +168,16 @@ class Speaker:
             begin = longest - len(prompt.input_ids)
             ids[row, begin:], mask[row, begin:] = torch.from_numpy(prompt.input_ids), 1
             positions[:, row, begin:] = torch.from_numpy(prompt.positions)
-        padded = not bool(mask.all())
-        found: dict[str, Any] = {
+        is_padded = not bool(mask.all())
+        inputs: dict[str, Any] = {
             "input_ids": ids.to(self.device),
-            "attention_mask": mask.to(self.device) if padded else None,  # none, so that no mask of T x T is built
+            "attention_mask": mask.to(self.device) if is_padded else None,  # none, so that no mask of T x T is built
             "position_ids": (positions if self.spec is not None else positions[0]).to(self.device),
         }
-        return found | self._pixels(prompts)
+        return inputs | self._pixels(prompts)
 
     def _pixels(self, prompts: Sequence[Sample]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             patches = [torch.from_numpy(getattr(prompt, f"{kind}_patches")) for prompt in prompts]
             grids = [torch.from_numpy(getattr(prompt, f"{kind}_grids")).long() for prompt in prompts]
@@ -175,10 +185,10 @@ class Speaker:
                 continue
             if self.spec is None:
                 raise ValueError(f"an {kind} was given, but this model has no vision tower; ask it about text")
-            joined = torch.cat(patches).to(self.device)
-            found[name] = normalise(joined, spec=self.spec, dtype=self.module.model.visual.dtype)
-            found[f"{kind}_grid_thw"] = torch.cat(grids).to(self.device)
-        return found
+            all_patches = torch.cat(patches).to(self.device)
+            inputs[name] = normalise(all_patches, spec=self.spec, dtype=self.module.model.visual.dtype)
+            inputs[f"{kind}_grid_thw"] = torch.cat(grids).to(self.device)
+        return inputs
 
 
 def _choose(logits_BV: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> list[int]:
@@ -190,7 +200,7 @@ def _choose(logits_BV: Tensor, temperature: float, generators: Sequence[torch.Ge
 
 
 def _next(positions: Tensor) -> Tensor:
-    """The position behind each row: tokens count on in row 0, the rotary ones go on from the farthest of the three."""
+    """Return the next positions: row 0 counts tokens, the rotary rows go on from the farthest of the three."""
     if positions.ndim == 2:
         return positions[:, -1:] + 1
     first = positions[:1, :, -1:] + 1
@@ -199,7 +209,7 @@ def _next(positions: Tensor) -> Tensor:
 
 
 def _continued(positions: Tensor, count: int) -> Tensor:
-    """Positions of a prompt with so many tokens of text behind it."""
+    """Return the positions of a prompt with `count` tokens of text behind it."""
     more = torch.arange(1, count + 1)
     first = positions[:1, -1:] + more
     return torch.cat([positions, torch.cat([first, (positions[1:].max() + more).expand(3, -1)])], dim=1)

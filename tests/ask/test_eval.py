@@ -27,7 +27,16 @@ from transformers import AutoModelForImageTextToText
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.format.record import parse_record
 from data.render.sample import Renderer
-from finetune.ask.answers import Asked, Reply, Scored, find_questions, metrics_of, put, table, table_lines
+from finetune.ask.answers import (
+    Reply,
+    Scored,
+    ShownQuestion,
+    find_questions,
+    metrics_of,
+    table,
+    table_lines,
+    with_media,
+)
 from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable, completion_body, reply_of
 from finetune.ask.local import prompt_of
 from launchers.cli import main
@@ -44,17 +53,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("held-out")
     for number in range(6):
         (folder / f"{number}.png").write_bytes(encode(Image.fromarray(picture(64 + 32 * number, 96, number))))
-    found = []
+    lines = []
     for number in range(4):
         asked = {"role": "user", "content": "Compare <image> and <image>."}
-        found.append({"source": "pairs", "messages": [asked, {"role": "assistant", "content": "Alike."}]})
-        found[-1]["images"] = [f"{number}.png", f"{number + 1}.png"]
+        lines.append({"source": "pairs", "messages": [asked, {"role": "assistant", "content": "Alike."}]})
+        lines[-1]["images"] = [f"{number}.png", f"{number + 1}.png"]
     system = {"role": "system", "content": "Be brief."}
     turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "B"}]
-    found.append({"messages": [system, *turns], "answers": ["B", "b."]})
-    found.append({"messages": [system, *turns], "images": ["5.png"]})
+    lines.append({"messages": [system, *turns], "answers": ["B", "b."]})
+    lines.append({"messages": [system, *turns], "images": ["5.png"]})
     path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
     return path
 
 
@@ -68,27 +77,30 @@ def served():
 def server(served):
     served.requests.clear()
     served.keys.clear()
-    served.tells, served.enlarge, served.names = {"prompt_token_ids", "token_ids", "logprobs"}, 1, ["served"]
+    served.tells = {"prompt_token_ids", "token_ids", "logprobs"}
+    served.enlarge, served.names = 1, ["served"]
     served.model = stock()
     yield served
     assert not served.refuse
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> dict:
-    found: dict = json.loads(capsys.readouterr().out)
-    return found
+def report(capsys: pytest.CaptureFixture[str]) -> dict:
+    printed: dict = json.loads(capsys.readouterr().out)
+    return printed
 
 
 def test_a_server_and_our_own_model_give_the_same_answers(rows, server, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     words = ["eval", f"rest={rows}", "--max-tokens", "6", "--metric", "exact", "--metric", "rest=choice", "--json"]
     assert main([*words, "--model", str(base()), "--batch", "4", "--out", str(tmp_path / "ours.jsonl")]) == 0
-    ours = said(capsys)
+    ours = report(capsys)
     assert main([*words, "--url", server.url, "--key-variable", "MY_KEY", "--out", str(tmp_path / "theirs.jsonl")]) == 0
-    assert said(capsys) == ours
+    assert report(capsys) == ours
     assert [(row["source"], row["samples"], set(row["scores"])) for row in ours["rows"]] == [
-        ("pairs", 4, {"exact"}), ("rest", 2, {"choice"}), ("all", 6, {"exact", "choice"}),
-    ]  # fmt: skip
+        ("pairs", 4, {"exact"}),
+        ("rest", 2, {"choice"}),
+        ("all", 6, {"exact", "choice"}),
+    ]
     lines = [json.loads(line) for line in (tmp_path / "ours.jsonl").read_text().splitlines()]
     assert lines == [json.loads(line) for line in (tmp_path / "theirs.jsonl").read_text().splitlines()]
     assert len({line["answer"] for line in lines}) > 2
@@ -110,16 +122,16 @@ def test_bounds_decide_the_exit_code(rows, capsys):
 
 def test_controls_show_other_media_or_none(rows):
     questions, reader = find_questions([str(rows)])
-    kept = list(put(questions, reader, control="kept", seed=0))
+    kept = list(with_media(questions, reader, control="kept", seed=0))
     assert [len(one.images) for one in kept] == [2, 2, 2, 2, 0, 1]
     with pytest.raises(ValueError, match="--media shuffled: no other question shows 1 images and 0 videos"):
-        list(put(questions, reader, control="shuffled", seed=0))
-    shuffled = list(put(questions[:5], reader, control="shuffled", seed=0))
+        list(with_media(questions, reader, control="shuffled", seed=0))
+    shuffled = list(with_media(questions[:5], reader, control="shuffled", seed=0))
     for one, other in zip(kept[:4], shuffled[:4], strict=True):
         assert other.record.messages == one.record.messages
         assert other.images != one.images
     assert sorted(one.images for one in shuffled[:4]) == sorted(one.images for one in kept[:4])
-    blank = list(put(questions, reader, control="blank", seed=0))
+    blank = list(with_media(questions, reader, control="blank", seed=0))
     with Image.open(io.BytesIO(blank[0].images[1])) as image:
         assert (image.size, image.getextrema()) == ((96, 96), ((128, 128),) * 3)
 
@@ -152,15 +164,15 @@ def test_the_table_means_what_it_says(rows):
     questions, _ = find_questions([str(rows)])
     scores = [{"exact": at / 5} | ({"f1": 1.0} if at == 5 else {}) for at in range(6)]
     replies = [Reply(text="", finished=at > 0) for at in range(6)]
-    found = [Scored(question=q, reply=r, scores=s) for q, r, s in zip(questions, replies, scores, strict=True)]
-    assert table_lines(table(found)) == [
+    scored = [Scored(question=q, reply=r, scores=s) for q, r, s in zip(questions, replies, scores, strict=True)]
+    assert table_lines(table(scored)) == [
         "source  samples    exact       f1",
         "pairs         4   0.3000        -",
         "rows          2   0.9000   1.0000",
         "all           6   0.5000   1.0000",
     ]
-    assert [row.cut for row in table(found)] == [1, 0, 1]
-    assert len(table(found[:2])) == 1
+    assert [row.cut for row in table(scored)] == [1, 0, 1]
+    assert len(table(scored[:2])) == 1
 
 
 # --- the server
@@ -190,10 +202,10 @@ def test_a_busy_server_is_asked_again(server):
         (400, '{"message": "image too large"}', r"HTTP 400: image too large$"),
         (200, "<html>", r"what came back is no JSON"),
     ],
-)  # fmt: skip
-def test_what_a_server_refuses_is_said_in_its_words(server, status, said, text):
+)
+def test_what_a_server_refuses_is_said_in_its_words(server, status, body, text):
     endpoint, _ = patient(server, attempts=3, key_variable="NO_KEY")
-    server.refuse += [(status, {}, said)] * (3 if status == 503 else 1)
+    server.refuse += [(status, {}, body)] * (3 if status == 503 else 1)
     with pytest.raises(EndpointError, match=text):
         endpoint.call("/v1/chat/completions", {"messages": []})
 
@@ -210,11 +222,18 @@ def test_the_server_is_spoken_to_in_openais_words(server):
     call = {"tool_calls": [{"name": "look", "arguments": {"at": 1}}], "role": "assistant", "content": ""}
     asked = {"role": "user", "content": "<video>Then <image>"}
     record = parse_record(
-        {"v": 1, "messages": [asked, call, {"role": "tool", "content": "seen"}], "images": ["0.jpg"],
-         "videos": ["1.mp4"], "tools": [{"type": "function", "function": {"name": "look"}}]}, shard="", key="",
-    )  # fmt: skip
+        {
+            "v": 1,
+            "messages": [asked, call, {"role": "tool", "content": "seen"}],
+            "images": ["0.jpg"],
+            "videos": ["1.mp4"],
+            "tools": [{"type": "function", "function": {"name": "look"}}],
+        },
+        shard="",
+        key="",
+    )
     jpeg, mp4 = encode(Image.fromarray(picture(32, 32)), "JPEG"), clip(moving(5))
-    body = completion_body(Asked(key="", record=record, images=[jpeg], videos=[mp4]), "m", {"max_tokens": 3})
+    body = completion_body(ShownQuestion(key="", record=record, images=[jpeg], videos=[mp4]), "m", {"max_tokens": 3})
     first = body["messages"][0]["content"]
     assert [part["type"] for part in first] == ["video_url", "text", "image_url"]
     assert first[0]["video_url"]["url"].startswith("data:video/mp4;base64,")
@@ -244,12 +263,16 @@ def test_only_one_model_needs_no_name(server):
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        ({"messages": [("user", "<image><bbox>?")], "images": ["0.jpg"], "objects": {"bbox": [[0, 0, 1, 1]]}},
-         "<bbox> stands in a question; a server is sent text, images and videos only"),
-        ({"messages": [("user", "<video>?")], "videos": [{"member": "0.mp4", "start": 1.0}]},
-         "a question shows a range or a list of frames of a video"),
+        (
+            {"messages": [("user", "<image><bbox>?")], "images": ["0.jpg"], "objects": {"bbox": [[0, 0, 1, 1]]}},
+            "<bbox> stands in a question; a server is sent text, images and videos only",
+        ),
+        (
+            {"messages": [("user", "<video>?")], "videos": [{"member": "0.mp4", "start": 1.0}]},
+            "a question shows a range or a list of frames of a video",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
     turns = [{"role": role, "content": content} for role, content in row["messages"]]
     with pytest.raises(ValueError, match=text):
@@ -268,7 +291,7 @@ def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
         (["--set", "optim.lr=1"], r"--set optim.lr=1 would change nothing here; what counts is data.image, data.video"),
         (["--set", "data.image.max_token=9"], r"data.image.max_token: .*Did you mean|no such key"),
     ],
-)  # fmt: skip
+)
 def test_wrong_words_end_with_2(rows, words, text, capsys):
     who = [] if "--url" in words else ["--model", str(base())]
     assert main(["eval", str(rows), *who, *words]) == 2
@@ -292,12 +315,12 @@ def test_a_video_has_no_blank_picture(tmp_path):
     (tmp_path / "v.jsonl").write_text(json.dumps({"messages": turns, "videos": ["a.mp4"]}))
     questions, reader = find_questions([str(tmp_path / "v.jsonl")])
     with pytest.raises(ValueError, match="shows a video; blank pictures replace images only"):
-        list(put(questions, reader, control="blank", seed=0))
+        list(with_media(questions, reader, control="blank", seed=0))
 
 
 def test_a_sample_that_cannot_be_shown_is_named(rows):
     questions, reader = find_questions([str(rows)])
-    one = next(put(questions, reader, control="kept", seed=0))
+    one = next(with_media(questions, reader, control="kept", seed=0))
     speaker = SimpleNamespace(renderer=Renderer(base(), image=ImageConfig(), video=VideoConfig(), chat=ChatConfig()))
     with pytest.raises(ValueError, match="sample 000000001: image 1 .*: not a readable image"):
         prompt_of(speaker, replace(one, images=[b"no image"] * 2))
@@ -309,7 +332,7 @@ def test_a_sample_that_cannot_be_shown_is_named(rows):
 def test_a_server_that_computes_as_we_do_passes(rows, server, capsys, monkeypatch):
     words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "8", "--tolerance", "0.001"]
     assert main([*words, "--json"]) == 0
-    card = said(capsys)
+    card = report(capsys)
     assert card["samples"] == 6
     assert card["compared"] == {"token ids": 6, "image grids": 9, "greedy text": 48, "log-probabilities": 48}
     assert card["farthest"] < 1e-4
@@ -344,7 +367,7 @@ def test_another_model_is_found_by_its_choices_and_log_probabilities(rows, serve
         server.model.lm_head.weight[7] *= 3
     words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "8", "--tolerance", "0.01"]
     assert main([*words, "--samples", "3", "--json"]) == 3
-    card = said(capsys)
+    card = report(capsys)
     topics = {one["topic"] for one in card["differences"]}
     assert "log-probabilities" in topics
     assert topics <= {"greedy text", "log-probabilities"}
@@ -367,7 +390,7 @@ def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
     assert main(words) == 0
     text = capsys.readouterr().out
     assert main([*words, "--json"]) == 0
-    assert said(capsys)["answers"] == [{"who": "model", "answer": text.removesuffix("\n")}]
+    assert report(capsys)["answers"] == [{"who": "model", "answer": text.removesuffix("\n")}]
     assert main([*words, "--system", "Be brief."]) == 0
     assert capsys.readouterr().out != text
     assert main([*words, "--compare"]) == 2
@@ -402,14 +425,17 @@ def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         words = ["eval", "held.jsonl", "--url", url, "--name", "any"]
         started = subprocess.Popen(
-            [sys.executable, "-m", "launchers.cli", *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "launchers.cli", *words],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             # a shell starts what runs in the background with Ctrl-C ignored, and a child would inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
         with silent.accept()[0]:
             started.send_signal(signal.SIGINT)
-            said = started.communicate(timeout=LIMIT_S)[1]
+            errors = started.communicate(timeout=LIMIT_S)[1]
     assert started.returncode == 130
-    assert said.endswith("moetune eval: interrupted\n")
-    assert "Traceback" not in said
+    assert errors.endswith("moetune eval: interrupted\n")
+    assert "Traceback" not in errors

@@ -13,7 +13,7 @@ from PIL import Image
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.render.sample import Renderer
 from finetune.ask.heatmap import CELL, LEFT, TOP, colour, draw_heatmap
-from finetune.ask.needle import COLOURS, count_tokens, fitted, probe, prompt_of, video_trial
+from finetune.ask.needle import COLOURS, count_tokens, fitted, probe, prompt_of, video_haystack
 from finetune.ask.speaker import Judged
 from launchers.cli import main
 
@@ -38,37 +38,36 @@ class Knowing:
 @pytest.mark.parametrize(("kind", "lengths"), [("text", (600, 2000)), ("video", (200, 900))])
 def test_a_haystack_fills_its_length(renderer: Renderer, kind: str, lengths: tuple[int, ...]) -> None:
     for length in lengths:
-        trial = fitted(kind, length, 0.5, seed=3, renderer=renderer)
-        tokens = count_tokens(trial, renderer)
+        haystack = fitted(kind, length, 0.5, seed=3, renderer=renderer)
+        tokens = count_tokens(haystack, renderer)
         assert length - 80 <= tokens <= length
-        prompt = prompt_of(trial, renderer).input_ids
+        prompt = prompt_of(haystack, renderer).input_ids
         assert tokens - 16 <= len(prompt) < tokens
-        assert renderer.decode(prompt).count(trial.answer) == (1 if kind == "text" else 0), "in the needle alone"
+        assert renderer.decode(prompt).count(haystack.answer) == (1 if kind == "text" else 0), "in the needle alone"
     with pytest.raises(ValueError, match=f"a {kind} needle does not fit 20 tokens; the shortest haystack here takes"):
         fitted(kind, 20, 0.5, seed=3, renderer=renderer)
 
 
 def test_a_needle_lies_at_its_depth(renderer: Renderer) -> None:
     for depth in (0.0, 0.25, 1.0):
-        trial = fitted("text", 1500, depth, seed=1, renderer=renderer)
-        text = renderer.decode(prompt_of(trial, renderer).input_ids)
+        haystack = fitted("text", 1500, depth, seed=1, renderer=renderer)
+        text = renderer.decode(prompt_of(haystack, renderer).input_ids)
         sentences = re.findall(r"The [^.]*\.", text)
-        (at,) = (n for n, sentence in enumerate(sentences) if f"is {trial.answer}." in sentence)
+        (at,) = (n for n, sentence in enumerate(sentences) if f"is {haystack.answer}." in sentence)
         assert at == round(depth * (len(sentences) - 1))
-        clip = video_trial(20, depth, seed=1).videos[0]
+        clip = video_haystack(20, depth, seed=1).videos[0]
         pixels = [np.asarray(Image.open(io.BytesIO(frame))) for frame in clip]
         coloured = [n for n, frame in enumerate(pixels) if np.ptp(frame.reshape(-1, 3).mean(0)) > 50]
         assert coloured == [first := 2 * min(round(depth * 10), 9), first + 1]
-        assert tuple(pixels[first][0, 0]) == COLOURS[video_trial(20, depth, seed=1).answer]
+        assert tuple(pixels[first][0, 0]) == COLOURS[video_haystack(20, depth, seed=1).answer]
     again = fitted("text", 1500, 1.0, seed=1, renderer=renderer)
-    assert again == trial, "the same seed, the same haystack"
+    assert again == haystack, "the same seed, the same haystack"
 
 
 def test_scores_are_by_length_and_depth(renderer: Renderer) -> None:
     cells = list(probe(Knowing(renderer), "text", lengths=(700,), depths=(0.0, 1.0), trials=2, seed=0))
-    assert [(cell.length, cell.depth, cell.found, cell.right_tokens) for cell in cells] == [
-        (700, 0.0, 1.0, 1.0), (700, 1.0, 0.0, 0.0)
-    ]  # fmt: skip
+    scores = {cell.depth: (cell.length, cell.found, cell.right_tokens) for cell in cells}
+    assert scores == {0.0: (700, 1.0, 1.0), 1.0: (700, 0.0, 0.0)}
     assert 600 < cells[0].tokens < 700
 
 
@@ -89,12 +88,10 @@ def test_the_heatmap_shows_each_score_in_its_cell(tmp_path: Path) -> None:
 def test_a_tiny_model_is_probed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--lengths", "300", "--depths", "0,1", "--trials", "1", "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main(["probe", "needle", str(base()), *words]) == 0
-    told = capsys.readouterr().out
-    assert "model, text, 300 tokens, depth 0%: found" in told
+    assert "model, text, 300 tokens, depth 0%: found" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "needle.json").read_text())
-    assert {kind: [c["depth"] for c in of["model"]] for kind, of in content["kinds"].items()} == {
-        "text": [0.0, 1.0], "video": [0.0, 1.0]
-    }  # fmt: skip
+    depths = {kind: [cell["depth"] for cell in models["model"]] for kind, models in content["kinds"].items()}
+    assert depths == {"text": [0.0, 1.0], "video": [0.0, 1.0]}
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["needle-text.png", "needle-video.png"]
     with pytest.raises(SystemExit, match="2"):
         main(["probe", "needle", str(base()), "--depths", "2"])

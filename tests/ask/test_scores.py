@@ -75,7 +75,7 @@ BY_HAND = [
     ("time-iou", "at 3", ["2 to 5"], 0),
     ("time-iou@0.5", "1:05 until 1:15", ["[65.0, 70.0]"], 1),
     ("time-iou@0.6", "1:05 until 1:15", ["[65.0, 70.0]"], 0),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "answer", "references", "score"), BY_HAND)
@@ -118,16 +118,16 @@ def test_iou_counts_unit_squares(one: tuple, two: tuple) -> None:
 
 @given(st.lists(boxes, max_size=4), st.lists(boxes, min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_boxes_are_matched_as_well_as_any_pairing_can(found: list, wanted: list) -> None:
+def test_boxes_are_matched_as_well_as_any_pairing_can(answered: list, expected: list) -> None:
     from itertools import permutations
 
-    spare = [*found, *[None] * len(wanted)]
+    spare = [*answered, *[None] * len(expected)]
     best = max(
-        sum(one is not None and box_iou(one, other) >= 0.3 for one, other in zip(order, wanted, strict=False))
-        for order in permutations(spare, len(wanted))
+        sum(one is not None and box_iou(one, other) >= 0.3 for one, other in zip(order, expected, strict=False))
+        for order in permutations(spare, len(expected))
     )
-    score = find_metric("iou@0.3")(" ".join(map(str, map(list, found))), [" ".join(map(str, map(list, wanted)))])
-    assert score == pytest.approx(best / max(len(found), len(wanted)))
+    score = find_metric("iou@0.3")(" ".join(map(str, map(list, answered))), [" ".join(map(str, map(list, expected)))])
+    assert score == pytest.approx(best / max(len(answered), len(expected)))
 
 
 def test_reading_what_models_write() -> None:

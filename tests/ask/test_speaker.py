@@ -57,8 +57,8 @@ def theirs(name):
     """transformers' inputs, from the same media."""
     question = asked(name)
     question["messages"] = question["messages"][:-1]
-    found = oracle.ask(oracle.conversation, folder=str(base()), prompt=True, **question)
-    return {name: torch.from_numpy(value) for name, value in found.items()}
+    arrays = oracle.ask(oracle.conversation, folder=str(base()), prompt=True, **question)
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -104,9 +104,9 @@ def test_files_on_the_command_line_become_the_same_prompt(tmp_path: Path):
     wanted = prompt("video")
     for text in ("<video>\nWhat moves?", "\nWhat moves?"):
         of, images, videos = question(text, [], [str(tmp_path / "3.mp4")])
-        found = speaker().renderer.build(of, images, videos, key="", prompt=True)
-        np.testing.assert_array_equal(found.input_ids, wanted.input_ids)
-        np.testing.assert_array_equal(found.video_patches, wanted.video_patches)
+        built = speaker().renderer.build(of, images, videos, key="", prompt=True)
+        np.testing.assert_array_equal(built.input_ids, wanted.input_ids)
+        np.testing.assert_array_equal(built.video_patches, wanted.video_patches)
     files = [str(tmp_path / name) for name in ("0.png", "1.jpg")]
     of, images, _ = question("Compare <image> with <image>.", files, [], system="Be brief.")
     assert [message.role for message in of.messages] == ["system", "user"]
@@ -116,7 +116,7 @@ def test_files_on_the_command_line_become_the_same_prompt(tmp_path: Path):
 def test_log_probabilities_are_those_of_a_whole_forward():
     inputs, ours = theirs("image and videos"), prompt("image and videos")
     continuation = [5, 300, 17, 41]
-    found = speaker().judge(ours, continuation)
+    judged = speaker().judge(ours, continuation)
     more = {
         "input_ids": torch.cat([inputs["input_ids"], torch.tensor([continuation])], dim=1),
         "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, 4, dtype=torch.int64)], dim=1),
@@ -125,10 +125,10 @@ def test_log_probabilities_are_those_of_a_whole_forward():
     with torch.no_grad():
         logits = stock()(**inputs | more).logits[0, -5:-1]
     wanted = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None])[:, 0]
-    assert [one.chosen for one in found] == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert [one.chosen for one in judged] == pytest.approx(wanted.tolist(), abs=1e-4)
     best = logits.log_softmax(-1).max(-1)
-    assert [one.best for one in found] == pytest.approx(best.values.tolist(), abs=1e-4)
-    assert [one.best_id for one in found] == best.indices.tolist()
+    assert [one.best for one in judged] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [one.best_id for one in judged] == best.indices.tolist()
 
 
 def trained(folder: Path, adapters, config=None) -> Path:
