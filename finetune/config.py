@@ -22,9 +22,9 @@ class ModelConfig:
 
     family: str = ""
     path: str = ""  # a local folder or a hub id; training needs it
-    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: they say it
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are float32 in any case
-    # how packed rows attend inside their samples; auto is the fastest that the machine has
+    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: read from them
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are always float32
+    # how packed rows attend within their samples; auto is the fastest that the machine has
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
 
 
@@ -33,7 +33,7 @@ Mode = Literal["frozen", "lora", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyConfig:
-    """Parameters that have no low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
+    """Parameters without a low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
 
     mode: Mode = "frozen"
     lr: float = 0.0  # 0: optim.lr
@@ -77,7 +77,7 @@ class ExpertFamilyConfig:
 class AdaptersConfig:
     """What is frozen, adapted or trained in full, by family of parameters."""
 
-    # with the norms of queries and keys, in mode full; the one family that trains unless told otherwise
+    # mode full includes the norms of queries and keys; the only family that trains by default
     attention: DenseFamilyConfig = field(default_factory=lambda: DenseFamilyConfig(mode="lora"))
     experts: ExpertFamilyConfig = field(default_factory=ExpertFamilyConfig)
     router: RouterFamilyConfig = field(default_factory=RouterFamilyConfig)
@@ -100,10 +100,10 @@ class ParallelConfig:
     # ranks over which a layer's experts are spread; auto: the fastest that fits by the planner
     ep: int = field(default=1, metadata={"auto": 0})
     sp: int = 1  # ranks that hold slices of one packed row; with it a row may be longer than one rank can hold
-    offload_activations: bool = False  # what recomputed layers keep for backward waits in host memory
-    # norms and experts take so many tokens at a time, the experts once more in backward; 0: all of them at once
+    offload_activations: bool = False  # what recomputed layers keep for backward is held in host memory
+    # tokens that norms and experts take at a time, the experts once more in backward; 0: all of them at once
     tile_tokens: int = 0
-    # frozen weights whole on each rank, or partitioned by ZeRO-3; auto: whole where the planner finds room for them
+    # frozen weights complete on each rank, or partitioned by ZeRO-3; auto: complete if the planner finds room for them
     resident: Literal["auto", "frozen", "none"] = "auto"
     recompute: Literal["none", "layer", "selective", "auto"] = "selective"  # auto: the fastest that fits
 
@@ -118,13 +118,13 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser. Ranges that others published, with their sources, are in `finetune.settings.published`."""
+    """The optimiser. Published ranges, with their sources, are in `finetune.settings.published`."""
 
-    lr: float = 1e-4  # for LoRA, as ms-swift's best practice for Qwen3-VL has it; full tuning wants 1e-5 and less
+    lr: float = 1e-4  # for LoRA, as in ms-swift's best practice for Qwen3-VL; full tuning needs 1e-5 or less
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.0  # never of vectors
-    clip_norm: float = 1.0  # of all gradients together; 0: none
+    weight_decay: float = 0.0  # vectors are never decayed
+    clip_norm: float = 1.0  # of all gradients together; 0: no clipping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +133,15 @@ class ScheduleConfig:
 
     steps: int = 1000
     warmup_steps: int = 0
-    # wsd: warm up, stay, and come down in a straight line over the last decay_steps
+    # wsd: warm up, stay constant, and decay linearly over the last decay_steps
     shape: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    decay_steps: int = 0  # of wsd
-    final_share: float = 0.0  # of the rate, where linear, cosine and wsd end
+    decay_steps: int = 0  # wsd only
+    final_share: float = 0.0  # the share of the rate at which linear, cosine and wsd end
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageDataConfig:
-    """What a stage reads otherwise than `data:` says; what is left out stays."""
+    """Where a stage's data differ from `data:`; keys that are left out stay as they are."""
 
     packs_per_step: int | None = None
     tokens_per_pack: int | None = None
@@ -157,9 +157,9 @@ class StageConfig:
 
     from_step: int = 0
     train: list[str] = field(default_factory=list)  # families of `adapters:` that train in it; empty: all that may
-    lr: float = 0.0  # of every family that trains in it; 0: each family's own
+    lr: float = 0.0  # of every family that trains in it; 0: that of each family
     warmup_steps: int = 0  # of this stage, on top of the schedule
-    sp: int = 0  # instead of parallel.sp; 0: the same. Longer rows want more ranks to hold each
+    sp: int = 0  # instead of parallel.sp; 0: the same. Longer rows need more ranks for each
     data: StageDataConfig = field(default_factory=StageDataConfig)
 
 
@@ -174,79 +174,80 @@ class YarnConfig:
 class ContextConfig:
     """Length of context and its extension."""
 
-    length: int | None = None  # tokens that the trained model is said to serve; None: as far as positions reach
+    length: int | None = None  # tokens that the trained model claims to serve; None: as far as its positions reach
     yarn: YarnConfig = field(default_factory=YarnConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What the engine is told beyond the typed fields."""
+    """Settings of the engine beyond the typed fields."""
 
-    extra: dict[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's config; none that we make
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's config, except those that are made here
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSourceConfig:
-    """One set of held-out samples: `eval.sources.<name>`. A guard watches it, by the bounds that are given."""
+    """One set of held-out samples: `eval.sources.<name>`. A guard watches it, by the bounds below."""
 
     path: str  # as data.sources.<name>.path
-    guard: Literal["none", "flag", "stop"] = "none"  # beyond a bound: say so, or end the run
-    max_kl: float | None = None  # of KL(base || tuned), in nats a supervised token
+    guard: Literal["none", "flag", "stop"] = "none"  # beyond a bound: warn, or end the run
+    max_kl: float | None = None  # of KL(base || tuned), in nats per supervised token
     max_loss_rise: float | None = None  # of the loss above what it was before the first step
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation during training: before the first step, every so many, and when the run ends."""
+    """Evaluation during training: before the first step, every `every_steps`, and when the run ends."""
 
     every_steps: int = 200  # 0: only before the first step and at the end
-    metric: str = ""  # <source>/loss, <source>/accuracy or <source>/kl: the checkpoint where it is best is kept too
-    answers: int = 0  # of each source, so many questions are answered too, into predictions.jsonl; 0: none
-    answer_tokens: int = 32  # an answer's length at most; each costs a forward, so frozen weights must be resident
-    patience: int = 0  # evaluations without a better metric before the run ends; 0: it never ends for that
+    metric: str = ""  # <source>/loss, <source>/accuracy or <source>/kl: its best checkpoint is kept too
+    answers: int = 0  # questions of each source that are answered too, into predictions.jsonl; 0: none
+    answer_tokens: int = 32  # at most in an answer; each costs a forward, so frozen weights must be resident
+    patience: int = 0  # evaluations without a better metric before the run ends; 0: no limit
     sources: dict[str, EvalSourceConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When state is saved, and what a start resumes from."""
+    """When the run is saved, and from where it resumes."""
 
     every_steps: int = 200  # 0: only when the run ends
-    keep: int = 3  # the newest so many, beside the one where eval.metric is best
-    asynchronous: bool = False  # copy to the host's memory, write behind the run: costs the host what is saved, once
-    resume: str = "auto"  # the newest of this run, if any; never; or a checkpoint's folder
+    keep: int = 3  # newest checkpoints, besides the best by eval.metric
+    asynchronous: bool = False  # copy to host memory and write during the next steps: it needs the size of one save
+    resume: str = "auto"  # the newest checkpoint of this run, if any; never; or the folder of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where metrics go. metrics.jsonl in the run folder is written in any case."""
+    """Where metrics go. metrics.jsonl in the run folder is always written."""
 
-    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; what goes wrong with it never stops a run
+    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; its failures never stop a run
     project: str = "moetune"
-    entity: str = ""  # the team; empty: the account's own
+    entity: str = ""  # the team; empty: the account's default
     group: str = ""
     tags: tuple[str, ...] = ()
     load_every: int = 20  # steps between two records of each layer's expert load; 0: none
-    media: Literal["local", "wandb"] = "local"  # pictures out of the data stay in the run folder, or go to W&B as well
+    media: Literal["local", "wandb"] = "local"  # pictures of the data stay in the run folder, or go to W&B as well
     media_samples: int = 4  # pictures of the first step that are kept, as the model sees them
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSectionConfig:
-    """The run itself, and when it is ended because it cannot go well."""
+    """The run itself, and when it is stopped because something is wrong."""
 
     name: str = "run"  # its folder is runs/<name>
     seed: int = 0
-    idle_steps: int = 10  # so many steps in a row with a loss of exactly zero, or with nothing supervised
-    # longer than the slowest pass over a row, and than data.stall_seconds: so that a rank without data is found before
-    # those that wait for it; 0: wait for ever. The ranks must meet within it at the start, and outside of steps each
-    # must be heard within it; a save may stand eight times as long without a new byte
+    idle_steps: int = 10  # steps in a row with a loss of exactly zero, or with nothing supervised, that end the run
+    # seconds after which a rank that stands still in a step ends; 0: never. Longer than the slowest pass over a row,
+    # and than data.stall_seconds, so that a rank without data is found before those that wait for it. At the start the
+    # ranks must meet within this time, and outside of steps each must write a heartbeat within it; a save may take
+    # eight times as long without a new byte
     stall_seconds: float = 540.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run. Sections are fixed; quantities that define the training do not change with the number of ranks."""
+    """One run. Quantities that define the training do not change with the number of ranks."""
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
