@@ -244,11 +244,11 @@ def _factor_gradients(
     chunk: Chunk,
 ) -> list[Tensor | None]:
     """Return the gradients of A and B of gate_up, then of A and B of down."""
-    found: list[Tensor | None] = []
+    gradients: list[Tensor | None] = []
     for x, grad, thin, grad_thin in zip(inputs, grads, thins, grad_thins, strict=True):
         # B as [r, out] and transposed after: the other order is a GEMM with r columns, several times slower on CPU
-        found += [_outer(grad_thin, x, chunk), _outer(_needed(thin), grad, chunk).transpose(1, 2)]
-    return found
+        gradients += [_outer(grad_thin, x, chunk), _outer(_needed(thin), grad, chunk).transpose(1, 2)]
+    return gradients
 
 
 def _swiglu(both: Tensor) -> Tensor:

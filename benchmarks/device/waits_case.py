@@ -24,7 +24,7 @@ from finetune.files.tiny import TinyModel, write_tiny
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
 from finetune.model.forward import PackedModel
-from finetune.model.lora import settle
+from finetune.model.lora import with_adapters
 from finetune.model.recompute import set_recompute
 from finetune.model.varlen import register
 from finetune.model.weights import load
@@ -77,7 +77,7 @@ def _counted(step: Step, batch: Batch) -> tuple[dict[str, int], Tensor]:
 
 def _ours(base: Path) -> Step:
     register()
-    empty = build(base, settle(ADAPTERS, ModelOptions(dtype=torch.float32, attention="varlen")))
+    empty = build(base, with_adapters(ADAPTERS, ModelOptions(dtype=torch.float32, attention="varlen")))
     load(empty, open_base(base, empty.expected), start=open_adapter(base.parent / "start"))
     set_recompute(empty.module, "layer")
     packed = PackedModel(empty.module, spec=read_spec(base)).train()

@@ -10,7 +10,7 @@ from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfi
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
-from finetune.model.lora import settle
+from finetune.model.lora import with_adapters
 from finetune.model.weights import load
 
 ADAPTERS = AdaptersConfig(
@@ -21,7 +21,7 @@ ADAPTERS = AdaptersConfig(
 def start_adapter(base: Path) -> None:
     """Write it into the folder `start` beside the base's."""
     assert dist.get_world_size() == 1
-    empty = build(base, settle(ADAPTERS, ModelOptions(dtype=torch.float32)))
+    empty = build(base, with_adapters(ADAPTERS, ModelOptions(dtype=torch.float32)))
     load(empty, open_base(base, empty.expected))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from finetune.files.basefiles import open_base
 from finetune.files.hubconfig import read_family
 from finetune.model.build import build
 from finetune.model.forward import PackedModel
-from finetune.model.lora import settle
+from finetune.model.lora import with_adapters
 from finetune.model.recompute import set_recompute
 from finetune.model.weights import load
 from finetune.ranks.engine import EngineOptions, engine_config, engine_device, initialize, start_distributed
@@ -78,7 +78,7 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
     device = engine_device()
     balance = make_balance(config, read_family(base), device)
     options = model_options(config, read_family(base), device, lambda _: None)
-    empty = build(base, settle(ADAPTERS, options), balance=balance)
+    empty = build(base, with_adapters(ADAPTERS, options), balance=balance)
     engine_options = EngineOptions(dtype="float32", lr=LR, clip_norm=CLIP)
     files = open_base(base, empty.expected)
     load(empty, files, engine_config=engine_config(engine_options), start=open_adapter(base.parent / "start"))

@@ -46,9 +46,15 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
     elif options.ep_size != 1:
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
     empty = EmptyModel(
-        module=module, expected=expected, model_type=kind, tied_head=tied_head, seed=options.layer.seed,
-        lora=options.lora, trained=(), context=options.context,
-    )  # fmt: skip
+        module=module,
+        expected=expected,
+        model_type=kind,
+        tied_head=tied_head,
+        seed=options.layer.seed,
+        lora=options.lora,
+        trained=(),
+        context=options.context,
+    )
     _settle_training(empty, options.train)
     if options.resident:
         make_resident(module)
@@ -62,9 +68,11 @@ def extend(config: Any, context: Extension | None) -> None:
         return
     text = config.get_text_config()
     text.rope_parameters = {
-        **text.rope_parameters, "rope_type": "yarn", "factor": context.factor,
+        **text.rope_parameters,
+        "rope_type": "yarn",
+        "factor": context.factor,
         "original_max_position_embeddings": context.original,
-    }  # fmt: skip
+    }
     text.max_position_embeddings = context.length
 
 

@@ -42,8 +42,8 @@ def compare_row(packed: PackedModel, row: Row, *, with_base: bool) -> Compared:
         with adapters_off(packed):
             base_ND = packed.hidden(row)[labels_N - 1 - row.part.start]
     compare = partial(compare_tiles, base_ND=base_ND, labels_N=batch.input_ids[0, labels_N])
-    found = packed.model.lm_head(hidden_ND, compare=compare)
-    return Compared(batch.sample_ids[0, labels_N].long(), batch.loss_weights[0, labels_N], *found)
+    of_labels = packed.model.lm_head(hidden_ND, compare=compare)
+    return Compared(batch.sample_ids[0, labels_N].long(), batch.loss_weights[0, labels_N], *of_labels)
 
 
 def compare_tiles(

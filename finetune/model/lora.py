@@ -66,7 +66,7 @@ class FamilyRow:
     lora: Lora | None
 
 
-def settle(config: AdaptersConfig, options: "ModelOptions") -> "ModelOptions":
+def with_adapters(config: AdaptersConfig, options: "ModelOptions") -> "ModelOptions":
     """Return the options with what the configuration adapts and trains; everything else in them stays."""
     sections = {part: getattr(config, part) for part in PARTS}
     lora = {
@@ -174,8 +174,8 @@ def _peft_alpha(lora: Lora) -> float:
 def _pattern_of(names: list[str], others: Iterable[str]) -> str:
     """Return a pattern of these full paths and of none of the others: path by path where only numbers tell them."""
     short = pattern(names)
-    found = re.compile(rf"(.*\.)?({short})$")
-    return "|".join(map(re.escape, names)) if any(found.match(other) for other in others) else short
+    expression = re.compile(rf"(.*\.)?({short})$")
+    return "|".join(map(re.escape, names)) if any(expression.match(other) for other in others) else short
 
 
 def pattern(names: Iterable[str]) -> str:
@@ -192,8 +192,8 @@ def initial_factor(canonical: str, shape: Shape, *, seed: int) -> Tensor:
 
 def adapted_part(canonical: str) -> str:
     """Return the part that a canonical name belongs to, be it a base tensor's or an adapter's."""
-    found = re.match(r"(.*?)(?:\.base_layer)?\.lora_[AB]\.weight$", canonical.removeprefix(PEFT_PREFIX))
-    return part_of(f"{found[1]}.weight" if found else canonical.removeprefix(PEFT_PREFIX))
+    match = re.match(r"(.*?)(?:\.base_layer)?\.lora_[AB]\.weight$", canonical.removeprefix(PEFT_PREFIX))
+    return part_of(f"{match[1]}.weight" if match else canonical.removeprefix(PEFT_PREFIX))
 
 
 def trainable_table(empty: "EmptyModel") -> list[FamilyRow]:
@@ -224,7 +224,7 @@ def trainable_table(empty: "EmptyModel") -> list[FamilyRow]:
                 trained=trained[part],
                 total=total[part],
                 lora=lora.get(part),
-            )  # fmt: skip
+            )
         )
     return rows
 
@@ -247,10 +247,10 @@ def parameter_count(module: nn.Module, name: str, parameter: nn.Parameter) -> in
 
 def sparse_lora(module: nn.Module) -> dict[str, Lora]:
     """Return what adapts experts and routers, read from the layers themselves."""
-    found: dict[str, Lora] = {}
+    by_part: dict[str, Lora] = {}
     for layer in module.modules():
         if isinstance(layer, GroupedExperts) and layer.lora is not None:
-            found["experts"] = Lora(**asdict(layer.lora))
+            by_part["experts"] = Lora(**asdict(layer.lora))
         elif isinstance(layer, Router) and layer.options.mode == "lora":
-            found["router"] = Lora(r=layer.options.r, alpha=layer.options.alpha)
-    return found
+            by_part["router"] = Lora(r=layer.options.r, alpha=layer.options.alpha)
+    return by_part

@@ -73,7 +73,8 @@ def row_losses(head: nn.Module, hidden_TD: Tensor, row: Row, how: Normalise) -> 
     are made from the whole row's weights.
     """
     batch, labels_N = row.batch, row.labels_N
-    weights_T, ids_T, owners_T = batch.loss_weights[0], batch.input_ids[0], batch.sample_ids[0]
+    weights_T, ids_T = batch.loss_weights[0], batch.input_ids[0]
+    owners_T = batch.sample_ids[0]
     scaled_T, n_S = factors(weights_T, owners_T, len(batch.keys), how)
     objective, ce_N = head(hidden_TD[labels_N - 1 - row.part.start], ids_T[labels_N], scaled_T[labels_N])
     owners_N = owners_T[labels_N].long()
@@ -128,9 +129,13 @@ class TiledHead(nn.Linear):
     tile_bytes: int
 
     def forward(  # a head that is also a loss
-        self, hidden_ND: Tensor, labels_N: Tensor | None = None, weights_N: Tensor | None = None,
-        *, compare: Compare | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
+        *,
+        compare: Compare | None = None,
+    ) -> Any:
         """Return logits for hidden states alone, else (sum of weight x cross entropy, cross entropy of each).
 
         `compare` takes its place where the weight is whole: it gets hidden states, weight and the bytes of a tile.
@@ -151,9 +156,14 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, weights_N: Tensor, tile_bytes: int,
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        weights_N: Tensor,
+        tile_bytes: int,
         needed: list[bool],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         ce_N = torch.empty_like(labels_N, dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND) if needed[0] else None
         # of a frozen head nothing is made; a trained one's tiles are added up in float32

@@ -75,22 +75,22 @@ class Coming(Generic[T]):
             return
         tensors = _tensors(thing)
         ends = list(_ends(tensors))
-        held = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+        buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
         for tensor, end in zip(tensors, ends, strict=True):
-            _view(held, end, tensor).copy_(tensor)
+            _view(buffer, end, tensor).copy_(tensor)
         with _beside(device):
-            self._bytes = held.to(device, non_blocking=True)
+            self._bytes = buffer.to(device, non_blocking=True)
 
     def arrived(self) -> T:
         """Return it on the device; work queued on the present stream from now on waits for it, the host does not."""
         if self._bytes is None:
             return self._thing
-        held, tensors = self._bytes, _tensors(self._thing)
+        buffer, tensors = self._bytes, _tensors(self._thing)
         if self._device.type == "cuda":
             now = torch.cuda.current_stream(self._device)
             now.wait_stream(_side_stream(self._device))
-            held.record_stream(now)
-        views = iter([_view(held, end, tensor) for tensor, end in zip(tensors, _ends(tensors), strict=True)])
+            buffer.record_stream(now)
+        views = iter([_view(buffer, end, tensor) for tensor, end in zip(tensors, _ends(tensors), strict=True)])
         there: T = _with_tensors(self._thing, lambda _: next(views))
         return there
 
@@ -103,22 +103,22 @@ def _ends(tensors: list[Tensor]) -> Iterator[int]:
         yield end
 
 
-def _view(held: Tensor, end: int, like: Tensor) -> Tensor:
+def _view(buffer: Tensor, end: int, like: Tensor) -> Tensor:
     """The bytes of the buffer that end there, as a tensor of this shape."""
     size = like.numel() * like.element_size()
     first = end - -(-size // ALIGN_BYTES) * ALIGN_BYTES
-    return held[first : first + size].view(like.dtype).view(like.shape)
+    return buffer[first : first + size].view(like.dtype).view(like.shape)
 
 
 def _tensors(thing: Any) -> list[Tensor]:
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     _with_tensors(thing, note)
-    return found
+    return tensors
 
 
 def _with_tensors(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:

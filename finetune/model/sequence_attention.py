@@ -57,9 +57,15 @@ def _attention(name: AttentionName) -> Callable[..., tuple[Tensor, None]]:
     inside = {"segments": segments, "varlen": varlen, "sdpa": _masked, "flash_attention_2": kernel}[name]
 
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-        sequence: SequenceGroup | None = None, **others: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        sequence: SequenceGroup | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
         if sequence is None:
             return inside(module, query, key, value, attention_mask, **others)
         copies = key_copies(key.shape[1], sequence.size)
@@ -88,9 +94,17 @@ def _tokens_for_heads(out: Tensor, group: SequenceGroup) -> Tensor:
 
 
 def _masked(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    cu_seq_lens_q: Tensor | None = None, dropout: float = 0.0, scaling: float | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """sdpa with a mask: tokens see the ones before them in their own sample."""
     if cu_seq_lens_q is None:
         raise ValueError(f"{NO_BORDERS}: its samples would see each other. Hand the model all of Batch.attention")
@@ -98,7 +112,12 @@ def _masked(
     sample_T = torch.searchsorted(cu_seq_lens_q, at_T, right=True)
     mask_TT = (sample_T[:, None] == sample_T) & (at_T[:, None] >= at_T)
     out = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask_TT, dropout_p=dropout, scale=scaling,
+        query,
+        key,
+        value,
+        attn_mask=mask_TT,
+        dropout_p=dropout,
+        scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+    )
     return out.transpose(1, 2), None

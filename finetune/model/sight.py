@@ -79,9 +79,12 @@ def tower_arguments(tower: Any, grids: Tensor) -> dict[str, Any]:
     merge = tower.config.spatial_merge_size
     cuts = get_vision_cu_seqlens(grids)
     indices, weights = get_vision_interpolation_indices_and_weights(
-        grids, num_grid_per_side=tower.num_grid_per_side, mode=tower.interpolation_mode,
-        align_corners=tower.interpolation_align_corners, spatial_merge_size=merge,
-    )  # fmt: skip
+        grids,
+        num_grid_per_side=tower.num_grid_per_side,
+        mode=tower.interpolation_mode,
+        align_corners=tower.interpolation_align_corners,
+        spatial_merge_size=merge,
+    )
     return {
         "grid_thw": grids,
         "cu_seqlens": cuts,

@@ -52,10 +52,18 @@ def attend_at_once(tower: Any) -> None:
 
 
 def segments(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
-    borders: tuple[int, ...] | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    borders: tuple[int, ...] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Call torch's sdpa on one sample after the other; works on every device and in every type.
 
     `borders` are `cu_seq_lens_q` as numbers: without them the host asks the device.
@@ -67,32 +75,60 @@ def segments(
         parts = [slice(first, last) for first, last in zip(cuts, cuts[1:], strict=False) if last > first]
     outputs = [
         nn.functional.scaled_dot_product_attention(
-            query[:, :, part], key[:, :, part], value[:, :, part], dropout_p=dropout, is_causal=causal, scale=scaling,
+            query[:, :, part],
+            key[:, :, part],
+            value[:, :, part],
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         for part in parts
-    ]  # fmt: skip
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
 def varlen(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """Call torch's kernel of variable lengths once for all samples; CUDA, bfloat16."""
     if cu_seq_lens_q is None or dropout:
         return segments(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, cu_seq_lens_q=cu_seq_lens_q,
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            cu_seq_lens_q=cu_seq_lens_q,
             **others,
-        )  # fmt: skip
+        )
     causal = _is_causal(module, attention_mask, cu_seq_lens_q)
     q_THd, k_THd, v_THd = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _asks_for_gqa(varlen_attn) else {}
     out = varlen_attn(
-        q_THd, k_THd, v_THd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-        window_size=(-1, 0 if causal else -1), **grouped,
-    )  # fmt: skip
+        q_THd,
+        k_THd,
+        v_THd,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1, 0 if causal else -1),
+        **grouped,
+    )
     assert isinstance(out, Tensor)
     return out[None], None
 
@@ -104,17 +140,34 @@ def _asks_for_gqa(kernel: Callable[..., object]) -> bool:
 
 
 def kernel(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *,
-    cu_seq_lens_q: Tensor, max_length_q: int, dropout: float = 0.0, scaling: float | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Call flash-attention's kernel by itself: on transformers' way to it a mask is looked for, by a wait a row."""
     from flash_attn import flash_attn_varlen_func  # there where model.attention chose it
 
     q_THd, k_THd, v_THd = (x[0].transpose(0, 1) for x in (query, key, value))
     out: Tensor = flash_attn_varlen_func(
-        q_THd, k_THd, v_THd, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout_p=dropout,
-        softmax_scale=scaling, causal=_is_causal(module, attention_mask, cu_seq_lens_q),
-    )  # fmt: skip
+        q_THd,
+        k_THd,
+        v_THd,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=_is_causal(module, attention_mask, cu_seq_lens_q),
+    )
     return out[None], None
 
 

@@ -136,9 +136,9 @@ def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int) -> None:
     """One output feature: in the hub's layout a column of the stored matrix."""
     ours = ours.detach().cpu()
-    wanted = files.out_feature(canonical, expert, row).to(ours.dtype)
-    if not torch.equal(ours, wanted):
-        apart = (ours.float() - wanted.float()).abs().max().item()
+    stored_row = files.out_feature(canonical, expert, row).to(ours.dtype)
+    if not torch.equal(ours, stored_row):
+        apart = (ours.float() - stored_row.float()).abs().max().item()
         raise ValueError(
             f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
             f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "

@@ -25,7 +25,7 @@ from finetune.files.hubconfig import read_family
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.forward import PackedModel
-from finetune.model.lora import settle, table_lines, trainable_table
+from finetune.model.lora import table_lines, trainable_table, with_adapters
 from finetune.model.recompute import set_recompute
 from finetune.model.sequence import SequenceGroup, sequence_groups
 from finetune.model.sequence_attention import use_sequence
@@ -206,7 +206,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         attention=attention.name,
         context=extension(config.context, base),
     )
-    return settle(config.adapters, options)
+    return with_adapters(config.adapters, options)
 
 
 def _tiles(config: RunConfig) -> int:

@@ -19,7 +19,7 @@ from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfi
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
-from finetune.model.lora import settle
+from finetune.model.lora import with_adapters
 from finetune.model.weights import load
 
 
@@ -77,7 +77,7 @@ def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
 
 def test_bfloat16_stays_bfloat16(base: Path, tmp_path: Path) -> None:
     config = replace(WIDE, experts=ExpertFamilyConfig(mode="lora", r=8))
-    empty = build(base, settle(config, ModelOptions()))
+    empty = build(base, with_adapters(config, ModelOptions()))
     load(empty, open_base(base, empty.expected))
     write_adapter(empty, tmp_path / "adapter", base="")
     assert {tensor.dtype for tensor in tensors(tmp_path / "adapter").values()} == {torch.bfloat16}

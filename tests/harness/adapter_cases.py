@@ -9,7 +9,7 @@ from torch import Tensor
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig, RouterFamilyConfig
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
-from finetune.model.lora import settle
+from finetune.model.lora import with_adapters
 from moe.parallel import LayerOptions
 
 WIDE = AdaptersConfig(
@@ -38,7 +38,7 @@ def made(base: Path, config: AdaptersConfig, *, ep: int = 1, resident: bool = Tr
     options = ModelOptions(
         ep_size=ep, layer=LayerOptions(resident=resident, seed=3), resident=resident, dtype=torch.float32
     )
-    return build(base, settle(config, options))
+    return build(base, with_adapters(config, options))
 
 
 def tensors(adapter: Path) -> dict[str, Tensor]:

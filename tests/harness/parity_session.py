@@ -25,7 +25,7 @@ from finetune.adapters.write_trained import write_adapter
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
-from finetune.model.lora import settle
+from finetune.model.lora import with_adapters
 from finetune.model.weights import load as load_weights
 from finetune.ranks.engine import gathered
 from finetune.settings.recipes import load_recipe
@@ -99,7 +99,7 @@ def write_start(place: Path) -> None:
     """An adapter to begin with whose low-rank parts are all non-zero."""
     config, problems = load_recipe("tiny-cpu", [*COMMON, *EVERYTHING])
     assert not problems
-    empty = build(place / "base", settle(config.adapters, ModelOptions(dtype=torch.float32)))
+    empty = build(place / "base", with_adapters(config.adapters, ModelOptions(dtype=torch.float32)))
     load_weights(empty, open_base(place / "base", empty.expected))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

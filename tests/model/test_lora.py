@@ -26,7 +26,7 @@ from finetune.config import (
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
-from finetune.model.lora import inject, pattern, settle, table_lines, trainable_table
+from finetune.model.lora import inject, pattern, table_lines, trainable_table, with_adapters
 from finetune.model.weights import load
 from finetune.settings.check_adapters import adapter_problems
 from finetune.settings.checks import cross_check
@@ -54,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def made(folder: Path, config: AdaptersConfig, **more: Any) -> EmptyModel:
     options = ModelOptions(dtype=torch.float32, layer=LayerOptions(seed=3))
-    return build(folder, settle(config, replace(options, **more)))
+    return build(folder, with_adapters(config, replace(options, **more)))
 
 
 @pytest.mark.parametrize("base", ["moe", "dense"])
