@@ -27,11 +27,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    changes = {}
     for name, change in open_source(folder, open_base(base()).shapes).changes.items():
         a, b = (factor.double() for factor in change.read())
-        found[name] = change.scale * (b @ a)
-    return found
+        changes[name] = change.scale * (b @ a)
+    return changes
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def summed(parts: dict[Path, float]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
     for folder, weight in parts.items():
         for name, value in deltas(folder).items():
-            found[name] = found.get(name, torch.zeros(())) + weight * value
-    return found
+            sums[name] = sums.get(name, torch.zeros(())) + weight * value
+    return sums
 
 
 # a warning of PEFT about patterns for parameters, which it applies all the same
@@ -62,10 +62,10 @@ def test_side_by_side_is_the_sum(three: Path, tmp_path: Path, capsys: pytest.Cap
     parts = {three / "a": 0.7, three / "b": -0.3, three / "c": 1.5}
     assert main(["combine", str(tmp_path / "out"), *(f"{folder}={weight}" for folder, weight in parts.items())]) == 0
     assert "exact: the factors lie side by side" in capsys.readouterr().out
-    found, wanted = deltas(tmp_path / "out"), summed(parts)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+    combined, expected = deltas(tmp_path / "out"), summed(parts)
+    assert combined.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (combined[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
     assert {c.r for n, c in open_source(tmp_path / "out").changes.items() if "experts" in n} == {10}
     model = PeftModel.from_pretrained(cases.stock(base()), tmp_path / "out").eval()
     merge(plan_merge(open_base(base()), tmp_path / "out"), tmp_path / "merged")
@@ -75,21 +75,21 @@ def test_side_by_side_is_the_sum(three: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_smaller_rank_is_the_nearest_and_says_how_near(three: Path, tmp_path: Path, capsys: Any) -> None:
     parts = {three / "a": 0.5, three / "b": 0.5}
-    wanted, found = summed(parts), combine(parts, tmp_path / "out", rank=5)
-    assert not found.exact
+    expected, combined = summed(parts), combine(parts, tmp_path / "out", rank=5)
+    assert not combined.exact
     got = deltas(tmp_path / "out")
     lost = total = 0.0
-    for name, value in wanted.items():
+    for name, value in expected.items():
         singular = torch.linalg.svdvals(value)  # of the changes themselves, not of their factors
         best = float((singular[..., 5:] ** 2).sum())
         apart = float(((got[name] - value) ** 2).sum())
         assert apart == pytest.approx(best, rel=1e-4)
-        assert found.errors[name] == pytest.approx((best / float((value**2).sum())) ** 0.5, rel=1e-4)
+        assert combined.errors[name] == pytest.approx((best / float((value**2).sum())) ** 0.5, rel=1e-4)
         lost, total = lost + apart, total + float((value**2).sum())
-    assert 0.05 < found.error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
+    assert 0.05 < combined.error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
     words = [f"{folder}={weight}" for folder, weight in parts.items()]
     assert main(["combine", str(tmp_path / "again"), *words, "--rank", "5"]) == 0
-    assert re.search(rf"{found.error:.2%} off the exact sum over all; most in:\n  model\.", capsys.readouterr().out)
+    assert re.search(rf"{combined.error:.2%} off the exact sum over all; most in:\n  model\.", capsys.readouterr().out)
     assert combine(parts, tmp_path / "enough", rank=10).exact
 
 
@@ -100,20 +100,19 @@ def with_metadata(source: Path, out: Path, metadata: dict[str, str]) -> Path:
 
 
 def test_parents_base_and_families_are_in_the_file(three: Path, tmp_path: Path) -> None:
-    told = Provenance(base=open_base(base()), base_name="hub/tiny").metadata()
-    told |= {"moetune.model_type": "qwen3_vl_moe", "moetune.orientation": "experts [out, in]"}
-    a, b = (with_metadata(three / name, tmp_path / name, told) for name in "ab")
+    metadata = Provenance(base=open_base(base()), base_name="hub/tiny").metadata()
+    metadata |= {"moetune.model_type": "qwen3_vl_moe", "moetune.orientation": "experts [out, in]"}
+    a, b = (with_metadata(three / name, tmp_path / name, metadata) for name in "ab")
     combine({a: 0.75, b: 0.25}, tmp_path / "out")
-    found = open_adapter(tmp_path / "out")
-    assert base_of(found.metadata) == base_of(told)
-    parents = json.loads(found.metadata["moetune.parent"])
+    adapter = open_adapter(tmp_path / "out")
+    assert base_of(adapter.metadata) == base_of(metadata)
+    parents = json.loads(adapter.metadata["moetune.parent"])
     assert [(parent["folder"], parent["weight"]) for parent in parents] == [(str(a), 0.75), (str(b), 0.25)]
-    assert {part: (lora.r, lora.scale) for part, lora in found.families.items() if lora} == {
-        "attention": (10, 1.0), "experts": (10, 1.0), "vision_blocks": (10, 1.0)
-    }  # fmt: skip
+    ranks = {part: (lora.r, lora.scale) for part, lora in adapter.families.items() if lora}
+    assert ranks == dict.fromkeys(("attention", "experts", "vision_blocks"), (10, 1.0))
     assert f"grew out of: {a} (sha256 `" in (tmp_path / "out" / "README.md").read_text()
     write_tiny(tmp_path / "other", TinyModel(seed=1))
-    elsewhere = told | Provenance(base=open_base(tmp_path / "other"), base_name="hub/other").metadata()
+    elsewhere = metadata | Provenance(base=open_base(tmp_path / "other"), base_name="hub/other").metadata()
     other = with_metadata(three / "b", tmp_path / "b2", elsewhere)
     with pytest.raises(ValueError, match=r"a was trained on hub/tiny \(.*\), .*b2 on hub/other \(.* fits neither base"):
         combine({a: 0.5, other: 0.5}, tmp_path / "no")

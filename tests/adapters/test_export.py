@@ -23,11 +23,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:
     """What an adapter adds, in float64 from its factors; rank by rank, so that zeros added change no digit."""
-    found = {}
+    changes = {}
     for name, change in open_source(folder, open_base(base()).shapes).changes.items():
         a, b = (factor.double() for factor in change.read())
-        found[name] = change.scale * sum(b[:, :, k : k + 1] @ a[:, k : k + 1] for k in range(a.shape[1]))
-    return found
+        changes[name] = change.scale * sum(b[:, :, k : k + 1] @ a[:, k : k + 1] for k in range(a.shape[1]))
+    return changes
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def test_an_export_read_back_gives_the_same_changes_exactly(
 ) -> None:
     done = export(plain[0], tmp_path / "out", form=form)
     assert done.exact
-    found, wanted = deltas(tmp_path / "out"), deltas(plain[0])
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    exported, expected = deltas(tmp_path / "out"), deltas(plain[0])
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
     again = export(tmp_path / "out", tmp_path / "back", form="peft")
     assert again.bytes == sum(t.nbytes for t in load_file(plain[0] / WEIGHTS).values())
-    theirs, back = load_file(plain[0] / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
-    assert theirs.keys() == back.keys()
-    assert all(torch.equal(theirs[name], back[name]) for name in theirs)
+    original, back = load_file(plain[0] / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert original.keys() == back.keys()
+    assert all(torch.equal(original[name], back[name]) for name in original)
 
 
 def test_stock_peft_reads_the_packed_form(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
@@ -83,14 +83,14 @@ def test_servers_read_one_rank_and_one_scale_so_there_is_one(form: Any, mixed: P
     assert (done.r, done.scale, done.exact) == (4, 1.5, False)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 6.0, {}, {})
-    found, wanted = deltas(tmp_path / "out"), deltas(mixed)
+    exported, expected = deltas(tmp_path / "out"), deltas(mixed)
     missing = "model.language_model.layers.2.mlp.experts.gate_up_proj"
-    assert found.keys() - wanted.keys() == {missing}
-    assert not found[missing].any(), "both stacks are there, one of them changes nothing"
-    for name, value in wanted.items():
-        assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max()
-    experts = {name for name in wanted if "experts" in name}
-    assert all(torch.equal(found[name], wanted[name]) for name in experts)
+    assert exported.keys() - expected.keys() == {missing}
+    assert not exported[missing].any(), "both stacks are there, one of them changes nothing"
+    for name, value in expected.items():
+        assert (exported[name] - value).abs().max() <= 1e-6 * value.abs().max()
+    experts = {name for name in expected if "experts" in name}
+    assert all(torch.equal(exported[name], expected[name]) for name in experts)
     assert "several scales" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -127,13 +127,13 @@ def test_full_tensors_go_where_they_are_read(tmp_path: Path) -> None:
         export(tmp_path / "full", tmp_path / "out", form="per-expert")
     done = export(tmp_path / "full", tmp_path / "out", form="peft")
     assert any("PEFT reads them, vLLM refuses them" in line for line in done.warnings)
-    wanted = cases.logits(model.eval())
-    found = cases.logits(PeftModel.from_pretrained(cases.stock(base()), tmp_path / "out").eval())
-    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    expected = cases.logits(model.eval())
+    exported = cases.logits(PeftModel.from_pretrained(cases.stock(base()), tmp_path / "out").eval())
+    assert (exported - expected).abs().max() <= 1e-5 * expected.abs().max()
     tensors = load_file(tmp_path / "full" / WEIGHTS)
     name = "base_model.model.model.language_model.layers.0.mlp.gate.lora_"
-    save_file(tensors | {f"{name}A.weight": torch.ones(4, 48), f"{name}B.weight": torch.ones(8, 4)},
-              tmp_path / "full" / WEIGHTS)  # fmt: skip
+    factors = {f"{name}A.weight": torch.ones(4, 48), f"{name}B.weight": torch.ones(8, 4)}
+    save_file(tensors | factors, tmp_path / "full" / WEIGHTS)
     assert any("adapts routers" in line for line in export(tmp_path / "full", tmp_path / "r", form="peft").warnings)
 
 
@@ -145,8 +145,12 @@ def test_a_wrong_word_and_a_file_that_reads_back_otherwise(plain: tuple[Path, to
     source = open_source(plain[0])
     change = next(iter(source.changes.values()))
     other = OutChange(
-        target=change.target, shape=change.shape, r=change.r, scale=change.scale, dtype="F32",
+        target=change.target,
+        shape=change.shape,
+        r=change.r,
+        scale=change.scale,
+        dtype="F32",
         read=lambda: tuple(1.5 * factor for factor in change.read()),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match="reads back otherwise than it was written"):
         compare(source, [other])

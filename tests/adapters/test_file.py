@@ -77,9 +77,9 @@ def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> li
                 engine.step()
         write_adapter(empty, out / case["name"] / "after", base=str(base), extra={"step": "2"})
         changed = [name for name, value in frozen_sums(empty).items() if value != before[name]]
-        asked = {name for name, parameter in empty.module.named_parameters() if parameter.requires_grad}
+        trainable = {name for name, parameter in empty.module.named_parameters() if parameter.requires_grad}
         results.append({"first": first, "logits": logits(engine), "changed": changed, "warned": warned})
-        assert asked == set(empty.trained)
+        assert trainable == set(empty.trained)
         table = trainable_table(empty)  # ZeRO and ep change nothing in it
         assert sum(row.trained for row in table) == sum(load_sizes(out / case["name"] / "after").values())
     return results
@@ -92,9 +92,9 @@ def load_sizes(adapter: Path) -> dict[str, int]:
 def logits(engine: Any) -> Tensor:
     engine.eval()
     with torch.no_grad():
-        found = engine(**media_batch(slice(0, 2)), use_cache=False).logits
+        values = engine(**media_batch(slice(0, 2)), use_cache=False).logits
     engine.train()
-    return found
+    return values
 
 
 def case(name: str, base: Path, config: AdaptersConfig, ep: int, **more: Any) -> dict[str, Any]:
@@ -135,10 +135,10 @@ def test_stock_peft_on_the_stock_model_computes_what_we_do(
 ) -> None:
     out, results = trained
     folder = folders["dense" if name in ("dense", "full-only") else "moe"]
-    base, found = stock(folder), stock(folder, out / name / "after")
-    assert (found - base).abs().max() > 1e-3 * base.abs().max(), "two steps change the model"
+    base, adapted = stock(folder), stock(folder, out / name / "after")
+    assert (adapted - base).abs().max() > 1e-3 * base.abs().max(), "two steps change the model"
     for rank in results[name]:
-        assert close(rank["logits"], found, 1e-5)
+        assert close(rank["logits"], adapted, 1e-5)
         assert close(rank["first"], base, 1e-5)
         assert rank["changed"] == []
 
@@ -149,14 +149,14 @@ def test_merged_the_stock_model_computes_what_we_do(
 ) -> None:
     out, results = trained
     base = folders["dense" if name in ("dense", "full-only") else "moe"]
-    found = merge(plan_merge(open_base(base), out / name / "after"), tmp_path / "merged")
-    assert found.applied == found.intended
+    merged = merge(plan_merge(open_base(base), out / name / "after"), tmp_path / "merged")
+    assert merged.applied == merged.intended
     assert close(results[name][0]["logits"], stock(tmp_path / "merged"), 1e-5)
 
 
-def apart(one: Path, two: Path) -> float:
+def apart(first_folder: Path, second_folder: Path) -> float:
     """The largest difference of two adapters, relative to each tensor's largest value."""
-    first, second = tensors(one), tensors(two)
+    first, second = tensors(first_folder), tensors(second_folder)
     assert list(first) == list(second)
     scale = {name: tensor.abs().max().clamp_min(1e-12) for name, tensor in first.items()}
     return max(float((first[name] - second[name]).abs().max() / scale[name]) for name in first)
@@ -185,15 +185,15 @@ def test_a_file_is_opened_again_and_what_learned_nothing_is_named(trained: tuple
 
 def test_the_file_knows_its_base_and_says_so(folders: dict[str, Path], trained: tuple[Path, dict[str, Any]]) -> None:
     folder = trained[0] / "w2/before"
-    found = open_adapter(folder)
-    told = base_of(found.metadata)
-    assert told is not None
-    assert (told.name, told.fingerprint) == (str(folders["moe"]), fingerprint(open_base(folders["moe"])))
-    assert json.loads(found.metadata["moetune.config"]) == {"run": {"seed": 3}}
-    assert set(json.loads(found.metadata["moetune.versions"])) >= {"peft", "torch", "transformers"}
+    adapter = open_adapter(folder)
+    named = base_of(adapter.metadata)
+    assert named is not None
+    assert (named.name, named.fingerprint) == (str(folders["moe"]), fingerprint(open_base(folders["moe"])))
+    assert json.loads(adapter.metadata["moetune.config"]) == {"run": {"seed": 3}}
+    assert set(json.loads(adapter.metadata["moetune.versions"])) >= {"peft", "torch", "transformers"}
     text = (folder / "README.md").read_text()
-    for said in (f"fingerprint `{told.fingerprint}`", "| experts | lora of r 4, scale 3 | 12 |", "moetune merge"):
-        assert said in text
+    for line in (f"fingerprint `{named.fingerprint}`", "| experts | lora of r 4, scale 3 | 12 |", "moetune merge"):
+        assert line in text
 
 
 def test_everything_asked_for_changed(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -230,17 +230,17 @@ def test_the_config_is_one_that_peft_and_servers_read(trained: tuple[Path, dict[
     assert config["modules_to_save"] == [f"model.language_model.layers.{n}.mlp.gate" for n in (0, 1, 2)]
     assert "model.visual.blocks.0.attn.qkv" in config["target_modules"]
     assert "model.language_model.layers.1.mlp.experts.down_proj" in config["target_parameters"]
-    found = open_adapter(out / "w2/after")
-    assert found.families["experts"].rslora
-    assert found.metadata["moetune.step"] == "2"
+    adapter = open_adapter(out / "w2/after")
+    assert adapter.families["experts"].rslora
+    assert adapter.metadata["moetune.step"] == "2"
 
 
 def test_what_cannot_be_continued_is_refused(
     folders: dict[str, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    found = open_adapter(trained[0] / "w2/after")
+    adapter = open_adapter(trained[0] / "w2/after")
     with pytest.raises(ValueError, match=r"adapts a qwen3_vl_moe, this base is a qwen3_vl"):
-        found.check_fits(made(folders["dense"], DENSE))
+        adapter.check_fits(made(folders["dense"], DENSE))
     for other, text in {
         replace(WIDE, attention=DenseFamilyConfig(mode="lora", r=6, alpha=12.0)): (
             r"holds attention as lora of r 5, scale 2.4; adapters.attention says lora of r 6, scale 2. Set"
@@ -248,17 +248,17 @@ def test_what_cannot_be_continued_is_refused(
         replace(WIDE, router=RouterFamilyConfig()): "holds router as full; adapters.router says frozen",
     }.items():
         with pytest.raises(ValueError, match=text):
-            found.check_fits(made(folders["moe"], other))
+            adapter.check_fits(made(folders["moe"], other))
     more = made(folders["moe"], replace(WIDE, norms=FamilyConfig(mode="full")))
-    found.check_fits(more)  # a family that the adapter lacks begins afresh
+    adapter.check_fits(more)  # a family that the adapter lacks begins afresh
     taller = write_base(vl_model(layers=4), tmp_path / "taller")
     with pytest.raises(
         ValueError, match=r"layers.3.self_attn.q_proj.lora_A.weight is absent in the adapter, \[5, 48\] in"
     ):
-        found.check_fits(made(taller, WIDE))
+        adapter.check_fits(made(taller, WIDE))
     with pytest.raises(ValueError, match=r"holds no adapter: adapter_model.safetensors is missing"):
         open_adapter(tmp_path)
-    save_file(tensors(found.folder), tmp_path / "adapter_model.safetensors")
+    save_file(tensors(adapter.folder), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"of another tool: its metadata lacks moetune.families"):
         open_adapter(tmp_path)

@@ -54,15 +54,15 @@ def delta(change: Change) -> torch.Tensor:
 
 
 def test_a_copy_of_the_head_beside_its_factors_is_compared_with_the_base(tmp_path: Path) -> None:
-    wanted = cases.logits(made(base(), tmp_path / "a", r=4, target_modules=["q_proj", "lm_head"]))
+    expected = cases.logits(made(base(), tmp_path / "a", r=4, target_modules=["q_proj", "lm_head"]))
     copy = "base_model.model.lm_head.base_layer.weight"
     assert copy in load_file(tmp_path / "a" / WEIGHTS)
     merge(plan_merge(open_base(base()), tmp_path / "a"), tmp_path / "merged")
-    close = 1e-5 * wanted.abs().max()
-    assert (cases.logits(cases.stock(tmp_path / "merged")) - wanted).abs().max() <= close
-    found = export(tmp_path / "a", tmp_path / "exported", form="peft")
-    assert any("copy of the base's lm_head.weight" in text for text in found.warnings)
-    assert (reloaded(base(), tmp_path / "exported") - wanted).abs().max() <= close
+    close = 1e-5 * expected.abs().max()
+    assert (cases.logits(cases.stock(tmp_path / "merged")) - expected).abs().max() <= close
+    exported = export(tmp_path / "a", tmp_path / "exported", form="peft")
+    assert any("copy of the base's lm_head.weight" in text for text in exported.warnings)
+    assert (reloaded(base(), tmp_path / "exported") - expected).abs().max() <= close
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     tensors[copy][3, 5] += 1
     save_file(tensors, tmp_path / "a" / WEIGHTS, metadata={"format": "pt"})
@@ -104,8 +104,8 @@ def test_a_sum_whose_ranks_differ_by_layer_says_each(tmp_path: Path) -> None:
     weights = {tmp_path / "one": 0.5, tmp_path / "two": 2.0, tmp_path / "three": 1.0}
     combine(weights, tmp_path / "sum")
     merge(plan_merge(open_base(base()), tmp_path / "sum"), tmp_path / "merged")
-    wanted = reloaded(base(), tmp_path / "sum")
-    assert (cases.logits(cases.stock(tmp_path / "merged")) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    expected = reloaded(base(), tmp_path / "sum")
+    assert (cases.logits(cases.stock(tmp_path / "merged")) - expected).abs().max() <= 1e-5 * expected.abs().max()
     shapes = open_base(base()).shapes
     parts = [(open_source(folder, shapes).changes, weight) for folder, weight in weights.items()]
     for name, change in open_source(tmp_path / "sum", shapes).changes.items():

@@ -60,16 +60,16 @@ def test_the_merged_folder_is_base_plus_adapter_from_every_layout(
 ) -> None:
     tensors = stored.weights(base())
     variant = {"hub": stored.hub(tensors), "memory": tensors, "per_expert": stored.per_expert(tensors)}[layout]
-    found = merged(whole(tmp_path, variant), adapter[0], tmp_path / "out")
-    assert found.intended == found.applied == len(found.changes) + len(found.full)
-    assert len(found.full) == 2
-    assert max(change.error for change in found.changes.values()) < 1e-5
-    wanted = cases.expected(
+    report = merged(whole(tmp_path, variant), adapter[0], tmp_path / "out")
+    assert report.intended == report.applied == len(report.changes) + len(report.full)
+    assert len(report.full) == 2
+    assert max(change.error for change in report.changes.values()) < 1e-5
+    expected = cases.expected(
         {name: t.numpy() for name, t in stored.hub(tensors).items()}, cases.raw(adapter[0]), scale=1.5, experts=EXPERTS
     )
     got = cases.raw(tmp_path / "out")
-    assert got.keys() == wanted.keys()
-    for name, values in wanted.items():
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
         assert np.abs(got[name] - values).max() <= 1e-6 * np.abs(values).max(), name
     ours = cases.logits(cases.stock(tmp_path / "out"))
     assert (ours - adapter[1]).abs().max() <= 1e-5 * adapter[1].abs().max()
@@ -79,25 +79,25 @@ def test_the_merged_folder_is_base_plus_adapter_from_every_layout(
 def test_bfloat16_is_rounded_once_and_the_loss_is_reported(tmp_path: Path) -> None:
     write_tiny(tmp_path / "base", TinyModel(dtype="bfloat16", shard_bytes=60_000))
     cases.adapt(tmp_path / "base", tmp_path / "adapter", size=0.004)
-    found = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     before, after = cases.raw(tmp_path / "base"), cases.raw(tmp_path / "out")
-    wanted = cases.expected(before, cases.raw(tmp_path / "adapter"), scale=1.5, experts=EXPERTS)
-    assert {f"{name}.bits" for name in wanted} < after.keys()
-    for name, values in wanted.items():
+    expected = cases.expected(before, cases.raw(tmp_path / "adapter"), scale=1.5, experts=EXPERTS)
+    assert {f"{name}.bits" for name in expected} < after.keys()
+    for name, values in expected.items():
         bits, ideal = after[f"{name}.bits"], cases.rounded(values)
         # a sum that lies on the border of two in float64 may fall to the other side in float32
         assert np.abs(bits.astype(int) - ideal.astype(int)).max() <= 1, name
         assert (bits != ideal).mean() < 1e-3, name
-        if name in found.changes:
+        if name in report.changes:
             change = values - before[name]
             realised = after[name].astype(np.float64) - before[name]
             error = np.linalg.norm(realised - change) / np.linalg.norm(change)
-            assert found.changes[name].error == pytest.approx(error, rel=1e-2)
-            assert found.changes[name].unchanged == pytest.approx((realised == 0).sum(), rel=1e-2)
-            assert found.changes[name].intended == pytest.approx(np.linalg.norm(change), rel=1e-4)
-    worst = max(change.error for change in found.changes.values())
+            assert report.changes[name].error == pytest.approx(error, rel=1e-2)
+            assert report.changes[name].unchanged == pytest.approx((realised == 0).sum(), rel=1e-2)
+            assert report.changes[name].intended == pytest.approx(np.linalg.norm(change), rel=1e-4)
+    worst = max(change.error for change in report.changes.values())
     assert 0.05 < worst < 1, "so small a change loses much in bfloat16"
-    assert f"{worst:.2%} off" in "\n".join(found.lines())
+    assert f"{worst:.2%} off" in "\n".join(report.lines())
 
 
 @pytest.mark.parametrize(
@@ -109,21 +109,21 @@ def test_equal_dimensions_confuse_nothing(dims: dict[str, int], tmp_path: Path) 
     write_base(vl_model(**dims), tmp_path / "base")
     cases.adapt(tmp_path / "base", tmp_path / "adapter")
     merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    wanted = cases.expected(
+    expected = cases.expected(
         cases.raw(tmp_path / "base"), cases.raw(tmp_path / "adapter"), scale=1.5, experts=dims.get("experts", 12)
     )
     got = cases.raw(tmp_path / "out")
-    for name, values in wanted.items():
+    for name, values in expected.items():
         assert np.abs(got[name] - values).max() <= 1e-6 * np.abs(values).max(), name
 
 
 def test_a_dense_base_with_a_tied_head(tmp_path: Path) -> None:
     write_tiny(tmp_path / "base", TinyModel(experts=None, tied=True, shard_bytes=60_000))
-    wanted = cases.logits(cases.adapt(tmp_path / "base", tmp_path / "adapter", dense=True).eval())
-    found = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", jobs=3)
+    expected = cases.logits(cases.adapt(tmp_path / "base", tmp_path / "adapter", dense=True).eval())
+    report = merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", jobs=3)
     ours = cases.logits(cases.stock(tmp_path / "out"))
-    assert (ours - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert found.applied == len(found.changes)
+    assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert report.applied == len(report.changes)
     names = {path.name for path in (tmp_path / "base").glob("*.safetensors*")}
     assert names == {path.name for path in (tmp_path / "out").glob("*.safetensors*")}
     assert len(names) > 2
@@ -133,7 +133,7 @@ def test_every_small_file_is_there_and_every_file_has_its_checksum(
     adapter: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["merge", str(base()), str(adapter[0]), str(tmp_path / "out"), "--json"]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {path.name for path in base().iterdir()} | {"checksums.sha256", "moetune-merge.json"}
     lines = (tmp_path / "out" / "checksums.sha256").read_text().splitlines()
@@ -141,11 +141,11 @@ def test_every_small_file_is_there_and_every_file_has_its_checksum(
     for line in lines:
         assert hashlib.sha256((tmp_path / "out" / line[66:]).read_bytes()).hexdigest() == line[:64]
     report = json.loads((tmp_path / "out" / "moetune-merge.json").read_text())
-    counted = json.loads(said.out)
+    counted = json.loads(output.out)
     assert counted["intended"] == counted["applied"] == report["applied"] == len(report["changes"]) + 2
     assert all(change["intended_norm"] > 0 for change in report["changes"].values())
     assert "does not say which base" in report["origin"]
-    plan, *done = said.err.splitlines()[2:]
+    plan, *done = output.err.splitlines()[2:]
     assert plan.startswith(f"out      {tmp_path / 'out'}: 1 weight file(s) and ")
     size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors")
     assert f" {size:,} bytes" not in plan, "the small files count too"
@@ -165,14 +165,14 @@ def test_an_adapter_of_another_base_is_refused_with_both_sides_named(
 
     shutil.copytree(adapter[0], tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    told = Provenance(base=open_base(base()), base_name="hub/tiny").metadata()
-    save_file(load_file(file), file, metadata=told)
+    metadata = Provenance(base=open_base(base()), base_name="hub/tiny").metadata()
+    save_file(load_file(file), file, metadata=metadata)
     write_tiny(tmp_path / "other", TinyModel(seed=1))
     words = ["merge", str(tmp_path / "other"), str(tmp_path / "adapter"), str(tmp_path / "out")]
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert "was trained on hub/tiny (fingerprint " in said
-    assert f"but {tmp_path / 'other'} is another base (fingerprint " in said
+    errors = capsys.readouterr().err
+    assert "was trained on hub/tiny (fingerprint " in errors
+    assert f"but {tmp_path / 'other'} is another base (fingerprint " in errors
     assert not (tmp_path / "out").exists()
     assert main([*words, "--other-base"]) == 0
     assert "merged into another base on purpose" in capsys.readouterr().out
@@ -190,8 +190,10 @@ def test_what_changes_nothing_or_is_not_finite_leaves_no_folder(
     save_file(zero, file)
     with pytest.raises(ValueError, match="changes nothing: every lora_B in it is zero"):
         plan_merge(open_base(base()), tmp_path / "adapter")
-    for name, text in (("layers.1.mlp.experts.lora_B", "down_proj: base plus adapter is not finite"),
-                       ("merger.norm.weight", "merger.norm.weight: the adapter holds NaN")):  # fmt: skip
+    for name, text in (
+        ("layers.1.mlp.experts.lora_B", "down_proj: base plus adapter is not finite"),
+        ("merger.norm.weight", "merger.norm.weight: the adapter holds NaN"),
+    ):
         broken = {key: tensor.clone() for key, tensor in tensors.items()}
         (key,) = (key for key in broken if key.endswith((name, name + ".weight")) and "list" not in key)
         broken[key].view(-1)[3] = float("nan")
@@ -210,17 +212,17 @@ def test_a_change_that_bfloat16_swallows_whole_is_said(tmp_path: Path, capsys: p
 
 def test_a_skipped_change_is_an_error(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     plan = plan_merge(open_base(base()), adapter[0])
-    found = merge(plan, tmp_path / "out")
-    require_all(plan, found)
-    first = next(iter(found.changes))
+    report = merge(plan, tmp_path / "out")
+    require_all(plan, report)
+    first = next(iter(report.changes))
     for less in (
-        replace(found, changes={name: found.changes[name] for name in list(found.changes)[1:]}),
-        replace(found, changes={**found.changes, first: Realised(values=5)}),
+        replace(report, changes={name: report.changes[name] for name in list(report.changes)[1:]}),
+        replace(report, changes={**report.changes, first: Realised(values=5)}),
     ):
         with pytest.raises(ValueError, match=f"1 of {plan.intended} changes were not applied, first {first}; nothing"):
             require_all(plan, less)
     with pytest.raises(ValueError, match=r"2 of .* were not applied, first model.visual.merger.norm"):
-        require_all(plan, replace(found, full=()))
+        require_all(plan, replace(report, full=()))
 
 
 def test_a_base_that_is_cut_while_it_is_read(adapter: tuple[Path, torch.Tensor], tmp_path: Path) -> None:

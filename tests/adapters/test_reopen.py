@@ -98,12 +98,12 @@ def test_a_base_with_one_other_tensor_is_another_base(tmp_path: Path, changed: s
             tensors[name] = tensors[name] * 1.01
     other = open_base(stored.folder_with(tmp_path, base(), tensors))
     files = open_base(base())
-    told = Provenance(base=files, base_name="hub/tiny").metadata()
-    assert "trained on this base" in require_same_base(tmp_path, told, files)
+    metadata = Provenance(base=files, base_name="hub/tiny").metadata()
+    assert "trained on this base" in require_same_base(tmp_path, metadata, files)
     with pytest.raises(
         ValueError, match=rf"trained on hub/tiny \(fingerprint {fingerprint(files)}\), but .*made is an"
     ):
-        require_same_base(tmp_path, told, other)
+        require_same_base(tmp_path, metadata, other)
     assert "does not say which base" in require_same_base(tmp_path, {}, other)
     assert base_of({}) is None
 

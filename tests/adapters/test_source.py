@@ -27,17 +27,21 @@ def wrapped(*, parameters: tuple[str, ...] = STACKS, old: bool = False, r: int =
         for layer in model.model.language_model.layers:
             layer.mlp.experts.is_transposed = True
     config = LoraConfig(
-        r=r, lora_alpha=6, target_modules=["q_proj", "o_proj"], target_parameters=list(parameters) or None,
-        rank_pattern={"o_proj": 3}, alpha_pattern={"o_proj": 7},
-    )  # fmt: skip
+        r=r,
+        lora_alpha=6,
+        target_modules=["q_proj", "o_proj"],
+        target_parameters=list(parameters) or None,
+        rank_pattern={"o_proj": 3},
+        alpha_pattern={"o_proj": 7},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_peft_model(model, config)
+        wrapped_model = get_peft_model(model, config)
     torch.manual_seed(1)
-    for name, parameter in found.named_parameters():
+    for name, parameter in wrapped_model.named_parameters():
         if ".lora_" in name:
             parameter.data.normal_()
-    return found
+    return wrapped_model
 
 
 def saved(model: Any, folder: Path, *, version: str | None = None) -> Path:
@@ -61,21 +65,21 @@ def rewrite(folder: Path, change: Any, metadata: dict[str, str] | None = None) -
 
 def meant(model: Any) -> dict[str, Tensor]:
     """What PEFT itself adds to each tensor of the base."""
-    found = {}
+    changes = {}
     for name, module in model.base_model.model.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue
         parameter = getattr(module, "parameter_name", "weight")
         module.num_experts = getattr(module, "num_experts", 1)
         plain = name.replace(".base_layer", "")
-        found[f"{plain}.{parameter}"] = module.get_delta_weight("default").detach()
-    return found
+        changes[f"{plain}.{parameter}"] = module.get_delta_weight("default").detach()
+    return changes
 
 
 def delta(change: Change) -> Tensor:
     a_Eri, b_Eor = change.read()
-    found = change.scale * (b_Eor @ a_Eri)
-    return found if len(change.shape) == 3 else found[0]
+    product = change.scale * (b_Eor @ a_Eri)
+    return product if len(change.shape) == 3 else product[0]
 
 
 def shapes_of(model: Any) -> dict[str, Any]:
@@ -84,11 +88,11 @@ def shapes_of(model: Any) -> dict[str, Any]:
     return {name: shape for name, shape in names.items() if ".lora_" not in name}
 
 
-def check(source: AdapterSource, wanted: dict[str, Tensor]) -> None:
-    assert source.changes.keys() == wanted.keys()
+def check(source: AdapterSource, expected: dict[str, Tensor]) -> None:
+    assert source.changes.keys() == expected.keys()
     for name, change in source.changes.items():
-        assert change.shape == wanted[name].shape
-        assert torch.allclose(delta(change), wanted[name], rtol=1e-5, atol=1e-5), name
+        assert change.shape == expected[name].shape
+        assert torch.allclose(delta(change), expected[name], rtol=1e-5, atol=1e-5), name
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -140,11 +144,11 @@ def test_two_orientations_in_one_file_are_refused(tmp_path: Path) -> None:
 def singles(folder: Path, model: Any, *, shared: bool, names: tuple[str, str, str]) -> dict[str, Tensor]:
     """Write 2-D keys expert by expert; return what they mean, computed here."""
     torch.manual_seed(3)
-    shapes, tensors, wanted = shapes_of(model), {}, {}
-    for name, shape in shapes.items():
+    tensors, changes = {}, {}
+    for name, shape in shapes_of(model).items():
         if not name.endswith(STACKS):
             continue
-        stem, whole = name.rpartition(".")[0], []
+        stem, stack = name.rpartition(".")[0], []
         for expert in range(shape[0]):
             halves = [(names[2], shape[1])] if name.endswith("down_proj") else [(n, shape[1] // 2) for n in names[:2]]
             a, rows = torch.randn(4, shape[2]), []
@@ -154,22 +158,22 @@ def singles(folder: Path, model: Any, *, shared: bool, names: tuple[str, str, st
                 tensors[f"base_model.model.{stem}.{expert}.{part}.lora_A.weight"] = a.clone()
                 tensors[f"base_model.model.{stem}.{expert}.{part}.lora_B.weight"] = b
                 rows.append(1.5 * b @ a)
-            whole.append(torch.cat(rows))
-        wanted[name] = torch.stack(whole)
+            stack.append(torch.cat(rows))
+        changes[name] = torch.stack(stack)
     folder.mkdir()
     save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": []}))
-    return wanted
+    return changes
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
 def test_keys_expert_by_expert(shared: bool, names: tuple[str, str, str], tmp_path: Path) -> None:
     model = vl_model(layers=2)
-    wanted = singles(tmp_path / "made", model, shared=shared, names=names)
+    expected = singles(tmp_path / "made", model, shared=shared, names=names)
     for shapes in (shapes_of(model), None):
         source = open_source(tmp_path / "made", shapes)
-        check(source, wanted)
+        check(source, expected)
         assert {c.r for n, c in source.changes.items() if "gate_up" in n} == {4 if shared else 8}
     gone = f"layers.1.mlp.experts.5.{names[1]}.lora_"
     rewrite(tmp_path / "made", lambda tensors: [tensors.pop(name) for name in list(tensors) if gone in name])
@@ -268,9 +272,9 @@ def test_experts_of_several_kinds_and_a_square_stack(tmp_path: Path) -> None:
 def test_full_modules_have_peft_s_names_and_values(tmp_path: Path) -> None:
     model = vl_model(layers=1)
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "language_model.norm"])
-    found = get_peft_model(model, config)
-    found.base_model.model.lm_head.modules_to_save["default"].weight.data.fill_(2.0)
-    found.save_pretrained(tmp_path)
+    model_in_peft = get_peft_model(model, config)
+    model_in_peft.base_model.model.lm_head.modules_to_save["default"].weight.data.fill_(2.0)
+    model_in_peft.save_pretrained(tmp_path)
     source = open_source(tmp_path)
     assert set(source.full) == {"lm_head.weight", "model.language_model.norm.weight"}
     assert bool((source.read_full("lm_head.weight") == 2.0).all())

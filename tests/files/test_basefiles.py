@@ -32,26 +32,26 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
-def reads_all(files: BaseFiles, wanted: Tensors) -> bool:
-    return files.shapes.keys() == wanted.keys() and all(torch.equal(files.read(n), t) for n, t in wanted.items())
+def reads_all(files: BaseFiles, expected: Tensors) -> bool:
+    return files.shapes.keys() == expected.keys() and all(torch.equal(files.read(n), t) for n, t in expected.items())
 
 
 def test_every_layout_reads_as_the_same_tensors(bases, tmp_path):
-    wanted = weights(bases["moe"])
-    assert reads_all(open_base(bases["moe"]), wanted)
-    for layout, stored in {"hub": hub(wanted), "memory": wanted, "per_expert": per_expert(wanted)}.items():
+    tensors = weights(bases["moe"])
+    assert reads_all(open_base(bases["moe"]), tensors)
+    for layout, stored in {"hub": hub(tensors), "memory": tensors, "per_expert": per_expert(tensors)}.items():
         folder = folder_with(
             tmp_path / layout if (tmp_path / layout).mkdir() is None else tmp_path, bases["moe"], stored
         )
         files = open_base(folder)
         assert files.layout == layout
-        assert reads_all(files, wanted)
+        assert reads_all(files, tensors)
         some = files.read(GATE_UP, range(3, 6))
-        assert torch.equal(some, wanted[GATE_UP][3:6])
-        assert torch.equal(files.read(DOWN, range(7, 8)), wanted[DOWN][7:])
-        assert torch.equal(files.out_feature(GATE_UP, 5, 61), wanted[GATE_UP][5, 61])
-        assert files.size(GATE_UP, range(3)) == wanted[GATE_UP][:3].nbytes
-        assert sum(files.size(name) for name in files.shapes) == sum(t.nbytes for t in wanted.values())
+        assert torch.equal(some, tensors[GATE_UP][3:6])
+        assert torch.equal(files.read(DOWN, range(7, 8)), tensors[DOWN][7:])
+        assert torch.equal(files.out_feature(GATE_UP, 5, 61), tensors[GATE_UP][5, 61])
+        assert files.size(GATE_UP, range(3)) == tensors[GATE_UP][:3].nbytes
+        assert sum(files.size(name) for name in files.shapes) == sum(t.nbytes for t in tensors.values())
         assert set(files.dtypes.values()) == {"F32"}
 
 
@@ -94,11 +94,11 @@ def test_reading_takes_one_stack_and_one_matrix(bases, tmp_path):
 
 
 def test_metadata_decides_before_shapes_and_the_users_word_before_both(bases, tmp_path):
-    wanted = weights(bases["moe"])
-    files = open_base(folder_with(tmp_path / "a", bases["moe"], wanted, {LAYOUT_KEY: "memory"}))
+    tensors = weights(bases["moe"])
+    files = open_base(folder_with(tmp_path / "a", bases["moe"], tensors, {LAYOUT_KEY: "memory"}))
     assert files.layout == "memory"
     with pytest.raises(ValueError, match=r"of another shape.*\n.*cause: the experts are stored in the other fused"):
-        open_base(folder_with(tmp_path / "b", bases["moe"], wanted, {LAYOUT_KEY: "hub"}))
+        open_base(folder_with(tmp_path / "b", bases["moe"], tensors, {LAYOUT_KEY: "hub"}))
     with pytest.raises(ValueError, match="experts are stored in the other fused layout; leave model.layout at auto"):
         open_base(bases["moe"], layout="memory")
     assert open_base(bases["moe"], layout="hub").layout == "hub"

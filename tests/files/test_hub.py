@@ -85,7 +85,9 @@ def etag(file: Path) -> str:
 @pytest.fixture
 def hub(base):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.fetched, server.broken = base, [], None
+    server.folder = base
+    server.fetched = []
+    server.broken = None
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -100,21 +102,21 @@ def test_a_local_folder_is_itself(base):
 
 
 def test_a_hub_id_is_fetched_once_and_then_comes_from_the_cache(base, hub, tmp_path):
-    found = model_folder(MODEL, cache=tmp_path, endpoint=hub.url)
+    folder = model_folder(MODEL, cache=tmp_path, endpoint=hub.url)
     expected = {path.name for path in base.iterdir()} - {"pytorch_model.bin"}
-    assert {path.name for path in found.iterdir()} == expected
-    assert (found / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert {path.name for path in folder.iterdir()} == expected
+    assert (folder / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert set(hub.fetched) == expected
     hub.fetched.clear()
-    assert model_folder(MODEL, cache=tmp_path, endpoint=hub.url) == found
-    assert model_folder(MODEL, revision=COMMIT, cache=tmp_path, endpoint=hub.url) == found
+    assert model_folder(MODEL, cache=tmp_path, endpoint=hub.url) == folder
+    assert model_folder(MODEL, revision=COMMIT, cache=tmp_path, endpoint=hub.url) == folder
     assert hub.fetched == []
 
 
 def test_offline_a_full_cache_is_enough(hub, tmp_path, monkeypatch):
-    found = model_folder(MODEL, cache=tmp_path, endpoint=hub.url)
+    folder = model_folder(MODEL, cache=tmp_path, endpoint=hub.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert model_folder(MODEL, cache=tmp_path) == found
+    assert model_folder(MODEL, cache=tmp_path) == folder
 
 
 def test_offline_an_empty_cache_is_one_clear_error(tmp_path, monkeypatch):

@@ -72,9 +72,9 @@ def test_the_real_vocabulary_is_qwen3_vls_own(tmp_path):
     for name in ("merges.txt", "vocab.json"):
         assert sha256(real.files[name]) == PUBLISHED[name]
     write_tiny(tmp_path / "real", TinyModel(tokenizer="qwen3", hidden=16, expert_hidden=12, experts=2))
-    found = read_family(tmp_path / "real")
-    assert found.text.vocab_size == 151_936
-    assert (found.image_token_id, found.text.eos_token_id) == (151_655, 151_645)
+    family = read_family(tmp_path / "real")
+    assert family.text.vocab_size == 151_936
+    assert (family.image_token_id, family.text.eos_token_id) == (151_655, 151_645)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "real")
     assert tokenizer("assistant").input_ids == [77_091]
     assert tokenizer.convert_tokens_to_ids("<think>") == 151_667
@@ -87,7 +87,7 @@ def test_same_arguments_same_bytes_in_another_process(moe, tmp_path):
     assert folder_hashes(tmp_path / "again") == folder_hashes(moe)
     write_tiny(tmp_path / "seed", TinyModel(seed=1))
     other = folder_hashes(tmp_path / "seed")
-    assert {name for name, found in other.items() if found != folder_hashes(moe)[name]} == {"model.safetensors"}
+    assert {name for name, digest in other.items() if digest != folder_hashes(moe)[name]} == {"model.safetensors"}
 
 
 def test_config_is_in_the_hubs_spelling(moe):
@@ -112,8 +112,8 @@ def test_no_two_dims_are_equal(moe):
 
 def test_weights_lie_in_the_file_as_the_hub_has_them(moe):
     stored = load_file(moe / "model.safetensors")
-    found = read_family(moe)
-    shapes = parameter_shapes(found)
+    family = read_family(moe)
+    shapes = parameter_shapes(family)
     assert set(stored) == set(shapes)
     gate_up = "model.language_model.layers.1.mlp.experts.gate_up_proj"
     down = "model.language_model.layers.1.mlp.experts.down_proj"
@@ -137,9 +137,9 @@ def test_transformers_loads_the_folder_and_every_weight(tmp_path, options):
     model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", output_loading_info=True)
     assert not any(report.values()), report
     assert str(model.dtype) == f"torch.{options.dtype}"
-    found = read_family(tmp_path / "base")
+    family = read_family(tmp_path / "base")
     state = model.state_dict()
-    for name, tensor in random_weights(parameter_shapes(found), dtype=options.dtype, seed=0):
+    for name, tensor in random_weights(parameter_shapes(family), dtype=options.dtype, seed=0):
         assert torch.equal(state[name], tensor), name
     assert (model.lm_head.weight is model.get_input_embeddings().weight) is options.tied
     ids = torch.tensor([[5, 600, 7, 300, 41]])
@@ -200,9 +200,9 @@ def test_whole_processor_loads_where_torchvision_is(moe):
 def test_command_writes_what_was_asked_for(tmp_path, capsys):
     words = "--experts 4 --top-k 3 --hidden 40 --expert-hidden 28 --dtype bfloat16 --shard-bytes 100000"
     assert run_command(tmp_path / "out", *words.split()) == 0
-    found = read_family(tmp_path / "out")
-    assert (found.text.hidden_size, found.text.dtype) == (40, "bfloat16")
-    assert found.text.experts.num_experts_per_tok == 3
+    family = read_family(tmp_path / "out")
+    assert (family.text.hidden_size, family.text.dtype) == (40, "bfloat16")
+    assert family.text.experts.num_experts_per_tok == 3
     files_written = len(list((tmp_path / "out").glob("*.safetensors")))
     assert files_written > 1
     assert f"in {files_written} file(s)" in capsys.readouterr().out

@@ -69,7 +69,7 @@ DAMAGES = [
     (lambda c: struct.pack("<Q", 8) + b"[1, 2]  ", r"damaged safetensors header \(no object with texts as metadata"),
     (lambda c: reheaded(c, lambda h: h.update(__metadata__=[1])), r"header \(no object with texts as metadata"),
     (lambda c: reheaded(c, lambda h: h.pop(next(n for n in h if n[0] == "m"))), r"overlaps or leaves a gap"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGES)
@@ -166,9 +166,9 @@ def test_files_without_index_or_no_files_at_all(sharded, tmp_path):
 def test_the_librarys_headers_and_ours_are_read_alike(tmp_path):
     tensors = {"b": torch.randn(3, 5), "a": torch.randn(2).bfloat16(), "c": torch.zeros(4, 0)}
     save_file(tensors, tmp_path / "lib.safetensors", metadata={"k": "v"})
-    found, metadata = read_header(tmp_path / "lib.safetensors")
+    stored, metadata = read_header(tmp_path / "lib.safetensors")
     assert metadata == {"k": "v"}
-    assert {name: entry.shape for name, entry in found.items()} == {"a": (2,), "b": (3, 5), "c": (4, 0)}
+    assert {name: entry.shape for name, entry in stored.items()} == {"a": (2,), "b": (3, 5), "c": (4, 0)}
 
 
 KINDS = {"b": ("F32", (3, 5)), "a": ("BF16", (2,))}

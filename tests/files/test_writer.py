@@ -91,9 +91,9 @@ def test_every_other_file_of_the_base_comes_along(base, tmp_path):
         (extended / unwanted).parent.mkdir(parents=True, exist_ok=True)
         (extended / unwanted).write_text("x")
     write_model(tensors=weights(base), **target(tmp_path / "out", base, side_files=side_files_of(extended)))
-    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     expected = {path.name for path in base.iterdir()} | {"README.md", "extra/notes.txt"}
-    assert found == expected
+    assert names == expected
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert (tmp_path / "out" / "chat_template.json").read_bytes() == (base / "chat_template.json").read_bytes()
 
@@ -117,14 +117,14 @@ def test_shards_and_index(base, tmp_path):
     assert files == [f"model-{at:05d}-of-{len(files):05d}.safetensors" for at in range(1, len(files) + 1)]
     assert len(files) > 5
     whole = load_file(base / "model.safetensors")
-    held = {}
+    stored = {}
     for file in files:
         tensors = load_file(tmp_path / "out" / file)
         assert {name for name, where in index["weight_map"].items() if where == file} == set(tensors)
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 150_000 or len(tensors) == 1
-        held |= tensors
-    assert held.keys() == whole.keys()
-    assert all(torch.equal(held[name], whole[name]) for name in whole)
+        stored |= tensors
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(stored[name], whole[name]) for name in whole)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     assert torch.equal(logits(tmp_path / "out"), logits(base))
 

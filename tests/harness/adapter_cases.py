@@ -45,5 +45,5 @@ def tensors(adapter: Path) -> dict[str, Tensor]:
     return load_file(adapter / "adapter_model.safetensors")
 
 
-def close(one: Tensor, two: Tensor, tolerance: float) -> bool:
-    return bool((one - two).abs().max() <= tolerance * two.abs().max())
+def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    return bool((first - second).abs().max() <= tolerance * second.abs().max())

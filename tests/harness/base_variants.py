@@ -27,18 +27,18 @@ def hub(tensors: Tensors) -> Tensors:
 
 
 def per_expert(tensors: Tensors) -> Tensors:
-    found = {}
+    stored = {}
     for name, tensor in tensors.items():
         stem = name.rpartition(".")[0]
         for expert, matrix in enumerate(tensor) if is_stack(name) else ():
             if name.endswith("down_proj"):
-                found[f"{stem}.{expert}.down_proj.weight"] = matrix.clone()
+                stored[f"{stem}.{expert}.down_proj.weight"] = matrix.clone()
             else:
-                found[f"{stem}.{expert}.gate_proj.weight"] = matrix[:40].clone()
-                found[f"{stem}.{expert}.up_proj.weight"] = matrix[40:].clone()
+                stored[f"{stem}.{expert}.gate_proj.weight"] = matrix[:40].clone()
+                stored[f"{stem}.{expert}.up_proj.weight"] = matrix[40:].clone()
         if not is_stack(name):
-            found[name] = tensor
-    return found
+            stored[name] = tensor
+    return stored
 
 
 def folder_with(parent: Path, base: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:

@@ -41,7 +41,9 @@ from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions
 
-ROWS, SAVED_AT, AFTER = 4, 2, 3
+ROWS = 4
+SAVED_AT = 2
+AFTER = 3
 CONFIG = {"optim": {"lr": 1e-3, "betas": (0.9, 0.95)}, "parallel": {"ep": 1}, "run": {"name": "one", "seed": 3}}
 STATE = {"data": {"epoch": 1, "step": 4, "quarantine": [[0, {"unit": 7}]]}, "note": "é"}
 
@@ -120,6 +122,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     load(empty, files, engine_config=engine_config(options))
     engine = initialize(empty.module, options)
     engine.train()
+    provenance = Provenance(base=files, base_name="base")
     checkpoints = Checkpoints(
         engine,
         empty,
@@ -127,7 +130,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
         base=files,
         keep=2,
         asynchronous=job.asynchronous,
-        adapter_writer=adapter_writer(empty, base="base", provenance=Provenance(base=files, base_name="base")),
+        adapter_writer=adapter_writer(empty, base="base", provenance=provenance),
     )
     torch.manual_seed(rank)
     return Run(engine=engine, empty=empty, checkpoints=checkpoints, rank=rank, world=world)
@@ -135,7 +138,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
 
 def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str, list[float]]]:
     """Run one engine after the other; the losses and norms of the steps after the save, or after the resume."""
-    found = []
+    results = []
     for job in jobs:
         run = start(rank, world, base, job)
         if job.resume is not None:
@@ -150,9 +153,9 @@ def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str
         run.norms.clear()
         run.train(job.after)
         run.checkpoints.wait()
-        found.append({"losses": run.losses, "norms": run.norms})
+        results.append({"losses": run.losses, "norms": run.norms})
         run.engine.destroy()
-    return found
+    return results
 
 
 def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, full: Path | None) -> dict[str, str]:
@@ -162,12 +165,12 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
     good = run.save()
     before = masters(run)
     changed = {"optim": {"lr": 2e-3, "betas": [0.9, 0.95], "eps": 1e-6}, "parallel": {"ep": 4}, "run": {"seed": 3}}
-    told = {"config": message(lambda: run.restore(good, config=changed))}
+    messages = {"config": message(lambda: run.restore(good, config=changed))}
     for name, change in CHANGES.items():
         if rank == 0:
             change(shutil.copytree(good, folder / name))
         dist.barrier()
-        told[name] = message(lambda name=name: run.restore(folder / name))
+        messages[name] = message(lambda name=name: run.restore(folder / name))
     if full is not None:
         run.checkpoints.folder = full
         first = run.save()
@@ -175,27 +178,27 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
             size = sum(file.stat().st_size for file in first.iterdir())
             (full / "others").write_bytes(b"x" * (shutil.disk_usage(full).free - size // 2))
         dist.barrier()
-        told["full"] = message(lambda: run.save(step=3))
+        messages["full"] = message(lambda: run.save(step=3))
         dist.barrier()  # rank 0 tidies up after it has told the others
         behind = Checkpoints(run.engine, run.empty, full, base=run.checkpoints.base, keep=2, asynchronous=True)
         for name, ask in {"poll": behind.poll, "wait": behind.wait, "save": partial(run.save_with, behind)}.items():
             run.save_with(behind)
-            while name == "poll" and not told.get("full, poll", "").startswith("RuntimeError"):
-                told["full, poll"] = message(ask)
-            told[f"full, {name}"] = told.get(f"full, {name}") or message(ask)
+            while name == "poll" and not messages.get("full, poll", "").startswith("RuntimeError"):
+                messages["full, poll"] = message(ask)
+            messages[f"full, {name}"] = messages.get(f"full, {name}") or message(ask)
             dist.barrier()
             behind.wait()  # what failed once is told once
-        told["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
+        messages["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
         run.checkpoints.folder = folder
     unchanged = all(torch.equal(before[name], now) for name, now in masters(run).items())
-    told["kept"] = f"{unchanged} {find_latest(folder) == good}"
+    messages["kept"] = f"{unchanged} {find_latest(folder) == good}"
     run.engine.destroy()
     for name, where, train in (("base", other_base, ("attention",)), ("trained", base, ("attention", "norms"))):
         other = start(rank, world, where, Job(folder=folder, ep=2), train=train)
-        told[name] = message(lambda other=other: other.restore(good))
-        told[f"{name}, old"] = message(lambda other=other: other.restore(folder / "old"))
+        messages[name] = message(lambda other=other: other.restore(good))
+        messages[f"{name}, old"] = message(lambda other=other: other.restore(folder / "old"))
         other.engine.destroy()
-    return told
+    return messages
 
 
 def masters(run: Run) -> dict[str, Tensor]:
@@ -304,7 +307,7 @@ def whole_tensors(folder: Path) -> dict[str, Tensor]:
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for key, offset, tensor in _pieces(folder):
         pieces.setdefault(key, []).append((offset, tensor))
-    return {key: torch.cat([t for _, t in sorted(found, key=lambda f: f[0])]) for key, found in pieces.items()}
+    return {key: torch.cat([t for _, t in sorted(parts, key=lambda f: f[0])]) for key, parts in pieces.items()}
 
 
 def _pieces(folder: Path) -> Iterator[tuple[str, int, Tensor]]:

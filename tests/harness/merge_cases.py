@@ -48,7 +48,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def raw(folder: Path) -> Arrays:
     """Every tensor of a folder's weight files as float32, by numpy from the bytes; bfloat16 under NAME.bits too."""
-    found: Arrays = {}
+    arrays: Arrays = {}
     for file in sorted(folder.glob("*.safetensors")):
         data = file.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
@@ -59,12 +59,12 @@ def raw(folder: Path) -> Arrays:
             part = data[start + first : start + last]
             if entry["dtype"] == "BF16":
                 bits = np.frombuffer(part, "<u2").reshape(entry["shape"])
-                found[f"{name}.bits"] = bits
-                found[name] = (bits.astype(np.uint32) << 16).view(np.float32)
+                arrays[f"{name}.bits"] = bits
+                arrays[name] = (bits.astype(np.uint32) << 16).view(np.float32)
             else:
-                found[name] = np.frombuffer(part, "<f4").reshape(entry["shape"])
-            assert found[name].size == math.prod(entry["shape"])
-    return found
+                arrays[name] = np.frombuffer(part, "<f4").reshape(entry["shape"])
+            assert arrays[name].size == math.prod(entry["shape"])
+    return arrays
 
 
 def rounded(values: Any) -> Any:
@@ -75,22 +75,22 @@ def rounded(values: Any) -> Any:
 
 def expected(base: Arrays, adapter: Arrays, *, scale: float, experts: int) -> Arrays:
     """Base plus adapter in the hub's layout, in float64; `base` has its experts as the hub has them."""
-    found = {name: values.astype(np.float64) for name, values in base.items() if not name.endswith(".bits")}
+    sums = {name: values.astype(np.float64) for name, values in base.items() if not name.endswith(".bits")}
     prefix = "base_model.model."
     for name, a in adapter.items():
         if name.endswith(".bits") or ".lora_B." in name:
             continue
         if ".lora_A." not in name:
-            found[name.removeprefix(prefix)] = a.astype(np.float64)
+            sums[name.removeprefix(prefix)] = a.astype(np.float64)
             continue
         b = adapter[name.replace(".lora_A.", ".lora_B.")].astype(np.float64)
         module = name.removeprefix(prefix).removesuffix(".lora_A.weight")
         if not module.endswith((".mlp.experts", ".mlp.experts.base_layer")):
-            found[f"{module}.weight"] += scale * b @ a
+            sums[f"{module}.weight"] += scale * b @ a
             continue
         stack = "gate_up_proj" if module.endswith("base_layer") else "down_proj"
         r = len(a) // experts
         for e in range(experts):
             change = scale * b[:, e::experts] @ a[e * r : (e + 1) * r]
-            found[f"{module.removesuffix('.base_layer')}.{stack}"][e] += change.T
-    return found
+            sums[f"{module.removesuffix('.base_layer')}.{stack}"][e] += change.T
+    return sums

@@ -39,17 +39,17 @@ def test_any_layout_continues_exactly(
     worlds: tuple[int, ...], others: tuple[tuple[int, int], ...], base: Path, tmp_path: Path
 ) -> None:
     step = {(world, dtype): tmp_path / f"{world}-{dtype}" / "step-000002" for world in worlds for dtype in DTYPES}
-    wanted = {}
+    expected = {}
     for world in worlds:
         jobs = [
             Job(folder=step[world, dtype].parent, ep=2, dtype=dtype, save=True, asynchronous=dtype == "float32")
             for dtype in DTYPES
         ]
         jobs += [Job(folder=tmp_path / "x", ep=2, dtype=dtype, resume=step[world, dtype]) for dtype in DTYPES]
-        runs = run_ranks(session, world, base, jobs)
-        assert all(rank == runs[0] for rank in runs)
-        assert runs[0][:2] == runs[0][2:], "the same layout, bit for bit"
-        wanted |= {(world, dtype): run for dtype, run in zip(DTYPES, runs[0], strict=False)}
+        results = run_ranks(session, world, base, jobs)
+        assert all(rank == results[0] for rank in results)
+        assert results[0][:2] == results[0][2:], "the same layout, bit for bit"
+        expected |= {(world, dtype): run for dtype, run in zip(DTYPES, results[0], strict=False)}
     for saved in step.values():
         beside, gathered = (
             load_file(folder / "adapter_model.safetensors")
@@ -58,18 +58,18 @@ def test_any_layout_continues_exactly(
         assert list(beside) == list(gathered)
         assert all(torch.equal(beside[name], gathered[name]) for name in gathered), "from the files, from the engine"
     for world, ep in others:
-        again = {key: tmp_path / f"{world}-{ep}-of-{key}" for key in wanted}
+        again = {key: tmp_path / f"{world}-{ep}-of-{key}" for key in expected}
         jobs = [
             Job(folder=again[key], ep=ep, dtype=key[1], resume=step[key], save=True, resident=key[1] == "float32")
-            for key in wanted
+            for key in expected
         ]
-        for key, run in zip(wanted, run_ranks(session, world, base, jobs)[0], strict=True):
+        for key, run in zip(expected, run_ranks(session, world, base, jobs)[0], strict=True):
             # bfloat16 rounds by the shape of a product, and a token in a hundred may then take another expert:
             # 1.4e-3 was seen. What says that nothing was lost is the state, compared bit for bit below.
             close = 1e-5 if key[1] == "float32" else 5e-3
             for what in ("losses", "norms"):
                 assert len(run[what]) == AFTER
-                assert run[what] == pytest.approx(wanted[key][what], rel=close)
+                assert run[what] == pytest.approx(expected[key][what], rel=close)
             before, after = (whole_tensors(folder) for folder in (step[key], again[key] / "step-000002"))
             names = [name for name in before if not name.startswith("random/")]
             assert all(torch.equal(before[name], after[name]) for name in names), "not a bit of the state changed"
@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "-l", place], check=True)
 
 
-TOLD = {
+MESSAGES = {
     "config": r"^ValueError: .*step-000002 was saved under another configuration:\n"
     r"  optim.lr: 0.001 in the checkpoint, 0.002 now\n  optim.eps: absent in the checkpoint, 1e-06 now\nRestore these",
     "cut": r"^ValueError: .*/cut is damaged: shard-00001-\S+ has \d+ bytes, not \d+. Resume from another checkpoint",
@@ -107,17 +107,17 @@ def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
     base: Path, tmp_path: Path, small_disk: Path | None
 ) -> None:
     other = write_base(vl_model(seed=1), tmp_path / "other")
-    by_rank = run_ranks(troubles, 2, base, other, tmp_path / "saves", small_disk)
-    for messages in by_rank:
-        for name, words in TOLD.items():
+    ranks = run_ranks(troubles, 2, base, other, tmp_path / "saves", small_disk)
+    for messages in ranks:
+        for name, words in MESSAGES.items():
             assert re.search(words, messages[name]), messages[name]
         assert messages["kept"] == "True True"
-    assert by_rank[0] == by_rank[1], "every rank is told the same"
+    assert ranks[0] == ranks[1], "every rank is told the same"
     if small_disk is not None:
         words = r"^RuntimeError: step 3: the checkpoint was not saved: .*[Nn]o space left.*good one is .*step-000002$"
         for name in ("full", "full, poll", "full, wait", "full, save"):
-            assert re.search(words, by_rank[0][name]), by_rank[0][name]
-        assert by_rank[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
+            assert re.search(words, ranks[0][name]), ranks[0][name]
+        assert ranks[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
     else:
         pytest.skip("all else held; the full disk was not tried: mounting a small one is not permitted here")
 
@@ -188,13 +188,8 @@ def _finished(folder: Path, name: str) -> Path:
 def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
     for step in range(1, 7):
         point_and_prune(_finished(tmp_path, f"step-00000{step}"), 2, is_best=step in (1, 3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "BEST",
-        "LATEST",
-        "step-000003",
-        "step-000005",
-        "step-000006",
-    ]
+    steps = [f"step-00000{step}" for step in (3, 5, 6)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEST", "LATEST", *steps]
     assert best_checkpoint(tmp_path) == tmp_path / "step-000003"
     assert find_latest(tmp_path) == tmp_path / "step-000006"
 
@@ -226,11 +221,11 @@ def test_slices_that_are_not_the_whole_tensor_are_never_written(tmp_path: Path) 
     try:
         group, steps = dist.distributed_c10d._get_default_group(), torch.zeros(())
         for length in (6, 5, 7):
-            one = Slice(canonical="a", shape=(2, 3), ep=None, views={"master": torch.zeros(length)}, steps=steps)
+            piece = Slice(canonical="a", shape=(2, 3), ep=None, views={"master": torch.zeros(length)}, steps=steps)
             if length == 6:
-                require_whole([one], group)
+                require_whole([piece], group)
             else:
                 with pytest.raises(AssertionError, match="slices overlap, or some are missing"):
-                    require_whole([one], group)
+                    require_whole([piece], group)
     finally:
         dist.destroy_process_group()

@@ -46,8 +46,8 @@ def card(folder: Path, **options) -> dict[str, Check]:
     return {check.name: check for check in verify_base(folder, Options(**options))}
 
 
-def statuses(found: dict[str, Check]) -> dict[str, str]:
-    return {name: check.status for name, check in found.items()}
+def statuses(checks: dict[str, Check]) -> dict[str, str]:
+    return {name: check.status for name, check in checks.items()}
 
 
 def change(file: Path, **values) -> None:
@@ -63,12 +63,12 @@ def change(file: Path, **values) -> None:
 
 @pytest.mark.parametrize(("name", "config"), [("moe", "pass"), ("tied", "note"), ("bfloat16", "note")])
 def test_a_sound_base_passes_every_check(bases, name, config):
-    found = card(bases[name])
-    assert list(found) == NAMES
+    checks = card(bases[name])
+    assert list(checks) == NAMES
     expected = dict.fromkeys(NAMES, "pass") | {"config": config, "video layout": "note"}
-    assert statuses(found) == expected, found
-    assert "next token equal at" in found["logits"].detail
-    assert "no clear preference" in found["video layout"].detail, "random weights know no layout"
+    assert statuses(checks) == expected, checks
+    assert "next token equal at" in checks["logits"].detail
+    assert "no clear preference" in checks["video layout"].detail, "random weights know no layout"
 
 
 def test_bfloat16_may_move_single_positions(bases):
@@ -82,10 +82,10 @@ def test_other_layouts_compute_the_same(bases, tmp_path, layout):
     for file in bases["moe"].glob("*"):
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
-    found = card(folder)
-    assert f"layout {layout}" in found["weights"].detail
-    assert found["logits"].status == "pass"
-    assert found["logits"].detail == card(bases["moe"])["logits"].detail
+    checks = card(folder)
+    assert f"layout {layout}" in checks["weights"].detail
+    assert checks["logits"].status == "pass"
+    assert checks["logits"].detail == card(bases["moe"])["logits"].detail
 
 
 def test_a_streamed_model_computes_what_a_whole_one_does_and_holds_one_layer(bases):
@@ -112,29 +112,33 @@ def test_a_streamed_model_computes_what_a_whole_one_does_and_holds_one_layer(bas
 def test_a_model_that_computes_otherwise_fails_and_the_first_layer_is_named(moe):
     """transformers ignores this key, our layer obeys it: scores that are not normalised."""
     change(moe / "config.json", text_config__norm_topk_prob=False)
-    found = card(moe)
-    assert found["logits"].status == "fail"
-    assert "the models part at language_model.layers.0" in found["logits"].detail
-    assert "; worst in " in found["logits"].detail
+    checks = card(moe)
+    assert checks["logits"].status == "fail"
+    assert "the models part at language_model.layers.0" in checks["logits"].detail
+    assert "; worst in " in checks["logits"].detail
 
 
 def test_wrong_files_fail_their_line_and_skip_what_needs_them(moe):
     (moe / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-1])
     (moe / "video_preprocessor_config.json").unlink()
-    found = card(moe)
-    assert statuses(found) == {
-        "files": "fail", "config": "pass", "weights": "fail", "logits": "skip", "video layout": "skip",
-    }  # fmt: skip
-    assert "lacks video_preprocessor_config.json" in found["files"].detail
-    assert "it was cut off" in found["weights"].detail
+    checks = card(moe)
+    assert statuses(checks) == {
+        "files": "fail",
+        "config": "pass",
+        "weights": "fail",
+        "logits": "skip",
+        "video layout": "skip",
+    }
+    assert "lacks video_preprocessor_config.json" in checks["files"].detail
+    assert "it was cut off" in checks["weights"].detail
     change(moe / "config.json", text_config__hidden_size=0)
     assert "text_config.hidden_size is 0" in card(moe)["config"].detail
 
 
 def test_the_users_word_on_the_layout_is_held_to_the_files(moe):
-    found = card(moe, layout="memory", compute=False)
-    assert "experts are stored in the other fused layout" in found["weights"].detail
-    assert found["logits"].detail == "not asked for (--no-compute)"
+    checks = card(moe, layout="memory", compute=False)
+    assert "experts are stored in the other fused layout" in checks["weights"].detail
+    assert checks["logits"].detail == "not asked for (--no-compute)"
 
 
 def test_a_config_is_held_to_the_family_it_must_be_or_seems_to_be(moe):
@@ -142,9 +146,9 @@ def test_a_config_is_held_to_the_family_it_must_be_or_seems_to_be(moe):
     published = hub_config(family("qwen3-vl-30b-a3b"))
     published["text_config"]["rope_theta"] = 500_000
     (moe / "config.json").write_text(json.dumps(published))
-    found = card(moe, compute=False)["config"]
-    assert found.status == "fail"
-    assert found.detail == "unlike qwen3-vl-30b-a3b: text_config.rope_theta is 500000, not 5000000"
+    check = card(moe, compute=False)["config"]
+    assert check.status == "fail"
+    assert check.detail == "unlike qwen3-vl-30b-a3b: text_config.rope_theta is 500000, not 5000000"
     with pytest.raises(ValueError, match="'qwen3-vl-9b' is not a known family; did you mean"):
         list(verify_base(moe, Options(family="qwen3-vl-9b")))
 
@@ -170,8 +174,8 @@ def test_templates_that_contradict_each_other_or_are_missing_fail(moe):
     detail = card(moe, compute=False)["template"].detail
     assert detail == "copies of the chat template differ or lack: chat_template.json, tokenizer_config.json"
     change(moe / "tokenizer_config.json", chat_template=other)
-    found = card(moe, compute=False)["template"]
-    assert (found.status, found.detail) == ("pass", "a template of its own; renders as in transformers")
+    check = card(moe, compute=False)["template"]
+    assert (check.status, check.detail) == ("pass", "a template of its own; renders as in transformers")
     change(moe / "tokenizer_config.json", chat_template="")
     (moe / "chat_template.json").unlink()
     assert card(moe, compute=False)["template"].status == "fail"
@@ -225,10 +229,10 @@ def test_the_preferred_video_layout_is_the_one_whose_answers_are_cheap(bases, kn
             labels = torch.from_numpy(trial.sample.input_ids[1:]).long()
             logits[torch.arange(len(labels)), labels] = 20
         rows.append(logits)
-    found = video_preference(made, chosen, torch.cat(rows))
-    assert f"the weights prefer {known} ({known} cheaper in 4 of 4)" in found.detail
-    assert f"{known} 0.000" in found.detail
-    assert " 6.931" in found.detail, "ln 1024, where nothing is known"
+    check = video_preference(made, chosen, torch.cat(rows))
+    assert f"the weights prefer {known} ({known} cheaper in 4 of 4)" in check.detail
+    assert f"{known} 0.000" in check.detail
+    assert " 6.931" in check.detail, "ln 1024, where nothing is known"
 
 
 def test_the_layouts_differ_only_in_the_outer_vision_marks(bases):
@@ -254,9 +258,9 @@ def test_the_command_prints_a_card_and_its_exit_code_tells(moe, capsys):
     change(moe / "config.json", image_token_id=3)
     code, printed = run_command(capsys, moe, "--no-compute", "--json")
     assert code == 3
-    found = json.loads(printed)
-    assert found["passed"] is False
-    assert [check["name"] for check in found["checks"]] == NAMES
+    output = json.loads(printed)
+    assert output["passed"] is False
+    assert [check["name"] for check in output["checks"]] == NAMES
 
 
 def test_the_family_table_covers_the_shapes_of_both_bases(bases):

@@ -45,12 +45,14 @@ def proof(made: Path, merged: Path) -> Proof:
 
 
 def test_a_right_merge_is_proved_to_the_last_digits(made: Path) -> None:
-    found = proof(made, made / "out")
-    assert found.passed
-    assert found.worst < 1e-5
-    assert found.moved > 0.1
-    assert found.bytes_peak < open_base(base()).stored["lm_head.weight"].size * 4
-    assert found.line().startswith(f"proved   {found.positions} positions of {found.samples} samples: the merged F32 ")
+    result = proof(made, made / "out")
+    assert result.passed
+    assert result.worst < 1e-5
+    assert result.moved > 0.1
+    assert result.bytes_peak < open_base(base()).stored["lm_head.weight"].size * 4
+    assert result.line().startswith(
+        f"proved   {result.positions} positions of {result.samples} samples: the merged F32 "
+    )
 
 
 @pytest.mark.parametrize("wrong", ["nothing merged", "one tensor not", "two experts swapped", "twice", "no number"])
@@ -72,9 +74,9 @@ def test_a_wrong_merge_fails(made: Path, wrong: str, tmp_path: Path) -> None:
     else:
         after[experts][:, 0, 0] = float("nan")
     save_file(after, out / "model.safetensors", metadata=metadata)
-    found = proof(made, out)
-    assert not found.passed
-    assert found.line().startswith("FAILED")
+    result = proof(made, out)
+    assert not result.passed
+    assert result.line().startswith("FAILED")
 
 
 def test_bfloat16_is_within_what_rounding_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,8 +98,8 @@ def test_samples_of_the_user_and_the_exit_code(made: Path, tmp_path: Path, capsy
     save_file(tensors, tmp_path / "memory" / "model.safetensors")
     words = ["merge", str(tmp_path / "memory"), str(made / "adapter"), str(tmp_path / "out"), "--json"]
     assert main([*words, "--verify", str(rows), "--samples", "3"]) == 0
-    found = json.loads(capsys.readouterr().out)["proof"]
-    assert found["samples"] == 3
+    proof = json.loads(capsys.readouterr().out)["proof"]
+    assert proof["samples"] == 3
     (shards,) = (path for path in tmp_path.iterdir() if path.name.startswith("rows-"))
     assert len(proof_samples(base(), str(shards), 9)) == 5
     (tmp_path / "none").mkdir()
