@@ -1,6 +1,6 @@
 """An adapter in the form that a server reads, with one rank and one scale for all of it, and a page that says how.
 
-Servers take rank and alpha from two numbers of the config and pass over PEFT's patterns by module; so smaller ranks are
+Servers take rank and alpha from two numbers of the config and ignore PEFT's patterns by module; so smaller ranks are
 filled up with zeros and other scales go into B. What was written is read back and compared before the folder counts.
 """
 
@@ -49,7 +49,7 @@ class Exported:
 
 
 def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shape] | None = None) -> Exported:
-    """Write the adapter in another form; `shapes` of its base settle what its own shapes leave open."""
+    """Write the adapter in another form; `shapes` of its base decide what its own shapes leave open."""
     if form not in FORMS:
         raise ValueError(f"--format {form!r} is unknown; there are {', '.join(FORMS)}")
     source = open_source(adapter, shapes)
