@@ -61,7 +61,9 @@ class _MicroBatch:
     def __init__(self, *, valid_T: Tensor | None, layers: int, experts: int, device: torch.device) -> None:
         self.given_valid_T = valid_T
         self.counts_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
-        self.probs_sum_LE = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+        self.all_counts_LE = self.counts_LE  # those of all ranks, where they are asked
+        self.probs_sum_LE = torch.zeros(layers, experts, device=device)
+        self.z_L = torch.zeros(layers, device=device)
         self.seen: set[int] = set()
         self.under_way: dict[int, dist.Work] = {}
 
@@ -79,12 +81,15 @@ class _MicroBatch:
         """Each expert's share of the layer's choices; waits for the other ranks' counts."""
         if layer in self.under_way:
             self.under_way.pop(layer).wait()
-        counts_E = self.counts_LE[layer].double()
+        counts_E = self.all_counts_LE[layer].double()
         return counts_E / counts_E.sum().clamp(min=1)
 
     def values_L(self) -> Tensor:
         """E * sum_e f_e * (sum of p_e over this rank's valid tokens), a layer."""
-        share_LE = torch.stack([self.share_E(layer) for layer in range(len(self.counts_LE))])
+        while self.under_way:
+            self.under_way.popitem()[1].wait()
+        counts_LE = self.all_counts_LE.double()
+        share_LE = counts_LE / counts_LE.sum(1, keepdim=True).clamp(min=1)
         return share_LE.shape[1] * (share_LE * self.probs_sum_LE).sum(1)
 
 
@@ -104,7 +109,7 @@ class _Inject(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         balance, micro, layer = ctx.balance, ctx.micro, ctx.layer
-        balance.totals.injected_L[layer] += 1
+        balance.injected[layer] += 1
         valid_T = micro.valid_T(grad_TE)
         grad_logits_TE = None
         if balance.z_coefficient and ctx.needs_input_grad[1]:
@@ -166,13 +171,15 @@ class Balance:
             )
         self._step_tokens = step_tokens
         self._micro = None
+        # how often each layer's forward recorded a gradient, and its backward added one
+        self.called, self.injected = [0] * self.layers, [0] * self.layers
         self.totals = StepTotals.zeros(layers=self.layers, experts=self.experts, device=self._device)
 
     def start_micro_batch(self, valid_T: Tensor | None) -> None:
         """Begin a micro-batch; `valid_T` tells this rank's tokens from padding, in the order the routers see them."""
         if self._step_tokens is None:
             raise ValueError("start_micro_batch outside of a step: call start_step with the step's valid tokens first.")
-        self._close_micro_batch()
+        self.end_micro_batch()
         if valid_T is not None:
             valid_T = valid_T.reshape(-1).to(self._device, torch.bool)
         self._micro = _MicroBatch(valid_T=valid_T, layers=self.layers, experts=self.experts, device=self._device)
@@ -226,24 +233,29 @@ class Balance:
             chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(
                 1, topk_TK, valid_T[:, None].expand_as(topk_TK)
             )
-            counts_E = chosen_TE.sum(0)
-            totals = self.totals
-            totals.counts_LE[layer] += counts_E
-            totals.z_L[layer] += torch.logsumexp(logits_TE.float(), -1).square().masked_fill(~valid_T, 0).sum()
-            totals.called_L[layer] += probs_TE.requires_grad
+            counts_E = torch.sum(chosen_TE, 0, out=micro.counts_LE[layer])
+            invalid_T = ~valid_T
+            z_T = torch.logsumexp(logits_TE.float(), -1).square()
+            torch.sum(z_T.masked_fill_(invalid_T, 0), 0, out=micro.z_L[layer])
+            torch.sum(probs_TE.masked_fill(invalid_T[:, None], 0), 0, out=micro.probs_sum_LE[layer])
             if base_topk_TK is not None:
-                totals.agreed_L[layer] += chosen_TE.gather(1, base_topk_TK).sum()
-                totals.compared_L[layer] += counts_E.sum()
-            micro.counts_LE[layer] = counts_E
-            micro.probs_sum_LE[layer] = probs_TE.masked_fill(~valid_T[:, None], 0).sum(0)
+                self.totals.agreed_L[layer] += chosen_TE.gather(1, base_topk_TK).sum()
+                self.totals.compared_L[layer] += counts_E.sum()
+        self.called[layer] += probs_TE.requires_grad
         if self._world > 1 and (self.mode == "global" or (self.mode == "micro" and self._row_group is not None)):
+            if micro.all_counts_LE is micro.counts_LE:
+                micro.all_counts_LE = torch.zeros_like(micro.counts_LE)
+            counts_E = micro.all_counts_LE[layer].copy_(counts_E)
             over = self._group if self.mode == "global" else self._row_group
-            work = dist.all_reduce(micro.counts_LE[layer], group=over, async_op=True)
+            work = dist.all_reduce(counts_E, group=over, async_op=True)
             assert work is not None
             micro.under_way[layer] = work
 
-    def _close_micro_batch(self) -> None:
+    def end_micro_batch(self) -> None:
+        """Add what the micro-batch counted to the totals; the next one, and the end of the step, do so too."""
         if self._micro is not None:
+            self.totals.counts_LE += self._micro.counts_LE
+            self.totals.z_L += self._micro.z_L
             self.totals.balance_L += self._micro.values_L()
         self._micro = None
 
@@ -251,7 +263,9 @@ class Balance:
         """After the last backward, before the update: the load, and a check that the losses act. All ranks call it."""
         if self._step_tokens is None:
             raise ValueError("finish_step without start_step.")
-        self._close_micro_batch()
+        self.end_micro_batch()
+        self.totals.called_L += torch.tensor(self.called, device=self._device)
+        self.totals.injected_L += torch.tensor(self.injected, device=self._device)
         if self._world > 1:
             dist.all_reduce(self.totals.packed_LX, group=self._group)
         totals = StepTotals(self.totals.packed_LX.cpu())  # the step's one wait for the device

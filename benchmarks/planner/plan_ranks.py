@@ -150,6 +150,7 @@ def _step(engine: Any, balance: Any, batch: Batch) -> list[list[int]]:
         backward(engine, losses.objective, float(tokens))
         del losses
     if balance is not None:
+        balance.end_micro_batch()
         chosen = balance.totals.counts_LE.int().tolist()  # of this rank, until finish_step adds up all of them
         balance.finish_step()
     engine.step()

@@ -80,17 +80,17 @@ def choice(base: Family, adapters: AdaptersConfig, rows: Rows, *, balances: bool
     chosen = Op("routing", t * e * WIDE + t * k * (WIDE + INDEX), least=TOP_K)
     trains = family.mode != "frozen"
     of_base = [chosen] * trains + [mm(t, d, e, b)] * (family.mode == "full")
-    observed = [routing(2, t * e), routing(1, t * k * INDEX), routing(3 + 3 * trains)]
+    observed = [routing(2, t * e), routing(1, t * k * INDEX), routing(1 + 3 * trains)]
     observed += [
         *touch(t * e, cast(b), WIDE, 2 * WIDE, WIDE),
         *touch(t, 2 * WIDE, 2 * WIDE, WIDE),
-        *touch(e, *(WIDE,) * (7 + 4 * trains)),
+        *touch(e, *(WIDE,) * 4 * trains),
     ]
     backward = touch(t * k, cast(b), *((8, 8, 4, 12, 8, 4, 8) if normalises else ()))
     backward += touch(t * e, WIDE, 2 * WIDE, 3 * WIDE, cast(b)) + linear_back(t, d, e, b, family)
     backward += touch(t * d, 3 * b)
     if balances:
-        backward += touch(t * e, WIDE + 1, 3 * WIDE) + touch(e, *(2 * WIDE,) * 8)
+        backward += touch(t * e, WIDE + 1, 3 * WIDE) + touch(e, *(2 * WIDE,) * 6)
     forward = [*scored, *of_base, chosen, *picked, *observed]
     return Passes(forward=forward, again=[*scored, *of_base, *picked], backward=backward)
 
