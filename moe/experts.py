@@ -125,7 +125,8 @@ class GroupedExperts(nn.Module):
         if self.lora is None or not self.resident:
             return
         for key, dim in (("gate_up", 1), ("down", 2)):
-            weight = self.get_buffer(key)
+            weight = self._buffers[key]
+            assert weight is not None
             if key in self._roomy and self._roomy[key][1] is weight:
                 continue
             shape = list(weight.shape)
@@ -165,7 +166,7 @@ class GroupedExperts(nn.Module):
             keep_rows=self.keep_rows,
         )
         gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
-        factors = tuple(self.get_parameter(key) for key in self._factors if lora is not None)
+        factors = tuple(getattr(self, key) for key in self._factors if lora is not None)
         if x_RD.is_cuda:
             named = {"gate_up": gate_up, "down": down, **dict(zip(self._factors, factors, strict=False))}
             check_aligned(self.name, named)

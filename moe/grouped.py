@@ -49,13 +49,15 @@ class _GroupedExperts(torch.autograd.Function):
                 "down", lambda: _forward_by_chunks(experts, x_RD, plan, offs_L), lambda: torch.empty_like(x_RD)
             )
         needs_x = bool(lora) or ctx.needs_input_grad[3] or saved[0] is None
-        ctx.save_for_backward(offs_L, x_RD if needs_x else None, *saved, gate_up, down, *lora)
+        ctx.save_for_backward(offs_L, x_RD if needs_x else None, *saved)
+        ctx.weights = gate_up, down, *lora  # not among the saved, of which each costs the host of a recompute time
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        offs_L, x_RD, both_R, thin_x_R, thin_h_R, *weights = ctx.saved_tensors
+        offs_L, x_RD, both_R, thin_x_R, thin_h_R = ctx.saved_tensors
+        weights = ctx.weights
         _, _, *wanted = ctx.needs_input_grad
         wants = Wants(rows=wanted[0], gate_up=wanted[1], down=wanted[2])
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
