@@ -18,13 +18,12 @@ from deepspeed.module_inject import auto_ep_comm
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, RouterOutput
 from deepspeed.utils import groups
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe import dispatch as all_to_all
 from moe.experts import ExpertLora, GroupedExperts
 from moe.names import LAYERS
 from moe.placement import check_ep, expert_range
-from moe.recompute import contexts, kept
+from moe.recompute import checkpointed, contexts, kept
 from moe.router import Router, RouterOptions
 
 BalanceCall = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -142,8 +141,9 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         tiles = zip(*(tensor.tensor_split(self.options.tiles) for tensor in (x_TD, topk_TK, scores_TK)), strict=True)
         if not torch.is_grad_enabled():
             return torch.cat([self._exchange(*tile) for tile in tiles])
-        again = contexts("layer")
-        return torch.cat([checkpoint(self._exchange, *tile, use_reentrant=False, context_fn=again) for tile in tiles])
+        again, lora = contexts("layer"), self.options.lora
+        draws = lora is not None and lora.dropout > 0
+        return torch.cat([checkpointed(self._exchange, *tile, context_fn=again, draws=draws) for tile in tiles])
 
     def _exchange(self, x_TD: Tensor, topk_TK: Tensor, scores_TK: Tensor) -> Tensor:
         route = all_to_all.route(topk_TK, num_experts=self.num_experts, group=self.ep_group, ep_size=self.ep_size)

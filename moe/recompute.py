@@ -12,18 +12,21 @@ a layer instead of 6) nor the wide expert GEMMs.
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from moe.host import HostCopy, to_host, worth_moving
 
 T = TypeVar("T")
 Recompute = Literal["none", "layer", "selective"]
+ContextFn = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
 KEPT: dict[str, frozenset[str]] = {
     # the choice of experts and how many rows go where: a second pass with other rounding could route differently
@@ -40,9 +43,7 @@ UNREAD: dict[str, frozenset[str]] = {
 _current = threading.local()
 
 
-def contexts(
-    mode: Recompute, *, host_from_bytes: int | None = None
-) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+def contexts(mode: Recompute, *, host_from_bytes: int | None = None) -> ContextFn:
     """Return the `context_fn` of torch's non-reentrant checkpoint for `layer` or `selective`.
 
     What is kept and has at least `host_from_bytes` waits in host memory; None: nothing does.
@@ -76,6 +77,89 @@ def unread(name: str, compute: Callable[[], Tensor], shape_of: Callable[[], Tens
     """Return compute(), or in the second pass `shape_of()` (uninitialised) where the mode says nobody reads `name`."""
     here = getattr(_current, "value", None)
     return shape_of() if here is not None and here.again and name in here.unread else compute()
+
+
+def checkpointed(run: Callable[..., T], *inputs: Any, context_fn: ContextFn, draws: bool) -> T:
+    """Return run(*inputs), of which backward computes again what it needs; `draws`: random numbers, torch's own.
+
+    It does what torch's non-reentrant checkpoint does, for one backward a forward and without autocasting. torch's is
+    ready for more, and the host pays for it at each tensor that an operation saves.
+    """
+    first, second = context_fn()
+    region = _Region(run, inputs, second, draws=draws)
+    with saved_tensors_hooks(region.save, region.find), first:
+        return run(*inputs)
+
+
+class _EnoughError(Exception):
+    """Ends the second pass, where all that the first one saved is there again."""
+
+
+class _Inputs(torch.autograd.Function):
+    """A node that only keeps tensors, by the hooks around the region: they may send them to host memory."""
+
+    @staticmethod
+    def forward(ctx: Any, here: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return here.view_as(here)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise AssertionError("nothing follows from this node")
+
+
+class _Region:
+    """What is run twice. A tensor that the first pass saves is a number in its graph: its place among the second's."""
+
+    def __init__(
+        self, run: Callable[..., Any], inputs: Sequence[Any], second: AbstractContextManager[None], *, draws: bool
+    ) -> None:
+        self.run, self.second = run, second
+        self.inputs = [None if isinstance(each, Tensor) else each for each in inputs]
+        self.places = [place for place, each in enumerate(inputs) if isinstance(each, Tensor)]
+        tensors = (inputs[place] for place in self.places)
+        self.node = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+        self.random = (torch.get_rng_state(), *get_device_states(*inputs)) if draws else None
+        self.saved: list[tuple[torch.Size, torch.dtype]] = []
+        self.found: list[Tensor | None] | None = None
+
+    def save(self, tensor: Tensor) -> int:
+        """Note what the first pass saves, and keep nothing of it."""
+        self.saved.append((tensor.shape, tensor.dtype))
+        return len(self.saved) - 1
+
+    def find(self, place: int) -> Tensor:
+        """Return what was saved there; for the first that is asked for, all of it is computed again."""
+        if self.found is None:
+            self.found = []
+            with suppress(_EnoughError):
+                self._run_again(self.found)
+            assert len(self.found) == len(self.saved), "the second pass saves fewer tensors than the first"
+        tensor, self.found[place] = self.found[place], None
+        assert tensor is not None, "one backward a forward"
+        return tensor
+
+    def _run_again(self, found: list[Tensor | None]) -> None:
+        def keep(tensor: Tensor) -> None:
+            assert (tensor.shape, tensor.dtype) == self.saved[len(found)], "the second pass is not like the first"
+            found.append(tensor.detach() if tensor.requires_grad else tensor)
+            if len(found) == len(self.saved):
+                raise _EnoughError
+
+        inputs = list(self.inputs)
+        for place, tensor in zip(self.places, self.node.saved_tensors, strict=True):
+            inputs[place] = tensor
+        state, devices, states = self.random or (None, [], [])
+        with torch.random.fork_rng(devices, enabled=state is not None):
+            if state is not None:
+                torch.set_rng_state(state)
+                set_device_states(devices, states)
+            with saved_tensors_hooks(keep, _not_asked_for), torch.enable_grad(), self.second:
+                self.run(*inputs)
+
+
+def _not_asked_for(_: None) -> Tensor:
+    raise AssertionError("no backward is run inside a recomputed region")
 
 
 class _Pass(AbstractContextManager[None]):

@@ -6,6 +6,7 @@ transformers' with grouped_mm and PEFT's ParamWrapper.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +29,7 @@ from moe.balance import Balance
 from moe.config import BalanceMode
 from moe.experts import ExpertLora
 from moe.parallel import ExpertParallelMoe, LayerOptions
-from moe.recompute import contexts
+from moe.recompute import checkpointed, contexts
 from moe.router import RouterOptions
 
 META = torch.device("meta")
@@ -98,8 +99,10 @@ class MetaLayer:
         return forward, backward
 
     def _checkpoint(self, x: torch.Tensor, recompute: Recompute, given: dict[str, Any]) -> Any:
-        rest: dict[str, Any] = {"context_fn": contexts(recompute)} if self.ours else {}
-        return checkpoint(self.layer, x, use_reentrant=False, preserve_rng_state=False, **rest, **given)
+        run = partial(self.layer, **given)
+        if self.ours:
+            return checkpointed(run, x, context_fn=contexts(recompute), draws=False)
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager

@@ -7,13 +7,15 @@ the same way (`moe.recompute.contexts`).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from moe.experts import GroupedExperts
 from moe.host import HostCopy, to_host, worth_moving
-from moe.recompute import KEPT, contexts
+from moe.recompute import KEPT, checkpointed, contexts
 
 
 @contextmanager
@@ -56,14 +58,22 @@ def set_recompute(
     if mode == "none":
         model.activation_checkpointing_disable()
         return
-    model.activation_checkpointing_enable(
-        {"use_reentrant": False, "context_fn": contexts(mode, host_from_bytes=host_from_bytes)}
-    )
-    # transformers makes the embeddings require a gradient, for reentrant checkpoints: below a frozen base that is a
-    # backward through the first layer for nothing
-    model.disable_input_require_grads()
+    run = partial(checkpointed, context_fn=contexts(mode, host_from_bytes=host_from_bytes), draws=draws(model))
+    # not by transformers' public switch: it makes the embeddings require a gradient, for reentrant checkpoints, and
+    # below a frozen base that is a backward through the first layer for nothing
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
     tower = getattr(getattr(model, "model", None), "visual", None)
     if tower is not None and not any(p.requires_grad for p in tower.parameters()):
         for block in tower.modules():
             if hasattr(block, "gradient_checkpointing"):
                 block.gradient_checkpointing = False  # a frozen tower keeps nothing that could be recomputed
+
+
+def draws(model: nn.Module) -> bool:
+    """Say whether the model draws random numbers while it trains, which a second pass must draw again."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or getattr(module, "attention_dropout", 0.0) > 0
+        or (isinstance(module, GroupedExperts) and module.lora is not None and module.lora.dropout > 0)
+        for module in model.modules()
+    )

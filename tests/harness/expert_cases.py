@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe import reference
 from moe.experts import ExpertLora, GroupedExperts
+from moe.recompute import checkpointed
 
 D, F_, L, R_LORA = 24, 20, 5, 4
 FACTORS = ["gate_up_lora_A", "gate_up_lora_B", "down_lora_A", "down_lora_B"]
@@ -104,4 +104,4 @@ class Checkpointed(nn.Module):
         self.inner, self.context_fn = module, context_fn
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, counts, use_reentrant=False, context_fn=self.context_fn)
+        return checkpointed(self.inner, x, counts, context_fn=self.context_fn, draws=True)
