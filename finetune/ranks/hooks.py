@@ -12,6 +12,9 @@ import deepspeed
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import nn
 
+WAITING = 16_000_000
+"""Elements of gradients that may wait to be averaged together: 32 MB in bfloat16."""
+
 
 def settle_hooks(engine: Any, always: Sequence[nn.Parameter]) -> None:
     """Leave the hooks on where they fetch, and make whole what is kept; every rank must call this once.
@@ -34,6 +37,8 @@ def settle_hooks(engine: Any, always: Sequence[nn.Parameter]) -> None:
                 handle.remove()
         handles[:] = [handle for handle in handles if id(handle.hooks_dict_ref()) in needed]
     engine.module.register_forward_pre_hook(only_root_runs, prepend=True)
+    _watch_fetched(engine)
+    _average_by_group(engine.optimizer)
     keep_whole(engine)
 
 
@@ -44,6 +49,64 @@ def only_root_runs(root: nn.Module, *_: Any) -> None:
     the engine would take a parameter that is read outside its module for one of theirs.
     """
     FWD_MODULE_STACK[:] = [root]
+
+
+def _watch_fetched(engine: Any) -> None:
+    """Tell only the owners of fetched parameters when a forward begins and ends, where the engine tells every module.
+
+    They notice by it that one is read outside its module. Left out too is a timer for which the engine would wait for
+    the device at each forward; what it does there on request stays its own.
+    """
+    if engine.flops_profiler_enabled() or engine.random_ltd_enabled() or engine.memory_breakdown():
+        return
+    watched = [m._parameters for m in engine.module.modules() if any(not p.ds_persist for p in m.parameters(False))]
+
+    def tell(is_running: bool) -> None:
+        for parameters in watched:
+            parameters._in_forward = is_running
+
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    engine.module_forward_pre_hook = engine.module.register_forward_pre_hook(lambda *_: tell(True))
+    engine.module_forward_post_hook = engine.module.register_forward_hook(lambda *_: tell(False))
+
+
+def _average_by_group(optimizer: Any) -> None:
+    """Let the small gradients of experts wait for each other until the engine averages them.
+
+    It has one bucket for all, and empties it whenever the ranks change that share a parameter: where attention and
+    experts train, twice a layer.
+    """
+    average, end = (
+        optimizer.reduce_independent_p_g_buckets_and_remove_grads,
+        optimizer.independent_gradient_partition_epilogue,
+    )
+    waiting: list[Any] = []
+    elements = 0
+
+    def average_waiting() -> None:
+        nonlocal elements
+        for parameter in waiting:
+            average(parameter)
+        waiting.clear()
+        elements = 0
+
+    def average_later(parameter: Any) -> None:
+        nonlocal elements
+        if getattr(parameter, "allreduce", True) or parameter.ds_numel > WAITING:
+            average(parameter)
+            return
+        if elements + parameter.ds_numel > WAITING:
+            average_waiting()
+        waiting.append(parameter)
+        elements += parameter.ds_numel
+
+    def average_rest() -> None:
+        average_waiting()
+        end()
+
+    optimizer.reduce_independent_p_g_buckets_and_remove_grads = average_later
+    optimizer.independent_gradient_partition_epilogue = average_rest
 
 
 def keep_whole(engine: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import nn
 
+from benchmarks.harness.collectives import CollectiveCounter
 from benchmarks.planner.plan_case import Case, packed_row
 from data.render.vision import read_spec
 from finetune.files.basefiles import open_base
@@ -80,6 +81,8 @@ class Told:
     """Whether the engine knew, at each forward, in which order modules would run."""
     left: list[int] = field(default_factory=list)
     """Elements of fetched parameters that were still whole after each backward."""
+    averaged: list[int] = field(default_factory=list)
+    """How often each backward averaged gradients over ranks."""
     external: list[tuple[str, str]] = field(default_factory=list)
     """Parameters that the engine found read outside their module, and where it noted them."""
 
@@ -106,7 +109,9 @@ def _run(rank: int, world: int, base: Path, job: Job) -> Told:
             engine.set_gradient_accumulation_boundary(number == ROWS - 1)
             objective = engine(batch=row) if measure is None else engine(batch=row, measure=measure)
             objective = objective if measure else objective.objective
-            backward(engine, objective, float(row.input_ids.numel() * ROWS * world))
+            with CollectiveCounter() as counter:
+                backward(engine, objective, float(row.input_ids.numel() * ROWS * world))
+            told.averaged.append(sum(n for kind, n in counter.calls.items() if kind.collective == "reduce_scatter"))
             told.numbers.append(float(objective.detach()))
             told.stack.append(len(FWD_MODULE_STACK))
             fetched = [p for p in engine.module.parameters() if not p.ds_persist]

@@ -65,11 +65,14 @@ def require_sound(job: Job, everything: dict[Job, list[Told]]) -> None:
         assert rank.stack == [1] * 2 * ROWS, job
         assert not any(rank.missing), job
         assert rank.left == [0] * 2 * ROWS, job
+        assert rank.averaged == [2] * 2 * ROWS, f"{job}: once for the experts of all layers, once for all else"
+        assert min(stock.averaged) > 2, "in the order of the layers, one after the other"
         recorded = [False, *[True] * (ROWS - 1), False, *[True] * (HELD_OUT - 1)]
         assert rank.follows == 2 * recorded, job
         if job.threshold is None:
             assert (rank.hooks, rank.external) == (0, []), f"{job}: all of a tiny model is kept"
         else:
             assert 0 < rank.hooks < stock.hooks, job
+            assert rank.external, f"{job}: what is read outside its module is noticed"
         for name, place in rank.external:
             assert not place or name.startswith(f"{place}."), f"{job}: {name} was taken for one of {place}"
