@@ -1,7 +1,7 @@
 """One decoder layer on the meta device, ours and the stock one, for counting what it asks of a device.
 
-Both have the same attention kernel and PEFT's LoRA on attention; ours has the kit's expert block, the stock one
-transformers' with grouped_mm and PEFT's ParamWrapper.
+Both have the same attention kernel and PEFT's LoRA on attention; ours has the kit's expert block, and its nodes around
+what is not a product; the stock one has transformers' block with grouped_mm, and PEFT's ParamWrapper.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
 from benchmarks.device.operations import Operations
 from finetune.architecture.families import Text
 from finetune.config import AdaptersConfig
+from finetune.model.nodes import join_nodes
 from finetune.model.varlen import register
 from finetune.planner.activations import Recompute
 from moe.balance import Balance
@@ -72,6 +73,8 @@ class MetaLayer:
             _adapt(layer, adapters, STACKS if experts else [])
         if ours and text.experts is not None:  # only now: PEFT freezes what it finds
             layer.mlp = _block(config, adapters, resident, self.balance)
+        if ours:
+            join_nodes(layer)
         self.layer: nn.Module = layer.train()
 
     def count(self, tokens: int, recompute: Recompute) -> tuple[Operations, Operations]:

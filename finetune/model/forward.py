@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data.render.vision import VisionSpec, normalise
 from data.stream.batch import Batch
 from finetune.model.loss import Losses, Normalise, row_losses, tile_head
+from finetune.model.nodes import join_nodes
 from finetune.model.recompute import offloaded
 from finetune.model.row import Coming, Row, lay_out
 from finetune.model.sequence import SequenceGroup
@@ -48,6 +49,7 @@ class PackedModel(nn.Module):
             has = "has a vision tower" if tower is not None else "has no vision tower"
             raise ValueError(f"the model {has}, but spec is {spec}: read_spec(base folder) gives a tower's, else None")
         tile_head(model)
+        join_nodes(model)
         self.model, self.spec, self.normalise = model, spec, normalise
         self.sight: Sight | None = None
         if spec is not None:

@@ -36,8 +36,6 @@ class Rows:
     itemsize: int
     tiles: int = 1
     """Parts in which experts take the row; they are computed again in backward."""
-    tiled: bool = False
-    """Whether norms widen the row in parts."""
     segmented: bool = False
     """The CPU's attention, sample by sample, which keeps each sample's output and their concatenation."""
 
@@ -90,14 +88,11 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     text, b, t = base.text, rows.itemsize, rows.tokens
     residual = float(t * text.hidden_size * b)
     attention = _attention(text, adapters, rows)
-    narrow = rows.tiled or b == WIDE  # then a norm keeps its input, else a float32 copy of it
-    norms = float(t * (2 * text.hidden_size * (b if narrow else WIDE) + 2 * WIDE))
-    norms += 2 * residual if adapters.norms.mode == "full" else 0
-    shared = residual if narrow else 0.0
+    norms = 2 * residual + 2 * t * WIDE  # what they read, and their roots
     if not sparse:
         saved = attention + norms + _mlp(text, adapters, rows)
         wide = float(t * text.intermediate_size * b)
-        return Layer(saved=saved, returned=0.0, shared=shared, kept=residual, stays=_small(residual), exchange=0.0,
+        return Layer(saved=saved, returned=0.0, shared=residual, kept=residual, stays=_small(residual), exchange=0.0,
                      working=3 * (wide + residual), passing=2 * wide + 3 * residual)  # fmt: skip
     experts = _experts(base, adapters, rows, ep)
     choice = t * _topk(base) * INDEX
@@ -106,13 +101,13 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     if rows.tiles > 1:  # each tile is a checkpoint: its input stays, and one tile at a time is computed again
         at_work = (experts.saved + experts.working + exchange) / rows.tiles
         saved = attention + norms + residual + t * _topk(base) * (WIDE + INDEX)
-        return Layer(saved=saved, returned=0.0, shared=shared, kept=residual + choice, stays=_small(residual) + choice,
-                     exchange=0.0, working=at_work + 2 * residual, passing=passing)  # fmt: skip
+        return Layer(saved=saved, returned=0.0, shared=residual, kept=residual + choice, exchange=0.0, passing=passing,
+                     stays=_small(residual) + choice, working=at_work + 2 * residual)  # fmt: skip
     kept = experts.kept if recompute == "selective" else ()
     return Layer(
         saved=attention + norms + experts.saved,
         returned=sum(kept),
-        shared=shared,
+        shared=residual,
         kept=residual + choice + sum(kept),
         stays=_small(residual, *kept) + choice,
         exchange=exchange,
@@ -127,17 +122,16 @@ def _small(*tensors: float) -> float:
 
 
 def _attention(text: Text, adapters: AdaptersConfig, rows: Rows) -> float:
-    """Float32 copies for the norms of queries and keys, rotated queries and keys, values, output, log sums."""
+    """Queries and keys before their norms and rotated, values, output, log sums."""
     heads, kv = text.num_attention_heads, text.num_key_value_heads
     wide, narrow = heads * text.head_dim, kv * text.head_dim
     b, family = rows.itemsize, adapters.attention
-    token = (wide + narrow) * WIDE + (heads + kv) * WIDE  # what the norms read, and their roots
+    token = (wide + narrow) * b + (heads + kv) * WIDE  # what the norms read, and their roots
     token += (wide + 2 * narrow) * b + wide * b + heads * WIDE  # what the kernel reads and makes
     if family.mode != "frozen":
         token += text.hidden_size * b  # what enters the projections
         token += wide * b if rows.segmented else 0
     token += 4 * family.r * b if family.mode == "lora" else 0
-    token += (wide + narrow) * b if family.mode == "full" else 0  # the norms of queries and keys train too
     return rows.tokens * token
 
 
@@ -191,7 +185,7 @@ def head(base: Family, rows: Rows, *, trained: bool) -> float:
     tile = min(max(1, TILE_BYTES // (WIDE * text.vocab_size)), rows.supervised)
     narrow = 0 if rows.itemsize == WIDE else rows.itemsize
     tiles = tile * text.vocab_size * (WIDE + narrow)
-    last = rows.tokens * text.hidden_size * (WIDE + rows.itemsize)
+    last = 2 * rows.tokens * text.hidden_size * rows.itemsize
     gradients = text.vocab_size * text.hidden_size * (WIDE + rows.itemsize) if trained else 0
     return tiles + last + 2 * rows.supervised * text.hidden_size * rows.itemsize + gradients
 

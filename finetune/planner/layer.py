@@ -21,7 +21,6 @@ from finetune.planner.operations import (
     routing,
     touch,
     turn,
-    turn_back,
 )
 
 SLICES = 8
@@ -80,12 +79,13 @@ def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: floa
     wide, narrow = heads * head, kv * head
     enter = [*linear(t, d, wide, b, family), *norm(q, t * heads, b), *linear(t, d, narrow, b, family)]
     enter += [*norm(k, t * kv, b), *linear(t, d, narrow, b, family), *turn(q, table, b), *turn(k, table, b)]
+    enter += touch(table, b, 2 * b)  # sines, the first half of them negative
     lse, flops = WIDE * t * heads, 4 * heads * head * squares / 2
     kernel = Op("attention", b * (2 * q + 2 * k) + lse, flops)
     slices = touch(q + 2 * k, 2 * b, 2 * b) + touch(q, 2 * b, 2 * b) if sp > 1 else []
     back = [*linear_back(t, wide, d, b, family), *touch(lse, 1), routing(1)]
     back += [*slices, Op("attention", b * (4 * q + 4 * k) + lse, BACKWARD * flops)]
-    back += [*turn_back(k, table, b), *turn_back(q, table, b)]
+    back += [*turn(k, table, b), *turn(q, table, b)]
     back += [op for part in (q, k, k) for op in touch(part, b, 2 * b)] + touch(q, 2 * b) + touch(k, 2 * b, 2 * b)
     back += [*norm_back(q, t * heads, b, full=full), *norm_back(k, t * kv, b, full=full)]
     back += [op for out in (wide, narrow, narrow) for op in linear_back(t, d, out, b, family)]

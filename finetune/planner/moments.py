@@ -129,7 +129,6 @@ def micro_batch(config: RunConfig, base: Family, layout: Layout) -> Rows:
         itemsize=layout.itemsize,
         segmented=layout.segmented,
         tiles=-(-tokens // layout.tile_tokens) if layout.tile_tokens else 1,
-        tiled=layout.tile_tokens > 0,
     )
 
 

@@ -113,8 +113,8 @@ def linear(rows: float, into: float, out: float, b: int, adapter: Trains) -> lis
 
 
 def linear_again(rows: float, into: float, out: float, b: int, adapter: Trains) -> list[Op]:
-    """What a second pass computes of its last projection: it ends where nothing more is kept for backward."""
-    return linear(rows, into, out, b, adapter)[:2] if adapter.mode == "lora" else []
+    """What a second pass computes of its last projection: all, as a node saves at its end; without LoRA none saves."""
+    return linear(rows, into, out, b, adapter) if adapter.mode == "lora" else []
 
 
 def linear_back(rows: float, into: float, out: float, b: int, adapter: Trains, *, down: bool = True) -> list[Op]:
@@ -135,22 +135,16 @@ def norm(size: float, rows: float, b: int) -> list[Op]:
 
 
 def norm_back(size: float, rows: float, b: int, *, full: bool) -> list[Op]:
-    """Backward of each of those; the weight's gradient if it trains."""
-    weight = touch(size, 3 * b, b) if full else []
-    wide = touch(size, 12, 8, 4, 4, 8, 8, 12, 12)
-    return [*touch(size, 2 * b, cast(b)), *wide, *touch(size, cast(b)), *touch(rows, 8, 8, 12), *weight]
+    """The two gradients of its input, and their sum; the weight's gradient if it trains."""
+    weight = touch(size, 2 * WIDE, cast(b), 3 * b, b) if full else []
+    found = touch(size, 2 * b, cast(b), cast(b), 3 * WIDE, WIDE, 2 * WIDE, 2 * WIDE, 3 * WIDE, cast(b))
+    return [*found, *touch(rows, 2 * WIDE, 3 * WIDE, 2 * WIDE), *weight]
 
 
 def turn(size: float, table: float, b: int) -> list[Op]:
-    """Rotary positions: times cosines, halves changed and times sines, added; `table` elements of either."""
+    """Rotary positions, there or back: times cosines, halves changed and times sines, added; `table` of either."""
     times = Op("pointwise", 2 * b * size + b * table)
-    return [times, times, *touch(size, b, 2 * b, 3 * b)]
-
-
-def turn_back(size: float, table: float, b: int) -> list[Op]:
-    """Backward: each half's gradient goes into a tensor of zeros, and both are added."""
-    times = Op("pointwise", 2 * b * size + b * table)
-    return [times, times, *touch(size, b, *(b, b) * 2, 3 * b, 3 * b)]
+    return [times, times, *touch(size, 2 * b, 3 * b)]
 
 
 def spent(ops: Iterable[tuple[Op, int]], gpu: Gpu, *, local_experts: int) -> Spent:

@@ -22,9 +22,10 @@ from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 from finetune.planner.tower import tower
 from finetune.planner.wire import LINK_SHARE, Traffic
 
-LAUNCH_US = 16.0
-"""Microseconds of the host for one operation, its share of Python included: measured on a slow CPU, 56 and 93 ms for
-about 3,900 and 5,000 operations, a micro-batch of 12 layers, without recompute and with it."""
+LAUNCH_US = 12.0
+"""Microseconds of the host for one operation, its share of Python included: 8 were measured on a CPU with nothing else
+to do, 23 and 34 ms for about 3,000 and 4,000 operations, a micro-batch of 12 layers, without recompute and with it.
+Half as much again is for a slower one."""
 HOOK = 0.17e-3
 """Seconds of the host for a module with weights that are gathered, in each pass: the engine's hooks, measured there."""
 WAITING = "waiting for the host"
@@ -168,7 +169,7 @@ def operations(config: RunConfig, base: Family, layout: Layout, row: Work) -> It
     rows = Rows(
         tokens=row.tokens, supervised=row.supervised, patches=row.patches, itemsize=layout.itemsize,
         arriving=layout.skew * row.tokens * experts.num_experts_per_tok if experts else 0,
-        tiles=-(-row.tokens // layout.tile_tokens) if layout.tile_tokens else 1, tiled=layout.tile_tokens > 0,
+        tiles=-(-row.tokens // layout.tile_tokens) if layout.tile_tokens else 1,
     )  # fmt: skip
     reach, sparse = Reach.of(adapters), len(base.moe_layers)
     parts: list[tuple[Passes, int]] = [

@@ -20,6 +20,7 @@ from benchmarks.device.operations import Operations
 from finetune.architecture.families import Experts, Family, Text, Vision, family
 from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
 from finetune.model.loss import TILE_BYTES, TiledHead
+from finetune.model.nodes import join_nodes
 from finetune.planner.activations import Rows
 from finetune.planner.gpus import gpu
 from finetune.planner.layer import decoder_layer, head
@@ -114,6 +115,7 @@ def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
         if mode == "lora":
             names = ["qkv", "proj", "linear_fc1", "linear_fc2"]
             inject_adapter_in_model(LoraConfig(r=dense.r, target_modules=names), module)
+            join_nodes(module)
         module.to("meta", torch.bfloat16)
         x = torch.empty(patches, 192, dtype=torch.bfloat16, device="meta", requires_grad=mode != "frozen")
         blocks = isinstance(module, Qwen3VLMoeVisionBlock)

@@ -1,0 +1,201 @@
+"""What a decoder layer does around its kernels, each piece as one node of the graph.
+
+transformers' norms and rotary positions, and PEFT's LoRA, are chains of small operations, and autograd keeps what each
+of them reads. To call an operation, to keep a tensor and to find it again under recompute is work of the host, and with
+short rows the device waits for it. Here a piece keeps its input and little else. Results and gradients are those of the
+chains to the bit: the same operations in the same order, without those that change nothing. So a node takes an input
+twice where a chain has two gradients for it, as autograd adds these up one by one.
+
+Weights are not among what a node saves: each would pass a recompute's hooks, and they live longer than any node.
+Suffixes: T tokens, H heads, d head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.model.lora import ADAPTER
+
+Grads = tuple[Tensor | None, ...]
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+"""By these a text model's attention is known; the tower's has one projection for all three."""
+CACHES = ("cache", "past_key_values")
+"""What transformers calls the keys and values of former tokens."""
+
+
+def join_nodes(model: nn.Module) -> None:
+    """Let a model's RMS norms, text attention and dense LoRA compute so: the same modules, weights and names."""
+    module: Any
+    for module in list(model.modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            module.__class__ = Norm
+        elif type(module) is LoraLinear:
+            module.__class__ = DenseLora
+            module.parts = module.base_layer, module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+            module.drops, module.scale = isinstance(module.lora_dropout[ADAPTER], nn.Dropout), module.scaling[ADAPTER]
+        elif type(module) is not Attention and all(hasattr(module, name) for name in ATTENTION):
+            module.plain, module.__class__ = type(module), Attention
+
+
+class Norm(nn.Module):
+    """transformers' RMS norm over the last dim."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return weight * x / root mean square."""
+        y: Tensor = _Norm.apply(x, x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]  # torch's stub
+        return y
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        y, scale = _norm(x, weight, epsilon)
+        ctx.save_for_backward(x, scale)
+        ctx.weight = weight
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, scale = ctx.saved_tensors
+        first, second, of_weight = _norm_back(grad, x, ctx.weight, scale)
+        if x.dtype == torch.float32:
+            return first, second, of_weight, None
+        return first.add_(second).to(x.dtype), None, of_weight, None  # a chain adds them up before it narrows
+
+
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Return the normed x, and what each token was scaled by."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * (wide * scale).to(x.dtype), scale
+
+
+def _norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of x as what is scaled and as what it is scaled by, and of a weight that trains."""
+    wide, of_weight = x.float(), None
+    if weight.requires_grad:
+        of_weight = (grad * (wide * scale).to(x.dtype)).sum_to_size(weight.shape)
+    grad = (grad * weight).float()
+    # a chain has the factors -1/2 and 2 as well, which round nothing
+    of_square = (grad * wide).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
+    return grad.mul_(scale), wide * of_square, of_weight
+
+
+class Attention(nn.Module):
+    """transformers' attention over text, with one node for the norms of queries and keys and their rotary positions."""
+
+    plain: Any
+    """transformers' class of this module."""
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Any:  # fmt: skip
+        """Return what attention makes of the hidden states; what is not of training is transformers' own."""
+        this: Any = self  # with the attributes of transformers' class
+        norms = (this.q_norm, this.k_norm)
+        attend = ALL_ATTENTION_FUNCTIONS.get(this.config._attn_implementation)
+        if (
+            attend is None
+            or any(others.get(name) is not None for name in CACHES)
+            or any(norm._forward_pre_hooks for norm in norms)
+        ):
+            return this.plain.forward(this, hidden_states, position_embeddings, attention_mask, **others)
+        shape = (*hidden_states.shape[:-1], -1, this.head_dim)
+        q, k, v = (project(hidden_states).view(shape) for project in (this.q_proj, this.k_proj, this.v_proj))
+        weights = (norm.weight for norm in norms)
+        q, k = _Turned.apply(q, k, *weights, *position_embeddings, norms[0].variance_epsilon)  # type: ignore[no-untyped-call]
+        out, scores = attend(
+            this, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask, scaling=this.scaling,
+            dropout=this.attention_dropout if this.training else 0.0, **others,
+        )  # fmt: skip
+        return this.o_proj(out.reshape(*shape[:-2], -1).contiguous()), scores
+
+
+class _Turned(torch.autograd.Function):
+    """Queries and keys [.., T, H, d], normed and turned by their positions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float
+    ) -> tuple[Tensor, Tensor]:
+        first, second = sin.chunk(2, -1)
+        ctx.weights = q_weight, k_weight
+        ctx.table = cos.unsqueeze(-2), torch.cat((-first, second), -1).unsqueeze(-2)
+        (q_y, q_scale), (k_y, k_scale) = _norm(q, q_weight, epsilon), _norm(k, k_weight, epsilon)
+        ctx.save_for_backward(q, k, q_scale, k_scale)
+        return _turn(q_y, *ctx.table), _turn(k_y, *ctx.table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> Grads:
+        q, k, q_scale, k_scale = ctx.saved_tensors
+        grads, of_weights = [], []
+        for grad, x, weight, scale in zip((q_grad, k_grad), (q, k), ctx.weights, (q_scale, k_scale), strict=True):
+            first, second, of_weight = _norm_back(_turn_back(grad, *ctx.table), x, weight, scale)
+            grads.append(first.add_(second).to(x.dtype))
+            of_weights.append(of_weight)
+        return *grads, *of_weights, None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x; the first half of `sin` is negative."""
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+
+def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1))
+
+
+class DenseLora(LoraLinear):  # type: ignore[misc]  # peft is untyped
+    """PEFT's LoRA around a linear layer; PEFT's own forward where it has more to do, or hooks want a part called."""
+
+    parts: tuple[Any, Any, Any]
+    """The frozen layer, and those of both factors."""
+    drops: bool
+    scale: float
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return x W^T + b + scale (x A^T) B^T."""
+        base, a, b = self.parts
+        hooked = base._forward_pre_hooks or a._forward_pre_hooks or b._forward_pre_hooks
+        if hooked or self._disable_adapters or self.merged_adapters or (self.drops and self.training):
+            y: Tensor = super().forward(x, *args, **kwargs)
+        else:
+            y = _Lora.apply(x, x, a.weight, b.weight, base.weight, base.bias, self.scale)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Lora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, _: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+    ) -> Tensor:
+        assert not any(ctx.needs_input_grad[4:6]), "the layer that LoRA adapts is frozen"
+        thin = F.linear(x, a)
+        ctx.save_for_backward(x, thin)
+        ctx.weights, ctx.scale = (a, b, weight), scale
+        return F.linear(x, weight, bias).add_(F.linear(thin, b).mul_(scale))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Grads:
+        x, thin = ctx.saved_tensors
+        a, b, weight = ctx.weights
+        grad = grad.flatten(0, -2)
+        wide = grad * ctx.scale
+        grad_thin = wide.mm(b)
+        of_factors = grad_thin.t().mm(x.flatten(0, -2)), wide.t().mm(thin.flatten(0, -2))
+        if not ctx.needs_input_grad[0]:
+            return None, None, *of_factors, None, None, None
+        return grad_thin.mm(a).view_as(x), grad.mm(weight).view_as(x), *of_factors, None, None, None
