@@ -116,6 +116,12 @@ class LossConfig:
     normalise: Literal["token", "sample", "sqrt"] = "token"
 
 
+LOSS_TILE_BYTES = 160 * 2**20
+"""Bytes of float32 logits that exist at once: 276 tokens of a vocabulary of 151,936."""
+LOSS_SLICES = 8
+"""Slices in which a tile's part of the head's gradient is added up, so that no second one of full size exists."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimiser. Published ranges, with their sources, are in `finetune.settings.published`."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from data.stream.batch import keys_of
 from finetune.checkpoint.folder import starting_point
 from finetune.config import RunConfig
-from finetune.planner.foresight import settled
+from finetune.planner.foresight import resolve_auto_here
 from finetune.ranks.collectives import Preempted, barrier, rank_and_world
 from finetune.ranks.engine import end_distributed, start_distributed, take_device
 from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_failure
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
         take_device()  # what `auto` stands for may depend on the device's memory
         config, problems = load_recipe(args.config, args.overrides)
         folder = Path("runs") / config.run.name
-        config = config if any(p.level == "error" for p in problems) else settled(config, ranks=world)
+        config = config if any(p.level == "error" for p in problems) else resolve_auto_here(config, ranks=world)
         resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
         problems = require(config, problems, ranks=world, resuming=resuming)
     except ValueError as error:

@@ -8,14 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moe.config import CHUNK_BYTES, KEEP_BYTES
 from moe.grouped import grouped_experts
 from moe.projections import Plan
 from moe.start_values import generator_of, uniform_factor
-
-CHUNK_BYTES = 1 << 30
-"""What a call allocates for intermediates at a time; more rows are computed chunk by chunk."""
-KEEP_BYTES = 4 << 30
-"""What a call keeps at most of the gate_up output; with more rows it is computed again in backward."""
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 

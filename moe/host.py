@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-LEAST_BYTES = 1 << 20
-"""Smaller tensors stay: the way there costs more than they take."""
 BLOCK_BYTES = 1 << 30
 """Of activations: some layers' inputs each, so that little is left over at its end."""
 ALIGNED = 512

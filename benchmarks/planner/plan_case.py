@@ -13,8 +13,9 @@ from finetune.architecture.families import Family
 from finetune.config import RunConfig
 from finetune.files.hubconfig import read_family
 from finetune.files.tiny import TinyModel, write_tiny
-from finetune.planner.rank_layout import PERSISTENCE, REUSE, SUB_GROUP, Layout
+from finetune.planner.rank_layout import RankLayout
 from finetune.planner.wire import Traffic
+from finetune.ranks.engine_sizes import PERSISTENCE, REUSE, SUB_GROUP
 from finetune.settings.recipes import load_recipe
 
 FULL = tuple(
@@ -51,12 +52,12 @@ class Case:
         assert not problems, problems
         return config
 
-    def layout(self, base: Family, world: int) -> Layout:
+    def layout(self, base: Family, world: int) -> RankLayout:
         """Return what the planner takes for it: a CPU's attention, and this row's share of supervised tokens."""
         config = self.config()
         parallel = config.parallel
         assert parallel.recompute != "auto"
-        return Layout(
+        return RankLayout(
             world=world,
             ep=parallel.ep,
             sp=parallel.sp,

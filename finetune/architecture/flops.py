@@ -29,12 +29,6 @@ TEXT_PARTS = ("attention", "experts", "router", "mlp")
 KERNEL_AGAIN = 0.5
 """Share of its forward that attention's kernel recomputes in backward: one of two products."""
 
-PEAKS = {
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "A100": 312e12,
-    "GB300": 2500e12, "B300": 2250e12, "GB200": 2500e12, "B200": 2250e12, "L40S": 362e12,
-}  # fmt: skip
-"""Dense bfloat16 operations a second by what the device's name contains, from the vendor's data sheets."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -94,11 +88,6 @@ def trainings(adapters: AdaptersConfig) -> dict[str, Training]:
         part: Training(mode=section.mode, r=section.r if section.mode == "lora" else 0)
         for part, section in sections.items()
     }
-
-
-def peak_flops(device: str) -> float | None:
-    """Return the device's dense bfloat16 operations a second by its name; None for an unknown one."""
-    return next((peak for name, peak in PEAKS.items() if name.lower() in device.lower()), None)
 
 
 class FlopMeter:

@@ -19,18 +19,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from data.stream.batch import LossSums
+from finetune.config import LOSS_SLICES, LOSS_TILE_BYTES
 from finetune.model.row import Row
 from finetune.ranks.collectives import sum_over_ranks
 from moe.expert_load import StepLoad
 
 Normalise = Literal["token", "sample", "sqrt"]
 Compare = Callable[[Tensor, Tensor, int], Any]
-
-TILE_BYTES = 160 * 2**20
-"""Float32 logits that exist at once: 276 tokens of a vocabulary of 151,936."""
-
-SLICES = 8
-"""In so many slices a tile's part of the head's gradient is added up, so that no second one of full size exists."""
 
 
 class Losses(NamedTuple):
@@ -101,7 +96,7 @@ def _known(how: str) -> str:
     return how
 
 
-def tile_head(model: Any, *, tile_bytes: int = TILE_BYTES) -> None:
+def tile_head(model: Any, *, tile_bytes: int = LOSS_TILE_BYTES) -> None:
     """Let the model's head compute losses too; its weight, its name and what it makes of one argument stay."""
     head = model.lm_head
     if isinstance(head, TiledHead):
@@ -188,7 +183,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_ND is not None:
                 torch.mm(product_nV, weight_VD, out=grad_ND[tile])
             if grad_VD is not None:
-                for sum_vD, part_nv in zip(grad_VD.chunk(SLICES), product_nV.chunk(SLICES, 1), strict=True):
+                for sum_vD, part_nv in zip(grad_VD.chunk(LOSS_SLICES), product_nV.chunk(LOSS_SLICES, 1), strict=True):
                     sum_vD += part_nv.T @ hidden_ND[tile]
         del wide, narrow
         ctx.scaled = False

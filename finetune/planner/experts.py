@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from finetune.architecture.families import Family
 from finetune.config import AdaptersConfig
-from finetune.planner.activations import CHUNK_BYTES, INDEX, KEEP_BYTES, Recompute, Rows
+from finetune.planner.activations import INDEX, Recompute, Rows
 from finetune.planner.operations import (
     SORT,
     TOP_K,
@@ -25,6 +25,7 @@ from finetune.planner.operations import (
     routing,
     touch,
 )
+from moe.config import CHUNK_BYTES, KEEP_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What was foreseen of a run beside what it then measures: runs/<name>/plan.json, and a warning where they part."""
+"""Holds a run to its plan: writes plan.json with what is then measured, and warns where the two part."""
 
 import json
 import os
@@ -14,28 +14,30 @@ from finetune.architecture.families import Family
 from finetune.architecture.rank_shares import ResidentChoice
 from finetune.config import RunConfig
 from finetune.files.atomic import write_file
-from finetune.planner.fit import AUTO_EP, settle
-from finetune.planner.gpus import HOPPER, Cluster, Gpu, gpu_like
+from finetune.planner.fit import AUTO_EP, resolve_auto
+from finetune.planner.gpus import Cluster, gpu_like, this_machine
 from finetune.planner.memory import memory
 from finetune.planner.plan import Plan, plan, resident_choice
-from finetune.planner.rank_layout import Layout
+from finetune.planner.rank_layout import RankLayout
 from finetune.planner.time import Assumed
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.device import room
 from finetune.settings.checks import base_family
 
 TOLERANCE = 0.15
+"""Relative difference between plan and run from which on a warning is printed."""
 LOOKED_AT = 2
 """The step after which the peak is read: the first makes the optimiser's state, the second runs with it."""
 
 
-def settled(config: RunConfig, *, ranks: int) -> RunConfig:
+def resolve_auto_here(config: RunConfig, *, ranks: int) -> RunConfig:
     """Replace every `auto` that depends on the machine; every rank finds the same on machines that are alike."""
     if config.parallel.ep != AUTO_EP and config.parallel.recompute != "auto":
         return config
     room_bytes, device = room()
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return settle(config, base_family(config), ranks=ranks, per_node=per_node, memory_bytes=room_bytes, device=device)
+    base = base_family(config)
+    return resolve_auto(config, base, ranks=ranks, per_node=per_node, memory_bytes=room_bytes, device=device)
 
 
 def resident_here(config: RunConfig, base: Family) -> ResidentChoice:
@@ -48,27 +50,31 @@ class Foresight:
 
     def __init__(self, config: RunConfig, base: Family, folder: Path, *, say: Callable[[str], None]) -> None:
         rank, ranks = rank_and_world()
-        self._path, self._writes, self._say = folder / "plan.json", rank == 0, say
-        self._config, self._base, self._plan = config, base, _plan_here(config, base, ranks)
+        self._path = folder / "plan.json"
+        self._writes = rank == 0
+        self._say = say
+        self._config = config
+        self._base = base
+        self._plan = _plan_here(config, base, ranks)
         weights = self._plan.memory.weights
         self._foreseen = {"weights_held": (weights, weights), "peak_tensors": self._peaks(config, self._plan.layout)}
         self._measured: dict[str, Any] = {}
-        self._rows = (0, 0, 0)
+        self._fullest = {"tokens": 0, "supervised": 0, "patches": 0}
         self._write()
 
-    def weights(self, held: int) -> None:
+    def weights(self, kept: int) -> None:
         """Note the bytes of weights that this rank keeps."""
-        self._note("weights_held", held)
+        self._note("weights_held", kept)
 
     def after(self, step: int, seconds: float, rows: Sequence[Batch], *, sp: int) -> None:
         """Note the highest memory of tensors and the time of a step, once; a CPU does not count tensors."""
-        if step <= LOOKED_AT:
-            tokens, supervised, patches = self._rows
-            self._rows = (
-                max([tokens, *(row.input_ids.numel() for row in rows)]),
-                max([supervised, *(int((row.loss_weights > 0).sum()) for row in rows)]),
-                max([patches, *(len(row.image_patches) + len(row.video_patches) for row in rows)]),
-            )
+        for row in rows if step <= LOOKED_AT else ():
+            sizes = {
+                "tokens": row.input_ids.numel(),
+                "supervised": int((row.loss_weights > 0).sum()),
+                "patches": len(row.image_patches) + len(row.video_patches),
+            }
+            self._fullest = {name: max(self._fullest[name], size) for name, size in sizes.items()}
         if step == LOOKED_AT:
             self._measured["step_seconds"] = seconds
             self._write()
@@ -77,15 +83,15 @@ class Foresight:
 
     def peak(self, highest: int, *, sp: int) -> None:
         """Hold the highest memory of tensors to a plan for the rows that came by: the first are seldom the fullest."""
-        tokens, supervised, patches = self._rows
-        seen = patches // self._base.vision.spatial_merge_size**2
-        data = replace(self._config.data, tokens_per_pack=tokens, vision_tokens_per_pack=seen)
-        layout = replace(self._plan.layout, sp=sp, supervised_share=supervised / max(1, tokens))
+        tokens = self._fullest["tokens"]
+        vision_tokens = self._fullest["patches"] // self._base.vision.spatial_merge_size**2
+        data = replace(self._config.data, tokens_per_pack=tokens, vision_tokens_per_pack=vision_tokens)
+        layout = replace(self._plan.layout, sp=sp, supervised_share=self._fullest["supervised"] / max(1, tokens))
         self._foreseen["peak_tensors_of_first_rows"] = self._peaks(replace(self._config, data=data), layout)
         self._note("peak_tensors_of_first_rows", highest)
 
-    def _peaks(self, config: RunConfig, layout: Layout) -> tuple[int, int]:
-        """Where the experts' rows are even, and on the busiest rank."""
+    def _peaks(self, config: RunConfig, layout: RankLayout) -> tuple[int, int]:
+        """Return the peak where the experts' rows are even, and on the busiest rank."""
         even = memory(config, self._base, replace(layout, skew=1.0))
         return even.peak, memory(config, self._base, layout).peak
 
@@ -93,32 +99,31 @@ class Foresight:
         self._measured[name] = value
         low, high = self._foreseen[name]
         if value > high * (1 + TOLERANCE) or value < low * (1 - TOLERANCE):
-            wanted = f"{low / 1e9:.3f}" if low == high else f"{low / 1e9:.3f} to {high / 1e9:.3f}"
+            foreseen = f"{low / 1e9:.3f}" if low == high else f"{low / 1e9:.3f} to {high / 1e9:.3f}"
             self._say(
-                f"warning: {name} is {value / 1e9:.3f} GB, but {wanted} GB were foreseen (plan.json); do not size "
+                f"warning: {name} is {value / 1e9:.3f} GB, but {foreseen} GB were foreseen (plan.json); do not size "
                 f"other runs by this plan, and report the recipe"
             )
         self._write()
 
     def _write(self) -> None:
         if self._writes:
-            found = self._plan.as_dict() | {"foreseen": self._foreseen, "measured": self._measured}
-            write_file(self._path, (json.dumps(found, indent=1) + "\n").encode())
+            content = self._plan.as_dict() | {"foreseen": self._foreseen, "measured": self._measured}
+            write_file(self._path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:
-    """The plan for the machines that this rank sees one of."""
-    found = plan(config, base, _cluster_here(ranks))
+    """Return the plan for machines like the one that this rank sees."""
+    planned = plan(config, base, _cluster_here(ranks))
     if torch.cuda.is_available():
-        return found
-    layout = replace(found.layout, device=False, segmented=True)
-    return replace(found, layout=layout, memory=memory(config, base, layout))
+        return planned
+    layout = replace(planned.layout, device=False, segmented=True)
+    return replace(planned, layout=layout, memory=memory(config, base, layout))
 
 
 def _cluster_here(ranks: int) -> Cluster:
     room_bytes, device = room()
     known = gpu_like(torch.cuda.get_device_name()) if device else None
-    here = Gpu(name="CPU", memory_bytes=room_bytes, flops=1e11, memory_rate=1e10, link_rate=1e9, network_rate=1e9,
-               kernels=HOPPER)  # fmt: skip
+    gpu = replace(known, memory_bytes=room_bytes) if known else this_machine(room_bytes, device=device)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Cluster(gpu=replace(known or here, memory_bytes=room_bytes), gpus=ranks, per_node=min(per_node, ranks))
+    return Cluster(gpu=gpu, gpus=ranks, per_node=min(per_node, ranks))

@@ -1,14 +1,29 @@
-"""What the planner knows of GPUs and how they are joined: vendors' data sheets, dense bfloat16. Loads no torch."""
+"""GPUs and how they are joined, as the planner knows them: vendors' data sheets, dense bfloat16. Loads no torch."""
 
 from dataclasses import dataclass
 
-from finetune.architecture.flops import peak_flops
 from finetune.settings.problems import did_you_mean
 
 GB = 10**9
 GIB = 2**30
 MEMORY_SHARE = 0.8
-"""Of the memory's data-sheet rate, what kernels reach: 2.7 of 3.35 TB/s on an H100."""
+"""Share of the memory's data-sheet rate that kernels reach: 2.7 of 3.35 TB/s on an H100."""
+
+_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "GB300": 2500e12,
+    "B300": 2250e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
+"""Dense bfloat16 operations a second, by the first name that the device's own contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +54,13 @@ class Gpu:
 
     @property
     def reached_memory_rate(self) -> float:
-        """Bytes a second that kernels read and write."""
+        """Return the bytes a second that kernels read and write."""
         return MEMORY_SHARE * self.memory_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """So many devices, so many of them in a node."""
+    """How many GPUs there are, and how many in a node."""
 
     gpu: Gpu
     gpus: int
@@ -55,32 +70,37 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Nodes, the last perhaps not full."""
+        """Return the number of nodes; the last may not be full."""
         return -(-self.gpus // self.per_node)
 
 
+def peak_flops(device: str) -> float | None:
+    """Return the device's dense bfloat16 operations a second by its name; None for an unknown one."""
+    return next((peak for name, peak in _PEAKS.items() if name.lower() in device.lower()), None)
+
+
 def gpu_names() -> tuple[str, ...]:
-    """Every name that `--gpu` takes."""
+    """Return every name that `--gpu` takes."""
     return tuple(_TABLE)
 
 
 def gpu(name: str) -> Gpu:
-    """The table's entry."""
-    found = _TABLE.get(name.lower())
-    if found is None:
+    """Return the table's entry for a name of `--gpu`."""
+    entry = _TABLE.get(name.lower())
+    if entry is None:
         advice = did_you_mean(name.lower(), gpu_names())
         raise ValueError(f"--gpu: {name!r} is not in the table ({', '.join(gpu_names())}). {advice}")
-    return found
+    return entry
 
 
 def gpu_like(device: str) -> Gpu | None:
-    """The table's entry for a device's own name, such as NVIDIA H100 80GB HBM3; of one kind the smaller."""
+    """Return the table's entry for a device's own name, such as NVIDIA H100 80GB HBM3; of one kind the smaller."""
     words = device.lower().replace("-", " ").split()
     return next((entry for entry in _TABLE.values() if entry.name.partition("-")[0] in words), None)
 
 
 def cluster(name: str, *, gpus: int, per_node: int | None, price: float | None) -> Cluster:
-    """What is planned for; nodes of eight unless told otherwise, or one smaller node."""
+    """Return what is planned for: nodes of `per_node`, by default of eight, or one smaller node."""
     size = min(8, gpus) if per_node is None else per_node
     if gpus > size and gpus % size:
         below, above = gpus // size * size, -(-gpus // size) * size
@@ -103,12 +123,17 @@ LITTLE_HOPPER = Kernels(dense=0.85, grouped=0.75, attention=0.75)
 
 
 def _row(name: str, kernels: Kernels, gib: float, memory_rate: float, link_rate: float, network_rate: float) -> Gpu:
-    flops = 148e12 if name.startswith("h20-") else peak_flops(name.partition("-")[0])
+    flops = peak_flops(name.partition("-")[0])
     assert flops is not None
     return Gpu(
-        name=name, memory_bytes=int(gib * GIB), flops=flops, memory_rate=memory_rate * GB, link_rate=link_rate * GB,
-        network_rate=network_rate * GB, kernels=kernels,
-    )  # fmt: skip
+        name=name,
+        memory_bytes=int(gib * GIB),
+        flops=flops,
+        memory_rate=memory_rate * GB,
+        link_rate=link_rate * GB,
+        network_rate=network_rate * GB,
+        kernels=kernels,
+    )
 
 
 # Memory is what the driver shows, a little below the name. Link: NVLink one way; of L40S, PCIe 4.
@@ -124,3 +149,16 @@ _TABLE = {
         _row("l40s-48gb", AMPERE, 44.5, 864, 25, 12.5),
     )
 }
+
+
+def this_machine(memory_bytes: int, *, device: bool) -> Gpu:
+    """Return a GPU that the table does not have, taken for an H100 in all but memory; or a CPU, by round numbers."""
+    return Gpu(
+        name="this machine" if device else "CPU",
+        memory_bytes=memory_bytes,
+        flops=989e12 if device else 1e11,
+        memory_rate=3e12 if device else 1e10,
+        link_rate=450e9 if device else 1e9,
+        network_rate=50e9 if device else 1e9,
+        kernels=HOPPER,
+    )

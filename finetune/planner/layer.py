@@ -5,8 +5,8 @@ read off the code, and norms in tiles are taken for whole ones.
 """
 
 from finetune.architecture.families import Family
-from finetune.config import AdaptersConfig
-from finetune.planner.activations import INDEX, TILE_BYTES, Reach, Recompute, Rows
+from finetune.config import LOSS_SLICES, LOSS_TILE_BYTES, AdaptersConfig
+from finetune.planner.activations import INDEX, Reach, Recompute, Rows
 from finetune.planner.experts import block, choice, experts
 from finetune.planner.operations import (
     WIDE,
@@ -23,8 +23,6 @@ from finetune.planner.operations import (
     turn,
 )
 
-SLICES = 8
-"""The loss's: parts in which a tile's share of the head's gradient is added up."""
 BACKWARD = 2.5
 """Operations of attention's backward over those of its forward: it computes the scores again."""
 
@@ -106,7 +104,7 @@ def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
 def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
     """Loss and gradients by tiles of supervised tokens, all in forward."""
     v, d, b, count = base.text.vocab_size, base.text.hidden_size, rows.itemsize, rows.supervised
-    size = min(max(1, TILE_BYTES // (WIDE * v)), count)
+    size = min(max(1, LOSS_TILE_BYTES // (WIDE * v)), count)
     found: list[Op] = touch(count, 3 * WIDE, 3 * WIDE, 4 * WIDE) + touch(1, 3 * WIDE)
     for n, times in ((size, count // size), (count % size, 1)) if size else ():
         tile = [mm(n, d, v, b), *touch(n * v, WIDE + b, WIDE, 2 * WIDE, 2 * WIDE, WIDE)]
@@ -115,8 +113,8 @@ def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
             tile += [*touch(n * v, WIDE, 2 * WIDE, WIDE + b), *touch(n, 3 * WIDE, 2 * WIDE, 2 * WIDE + INDEX)]
         tile += [mm(n, v, d, b)] if passes else []
         if trained:
-            part = [mm(v / SLICES, n, d, b), *touch(v * d / SLICES, 2 * WIDE + b)]
-            tile += [op._replace(times=SLICES) for op in part]
+            part = [mm(v / LOSS_SLICES, n, d, b), *touch(v * d / LOSS_SLICES, 2 * WIDE + b)]
+            tile += [op._replace(times=LOSS_SLICES) for op in part]
         found += [op._replace(times=op.times * times) for op in tile if n]
     found += touch(v * d, WIDE, WIDE + b) if trained else []
     back = touch(count * d, *(2 * b,) * passes) + touch(v * d, *(2 * b,) * trained)

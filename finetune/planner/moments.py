@@ -1,4 +1,4 @@
-"""The moments of a step that can be the highest, and what a rank holds at each beside what it always does.
+"""The moments of a step at which memory can be highest, and what a rank holds at each besides what is always there.
 
 Each part is one sum of tensors that are named where they are counted: activations in `finetune.planner.activations` and
 `finetune.planner.vision`, gathered weights here. Loads no torch.
@@ -11,103 +11,133 @@ from finetune.architecture.families import Family
 from finetune.architecture.parts import DECODER, VISION
 from finetune.config import RunConfig
 from finetune.planner.activations import WIDE, Layer, Reach, Rows, embedded, head, layer, row
-from finetune.planner.rank_layout import BUCKET, Layout, bucket, gathered, largest_layer, slices
+from finetune.planner.rank_layout import RankLayout, bucket, gathered, largest_layer, slices
 from finetune.planner.tensors import Tensor
-from finetune.planner.vision import pixels, tower
-
-AHEAD, LEAST_AHEAD = 1.2, 50_000_000
-"""The engine's settings: so many layers, and at least so many elements, are fetched ahead."""
+from finetune.planner.vision import Tower, pixels, tower
+from finetune.ranks.engine_sizes import LEAST_PREFETCH, MOST_BUCKET, PREFETCHED_LAYERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """One point of a step: what exists besides what always does."""
+    """One point of a step: what exists there besides what always does."""
 
     name: str
     parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
+        """Return the bytes of all parts."""
         return sum(self.parts.values())
 
 
 def moments(
-    config: RunConfig, base: Family, layout: Layout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
+    config: RunConfig, base: Family, layout: RankLayout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
 ) -> tuple[Moment, ...]:
-    """From the tower's forward to the update, as far as what trains reaches."""
-    rows, adapters, reach = micro_batch(config, base, layout), config.adapters, Reach.of(config.adapters)
-    kinds, recomputes = _layers(config, base, layout, rows), layout.recompute != "none"
-    waits = layout.offload and recomputes
-    kept = sum(n * (one.stays if waits else one.kept if recomputes else one.saved) for one, n in kinds)
-    seen = tower(base, adapters, rows, layout.recompute)
-    here = {"row": row(rows, values=pixels(base))}
-    stays = {"activations kept": reach.layers * kept, "embeddings": embedded(base, rows), **here}
-    stays |= {"vision activations": seen.kept}
-    widest = max((one for one, _ in kinds), key=lambda one: one.saved + one.exchange + one.working)
-    # what the second pass hands on, and the layer's input, are kept already, unless they come back from the host
-    again = recomputes * (widest.saved - (0.0 if waits else widest.returned + widest.shared))
-    gradients = layout.itemsize * max((t.elements for t in trained), default=0)
+    """Return the moments from the tower's forward to the update, as far as what trains reaches."""
+    rows, reach = micro_batch(config, base, layout), Reach.of(config.adapters)
+    layers = _layers(config, base, layout)
+    widest = max((layer for layer, _ in layers), key=lambda layer: layer.saved + layer.exchange + layer.working)
+    last_norm = rows.tokens * base.text.hidden_size * (WIDE + rows.itemsize)
+    keeps_all = layout.recompute == "none" and reach.layers
+    seen = tower(base, config.adapters, rows, layout.recompute)
+    of_row = {"row": row(rows, values=pixels(base))}
+    stays = {"activations kept": reach.layers * _kept(layers, layout), "embeddings": embedded(base, rows)}
+    stays |= {**of_row, "vision activations": seen.kept}
     weights = (*trained, *(() if layout.resident else frozen))
     trains = {tensor.part for tensor in trained}
     used = (*DECODER, *(part for part in VISION if reach.tower or part in trains))
-    last = rows.tokens * base.text.hidden_size * (WIDE + rows.itemsize)
-    passing = widest.passing if recomputes or not reach.layers else 0.0
-    most = max(sum(tensor.elements for tensor in group) for group in _groups(trained))
     behind = _gather(layout, weights, used, forward=False)
-    every = (
-        _moment("vision tower", here, {"tower at work": seen.forward}, _gather(layout, weights, None, forward=True)),
+    gradients = layout.itemsize * max((tensor.elements for tensor in trained), default=0)
+    bucket_is_full = bucket(trained) == MOST_BUCKET  # it is emptied then, at the latest when backward is over
+    group = max(sum(tensor.elements for tensor in group) for group in _groups(trained))
+    every = [
+        _moment("vision tower", of_row, {"tower at work": seen.forward}, _gather(layout, weights, None, forward=True)),
         _moment(
-            "end of forward", stays,
-            {"vision features": seen.outputs, "one layer at work": max(last, passing)},
+            "end of forward",
+            stays,
+            {
+                "vision features": seen.outputs,
+                "one layer at work": max(last_norm, 0.0 if keeps_all else widest.passing),
+            },
             _gather(layout, weights, (*used, "head"), forward=True),
         ),
         _moment(
-            "head and loss", stays, {"head and loss": head(base, rows, trained=adapters.head.mode == "full")},
+            "head and loss",
+            stays,
+            {"head and loss": head(base, rows, trained=config.adapters.head.mode == "full")},
             _gather(layout, weights, (*used, "head"), forward=False),
         ),
-        _moment("backward of a layer", *([
-            stays, {"one layer recomputed": again, "one layer's gradients": widest.working + gradients},
-            {"all-to-all buffers": widest.exchange}, behind,
-        ] if reach.layers else ())),
-        _moment("backward of a vision block", *([
-            here, {"vision activations": seen.kept, "vision features": seen.outputs},
-            {"one block recomputed": seen.again, "one block's gradients": seen.working + gradients}, behind,
-        ] if seen.working else ())),
-        # the bucket is emptied once it is full, at the latest when backward is over
-        _moment("gradients leave", *([stays, behind] if bucket(trained) == BUCKET[1] else [here]),
-                {"gradients in one tensor": WIDE * min(bucket(trained), most)}),
+    ]
+    if reach.layers:
+        every.append(_moment("backward of a layer", stays, _backward(widest, layout, gradients), behind))
+    if seen.working:
+        every.append(_moment("backward of a vision block", of_row, _vision_backward(seen, gradients), behind))
+    every += [
+        _moment(
+            "gradients leave",
+            *((stays, behind) if bucket_is_full else (of_row,)),
+            {"gradients in one tensor": WIDE * min(bucket(trained), group)},
+        ),
         _moment("update", {"gradients as the optimiser sees them": WIDE * _updated(trained, layout)}),
-    )  # fmt: skip
-    return tuple(one for one in every if one.parts)
+    ]
+    return tuple(moment for moment in every if moment.parts)
 
 
-def _updated(trained: Sequence[Tensor], layout: Layout) -> int:
-    """Elements of a rank whose gradients are in one tensor at a time: a group's, closed once it is large enough."""
+def _kept(layers: Sequence[tuple[Layer, int]], layout: RankLayout) -> float:
+    """Return what all layers keep on the device for backward, or for their second pass."""
+    if layout.recompute == "none":
+        return sum(number * layer.saved for layer, number in layers)
+    return sum(number * (layer.stays if layout.offload else layer.kept) for layer, number in layers)
+
+
+def _backward(widest: Layer, layout: RankLayout, gradients: int) -> dict[str, float]:
+    """Return what backward of the widest layer needs, with the gradient of the largest tensor."""
+    # what the second pass hands on, and the layer's input, are kept already, unless they come back from the host
+    kept_already = 0.0 if layout.offload else widest.returned + widest.shared
+    return {
+        "one layer recomputed": 0.0 if layout.recompute == "none" else widest.saved - kept_already,
+        "one layer's gradients": widest.working + gradients,
+        "all-to-all buffers": widest.exchange,
+    }
+
+
+def _vision_backward(seen: Tower, gradients: int) -> dict[str, float]:
+    """Return what backward of a block of the tower needs, with what all blocks keep."""
+    return {
+        "vision activations": seen.kept,
+        "vision features": seen.outputs,
+        "one block recomputed": seen.again,
+        "one block's gradients": seen.working + gradients,
+    }
+
+
+def _updated(trained: Sequence[Tensor], layout: RankLayout) -> int:
+    """Return a rank's elements whose gradients are in one tensor: those of a group, closed once it is large enough."""
     largest = max((slices([tensor], layout) for tensor in trained), default=0)
     return min(max(slices(group, layout) for group in _groups(trained)), layout.sub_group + largest)
 
 
 def _groups(trained: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The engine's groups of weights, as far as they are alike in every run: experts', and the others."""
+    """Return the engine's groups of weights, as far as they are alike in every run: experts', and the others."""
     return [[tensor for tensor in trained if tensor.expert == expert] for expert in (False, True)]
 
 
-def _layers(config: RunConfig, base: Family, layout: Layout, rows: Rows) -> list[tuple[Layer, int]]:
-    """The decoder's layers with experts and without, and how many there are of each."""
-    sparse = len(base.moe_layers)
-    counts = ((True, sparse), (False, base.text.num_hidden_layers - sparse))
+def _layers(config: RunConfig, base: Family, layout: RankLayout) -> list[tuple[Layer, int]]:
+    """Return the decoder's layers with experts and without, and how many there are of each."""
+    rows, sparse = micro_batch(config, base, layout), len(base.moe_layers)
+    counts = {True: sparse, False: base.text.num_hidden_layers - sparse}
     return [
-        (layer(base, config.adapters, rows, layout.recompute, sparse=kind, ep=layout.ep), n) for kind, n in counts if n
+        (layer(base, config.adapters, rows, layout.recompute, sparse=kind, ep=layout.ep), number)
+        for kind, number in counts.items()
+        if number
     ]
 
 
-def waiting(config: RunConfig, base: Family, layout: Layout) -> int:
-    """Bytes of one rank's activations that wait in host memory."""
+def waiting(config: RunConfig, base: Family, layout: RankLayout) -> int:
+    """Return the bytes of one rank's activations that are held in host memory."""
     if not layout.offload or layout.recompute == "none":
         return 0
-    kinds = _layers(config, base, layout, micro_batch(config, base, layout))
-    return int(sum(n * (one.kept - one.stays) for one, n in kinds))
+    return int(sum(number * (layer.kept - layer.stays) for layer, number in _layers(config, base, layout)))
 
 
 def _moment(name: str, *parts: dict[str, float]) -> Moment:
@@ -115,8 +145,8 @@ def _moment(name: str, *parts: dict[str, float]) -> Moment:
     return Moment(name=name, parts={key: int(size) for key, size in every.items() if size >= 1})
 
 
-def micro_batch(config: RunConfig, base: Family, layout: Layout) -> Rows:
-    """The fullest row that a rank gets, and how many rows its experts get."""
+def micro_batch(config: RunConfig, base: Family, layout: RankLayout) -> Rows:
+    """Return the fullest row that a rank gets, and how many rows its experts get."""
     tokens = -(-config.data.tokens_per_pack // layout.sp)
     vision = config.data.vision_tokens_per_pack
     patches = (config.data.tokens_per_pack if vision is None else vision) * base.vision.spatial_merge_size**2
@@ -133,18 +163,20 @@ def micro_batch(config: RunConfig, base: Family, layout: Layout) -> Rows:
 
 
 def _gather(
-    layout: Layout, weights: Sequence[Tensor], parts: Sequence[str] | None, *, forward: bool
+    layout: RankLayout, weights: Sequence[Tensor], parts: Sequence[str] | None, *, forward: bool
 ) -> dict[str, float]:
-    """Bytes of gathered weights: those of `parts` that are whole, and the flat buffers that they arrive in.
+    """Return the bytes of gathered weights: those of `parts` that are whole, and the flat buffers that they arrive in.
 
-    The engine fetches many weights into one buffer, and copies each out of it when the first of them is wanted; the
-    buffer goes when the last of them was. It lets go of weights that this micro-batch does not use again, and keeps
-    others as far as `reuse` goes: where that is all of them, nothing arrives in backward.
+    The engine fetches many weights into one buffer and copies each out of it when the first of them is needed; the
+    buffer goes after the last copy. It releases weights that this micro-batch does not use again, and keeps others as
+    far as `reuse` goes: where that is all of them, nothing arrives in backward.
     """
     wide = gathered(weights, layout)
-    every, used = sum(t.elements for t in wide), sum(t.elements for t in wide if parts is None or t.part in parts)
-    one = largest_layer(layout, weights)
-    ahead = max(AHEAD * one, LEAST_AHEAD) if layout.reuse else 0
+    every = sum(tensor.elements for tensor in wide)
+    used = sum(tensor.elements for tensor in wide if parts is None or tensor.part in parts)
+    of_layer = largest_layer(layout, weights)
+    ahead = max(PREFETCHED_LAYERS * of_layer, LEAST_PREFETCH) if layout.reuse else 0
+    whole = min(used, layout.reuse + max(ahead, of_layer))
     arrives = forward or every > layout.reuse + ahead
-    whole, flat = min(used, layout.reuse + max(ahead, one)), min(every, ahead) if arrives else 0
+    flat = min(every, ahead) if arrives else 0
     return {"gather buffers": layout.itemsize * (whole + flat)}

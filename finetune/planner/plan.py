@@ -4,34 +4,37 @@
 writes it to plan.json beside what it then measures.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
 from finetune.architecture.families import Family
+from finetune.architecture.parts import PARTS
 from finetune.architecture.rank_shares import ResidentChoice, choose_resident, has_room
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
 from finetune.config import RunConfig
 from finetune.planner.gpus import GB, Cluster
 from finetune.planner.memory import Memory, memory
 from finetune.planner.moments import waiting
-from finetune.planner.rank_layout import Layout
+from finetune.planner.rank_layout import RankLayout
 from finetune.planner.tensors import trained_tensors
 from finetune.planner.time import Assumed, Time, step_time
 from finetune.planner.wire import Traffic, traffic
 from finetune.settings.stages import run_stages
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
-RANK_HOST_BYTES, WORKER_HOST_BYTES = int(4.5 * GB), int(1.2 * GB)
-"""Of one rank's process with its libraries and the device's context, and of one reading worker."""
+RANK_HOST_BYTES = int(4.5 * GB)
+"""Host memory of one rank's process with its libraries and the device's context."""
+WORKER_HOST_BYTES = int(1.2 * GB)
+"""Host memory of one reading worker."""
 STATE_BYTES = 12
-"""A trained element in a checkpoint: master and two moments in float32."""
+"""Bytes of a trained element in a checkpoint: master and two moments in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Memory of one node and disk of the whole run, in bytes, by what they go to."""
+    """Bytes of memory of one node, and of disk of the complete run, by what they are for."""
 
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
@@ -43,9 +46,9 @@ class Plan:
 
     model: str
     stage: str
-    """Of the run, the one that needs most; empty for a run without stages."""
+    """The stage that needs most; empty for a run without stages."""
     cluster: Cluster
-    layout: Layout
+    layout: RankLayout
     resident_reason: str
     micro_batches: int
     steps: int
@@ -60,26 +63,26 @@ class Plan:
 
     @property
     def margin(self) -> int:
-        """Bytes of a device that stay free; negative where it does not fit."""
+        """Return the bytes of a device that stay free; negative where it does not fit."""
         return self.cluster.gpu.memory_bytes - self.memory.total
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has room, and some to spare."""
+        """Say whether every rank has room, and some to spare."""
         return has_room(needed_bytes=self.memory.total, room_bytes=self.cluster.gpu.memory_bytes)
 
     @property
     def hours(self) -> float:
-        """Of GPUs, all together, for the whole schedule."""
+        """Return the hours of all GPUs together for the complete schedule."""
         return self.steps * self.time.step * self.cluster.gpus / 3600
 
     @property
     def cost(self) -> float | None:
-        """Of those hours; None without a price."""
+        """Return the cost of those hours; None without a price."""
         return None if self.cluster.price is None else self.hours * self.cluster.price
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the plan for programs."""
         return {
             "model": self.model,
             "stage": self.stage,
@@ -98,7 +101,7 @@ class Plan:
                 "margin": self.margin,
                 "fits": self.fits,
             },
-            "traffic": [{**asdict(one), "seconds": one.seconds(self.cluster)} for one in self.traffic],
+            "traffic": [{**asdict(kind), "seconds": kind.seconds(self.cluster)} for kind in self.traffic],
             "time": {**asdict(self.time), "step": self.time.step, "limit": self.time.limit},
             "gpu_hours": self.hours,
             "cost": self.cost,
@@ -111,8 +114,10 @@ def resident_choice(config: RunConfig, base: Family, cluster: Cluster, assumed: 
     """Decide `parallel.resident` once for a run: its fullest stage must have room where frozen weights stay whole."""
 
     def needed() -> int:
-        layouts = ((then, _layout(then, base, cluster, assumed, resident=True)) for _, then in _stages(config))
-        return max(memory(then, base, layout).total for then, layout in layouts)
+        return max(
+            memory(stage, base, _layout(stage, base, cluster, assumed, resident=True)).total
+            for _, stage in _stages(config)
+        )
 
     return choose_resident(config.parallel.resident, needed_bytes=needed, room_bytes=cluster.gpu.memory_bytes)
 
@@ -123,25 +128,32 @@ def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed 
         raise ValueError("parallel.ep, parallel.recompute: auto is settled before a plan is made (planner.fit)")
     assumed = assumed or Assumed()
     choice = resident_choice(config, base, cluster, assumed)
-    found = [_plan(then, base, cluster, assumed, name, choice) for name, then in _stages(config)]
-    return max(found, key=lambda one: one.memory.total)
+    plans = (_plan(stage, base, cluster, assumed, name, choice) for name, stage in _stages(config))
+    return max(plans, key=lambda plan: plan.memory.total)
 
 
 def _stages(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Each stage by its name, as a run of its own."""
+    """Yield each stage with its name, as a run of its own."""
     for stage in run_stages(config):
         yield stage.name, replace(config, data=stage.data, parallel=replace(config.parallel, sp=stage.sp))
 
 
-def _layout(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, *, resident: bool) -> Layout:
-    """The layout of a configuration whose `auto`s are settled."""
+def _layout(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, *, resident: bool) -> RankLayout:
+    """Return the layout of a configuration without `auto`."""
     parallel = config.parallel
     assert parallel.recompute != "auto"
-    return Layout(
-        world=cluster.gpus, ep=parallel.ep, sp=parallel.sp, layers=base.text.num_hidden_layers, resident=resident,
-        tile_tokens=parallel.tile_tokens, offload=parallel.offload_activations, recompute=parallel.recompute,
-        itemsize=ITEMSIZE[config.model.dtype], skew=assumed.skew_of(parallel.ep),
-    )  # fmt: skip
+    return RankLayout(
+        world=cluster.gpus,
+        ep=parallel.ep,
+        sp=parallel.sp,
+        layers=base.text.num_hidden_layers,
+        resident=resident,
+        tile_tokens=parallel.tile_tokens,
+        offload=parallel.offload_activations,
+        recompute=parallel.recompute,
+        itemsize=ITEMSIZE[config.model.dtype],
+        skew=assumed.skew_of(parallel.ep),
+    )
 
 
 def _plan(
@@ -149,10 +161,8 @@ def _plan(
 ) -> Plan:
     layout = _layout(config, base, cluster, assumed, resident=choice.resident)
     micro_batches = -(-config.data.packs_per_step // (cluster.gpus // layout.sp))
-    moved = traffic(config, base, layout, cluster, micro_batches=micro_batches)
-    counts = parameter_counts(base)
-    everything = trained_tensors(base, config.adapters, ep=1)
-    trained = sum(tensor.elements for tensor in everything)
+    sent = traffic(config, base, layout, cluster, micro_batches=micro_batches)
+    trained = sum(tensor.elements for tensor in trained_tensors(base, config.adapters, ep=1))
     return Plan(
         model=base.name,
         stage=stage,
@@ -162,10 +172,10 @@ def _plan(
         micro_batches=micro_batches,
         steps=config.schedule.steps,
         memory=memory(config, base, layout),
-        traffic=moved,
-        time=step_time(config, base, layout, cluster, moved, micro_batches=micro_batches, assumed=assumed),
+        traffic=sent,
+        time=step_time(config, base, layout, cluster, sent, micro_batches=micro_batches, assumed=assumed),
         host=_host(config, base, cluster, trained, waits=waiting(config, base, layout)),
-        parameters=counts.total,
+        parameters=parameter_counts(base).total,
         active=active_text_parameters(base),
         trained=trained,
         assumed=assumed,
@@ -173,27 +183,27 @@ def _plan(
 
 
 def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int, *, waits: int) -> Host:
-    """What loading, reading data and checkpoints take."""
-    here, itemsize = min(cluster.per_node, cluster.gpus), ITEMSIZE[config.model.dtype]
-    shapes = parameter_shapes(base)
-    largest = itemsize * max(prod(shape) for shape in shapes.values())
-    weights, adapted = 2 * parameter_counts(base).total, _adapts(config)
+    """Return what loading, reading data and checkpoints take; `waits` are a rank's activations in host memory."""
+    ranks, itemsize = min(cluster.per_node, cluster.gpus), ITEMSIZE[config.model.dtype]
+    weights, adapts = 2 * parameter_counts(base).total, _adapts(config)
     memory_parts = {
-        "ranks": here * RANK_HOST_BYTES,
-        "reading workers": here * config.data.workers * WORKER_HOST_BYTES,
-        "largest tensor while loading": largest,
-        "activations that wait": here * waits,
+        "ranks": ranks * RANK_HOST_BYTES,
+        "reading workers": ranks * config.data.workers * WORKER_HOST_BYTES,
+        "largest tensor while loading": itemsize * max(prod(shape) for shape in parameter_shapes(base).values()),
+        "activations that wait": ranks * waits,
     }
-    disk = {
+    disk_parts = {
         "base model": weights,
         "checkpoints": STATE_BYTES * trained * (config.checkpoint.keep + 1),  # one more while it is written
-        "adapter" if adapted else "model": itemsize * trained if adapted else weights,
-        "merged model": weights if adapted else 0,
+        "adapter" if adapts else "model": itemsize * trained if adapts else weights,
+        "merged model": weights if adapts else 0,
     }
-    memory_parts = {name: size for name, size in memory_parts.items() if size}
-    return Host(memory=memory_parts, disk={name: size for name, size in disk.items() if size})
+    return Host(memory=_without_zeros(memory_parts), disk=_without_zeros(disk_parts))
+
+
+def _without_zeros(parts: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in parts.items() if size}
 
 
 def _adapts(config: RunConfig) -> bool:
-    sections: Mapping[str, Any] = {k: v for k, v in asdict(config.adapters).items() if isinstance(v, dict)}
-    return any(section["mode"] == "lora" for section in sections.values())
+    return any(getattr(config.adapters, part).mode == "lora" for part in PARTS)

@@ -1,13 +1,13 @@
-"""How long a step takes: a stated model, not a measurement. Loads no torch.
+"""How long a step takes, by a stated model, not by a measurement. Loads no torch.
 
 The device works through the operations of a micro-batch, each as long as its bytes, its products or a kernel take. Rows
-travel to their experts while nothing else runs. Gathers hide behind most of the work; gradients and the update do not
-hide. Meanwhile the host hands out the operations: where it needs longer than all of that, the device waits for it.
+travel to their experts while nothing else runs. Gathers hide behind most of the work; gradients and the update do not.
+Meanwhile the host launches the operations: where it needs longer than all of that, the device waits for it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from math import log2
 
 from finetune.architecture.families import Family
@@ -16,8 +16,8 @@ from finetune.config import AdaptersConfig, RunConfig
 from finetune.planner.activations import Reach, Recompute, Rows
 from finetune.planner.gpus import MEMORY_SHARE, Cluster
 from finetune.planner.layer import around, decoder_layer, head
-from finetune.planner.operations import Op, Passes, spent
-from finetune.planner.rank_layout import Layout, slices
+from finetune.planner.operations import Op, spent
+from finetune.planner.rank_layout import RankLayout, slices
 from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 from finetune.planner.tower import tower
 from finetune.planner.wire import LINK_SHARE, Traffic
@@ -30,16 +30,16 @@ HOOK = 0.17e-3
 """Seconds of the host for a module with weights that are gathered, in each pass: the engine's hooks, measured there."""
 WAITING = "waiting for the host"
 HIDING = 0.5
-"""Of the device's work, what can hide gathers: at both ends of a pass nothing does."""
+"""Share of the device's work behind which gathers can hide: at both ends of a pass nothing does."""
 UPDATE_BYTES = 34
-"""Read and written for one trained element: master, two moments and gradient in float32, the weight itself."""
+"""Bytes read and written for one trained element: master, two moments and gradient in float32, the weight itself."""
 GRADIENT_BYTES = 24
-"""In a micro-batch, beside the gradient as it comes: into the bucket, scaled, and added up, all in float32."""
+"""Bytes of a gradient in a micro-batch, besides itself: into the bucket, scaled, and added up, all in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """What the data will be like, and how well the host does; every one can be set on the command line."""
+    """What the data are like, and how fast the host is; each value can be set on the command line."""
 
     sample_tokens: int = 2048
     image_tokens: int = 1024
@@ -49,11 +49,11 @@ class Assumed:
     skew: float = 1.5
 
     def skew_of(self, ep: int) -> float:
-        """Rows of a group's busiest rank over the mean: `skew` for eight, 1 for one, by the logarithm between."""
+        """Return the rows of a group's busiest rank over the mean: `skew` for 8, 1 for 1, by the logarithm between."""
         return 1 + (self.skew - 1) * log2(ep) / 3
 
     def sentences(self) -> list[str]:
-        """The assumptions as they are printed."""
+        """Return the assumptions as they are printed."""
         return [
             f"samples of {self.sample_tokens:,} tokens; {self.vision_share:.0%} of them from images of "
             f"{self.image_tokens:,}; {self.supervised_share:.0%} supervised; rows are full",
@@ -68,7 +68,7 @@ class Assumed:
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of one step by what they go to, and what they amount to."""
+    """Seconds of one step by what they go to, and the rates that follow."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
@@ -87,18 +87,18 @@ class Time:
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """Return the seconds of a step."""
         return sum(self.seconds.values())
 
     @property
     def limit(self) -> str:
-        """What decides: host, or what most of the device's time goes to."""
+        """Return what decides: the host, or what most of the device's time goes to."""
         waits = WAITING in self.seconds
         return "host" if waits else max(self.limits, key=lambda name: self.limits[name])
 
 
-def work(config: RunConfig, base: Family, layout: Layout, assumed: Assumed) -> Work:
-    """One rank's part of one packed row."""
+def work(config: RunConfig, base: Family, layout: RankLayout, assumed: Assumed) -> Work:
+    """Return one rank's part of one packed row."""
     tokens = config.data.tokens_per_pack // layout.sp
     vision = min(tokens * assumed.vision_share, (config.data.vision_tokens_per_pack or tokens) / layout.sp)
     merged = base.vision.spatial_merge_size**2
@@ -115,74 +115,82 @@ def work(config: RunConfig, base: Family, layout: Layout, assumed: Assumed) -> W
 def step_time(
     config: RunConfig,
     base: Family,
-    layout: Layout,
+    layout: RankLayout,
     cluster: Cluster,
     traffic: list[Traffic],
     *,
     micro_batches: int,
     assumed: Assumed,
 ) -> Time:
-    """The model's seconds for one step of the slowest rank."""
-    row, gpu = work(config, base, layout, assumed), cluster.gpu
-    experts = base.text.experts
-    device = spent(
-        operations(config, base, layout, row), gpu, local_experts=experts.num_experts // layout.ep if experts else 1
-    )
-    seconds = {kind: micro_batches * value for kind, value in device.kinds.items()}
+    """Return the model's seconds for one step of the slowest rank."""
+    row, memory_rate = work(config, base, layout, assumed), cluster.gpu.reached_memory_rate
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
-    bytes_added = sum(tensor.elements for tensor in trained) * (layout.itemsize + GRADIENT_BYTES)
-    seconds["gradients added up"] = micro_batches * bytes_added / gpu.reached_memory_rate
-    computing = sum(seconds.values())
-    moved: dict[str, float] = {}
-    for one in traffic:
-        kind = one.kind.partition(",")[0]
-        moved[kind] = moved.get(kind, 0.0) + one.seconds(cluster)
-    gathers = sum(moved.pop(kind, 0.0) for kind in ("trained weights", "frozen weights"))
-    moved["gathers that do not hide"] = max(0.0, gathers - HIDING * computing)
-    seconds["update"] = UPDATE_BYTES * slices(trained, layout) / gpu.reached_memory_rate
-    limits = {name: micro_batches * value for name, value in device.limits.items()}
-    limits["memory"] = limits.get("memory", 0.0) + seconds["gradients added up"] + seconds["update"]
-    limits["network"] = sum(moved.values())
-    seconds |= moved
+    local_experts = base.text.experts.num_experts // layout.ep if base.text.experts else 1
+    device = spent(operations(config, base, layout, row), cluster.gpu, local_experts=local_experts)
+    gradient_bytes = sum(tensor.elements for tensor in trained) * (layout.itemsize + GRADIENT_BYTES)
+    computing = {kind: micro_batches * seconds for kind, seconds in device.kinds.items()}
+    computing["gradients added up"] = micro_batches * gradient_bytes / memory_rate
+    sending = _sending(traffic, cluster, computing=sum(computing.values()))
+    update = {"update": UPDATE_BYTES * slices(trained, layout) / memory_rate}
+    limits = {limit: micro_batches * seconds for limit, seconds in device.limits.items()}
+    limits["memory"] = limits.get("memory", 0.0) + computing["gradients added up"] + update["update"]
+    limits["network"] = sum(sending.values())
+    seconds = computing | update | sending
     host = micro_batches * (device.launches * assumed.launch_us / 1e6 + HOOK * _hooked(config, base, layout, trained))
     seconds[WAITING] = max(0.0, host - sum(seconds.values()))
-    parts = _meter(base, config.adapters, layout.recompute).count(row).values()
-    model = micro_batches * sum(part.model for part in parts)
     seconds = {name: value for name, value in seconds.items() if value}
+    parts = _meter(base, config.adapters, layout.recompute).count(row).values()
+    model_flops = micro_batches * sum(part.model for part in parts)
     step, tokens = sum(seconds.values()), micro_batches * row.tokens
     return Time(
         seconds=seconds,
         limits={name: value for name, value in limits.items() if value},
         host=host,
         launches=device.launches,
-        model_flops=model,
+        model_flops=model_flops,
         hardware_flops=micro_batches * sum(part.model + part.again for part in parts),
-        flops_per_token=model / tokens,
+        flops_per_token=model_flops / tokens,
         tokens_per_second=tokens / step,
-        mfu=model / step / gpu.flops,
+        mfu=model_flops / step / cluster.gpu.flops,
     )
 
 
-def operations(config: RunConfig, base: Family, layout: Layout, row: Work) -> Iterator[tuple[Op, int]]:
-    """Everything that one micro-batch asks of a rank's device, and how often."""
-    experts, adapters = base.text.experts, config.adapters
+def _sending(traffic: list[Traffic], cluster: Cluster, *, computing: float) -> dict[str, float]:
+    """Return the seconds of traffic by kind; gathers hide behind a share of the seconds of `computing`."""
+    seconds: dict[str, float] = {}
+    for sent in traffic:
+        kind = sent.kind.partition(",")[0]
+        seconds[kind] = seconds.get(kind, 0.0) + sent.seconds(cluster)
+    gathers = sum(seconds.pop(kind, 0.0) for kind in ("trained weights", "frozen weights"))
+    return seconds | {"gathers that do not hide": max(0.0, gathers - HIDING * computing)}
+
+
+def operations(config: RunConfig, base: Family, layout: RankLayout, row: Work) -> Iterator[tuple[Op, int]]:
+    """Yield everything that one micro-batch asks of a rank's device, and how often."""
+    adapters, top_k = config.adapters, base.text.experts.num_experts_per_tok if base.text.experts else 0
     rows = Rows(
-        tokens=row.tokens, supervised=row.supervised, patches=row.patches, itemsize=layout.itemsize,
-        arriving=layout.skew * row.tokens * experts.num_experts_per_tok if experts else 0,
+        tokens=row.tokens,
+        supervised=row.supervised,
+        patches=row.patches,
+        itemsize=layout.itemsize,
+        arriving=layout.skew * row.tokens * top_k,
         tiles=-(-row.tokens // layout.tile_tokens) if layout.tile_tokens else 1,
-    )  # fmt: skip
-    reach, sparse = Reach.of(adapters), len(base.moe_layers)
-    parts: list[tuple[Passes, int]] = [
-        (
-            decoder_layer(
-                base, adapters, rows, layout.recompute, squares=row.squares, sparse=kind, ep=layout.ep, sp=layout.sp,
-                resident=layout.resident, balances=config.moe.balance != "off",
-            ),
-            number,
-        )
-        for kind, number in ((True, sparse), (False, base.text.num_hidden_layers - sparse))
-        if number
-    ]  # fmt: skip
+    )
+    reach, sparse_layers = Reach.of(adapters), len(base.moe_layers)
+    layer = partial(
+        decoder_layer,
+        base,
+        adapters,
+        rows,
+        layout.recompute,
+        squares=row.squares,
+        ep=layout.ep,
+        sp=layout.sp,
+        resident=layout.resident,
+        balances=config.moe.balance != "off",
+    )
+    counts = {True: sparse_layers, False: base.text.num_hidden_layers - sparse_layers}
+    parts = [(layer(sparse=sparse), number) for sparse, number in counts.items() if number]
     parts.append((head(base, rows, trained=adapters.head.mode == "full", passes=reach.layers), 1))
     parts.append((around(base, adapters, rows), 1))
     if row.patches or reach.vision or not layout.resident:  # a row without media skips a tower that is whole and frozen
@@ -194,13 +202,13 @@ def operations(config: RunConfig, base: Family, layout: Layout, row: Work) -> It
 
 
 def _blank(rows: Rows, base: Family) -> Rows:
-    """The patches of one token, which every rank's tower sees where there are no others."""
+    """Return the patches of one token, which every rank's tower sees where there are no others."""
     patches = base.vision.spatial_merge_size**2
     return Rows(tokens=rows.tokens, supervised=0, patches=patches, arriving=0, itemsize=rows.itemsize)
 
 
-def _hooked(config: RunConfig, base: Family, layout: Layout, trained: tuple[Tensor, ...]) -> int:
-    """How often a micro-batch passes modules whose weights are not whole: two or three times each of them.
+def _hooked(config: RunConfig, base: Family, layout: RankLayout, trained: tuple[Tensor, ...]) -> int:
+    """Return how often a micro-batch passes modules whose weights are gathered: two or three times each of them.
 
     A large matrix is a module; all of a layer's experts are one.
     """

@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in a step, by kind and by the link they cross. Loads no torch.
+"""Bytes that one rank sends in a step, by their kind and by the link that they cross. Loads no torch.
 
 Bytes are the larger side of each operation on a rank, as an all-gather yields them and an all-to-all sends them, with
 the part that stays: so they are counted in tests. What crosses a link is less, and `Traffic.seconds` says how.
@@ -11,15 +11,14 @@ from math import gcd
 from finetune.architecture.families import Family
 from finetune.architecture.parts import DECODER
 from finetune.config import RunConfig
-from finetune.planner.activations import Reach
+from finetune.planner.activations import INDEX, WIDE, Reach
 from finetune.planner.gpus import Cluster
 from finetune.planner.moments import micro_batch
-from finetune.planner.rank_layout import Layout, gathered, small
+from finetune.planner.rank_layout import RankLayout, gathered, small
 from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 
-FLOAT32, INT64 = 4, 8
 LINK_SHARE = 0.8
-"""Of a link's data-sheet rate, what collectives reach."""
+"""Share of a link's data-sheet rate that collectives reach."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,67 +38,84 @@ class Traffic:
 
     @property
     def leaving(self) -> int:
-        """Of an exchange's bytes, those that leave the rank, where the rows spread evenly."""
+        """Return those of an exchange's bytes that leave the rank, where the rows spread evenly."""
         return self.bytes - self.bytes // self.group
 
     def seconds(self, cluster: Cluster) -> float:
-        """Time on the slowest link of the way, when nothing else uses it."""
-        gpu, leaves = cluster.gpu, 1 - 1 / self.group
+        """Return the time on the slowest link of the way, when nothing else uses it."""
         if self.group == 1:
             return 0.0
+        gpu, leaving = cluster.gpu, 1 - 1 / self.group
         if self.link == "node":
-            return self.bytes * leaves / (LINK_SHARE * gpu.link_rate)
+            return self.bytes * leaving / (LINK_SHARE * gpu.link_rate)
         if self.exchange:
-            abroad = 1 - min(cluster.per_node, self.group) / self.group
-            return self.bytes * abroad / (LINK_SHARE * gpu.network_rate)
+            to_other_nodes = 1 - min(cluster.per_node, self.group) / self.group
+            return self.bytes * to_other_nodes / (LINK_SHARE * gpu.network_rate)
         # a ring through all ranks of a node uses all its network cards at once
         rate = gpu.network_rate if self.strided else min(gpu.link_rate, gpu.network_rate * cluster.per_node)
-        return self.bytes * leaves / (LINK_SHARE * rate)
+        return self.bytes * leaving / (LINK_SHARE * rate)
 
 
-def traffic(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, *, micro_batches: int) -> list[Traffic]:
-    """Everything that travels in one step but a few hundred bytes of sums."""
+def traffic(
+    config: RunConfig, base: Family, layout: RankLayout, cluster: Cluster, *, micro_batches: int
+) -> list[Traffic]:
+    """Return everything that travels in one step but a few hundred bytes of sums."""
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
     frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
-    found = [
-        *_exchanges(config, base, layout, cluster, micro_batches),
+    every = [
+        *_expert_exchanges(config, base, layout, cluster, micro_batches),
+        *_slice_exchanges(config, base, layout, cluster, micro_batches),
         *_gathers(trained, frozen, layout, cluster, micro_batches, Reach.of(config.adapters)),
         *_gradients(trained, layout, cluster, micro_batches),
     ]
-    return [one for one in found if one.bytes and one.group > 1]
+    return [kind for kind in every if kind.bytes and kind.group > 1]
 
 
-def _exchanges(config: RunConfig, base: Family, layout: Layout, cluster: Cluster, micro_batches: int) -> list[Traffic]:
-    """Rows to their experts and back, heads for tokens and back, and what the tower saw to the slices that hold it."""
-    rows, text, reach = micro_batch(config, base, layout), base.text, Reach.of(config.adapters)
-    found = []
-    if text.experts is not None and layout.ep > 1:
-        link = "node" if layout.ep <= cluster.per_node else "network"
-        even = rows.tokens * text.experts.num_experts_per_tok
-        size = sum(
-            exchanged(base, layout, out=even, back=even, tiles=rows.tiles, reach=reach, first=number == 0)
-            for number in base.moe_layers
-        )
-        found.append(_exchange("expert rows", micro_batches * size, layout.ep, link))
-        calls = len(base.moe_layers) * rows.tiles
-        if rows.tiles > 1 and layout.recompute != "none":  # tiles of a recomputed layer ask once more, but the last
-            calls += len(base.moe_layers) * (rows.tiles - 1)
-        found.append(
-            _exchange("expert counts", micro_batches * calls * text.experts.num_experts * INT64, layout.ep, link)
-        )
-    if layout.sp > 1:
-        link = "node" if layout.sp <= cluster.per_node else "network"
-        copies = layout.sp // gcd(text.num_key_value_heads, layout.sp)
-        width = 2 * (text.num_attention_heads + text.num_key_value_heads * copies) * text.head_dim
-        again = reach.layers and layout.recompute != "none"
-        passes = text.num_hidden_layers * (1 + again + reach.layers) - (reach.layers and not reach.first)
-        size = micro_batches * passes * rows.tokens * width * layout.itemsize
-        found.append(_exchange("sequence slices", size, layout.sp, link))
-        tokens = rows.patches // base.vision.spatial_merge_size**2
-        levels = 1 + len(base.vision.deepstack_visual_indexes)
-        size = micro_batches * (1 + reach.vision) * tokens * levels * text.hidden_size * layout.itemsize
-        found.append(_exchange("vision features", size, layout.sp, link))
-    return found
+def _expert_exchanges(
+    config: RunConfig, base: Family, layout: RankLayout, cluster: Cluster, micro_batches: int
+) -> list[Traffic]:
+    """Return rows to their experts and back, and the counts that go ahead of them."""
+    experts, reach = base.text.experts, Reach.of(config.adapters)
+    if experts is None or layout.ep == 1:
+        return []
+    rows = micro_batch(config, base, layout)
+    link = "node" if layout.ep <= cluster.per_node else "network"
+    even = rows.tokens * experts.num_experts_per_tok
+    size = sum(
+        exchanged(base, layout, out=even, back=even, tiles=rows.tiles, reach=reach, first=number == 0)
+        for number in base.moe_layers
+    )
+    calls = len(base.moe_layers) * rows.tiles
+    if rows.tiles > 1 and layout.recompute != "none":  # tiles of a recomputed layer ask once more, but the last
+        calls += len(base.moe_layers) * (rows.tiles - 1)
+    counts = calls * experts.num_experts * INDEX
+    return [
+        _exchange("expert rows", micro_batches * size, layout.ep, link),
+        _exchange("expert counts", micro_batches * counts, layout.ep, link),
+    ]
+
+
+def _slice_exchanges(
+    config: RunConfig, base: Family, layout: RankLayout, cluster: Cluster, micro_batches: int
+) -> list[Traffic]:
+    """Return heads for tokens and back, and what the tower saw to the slices of the row that hold it."""
+    if layout.sp == 1:
+        return []
+    rows, reach = micro_batch(config, base, layout), Reach.of(config.adapters)
+    text, vision = base.text, base.vision
+    link = "node" if layout.sp <= cluster.per_node else "network"
+    copies = layout.sp // gcd(text.num_key_value_heads, layout.sp)
+    width = 2 * (text.num_attention_heads + text.num_key_value_heads * copies) * text.head_dim
+    again = reach.layers and layout.recompute != "none"
+    passes = text.num_hidden_layers * (1 + again + reach.layers) - (reach.layers and not reach.first)
+    slices = passes * rows.tokens * width * layout.itemsize
+    tokens = rows.patches // vision.spatial_merge_size**2
+    levels = 1 + len(vision.deepstack_visual_indexes)
+    features = (1 + reach.vision) * tokens * levels * text.hidden_size * layout.itemsize
+    return [
+        _exchange("sequence slices", micro_batches * slices, layout.sp, link),
+        _exchange("vision features", micro_batches * features, layout.sp, link),
+    ]
 
 
 def _exchange(kind: str, size: int, group: int, link: str) -> Traffic:
@@ -107,9 +123,9 @@ def _exchange(kind: str, size: int, group: int, link: str) -> Traffic:
 
 
 def exchanged(
-    base: Family, layout: Layout, *, out: int, back: int, tiles: int = 1, reach: Reach, first: bool = False
+    base: Family, layout: RankLayout, *, out: int, back: int, tiles: int = 1, reach: Reach, first: bool = False
 ) -> int:
-    """Bytes of rows that a rank hands over in a layer and micro-batch: `out` of its tokens, `back` of its experts.
+    """Return the bytes of rows that a rank hands over in a layer: `out` of its tokens, `back` of its experts.
 
     Rows go out and come back in forward, their gradients in backward, where the `first` layer's input may need none. A
     layer that is recomputed whole sends both ways once more; so does a tile, within a recomputed layer too.
@@ -124,29 +140,33 @@ def exchanged(
 
 
 def _gathers(
-    trained: Sequence[Tensor], frozen: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int,
+    trained: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    layout: RankLayout,
+    cluster: Cluster,
+    micro_batches: int,
     reach: Reach,
-) -> list[Traffic]:  # fmt: skip
-    """Small tensors once a step, after the update; larger ones in every micro-batch, as often as they are let go."""
+) -> list[Traffic]:
+    """Return the gathers: of small tensors after each update, of larger ones in every micro-batch once released."""
     decoder = sum(tensor.elements for tensor in gathered([*trained, *frozen], layout) if tensor.part in DECODER)
     again = max(0.0, 1 - layout.reuse / 2 / decoder) if decoder else 0.0
-    found = []
-    for what, tensors in (("trained", trained), ("frozen", frozen)):
+    gathers = []
+    for word, tensors in (("trained", trained), ("frozen", frozen)):
         for expert in (False, True):
-            mine = [tensor for tensor in tensors if tensor.expert == expert]
-            wide = sum(tensor.elements * _passes(tensor, layout, again, reach) for tensor in gathered(mine, layout))
-            size = int(layout.itemsize * (small(mine, layout) + micro_batches * wide))
-            found.append(_over(f"{what} weights{', experts' if expert else ''}", size, expert, layout, cluster))
-    return found
+            alike = [tensor for tensor in tensors if tensor.expert == expert]
+            wide = sum(tensor.elements * _passes(tensor, layout, again, reach) for tensor in gathered(alike, layout))
+            size = int(layout.itemsize * (small(alike, layout) + micro_batches * wide))
+            gathers.append(_over(f"{word} weights{', experts' if expert else ''}", size, expert, layout, cluster))
+    return gathers
 
 
-def _passes(tensor: Tensor, layout: Layout, again: float, reach: Reach) -> float:
-    """How often a large tensor is brought together in a micro-batch.
+def _passes(tensor: Tensor, layout: RankLayout, again: float, reach: Reach) -> float:
+    """Return how often a large tensor is brought together in a micro-batch.
 
-    Once in forward. `again` is the share of the decoder that forward's end has let go of when backward comes to it: the
-    engine keeps what is used again soon. Beside the frozen stacks that share is fetched once more after a layer was
-    recomputed. Tower and head are done when the forward is. As was counted, not as one would think: where layers are
-    recomputed, frozen weights of the lowest ones that are come once more, blocks of the tower or else the embedding.
+    Once in forward. `again` is the share of the decoder that the engine has released when backward comes to it, as it
+    keeps what is used again soon. Except for the frozen stacks that share is fetched once more after a layer was
+    recomputed. Tower and head are done when the forward is. Counted, not derived: where layers are recomputed, frozen
+    weights of the lowest recomputed ones come once more, of the tower's blocks or else the embedding.
     """
     lowest = "vision_blocks" if reach.tower else "embeddings"
     if tensor.part == lowest and layout.recompute != "none":
@@ -156,18 +176,18 @@ def _passes(tensor: Tensor, layout: Layout, again: float, reach: Reach) -> float
     return 1 + again * (1 if layout.recompute == "none" or (tensor.expert and not tensor.trained) else 2)
 
 
-def _gradients(trained: Sequence[Tensor], layout: Layout, cluster: Cluster, micro_batches: int) -> list[Traffic]:
-    """Reduced to slices, in float32, after every micro-batch."""
-    found = []
+def _gradients(trained: Sequence[Tensor], layout: RankLayout, cluster: Cluster, micro_batches: int) -> list[Traffic]:
+    """Return the gradients, reduced to slices in float32 after every micro-batch."""
+    gradients = []
     for expert in (False, True):
         elements = sum(tensor.elements for tensor in trained if tensor.expert == expert)
-        size = FLOAT32 * micro_batches * elements
-        found.append(_over(f"gradients{', experts' if expert else ''}", size, expert, layout, cluster))
-    return found
+        size = WIDE * micro_batches * elements
+        gradients.append(_over(f"gradients{', experts' if expert else ''}", size, expert, layout, cluster))
+    return gradients
 
 
-def _over(kind: str, size: int, expert: bool, layout: Layout, cluster: Cluster) -> Traffic:
-    """Over all ranks, or over the ranks that hold the same experts, which lie ep ranks apart."""
+def _over(kind: str, size: int, expert: bool, layout: RankLayout, cluster: Cluster) -> Traffic:
+    """Return traffic over all ranks, or over the ranks that hold the same experts, which lie ep ranks apart."""
     group = layout.replicas if expert else layout.world
     inside = layout.world <= cluster.per_node
     strided = expert and layout.ep >= cluster.per_node

@@ -24,6 +24,7 @@ from finetune.ranks.collectives import (
     parameter_table,
     require_equal_tables,
 )
+from finetune.ranks.engine_sizes import LEAST_PREFETCH, PERSISTENCE, PREFETCHED_LAYERS, bucket_elements
 from finetune.ranks.hooks import keep_whole, only_root_runs, settle_hooks
 
 LIMITS = {
@@ -61,8 +62,8 @@ class EngineOptions:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    persistence_threshold: int = 1_000_000
-    """Smaller parameters are gathered once a step, not once a micro-batch; above any router (524,288 at 235B)."""
+    persistence_threshold: int = PERSISTENCE
+    """Smaller parameters are gathered once a step, not once a micro-batch."""
     prefetch_elements: int | None = None
     """How far ahead partitioned weights are fetched; None: beyond the largest layer, as the engine's default is not."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -78,9 +79,9 @@ class Group:
 
 def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: int = 0) -> dict[str, Any]:
     """Return the DeepSpeed dict; `largest_layer` and `trained` are the partitioned and trained elements of a rank."""
-    ahead = (
-        max(50_000_000, int(1.2 * largest_layer)) if options.prefetch_elements is None else options.prefetch_elements
-    )
+    ahead = options.prefetch_elements
+    if ahead is None:
+        ahead = max(LEAST_PREFETCH, int(PREFETCHED_LAYERS * largest_layer))
     ours = {
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one packed row
         "gradient_accumulation_steps": options.micro_batches_per_step,
@@ -94,7 +95,7 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
             "stage3_param_persistence_threshold": options.persistence_threshold,
             "stage3_prefetch_bucket_size": ahead,
             "stage3_max_live_parameters": max(1_000_000_000, 4 * largest_layer),
-            "reduce_bucket_size": min(max(trained, 1_000_000), 100_000_000),
+            "reduce_bucket_size": bucket_elements(trained),
         },
         "steps_per_print": 1 << 31,
         "wall_clock_breakdown": False,

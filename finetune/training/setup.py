@@ -45,7 +45,7 @@ from finetune.training.evaluation import Evaluation
 from finetune.training.optimiser_groups import trained_groups
 from finetune.training.steps import RunData
 from moe.balance import Balance
-from moe.host import LEAST_BYTES
+from moe.config import LEAST_HOST_BYTES
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions
 
@@ -219,7 +219,7 @@ def _tiles(config: RunConfig) -> int:
 def save_memory(packed: PackedModel, config: RunConfig) -> str:
     """Switch on what trades time for memory over long rows, and return a sentence about it."""
     parallel = config.parallel
-    host_from_bytes = LEAST_BYTES if parallel.offload_activations else None
+    host_from_bytes = LEAST_HOST_BYTES if parallel.offload_activations else None
     set_recompute(packed.model, parallel.recompute, host_from_bytes=host_from_bytes)
     packed.host_from_bytes = host_from_bytes
     norms = tile_norms(packed.model, parallel.tile_tokens) if parallel.tile_tokens else 0

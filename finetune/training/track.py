@@ -14,8 +14,9 @@ from PIL import Image
 from data.render.vision import Pixels, VisionSpec, unpatch
 from data.stream.batch import Batch, Step
 from finetune.architecture.families import Family
-from finetune.architecture.flops import FlopMeter, peak_flops, trainings
+from finetune.architecture.flops import FlopMeter, trainings
 from finetune.config import RunConfig
+from finetune.planner.gpus import peak_flops
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.failures import keep_outcome
 from finetune.ranks.log import RankLog, print_line

@@ -18,8 +18,14 @@ from benchmarks.device.launches import figures
 from benchmarks.device.meta_layer import MetaLayer
 from benchmarks.device.operations import Operations
 from finetune.architecture.families import Experts, Family, Text, Vision, family
-from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
-from finetune.model.loss import TILE_BYTES, TiledHead
+from finetune.config import (
+    LOSS_TILE_BYTES,
+    AdaptersConfig,
+    DenseFamilyConfig,
+    ExpertFamilyConfig,
+    RouterFamilyConfig,
+)
+from finetune.model.loss import TiledHead
 from finetune.model.nodes import join_nodes
 from finetune.planner.activations import Rows
 from finetune.planner.gpus import gpu
@@ -141,7 +147,7 @@ def test_the_head_asks_for_what_the_planner_counts(trained):
         module = TiledHead(SMALL.hidden_size, SMALL.vocab_size, bias=False, dtype=torch.bfloat16)
         hidden = torch.empty(tokens, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
         labels, weights = torch.empty(tokens, dtype=torch.int64), torch.empty(tokens)
-    module.tile_bytes = TILE_BYTES
+    module.tile_bytes = LOSS_TILE_BYTES
     module.weight.requires_grad_(trained)
     rows = Rows(tokens=2 * tokens, supervised=tokens, patches=0, arriving=0, itemsize=2)
     found = head(_base(), rows, trained=trained, passes=True)

@@ -10,9 +10,9 @@ from places import ROOT
 
 from finetune.architecture.families import family
 from finetune.architecture.flops import FlopMeter, Training, Work
-from finetune.planner.fit import settle
+from finetune.planner.fit import resolve_auto
 from finetune.planner.foresight import resident_here
-from finetune.planner.gpus import cluster, gpu_names
+from finetune.planner.gpus import cluster, gpu_names, peak_flops
 from finetune.planner.plan import plan
 from finetune.planner.tensors import trained_tensors
 from finetune.planner.time import Assumed
@@ -98,10 +98,10 @@ def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
     assert best.items() >= {"parallel.ep": 1, "parallel.resident": "frozen", "parallel.recompute": "layer"}.items()
     memory, base = found.cluster.gpu.memory_bytes, base_family(_config())
     open_config = _config("parallel.ep=auto", "parallel.recompute=auto", "data.packs_per_step=8")
-    settled = settle(open_config, base, ranks=1, per_node=1, memory_bytes=memory, device=True)
-    assert (settled.parallel.ep, settled.parallel.recompute) == (1, "layer")
+    resolved = resolve_auto(open_config, base, ranks=1, per_node=1, memory_bytes=memory, device=True)
+    assert (resolved.parallel.ep, resolved.parallel.recompute) == (1, "layer")
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.__getitem__)
-    here = resident_here(settled, base)
+    here = resident_here(resolved, base)
     assert (here.resident, here.reason) == (True, found.resident_reason)
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert f"{found.memory.total / 1e9:.1f} of {memory / 1e9:.1f} GB are foreseen, and 5 % have to stay free" in page
@@ -201,18 +201,18 @@ def test_an_update_takes_one_group_of_weights_at_a_time() -> None:
     assert found.fits
 
 
-def test_auto_is_settled_by_the_machine_and_refused_where_nothing_fits() -> None:
+def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> None:
     config = _config("parallel.ep=auto", "parallel.recompute=auto")
     assert effective(config)["parallel"]["ep"] == "auto"
     base = base_family(config)
-    found = settle(config, base, ranks=8, per_node=8, memory_bytes=80 * GIB, device=True)
-    assert found.parallel.ep in (1, 2, 4, 8)
-    assert found.parallel.recompute in ("none", "selective", "layer")
-    assert settle(found, base, ranks=8, per_node=8, memory_bytes=1, device=True) == found  # nothing left to settle
+    resolved = resolve_auto(config, base, ranks=8, per_node=8, memory_bytes=80 * GIB, device=True)
+    assert resolved.parallel.ep in (1, 2, 4, 8)
+    assert resolved.parallel.recompute in ("none", "selective", "layer")
+    assert resolve_auto(resolved, base, ranks=8, per_node=8, memory_bytes=1, device=True) == resolved  # no auto left
     with pytest.raises(
         ValueError, match="parallel.ep: auto and parallel.recompute: auto: nothing fits 8 ranks of 4 GB"
     ):
-        settle(config, base, ranks=8, per_node=8, memory_bytes=4 * 10**9, device=True)
+        resolve_auto(config, base, ranks=8, per_node=8, memory_bytes=4 * 10**9, device=True)
     with pytest.raises(ValueError, match="is settled before a plan is made"):
         plan(config, base, cluster("h100-80gb", gpus=8, per_node=None, price=None))
     with pytest.raises(ValueError, match="auto has no count of operations"):
@@ -231,6 +231,13 @@ def test_auto_is_settled_by_the_machine_and_refused_where_nothing_fits() -> None
 def test_wrong_input_is_named(words, message, capsys) -> None:
     assert main(["plan", "qwen3-vl-30b-a3b-lora", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_peaks_of_devices_by_their_own_names() -> None:
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989.4e12
+    assert peak_flops("NVIDIA H20") == 148e12
+    assert peak_flops("Intel(R) Xeon(R)") is None
 
 
 @pytest.mark.parametrize("flag", ["--vision-share=2", "--skew=0.5"])

@@ -16,7 +16,7 @@ from finetune.planner.activations import Reach
 from finetune.planner.gpus import cluster
 from finetune.planner.memory import memory
 from finetune.planner.moments import micro_batch
-from finetune.planner.rank_layout import Layout
+from finetune.planner.rank_layout import RankLayout
 from finetune.planner.wire import Traffic, exchanged, traffic
 
 SMALL = 1000
@@ -149,14 +149,14 @@ def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> 
         _exact_for_what_was_chosen(config, family, layout, ranks, sent)
 
 
-def _depends_on_more(config: RunConfig, layout: Layout) -> bool:
+def _depends_on_more(config: RunConfig, layout: RankLayout) -> bool:
     """Whether bytes depend on where images lie in a row, or on which rows are in a recomputed layer's last tile."""
     sees = layout.sp > 1 and config.data.vision_tokens_per_pack > 1
     return sees or (layout.tile_tokens > 0 and layout.recompute != "none")
 
 
 def _exact_for_what_was_chosen(
-    config: RunConfig, family: Family, layout: Layout, ranks: list[Measured], sent: list[Traffic]
+    config: RunConfig, family: Family, layout: RankLayout, ranks: list[Measured], sent: list[Traffic]
 ) -> None:
     """Of the rows that each rank's tokens sent where, the planner's formula gives the bytes to the last one."""
     others = [one for one in sent if one.exchange and one.kind != "expert rows"]
