@@ -1,4 +1,4 @@
-"""Every node together, before a run: do all ranks hear each other, how fast, and on which wires?
+"""Checks all nodes together before a run: whether all ranks reach each other, how fast, and over which links.
 
 `torchrun ... -m finetune.planner.cluster_check` on the very nodes of the run. Every rank must take part; rank 0 prints.
 """
@@ -9,9 +9,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,14 +23,25 @@ ROUNDS = 5
 SLOW = 0.7
 """A node below this share of the median is named."""
 CLOCK_S = 5.0
+"""Seconds that a clock may be off."""
 NETWORK = ("NCCL_", "GLOO_", "FI_", "UCX_", "TORCH_NCCL_")
-SETTINGS_THAT_MUST_AGREE = ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_DISABLE", "NCCL_PROTO", "NCCL_ALGO",
-                            "NCCL_P2P_DISABLE", "GLOO_SOCKET_IFNAME", "FI_PROVIDER")  # fmt: skip
+SETTINGS_THAT_MUST_AGREE = (
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_IB_HCA",
+    "NCCL_IB_DISABLE",
+    "NCCL_PROTO",
+    "NCCL_ALGO",
+    "NCCL_P2P_DISABLE",
+    "GLOO_SOCKET_IFNAME",
+    "FI_PROVIDER",
+)
+UNITS = {"matmul": 1e12, "beside": 1e9, "all_to_all": 1e9}
+"""What is compared between nodes, and the unit in which it is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """What one rank says of itself and of the wires."""
+    """What one rank reports of itself and of its links."""
 
     rank: int
     host: str
@@ -51,47 +61,60 @@ class RankFacts:
 
 
 def findings(ranks: Sequence[RankFacts]) -> list[Finding]:
-    """What is wrong among the ranks, by what they said."""
-    found = []
-    for what, values in (
-        ("versions", {r.host: r.versions for r in ranks}),
-        ("device", {r.host: r.device for r in ranks}),
-    ):
-        if len(set(values.values())) > 1:
-            listed = "; ".join(f"{host}: {value}" for host, value in values.items())
-            found.append(Finding(check=what, text=f"nodes differ ({listed})", remedy="Use one image on all nodes"))
+    """Return what is wrong among the ranks, by what they report."""
+    return [*_differences(ranks), *_addresses(ranks), *_clocks(ranks), *_slow_nodes(ranks)]
+
+
+def _differences(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Yield versions, devices and settings that differ between nodes."""
+    for check in ("versions", "device"):
+        listed = _listed_if_different({rank.host: getattr(rank, check) for rank in ranks})
+        if listed:
+            yield Finding(check=check, text=f"nodes differ ({listed})", remedy="Use one image on all nodes")
     for name in SETTINGS_THAT_MUST_AGREE:
-        said = {r.host: r.network.get(name, "(not set)") for r in ranks}
-        if len(set(said.values())) > 1:
-            listed = "; ".join(f"{host}: {value}" for host, value in said.items())
+        listed = _listed_if_different({rank.host: rank.network.get(name, "(not set)") for rank in ranks})
+        if listed:
             remedy = "Set it for all ranks (the profile's env), not in one node's shell"
-            found.append(Finding(check="network", text=f"{name} differs between nodes ({listed})", remedy=remedy))
-    if len({r.host for r in ranks}) > 1:
-        for host in {r.host for r in ranks if r.address.startswith(("127.", "172.17."))}:
-            text = f"{host} would speak through an address that others cannot reach (loopback or a container's bridge)"
-            remedy = "Set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface that joins the nodes"
-            found.append(Finding(check="network", text=text, remedy=remedy))
-    for host, offset in {r.host: r.clock_offset for r in ranks}.items():
+            yield Finding(check="network", text=f"{name} differs between nodes ({listed})", remedy=remedy)
+
+
+def _listed_if_different(values: Mapping[str, str]) -> str:
+    if len(set(values.values())) == 1:
+        return ""
+    return "; ".join(f"{host}: {value}" for host, value in values.items())
+
+
+def _addresses(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Yield nodes that would use an address that the others cannot reach."""
+    if len({rank.host for rank in ranks}) == 1:
+        return
+    for host in {rank.host for rank in ranks if rank.address.startswith(("127.", "172.17."))}:
+        text = f"{host} would speak through an address that others cannot reach (loopback or a container's bridge)"
+        remedy = "Set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the interface that joins the nodes"
+        yield Finding(check="network", text=text, remedy=remedy)
+
+
+def _clocks(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Yield nodes whose clock is off."""
+    for host, offset in {rank.host: rank.clock_offset for rank in ranks}.items():
         if abs(offset) > CLOCK_S:
             text = f"the clock of {host} is {offset:+.1f} s from rank 0's"
-            found.append(
-                Finding(check="clock", text=text, remedy="Start its time service (chrony): logs and tokens rely on it")
-            )
-    for what, unit in (("matmul", 1e12), ("beside", 1e9), ("all_to_all", 1e9)):
+            remedy = "Start its time service (chrony): logs and tokens rely on it"
+            yield Finding(check="clock", text=text, remedy=remedy)
+
+
+def _slow_nodes(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
+    """Yield nodes that are slower than the usual one."""
+    for name, unit in UNITS.items():
         by_host: dict[str, float] = {}
         for rank in ranks:
-            by_host[rank.host] = min(by_host.get(rank.host, float("inf")), getattr(rank, what))
+            by_host[rank.host] = min(by_host.get(rank.host, float("inf")), getattr(rank, name))
         usual = sorted(by_host.values())[len(by_host) // 2]
-        found += [
-            Finding(
-                check="slow node",
-                text=f"{host} reaches {value / unit:.2f} of {what} where nodes usually reach {usual / unit:.2f}",
-                remedy="Leave it out, or look at its clocks, links and temperature (nvidia-smi -q)",
-            )
-            for host, value in by_host.items()
-            if value < SLOW * usual
-        ]
-    return found
+        for host, rate in by_host.items():
+            if rate < SLOW * usual:
+                text = f"{host} reaches {rate / unit:.2f} of {name} where nodes usually reach {usual / unit:.2f}"
+                remedy = "Leave it out, or look at its clocks, links and temperature (nvidia-smi -q)"
+                yield Finding(check="slow node", text=text, remedy=remedy)
 
 
 def measure(device: torch.device, *, megabytes: int = MEGABYTES) -> RankFacts:
@@ -102,7 +125,9 @@ def measure(device: torch.device, *, megabytes: int = MEGABYTES) -> RankFacts:
     size = megabytes * 2**20 // 4 // world * world
     payload = torch.ones(size, device=device)
     everyone = dist.group.WORLD
-    groups = {name: dist.new_group([r for r in range(world) if hosts[r] == name]) for name in sorted(set(hosts))}
+    groups = {
+        name: dist.new_group([rank for rank, at in enumerate(hosts) if at == name]) for name in sorted(set(hosts))
+    }
     dist.barrier()
     now = torch.tensor([time.time()], dtype=torch.float64, device=device)
     leader = now.clone()
@@ -123,31 +148,34 @@ def measure(device: torch.device, *, megabytes: int = MEGABYTES) -> RankFacts:
     )
 
 
-def _rate(call: Any, payload: torch.Tensor, device: torch.device) -> float:
+def _rate(call: Callable[[], object], payload: torch.Tensor, device: torch.device) -> float:
+    """Return the bytes of the payload a second that a collective moves; every rank must call this."""
+
+    def together() -> None:
+        dist.barrier()
+        payload.fill_(1.0)
+
     call()
+    return payload.numel() * payload.element_size() / _fastest(call, device, before=together)
+
+
+def _matmul(device: torch.device) -> float:
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / _fastest(lambda: square @ square, device)
+
+
+def _fastest(call: Callable[[], object], device: torch.device, before: Callable[[], object] = lambda: None) -> float:
+    """Return the seconds of the fastest of several rounds, with `before` in front of each."""
     times = []
     for _ in range(ROUNDS):
-        dist.barrier()
+        before()
         _wait(device)
         began = time.perf_counter()
         call()
         _wait(device)
         times.append(time.perf_counter() - began)
-        payload.fill_(1.0)
-    return payload.numel() * payload.element_size() / min(times)
-
-
-def _matmul(device: torch.device) -> float:
-    n = 4096 if device.type == "cuda" else 512
-    square = torch.ones(n, n, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    times = []
-    for _ in range(ROUNDS):
-        _wait(device)
-        began = time.perf_counter()
-        square @ square
-        _wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * n**3 / min(times)
+    return min(times)
 
 
 def _wait(device: torch.device) -> None:
@@ -156,44 +184,43 @@ def _wait(device: torch.device) -> None:
 
 
 def _address() -> str:
-    """The address from which this rank reaches the leader."""
+    """Return the address from which this rank reaches the leader."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
         return str(probe.getsockname()[0])
 
 
 def main() -> int:
-    """Run one rank; 3 when something was found."""
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    if device.type == "cuda":
+    """Run one rank; 3 when anything is wrong."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group(timeout=datetime.timedelta(seconds=120))
     facts = gather_lists([measure(device)])
-    found = findings(facts)
+    problems = findings(facts)
     if dist.get_rank() == 0:
-        _print(facts, found)
+        _print(facts, problems)
     dist.barrier()
     dist.destroy_process_group()
-    return 3 if found else 0
+    return 3 if problems else 0
 
 
-def _print(facts: Sequence[RankFacts], found: Sequence[Finding]) -> None:
+def _print(ranks: Sequence[RankFacts], problems: Sequence[Finding]) -> None:
     if os.environ.get("MOETUNE_JSON"):
-        answer = {"ranks": [asdict(one) for one in facts], "findings": [asdict(one) for one in found]}
+        answer = {"ranks": [asdict(rank) for rank in ranks], "findings": [asdict(finding) for finding in problems]}
         sys.stdout.write(json.dumps(answer) + "\n")
         return
     lines = ["rank  host             address          all-reduce  all-to-all  in the node  GB/s"]
-    lines += [
-        f"{r.rank:>4}  {r.host:<15}  {r.address:<15}  {r.all_reduce / 1e9:>10.2f}  {r.all_to_all / 1e9:>10.2f}  "
-        f"{r.beside / 1e9:>11.2f}  {r.device}; {' '.join(f'{k}={v}' for k, v in r.network.items()) or 'no settings'}"
-        for r in facts
-    ]
-    lines += [str(one) for one in found] or ["nothing found"]
+    lines += map(_row, ranks)
+    lines += [str(finding) for finding in problems] or ["nothing found"]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _row(rank: RankFacts) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in rank.network.items()) or "no settings"
+    rates = f"{rank.all_reduce / 1e9:>10.2f}  {rank.all_to_all / 1e9:>10.2f}  {rank.beside / 1e9:>11.2f}"
+    return f"{rank.rank:>4}  {rank.host:<15}  {rank.address:<15}  {rates}  {rank.device}; {settings}"
 
 
 if __name__ == "__main__":

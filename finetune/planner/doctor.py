@@ -1,7 +1,7 @@
-"""Known traps, looked for before GPUs are taken. Each finding says what is wrong and what to do. Loads no torch.
+"""Looks for known traps before GPUs are taken. Each finding says what is wrong and what to do. Loads no torch.
 
-A check takes what it looks at as an argument, so that it can be provoked; `machine_findings` and `run_findings` hand in
-this machine's.
+A check takes what it looks at as an argument, so that a test can provoke it; `machine_findings` and `run_findings` pass
+what this machine has.
 """
 
 import os
@@ -11,7 +11,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,11 +29,15 @@ LEAST = {
     "nvidia-nccl-cu12": ((2, 27), f"{command('torch')}, which brings its own"),
     "nvidia-nccl-cu13": ((2, 27), f"{command('torch')}, which brings its own"),
 }
-"""Packages that need not be there."""
+"""The oldest versions of packages that need not be there."""
 SHM_BYTES_PER_RANK = 1 << 30
+"""Free shared memory that a rank needs."""
 FILES = 4096
-DRIVER, DRIVER_OF = (550, 54), {"nvidia-nccl-cu13": ("CUDA 13", (580, 65))}
-"""The oldest driver, and that of a build of torch that brings this package."""
+"""Files that a process must be allowed to open."""
+DRIVER = (550, 54)
+"""The oldest driver."""
+DRIVER_OF = {"nvidia-nccl-cu13": ("CUDA 13", (580, 65))}
+"""The oldest driver for a build of torch that brings this package."""
 GROUPED = (9, 10)
 """Major compute capabilities for which torch has a grouped GEMM."""
 QUERY = "name,driver_version,compute_cap,memory.used,memory.total"
@@ -53,12 +56,12 @@ class Finding:
 
 
 def version_findings(installed: Mapping[str, str]) -> Iterator[Finding]:
-    """Packages that are missing, too old, or newer than what is tested."""
+    """Yield packages that are missing, too old, or newer than what is tested."""
     for name in TESTED:
         if name not in installed:
             yield Finding(check="versions", text=f"{name} is not installed", remedy=command(name))
-    for name, have in untested(installed):
-        text = f"{name} {have} is installed, and {demand(name)}"
+    for name, version in untested(installed):
+        text = f"{name} {version} is installed, and {demand(name)}"
         yield Finding(check="versions", text=text, remedy=command(name))
     for name, (least, remedy) in LEAST.items():
         if name in installed and numbers(installed[name]) < least:
@@ -67,7 +70,7 @@ def version_findings(installed: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def kernel_findings(config: RunConfig | None, *, present: Mapping[str, bool]) -> Iterator[Finding]:
-    """Kernels that the configuration names and that cannot be imported."""
+    """Yield kernels that the configuration names and that cannot be imported."""
     if config is not None and config.moe.dispatch == "deepep" and not present["deep_ep"]:
         text = "moe.dispatch is deepep, and the package deep_ep cannot be imported"
         yield Finding(check="kernels", text=text, remedy="Build DeepEP, or set moe.dispatch=all_to_all")
@@ -77,16 +80,13 @@ def kernel_findings(config: RunConfig | None, *, present: Mapping[str, bool]) ->
 
 
 def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[Finding]:
-    """What nvidia-smi printed for QUERY, if it is there, beside what torch was built for."""
+    """Yield what is wrong by nvidia-smi's answer to QUERY, if there is one, with what torch was built for."""
     if smi is None:
         return
     rows = [[cell.strip() for cell in line.split(",")] for line in smi.splitlines() if line.count(",") == 4]
     if not rows:
-        text, remedy = (
-            f"nvidia-smi says {smi.strip()[:120]!r}",
-            "Load the driver, or start the container with --gpus all",
-        )
-        yield Finding(check="driver", text=text, remedy=remedy)
+        remedy = "Load the driver, or start the container with --gpus all"
+        yield Finding(check="driver", text=f"nvidia-smi says {smi.strip()[:120]!r}", remedy=remedy)
         return
     names = {row[0] for row in rows}
     if len(names) > 1:
@@ -94,9 +94,8 @@ def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[F
         yield Finding(check="driver", text=f"GPUs of different kinds: {', '.join(sorted(names))}", remedy=remedy)
     build, least = next((DRIVER_OF[name] for name in installed if name in DRIVER_OF), ("torch", DRIVER))
     if numbers(rows[0][1]) < least:
-        wanted = ".".join(map(str, least))
         remedy = "Update the driver, or install the compatibility package of your CUDA version"
-        text = f"driver {rows[0][1]} is older than {wanted}, which {build} wants"
+        text = f"driver {rows[0][1]} is older than {'.'.join(map(str, least))}, which {build} wants"
         yield Finding(check="driver", text=text, remedy=remedy)
     slow = [row[2] for row in rows if numbers(row[2]) and numbers(row[2])[0] not in GROUPED]
     if slow:
@@ -113,16 +112,17 @@ def driver_findings(smi: str | None, installed: Mapping[str, str]) -> Iterator[F
 
 
 def visible_findings(smi: str | None, *, ranks: int, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether each rank sees its GPU: rank n of a node takes the n-th that is visible to it."""
-    there = sum(line.count(",") == 4 for line in (smi or "").splitlines())
-    if not there:
+    """Yield a finding where a rank does not see its GPU: rank n of a node takes the n-th that is visible to it."""
+    gpus = sum(line.count(",") == 4 for line in (smi or "").splitlines())
+    if not gpus:
         return
-    named = environment.get("CUDA_VISIBLE_DEVICES")
-    seen = there if named is None else sum(bool(one.strip()) for one in named.split(","))
-    local = max((int(environment.get(name, "0")) for name in ("LOCAL_RANK", "SLURM_LOCALID")), default=0)
-    if seen < max(ranks, local + 1):
-        why = "" if named is None else f" (CUDA_VISIBLE_DEVICES={named})"
-        text = f"{seen} GPU(s) can be seen{why}, and {max(ranks, local + 1)} rank(s) of this node take one each"
+    setting = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = gpus if setting is None else sum(bool(word.strip()) for word in setting.split(","))
+    local_rank = max(int(environment.get(name, "0")) for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    needed = max(ranks, local_rank + 1)
+    if visible < needed:
+        cause = "" if setting is None else f" (CUDA_VISIBLE_DEVICES={setting})"
+        text = f"{visible} GPU(s) can be seen{cause}, and {needed} rank(s) of this node take one each"
         remedy = (
             "Let every rank see all GPUs of its node: Slurm's --gpus-per-node with one task a node, not "
             "--gpus-per-task or --gpu-bind; or start as many ranks as there are GPUs"
@@ -131,35 +131,34 @@ def visible_findings(smi: str | None, *, ranks: int, environment: Mapping[str, s
 
 
 def memory_findings(shm: Path, *, ranks: int) -> Iterator[Finding]:
-    """Shared memory, through which readers hand samples over."""
-    room = shutil.disk_usage(shm).free
-    wanted = ranks * SHM_BYTES_PER_RANK
-    if room < wanted:
-        text = f"{shm} has {room / 1e9:.2f} GB free, {ranks} rank(s) want {wanted / 1e9:.1f}"
+    """Yield a finding where shared memory is short, through which readers hand samples over."""
+    room, needed = shutil.disk_usage(shm).free, ranks * SHM_BYTES_PER_RANK
+    if room < needed:
+        text = f"{shm} has {room / 1e9:.2f} GB free, {ranks} rank(s) want {needed / 1e9:.1f}"
         remedy = "Start the container with --ipc=host or --shm-size (Kubernetes: an emptyDir with medium Memory)"
         yield Finding(check="shared memory", text=text, remedy=remedy)
 
 
 def descriptor_findings(limit: int) -> Iterator[Finding]:
-    """Open files: sockets of every rank, and shards."""
+    """Yield a finding where too few files may be open for the sockets of every rank, and shards."""
     if 0 <= limit < FILES:
         text = f"at most {limit:,} files may be open, {FILES:,} are wanted"
         yield Finding(check="descriptors", text=text, remedy=f"ulimit -n {FILES} (or LimitNOFILE of the service)")
 
 
 def disk_findings(folder: Path, *, wanted: int) -> Iterator[Finding]:
-    """Room for checkpoints and adapter where the run is."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    room = shutil.disk_usage(there).free
+    """Yield findings where there is no room for checkpoints and adapter, or none may be written."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    room = shutil.disk_usage(existing).free
     if room < wanted:
-        text = f"{there} has {room / 1e9:.1f} GB free, checkpoints of this run take {wanted / 1e9:.1f}"
+        text = f"{existing} has {room / 1e9:.1f} GB free, checkpoints of this run take {wanted / 1e9:.1f}"
         yield Finding(check="disk", text=text, remedy="Free room, or lower checkpoint.keep")
-    if not os.access(there, os.W_OK):
-        yield Finding(check="disk", text=f"{there} cannot be written", remedy="Start where you may write")
+    if not os.access(existing, os.W_OK):
+        yield Finding(check="disk", text=f"{existing} cannot be written", remedy="Start where you may write")
 
 
 def base_findings(config: RunConfig) -> Iterator[Finding]:
-    """The base is complete, its keys and shapes are the model's, its layout is known."""
+    """Yield a finding where the base is incomplete, has other keys or shapes, or an unknown layout."""
     if not config.model.path:
         remedy = "Set model.path to a folder or a hub id"
         yield Finding(check="base", text="model.path is not set: there is nothing to train from", remedy=remedy)
@@ -173,7 +172,7 @@ def base_findings(config: RunConfig) -> Iterator[Finding]:
 
 
 def shard_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
-    """Sources are there, their shards are whole, and there are enough of them to be read side by side."""
+    """Yield sources that are missing, shards that are cut off, and shards too few to be read side by side."""
     try:
         sources = find_sources(config.data)
     except (ValueError, OSError) as error:
@@ -189,7 +188,7 @@ def shard_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
 
 
 def _shard(source: str, shard: Path) -> Iterator[Finding]:
-    """A tar ends with two blocks of zeros; one that was cut off while it was copied does not."""
+    """Yield a finding for a tar without its end of two blocks of zeros: it was cut off while it was copied."""
     size = shard.stat().st_size
     with shard.open("rb") as file:
         file.seek(max(0, size - 1024))
@@ -200,7 +199,7 @@ def _shard(source: str, shard: Path) -> Iterator[Finding]:
 
 
 def wandb_findings(config: RunConfig, *, url: str, timeout: float = 5.0) -> Iterator[Finding]:
-    """Weights & Biases answers, when metrics shall go there."""
+    """Yield findings where metrics are to go to Weights & Biases and it does not answer, or nobody is logged in."""
     if config.track.wandb != "online":
         return
     parts = urlsplit(url)
@@ -217,12 +216,11 @@ def wandb_findings(config: RunConfig, *, url: str, timeout: float = 5.0) -> Iter
 
 
 def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -> Iterator[Finding]:
-    """Everything about this machine."""
+    """Yield everything about this machine."""
     installed = installed_versions([*TESTED, *LEAST])
     yield from version_findings(installed)
-    yield from kernel_findings(
-        config, present={name: find_spec(name) is not None for name in ("deep_ep", "flash_attn")}
-    )
+    present = {name: find_spec(name) is not None for name in ("deep_ep", "flash_attn")}
+    yield from kernel_findings(config, present=present)
     yield from driver_findings(smi, installed)
     yield from visible_findings(smi, ranks=ranks, environment=os.environ)
     yield from memory_findings(Path("/dev/shm"), ranks=ranks)
@@ -230,15 +228,10 @@ def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -
 
 
 def run_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
-    """Everything about one run."""
+    """Yield everything about one run."""
     trained = sum(tensor.elements for tensor in trained_tensors(base_family(config), config.adapters, ep=1))
-    wanted = STATE_BYTES * trained * (config.checkpoint.keep + 1)
-    yield from disk_findings(Path("runs") / config.run.name, wanted=wanted)
+    state_bytes = STATE_BYTES * trained * (config.checkpoint.keep + 1)
+    yield from disk_findings(Path("runs") / config.run.name, wanted=state_bytes)
     yield from base_findings(config)
     yield from shard_findings(config, ranks=ranks)
     yield from wandb_findings(config, url=os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-
-
-def largest_tensor(config: RunConfig) -> int:
-    """Bytes of the largest tensor of the base, which loading holds twice."""
-    return 2 * max(prod(shape) for shape in parameter_shapes(base_family(config)).values())
