@@ -36,9 +36,14 @@ from finetune.planner.tower import block, merger
 WITHIN = 0.02
 """Of the bytes of each kind; the number of operations is the same, and the products' floating-point operations are."""
 SMALL = Text(
-    hidden_size=320, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=2,
-    head_dim=48, experts=Experts(num_experts=24, num_experts_per_tok=5, moe_intermediate_size=112),
-)  # fmt: skip
+    hidden_size=320,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=48,
+    experts=Experts(num_experts=24, num_experts_per_tok=5, moe_intermediate_size=112),
+)
 REAL = family("qwen3-vl-30b-a3b").text
 TOWER = Vision(out_hidden_size=320, hidden_size=192, intermediate_size=400, num_heads=6, depth=2)
 ONCE = "flash_in_one_call"  # transformers hands a row's borders to attentions whose name has "flash" in it
@@ -74,18 +79,26 @@ def _same(counted: Operations, ops: Iterable[Op]) -> None:
 def test_a_decoder_layer_asks_for_what_the_planner_counts(text, tokens, modes, resident, balance, recompute):
     attention, experts, router = modes
     adapters = AdaptersConfig(
-        attention=DenseFamilyConfig(mode=attention), experts=ExpertFamilyConfig(mode=experts),
-        router=RouterFamilyConfig(mode=router), mlp=DenseFamilyConfig(mode=attention),
-    )  # fmt: skip
+        attention=DenseFamilyConfig(mode=attention),
+        experts=ExpertFamilyConfig(mode=experts),
+        router=RouterFamilyConfig(mode=router),
+        mlp=DenseFamilyConfig(mode=attention),
+    )
     forward, backward = MetaLayer(text, adapters, resident=resident, balance=balance).count(tokens, recompute)
     arriving = tokens * text.experts.num_experts_per_tok if text.experts else 0
     rows = Rows(tokens=tokens, supervised=tokens, patches=0, arriving=arriving, itemsize=2)
-    found = decoder_layer(
-        _base(text), adapters, rows, recompute, squares=tokens**2, sparse=text.experts is not None, resident=resident,
+    foreseen = decoder_layer(
+        _base(text),
+        adapters,
+        rows,
+        recompute,
+        squares=tokens**2,
+        sparse=text.experts is not None,
+        resident=resident,
         balances=balance != "off",
-    )  # fmt: skip
-    _same(forward, found.forward)
-    _same(backward, [*found.again, *found.backward])
+    )
+    _same(forward, foreseen.forward)
+    _same(backward, [*foreseen.again, *foreseen.backward])
 
 
 def _in_one_call(module: Any, query, key, value, attention_mask=None, *, cu_seq_lens_q, max_length_q, scaling, **_):
@@ -115,7 +128,7 @@ def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
     ]
     cuts, table = torch.zeros(2, dtype=torch.int32, device="meta"), torch.empty(patches, 32, device="meta")
     given = {"cu_seqlens": cuts, "max_seqlen": patches, "position_embeddings": (table, table)}
-    for module, found in parts:
+    for module, foreseen in parts:
         for parameter in module.parameters():
             parameter.requires_grad_(mode == "full")
         if mode == "lora":
@@ -127,17 +140,17 @@ def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
         blocks = isinstance(module, Qwen3VLMoeVisionBlock)
         again = {"use_reentrant": False, "preserve_rng_state": False}
         with Operations() as forward:
-            if blocks and found.again:
+            if blocks and foreseen.again:
                 y = checkpoint(module, x, **given, **again)
             else:
                 y = module(x, **given if blocks else {})
-        _same(forward, found.forward)
-        assert bool(found.again) == (blocks and mode != "frozen" and recompute == "layer")
+        _same(forward, foreseen.forward)
+        assert bool(foreseen.again) == (blocks and mode != "frozen" and recompute == "layer")
         if mode != "frozen":
             grad = torch.empty_like(y)
             with Operations() as backward:
                 y.backward(grad)
-            _same(backward, [*found.again, *found.backward])
+            _same(backward, [*foreseen.again, *foreseen.backward])
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -150,26 +163,29 @@ def test_the_head_asks_for_what_the_planner_counts(trained):
     module.tile_bytes = LOSS_TILE_BYTES
     module.weight.requires_grad_(trained)
     rows = Rows(tokens=2 * tokens, supervised=tokens, patches=0, arriving=0, itemsize=2)
-    found = head(_base(), rows, trained=trained, passes=True)
+    foreseen = head(_base(), rows, trained=trained, passes=True)
     with Operations() as forward:
         objective, _ = module(hidden, labels, weights)
-    _same(forward, found.forward)
+    _same(forward, foreseen.forward)
     grad = torch.empty_like(objective)
     with Operations() as backward:
         objective.backward(grad)
-    _same(backward, found.backward)
+    _same(backward, foreseen.backward)
 
 
 def test_an_operation_takes_as_long_as_its_slowest_need():
     h100 = gpu("h100-80gb")
     memory, compute = mm(4096, 2048, 16, 2), mm(8192, 8192, 8192, 2)
-    found = spent([(memory, 1), (compute, 2), (mm(1, 1, 1, 2), 10)], h100, local_experts=1)
-    assert found.limits == pytest.approx({
-        "memory": memory.bytes / (0.8 * 3.35e12), "compute": 2 * compute.flops / (0.63 * 989.4e12),
-        "small kernels": 10 * 2.5e-6,
-    })  # fmt: skip
-    assert found.launches == 13
-    assert math.isclose(sum(found.kinds.values()), sum(found.limits.values()))
+    seconds = spent([(memory, 1), (compute, 2), (mm(1, 1, 1, 2), 10)], h100, local_experts=1)
+    assert seconds.limits == pytest.approx(
+        {
+            "memory": memory.bytes / (0.8 * 3.35e12),
+            "compute": 2 * compute.flops / (0.63 * 989.4e12),
+            "small kernels": 10 * 2.5e-6,
+        }
+    )
+    assert seconds.launches == 13
+    assert math.isclose(sum(seconds.kinds.values()), sum(seconds.limits.values()))
 
 
 def test_without_a_grouped_kernel_each_expert_is_a_product_of_its_own():
@@ -180,11 +196,11 @@ def test_without_a_grouped_kernel_each_expert_is_a_product_of_its_own():
 
 def test_launches_are_counted_beside_the_stock_parts():
     """All counts are of real modules; the stock parts rebuild every expert's weights, which the bytes show."""
-    found = {figure.metric.rpartition(", ")[2]: figure for figure in figures(SMALL, (300,))}
-    assert list(found) == ["forward", "recompute", "backward", "all", "read and written"]
-    every = found["all"]
+    by_pass = {figure.metric.rpartition(", ")[2]: figure for figure in figures(SMALL, (300,))}
+    assert list(by_pass) == ["forward", "recompute", "backward", "all", "read and written"]
+    every = by_pass["all"]
     for of in (lambda figure: figure.value, lambda figure: figure.peer.value):
-        counts = [of(found[name]) for name in ("forward", "recompute", "backward")]
+        counts = [of(by_pass[name]) for name in ("forward", "recompute", "backward")]
         assert of(every) == sum(counts)
         assert min(counts) > 50
-    assert found["read and written"].ratio > 1
+    assert by_pass["read and written"].ratio > 1

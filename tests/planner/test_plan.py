@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 from places import ROOT
@@ -41,8 +42,8 @@ def _plan(recipe: str, *words: str, gpus: int, gpu: str = "h100-80gb", per_node:
 )
 def test_trained_parameters_are_those_published_points_use(name, attention, experts, active) -> None:
     words = ("adapters.attention.r=16", "adapters.experts.r=16", f"model.family={name}")
-    found = trained_tensors(family(name), _config(*words).adapters, ep=1)
-    parts = {part: sum(t.elements for t in found if t.part == part) for part in ("attention", "experts")}
+    tensors = trained_tensors(family(name), _config(*words).adapters, ep=1)
+    parts = {part: sum(t.elements for t in tensors if t.part == part) for part in ("attention", "experts")}
     assert parts["attention"] == pytest.approx(attention, rel=0.01)
     assert parts["experts"] == pytest.approx(experts, rel=0.01)
     assert parts["experts"] * 8 / 128 == pytest.approx(active, rel=0.01)
@@ -53,8 +54,8 @@ def test_trained_parameters_are_those_published_points_use(name, attention, expe
 @pytest.mark.parametrize(("name", "active"), [("qwen3-vl-30b-a3b", 3.04e9), ("qwen3-vl-235b-a22b", 21.57e9)])
 def test_operations_of_a_token_are_two_a_parameter_it_passes(name, active) -> None:
     meter = FlopMeter(family(name), {"attention": Training(mode="full")})
-    one = {part: flops.forward for part, flops in meter.count(Work(tokens=1, supervised=1)).items()}
-    assert sum(one.values()) / 2 == pytest.approx(active, rel=0.01)
+    forward = {part: flops.forward for part, flops in meter.count(Work(tokens=1, supervised=1)).items()}
+    assert sum(forward.values()) / 2 == pytest.approx(active, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -63,58 +64,58 @@ def test_operations_of_a_token_are_two_a_parameter_it_passes(name, active) -> No
 )
 def test_rows_to_experts_weigh_what_is_published(recipe, ep, megabytes) -> None:
     """Of a token, with all of a layer recomputed; what stays on the rank is not on a link."""
-    found = _plan(recipe, f"parallel.ep={ep}", "parallel.recompute=layer", "data.packs_per_step=8", gpus=8)
-    rows = next(one for one in found.traffic if one.kind == "expert rows")
+    planned = _plan(recipe, f"parallel.ep={ep}", "parallel.recompute=layer", "data.packs_per_step=8", gpus=8)
+    rows = next(kind for kind in planned.traffic if kind.kind == "expert rows")
     assert rows.bytes / 8192 * (ep - 1) / ep / 1e6 == pytest.approx(megabytes, rel=0.015)
 
 
 def test_resident_weights_are_those_published() -> None:
-    found = _plan("qwen3-vl-30b-a3b-lora", gpus=8).memory.always
-    weights = sum(size for name, size in found.items() if name.endswith("resident"))
+    always = _plan("qwen3-vl-30b-a3b-lora", gpus=8).memory.always
+    weights = sum(size for name, size in always.items() if name.endswith("resident"))
     spare = 48 * 16 * 8 * 2 * 2048 * 2  # rows and columns for the adapters
     assert (weights - spare) / 1e9 == pytest.approx(11.4, rel=0.01)
-    assert found["masters"] * 3 == found["masters"] + found["optimiser"]
+    assert always["masters"] * 3 == always["masters"] + always["optimiser"]
 
 
 @pytest.mark.parametrize(("recipe", "gpus"), [("qwen3-vl-30b-a3b-lora", 8), ("qwen3-vl-235b-a22b-lora", 64)])
 def test_the_shipped_recipes_fit_80_gb_with_a_margin(recipe, gpus, capsys) -> None:
     assert main(["plan", recipe, "--gpus", str(gpus), "--gpu", "h100-80gb", "--price", "2.5"]) == 0
-    said = capsys.readouterr().out
-    assert "GB free" in said
-    assert "at 2.5 an hour" in said
-    found = _plan(recipe, gpus=gpus)
-    assert found.margin > 0.1 * found.cluster.gpu.memory_bytes
-    assert found.memory.total == sum(found.memory.components.values())
+    printed = capsys.readouterr().out
+    assert "GB free" in printed
+    assert "at 2.5 an hour" in printed
+    planned = _plan(recipe, gpus=gpus)
+    assert planned.margin > 0.1 * planned.cluster.gpu.memory_bytes
+    assert planned.memory.total == sum(planned.memory.components.values())
 
 
 def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
     """Of the plan, of its search, of both `auto`s of a run, and of the page."""
     recipe, words = "qwen3-vl-30b-a3b-lora", ("parallel.ep=1", "parallel.recompute=layer", "data.packs_per_step=8")
-    found = _plan(recipe, *words, gpus=1)
-    assert found.fits
-    assert found.layout.resident
+    planned = _plan(recipe, *words, gpus=1)
+    assert planned.fits
+    assert planned.layout.resident
     assert main(["plan", recipe, "data.packs_per_step=8", "--gpus", "1", "--gpu", "h100-80gb", "--fit", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"]
     assert best.items() >= {"parallel.ep": 1, "parallel.resident": "frozen", "parallel.recompute": "layer"}.items()
-    memory, base = found.cluster.gpu.memory_bytes, base_family(_config())
+    memory, base = planned.cluster.gpu.memory_bytes, base_family(_config())
     open_config = _config("parallel.ep=auto", "parallel.recompute=auto", "data.packs_per_step=8")
     resolved = resolve_auto(open_config, base, ranks=1, per_node=1, memory_bytes=memory, device=True)
     assert (resolved.parallel.ep, resolved.parallel.recompute) == (1, "layer")
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}.__getitem__)
     here = resident_here(resolved, base)
-    assert (here.resident, here.reason) == (True, found.resident_reason)
+    assert (here.resident, here.reason) == (True, planned.resident_reason)
     page = (ROOT / "docs" / "recipes.md").read_text()
-    assert f"{found.memory.total / 1e9:.1f} of {memory / 1e9:.1f} GB are foreseen, and 5 % have to stay free" in page
+    assert f"{planned.memory.total / 1e9:.1f} of {memory / 1e9:.1f} GB are foreseen, and 5 % have to stay free" in page
     assert f"\nmoetune plan {recipe} --gpus 1 --gpu h100-80gb {' '.join(words)}\n" in page
 
 
 def test_without_5_percent_to_spare_it_does_not_fit(capsys) -> None:
     words = ["data.packs_per_step=8", "parallel.ep=1", "parallel.recompute=layer", "data.tokens_per_pack=22528"]
     assert main(["plan", "qwen3-vl-30b-a3b-lora", *words, "--gpus", "1", "--gpu", "h100-80gb"]) == 3
-    said = capsys.readouterr().out
-    assert re.search(r"GB of 84\.93: [0-4]\.\d+ GB free, LESS than the 5% to spare", said)
+    printed = capsys.readouterr().out
+    assert re.search(r"GB of 84\.93: [0-4]\.\d+ GB free, LESS than the 5% to spare", printed)
     assert re.search(
-        r"frozen weights partitioned \(auto: with whole .* needs 8\d\.\d GB of 84.9, 5% of which stay free", said
+        r"frozen weights partitioned \(auto: with whole .* needs 8\d\.\d GB of 84.9, 5% of which stay free", printed
     )
 
 
@@ -129,26 +130,26 @@ def test_shipped_recipes_keep_weights_as_auto_would(recipe, gpus, resident) -> N
 
 
 def test_what_does_not_fit_exits_with_3_and_says_what_does(capsys) -> None:
-    assert main(["plan", "qwen3-vl-235b-a22b-lora", "--gpus", "64", "--gpu", "h100-80gb",
-                 "parallel.resident=frozen", "parallel.recompute=none"]) == 3  # fmt: skip
-    said = capsys.readouterr().out
-    assert "GB MISSING" in said
-    assert "It does not fit as it is; this does: parallel." in said
+    words = ["plan", "qwen3-vl-235b-a22b-lora", "--gpus", "64", "--gpu", "h100-80gb"]
+    assert main([*words, "parallel.resident=frozen", "parallel.recompute=none"]) == 3
+    printed = capsys.readouterr().out
+    assert "GB MISSING" in printed
+    assert "It does not fit as it is; this does: parallel." in printed
 
 
 def test_fit_proposes_with_reasons_and_runners_up(capsys) -> None:
     words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "16", "--gpu", "a100-80gb", "--fit", "--json"]
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
-    proposals = found["fit"]["proposals"]
+    answer = json.loads(capsys.readouterr().out)
+    proposals = answer["fit"]["proposals"]
     assert 2 <= len(proposals) <= 4
-    assert all("tokens/s a GPU" in one["reason"] and one["margin"] > 0 for one in proposals)
-    assert found["layout"]["resident"]  # 30B stays whole on GPUs of this size
-    assert found["cluster"]["nodes"] == 2
+    assert all("tokens/s a GPU" in proposal["reason"] and proposal["margin"] > 0 for proposal in proposals)
+    assert answer["layout"]["resident"]  # 30B stays whole on GPUs of this size
+    assert answer["cluster"]["nodes"] == 2
 
 
-DENSE_FULL = ("model.family=qwen3-vl-32b", "parallel.ep=1", "adapters.experts.mode=frozen",
-              "adapters.router.mode=frozen", "adapters.attention.mode=full", "adapters.mlp.mode=full")  # fmt: skip
+DENSE = ("parallel.ep=1", "adapters.experts.mode=frozen", "adapters.router.mode=frozen")
+DENSE_FULL = ("model.family=qwen3-vl-32b", *DENSE, "adapters.attention.mode=full", "adapters.mlp.mode=full")
 
 
 @pytest.mark.parametrize(
@@ -194,11 +195,11 @@ def test_what_fits_as_it_is_needs_no_change(capsys) -> None:
 def test_an_update_takes_one_group_of_weights_at_a_time() -> None:
     """All of 30B trained on eight GPUs: the gradients of 15 GB a rank are not there twice."""
     full = (*(f"adapters.{family}.mode=full" for family in ("attention", "experts", "router")), "parallel.ep=8")
-    found = _plan("qwen3-vl-30b-a3b-lora", *full, "parallel.recompute=layer", gpus=8)
-    update = next(one for one in found.memory.moments if one.name == "update")
-    assert found.memory.always["gradients"] > 14e9
+    planned = _plan("qwen3-vl-30b-a3b-lora", *full, "parallel.recompute=layer", gpus=8)
+    update = next(moment for moment in planned.memory.moments if moment.name == "update")
+    assert planned.memory.always["gradients"] > 14e9
     assert 4e9 < update.total < 5e9
-    assert found.fits
+    assert planned.fits
 
 
 def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> None:
@@ -272,8 +273,8 @@ def test_what_the_time_model_cannot_use_is_refused(words, capsys) -> None:
 
 def test_a_row_of_text_skips_a_tower_that_is_whole_and_frozen() -> None:
     def operations(*words: str, share: float) -> int:
-        config, one = _config(*words), cluster("h100-80gb", gpus=8, per_node=None, price=None)
-        return plan(config, base_family(config), one, assumed=Assumed(vision_share=share)).time.launches
+        config, machines = _config(*words), cluster("h100-80gb", gpus=8, per_node=None, price=None)
+        return plan(config, base_family(config), machines, assumed=Assumed(vision_share=share)).time.launches
 
     blocks = 27 * 24  # operations of the tower's blocks
     assert operations(share=0.5) - operations(share=0.0) > blocks
@@ -290,43 +291,38 @@ def test_weights_that_are_gathered_cost_the_host_their_hooks() -> None:
 
 def test_more_of_everything_takes_more() -> None:
     """Directions that no change of a formula may turn round."""
-    one = _plan("qwen3-vl-30b-a3b-lora", gpus=8)
-    assert _plan("qwen3-vl-30b-a3b-lora", "data.tokens_per_pack=16384", gpus=8).memory.peak > one.memory.peak
-    assert _plan("qwen3-vl-30b-a3b-lora", "parallel.recompute=layer", gpus=8).memory.peak < one.memory.peak
-    assert _plan("qwen3-vl-30b-a3b-lora", "parallel.recompute=none", gpus=8).memory.peak > one.memory.peak
-    assert _plan("qwen3-vl-30b-a3b-lora", "parallel.ep=4", gpus=8).memory.static > one.memory.static
-    assert _plan("qwen3-vl-30b-a3b-lora", "adapters.experts.r=16", gpus=8).memory.static > one.memory.static
+    shipped = _plan("qwen3-vl-30b-a3b-lora", gpus=8)
+    assert _plan("qwen3-vl-30b-a3b-lora", "data.tokens_per_pack=16384", gpus=8).memory.peak > shipped.memory.peak
+    assert _plan("qwen3-vl-30b-a3b-lora", "parallel.recompute=layer", gpus=8).memory.peak < shipped.memory.peak
+    assert _plan("qwen3-vl-30b-a3b-lora", "parallel.recompute=none", gpus=8).memory.peak > shipped.memory.peak
+    assert _plan("qwen3-vl-30b-a3b-lora", "parallel.ep=4", gpus=8).memory.static > shipped.memory.static
+    assert _plan("qwen3-vl-30b-a3b-lora", "adapters.experts.r=16", gpus=8).memory.static > shipped.memory.static
     sliced = _plan("qwen3-vl-30b-a3b-lora", "parallel.sp=2", gpus=8)
-    assert sliced.memory.peak < one.memory.peak
+    assert sliced.memory.peak < shipped.memory.peak
     assert "sequence slices" in {kind.kind for kind in sliced.traffic}
     wide = _plan("qwen3-vl-30b-a3b-lora", "parallel.ep=16", gpus=16)
     assert next(t for t in wide.traffic if t.kind == "expert rows").link == "network"
-    assert wide.time.seconds["expert rows"] > 2 * one.time.seconds["expert rows"]
+    assert wide.time.seconds["expert rows"] > 2 * shipped.time.seconds["expert rows"]
 
 
 def test_every_gpu_of_the_table_plans_a_dense_size() -> None:
     for name in gpu_names():
-        found = _plan("tiny-cpu", "model.family=tiny-dense", "parallel.ep=1", "adapters.experts.mode=frozen",
-                      "adapters.router.mode=frozen", gpus=1, gpu=name)  # fmt: skip
-        assert found.fits
-        assert not found.traffic
+        planned = _plan("tiny-cpu", "model.family=tiny-dense", *DENSE, gpus=1, gpu=name)
+        assert planned.fits
+        assert not planned.traffic
 
 
-def test_a_plan_needs_no_torch(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
+def test_a_plan_needs_no_torch() -> None:
     code = "import sys; from launchers.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     words = ["plan", "tiny-cpu", "--gpus", "2", "--gpu", "h100-80gb"]
-    root = ROOT
-    subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=root, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=ROOT, capture_output=True)
 
 
 def test_traffic_counts_nothing_between_one_rank_and_itself() -> None:
     config = _config("parallel.ep=1", "data.packs_per_step=1")
-    one = cluster("h200-141gb", gpus=1, per_node=None, price=None)
-    layout = plan(config, base_family(config), one).layout
-    assert traffic(config, base_family(config), layout, one, micro_batches=1) == []
+    machine = cluster("h200-141gb", gpus=1, per_node=None, price=None)
+    layout = plan(config, base_family(config), machine).layout
+    assert traffic(config, base_family(config), layout, machine, micro_batches=1) == []
 
 
 def test_long_rows_take_less_in_tiles_and_with_activations_in_host_memory() -> None:
@@ -335,9 +331,9 @@ def test_long_rows_take_less_in_tiles_and_with_activations_in_host_memory() -> N
     tiled = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.tile_tokens=8192", gpus=8)
     waiting = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.offload_activations=true", gpus=8)
     assert tiled.memory.peak < 0.8 * plain.memory.peak
-    kept, stays = (found.memory.components["activations kept"] for found in (plain, waiting))
+    kept, stays = (planned.memory.components["activations kept"] for planned in (plain, waiting))
     assert stays < 0.02 * kept  # the router's choices
     assert waiting.memory.peak < plain.memory.peak - 0.9 * kept
     assert waiting.host.memory["activations that wait"] == 8 * (kept - stays)
-    rows = [next(t.bytes for t in found.traffic if t.kind == "expert rows") for found in (plain, tiled)]
+    rows = [next(t.bytes for t in planned.traffic if t.kind == "expert rows") for planned in (plain, tiled)]
     assert rows[1] == rows[0] * (8 - 2 / 16) / 6  # the second pass of a layer ends before its last tile of 16

@@ -24,7 +24,9 @@ from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 from finetune.settings.checks import base_family
 from finetune.settings.recipes import load_recipe
 
-WORLD, EP, RECIPE = 256, 8, "qwen3-vl-235b-a22b-lora"
+WORLD = 256
+EP = 8
+RECIPE = "qwen3-vl-235b-a22b-lora"
 
 BUILD = """
 import gc, json, sys
@@ -45,20 +47,20 @@ dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 start_distributed()
 config, problems = load_recipe(sys.argv[4], [f"data.packs_per_step={world}"])
 require(config, problems, ranks=world)
-base, said = read_family(folder), []
-options = model_options(config, base, torch.device("cpu"), said.append)
+base, lines = read_family(folder), []
+options = model_options(config, base, torch.device("cpu"), lines.append)
 empty = build(folder, options, balance=make_balance(config, base, torch.device("cpu")))
 """
 RANK = """
 replicas = dist.get_world_size(groups._get_expert_data_parallel_group(f"ep_size_{config.parallel.ep}"))
-found = {"slices": {"trained": 0, "frozen": 0}, "on_meta": True, "replicas": replicas}
+counted = {"slices": {"trained": 0, "frozen": 0}, "on_meta": True, "replicas": replicas}
 for name, tensor in empty.module.named_parameters():
     expert = getattr(tensor, "ds_zero_placement_family", "") == "autoep_expert"
     piece = -(-tensor.numel() // (replicas if expert else world))
-    found["slices"]["trained" if tensor.requires_grad else "frozen"] += piece
-    found["on_meta"] &= tensor.is_meta
-found["experts"] = sorted({len(m.local_experts) for m in empty.module.modules() if hasattr(m, "local_experts")})
-print(json.dumps(found))
+    counted["slices"]["trained" if tensor.requires_grad else "frozen"] += piece
+    counted["on_meta"] &= tensor.is_meta
+counted["experts"] = sorted({len(m.local_experts) for m in empty.module.modules() if hasattr(m, "local_experts")})
+print(json.dumps(counted))
 """
 PLANS = """
 from finetune.checkpoint.pieces import Meshes, flat_tensors, planned
@@ -81,10 +83,10 @@ for rank in range(world):
     plan = of(rank)
     plans += [plan] if sys.argv[5:] else []
     for item in plan.items:
-        told = item.tensor_data
-        assert told.properties.dtype == torch.float32
-        size, pieces = rows.setdefault(item.index.fqn, (told.size[0], []))
-        pieces.append((rank, told.chunk.offsets[0], told.chunk.sizes[0]))
+        tensor = item.tensor_data
+        assert tensor.properties.dtype == torch.float32
+        size, pieces = rows.setdefault(item.index.fqn, (tensor.size[0], []))
+        pieces.append((rank, tensor.chunk.offsets[0], tensor.chunk.sizes[0]))
 for kept, plan in zip(DefaultSavePlanner().create_global_plan(plans)[0] if plans else [], plans):
     assert [item.index.fqn for item in kept.items] == [item.index.fqn for item in plan.items]
 print(json.dumps(rows))
@@ -104,24 +106,24 @@ def _planned(base: Family) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]
     """What the planner says of the recipe; the tensors that train, those that do not; how many checkpoints are kept."""
     config, problems = load_recipe(RECIPE, [f"data.packs_per_step={WORLD}"])
     assert not problems
-    found = plan(config, base, cluster("h100-80gb", gpus=WORLD, per_node=None, price=None))
+    planned = plan(config, base, cluster("h100-80gb", gpus=WORLD, per_node=None, price=None))
     trained, frozen = (make(base, config.adapters, ep=EP) for make in (trained_tensors, frozen_tensors))
     assert base.name == base_family(config).name
-    return found, trained, frozen, config.checkpoint.keep
+    return planned, trained, frozen, config.checkpoint.keep
 
 
 @pytest.mark.parametrize("rank", [WORLD - 1, pytest.param(0, marks=pytest.mark.slow)])  # the same, once more
 def test_a_rank_of_256_holds_what_the_planner_says(tmp_path: Path, rank: int) -> None:
     base = family("qwen3-vl-235b-a22b")
     planned, trained, frozen, _ = _planned(base)
-    found = _run(tmp_path, base, RANK, rank)
-    assert found["on_meta"]
-    assert found["replicas"] == WORLD // EP
-    assert found["experts"] == [16]
-    assert found["slices"]["trained"] == slices(trained, planned.layout)
-    assert found["slices"]["frozen"] == slices(frozen, planned.layout)
-    assert planned.memory.weights == 2 * sum(found["slices"].values())
-    assert planned.memory.always["masters"] == 4 * found["slices"]["trained"]
+    counted = _run(tmp_path, base, RANK, rank)
+    assert counted["on_meta"]
+    assert counted["replicas"] == WORLD // EP
+    assert counted["experts"] == [16]
+    assert counted["slices"]["trained"] == slices(trained, planned.layout)
+    assert counted["slices"]["frozen"] == slices(frozen, planned.layout)
+    assert planned.memory.weights == 2 * sum(counted["slices"].values())
+    assert planned.memory.always["masters"] == 4 * counted["slices"]["trained"]
     assert planned.fits
 
 

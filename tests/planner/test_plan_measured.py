@@ -39,59 +39,97 @@ def _case(ep: int, resident: str, recompute: str, *more: str, trains=TEXT, sp: i
 
 
 STARTS = {
-    "1 rank": (1, 8, [
-        _case(1, "frozen", "layer", "model.dtype=bfloat16", trains=TOWER, **IMAGES),
-        _case(1, "frozen", "layer", trains=TOWER, samples=(260, 124), videos=((2, 16, 16),)),
-    ]),
-    "2 ranks": (2, 8, [
-        _case(2, "frozen", "selective", trains=TOWER, supervised=1, **IMAGES),
-        _case(2, "none", "layer", **IMAGES),
-        _case(2, "frozen", "layer", sp=2),
-    ]),
-    "1 rank more": (1, 8, [
-        _case(1, "frozen", "none", trains=(*TOWER, *FULL[3:4], "adapters.patch_embed.mode=full"), **IMAGES),
-        *(_case(1, "frozen", mode, "parallel.tile_tokens=1024", **LONG) for mode in ("none", "layer", "selective")),
-        *(_case(1, "frozen", mode, "parallel.offload_activations=true", "parallel.tile_tokens=1024", **LONG)
-          for mode in ("layer", "selective")),
-        *(_case(1, "frozen", mode, "parallel.offload_activations=true", **LONG) for mode in ("layer", "selective")),
-        *(_case(1, "frozen", mode, trains=FULL, **IMAGES) for mode in ("none", "layer")),
-        *(_case(1, "frozen", mode, trains=TOWER, **IMAGES) for mode in ("none", "selective")),
-        *(replace(_case(1, "frozen", "layer", trains=FULL, samples=(24, 8)), sub_group=size)
-          for size in (10**5, 10**9)),
-        _case(1, "frozen", "none", "model.dtype=bfloat16", **IMAGES),
-    ]),
-    "2 ranks more": (2, 8, [
-        _case(1, "none", "none", trains=FULL, **IMAGES),
-        _case(2, "frozen", "none", "parallel.tile_tokens=64"),
-        _case(1, "none", "layer", reuse=0),
-        _case(2, "none", "none", "adapters.experts.mode=frozen"),
-        *(_case(2, "frozen", mode, trains=TOWER, sp=2, **IMAGES) for mode in ("selective", "none")),
-        *(_case(2, "none", mode, **IMAGES) for mode in ("none", "selective")),
-        _case(2, "none", "layer", trains=FULL, **IMAGES),
-        *(_case(2, "none", mode, trains=TOWER, **IMAGES) for mode in ("none", "layer")),
-        _case(2, "none", "none", trains=TEXT[:2], **IMAGES),
-        *(_case(2, "frozen", mode, "parallel.tile_tokens=64") for mode in ("layer", "selective")),
-        _case(2, "frozen", "layer", "adapters.attention.mode=frozen"),
-        _case(2, "frozen", "layer", "adapters.attention.mode=frozen", "adapters.experts.mode=frozen",
-              "adapters.head.mode=full"),
-    ]),
-    "2 ranks, dense": (2, None, [
-        *(_case(1, "frozen", mode, trains=(*DENSE, *TEXT[1:])) for mode in ("none", "layer")),
-        *(_case(1, "frozen", mode, "adapters.mlp.mode=lora", trains=(*DENSE, *TEXT[1:]), **IMAGES)
-          for mode in ("none", "selective")),
-        *(_case(1, "none", mode, "adapters.mlp.mode=full", trains=(*FULL, *DENSE), **IMAGES)
-          for mode in ("none", "layer")),
-    ]),
-    "4 ranks": (4, 8, [
-        _case(1, "frozen", "none"),
-        _case(2, "none", "selective", "adapters.experts.r=16", trains=TEXT[1:]),
-        _case(2, "none", "layer"),
-        _case(4, "frozen", "none", sp=2),
-        _case(4, "none", "layer", trains=TOWER, **IMAGES),
-        _case(2, "none", "selective", trains=FULL, **IMAGES),
-        _case(1, "none", "none", sp=4, **IMAGES),
-    ]),
-}  # fmt: skip
+    "1 rank": (
+        1,
+        8,
+        [
+            _case(1, "frozen", "layer", "model.dtype=bfloat16", trains=TOWER, **IMAGES),
+            _case(1, "frozen", "layer", trains=TOWER, samples=(260, 124), videos=((2, 16, 16),)),
+        ],
+    ),
+    "2 ranks": (
+        2,
+        8,
+        [
+            _case(2, "frozen", "selective", trains=TOWER, supervised=1, **IMAGES),
+            _case(2, "none", "layer", **IMAGES),
+            _case(2, "frozen", "layer", sp=2),
+        ],
+    ),
+    "1 rank more": (
+        1,
+        8,
+        [
+            _case(1, "frozen", "none", trains=(*TOWER, *FULL[3:4], "adapters.patch_embed.mode=full"), **IMAGES),
+            *(_case(1, "frozen", mode, "parallel.tile_tokens=1024", **LONG) for mode in ("none", "layer", "selective")),
+            *(
+                _case(1, "frozen", mode, "parallel.offload_activations=true", "parallel.tile_tokens=1024", **LONG)
+                for mode in ("layer", "selective")
+            ),
+            *(_case(1, "frozen", mode, "parallel.offload_activations=true", **LONG) for mode in ("layer", "selective")),
+            *(_case(1, "frozen", mode, trains=FULL, **IMAGES) for mode in ("none", "layer")),
+            *(_case(1, "frozen", mode, trains=TOWER, **IMAGES) for mode in ("none", "selective")),
+            *(
+                replace(_case(1, "frozen", "layer", trains=FULL, samples=(24, 8)), sub_group=size)
+                for size in (10**5, 10**9)
+            ),
+            _case(1, "frozen", "none", "model.dtype=bfloat16", **IMAGES),
+        ],
+    ),
+    "2 ranks more": (
+        2,
+        8,
+        [
+            _case(1, "none", "none", trains=FULL, **IMAGES),
+            _case(2, "frozen", "none", "parallel.tile_tokens=64"),
+            _case(1, "none", "layer", reuse=0),
+            _case(2, "none", "none", "adapters.experts.mode=frozen"),
+            *(_case(2, "frozen", mode, trains=TOWER, sp=2, **IMAGES) for mode in ("selective", "none")),
+            *(_case(2, "none", mode, **IMAGES) for mode in ("none", "selective")),
+            _case(2, "none", "layer", trains=FULL, **IMAGES),
+            *(_case(2, "none", mode, trains=TOWER, **IMAGES) for mode in ("none", "layer")),
+            _case(2, "none", "none", trains=TEXT[:2], **IMAGES),
+            *(_case(2, "frozen", mode, "parallel.tile_tokens=64") for mode in ("layer", "selective")),
+            _case(2, "frozen", "layer", "adapters.attention.mode=frozen"),
+            _case(
+                2,
+                "frozen",
+                "layer",
+                "adapters.attention.mode=frozen",
+                "adapters.experts.mode=frozen",
+                "adapters.head.mode=full",
+            ),
+        ],
+    ),
+    "2 ranks, dense": (
+        2,
+        None,
+        [
+            *(_case(1, "frozen", mode, trains=(*DENSE, *TEXT[1:])) for mode in ("none", "layer")),
+            *(
+                _case(1, "frozen", mode, "adapters.mlp.mode=lora", trains=(*DENSE, *TEXT[1:]), **IMAGES)
+                for mode in ("none", "selective")
+            ),
+            *(
+                _case(1, "none", mode, "adapters.mlp.mode=full", trains=(*FULL, *DENSE), **IMAGES)
+                for mode in ("none", "layer")
+            ),
+        ],
+    ),
+    "4 ranks": (
+        4,
+        8,
+        [
+            _case(1, "frozen", "none"),
+            _case(2, "none", "selective", "adapters.experts.r=16", trains=TEXT[1:]),
+            _case(2, "none", "layer"),
+            _case(4, "frozen", "none", sp=2),
+            _case(4, "none", "layer", trains=TOWER, **IMAGES),
+            _case(2, "none", "selective", trains=FULL, **IMAGES),
+            _case(1, "none", "none", sp=4, **IMAGES),
+        ],
+    ),
+}
 DEFAULT = ("1 rank", "2 ranks")
 
 
@@ -125,7 +163,8 @@ EVERY = [
 @pytest.mark.parametrize(("start", "number"), EVERY)
 def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> None:
     family, measured = _measured(bases, start)
-    ranks, world, case = measured[number], STARTS[start][0], STARTS[start][2][number]
+    world, _, cases = STARTS[start]
+    ranks, case = measured[number], cases[number]
     config, layout = case.config(), case.layout(family, world)
     planned = memory(config, family, layout)
     for rank in ranks:
@@ -139,12 +178,12 @@ def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> 
     here = cluster("h100-80gb", gpus=world, per_node=None, price=None)
     sent = traffic(config, family, layout, here, micro_batches=MICRO_BATCHES)
     for collective in COLLECTIVES:
-        foreseen = [one for one in sent if collective_of(one) == collective]
+        foreseen = [kind for kind in sent if collective_of(kind) == collective]
         counted = sum(between_ranks(rank.sent, collective) for rank in ranks) / world
-        assert sum(one.bytes for one in foreseen) == pytest.approx(counted, rel=0.05)
+        assert sum(kind.bytes for kind in foreseen) == pytest.approx(counted, rel=0.05)
         if collective == "all_to_all_single":
             gone = sum(between_ranks(rank.leaving, collective) for rank in ranks) / world
-            assert sum(one.leaving for one in foreseen) == pytest.approx(gone, rel=0.05)
+            assert sum(kind.leaving for kind in foreseen) == pytest.approx(gone, rel=0.05)
     if not _depends_on_more(config, layout):
         _exact_for_what_was_chosen(config, family, layout, ranks, sent)
 
@@ -159,14 +198,15 @@ def _exact_for_what_was_chosen(
     config: RunConfig, family: Family, layout: RankLayout, ranks: list[Measured], sent: list[Traffic]
 ) -> None:
     """Of the rows that each rank's tokens sent where, the planner's formula gives the bytes to the last one."""
-    others = [one for one in sent if one.exchange and one.kind != "expert rows"]
-    tiles, reach, ep = micro_batch(config, family, layout).tiles, Reach.of(config.adapters), layout.ep
+    others = [entry for entry in sent if entry.exchange and entry.kind != "expert rows"]
+    tiles, reach = micro_batch(config, family, layout).tiles, Reach.of(config.adapters)
+    ep = layout.ep
     for number, rank in enumerate(ranks):
         first, here = number // ep * ep, number % ep
-        group = [_by_owner(one.chosen, ep) for one in ranks[first : first + ep]]
-        all_sent, gone = sum(one.bytes for one in others), sum(one.leaving for one in others)
+        group = [_by_owner(entry.chosen, ep) for entry in ranks[first : first + ep]]
+        all_sent, gone = sum(entry.bytes for entry in others), sum(entry.leaving for entry in others)
         for layer in range(len(rank.chosen) if ep > 1 else 0):
-            out, back = group[here][layer], [one[layer][here] for one in group]
+            out, back = group[here][layer], [entry[layer][here] for entry in group]
             options = {"tiles": tiles, "reach": reach, "first": family.moe_layers[layer] == 0}
             all_sent += exchanged(family, layout, out=sum(out), back=sum(back), **options)
             gone += exchanged(family, layout, out=sum(out) - out[here], back=sum(back) - back[here], **options)

@@ -10,18 +10,18 @@ from finetune.settings.recipes import load_recipe
 def test_the_file_says_what_the_planner_says_today() -> None:
     """`python -m benchmarks.planner.predictions` renews it, in the commit that changes the planner."""
     written = json.loads(predictions.PATH.read_text())
-    assert len({one["name"] for one in written}) == len(written) == 10
-    assert written == list(
-        one | {"commit": written[at]["commit"]} for at, one in enumerate(predictions.predictions(at=""))
-    )
+    assert len({case["name"] for case in written}) == len(written) == 10
+    commits = [{"commit": case["commit"]} for case in written]
+    today = predictions.predictions(at="")
+    assert written == [case | commit for case, commit in zip(today, commits, strict=True)]
 
 
 def test_every_prediction_is_of_a_run_that_can_be_started() -> None:
-    for one in json.loads(predictions.PATH.read_text()):
-        recipe, *words = one["words"]
+    for case in json.loads(predictions.PATH.read_text()):
+        recipe, *words = case["words"]
         config, problems = load_recipe(recipe, words)
-        problems += cross_check(config, ranks=one["gpus"], known=[])
-        assert not [problem for problem in problems if problem.level == "error"], one["name"]
-        assert one["layers"] <= base_family(config).text.num_hidden_layers
-        assert one["tokens_per_second"] > 0
-        assert one["peak_bytes"] > 0
+        problems += cross_check(config, ranks=case["gpus"], known=[])
+        assert not [problem for problem in problems if problem.level == "error"], case["name"]
+        assert case["layers"] <= base_family(config).text.num_hidden_layers
+        assert case["tokens_per_second"] > 0
+        assert case["peak_bytes"] > 0
