@@ -14,25 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.stream.batch import keys_of
-from finetune.checkpoint.folder import starting_point
 from finetune.config import RunConfig
-from finetune.planner.foresight import resolve_auto_here
 from finetune.ranks.collectives import Preempted, barrier, rank_and_world
 from finetune.ranks.engine import end_distributed, start_distributed, take_device
 from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_failure
-from finetune.ranks.flight import record_flight
 from finetune.ranks.log import RankLog
 from finetune.ranks.signals import PREEMPTED, exit_code
 from finetune.ranks.watch import Watch
-from finetune.settings.checks import require
-from finetune.settings.recipes import load_recipe
-from finetune.settings.stages import stage_of
 from finetune.training.bad_steps import IdleSteps, saved_if_not_finite
 from finetune.training.dry_run import rehearse
 from finetune.training.optimiser_groups import enter, set_rates
 from finetune.training.replay import replay
 from finetune.training.results import hand_over, write_learned
-from finetune.training.run_folder import make_run_folder
+from finetune.training.run_folder import make_run_folder, read_run
 from finetune.training.setup import Run, assemble
 from finetune.training.state import RunState
 from finetune.training.steps import take_together
@@ -57,13 +51,11 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, replay
         say("\n".join(replay(run, replayed)))
         return 0
     state = RunState(run)
-    checkpoint = starting_point(run.checkpoints.folder, config.checkpoint.resume)
-    if checkpoint is not None:
-        state.resume(checkpoint)
+    state.resume()
 
     with Tracker(config, folder, base=run.base, device=run.device, log=say, done=state.done) as tracker:
         # 3. Evaluate before the first step; a run that was over when it stopped stays so
-        run.share_rows(stage_of(run.stages, state.first).sp)
+        run.share_rows(run.stage(state.first).sp)
         is_over = run.evaluation.start(run.engine, state.first, tracker=tracker, owed=state.owes_evaluation)
 
         # 4. Take the steps that are left
@@ -88,7 +80,7 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
     idle_steps = IdleSteps(config.run.idle_steps)
     for at in range(state.first, config.schedule.steps):
         # 4.1 Enter a stage
-        stage = stage_of(run.stages, at)
+        stage = run.stage(at)
         if at in (state.first, stage.first):
             run.say(enter(run.engine, stage, at=at))
             run.share_rows(stage.sp)
@@ -146,11 +138,7 @@ def main(argv: Sequence[str]) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         take_device()  # what `auto` stands for may depend on the device's memory
-        config, problems = load_recipe(args.config, args.overrides)
-        folder = Path("runs") / config.run.name
-        config = config if any(p.level == "error" for p in problems) else resolve_auto_here(config, ranks=world)
-        resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
-        problems = require(config, problems, ranks=world, resuming=resuming)
+        config, folder, problems = read_run(args.config, args.overrides, ranks=world)
     except ValueError as error:
         sys.stderr.write(f"moetune train, rank {rank}: {error}\n")
         return 2
@@ -189,7 +177,6 @@ def _parser() -> argparse.ArgumentParser:
 def _run_with_others(args: argparse.Namespace, config: RunConfig, folder: Path, log: RankLog, watch: Watch) -> int:
     """Meet the other ranks, train or rehearse, and part; returns the exit code."""
     with watch.on():
-        record_flight(log.folder)
         watch.together("start")
         is_ours = start_distributed()
         barrier()

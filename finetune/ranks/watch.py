@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.ranks.failures import Kind, first_failure, keep_failure
-from finetune.ranks.flight import forget_flight, write_flight
+from finetune.ranks.flight import forget_flight, record_flight, write_flight
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
 from finetune.ranks.save_limit import SaveLimit
@@ -103,8 +103,9 @@ class Watch:
 
     @contextmanager
     def on(self) -> Iterator["Watch"]:
-        """Watch while the block runs; in the main thread."""
+        """Watch while the block runs; in the main thread, and before the first process group is made."""
         forget_flight(self._log.folder, self._log.rank)
+        record_flight(self._log.folder)
         thread = threading.Thread(target=self._watch, daemon=True, name="watch")
         with self._wishes.caught(), self._stack_path.open("w") as stacks:
             faulthandler.register(signal.SIGUSR2, file=stacks)  # where every thread stands, on demand

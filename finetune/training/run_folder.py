@@ -1,5 +1,6 @@
-"""The folder of a run, runs/<run.name>: made by rank 0, or left by an earlier start."""
+"""What a start finds: the configuration of its run, and the folder runs/<run.name>, new or of an earlier start."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -7,7 +8,19 @@ from omegaconf import OmegaConf
 from finetune.checkpoint.folder import starting_point
 from finetune.checkpoint.manifest import config_difference
 from finetune.config import RunConfig
-from finetune.settings.recipes import effective
+from finetune.planner.foresight import resolve_auto_here
+from finetune.settings.checks import require
+from finetune.settings.problems import Problem
+from finetune.settings.recipes import effective, load_recipe
+
+
+def read_run(name: str, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, Path, Sequence[Problem]]:
+    """Return a run's configuration, without any `auto` for this machine, its folder, and warnings; raise on errors."""
+    config, problems = load_recipe(name, overrides)
+    folder = Path("runs") / config.run.name
+    config = config if any(problem.level == "error" for problem in problems) else resolve_auto_here(config, ranks=ranks)
+    resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
+    return config, folder, require(config, problems, ranks=ranks, resuming=resuming)
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:

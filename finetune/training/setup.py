@@ -40,7 +40,7 @@ from finetune.ranks.watch import Watch
 from finetune.settings.attention import choose_attention
 from finetune.settings.derive import derive
 from finetune.settings.recipes import effective
-from finetune.settings.stages import Stage, longest_pack, run_stages
+from finetune.settings.stages import Stage, longest_pack, run_stages, stage_of
 from finetune.training.evaluation import Evaluation
 from finetune.training.optimiser_groups import trained_groups
 from finetune.training.steps import RunData
@@ -76,6 +76,10 @@ class Run:
     checkpoints: Checkpoints
     provenance: Provenance
     """Where its adapter comes from, as far as it is known before the first step."""
+
+    def stage(self, step: int) -> Stage:
+        """Return the stage that a step belongs to."""
+        return stage_of(self.stages, step)
 
     def share_rows(self, sp: int) -> None:
         """From now on groups of `sp` ranks hold slices of one row each."""

@@ -1,10 +1,10 @@
 """How far a run is, and how that is saved and resumed."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.adapter import reached
+from finetune.checkpoint.folder import starting_point
 from finetune.settings.recipes import effective
 from finetune.training.setup import Run
 from finetune.training.verdict import scores
@@ -26,9 +26,12 @@ class RunState:
         """Where the adapter comes from, with the data and scores of the newest checkpoint."""
         self._run = run
 
-    def resume(self, path: Path) -> None:
-        """Go on from a checkpoint; every rank must call this."""
+    def resume(self) -> None:
+        """Go on from the checkpoint that checkpoint.resume means, if there is one; every rank must call this."""
         run = self._run
+        path = starting_point(run.checkpoints.folder, run.config.checkpoint.resume)
+        if path is None:
+            return
         run.watch.stage("resume")
         resumed = run.checkpoints.restore(path, config=effective(run.config))
         self.first = self.done = self.saved = resumed.step
