@@ -100,7 +100,10 @@ class _Inject(torch.autograd.Function):
     def forward(
         ctx: Any, probs_TE: Tensor, logits_TE: Tensor, balance: "Balance", micro: _MicroBatch, layer: int
     ) -> Tensor:
-        ctx.balance, ctx.micro, ctx.layer, ctx.logits_dtype = balance, micro, layer, logits_TE.dtype
+        ctx.balance = balance
+        ctx.micro = micro
+        ctx.layer = layer
+        ctx.logits_dtype = logits_TE.dtype
         if balance.z_coefficient:  # softmax keeps the probabilities for its own backward: no further copy
             ctx.save_for_backward(probs_TE, torch.logsumexp(logits_TE.float(), -1))
         return probs_TE.view_as(probs_TE)
@@ -108,7 +111,9 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        balance, micro, layer = ctx.balance, ctx.micro, ctx.layer
+        balance = ctx.balance
+        micro = ctx.micro
+        layer = ctx.layer
         balance.injected[layer] += 1
         valid_T = micro.valid_T(grad_TE)
         grad_logits_TE = None
@@ -145,7 +150,9 @@ class Balance:
     ) -> None:
         self.mode = mode
         self.coefficient, self.z_coefficient = coefficient, z_coefficient
-        self.layers, self.experts, self.top_k = layers, experts, top_k
+        self.layers = layers
+        self.experts = experts
+        self.top_k = top_k
         self._device = device
         self._group = group
         self._row_group: dist.ProcessGroup | None = None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe.config import CHUNK_BYTES, KEEP_BYTES
 from moe.grouped import grouped_experts
-from moe.projections import Plan
+from moe.projections import CallOptions
 from moe.start_values import generator_of, uniform_factor
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -88,9 +88,14 @@ class GroupedExperts(nn.Module):
         super().__init__()
         _check(name, mode, lora, hidden, intermediate, dtype)
         assert 0 <= local_experts.start < local_experts.stop <= num_experts
-        self.name, self.num_experts, self.local_experts = name, num_experts, local_experts
+        self.name = name
+        self.num_experts = num_experts
+        self.local_experts = local_experts
         self.hidden, self.intermediate = hidden, intermediate
-        self.mode, self.lora, self.resident, self.seed = mode, lora, resident, seed
+        self.mode = mode
+        self.lora = lora
+        self.resident = resident
+        self.seed = seed
         self.is_adapted = True  # False leaves the factors out: the base's own answer, for comparison
         row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
@@ -152,7 +157,7 @@ class GroupedExperts(nn.Module):
         inside = lora is not None and self.resident and not dropout
         if inside:
             self.make_room()
-        plan = Plan(
+        options = CallOptions(
             scale=lora.scale / (1.0 - dropout) if lora is not None else 0.0,
             dropout=dropout,
             # drawn on the host from torch's own state, which activation checkpointing restores in its second pass
@@ -166,7 +171,7 @@ class GroupedExperts(nn.Module):
         if x_RD.is_cuda:
             named = {"gate_up": gate_up, "down": down, **dict(zip(self._factors, factors, strict=False))}
             check_aligned(self.name, named)
-        return grouped_experts(x_RD, counts_L, gate_up, down, factors, plan)
+        return grouped_experts(x_RD, counts_L, gate_up, down, factors, options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedExperts":
         """Move or cast as any module, and let go of weights that this replaced."""

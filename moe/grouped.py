@@ -18,35 +18,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe.projections import Beside, Chunk, Inside, Middle, Plan, Wants, block
+from moe.projections import CallOptions, Chunk, Middle, PackedLora, SeparateLora, Wants, block
 from moe.recompute import unread
 
 
 def grouped_experts(
-    x_RD: Tensor, counts_L: Tensor, gate_up: Tensor, down: Tensor, lora: tuple[Tensor, ...], plan: Plan
+    x_RD: Tensor, counts_L: Tensor, gate_up: Tensor, down: Tensor, lora: tuple[Tensor, ...], options: CallOptions
 ) -> Tensor:
     """Return y_RD, the unweighted expert outputs of rows that are sorted by local expert.
 
     lora is () or (gate_up_A [L, r, D], gate_up_B [L, 2F, r], down_A [L, r, F], down_B [L, D, r]).
     """
     offs_L = counts_L.cumsum(0).to(torch.int32)
-    result: Tensor = _GroupedExperts.apply(plan, offs_L, x_RD, gate_up, down, *lora)  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupedExperts.apply(options, offs_L, x_RD, gate_up, down, *lora)  # type: ignore[no-untyped-call]
     return result
 
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, offs_L: Tensor, x_RD: Tensor, gate_up: Tensor, down: Tensor, *lora: Tensor
+        ctx: Any, options: CallOptions, offs_L: Tensor, x_RD: Tensor, gate_up: Tensor, down: Tensor, *lora: Tensor
     ) -> Tensor:
-        ctx.plan, rows = plan, x_RD.shape[0]
-        experts = block(plan, gate_up, down, lora)
+        ctx.options, rows = options, x_RD.shape[0]
+        experts = block(options, gate_up, down, lora)
         saved: tuple[Tensor | None, ...] = (None, None, None)
-        if 0 < rows <= plan.keep_rows:
-            y_RD, saved = _forward(experts, x_RD, plan, offs_L, lora)
+        if 0 < rows <= options.keep_rows:
+            y_RD, saved = _forward(experts, x_RD, options, offs_L, lora)
         else:
             y_RD = unread(
-                "down", lambda: _forward_by_chunks(experts, x_RD, plan, offs_L), lambda: torch.empty_like(x_RD)
+                "down", lambda: _forward_by_chunks(experts, x_RD, options, offs_L), lambda: torch.empty_like(x_RD)
             )
         needs_x = bool(lora) or ctx.needs_input_grad[3] or saved[0] is None
         ctx.save_for_backward(offs_L, x_RD if needs_x else None, *saved)
@@ -58,14 +58,14 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         offs_L, x_RD, both_R, thin_x_R, thin_h_R = ctx.saved_tensors
         weights = ctx.weights
-        _, _, *wanted = ctx.needs_input_grad
-        wants = Wants(rows=wanted[0], gate_up=wanted[1], down=wanted[2])
+        _, _, *needed = ctx.needs_input_grad
+        wants = Wants(rows=needed[0], gate_up=needed[1], down=needed[2])
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
-        experts = block(ctx.plan, weights[0], weights[1], weights[2:])
-        several = grad_RD.shape[0] > ctx.plan.chunk_rows
+        experts = block(ctx.options, weights[0], weights[1], weights[2:])
+        several = grad_RD.shape[0] > ctx.options.chunk_rows
         grad_x_RD = torch.empty_like(grad_RD) if wants.rows and (several or not len(grad_RD)) else None
         totals: list[Tensor | None] = [None] * len(weights)
-        for chunk in _chunks(grad_RD.shape[0], ctx.plan, offs_L):
+        for chunk in _chunks(grad_RD.shape[0], ctx.options, offs_L):
             x = None if x_RD is None else x_RD[chunk.rows]
             if both_R is None:
                 assert x is not None
@@ -75,35 +75,35 @@ class _GroupedExperts(torch.autograd.Function):
             else:
                 both = both_R[chunk.rows]
                 thins = (None, None) if thin_x_R is None else (thin_x_R[chunk.rows], thin_h_R[chunk.rows])
-            found = experts.backward(grad_RD[chunk.rows], x, both, thins, chunk, wants)
+            gradients = experts.backward(grad_RD[chunk.rows], x, both, thins, chunk, wants)
             if grad_x_RD is None:
-                grad_x_RD = found.rows
-            elif found.rows is not None:
-                grad_x_RD[chunk.rows] = found.rows
-            _add(totals, found.weights, several=several)
-        return None, None, grad_x_RD, *_finished(totals, weights, wanted[1:])
+                grad_x_RD = gradients.rows
+            elif gradients.rows is not None:
+                grad_x_RD[chunk.rows] = gradients.rows
+            _add(totals, gradients.weights, several=several)
+        return None, None, grad_x_RD, *_finished(totals, weights, needed[1:])
 
 
-def _chunks(rows: int, plan: Plan, offs_L: Tensor) -> Iterator[Chunk]:
-    for index, start in enumerate(range(0, rows, plan.chunk_rows)):
-        stop = min(start + plan.chunk_rows, rows)
+def _chunks(rows: int, options: CallOptions, offs_L: Tensor) -> Iterator[Chunk]:
+    for index, start in enumerate(range(0, rows, options.chunk_rows)):
+        stop = min(start + options.chunk_rows, rows)
         offs = offs_L if stop - start == rows else (offs_L - start).clamp_(0, stop - start)
-        yield Chunk(index=index, rows=slice(start, stop), offs=offs, keep=rows <= plan.keep_rows)
+        yield Chunk(index=index, rows=slice(start, stop), offs=offs, keep=rows <= options.keep_rows)
 
 
 def _forward(
-    experts: Beside | Inside, x_RD: Tensor, plan: Plan, offs_L: Tensor, lora: Sequence[Tensor]
+    experts: SeparateLora | PackedLora, x_RD: Tensor, options: CallOptions, offs_L: Tensor, lora: Sequence[Tensor]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return y_RD and what backward needs: the gate_up output and the thin activations."""
-    if x_RD.shape[0] <= plan.chunk_rows:
-        (chunk,) = _chunks(x_RD.shape[0], plan, offs_L)
+    if x_RD.shape[0] <= options.chunk_rows:
+        (chunk,) = _chunks(x_RD.shape[0], options, offs_L)
         middle = experts.middle(x_RD, chunk)
         return _end(experts, middle, chunk, x_RD), (middle.both, middle.thin_x, middle.thin_h)
     y_RD, both_R = torch.empty_like(x_RD), x_RD.new_empty(x_RD.shape[0], experts.two_f)
     thins_R: list[Tensor | None] = [None, None]
     if lora:
         thins_R = [x_RD.new_empty(x_RD.shape[0], a.shape[1]) for a in lora[::2]]
-    for chunk in _chunks(x_RD.shape[0], plan, offs_L):
+    for chunk in _chunks(x_RD.shape[0], options, offs_L):
         x = x_RD[chunk.rows]
         middle = experts.middle(x, chunk, into=both_R[chunk.rows])
         for thin_R, thin in zip(thins_R, (middle.thin_x, middle.thin_h), strict=True):
@@ -113,15 +113,17 @@ def _forward(
     return y_RD, (both_R, *thins_R)
 
 
-def _end(experts: Beside | Inside, middle: Middle, chunk: Chunk, x: Tensor) -> Tensor:
+def _end(experts: SeparateLora | PackedLora, middle: Middle, chunk: Chunk, x: Tensor) -> Tensor:
     """Return y, or any memory of its shape where a recompute knows that nobody reads it."""
     return unread("down", lambda: experts.end(middle, chunk), lambda: torch.empty_like(x))
 
 
-def _forward_by_chunks(experts: Beside | Inside, x_RD: Tensor, plan: Plan, offs_L: Tensor) -> Tensor:
+def _forward_by_chunks(
+    experts: SeparateLora | PackedLora, x_RD: Tensor, options: CallOptions, offs_L: Tensor
+) -> Tensor:
     """Return y_RD and keep nothing."""
     y_RD = torch.empty_like(x_RD)
-    for chunk in _chunks(x_RD.shape[0], plan, offs_L):
+    for chunk in _chunks(x_RD.shape[0], options, offs_L):
         y_RD[chunk.rows] = experts.end(experts.middle(x_RD[chunk.rows], chunk), chunk)
     return y_RD
 
@@ -137,11 +139,11 @@ def _add(totals: list[Tensor | None], grads: Sequence[Tensor | None], *, several
 
 
 def _finished(
-    totals: Sequence[Tensor | None], weights: Sequence[Tensor], wanted: Sequence[bool]
+    totals: Sequence[Tensor | None], weights: Sequence[Tensor], needed: Sequence[bool]
 ) -> Iterator[Tensor | None]:
     """Yield the wanted gradients; zeros where no row came by, or this rank's graph would differ from the others'."""
-    for total, weight, want in zip(totals, weights, wanted, strict=True):
-        if not want:
+    for total, weight, is_needed in zip(totals, weights, needed, strict=True):
+        if not is_needed:
             yield None
         else:
             yield torch.zeros_like(weight) if total is None else total.to(weight.dtype).contiguous()

@@ -68,7 +68,10 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         device: torch.device,
     ) -> None:
         nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
-        self.name, self.index, self.options, self.balance = name, index, options, balance
+        self.name = name
+        self.index = index
+        self.options = options
+        self.balance = balance
         self.num_experts, self.hidden_size = config.num_experts, config.hidden_size
         self.top_k = config.num_experts_per_tok
         self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always does, and has no such key

@@ -2,10 +2,10 @@
 
 Suffixes: R routed rows, D hidden, F expert hidden, L local experts, r LoRA rank. `both` [R, 2F] has the gate first.
 
-Two blocks compute the same. `Beside` works on any weights: each low-rank part is a thin GEMM into a tensor as wide as
-the frozen one's, then an addition. `Inside` needs weights with room for r more rows (gate_up) or columns (down), which
-it fills with A and B: then one GEMM gives gate_up x and A x, one gives down h + B (A h), and backward saves the same
-passes over [R, D] tensors. Those passes, not the multiplications, are what LoRA on experts costs.
+Two blocks compute the same. `SeparateLora` works on any weights: each low-rank part is a thin GEMM into a tensor as
+wide as the frozen one's, then an addition. `PackedLora` needs weights with room for r more rows (gate_up) or columns
+(down), which it fills with A and B: then one GEMM gives gate_up x and A x, one gives down h + B (A h), and backward
+saves the same passes over [R, D] tensors. Those passes, not the multiplications, are what LoRA on experts costs.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from moe.recompute import kept
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CallOptions:
     """How one call computes."""
 
     scale: float
@@ -76,11 +76,12 @@ class Gradients:
     weights: list[Tensor | None]
 
 
-class Beside:
+class SeparateLora:
     """Low-rank parts computed beside the frozen ones, or no LoRA at all; weights may train."""
 
-    def __init__(self, plan: Plan, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
-        self.plan, self.gate_up, self.down, self.lora = plan, gate_up, down, tuple(lora)
+    def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
+        self.options, self.lora = options, tuple(lora)
+        self.gate_up, self.down = gate_up, down
         self.two_f = gate_up.shape[1]
 
     def middle(self, x: Tensor, chunk: Chunk, into: Tensor | None = None) -> Middle:
@@ -89,14 +90,14 @@ class Beside:
         if not self.lora:
             both = both if into is None else into.copy_(both)
             return Middle(both=both, thin_x=None, h=_swiglu(both), thin_h=None)
-        thin_x = _out(self._dropped(x, chunk, 0), self.lora[0], chunk).mul_(self.plan.scale)
+        thin_x = _out(self._dropped(x, chunk, 0), self.lora[0], chunk).mul_(self.options.scale)
         both = _sum(_out(thin_x, self.lora[1], chunk), both, into)
         h = _swiglu(both)
         return Middle(both=both, thin_x=thin_x, h=h, thin_h=self.thin_h(h, chunk))
 
     def thin_h(self, h: Tensor, chunk: Chunk) -> Tensor:
         """Return s A h."""
-        return _out(self._dropped(h, chunk, 1), self.lora[2], chunk).mul_(self.plan.scale)
+        return _out(self._dropped(h, chunk, 1), self.lora[2], chunk).mul_(self.options.scale)
 
     def end(self, middle: Middle, chunk: Chunk) -> Tensor:
         """Return y."""
@@ -110,7 +111,7 @@ class Beside:
         grad_h, grad_thin_h = _in(grad, self.down, chunk), None
         if self.lora:
             _, up_b, down_a, down_b = self.lora
-            grad_thin_h = _in(grad, down_b, chunk).mul_(self.plan.scale)
+            grad_thin_h = _in(grad, down_b, chunk).mul_(self.options.scale)
             grad_h = self._dropped(_in(grad_thin_h, down_a, chunk), chunk, 1).add_(grad_h)
         grad_both = torch.empty_like(both)
         h = _swiglu_backward(grad_h, both, grad_both)
@@ -120,7 +121,7 @@ class Beside:
         grads = [grad_gate_up, grad_down]
         grad_x, grad_thin_x = None, None
         if grad_thin_h is not None:
-            grad_thin_x = _in(grad_both, up_b, chunk).mul_(self.plan.scale)
+            grad_thin_x = _in(grad_both, up_b, chunk).mul_(self.options.scale)
             dropped_x, dropped_h = self._dropped(_needed(x), chunk, 0), self._dropped(h, chunk, 1)
             grads += _factor_gradients(
                 (dropped_x, dropped_h), (grad_both, grad), thins, (grad_thin_x, grad_thin_h), chunk
@@ -135,20 +136,21 @@ class Beside:
     def _dropped(self, x: Tensor, chunk: Chunk, side: int) -> Tensor:
         """Apply the dropout mask of one projection: the same in forward, backward and recompute, never kept.
 
-        What is left is not made larger here: `Plan.scale` does it, where it is a number of full precision.
+        What is left is not made larger here: `CallOptions.scale` does it, where it is a number of full precision.
         """
-        if self.plan.dropout == 0.0:
+        if self.options.dropout == 0.0:
             return x
-        keep = 1.0 - self.plan.dropout
-        generator = torch.Generator(x.device).manual_seed(self.plan.dropout_seed + 2 * chunk.index + side)
+        keep = 1.0 - self.options.dropout
+        generator = torch.Generator(x.device).manual_seed(self.options.dropout_seed + 2 * chunk.index + side)
         return torch.empty_like(x).bernoulli_(keep, generator=generator).mul_(x)
 
 
-class Inside:
+class PackedLora:
     """LoRA in the spare rows and columns of frozen weights; without dropout, which would differ between x and A x."""
 
-    def __init__(self, plan: Plan, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
-        self.plan, self.gate_up, self.down, self.lora = plan, gate_up, down, tuple(lora)
+    def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
+        self.options, self.lora = options, tuple(lora)
+        self.gate_up, self.down = gate_up, down
         up_a, up_b, down_a, down_b = lora
         self.two_f, self.f = up_b.shape[1], down_a.shape[2]
         # Filled at each use, as the factors change with every optimizer step; through .data, as autograd would take it
@@ -159,7 +161,7 @@ class Inside:
     def middle(self, x: Tensor, chunk: Chunk, into: Tensor | None = None) -> Middle:
         """Compute up to the SwiGLU; h has its thin activation in the last r columns."""
         wide = _kept_gate_up(x, self.gate_up, chunk)
-        thin_x = wide[:, self.two_f :] * self.plan.scale
+        thin_x = wide[:, self.two_f :] * self.options.scale
         both = _sum(_out(thin_x, self.lora[1], chunk), wide[:, : self.two_f], into)
         del wide
         h = x.new_empty(x.shape[0], self.down.shape[2])
@@ -170,7 +172,7 @@ class Inside:
 
     def thin_h(self, h: Tensor, chunk: Chunk) -> Tensor:
         """Return s A h."""
-        return _out(h, self.lora[2], chunk).mul_(self.plan.scale)
+        return _out(h, self.lora[2], chunk).mul_(self.options.scale)
 
     def end(self, middle: Middle, chunk: Chunk) -> Tensor:
         """Return y."""
@@ -182,14 +184,14 @@ class Inside:
         """Return the gradients that are wanted."""
         _, up_b, down_a, _ = self.lora
         wide = _in(grad, self.down, chunk)
-        grad_thin_h = wide[:, self.f :] * self.plan.scale
+        grad_thin_h = wide[:, self.f :] * self.options.scale
         grad_h = _in(grad_thin_h, down_a, chunk).add_(wide[:, : self.f])
         del wide
         wide = both.new_empty(both.shape[0], self.gate_up.shape[1])
         grad_both = wide[:, : self.two_f]
         h = _swiglu_backward(grad_h, both, grad_both)
         del grad_h
-        grad_thin_x = _in(grad_both, up_b, chunk).mul_(self.plan.scale)
+        grad_thin_x = _in(grad_both, up_b, chunk).mul_(self.options.scale)
         grads = _factor_gradients((_needed(x), h), (grad_both, grad), thins, (grad_thin_x, grad_thin_h), chunk)
         del h
         grad_x = None
@@ -199,9 +201,9 @@ class Inside:
         return Gradients(rows=grad_x, weights=[None, None, *grads])
 
 
-def block(plan: Plan, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> Beside | Inside:
+def block(options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> SeparateLora | PackedLora:
     """Return the block for these weights."""
-    return (Inside if plan.inside else Beside)(plan, gate_up, down, lora)
+    return (PackedLora if options.inside else SeparateLora)(options, gate_up, down, lora)
 
 
 def clear_empty(grad: Tensor, offs: Tensor) -> Tensor:

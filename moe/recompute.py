@@ -166,11 +166,19 @@ class _Pass(AbstractContextManager[None]):
     """One pass over a checkpointed region; both passes share the store, which dies with the region's graph."""
 
     def __init__(
-        self, names: frozenset[str], unread: frozenset[str], store: dict[str, deque[Any]], *, again: bool,
+        self,
+        names: frozenset[str],
+        unread: frozenset[str],
+        store: dict[str, deque[Any]],
+        *,
+        again: bool,
         host_from_bytes: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.host_from_bytes = host_from_bytes
-        self.names, self.unread, self.store, self.again = names, unread, store, again
+        self.names = names
+        self.unread = unread
+        self.store = store
+        self.again = again
         self.outer: _Pass | None = None
 
     def first_value(self, name: str, value: T) -> T:

@@ -52,7 +52,9 @@ class Router(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.options, self.seed = name, options, seed
+        self.name = name
+        self.options = options
+        self.seed = seed
         self.is_adapted = True  # False scores as the base does, for comparison
         trained = options.mode == "full"
         weight_dtype = torch.float32 if options.float32 and not trained else dtype

@@ -27,7 +27,7 @@ from finetune.model.forward import PackedModel
 from finetune.model.lora import with_adapters
 from finetune.model.recompute import set_recompute
 from finetune.model.varlen import register
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import start_distributed
 
 CASES = {
@@ -78,7 +78,7 @@ def _counted(step: Step, batch: Batch) -> tuple[dict[str, int], Tensor]:
 def _ours(base: Path) -> Step:
     register()
     empty = build(base, with_adapters(ADAPTERS, ModelOptions(dtype=torch.float32, attention="varlen")))
-    load(empty, open_base(base, empty.expected), start=open_adapter(base.parent / "start"))
+    load_weights(empty, open_base(base, empty.expected), start=open_adapter(base.parent / "start"))
     set_recompute(empty.module, "layer")
     packed = PackedModel(empty.module, spec=read_spec(base)).train()
     with SecondDevice():

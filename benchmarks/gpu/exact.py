@@ -24,7 +24,7 @@ from finetune.files.hubconfig import read_family
 from finetune.files.tiny import write_tiny
 from finetune.model.build import build
 from finetune.model.forward import PackedModel
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import engine_device, start_distributed
 from finetune.settings.recipes import load_recipe
 from finetune.training.setup import make_balance, model_options, save_memory
@@ -147,7 +147,7 @@ def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Ten
     balance = make_balance(config, family, device)
     assert balance is not None
     empty = build(base, model_options(config, family, device, print), balance=balance)
-    load(empty, open_base(base, empty.expected))
+    load_weights(empty, open_base(base, empty.expected))
     _fill_factors(empty.module)
     model = PackedModel(empty.module, spec=read_spec(base))
     save_memory(model, config)

@@ -24,7 +24,7 @@ from finetune.architecture.families import Family
 from finetune.files.hubconfig import read_family
 from finetune.model.build import build
 from finetune.model.recompute import set_recompute
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.planner.activations import Recompute, Rows
 from finetune.planner.gpus import Gpu, gpu_like
 from finetune.planner.layer import decoder_layer
@@ -69,7 +69,7 @@ def _side(base: Path, tokens: int, recompute: Recompute) -> Side:
     assert balance is not None
     empty = build(base, model_options(config, family, device, print), balance=balance)
     files = drawn_base(base, empty.expected, device)
-    load(empty, files)
+    load_weights(empty, files)
     set_recompute(empty.module, recompute)
     empty.module.train()
     text: Any = empty.module.get_submodule("model.language_model")

@@ -22,7 +22,7 @@ from finetune.files.hubconfig import read_family
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel
 from finetune.model.forward import PackedModel
-from finetune.model.weights import load, rebuild_tables
+from finetune.model.weights import load_weights, rebuild_tables
 from finetune.ranks.engine import engine_config, engine_device, initialize
 from finetune.training.setup import engine_options, make_balance, model_options, save_memory
 from finetune.training.update import take_step
@@ -47,7 +47,7 @@ def ours(base: Path, config: RunConfig, *, start: Path | None = None) -> Trainer
     empty: EmptyModel = build(base, model_options(config, family, device, print), balance=balance)
     options = engine_options(config)
     files = drawn_base(base, empty.expected, device)
-    load(empty, files, engine_config=engine_config(options), start=open_adapter(start) if start else None)
+    load_weights(empty, files, engine_config=engine_config(options), start=open_adapter(start) if start else None)
     files.last.clear()
     packed = PackedModel(empty.module, spec=read_spec(base), normalise=config.loss.normalise)
     print(save_memory(packed, config))

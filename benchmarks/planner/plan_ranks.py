@@ -24,7 +24,7 @@ from finetune.model.build import build
 from finetune.model.forward import PackedModel
 from finetune.model.sequence import sequence_groups
 from finetune.model.sequence_attention import use_sequence
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.engine import backward, engine_config, engine_device, initialize, start_distributed
 from finetune.training.setup import engine_options, make_balance, model_options, save_memory, share_rows
@@ -125,7 +125,7 @@ def _start(base: Path, case: Case) -> tuple[Any, Any]:
         prefetch_elements=None if case.reuse else 0,
         extra={"zero_optimization": {"stage3_max_reuse_distance": case.reuse, "sub_group_size": case.sub_group}},
     )
-    load(empty, open_base(base, empty.expected), engine_config=engine_config(options))
+    load_weights(empty, open_base(base, empty.expected), engine_config=engine_config(options))
     packed = PackedModel(empty.module, spec=read_spec(base))
     save_memory(packed, config)
     engine = initialize(packed, options)

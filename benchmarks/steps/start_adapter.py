@@ -11,7 +11,7 @@ from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
 from finetune.model.lora import with_adapters
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 
 ADAPTERS = AdaptersConfig(
     attention=DenseFamilyConfig(mode="lora", r=8, alpha=16.0), experts=ExpertFamilyConfig(mode="lora", r=8, alpha=16.0)
@@ -22,7 +22,7 @@ def start_adapter(base: Path) -> None:
     """Write it into the folder `start` beside the base's."""
     assert dist.get_world_size() == 1
     empty = build(base, with_adapters(ADAPTERS, ModelOptions(dtype=torch.float32)))
-    load(empty, open_base(base, empty.expected))
+    load_weights(empty, open_base(base, empty.expected))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name in empty.trained:

@@ -25,7 +25,7 @@ from finetune.model.build import build
 from finetune.model.forward import PackedModel
 from finetune.model.lora import with_adapters
 from finetune.model.recompute import set_recompute
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import EngineOptions, engine_config, engine_device, initialize, start_distributed
 from finetune.training.setup import make_balance, model_options
 from finetune.training.update import take_step
@@ -81,7 +81,7 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
     empty = build(base, with_adapters(ADAPTERS, options), balance=balance)
     engine_options = EngineOptions(dtype="float32", lr=LR, clip_norm=CLIP)
     files = open_base(base, empty.expected)
-    load(empty, files, engine_config=engine_config(engine_options), start=open_adapter(base.parent / "start"))
+    load_weights(empty, files, engine_config=engine_config(engine_options), start=open_adapter(base.parent / "start"))
     set_recompute(empty.module, recompute)
     engine = initialize(PackedModel(empty.module, spec=read_spec(base)), engine_options)
     engine.train()

@@ -21,7 +21,7 @@ from finetune.checkpoint.slices import Slice, slices
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import EngineOptions, engine_config, initialize, start_distributed
 from moe.parallel import LayerOptions
 
@@ -41,7 +41,7 @@ def main() -> None:
     layer = LayerOptions(experts="full", resident=True)
     empty = build(args.folder, ModelOptions(ep_size=2, layer=layer, dtype=torch.float32))
     files = open_base(args.folder, empty.expected)
-    load(empty, files, engine_config=engine_config(options))
+    load_weights(empty, files, engine_config=engine_config(options))
     engine = initialize(empty.module, options)
     beside = args.out.parent
     made = {

@@ -19,7 +19,7 @@ from finetune.architecture.shapes import is_expert_stack
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import EngineOptions, engine_config, start_distributed
 from moe.parallel import LayerOptions
 
@@ -67,7 +67,7 @@ def _load(args: argparse.Namespace, config: dict[str, Any], results: dict[str, A
         return model
     layer = LayerOptions(resident=args.resident)
     empty = build(args.folder, ModelOptions(ep_size=args.ep, layer=layer, resident=args.resident, dtype=torch.float32))
-    report = load(empty, open_base(args.folder, empty.expected), engine_config=config)
+    report = load_weights(empty, open_base(args.folder, empty.expected), engine_config=config)
     largest = max(prod(shape) // (args.ep if is_expert_stack(name) else 1) for name, shape in empty.expected.items())
     results |= {"read": report.bytes_read, "held": report.bytes_held, "largest": 4 * largest}
     return empty.module

@@ -24,7 +24,7 @@ from finetune.files.hubconfig import read_family
 from finetune.files.hubfiles import stop_tokens
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
-from finetune.model.weights import base_slots, load
+from finetune.model.weights import base_slots, load_weights
 from finetune.ranks.device import open_device
 from moe.experts import ExpertLora as Lora
 from moe.parallel import LayerOptions
@@ -61,7 +61,7 @@ def open_speaker(
         require_same_base(source.folder, source.metadata, files)
     if foreign is not None:
         foreign.check_copies(files)
-    load(empty, files, start=ours)
+    load_weights(empty, files, start=ours)
     if foreign is not None:
         _add(empty, foreign)
     has_tower = getattr(empty.module.model, "visual", None) is not None

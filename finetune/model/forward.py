@@ -23,8 +23,7 @@ from finetune.model.recompute import offloaded
 from finetune.model.row import Coming, Row, lay_out
 from finetune.model.sequence import SequenceGroup
 from finetune.model.sequence_vision import deliver
-from finetune.model.sight import Look, Sight
-from finetune.model.tower import embed_flat
+from finetune.model.sight import Look, Sight, embed_flat
 from finetune.model.varlen import attend_at_once
 
 Measure = Callable[["PackedModel", Row], Any]
@@ -41,8 +40,12 @@ class PackedModel(nn.Module):
     model: Any
 
     def __init__(
-        self, model: nn.Module, *, spec: VisionSpec | None, normalise: Normalise = "token",
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        *,
+        spec: VisionSpec | None,
+        normalise: Normalise = "token",
+    ) -> None:
         super().__init__()
         tower = getattr(model.model, "visual", None)
         if (tower is None) != (spec is None):
@@ -50,7 +53,9 @@ class PackedModel(nn.Module):
             raise ValueError(f"the model {has}, but spec is {spec}: read_spec(base folder) gives a tower's, else None")
         tile_head(model)
         join_nodes(model)
-        self.model, self.spec, self.normalise = model, spec, normalise
+        self.model = model
+        self.spec = spec
+        self.normalise = normalise
         self.sight: Sight | None = None
         if spec is not None:
             attend_at_once(tower)

@@ -16,7 +16,7 @@ from finetune.ranks.engine import gathered
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def save(empty: EmptyModel, folder: Path, base: Path) -> None:
+def save_model(empty: EmptyModel, folder: Path, base: Path) -> None:
     """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
 
     One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the

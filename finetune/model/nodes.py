@@ -98,9 +98,12 @@ class Attention(nn.Module):
     """transformers' class of this module."""
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
         **others: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Return what attention makes of the hidden states; what is not of training is transformers' own."""
         this: Any = self  # with the attributes of transformers' class
         norms = (this.q_norm, this.k_norm)
@@ -116,9 +119,15 @@ class Attention(nn.Module):
         weights = (norm.weight for norm in norms)
         q, k = _Turned.apply(q, k, *weights, *position_embeddings, norms[0].variance_epsilon)  # type: ignore[no-untyped-call]
         out, scores = attend(
-            this, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask, scaling=this.scaling,
-            dropout=this.attention_dropout if this.training else 0.0, **others,
-        )  # fmt: skip
+            this,
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attention_mask,
+            scaling=this.scaling,
+            dropout=this.attention_dropout if this.training else 0.0,
+            **others,
+        )
         return this.o_proj(out.reshape(*shape[:-2], -1).contiguous()), scores
 
 

@@ -54,7 +54,7 @@ class Slot:
         return owner.local_experts if isinstance(owner, GroupedExperts) else None
 
 
-def load(
+def load_weights(
     empty: EmptyModel,
     files: BaseFiles,
     *,

@@ -10,7 +10,7 @@ from finetune.checkpoint.adapter import FOLDER
 from finetune.checkpoint.folder import best_checkpoint
 from finetune.checkpoint.manifest import read_manifest
 from finetune.model.empty import EmptyModel
-from finetune.model.gather import save
+from finetune.model.gather import save_model
 from finetune.model.lora import trainable_table
 from finetune.ranks.collectives import barrier, rank_and_world
 from finetune.training.track import Tracker
@@ -48,5 +48,5 @@ def write_learned(
         for line in write_adapter(empty, result, base=provenance.base_name, provenance=provenance, extra=last_step):
             say(f"warning: {line}")
     else:
-        save(empty, result, provenance.base.folder)
+        save_model(empty, result, provenance.base.folder)
     say(f"{result.name}: {result}")

@@ -31,7 +31,7 @@ from finetune.model.sequence import SequenceGroup, sequence_groups
 from finetune.model.sequence_attention import use_sequence
 from finetune.model.tiled_norm import tile_norms
 from finetune.model.varlen import machine, register
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.planner.foresight import Foresight, resident_here
 from finetune.ranks.collectives import barrier, rank_and_world
 from finetune.ranks.engine import EngineOptions, engine_config, engine_device, initialize
@@ -123,7 +123,7 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run
     watch.stage("weights and engine")
     base_files = open_base(base_folder, empty.expected, layout=config.model.layout)
     start = open_adapter(Path(config.adapters.start_from)) if config.adapters.start_from else None
-    loaded = load(empty, base_files, engine_config=engine_config(engine_options(config)), start=start)
+    loaded = load_weights(empty, base_files, engine_config=engine_config(engine_options(config)), start=start)
     say(f"loaded: rank 0 read {loaded.bytes_read:,} bytes and keeps {loaded.bytes_held:,}")
     foresight = Foresight(config, base, folder, say=say)
     foresight.weights(loaded.bytes_held)

@@ -28,7 +28,7 @@ from finetune.files.basefiles import open_base
 from finetune.files.fingerprint import fingerprint
 from finetune.model.empty import EmptyModel
 from finetune.model.lora import trainable_table
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from moe.experts import ExpertLora
 
 
@@ -60,7 +60,7 @@ def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> li
         options = EngineOptions(dtype="float32", lr=1e-3, eps=1e-4, micro_batches_per_step=4 // world)
         start = open_adapter(case["start"]) if "start" in case else None
         files = open_base(base, empty.expected)
-        load(empty, files, engine_config=engine_config(options), start=start)
+        load_weights(empty, files, engine_config=engine_config(options), start=start)
         origin = Provenance(base=files, base_name=str(base), config={"run": {"seed": 3}, "parallel": {"ep": world}})
         try:
             warned = write_adapter(empty, out / case["name"] / "before", base=str(base), provenance=origin)

@@ -20,7 +20,7 @@ from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
 from finetune.model.lora import with_adapters
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) -> None:
     empty = made(base, WIDE)
-    load(empty, open_base(base, empty.expected))
+    load_weights(empty, open_base(base, empty.expected))
     trained = list(trained_tensors(empty))
     pieces = [
         (tensor, first, rows[: len(rows) // 2] if tensor.is_packed else rows)
@@ -58,7 +58,7 @@ def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(tmp_path)
     empty = made(tmp_path, config)
-    load(empty, open_base(tmp_path, empty.expected))
+    load_weights(empty, open_base(tmp_path, empty.expected))
     with torch.no_grad():
         for name in empty.trained:
             parameter = empty.module.get_parameter(name)
@@ -78,7 +78,7 @@ def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
 def test_bfloat16_stays_bfloat16(base: Path, tmp_path: Path) -> None:
     config = replace(WIDE, experts=ExpertFamilyConfig(mode="lora", r=8))
     empty = build(base, with_adapters(config, ModelOptions()))
-    load(empty, open_base(base, empty.expected))
+    load_weights(empty, open_base(base, empty.expected))
     write_adapter(empty, tmp_path / "adapter", base="")
     assert {tensor.dtype for tensor in tensors(tmp_path / "adapter").values()} == {torch.bfloat16}
 
@@ -90,7 +90,7 @@ def test_a_full_disk_is_known_before_the_first_tensor(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     empty = made(base, WIDE)
-    load(empty, open_base(base, empty.expected))
+    load_weights(empty, open_base(base, empty.expected))
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"the disk that holds .* is full"):
         write_adapter(empty, tmp_path / "out", base="")

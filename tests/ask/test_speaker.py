@@ -27,7 +27,7 @@ from finetune.ask.speaker import Sampling, Speaker
 from finetune.config import RouterFamilyConfig, RunConfig
 from finetune.files.basefiles import open_base
 from finetune.files.tiny import TinyModel, write_tiny
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from launchers.arguments import load_speaker
 from launchers.ask import question
 from launchers.cli import main
@@ -134,7 +134,7 @@ def test_log_probabilities_are_those_of_a_whole_forward():
 def trained(folder: Path, adapters, config=None) -> Path:
     """An adapter as training would write it, its values drawn."""
     empty, files = made(base(), adapters), open_base(base())
-    load(empty, open_base(base(), empty.expected, layout="auto"))
+    load_weights(empty, open_base(base(), empty.expected, layout="auto"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in empty.module.named_parameters():

@@ -28,7 +28,7 @@ from finetune.checkpoint.stored import checked
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import (
     EngineOptions,
     backward,
@@ -119,7 +119,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     empty = build(base, ModelOptions(ep_size=job.ep, layer=layer, train=train, resident=job.resident, dtype=dtype))
     options = EngineOptions(dtype=job.dtype, lr=1e-3, eps=1e-6, clip_norm=0.05, weight_decay=0.1)
     files = open_base(base, empty.expected)
-    load(empty, files, engine_config=engine_config(options))
+    load_weights(empty, files, engine_config=engine_config(options))
     engine = initialize(empty.module, options)
     engine.train()
     provenance = Provenance(base=files, base_name="base")

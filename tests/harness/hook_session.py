@@ -22,7 +22,7 @@ from finetune.model.forward import PackedModel
 from finetune.model.lora import adapters_off
 from finetune.model.loss import row_losses
 from finetune.model.row import Row
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import (
     EngineOptions,
     backward,
@@ -134,7 +134,7 @@ def _start(base: Path, case: Case, job: Job) -> Any:
     config = case.config(f"model.path={base}")
     options = OPTIONS if job.threshold is None else replace(OPTIONS, persistence_threshold=job.threshold)
     empty = build(base, model_options(config, read_family(base), engine_device(), lambda _: None))
-    load(empty, open_base(base, empty.expected), engine_config=engine_config(options))
+    load_weights(empty, open_base(base, empty.expected), engine_config=engine_config(options))
     packed = PackedModel(empty.module, spec=read_spec(base))
     save_memory(packed, config)
     if job.stock:

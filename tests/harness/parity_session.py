@@ -26,7 +26,7 @@ from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
 from finetune.model.lora import with_adapters
-from finetune.model.weights import load as load_weights
+from finetune.model.weights import load_weights
 from finetune.ranks.engine import gathered
 from finetune.settings.recipes import load_recipe
 from finetune.settings.stages import run_stages

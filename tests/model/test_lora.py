@@ -27,7 +27,7 @@ from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.lora import inject, pattern, table_lines, trainable_table, with_adapters
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.settings.check_adapters import adapter_problems
 from finetune.settings.checks import cross_check
 from moe.config import MoeConfig
@@ -63,7 +63,7 @@ def test_b_of_zero_gives_the_bases_logits_exactly(folders: dict[str, Path], base
     found = []
     for config in (OFF, lora):
         empty = made(folders[base], config)
-        load(empty, open_base(folders[base], empty.expected))
+        load_weights(empty, open_base(folders[base], empty.expected))
         with torch.no_grad():
             found.append(empty.module.eval()(**media_batch(slice(0, 2)), use_cache=False).logits)
     assert torch.equal(*found)
@@ -100,7 +100,7 @@ def test_targets_are_full_paths_and_have_their_familys_numbers(folders: dict[str
 def test_start_values_follow_seed_and_name(folders: dict[str, Path]) -> None:
     def factors(seed: int) -> dict[str, torch.Tensor]:
         empty = made(folders["moe"], EVERY_LORA, layer=LayerOptions(seed=seed))
-        load(empty, open_base(folders["moe"], empty.expected))
+        load_weights(empty, open_base(folders["moe"], empty.expected))
         return {name: p.detach() for name, p in empty.module.named_parameters() if "lora_A" in name}
 
     one, same, other = factors(1), factors(1), factors(2)

@@ -17,8 +17,8 @@ from finetune.files.basefiles import open_base
 from finetune.files.layouts import single_expert
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
-from finetune.model.gather import save
-from finetune.model.weights import check_rows, load
+from finetune.model.gather import save_model
+from finetune.model.weights import check_rows, load_weights
 from moe.experts import ExpertLora
 from moe.parallel import LayerOptions
 from moe.router import RouterOptions
@@ -64,7 +64,7 @@ def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) 
         empty = build(folder, options)
         files = open_base(folder, empty.expected)
         engine_options = EngineOptions(dtype="float32", micro_batches_per_step=ROWS // world, clip_norm=0.0)
-        report = load(empty, files, engine_config=engine_config(engine_options))
+        report = load_weights(empty, files, engine_config=engine_config(engine_options))
         own = [b for n, b in empty.module.named_buffers() if "inv_freq" in n or "base_weight" in n]
         tables = sum(buffer.numel() * buffer.element_size() for buffer in own)
         held = report.bytes_held - tables
@@ -132,7 +132,7 @@ def tune_and_write(rank: int, world: int, base: Path, out: Path, ep: int) -> Ten
     options = ModelOptions(ep_size=ep, layer=_full(), train=EVERYTHING, resident=False, dtype=torch.float32)
     empty = build(base, options)
     engine_options = EngineOptions(dtype="float32", lr=1e-2)
-    load(empty, open_base(base, empty.expected), engine_config=engine_config(engine_options))
+    load_weights(empty, open_base(base, empty.expected), engine_config=engine_config(engine_options))
     engine = initialize(empty.module, engine_options)
     data = media_batch(slice(rank, rank + 1))
     for _ in range(3):
@@ -142,7 +142,7 @@ def tune_and_write(rank: int, world: int, base: Path, out: Path, ep: int) -> Ten
     engine.eval()
     with torch.no_grad():
         logits = engine(**media_batch(slice(0, 1)), use_cache=False).logits
-    save(empty, out, base)
+    save_model(empty, out, base)
     return logits
 
 
@@ -171,8 +171,8 @@ def write_untouched(rank: int, world: int, base: Path, out: Path) -> None:
 
     start_distributed()
     empty = build(base, ModelOptions(ep_size=2, layer=LayerOptions(resident=True), dtype=torch.float32))
-    load(empty, open_base(base, empty.expected), engine_config=engine_config(EngineOptions(dtype="float32")))
-    save(empty, out, base)
+    load_weights(empty, open_base(base, empty.expected), engine_config=engine_config(EngineOptions(dtype="float32")))
+    save_model(empty, out, base)
 
 
 def test_what_was_not_trained_is_written_as_it_was_read(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_text_only_moe_loads_from_either_of_its_layouts(tmp_path: Path, layout
     model.config.save_pretrained(tmp_path)
     empty = build(tmp_path, ModelOptions(dtype=torch.float32))
     files = open_base(tmp_path, empty.expected)
-    report = load(empty, files)
+    report = load_weights(empty, files)
     assert (files.layout, report.bytes_read) == (layout, sum(t.numel() * 4 for t in tensors.values()))
     ids = torch.randint(0, 160, (2, 11), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_a_text_only_moe_loads_from_either_of_its_layouts(tmp_path: Path, layout
 
 def test_rotary_tables_stay_float32_and_weights_get_the_models_type(folders: dict[str, Path]) -> None:
     empty = build(folders["moe"], ModelOptions(dtype=torch.bfloat16))
-    load(empty, open_base(folders["moe"], empty.expected))
+    load_weights(empty, open_base(folders["moe"], empty.expected))
     kinds = {name: buffer.dtype for name, buffer in empty.module.named_buffers()}
     tables = {name for name in kinds if name.endswith("inv_freq")}
     assert len(tables) == 4
@@ -219,7 +219,7 @@ def test_rotary_tables_stay_float32_and_weights_get_the_models_type(folders: dic
 def test_a_wrong_word_about_the_layout_is_caught_by_the_rows(folders: dict[str, Path]) -> None:
     empty = build(folders["moe"], ModelOptions(dtype=torch.float32))
     files = open_base(folders["moe"], empty.expected)
-    load(empty, files)
+    load_weights(empty, files)
     check_rows(empty, files)
     with torch.no_grad():
         empty.module.model.language_model.layers[-1].mlp.experts.down[-1, -1, 3] += 1e-3
@@ -237,7 +237,7 @@ def meets_a_damaged_file(rank: int, world: int, folder: Path) -> None:
     if rank == 0:
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:200_000])
     torch.distributed.barrier()
-    load(empty, files, engine_config=engine_config(EngineOptions(dtype="float32")))
+    load_weights(empty, files, engine_config=engine_config(EngineOptions(dtype="float32")))
 
 
 def test_a_file_cut_off_while_it_is_read_ends_all_ranks_with_its_name(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_tied_head_is_absent_and_stays_tied(tmp_path: Path) -> None:
     base = write_base(dense_model(tied=True), tmp_path / "tied")
     for resident in (True, False):
         empty = build(base, ModelOptions(dtype=torch.float32, resident=resident))
-        load(empty, open_base(base, empty.expected))
+        load_weights(empty, open_base(base, empty.expected))
         reference = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
         data = media_batch(slice(0, 2))
         with torch.no_grad():
