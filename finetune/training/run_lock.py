@@ -1,0 +1,55 @@
+"""One start at a time works in a run's folder: rank 0 holds `lock.json` there, and the other ranks wait for it."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from data.prepare.folder_lock import Holder, process_start, read_holder, take, this_process
+
+LOCK = "lock.json"
+LOOK_S = 0.1
+WAIT_S = 600.0
+"""How long ranks wait for rank 0 to take the lock. If it cannot, it ends at once, and the launcher ends the others."""
+
+
+def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) -> Holder:
+    """Hold the run's folder, before anything is written there; every rank must call this, and rank 0 takes the lock."""
+    mine = this_process(launch=launch_id(os.environ, os.getppid()), meeting=meeting(os.environ))
+    if int(os.environ.get("RANK", "0")) == 0:
+        take(
+            folder / LOCK, mine, limit=stall_seconds, last_sign=lambda: _last_heartbeat(folder), say=say,
+            cure="set another run.name",
+        )  # fmt: skip
+        return mine
+    deadline = time.monotonic() + WAIT_S
+    while (holder := read_holder(folder / LOCK)) is None or holder.meeting != mine.meeting:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank 0 of this start did not take {folder / LOCK} within {WAIT_S:g} s. Every rank must see the same "
+                f"runs/ folder: start all of them in one shared working folder"
+            )
+        time.sleep(LOOK_S)
+    return mine
+
+
+def launch_id(environment: Mapping[str, str], parent: int) -> str:
+    """Return what all restarts of one start have in common, and no other start has."""
+    if job := environment.get("SLURM_JOB_ID"):
+        return f"Slurm job {job}"
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
+    if run_id not in ("", "none"):  # torchrun's default is the same for every start
+        return f"torchrun {run_id}"
+    if "RANK" in environment:  # the launcher; a rank that a user started alone has the user's shell as its parent
+        return f"launcher {parent}.{process_start(parent)}"
+    return ""
+
+
+def meeting(environment: Mapping[str, str]) -> str:
+    """Return what the ranks of one start have in common, and of a restart have not."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return " ".join(environment.get(name, "-") for name in names)
+
+
+def _last_heartbeat(folder: Path) -> float:
+    return max((path.stat().st_mtime for path in (folder / "logs").glob("rank-*.json")), default=0.0)

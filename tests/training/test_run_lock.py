@@ -1,0 +1,165 @@
+"""Who may work in a run's folder: one start at a time, its restarts on any host, and whoever comes after a dead one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.prepare.folder_lock import Holder, process_start, read_holder, release, take, this_process
+from finetune.training.run_lock import LOCK, launch_id, meeting, take_run
+
+ELSEWHERE = {"host": "another-machine"}
+
+
+def alive() -> Holder:
+    """A process of this machine that is not this one, and lives."""
+    return replace(this_process("launch 1"), pid=os.getppid(), started=process_start(os.getppid()))
+
+
+def dead() -> Holder:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return replace(this_process("launch 1"), pid=done.pid)
+
+
+def write(folder: Path, holder: Holder, *, silence: float = 0.0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    path.write_text(json.dumps(vars(holder)))
+    then = time.time() - silence
+    os.utime(path, (then, then))
+    return path
+
+
+def start(
+    folder: Path, launch: str = "launch 2", *, limit: float = 60.0, last_sign: float = 0.0
+) -> tuple[Holder, list[str]]:
+    mine, lines = this_process(launch), []
+    take(folder / LOCK, mine, limit=limit, last_sign=lambda: last_sign, say=lines.append, cure="set another run.name")
+    assert read_holder(folder / LOCK) == mine
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+    return mine, lines
+
+
+def test_the_first_start_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    mine, lines = start(tmp_path / "run")
+    assert lines == []
+    release(tmp_path / "run" / LOCK, replace(mine, pid=1))  # another's is left alone
+    assert (tmp_path / "run" / LOCK).exists()
+    release(tmp_path / "run" / LOCK, mine)
+    release(tmp_path / "run" / LOCK, mine)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("launch", ["launch 1", "launch 2"])
+def test_a_living_process_of_this_host_keeps_its_folder(tmp_path: Path, launch: str) -> None:
+    holder = alive()
+    write(tmp_path, holder, silence=1e6)
+    words = (
+        rf"{tmp_path} is in use by process {holder.pid} on {holder.host}, since .* Wait for it to end, or set another"
+    )
+    with pytest.raises(ValueError, match=words):
+        start(tmp_path, launch)
+    assert read_holder(tmp_path / LOCK) == holder
+
+
+def test_a_process_that_ended_is_replaced_and_named(tmp_path: Path) -> None:
+    holder = dead()
+    write(tmp_path, holder)
+    _, (line,) = start(tmp_path)
+    assert line == f"took over {tmp_path} from {holder}: that process has ended"
+
+
+@pytest.mark.parametrize("other", [{"started": 1}, {"boot": "before", "namespace": "pid:[1]"}])
+def test_a_number_that_another_process_has_now_keeps_nothing(tmp_path: Path, other: dict) -> None:
+    write(tmp_path, replace(alive(), **other))
+    _, (line,) = start(tmp_path)
+    assert "that process has ended" in line
+
+
+@pytest.mark.parametrize("other", [ELSEWHERE, {"namespace": "pid:[1]"}], ids=["another host", "another container"])
+def test_what_cannot_be_seen_lives_until_it_was_silent_for_the_limit(tmp_path: Path, other: dict) -> None:
+    holder = replace(dead(), **other)
+    path = write(tmp_path, holder, silence=100)
+    with pytest.raises(ValueError, match="is in use by"):
+        start(tmp_path, limit=120)
+    with pytest.raises(ValueError, match="is in use by"):
+        start(tmp_path, limit=60, last_sign=path.stat().st_mtime + 90)
+    with pytest.raises(ValueError, match="is in use by"):
+        start(tmp_path, limit=0)
+    _, (line,) = start(tmp_path, limit=60)
+    assert "nothing was written there for 100 s, and the limit is 60 s" in line
+
+
+@pytest.mark.parametrize("other", [{}, ELSEWHERE], ids=["this host", "another host"])
+def test_a_restart_of_one_launch_goes_on_without_a_word(tmp_path: Path, other: dict) -> None:
+    write(tmp_path, replace(dead(), **other))
+    assert start(tmp_path, "launch 1")[1] == []
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"pid": "1"}'])
+def test_a_file_that_is_no_lock_is_not_removed(tmp_path: Path, text: str) -> None:
+    (tmp_path / LOCK).write_text(text)
+    with pytest.raises(ValueError, match="is not a lock that moetune wrote. Remove it if nothing uses that folder"):
+        start(tmp_path)
+    assert (tmp_path / LOCK).read_text() == text
+
+
+def test_of_many_that_take_over_at_once_one_holds_it(tmp_path: Path) -> None:
+    write(tmp_path, dead())
+    program = (
+        "import sys, time; from pathlib import Path; from data.prepare.folder_lock import *\n"
+        "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
+        "try: take(Path(sys.argv[1]), this_process(), limit=60, last_sign=lambda: 0.0, say=str, cure='no')\n"
+        "except ValueError: sys.exit(2)\n"
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / LOCK), str(time.time() + 1.5)]
+    starts = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(6)]
+    held = lambda: sum(start.poll() is None for start in starts)  # noqa: E731
+    while held() > 1:
+        time.sleep(0.05)
+    assert held() == 1
+    codes = [start.communicate(b"")[0] or start.returncode for start in starts]
+    assert sorted(codes) == [0, 2, 2, 2, 2, 2]
+
+
+def test_a_launch_is_known_by_its_job_its_run_or_the_process_that_started_the_ranks() -> None:
+    run = {"TORCHELASTIC_RUN_ID": "3f2a", "RANK": "0"}
+    assert launch_id({**run, "SLURM_JOB_ID": "77"}, 1) == "Slurm job 77"
+    assert launch_id(run, 1) == "torchrun 3f2a"
+    parent = os.getppid()
+    assert launch_id({**run, "TORCHELASTIC_RUN_ID": "none"}, parent) == f"launcher {parent}.{process_start(parent)}"
+    assert launch_id({}, parent) == ""  # the shell's
+
+
+def test_the_other_ranks_write_nothing_before_rank_0_holds_the_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("finetune.training.run_lock.WAIT_S", 0.2)
+    settings = {"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    earlier = replace(alive(), meeting=meeting({**settings, "MASTER_PORT": "2"}))
+    for begin in (lambda: None, lambda: write(tmp_path, earlier)):
+        begin()
+        with pytest.raises(ValueError, match="rank 0 of this start did not take .*lock.json within 0.2 s"):
+            take_run(tmp_path, stall_seconds=60, say=print)
+    (tmp_path / LOCK).unlink()
+    monkeypatch.setenv("RANK", "0")
+    held = take_run(tmp_path, stall_seconds=60, say=print)
+    monkeypatch.setenv("RANK", "1")
+    assert take_run(tmp_path, stall_seconds=60, say=print).meeting == held.meeting
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_heartbeat_keeps_the_folder_of_another_host(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    write(tmp_path, replace(dead(), **ELSEWHERE), silence=1000)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-0003.json").write_text("{}")
+    with pytest.raises(ValueError, match="is in use by .* another-machine"):
+        take_run(tmp_path, stall_seconds=60, say=print)
