@@ -18,9 +18,13 @@ def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) 
     mine = this_process(launch=launch_id(os.environ, os.getppid()), meeting=meeting(os.environ))
     if int(os.environ.get("RANK", "0")) == 0:
         take(
-            folder / LOCK, mine, limit=stall_seconds, last_sign=lambda: _last_heartbeat(folder), say=say,
+            folder / LOCK,
+            mine,
+            limit=stall_seconds,
+            last_sign=lambda: _last_heartbeat(folder),
+            say=say,
             cure="set another run.name",
-        )  # fmt: skip
+        )
         return mine
     deadline = time.monotonic() + WAIT_S
     while (holder := read_holder(folder / LOCK)) is None or holder.meeting != mine.meeting:
