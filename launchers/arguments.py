@@ -1,4 +1,4 @@
-"""Arguments of commands that load a model to ask it: what on which base, where, with which data settings."""
+"""Arguments that several commands have: the model to ask, the server to ask, counts."""
 
 import argparse
 import os
@@ -13,35 +13,43 @@ if TYPE_CHECKING:
     from finetune.ask.speaker import Speaker
     from finetune.config import RunConfig
 
-_SEEN = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
-"""What of a configuration decides an answer, by section."""
+_DECISIVE = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
+"""The keys that decide an answer, by section."""
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare them; the model itself is the command's own."""
+    """Declare the arguments of a command that loads a model to ask it; the model is the command's own argument."""
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter on top of the model")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): a GPU when there is one")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
         help="of weights and arithmetic; auto (default): float32 on a CPU, bfloat16 on a GPU",
-    )  # fmt: skip
+    )
     parser.add_argument("--layout", default="auto", help="how the files hold experts: auto, hub, memory, per_expert")
     parser.add_argument(
-        "--config", default="", metavar="CONFIG",
+        "--config",
+        default="",
+        metavar="CONFIG",
         help="recipe for data.image, data.video, data.chat and context; an adapter brings its own",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--set", action="append", default=[], dest="settings", metavar="KEY=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="KEY=VALUE",
         help="one of those settings: --set data.image.max_tokens=1024",
-    )  # fmt: skip
+    )
     parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
 
 
-def asked_config(args: argparse.Namespace) -> "RunConfig":
-    """How images, videos and conversations become tokens: as the adapter was trained, the recipe and --set above it."""
+def answer_config(args: argparse.Namespace) -> "RunConfig":
+    """Return how images, videos and chats become tokens: as the adapter was trained, the recipe and --set above it."""
     from finetune.settings.recipes import load_recipe
 
-    allowed = [f"{section}.{key}" for section, keys in _SEEN.items() for key in keys]
+    allowed = [f"{section}.{key}" for section, keys in _DECISIVE.items() for key in keys]
     for word in args.settings:
         if not word.startswith(tuple(allowed)):
             raise ValueError(f"--set {word} would change nothing here; what counts is {', '.join(allowed)}")
@@ -52,42 +60,48 @@ def asked_config(args: argparse.Namespace) -> "RunConfig":
 
 
 def _trained_with(adapter: Path | None) -> tuple[dict[str, Any], str] | None:
-    """The settings that an adapter of ours was trained with, from its metadata."""
+    """Return the settings that an adapter of ours was trained with, from its metadata."""
     if adapter is None or not (adapter / "adapter_model.safetensors").is_file():
         return None
     from finetune.adapters.provenance import recorded
     from finetune.files.tensorfile import read_header
 
     config = recorded(read_header(adapter / "adapter_model.safetensors")[1], "moetune.config")
-    kept = {
+    settings = {
         section: {key: config[section][key] for key in keys if key in config[section]}
-        for section, keys in _SEEN.items() if section in config
-    }  # fmt: skip
-    return kept, f"the configuration in {adapter}"
+        for section, keys in _DECISIVE.items()
+        if section in config
+    }
+    return settings, f"the configuration in {adapter}"
 
 
 def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) -> "Speaker":
-    """Load the model; what libraries say when they are first loaded goes to standard error."""
-    config = asked_config(args)
+    """Load the model; what libraries print when they are first loaded goes to standard error."""
+    config = answer_config(args)
     with redirect_stdout(sys.stderr):
         device = _device(args.device)
         from finetune.ask.open_model import open_speaker
 
         return open_speaker(
-            model, adapter=adapter, config=config, device=device, dtype=args.dtype, layout=args.layout,
+            model,
+            adapter=adapter,
+            config=config,
+            device=device,
+            dtype=args.dtype,
+            layout=args.layout,
             other_base=args.other_base,
-        )  # fmt: skip
+        )
 
 
 def _device(name: str) -> str:
-    """The device, settled before the engine's library looks for one by itself."""
+    """Return the device, before the engine's library looks for one by itself."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device is {name!r}; allowed are auto, cpu, cuda, or one GPU by its number, as cuda:1")
     import torch
 
     if name == "auto":
-        wanted = os.environ.get("DS_ACCELERATOR", "cuda")  # the engine's own word; who set it means it
-        name = "cuda" if wanted == "cuda" and torch.cuda.is_available() else "cpu"
+        accelerator = os.environ.get("DS_ACCELERATOR", "cuda")  # the engine's own variable: the user's choice
+        name = "cuda" if accelerator == "cuda" and torch.cuda.is_available() else "cpu"
     os.environ["DS_ACCELERATOR"] = name.partition(":")[0]
     return name
 
@@ -100,10 +114,14 @@ def positive(text: str) -> int:
 
 
 def endpoint_of(args: argparse.Namespace) -> "Endpoint":
-    """The server that the arguments name."""
+    """Return the server that the arguments name."""
     from finetune.ask.endpoint import Endpoint
 
     return Endpoint(
-        url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout,
-        attempts=args.attempts, concurrency=args.concurrency,
-    )  # fmt: skip
+        url=args.url,
+        model=args.name,
+        key_variable=args.key_variable,
+        timeout=args.timeout,
+        attempts=args.attempts,
+        concurrency=args.concurrency,
+    )

@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     if args.compare and args.adapter is None:
         raise ValueError("--compare sets an adapter beside its base: give --adapter")
     record, images, videos = question(args.text, args.image, args.video, system=args.system)
-    found = []
-    for who, pieces in _answers(args, record, images, videos):
+    answers = []
+    for model, pieces in _answers(args, record, images, videos):
         if args.compare and not args.json:
-            print(f"{who}:", flush=True)
+            print(f"{model}:", flush=True)
         text = ""
         for piece in pieces:
             text += piece
@@ -50,16 +50,16 @@ def run(args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
         if not args.json:
             print()
-        found.append({"who": who, "answer": text})
+        answers.append({"who": model, "answer": text})
     if args.json:
-        print(json.dumps({"answers": found}, indent=2, ensure_ascii=False))
+        print(json.dumps({"answers": answers}, indent=2, ensure_ascii=False))
     return 0
 
 
 def question(
     text: str, images: list[str], videos: list[str], *, system: str = ""
 ) -> tuple["Record", list[bytes], list["VideoBytes"]]:
-    """The record of one question, and the bytes of its media; those that no mark places stand before the text."""
+    """Return the record of one question, and the bytes of its media; those without a mark stand before the text."""
     from data.format.record import parse_record
     from data.prepare.convert import convert_row
     from data.shards.reader import SampleReader
@@ -67,19 +67,20 @@ def question(
     row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
     if system:
         row["system"] = system
-    places = {
-        name: [{"url": word} if word.startswith(("http://", "https://")) else {"path": str(Path(word).absolute())}
-               for word in words]
-        for name, words in (("images", images), ("videos", videos)) if words
-    }  # fmt: skip
-    record = parse_record(convert_row(row | places)[0], shard="command line", key="question")
+    row |= {name: [_place(word) for word in words] for name, words in (("images", images), ("videos", videos)) if words}
+    record = parse_record(convert_row(row)[0], shard="command line", key="question")
     return record, *SampleReader().media(record, {}, Path())
+
+
+def _place(word: str) -> dict[str, str]:
+    """Return where an image or a video lies, as a row names it."""
+    return {"url": word} if word.startswith(("http://", "https://")) else {"path": str(Path(word).absolute())}
 
 
 def _answers(
     args: argparse.Namespace, record: "Record", images: list[bytes], videos: list["VideoBytes"]
 ) -> Iterator[tuple[str, Iterator[str]]]:
-    """Who answers, and the pieces of the answer. The base is the same model without its adapter where that is exact."""
+    """Yield each model's name and the pieces of its answer; the base is the adapted model without adapter if exact."""
     from finetune.ask.speaker import Sampling
 
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)

@@ -56,20 +56,24 @@ def run(args: argparse.Namespace) -> int:
     return 2 if errors else 0
 
 
-def _difference(ours: dict[str, object], theirs: dict[str, object], name: str, other: str) -> dict[str, object]:
-    keys = [key for key in ours | theirs if ours.get(key, "absent") != theirs.get(key, "absent")]
-    return {key: {name: ours.get(key, "absent"), other: theirs.get(key, "absent")} for key in keys}
+def _difference(config: dict[str, object], other: dict[str, object], name: str, other_name: str) -> dict[str, object]:
+    values = {key: (config.get(key, "absent"), other.get(key, "absent")) for key in config | other}
+    return {key: {name: value, other_name: at_other} for key, (value, at_other) in values.items() if value != at_other}
 
 
 def _versions() -> list[Problem]:
-    """Warnings only, and none of what is missing: a recipe may be looked at on a laptop that will not run it."""
+    """Return warnings only, and none of what is missing: a recipe may be read on a laptop that will not run it."""
     return [
         Problem(
-            key=name, found=found, source="installed here", allowed=demand(name), remedy=f"Run {command(name)}",
+            key=name,
+            found=version,
+            source="installed here",
+            allowed=demand(name),
+            remedy=f"Run {command(name)}",
             level="warning",
         )
-        for name, found in untested(installed_versions())
-    ]  # fmt: skip
+        for name, version in untested(installed_versions())
+    ]
 
 
 def _print_problems(problems: list[Problem]) -> None:

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         module.arguments(command)
         command.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes positional words in one run only; a key=value after an option is one all the same
+    # argparse takes positional words only where they stand together; a key=value behind an option is one as well
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -80,16 +80,16 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:  # a full disk, a folder that may not be written: the run failed, the input is not wrong
         if args.debug:
             raise
-        if not _nobody_reads():
+        if not _reader_is_gone():
             print(f"moetune {args.command}: {error}", file=sys.stderr)
         return 1
     return code
 
 
-def _nobody_reads() -> bool:
-    """Whether who read our lines has enough, as `head` has; what Python still wants to say goes nowhere then."""
+def _reader_is_gone() -> bool:
+    """Say whether the reader of our lines has closed the pipe, as `head` does; later output then goes nowhere."""
     stdout = select.poll()
-    stdout.register(1, 0)  # a pipe that has lost its reader shows an error whatever is asked for
+    stdout.register(1, 0)  # a pipe without a reader reports an error whatever events are registered
     if not any(event & select.POLLERR for _, event in stdout.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -97,7 +97,7 @@ def _nobody_reads() -> bool:
 
 
 def entry() -> NoReturn:
-    """The installed console command."""
+    """Run the installed console command."""
     sys.exit(main(sys.argv[1:]))
 
 

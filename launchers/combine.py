@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _weights(words: list[str]) -> dict[Path, float]:
-    found: dict[Path, float] = {}
+    weights: dict[Path, float] = {}
     for word in words:
         folder, sign, number = word.rpartition("=")
         try:
@@ -47,7 +47,7 @@ def _weights(words: list[str]) -> dict[Path, float]:
             sign = ""
         if not sign or not folder:
             raise ValueError(f"{word!r} is no ADAPTER=WEIGHT, such as runs/charts/adapter=0.7")
-        if Path(folder) in found:
+        if Path(folder) in weights:
             raise ValueError(f"{folder} is named twice; give it one weight")
-        found[Path(folder)] = weight
-    return found
+        weights[Path(folder)] = weight
+    return weights

@@ -1,7 +1,7 @@
-"""`moetune demo`: the whole way on a CPU: a base, shards, two-rank LoRA on real images, the adapter, the proof.
+"""`moetune demo`: every step on a CPU: a base, shards, two-rank LoRA on real images, the adapter, the proof.
 
-A tiny base first learns letters, every weight of it. Then LoRA, on two ranks with ZeRO-3 and expert parallelism,
-teaches it handwritten digits, and held-out ones are asked before, after, and with the images shuffled.
+First all weights of a tiny base are trained on letters. Then LoRA, on two ranks with ZeRO-3 and expert parallelism,
+teaches it handwritten digits; held-out ones are asked before, after, and with the images shuffled.
 """
 
 import argparse
@@ -17,8 +17,10 @@ from typing import Any
 EXAMPLE = """\
   moetune demo runs/demo"""
 
-LEAST, CHANCE = 0.90, 0.25
-"""What must be reached on held-out digits, and what must not be with other images before the same questions."""
+LEAST = 0.90
+"""Accuracy that must be reached on held-out digits."""
+CHANCE = 0.25
+"""Accuracy that must not be exceeded with other images before the same questions."""
 
 _TOWER = "--vision-depth 2 --vision-hidden 48 --vision-intermediate 96 --vision-heads 4"
 _ASK = "eval shards/held-out --max-tokens 4 --batch 64"
@@ -45,7 +47,7 @@ class Line:
 
     what: str
     score: float
-    wanted: str
+    bound: str
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
         if not _run(f"ask {_MODEL} '<image>What is it?' --image {shown} --adapter {_FILE} --compare"):
             return 1
         lines = [
-            Line(what="base, before", score=_accuracy("before.jsonl"), wanted=""),
-            Line(what="base + adapter, after", score=_accuracy("after.jsonl"), wanted=f">= {LEAST:.2f}"),
-            Line(what="after, images shuffled", score=_accuracy("shuffled.jsonl"), wanted=f"<= {CHANCE:.2f}"),
-            Line(what="merged model", score=_accuracy("merged.jsonl"), wanted="as base + adapter"),
+            Line(what="base, before", score=_accuracy("before.jsonl"), bound=""),
+            Line(what="base + adapter, after", score=_accuracy("after.jsonl"), bound=f">= {LEAST:.2f}"),
+            Line(what="after, images shuffled", score=_accuracy("shuffled.jsonl"), bound=f"<= {CHANCE:.2f}"),
+            Line(what="merged model", score=_accuracy("merged.jsonl"), bound="as base + adapter"),
         ]
         same = _answers("merged.jsonl") == _answers("after.jsonl")
         print(f"the digit shown is a {first['references'][0]}")
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(command: str) -> bool:
-    """Say the command, run it, and whether it did what it should."""
+    """Print the command, run it, and say whether it did what it should."""
     from launchers.cli import main
 
     print(f"\n$ moetune {command}", flush=True)
@@ -111,5 +113,5 @@ def _accuracy(file: str) -> float:
 
 def _report(lines: list[Line], seconds: float) -> str:
     table = [f"{'held-out digits, exact':<26}{'score':>8}  wanted"]
-    table += [f"{line.what:<26}{line.score:>8.3f}  {line.wanted}".rstrip() for line in lines]
+    table += [f"{line.what:<26}{line.score:>8.3f}  {line.bound}".rstrip() for line in lines]
     return "\n" + "\n".join([*table, f"in {seconds / 60:.1f} minutes"])

@@ -1,4 +1,4 @@
-"""What `moetune demo` trains on: letters drawn here for the base, scikit-learn's handwritten digits for the task.
+"""The data of `moetune demo`: letters drawn here for the base, scikit-learn's handwritten digits for the task.
 
 Both are eight by eight grey cells shown as 64 x 64 pixels, so that one image is four tokens and two cores suffice.
 """
@@ -77,13 +77,13 @@ def write_material(folder: Path, *, letters: int = 3000) -> None:
     (folder / "base.yaml").write_text(BASE)
     (folder / "digits.yaml").write_text(DIGITS)
     rng = random.Random(0)
-    rows = [_row(_save(_letter(rng, name), folder, f"letters/{number}.png"), name)
-            for number, name in enumerate(LETTERS[n % len(LETTERS)] for n in range(letters))]  # fmt: skip
+    names = [LETTERS[number % len(LETTERS)] for number in range(letters)]
+    rows = [_row(_save(_letter(rng, name), folder, f"letters/{number}.png"), name) for number, name in enumerate(names)]
     _write_rows(folder / "letters.jsonl", [*rows, *_counting(rng, letters // 5)])
-    found = load_digits()
-    order = random.Random(1).sample(range(len(found.images)), len(found.images))
+    digits = load_digits()
+    order = random.Random(1).sample(range(len(digits.images)), len(digits.images))
     rows = [
-        _row(_save((found.images[at] * 15.9375).astype("uint8"), folder, f"digits/{at}.png"), str(found.target[at]))
+        _row(_save((digits.images[at] * 15.9375).astype("uint8"), folder, f"digits/{at}.png"), str(digits.target[at]))
         for at in order
     ]
     _write_rows(folder / "held-out.jsonl", rows[:HELD_OUT])
@@ -91,7 +91,7 @@ def write_material(folder: Path, *, letters: int = 3000) -> None:
 
 
 def picture_lines(path: Path) -> list[str]:
-    """A picture of ours in characters, for a terminal."""
+    """Return one of these pictures in characters, for a terminal."""
     import numpy as np
     from PIL import Image
 
@@ -100,16 +100,14 @@ def picture_lines(path: Path) -> list[str]:
 
 
 def _letter(rng: random.Random, name: str) -> "np.ndarray[Any, Any]":
-    """One letter, each time of another size, weight, slant and place."""
+    """Draw one letter, each time of another size, weight, slant and place."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     canvas = Image.new("L", (128, 128))
     width = rng.randint(2, 6)
-    ImageDraw.Draw(canvas).text(
-        (64, 64), name, fill=255, font=ImageFont.load_default(rng.randint(60, 84)), anchor="mm", stroke_width=width,
-        stroke_fill=255,
-    )  # fmt: skip
+    font = ImageFont.load_default(rng.randint(60, 84))
+    ImageDraw.Draw(canvas).text((64, 64), name, fill=255, font=font, anchor="mm", stroke_width=width, stroke_fill=255)
     canvas = canvas.rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
     left, top, right, bottom = canvas.getbbox() or (0, 0, 128, 128)
     edge = rng.randint(-2, 6)
@@ -129,12 +127,12 @@ def _row(image: str, answer: str) -> dict[str, Any]:
     return _turns(f"<image>{QUESTION}", answer) | {"images": [image]}
 
 
-def _turns(asked: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+def _turns(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def _counting(rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """Text alone: the base can write a digit, though it never saw one."""
+    """Return rows of text alone, so that the base can write digits though it never saw one."""
     numbers = [rng.randint(0, 8) for _ in range(count)]
     return [
         _turns(f"What comes after {n}?", str(n + 1)) if at % 2 else _turns(f"What comes before {n + 1}?", str(n))

@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; 3 when anything was."""
+    """Print the findings; 3 when there are any."""
     if args.cluster:
         return _cluster(args)
     if args.target and is_run(Path(args.target)):
@@ -42,23 +42,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _machine(args: argparse.Namespace) -> int:
     from finetune.planner.doctor import machine_findings, run_findings
-    from finetune.settings.checks import cross_check
-    from finetune.settings.problems import ConfigError
+    from finetune.settings.checks import require
     from finetune.settings.recipes import load_recipe
 
     config = None
     if args.target:
         config, problems = load_recipe(args.target, args.overrides)
-        problems += cross_check(config, ranks=None, known=[problem.key for problem in problems])
-        if any(problem.level == "error" for problem in problems):
-            raise ConfigError(problems)
-    found = list(machine_findings(config, ranks=args.ranks, smi=_smi()))
-    found += run_findings(config, ranks=args.ranks) if config is not None else []
+        require(config, problems, ranks=None)
+    findings = list(machine_findings(config, ranks=args.ranks, smi=_smi()))
+    findings += run_findings(config, ranks=args.ranks) if config is not None else []
     if args.json:
-        print(json.dumps({"findings": [asdict(one) for one in found]}))
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
     else:
-        print("\n".join(map(str, found)) or "nothing found")
-    return 3 if found else 0
+        print("\n".join(map(str, findings)) or "nothing found")
+    return 3 if findings else 0
 
 
 def _smi() -> str | None:
@@ -73,7 +70,7 @@ def _smi() -> str | None:
 
 
 def _cluster(args: argparse.Namespace) -> int:
-    """Start this node's ranks; torchrun turns their 3 into 1, so rank 0's word decides."""
+    """Start this node's ranks; torchrun turns their 3 into 1, so any other code than 0 counts as findings."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}"]
     if args.nnodes == 1:
         command += ["--standalone"]

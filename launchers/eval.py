@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", nargs="+", metavar="DATA", help="shards, .jsonl or .json; or NAME=PATH, a source's name"
     )
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--model", help="a base or merged model: a folder or a hub id")
-    who.add_argument("--url", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a base or merged model: a folder or a hub id")
+    source.add_argument("--url", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
     model_arguments(parser)
     parser.add_argument(
         "--metric", action="append", default=[], metavar="METRIC", help="or SOURCE=METRIC; more than one"
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out is {args.out}; a file in a folder that exists is wanted")
     for word in args.metric:  # before anything is read
         find_metric(word.rpartition("=")[2])
-    questions, reader = answers.find_questions(
-        args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir
-    )  # fmt: skip
+    questions, reader = answers.find_questions(args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir)
     metrics = answers.metrics_of(args.metric, sorted({question.source for question in questions}))
     bounds = _bounds(args, {name for named in metrics.values() for name in named})
     answers.check_references(questions, metrics)
@@ -103,15 +101,15 @@ def _respond(args: argparse.Namespace, records: Sequence[Any]) -> "Respond":
     return remote(endpoint_of(args), options)
 
 
-def _collect(found: Any, total: int, out: Path | None) -> list["Scored"]:
-    """Take answers as they come; each is on disk before the next is awaited."""
+def _collect(answers: Iterable["Scored"], total: int, out: Path | None) -> list["Scored"]:
+    """Take answers as they come; each is on disk before the next one is awaited."""
     from contextlib import nullcontext
 
     from data.prepare.progress import Progress
 
     progress, scored = Progress("asked", total, rows="questions"), []
     with out.open("w") if out else nullcontext() as file:
-        for item in found:
+        for item in answers:
             scored.append(item)
             if file is not None:
                 file.write(json.dumps(item.to_json(), ensure_ascii=False) + "\n")
@@ -121,8 +119,8 @@ def _collect(found: Any, total: int, out: Path | None) -> list["Scored"]:
 
 
 def _bounds(args: argparse.Namespace, known: set[str]) -> list[Any]:
-    """Functions from the last row to a sentence when it misses the bound."""
-    found = []
+    """Return functions from the last row to a sentence when it misses the bound."""
+    bounds = []
     for option, words in (("--at-least", args.at_least), ("--at-most", args.at_most)):
         for word in words:
             name, _, limit = word.rpartition("=")
@@ -134,8 +132,8 @@ def _bounds(args: argparse.Namespace, known: set[str]) -> list[Any]:
                 raise ValueError(
                     f"{option} {word}: write METRIC=X, X from 0 to 1, METRIC one of {', '.join(sorted(known))}"
                 )
-            found.append(_bound(name, number, option))
-    return found
+            bounds.append(_bound(name, number, option))
+    return bounds
 
 
 def _bound(name: str, limit: float, option: str) -> Any:
@@ -149,8 +147,10 @@ def _bound(name: str, limit: float, option: str) -> Any:
 
 def _print(args: argparse.Namespace, rows: Sequence["Row"], missed: Sequence[str], lines: Sequence[str]) -> None:
     if args.json:
-        found = [{"source": r.source, "samples": r.samples, "cut": r.cut, "scores": dict(r.scores)} for r in rows]
-        print(json.dumps({"media": args.media, "rows": found, "missed": list(missed)}, indent=2))
+        table = [
+            {"source": row.source, "samples": row.samples, "cut": row.cut, "scores": dict(row.scores)} for row in rows
+        ]
+        print(json.dumps({"media": args.media, "rows": table, "missed": list(missed)}, indent=2))
         return
     print("\n".join(lines))
     if cut := rows[-1].cut:

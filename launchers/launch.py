@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finetune.settings.checks import cross_check
-from finetune.settings.problems import ConfigError
+from finetune.settings.checks import require
 from finetune.settings.recipes import load_recipe
 from launchers.profile import read_profile
 from launchers.render import Job, Rendered, as_json, render, shell_line
@@ -31,9 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Render, show, and with --run start; the exit code is that of what was started."""
     profile = read_profile(args.on)
     config, problems = load_recipe(args.config, args.overrides)
-    problems += cross_check(config, ranks=profile.ranks, known=[problem.key for problem in problems])
-    if any(problem.level == "error" for problem in problems):
-        raise ConfigError(problems)
+    require(config, problems, ranks=profile.ranks)
     folder = args.out or Path("runs") / config.run.name / "launch"
     job = Job(recipe=args.config, overrides=args.overrides, run=config.run.name)
     rendered = render(job, profile, folder=str(folder))

@@ -29,9 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one more than cores)")
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
-        "--verify", nargs="?", const="", metavar="SAMPLES",
+        "--verify",
+        nargs="?",
+        const="",
+        metavar="SAMPLES",
         help="then compare logits with base + adapter, layer by layer: on drawn samples, or on your shards or JSONL",
-    )  # fmt: skip
+    )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="how many of SAMPLES (default 8)")
     parser.add_argument("--device", default="cpu", help="where to verify: cpu (default) or cuda:0")
     parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
@@ -68,8 +71,12 @@ def run(args: argparse.Namespace) -> int:
     merged = merge(plan, args.out, jobs=args.jobs, say=say)
     for line in merged.lines():
         say(line)
-    found: dict[str, Any] = {"folder": str(args.out), "intended": merged.intended, "applied": merged.applied}
-    found["lost"] = merged.lost
+    report: dict[str, Any] = {
+        "folder": str(args.out),
+        "intended": merged.intended,
+        "applied": merged.applied,
+        "lost": merged.lost,
+    }
     proved = True
     if args.verify is not None:
         from dataclasses import asdict
@@ -78,11 +85,12 @@ def run(args: argparse.Namespace) -> int:
 
         proof = prove(args.out, plan, samples, device=args.device)
         say(proof.line())
-        proved, found["proof"] = proof.passed, asdict(proof)
-    return _finish(args, 0 if proved and not merged.lost else 3, found)
+        proved = proof.passed
+        report["proof"] = asdict(proof)
+    return _finish(args, 0 if proved and not merged.lost else 3, report)
 
 
-def _finish(args: argparse.Namespace, code: int, found: dict[str, Any]) -> int:
+def _finish(args: argparse.Namespace, code: int, report: dict[str, Any]) -> int:
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(report, indent=2))
     return code

@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from finetune.config import RunConfig
-from finetune.planner.fit import AUTO_EP, Fit, fit, sp_sizes
+from finetune.planner.fit import AUTO_EP, FREE, Fit, fit, sp_sizes
 from finetune.planner.gpus import Cluster, cluster, gpu_names
 from finetune.planner.plan import plan
 from finetune.planner.text import fit_lines, plan_lines
 from finetune.planner.time import Assumed
-from finetune.settings.checks import base_family, cross_check
-from finetune.settings.problems import ConfigError
+from finetune.settings.checks import base_family, require
 from finetune.settings.recipes import load_recipe
 from launchers.arguments import positive
 
@@ -61,48 +60,49 @@ def run(args: argparse.Namespace) -> int:
     if args.fit and not problems:  # what is to be proposed need not suit the ranks yet
         sp = sp_sizes(base_family(config), machines, config)[0]
         checked = replace(config, parallel=replace(config.parallel, ep=AUTO_EP, sp=sp))
-    problems += cross_check(checked, ranks=machines.gpus, known=[problem.key for problem in problems])
-    if any(problem.level == "error" for problem in problems):
-        raise ConfigError(problems)
+    require(checked, problems, ranks=machines.gpus)
     base = base_family(config)
-    found: Fit | None = fit(config, base, machines, assumed=assumed, free=free) if free else None
-    if found is not None and found.best is None:
-        print(json.dumps(_fit_dict(found)) if args.json else "\n".join(fit_lines(found)))
+    if not free:
+        planned = plan(config, base, machines, assumed=assumed)
+        print(json.dumps(planned.as_dict()) if args.json else "\n".join(plan_lines(planned)))
+        if not planned.fits and not args.json:
+            print("\n" + _advice(config, machines, assumed))
+        return 0 if planned.fits else 3
+    proposed = fit(config, base, machines, assumed=assumed, free=free)
+    if proposed.best is None:
+        print(json.dumps(_fit_dict(proposed)) if args.json else "\n".join(fit_lines(proposed)))
         return 3
-    made = (
-        found.best.plan
-        if found is not None and found.best is not None
-        else plan(config, base, machines, assumed=assumed)
-    )
+    planned = proposed.best.plan
     if args.json:
-        print(json.dumps(made.as_dict() | (_fit_dict(found) if found else {})))
+        print(json.dumps(planned.as_dict() | _fit_dict(proposed)))
     else:
-        print("\n".join([*(fit_lines(found) if found else ()), *([""] if found else ()), *plan_lines(made)]))
-    if not made.fits and found is None and not args.json:
-        print("\n" + _advice(config, machines, assumed))
-    return 0 if made.fits else 3
+        print("\n".join([*fit_lines(proposed), "", *plan_lines(planned)]))
+    return 0
 
 
 def _free(config: RunConfig, everything: bool) -> list[str]:
-    """What the search may change."""
+    """Return what the search may change."""
     if everything:
-        return ["ep", "sp", "resident", "recompute", "tokens"]
+        return list(FREE)
     autos = {"ep": config.parallel.ep == AUTO_EP, "recompute": config.parallel.recompute == "auto"}
     return [key for key, auto in autos.items() if auto]
 
 
 def _advice(config: RunConfig, machines: Cluster, assumed: Assumed) -> str:
-    found = fit(config, base_family(config), machines, assumed=assumed)
-    if found.best is None:
-        return f"It does not fit. {found.advice}"
-    changes = " ".join(f"{key}={value}" for key, value in found.best.changes.items())
+    proposed = fit(config, base_family(config), machines, assumed=assumed)
+    if proposed.best is None:
+        return f"It does not fit. {proposed.advice}"
+    changes = " ".join(f"{key}={value}" for key, value in proposed.best.changes.items())
     return f"It does not fit as it is; this does: {changes}"
 
 
-def _fit_dict(found: Fit) -> dict[str, Any]:
-    proposals = [one for one in (found.best, *found.others) if one is not None]
-    listed = [{"changes": one.changes, "reason": one.reason, "margin": one.plan.margin} for one in proposals]
-    return {"fit": {"proposals": listed, "advice": found.advice}}
+def _fit_dict(proposed: Fit) -> dict[str, Any]:
+    proposals = [proposed.best, *proposed.others] if proposed.best else []
+    listed = [
+        {"changes": proposal.changes, "reason": proposal.reason, "margin": proposal.plan.margin}
+        for proposal in proposals
+    ]
+    return {"fit": {"proposals": listed, "advice": proposed.advice}}
 
 
 def _share(text: str) -> float:

@@ -39,28 +39,26 @@ def run(args: argparse.Namespace) -> int:
     from finetune.ask.heatmap import draw_heatmap
 
     report: dict[str, dict[str, list[dict[str, float]]]] = {}
-    for who, kind, cells in _probes(args):
-        found = []
+    for model, kind, cells in _probes(args):
+        rows = report.setdefault(kind, {}).setdefault(model, [])
         for cell in cells:
-            found.append(asdict(cell))
+            rows.append(asdict(cell))
             if not args.json:
-                print(
-                    f"{who}, {kind}, {cell.length:,} tokens, depth {cell.depth:.0%}: found {cell.found:.2f}", flush=True
-                )
-        report.setdefault(kind, {})[who] = found
+                place = f"{cell.length:,} tokens, depth {cell.depth:.0%}"
+                print(f"{model}, {kind}, {place}: found {cell.found:.2f}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    content = {"model": args.model, "adapter": str(args.adapter or ""), "seed": args.seed, "trials": args.trials,
-               "kinds": report}  # fmt: skip
+    content = {
+        "model": args.model,
+        "adapter": str(args.adapter or ""),
+        "seed": args.seed,
+        "trials": args.trials,
+        "kinds": report,
+    }
     (args.out / "needle.json").write_text(json.dumps(content, indent=1) + "\n")
     for kind, models in report.items():
-        grids = {who: _grid(cells, args) for who, cells in models.items()}
-        draw_heatmap(
-            grids,
-            lengths=args.lengths,
-            depths=args.depths,
-            title=f"{kind} needles",
-            path=args.out / f"needle-{kind}.png",
-        )
+        grids = {model: _grid(cells, args) for model, cells in models.items()}
+        path = args.out / f"needle-{kind}.png"
+        draw_heatmap(grids, lengths=args.lengths, depths=args.depths, title=f"{kind} needles", path=path)
     print(json.dumps(content, indent=1) if args.json else f"wrote {args.out}/needle.json and a heatmap of each kind")
     return 0
 
@@ -69,19 +67,19 @@ def _probes(args: argparse.Namespace) -> Iterator[tuple[str, str, "Iterator[Cell
     from finetune.ask.needle import probe
 
     kinds = ("text", "video") if args.kind == "both" else (args.kind,)
-    asked = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
+    options = {"lengths": args.lengths, "depths": args.depths, "trials": args.trials, "seed": args.seed}
     speaker = load_speaker(args.model, args, adapter=args.adapter)
     if args.adapter is not None:
         bare = speaker if speaker.switches else load_speaker(args.model, args, adapter=None)
         for kind in kinds:
-            yield "base", kind, probe(bare, kind, base=speaker.switches, **asked)
+            yield "base", kind, probe(bare, kind, base=speaker.switches, **options)
     for kind in kinds:
-        yield ("adapted" if args.adapter else "model"), kind, probe(speaker, kind, **asked)
+        yield ("adapted" if args.adapter else "model"), kind, probe(speaker, kind, **options)
 
 
 def _grid(cells: list[dict[str, float]], args: argparse.Namespace) -> list[list[float]]:
-    found = {(cell["length"], cell["depth"]): cell["found"] for cell in cells}
-    return [[found[length, depth] for length in args.lengths] for depth in args.depths]
+    shares = {(cell["length"], cell["depth"]): cell["found"] for cell in cells}
+    return [[shares[length, depth] for length in args.lengths] for depth in args.depths]
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -90,9 +88,9 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _depths(text: str) -> tuple[float, ...]:
     try:
-        found = tuple(float(word) for word in text.split(","))
+        depths = tuple(float(word) for word in text.split(","))
     except ValueError:
-        found = (-1.0,)
-    if not all(0 <= depth <= 1 for depth in found):
+        depths = (-1.0,)
+    if not all(0 <= depth <= 1 for depth in depths):
         raise argparse.ArgumentTypeError(f"{text!r}: numbers from 0 to 1 are wanted, with commas between")
-    return found
+    return depths

@@ -3,15 +3,16 @@
 Recipes say what is trained, profiles where. Nothing in a profile is secret: secrets are named, never written.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from finetune.settings.problems import ConfigError, Problem
+from finetune.settings.problems import ConfigError, Problem, problem
 from finetune.settings.typed import TypedTree
 
 HEAD_PORT = 29_500
@@ -19,7 +20,7 @@ HEAD_PORT = 29_500
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerProfile:
-    """The image that ranks run in; an empty one: none."""
+    """The image that ranks run in; none where it is empty."""
 
     image: str = ""
     mounts: list[str] = field(default_factory=list)  # outside:inside
@@ -41,7 +42,7 @@ class SlurmProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeProfile:
-    """A claim and where it is seen."""
+    """A claim, and where it is mounted."""
 
     claim: str
     mount: str
@@ -71,11 +72,11 @@ class Profile:
     nodes: int = 1
     gpus_per_node: int = 8
     python: str = "python"  # on the nodes
-    workdir: str = ""  # where ranks stand; relative paths of the recipe begin there
+    workdir: str = ""  # the working directory of ranks; relative paths of the recipe begin there
     hosts: list[str] = field(default_factory=list)  # of torchrun (the first is where ranks meet) and deepspeed
     port: int = HEAD_PORT
-    restarts: int = 0  # torchrun starts all ranks again so often when one fails, from the last checkpoint
-    min_nodes: int = 0  # with fewer than `nodes` a restart goes on when at least so many are there; 0: all
+    restarts: int = 0  # how often torchrun starts all ranks again when one fails, from the last checkpoint
+    min_nodes: int = 0  # a restart goes on with fewer than `nodes` when at least this many are there; 0: all
     rendezvous_timeout: int = 900  # seconds to wait for all nodes
     shutdown_timeout: int = 120  # seconds for a last checkpoint; with torch 2.11 always 30
     env: dict[str, str] = field(default_factory=dict)
@@ -84,7 +85,7 @@ class Profile:
 
     @property
     def ranks(self) -> int:
-        """Of the whole job."""
+        """Return the number of ranks of the job."""
         return self.nodes * self.gpus_per_node
 
 
@@ -92,7 +93,7 @@ SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 def read_profile(path: Path) -> Profile:
-    """Read and check one; every problem at once."""
+    """Read and check the profile in a file; raise every problem at once."""
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -100,39 +101,41 @@ def read_profile(path: Path) -> Profile:
     typed = TypedTree(Profile)
     typed.take(tree if isinstance(tree, dict) else {"kind": tree}, path.name)
     profile = typed.finish()
-    problems = typed.problems + [Problem(source=path.name, **one) for one in _problems(profile)]
+    problems = [*typed.problems, *(replace(wrong, source=path.name) for wrong in _problems(profile))]
     if problems:
         raise ConfigError(problems)
     return profile
 
 
-def _problems(profile: Profile) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-
-    def add(key: str, value: object, allowed: str, remedy: str) -> None:
-        found.append({"key": key, "found": value, "allowed": allowed, "remedy": remedy})
-
-    least = {"nodes": 1, "gpus_per_node": 1, "restarts": 0, "min_nodes": 0, "rendezvous_timeout": 1,
-             "shutdown_timeout": 1}  # fmt: skip
-    for key, bound in least.items():
-        if getattr(profile, key) < bound:
-            add(key, getattr(profile, key), f"at least {bound} is wanted", f"Set {key}: {bound} or more")
+def _problems(profile: Profile) -> Iterator[Problem]:
+    for key, least in _LEAST.items():
+        if getattr(profile, key) < least:
+            yield problem(key, getattr(profile, key), f"at least {least} is wanted", f"Set {key}: {least} or more")
     if profile.min_nodes > profile.nodes:
-        add("min_nodes", profile.min_nodes, f"more than nodes, {profile.nodes}", "Set it lower, or leave it out")
+        allowed = f"more than nodes, {profile.nodes}"
+        yield problem("min_nodes", profile.min_nodes, allowed, "Set it lower, or leave it out")
     for name in profile.env:
         if any(word in name.upper() for word in SECRET):
             allowed = "what looks like a secret would be written into files and onto command lines"
-            add(f"env.{name}", "(not shown)", allowed, _SECRET_REMEDY[profile.kind])
+            yield problem(f"env.{name}", "(not shown)", allowed, _SECRET_REMEDY[profile.kind])
     if profile.kind in ("torchrun", "deepspeed") and profile.nodes > 1 and len(profile.hosts) != profile.nodes:
-        add("hosts", profile.hosts, f"{profile.nodes} nodes need as many hosts", "List them, the first leads")
+        allowed = f"{profile.nodes} nodes need as many hosts"
+        yield problem("hosts", profile.hosts, allowed, "List them, the first leads")
     if profile.kind == "kubernetes" and not profile.kubernetes.image:
-        add("kubernetes.image", "", "a pod needs an image", "Build one from the Dockerfile and name it here")
+        yield problem("kubernetes.image", "", "a pod needs an image", "Build one from the Dockerfile and name it here")
     for variable, place in profile.kubernetes.secrets.items():
         if place.count("/") != 1:
-            add(f"kubernetes.secrets.{variable}", place, "secret/key is wanted", "As wandb/api-key")
-    return found
+            yield problem(f"kubernetes.secrets.{variable}", place, "secret/key is wanted", "As wandb/api-key")
 
 
+_LEAST = {
+    "nodes": 1,
+    "gpus_per_node": 1,
+    "restarts": 0,
+    "min_nodes": 0,
+    "rendezvous_timeout": 1,
+    "shutdown_timeout": 1,
+}
 _SECRET_REMEDY = {
     "torchrun": "Export it where the command is started: it is inherited",
     "deepspeed": "Log in once on every node (`wandb login`): deepspeed forwards values on ssh's command line",

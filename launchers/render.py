@@ -1,9 +1,9 @@
-"""From a recipe and a profile to what starts the job: an argument list, a batch script, a manifest. Pure text."""
+"""Turns a recipe and a profile into what starts the job: an argument list, a batch script, a manifest. Pure text."""
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
@@ -11,14 +11,14 @@ import yaml
 from launchers.profile import Profile
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""What torchrun passes on to ranks, as schedulers warn with these; it would die of SIGUSR1 and orphan them."""
+"""Signals that torchrun passes on to ranks: schedulers warn with these, and SIGUSR1 would kill it and orphan them."""
 SAFE = {
     "PYTHONSAFEPATH": "1",  # a folder `data` where ranks stand is not our package
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ from step to step, and so would leave holes
 }
 """The environment of every rank, unless the profile's says otherwise."""
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""Seconds from SIGTERM to SIGKILL. Not --shutdown-timeout: torch 2.11 refuses that; it passes this over, and has 30."""
+"""Seconds from SIGTERM to SIGKILL. Not --shutdown-timeout, which torch 2.11 refuses; it ignores this, and waits 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Job:
 
     @property
     def words(self) -> list[str]:
-        """As the training module takes them."""
+        """Return the words as the training module takes them."""
         return [self.recipe, *self.overrides]
 
 
@@ -52,7 +52,7 @@ def render(job: Job, profile: Profile, *, folder: str) -> Rendered:
 
 
 def torchrun_words(job: Job, profile: Profile, *, endpoint: str, run_id: str) -> list[str]:
-    """One node's torchrun; `endpoint` and `run_id` are shell words already, the rest is quoted by who joins it."""
+    """Return one node's torchrun; `endpoint` and `run_id` are shell words already, the caller quotes the rest."""
     nodes = f"{profile.min_nodes}:{profile.nodes}" if profile.min_nodes else str(profile.nodes)
     words = [profile.python, "-m", "torch.distributed.run"]
     if profile.nodes == 1:
@@ -66,7 +66,7 @@ def torchrun_words(job: Job, profile: Profile, *, endpoint: str, run_id: str) ->
 
 
 def _environment(profile: Profile) -> dict[str, str]:
-    """What ranks are started with. Beside ours, torch would ignore the profile's setting under its older name."""
+    """Return the environment of ranks. With our setting, torch would ignore the profile's under its older name."""
     older = "PYTORCH_CUDA_ALLOC_CONF" in profile.env
     ours = {name: value for name, value in SAFE.items() if not (older and name == "PYTORCH_ALLOC_CONF")}
     patience = {} if profile.kind == "deepspeed" else {SHUTDOWN: str(profile.shutdown_timeout)}
@@ -99,10 +99,18 @@ def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
 def _slurm(job: Job, profile: Profile, folder: str) -> Rendered:
     slurm = profile.slurm
     options = {
-        "job-name": job.run, "nodes": profile.nodes, "ntasks-per-node": 1, "gpus-per-node": profile.gpus_per_node,
-        "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "time": slurm.time,
-        "signal": f"B:USR1@{slurm.warning_seconds}", "output": f"{folder}/%j.log", "open-mode": "append",
-    }  # fmt: skip
+        "job-name": job.run,
+        "nodes": profile.nodes,
+        "ntasks-per-node": 1,
+        "gpus-per-node": profile.gpus_per_node,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "signal": f"B:USR1@{slurm.warning_seconds}",
+        "output": f"{folder}/%j.log",
+        "open-mode": "append",
+    }
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH {shlex.quote(f'--{key}={value}')}" for key, value in options.items() if value != ""]
     lines += ["#SBATCH --requeue", *(f"#SBATCH {shlex.quote(option)}" for option in slurm.extra)]
@@ -168,7 +176,9 @@ def _replica(job: Job, profile: Profile, count: int) -> dict[str, Any]:
     kube = profile.kubernetes
     amounts = {kube.resource: profile.gpus_per_node, "cpu": kube.cpus, "memory": kube.memory}
     limits = {key: value for key, value in amounts.items() if value}
-    environment: list[dict[str, Any]] = [{"name": k, "value": v} for k, v in _environment(profile).items()]
+    environment: list[dict[str, Any]] = [
+        {"name": name, "value": value} for name, value in _environment(profile).items()
+    ]
     for variable, place in kube.secrets.items():
         secret, _, key = place.partition("/")
         environment.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
@@ -197,7 +207,7 @@ def _replica(job: Job, profile: Profile, count: int) -> dict[str, Any]:
 
 
 def _pod_words(job: Job, profile: Profile) -> list[str]:
-    """The operator sets the leader's address and port, and the pod's number; Kubernetes fills in $(...)."""
+    """Return a pod's command: the operator sets the leader's address and port; Kubernetes fills in $(...)."""
     words = torchrun_words(job, profile, endpoint="$(MASTER_ADDR):$(MASTER_PORT)", run_id=kubernetes_name(job.run))
     first = len(words) - len(job.words)
     return [*words[:first], *(word.replace("$(", "$$(") for word in words[first:])]
@@ -205,19 +215,16 @@ def _pod_words(job: Job, profile: Profile) -> list[str]:
 
 def kubernetes_name(run: str) -> str:
     """Return a name that Kubernetes takes: small letters, digits and -, at most 50 characters."""
-    kept = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in run.lower())
-    return kept.strip("-")[:50].strip("-") or "run"
+    name = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in run.lower())
+    return name.strip("-")[:50].strip("-") or "run"
 
 
 def shell_line(rendered: Rendered) -> str:
-    """The command as one would type it."""
+    """Return the command as one would type it."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in rendered.environment.items()]
     return " ".join([*settings, *(shlex.quote(word) for word in rendered.command)])
 
 
 def as_json(rendered: Rendered) -> str:
-    """For programs."""
-    return json.dumps({
-        "command": rendered.command, "environment": dict(rendered.environment), "files": dict(rendered.files),
-        "note": rendered.note,
-    })  # fmt: skip
+    """Return what was rendered for programs."""
+    return json.dumps(asdict(rendered))

@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
         speaker = load_speaker(args.model, args, adapter=args.adapter)
         from finetune.ask.serve_check import serve_check
 
-        for found in serve_check(speaker, endpoint, shown, tolerance=args.tolerance, max_tokens=args.max_tokens):
-            card = found
+        *_, card = serve_check(speaker, endpoint, shown, tolerance=args.tolerance, max_tokens=args.max_tokens)
     except EndpointError as error:
         if args.debug:
             raise

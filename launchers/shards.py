@@ -1,4 +1,4 @@
-"""`moetune shards`: from a file of rows to shards, and everything one wants to know of shards."""
+"""`moetune shards`: make shards from a file of rows, and look at shards in every way."""
 
 import argparse
 import json
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from launchers.arguments import positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     build = action("build", "convert a .jsonl or .json file into shards; run again to go on", "a .jsonl or .json file")
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--name", default="part", help="what shard names begin with (default: part)")
-    build.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="default 1000")
+    build.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
     build.add_argument("--media", choices=("embed", "reference"), default="embed", help="into the shards, or by path")
     build.add_argument("--media-root", default="", metavar="DIR", help="of relative paths (default: the file's folder)")
     build.add_argument("--max-rejects", type=int, default=0, metavar="N", help="more refused rows give exit code 3")
@@ -46,7 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     index.add_argument("--force", action="store_true", help="even where there is one already")
     check = action("check", "find everything that is wrong with shards; exit code 3 when there is something")
     check.add_argument("--base", type=Path, metavar="DIR", help="base model: samples are rendered as in training")
-    check.add_argument("--tokens-per-pack", type=_positive, metavar="N", help="report longer samples; needs --base")
+    check.add_argument("--tokens-per-pack", type=positive, metavar="N", help="report longer samples; needs --base")
     check.add_argument("--fast", action="store_true", help="headers of media only, no pixels")
     show = action("show", "print a sample with its supervised part marked", "a shard")
     show.add_argument("--key", help="key of the sample (default: the shard's first)")
@@ -54,19 +56,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--sheet", type=Path, metavar="PNG", help="write images, boxes and frames as the model sees them")
     stats = action("stats", "histograms of tokens, images and videos")
     stats.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model")
-    stats.add_argument("--context", type=_positive, default=8192, metavar="N", help="share of samples above (8192)")
+    stats.add_argument("--context", type=positive, default=8192, metavar="N", help="share of samples above (8192)")
     split = action("split", "copy into parts that share no group")
     split.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the parts")
     split.add_argument("--part", action="append", required=True, metavar="NAME=SHARE", help="give it for every part")
     split.add_argument("--by", default="group", help="group (default), or key for samples that stand alone")
     split.add_argument("--seed", type=int, default=0, help="another seed, another split (default 0)")
     for sub in (build, index):
-        sub.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes (default 1)")
+        sub.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what ACTION says."""
-    todo: dict[str, Callable[[argparse.Namespace], int]] = {
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "build": _build,
         "index": _index,
         "check": _check,
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         "stats": _stats,
         "split": _split,
     }
-    return todo[args.action](args)
+    return actions[args.action](args)
 
 
 def _shards(args: argparse.Namespace) -> list[Path]:
@@ -166,7 +168,11 @@ def _check(args: argparse.Namespace) -> int:
         findings.append(finding)
         if not args.json:
             print(finding)
-    _print(args, {"findings": [asdict(f) for f in findings]}, f"{len(findings)} problems in {len(shards)} shards")
+    _print(
+        args,
+        {"findings": [asdict(finding) for finding in findings]},
+        f"{len(findings)} problems in {len(shards)} shards",
+    )
     return 3 if findings else 0
 
 
@@ -242,9 +248,3 @@ def _split(args: argparse.Namespace) -> int:
 
 def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdecimal()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, found {text!r}")
-    return int(text)

@@ -50,19 +50,19 @@ def run(args: argparse.Namespace) -> int:
     """Write the folder and say what it holds."""
     from finetune.files.tiny import TinyModel, write_tiny
 
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: getattr(args, name)
         for name in TinyModel.__dataclass_fields__
         if getattr(args, name) is not None and getattr(args, name) is not False
     }
     if args.dense:
-        clash = [name for name in _ONLY_EXPERTS if name in given]
-        if clash:
+        ignored = [name for name in _ONLY_EXPERTS if name in options]
+        if ignored:
             raise ValueError(
-                f"--dense has no experts, so --{clash[0].replace('_', '-')} would be ignored; drop one of them"
+                f"--dense has no experts, so --{ignored[0].replace('_', '-')} would be ignored; drop one of them"
             )
-        given["experts"] = None
-    written = write_tiny(args.out, TinyModel(**given))
+        options["experts"] = None
+    written = write_tiny(args.out, TinyModel(**options))
     print(
         f"wrote {written.folder}: {written.tensors} tensors in {written.files} file(s), "
         f"{written.weight_bytes / 1e6:.2f} MB of weights"

@@ -20,9 +20,9 @@ EXAMPLE = """\
   moetune train tiny-cpu --ranks 2 model.path=base data.sources.general.path=train.jsonl"""
 
 GRACE_S = 30
-"""So long torchrun waits after SIGTERM: a checkpoint takes at most 25 s, or it is not the last one."""
+"""Seconds that torchrun waits after SIGTERM: a checkpoint takes at most 25, or it is not the last one."""
 STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-"""What a scheduler warns with. SIGUSR1 would kill torchrun and orphan its ranks, if it were not told."""
+"""Signals that schedulers warn with. Unless it handles SIGUSR1, that would kill torchrun and orphan its ranks."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
     require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start
     logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
-    code, heard = _torchrun(args)
+    code, signals = _torchrun(args)
     outcome, first = outcome_since(logs, since), first_failure(logs, since=since)
     if args.dry_run:
         shutil.rmtree(logs, ignore_errors=True)
@@ -60,27 +60,28 @@ def run(args: argparse.Namespace) -> int:
     if code == 0 and outcome in ("", "done"):  # a replay has none
         return 0
     if outcome == "preempted":
-        return _say("preempted; run the same command again to go on", PREEMPTED)
-    if heard and heard[0] == signal.SIGINT:
-        return _say("interrupted", 1)
-    if heard:
-        return _say("ended by a signal before it could save; the same command goes on from the last save", PREEMPTED)
+        return _end("preempted; run the same command again to go on", PREEMPTED)
+    if signals and signals[0] == signal.SIGINT:
+        return _end("interrupted", 1)
+    if signals:
+        return _end("ended by a signal before it could save; the same command goes on from the last save", PREEMPTED)
     if first is None or first.kind == "lost":
         text = "a rank ended without a word, as a process that is killed does (out of memory?)"
-        return _say(f"{text}. torchrun names it above; {logs} has each rank's last stage", 1)
+        return _end(f"{text}. torchrun names it above; {logs} has each rank's last stage", 1)
     log = logs / f"rank-{first.rank:04d}.log"
-    return _say(f"rank {first.rank} failed first: {first.message} ({log})", first.code)
+    return _end(f"rank {first.rank} failed first: {first.message} ({log})", first.code)
 
 
-def _say(text: str, code: int) -> int:
+def _end(text: str, code: int) -> int:
+    """Print how the run ended, and return its exit code."""
     print(f"moetune train: {text}", file=sys.stderr)
     return code
 
 
 def rank_environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the ranks, from this process's own."""
+    """Return the environment of the ranks, from this process's own."""
     added = {
-        "PYTHONSAFEPATH": "1",  # a folder `data` where the user stands is not our package
+        "PYTHONSAFEPATH": "1",  # a folder `data` in the working directory is not our package
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or a restart reads addresses of ranks that are gone
         SHUTDOWN: str(GRACE_S),
     }
@@ -90,8 +91,8 @@ def rank_environment(ours: Mapping[str, str]) -> dict[str, str]:
 
 
 def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
-    """Run it to its end; returns its exit code, and the signals that came on the way."""
-    heard: list[int] = []
+    """Run torchrun to its end; return its exit code, and the signals that came in the meantime."""
+    signals: list[int] = []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}"]
     command += ["-m", "finetune.train", args.config, *args.overrides]
@@ -102,12 +103,12 @@ def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
     with subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent) as process:
 
         def pass_on(number: int, frame: FrameType | None) -> None:
-            heard.append(number)
+            signals.append(number)
             process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
         before = {number: signal.signal(number, pass_on) for number in map(_number, ("SIGINT", *STOPS))}
         try:
-            return process.wait(), heard
+            return process.wait(), signals
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
