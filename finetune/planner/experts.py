@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from finetune.architecture.families import Family
 from finetune.config import AdaptersConfig
-from finetune.planner.activations import INDEX, Recompute, Rows
+from finetune.planner.activations import INDEX, Recompute, Rows, chunk_rows
 from finetune.planner.operations import (
     SORT,
     TOP_K,
@@ -25,7 +25,7 @@ from finetune.planner.operations import (
     routing,
     touch,
 )
-from moe.config import CHUNK_BYTES, KEEP_BYTES
+from moe.config import KEEP_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,18 @@ class Block:
 
     @property
     def sent(self) -> int:
-        """Rows of this rank's tokens."""
+        """Return the rows of this rank's tokens."""
         return self.t * self.k
 
     @property
     def chunks(self) -> int:
-        """Parts in which the experts take their rows."""
-        rows = max(8, CHUNK_BYTES // ((6 * self.f + 2 * self.d) * self.b) // 8 * 8)
-        return max(1, -(-int(self.arriving) // rows))
+        """Return the number of parts in which the experts take their rows."""
+        return max(1, -(-int(self.arriving) // chunk_rows(self.f, self.d, self.b)))
+
+    @property
+    def letters(self) -> tuple[float, int, int, int, int, int, int]:
+        """Return what the formulas of the experts multiply: rows, d, f, r, local e, b, and n chunks."""
+        return self.arriving, self.d, self.f, self.r, self.local, self.b, self.chunks
 
 
 def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, resident: bool) -> Block:
@@ -63,18 +67,27 @@ def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, reside
     experts, family = base.text.experts, adapters.experts
     assert experts is not None
     return Block(
-        t=-(-rows.tokens // rows.tiles), k=experts.num_experts_per_tok, d=base.text.hidden_size, e=experts.num_experts,
-        arriving=rows.arriving / rows.tiles, local=experts.num_experts // ep, f=experts.moe_intermediate_size,
-        r=family.r if family.mode == "lora" else 0, b=rows.itemsize, ep=ep,
-        inside=family.mode == "lora" and resident and not family.dropout, full=family.mode == "full",
-    )  # fmt: skip
+        t=-(-rows.tokens // rows.tiles),
+        k=experts.num_experts_per_tok,
+        d=base.text.hidden_size,
+        e=experts.num_experts,
+        arriving=rows.arriving / rows.tiles,
+        local=experts.num_experts // ep,
+        f=experts.moe_intermediate_size,
+        r=family.r if family.mode == "lora" else 0,
+        b=rows.itemsize,
+        ep=ep,
+        inside=family.mode == "lora" and resident and not family.dropout,
+        full=family.mode == "full",
+    )
 
 
 def choice(base: Family, adapters: AdaptersConfig, rows: Rows, *, balances: bool) -> Passes:
     """The router's, and what is observed of it: once, in forward."""
     assert base.text.experts is not None
-    t, d, b, k = rows.tokens, base.text.hidden_size, rows.itemsize, base.text.experts.num_experts_per_tok
-    e, family = base.text.experts.num_experts, adapters.router
+    t, b = rows.tokens, rows.itemsize
+    d, family = base.text.hidden_size, adapters.router
+    e, k = base.text.experts.num_experts, base.text.experts.num_experts_per_tok
     normalises = (WIDE, 2 * WIDE) if base.text.experts.norm_topk_prob else ()
     scored = [*linear(t, d, e, b, family), *touch(t * e, cast(b), 2 * WIDE)]
     picked = touch(t * k, 2 * WIDE + INDEX, *normalises, cast(b))
@@ -119,11 +132,11 @@ def experts(at: Block, recompute: Recompute) -> Passes:
 
 def _there(at: Block) -> list[Op]:
     """Assignments sorted by expert, counted, and one row for each; over several ranks, sorted once more on arrival."""
-    found = [Op("routing", at.sent * 3 * INDEX, least=SORT), routing(2, at.sent * 2 * INDEX), routing(2)]
-    found += [routing(1, at.sent * INDEX), routing(1, at.sent * 2 * INDEX), permuted(at.sent, at.d, at.b)]
+    ops = [Op("routing", at.sent * 3 * INDEX, least=SORT), routing(2, at.sent * 2 * INDEX), routing(2)]
+    ops += [routing(1, at.sent * INDEX), routing(1, at.sent * 2 * INDEX), permuted(at.sent, at.d, at.b)]
     if at.ep > 1:
-        found += [routing(14), routing(5, at.arriving * 2 * INDEX), permuted(at.arriving, at.d, at.b)]
-    return found
+        ops += [routing(14), routing(5, at.arriving * 2 * INDEX), permuted(at.arriving, at.d, at.b)]
+    return ops
 
 
 def _home(at: Block) -> list[Op]:
@@ -133,7 +146,7 @@ def _home(at: Block) -> list[Op]:
 
 def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
     """Before the first product; the wide first product; up to the end of SwiGLU; the second product."""
-    rows, d, f, r, e, b, n = at.arriving, at.d, at.f, at.r, at.local, at.b, at.chunks
+    rows, d, f, r, e, b, n = at.letters
     first = [routing(2), *_room(at)]
     if n > 1:
         first.append(routing(2 * n))
@@ -152,17 +165,17 @@ def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
 
 
 def _backward(at: Block) -> list[Op]:
-    rows, d, f, r, e, b, n = at.arriving, at.d, at.f, at.r, at.local, at.b, at.chunks
+    rows, d, f, r, e, b, n = at.letters
     spare = r if at.inside else 0
-    found = [grouped(rows, d, f + spare, e, b), *touch(rows * f, 2 * b, *(3 * b,) * 3, 2 * b, 3 * b)]
-    found.append(grouped(rows, 2 * f + spare, d, e, b))
+    ops = [grouped(rows, d, f + spare, e, b), *touch(rows * f, 2 * b, *(3 * b,) * 3, 2 * b, 3 * b)]
+    ops.append(grouped(rows, 2 * f + spare, d, e, b))
     if r:
-        found += [] if at.inside else [grouped(rows, d, r, e, b), grouped(rows, r, d, e, b), *touch(rows * d, 3 * b)]
-        found += [grouped(rows, r, f, e, b), *touch(rows * f, 3 * b), grouped(rows, 2 * f, r, e, b)]
-        found += touch(rows * r, *(2 * b,) * (2 + at.inside))
-    found += touch(rows * d, 2 * b) if n > 1 else []
+        ops += [] if at.inside else [grouped(rows, d, r, e, b), grouped(rows, r, d, e, b), *touch(rows * d, 3 * b)]
+        ops += [grouped(rows, r, f, e, b), *touch(rows * f, 3 * b), grouped(rows, 2 * f, r, e, b)]
+        ops += touch(rows * r, *(2 * b,) * (2 + at.inside))
+    ops += touch(rows * d, 2 * b) if n > 1 else []
     borders = [routing(2 * n)] if n > 1 else []
-    return [*_room(at), *borders, *_split(found, n), *_weight_gradients(at)]
+    return [*_room(at), *borders, *_split(ops, n), *_weight_gradients(at)]
 
 
 def _room(at: Block) -> list[Op]:
@@ -172,17 +185,17 @@ def _room(at: Block) -> list[Op]:
 
 def _weight_gradients(at: Block) -> list[Op]:
     """Of every matrix that trains: a product and zeros for experts without rows, a chunk; several are added up."""
-    rows, d, f, r, e, b, n = at.arriving, at.d, at.f, at.r, at.local, at.b, at.chunks
+    rows, d, f, r, e, b, n = at.letters
     pairs = [(r, d), (r, 2 * f), (r, f), (r, d)] if r else [(2 * f, d), (d, f)] if at.full else []
-    found = []
+    ops = []
     for out, into in pairs:
         size = e * out * into
         product = outer(rows / n, out, into, e, b)
-        found += [product._replace(times=n), routing(4 * n), *touch(size, *(2 * b,) * n)]
-        found += touch(size, cast(b), *(2 * WIDE + b,) * (n - 1), cast(b)) if n > 1 else []
+        ops += [product._replace(times=n), routing(4 * n), *touch(size, *(2 * b,) * n)]
+        ops += touch(size, cast(b), *(2 * WIDE + b,) * (n - 1), cast(b)) if n > 1 else []
     if r:  # those of both B are made turned round
-        found += touch(e * r, 2 * b * 2 * f, 2 * b * d)
-    return found
+        ops += touch(e * r, 2 * b * 2 * f, 2 * b * d)
+    return ops
 
 
 def _split(ops: list[Op], chunks: int) -> list[Op]:

@@ -28,14 +28,23 @@ BACKWARD = 2.5
 
 
 def decoder_layer(
-    base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, squares: float, sparse: bool,
-    ep: int = 1, sp: int = 1, resident: bool = True, balances: bool = False,
-) -> Passes:  # fmt: skip
+    base: Family,
+    adapters: AdaptersConfig,
+    rows: Rows,
+    recompute: Recompute,
+    *,
+    squares: float,
+    sparse: bool,
+    ep: int = 1,
+    sp: int = 1,
+    resident: bool = True,
+    balances: bool = False,
+) -> Passes:
     """One layer with experts (`sparse`) or a plain MLP; `squares` sums the samples' squared lengths, of sp ranks."""
-    text, t, b = base.text, rows.tokens, rows.itemsize
+    t, b = rows.tokens, rows.itemsize
     reach, full = Reach.of(adapters), adapters.norms.mode == "full"
     seen = _attention(base, adapters, rows, squares, sp)
-    size = t * text.hidden_size
+    size = t * base.text.hidden_size
     before, added = norm(size, t, b), touch(size, 3 * b)
     parts = [_mlp(base, adapters, rows)]
     if sparse:
@@ -71,10 +80,14 @@ def _tiled(tile: Passes, tiles: int, recompute: Recompute) -> Passes:
 
 def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: float, sp: int) -> Passes:
     """Projections, norms of queries and keys, turning, the kernel, the last projection; and back."""
-    text, t, b, family = base.text, rows.tokens, rows.itemsize, adapters.attention
-    d, head, heads, kv = text.hidden_size, text.head_dim, text.num_attention_heads, text.num_key_value_heads
-    q, k, table, full = t * heads * head, t * kv * head, t * head, family.mode == "full"
+    t, b = rows.tokens, rows.itemsize
+    d, head = base.text.hidden_size, base.text.head_dim
+    heads, kv = base.text.num_attention_heads, base.text.num_key_value_heads
     wide, narrow = heads * head, kv * head
+    q, k = t * wide, t * narrow
+    table = t * head
+    family = adapters.attention
+    full = family.mode == "full"
     enter = [*linear(t, d, wide, b, family), *norm(q, t * heads, b), *linear(t, d, narrow, b, family)]
     enter += [*norm(k, t * kv, b), *linear(t, d, narrow, b, family), *turn(q, table, b), *turn(k, table, b)]
     enter += touch(table, b, 2 * b)  # sines, the first half of them negative
@@ -92,7 +105,8 @@ def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: floa
 
 
 def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
-    t, b, family = rows.tokens, rows.itemsize, adapters.mlp
+    t, b = rows.tokens, rows.itemsize
+    family = adapters.mlp
     d, inner = base.text.hidden_size, base.text.intermediate_size
     enter = [*linear(t, d, inner, b, family), *linear(t, d, inner, b, family), *touch(t * inner, 2 * b, 3 * b)]
     back = [*linear_back(t, inner, d, b, family), *touch(t * inner, 3 * b, 3 * b, 3 * b)]
@@ -103,9 +117,10 @@ def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
 
 def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
     """Loss and gradients by tiles of supervised tokens, all in forward."""
-    v, d, b, count = base.text.vocab_size, base.text.hidden_size, rows.itemsize, rows.supervised
+    v, d = base.text.vocab_size, base.text.hidden_size
+    b, count = rows.itemsize, rows.supervised
     size = min(max(1, LOSS_TILE_BYTES // (WIDE * v)), count)
-    found: list[Op] = touch(count, 3 * WIDE, 3 * WIDE, 4 * WIDE) + touch(1, 3 * WIDE)
+    ops: list[Op] = touch(count, 3 * WIDE, 3 * WIDE, 4 * WIDE) + touch(1, 3 * WIDE)
     for n, times in ((size, count // size), (count % size, 1)) if size else ():
         tile = [mm(n, d, v, b), *touch(n * v, WIDE + b, WIDE, 2 * WIDE, 2 * WIDE, WIDE)]
         tile += touch(n, 3 * WIDE, 2 * WIDE, 3 * WIDE, 2 * WIDE)
@@ -115,10 +130,10 @@ def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
         if trained:
             part = [mm(v / LOSS_SLICES, n, d, b), *touch(v * d / LOSS_SLICES, 2 * WIDE + b)]
             tile += [op._replace(times=LOSS_SLICES) for op in part]
-        found += [op._replace(times=op.times * times) for op in tile if n]
-    found += touch(v * d, WIDE, WIDE + b) if trained else []
+        ops += [op._replace(times=op.times * times) for op in tile if n]
+    ops += touch(v * d, WIDE, WIDE + b) if trained else []
     back = touch(count * d, *(2 * b,) * passes) + touch(v * d, *(2 * b,) * trained)
-    return Passes(forward=found, backward=[*back, *touch(count, WIDE)] if back else [])
+    return Passes(forward=ops, backward=[*back, *touch(count, WIDE)] if back else [])
 
 
 def around(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
@@ -126,7 +141,8 @@ def around(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
 
     Read off the code, not counted: a few tenths of one layer.
     """
-    text, vision, t, b = base.text, base.vision, rows.tokens, rows.itemsize
+    text, vision = base.text, base.vision
+    t, b = rows.tokens, rows.itemsize
     size, reach = t * text.hidden_size, Reach.of(adapters)
     seen = rows.patches // vision.spatial_merge_size**2 * text.hidden_size
     levels = len(vision.deepstack_visual_indexes) if seen else 0

@@ -3,7 +3,8 @@
 An operation is what torch hands to the device: one kernel, or a few that follow each other. It takes as long as its
 bytes need, or its operations, or a kernel at least, whichever is longest. Loads no torch.
 
-Letters: T tokens, D hidden, R rows of experts, F expert hidden, E experts, r LoRA rank; b bytes of an activation.
+Letters of the formulas, here and in the files that use them: t tokens, d hidden, e experts, f expert hidden, k top-k,
+p patches, v vocabulary, q and k elements of queries and keys, r LoRA rank, n chunks; b bytes of an activation.
 """
 
 from collections import defaultdict
@@ -18,8 +19,10 @@ WIDE = 4
 """Bytes of a float32."""
 KERNEL = 2.5e-6
 """Seconds that a kernel takes at least, until the next one starts; estimated, not measured."""
-SORT, TOP_K = 45e-6, 30e-6
-"""The least of a sort and of a top-k, which are several kernels."""
+SORT = 45e-6
+"""Seconds that a sort takes at least, as several kernels."""
+TOP_K = 30e-6
+"""Seconds that a top-k takes at least, as several kernels."""
 
 
 class Op(NamedTuple):
@@ -106,10 +109,10 @@ def permuted(rows: float, width: float, b: int) -> Op:
 
 def linear(rows: float, into: float, out: float, b: int, adapter: Trains) -> list[Op]:
     """A projection, with PEFT's low-rank part beside it."""
-    found = [mm(rows, into, out, b)]
+    ops = [mm(rows, into, out, b)]
     if adapter.mode == "lora":
-        found += [mm(rows, into, adapter.r, b), mm(rows, adapter.r, out, b), *touch(rows * out, 2 * b, 3 * b)]
-    return found
+        ops += [mm(rows, into, adapter.r, b), mm(rows, adapter.r, out, b), *touch(rows * out, 2 * b, 3 * b)]
+    return ops
 
 
 def linear_again(rows: float, into: float, out: float, b: int, adapter: Trains) -> list[Op]:
@@ -119,14 +122,14 @@ def linear_again(rows: float, into: float, out: float, b: int, adapter: Trains) 
 
 def linear_back(rows: float, into: float, out: float, b: int, adapter: Trains, *, down: bool = True) -> list[Op]:
     """Its gradients: `down` to its input, and those of what trains."""
-    found = [mm(rows, out, into, b)] if down else []
+    ops = [mm(rows, out, into, b)] if down else []
     if adapter.mode == "full":
-        found.append(mm(out, rows, into, b))
+        ops.append(mm(out, rows, into, b))
     if adapter.mode == "lora":
         r = adapter.r
-        found += [*touch(rows * out, 2 * b), mm(out, rows, r, b), mm(rows, out, r, b), mm(r, rows, into, b)]
-        found += [mm(rows, r, into, b), *touch(rows * into, 3 * b)] if down else []
-    return found
+        ops += [*touch(rows * out, 2 * b), mm(out, rows, r, b), mm(rows, out, r, b), mm(r, rows, into, b)]
+        ops += [mm(rows, r, into, b), *touch(rows * into, 3 * b)] if down else []
+    return ops
 
 
 def norm(size: float, rows: float, b: int) -> list[Op]:
@@ -149,15 +152,14 @@ def turn(size: float, table: float, b: int) -> list[Op]:
 
 def spent(ops: Iterable[tuple[Op, int]], gpu: Gpu, *, local_experts: int) -> Spent:
     """How long a device takes for operations, each so many times."""
-    kinds, limits, launches = defaultdict[str, float](float), defaultdict[str, float](float), 0
+    kinds, limits = defaultdict[str, float](float), defaultdict[str, float](float)
+    launches = 0
     shares = {"attention": gpu.kernels.attention, "grouped_mm": gpu.kernels.grouped}
     for op, repeats in ops:
         number = op.times * repeats
         if op.kind == "grouped_mm" and not gpu.kernels.has_grouped_mm:
-            op, number = (
-                op._replace(bytes=op.bytes / local_experts, flops=op.flops / local_experts),
-                number * local_experts,
-            )
+            op = op._replace(bytes=op.bytes / local_experts, flops=op.flops / local_experts)
+            number *= local_experts
         rate = gpu.flops * shares.get(op.kind, gpu.kernels.dense)
         took = {"memory": op.bytes / gpu.reached_memory_rate, "compute": op.flops / rate, "small kernels": op.least}
         limit = max(took, key=lambda name: took[name])

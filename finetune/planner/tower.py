@@ -27,7 +27,8 @@ def tower(
     base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, frame_squares: float
 ) -> list[tuple[Passes, int]]:
     """Everything by part, and how often it comes; `frame_squares` sums the frames' patches squared."""
-    vision, b, p = base.vision, rows.itemsize, rows.patches
+    vision = base.vision
+    b, p = rows.itemsize, rows.patches
     trains, levels = Reach.of(adapters).tower, len(vision.deepstack_visual_indexes)
     blocks = block(base, adapters, rows, recompute, frame_squares=frame_squares)
     return [
@@ -42,18 +43,18 @@ def _enter(base: Family, p: int, b: int) -> list[Op]:
     """Patches as numbers, as states, with learned positions taken from four around each; rotary tables."""
     values, width = pixels(base), base.vision.hidden_size
     table = width // base.vision.num_heads
-    found = touch(p * values, 1 + WIDE, 2 * WIDE, 2 * WIDE, cast(b))
-    found += [Op("dense mm", b * (p * values + values * width + p * width), 2 * p * values * width)]
-    found += touch(TAKEN * p * width, 2 * b, b + WIDE, WIDE) + touch(p * width, cast(b), 3 * b)
-    return [*found, *touch(p * table, *(2 * WIDE,) * 10)]
+    ops = touch(p * values, 1 + WIDE, 2 * WIDE, 2 * WIDE, cast(b))
+    ops += [Op("dense mm", b * (p * values + values * width + p * width), 2 * p * values * width)]
+    ops += touch(TAKEN * p * width, 2 * b, b + WIDE, WIDE) + touch(p * width, cast(b), 3 * b)
+    return [*ops, *touch(p * table, *(2 * WIDE,) * 10)]
 
 
-def block(
-    base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, frame_squares: float
-) -> Passes:  # fmt: skip
+def block(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, frame_squares: float) -> Passes:
     """One block; backward where something of the tower trains."""
-    vision, b, p, family = base.vision, rows.itemsize, rows.patches, adapters.vision_blocks
-    width, inner, size = vision.hidden_size, vision.intermediate_size, rows.patches * vision.hidden_size
+    vision, family = base.vision, adapters.vision_blocks
+    b, p = rows.itemsize, rows.patches
+    width, inner = vision.hidden_size, vision.intermediate_size
+    size = p * width
     lse, flops = WIDE * p * vision.num_heads, 4 * width * frame_squares
     times = 2 * WIDE + WIDE / vision.num_heads  # heads share the tables
     turned = touch(size, cast(b), times, 4, 8, times, 12, cast(b))
