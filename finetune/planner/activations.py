@@ -3,7 +3,7 @@
 The sums follow the autograd graph of the code: what each operation saves for backward, what a recomputed layer keeps,
 what backward of the experts holds besides. A test compares them with bytes counted in real runs. Loads no torch.
 
-In every file of the planner `itemsize` is the bytes of an activation, and `token`, `row` and `patch` are bytes of one.
+`itemsize` is the bytes of an activation; sums named `token` or `row` are bytes of one token or of one row of experts.
 """
 
 from dataclasses import dataclass

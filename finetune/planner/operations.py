@@ -73,8 +73,8 @@ class Spent:
 
 
 def touch(size: float, *bytes_each: float) -> list[Op]:
-    """Pointwise operations and reductions over so many elements, by the bytes that each moves an element; 0 is none."""
-    return [Op("pointwise", size * each) for each in bytes_each if each]
+    """Return pointwise operations and reductions over `size` elements, by the bytes that each moves an element."""
+    return [Op("pointwise", size * each) for each in bytes_each if each]  # no bytes: no operation
 
 
 def cast(b: int) -> int:
@@ -98,7 +98,7 @@ def outer(rows: float, out: float, into: float, experts: int, b: int) -> Op:
 
 
 def routing(number: int, size: float = 0.0) -> Op:
-    """Some small operations on indices, over so many bytes each."""
+    """Return some small operations on indices, each over `size` bytes."""
     return Op("routing", size, times=number)
 
 
@@ -151,7 +151,7 @@ def turn(size: float, table: float, b: int) -> list[Op]:
 
 
 def spent(ops: Iterable[tuple[Op, int]], gpu: Gpu, *, local_experts: int) -> Spent:
-    """How long a device takes for operations, each so many times."""
+    """Return how long a device takes for operations, each repeated as often as the number with it says."""
     kinds, limits = defaultdict[str, float](float), defaultdict[str, float](float)
     launches = 0
     shares = {"attention": gpu.kernels.attention, "grouped_mm": gpu.kernels.grouped}

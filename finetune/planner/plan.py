@@ -123,7 +123,7 @@ def resident_choice(config: RunConfig, base: Family, cluster: Cluster, assumed: 
 
 
 def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed | None = None) -> Plan:
-    """Foresee a run whose configuration passed every check for so many ranks; of several stages, the fullest."""
+    """Foresee a run whose configuration passed every check for these ranks; of several stages, the fullest."""
     if config.parallel.recompute == "auto" or config.parallel.ep < 1:
         raise ValueError("parallel.ep, parallel.recompute: auto is settled before a plan is made (planner.fit)")
     assumed = assumed or Assumed()

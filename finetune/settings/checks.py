@@ -59,9 +59,7 @@ def cross_check(
     return [wrong for wrong in problems if not any(related(wrong.key, key) for key in known)]
 
 
-def require(
-    config: RunConfig, problems: list[Problem], *, ranks: int | None, resuming: bool = False
-) -> list[Problem]:
+def require(config: RunConfig, problems: list[Problem], *, ranks: int | None, resuming: bool = False) -> list[Problem]:
     """Raise one ConfigError with every problem, those of reading and those across sections; return mere warnings."""
     known = [wrong.key for wrong in problems]
     problems = problems + cross_check(config, ranks=ranks, known=known, resuming=resuming)
