@@ -32,7 +32,7 @@ Mode = Literal["frozen", "lora", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyConfig:
+class PartConfig:
     """Parameters without a low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
 
     mode: Mode = "frozen"
@@ -40,7 +40,7 @@ class FamilyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterFamilyConfig:
+class RouterPartConfig:
     """The routers' score matrices."""
 
     mode: Mode = "frozen"
@@ -50,7 +50,7 @@ class RouterFamilyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseFamilyConfig:
+class DensePartConfig:
     """Matrices that every token passes through. The low-rank part is scaled by alpha / r, with rslora by its root."""
 
     mode: Mode = "frozen"
@@ -62,7 +62,7 @@ class DenseFamilyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertFamilyConfig:
+class ExpertPartConfig:
     """The experts; r is that of each expert."""
 
     mode: Mode = "frozen"
@@ -78,18 +78,18 @@ class AdaptersConfig:
     """What is frozen, adapted or trained in full, by family of parameters."""
 
     # mode full includes the norms of queries and keys; the only family that trains by default
-    attention: DenseFamilyConfig = field(default_factory=lambda: DenseFamilyConfig(mode="lora"))
-    experts: ExpertFamilyConfig = field(default_factory=ExpertFamilyConfig)
-    router: RouterFamilyConfig = field(default_factory=RouterFamilyConfig)
-    mlp: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)  # of dense decoder layers
-    vision_blocks: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
-    merger: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
-    deepstack_mergers: DenseFamilyConfig = field(default_factory=DenseFamilyConfig)
-    patch_embed: FamilyConfig = field(default_factory=FamilyConfig)
-    pos_embed: FamilyConfig = field(default_factory=FamilyConfig)
-    norms: FamilyConfig = field(default_factory=FamilyConfig)  # of the decoder
-    embeddings: FamilyConfig = field(default_factory=FamilyConfig)
-    head: FamilyConfig = field(default_factory=FamilyConfig)
+    attention: DensePartConfig = field(default_factory=lambda: DensePartConfig(mode="lora"))
+    experts: ExpertPartConfig = field(default_factory=ExpertPartConfig)
+    router: RouterPartConfig = field(default_factory=RouterPartConfig)
+    mlp: DensePartConfig = field(default_factory=DensePartConfig)  # of dense decoder layers
+    vision_blocks: DensePartConfig = field(default_factory=DensePartConfig)
+    merger: DensePartConfig = field(default_factory=DensePartConfig)
+    deepstack_mergers: DensePartConfig = field(default_factory=DensePartConfig)
+    patch_embed: PartConfig = field(default_factory=PartConfig)
+    pos_embed: PartConfig = field(default_factory=PartConfig)
+    norms: PartConfig = field(default_factory=PartConfig)  # of the decoder
+    embeddings: PartConfig = field(default_factory=PartConfig)
+    head: PartConfig = field(default_factory=PartConfig)
     start_from: str = ""  # a folder with an adapter of ours, whose values training begins with
 
 

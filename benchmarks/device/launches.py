@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from benchmarks.device.meta_layer import MetaLayer
 from benchmarks.harness.figure import Figure, Peer
 from finetune.architecture.families import Text, family
-from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig
+from finetune.config import AdaptersConfig, DensePartConfig, ExpertPartConfig
 
 TOKENS = (4096, 8192)
 R = 16
-ADAPTERS = AdaptersConfig(attention=DenseFamilyConfig(mode="lora", r=R), experts=ExpertFamilyConfig(mode="lora", r=R))
+ADAPTERS = AdaptersConfig(attention=DensePartConfig(mode="lora", r=R), experts=ExpertPartConfig(mode="lora", r=R))
 PEER = "transformers grouped_mm, PEFT"
 
 

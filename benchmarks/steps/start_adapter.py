@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.adapters.write_trained import write_adapter
-from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig
+from finetune.config import AdaptersConfig, DensePartConfig, ExpertPartConfig
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
@@ -14,7 +14,7 @@ from finetune.model.lora import with_adapters
 from finetune.model.weights import load_weights
 
 ADAPTERS = AdaptersConfig(
-    attention=DenseFamilyConfig(mode="lora", r=8, alpha=16.0), experts=ExpertFamilyConfig(mode="lora", r=8, alpha=16.0)
+    attention=DensePartConfig(mode="lora", r=8, alpha=16.0), experts=ExpertPartConfig(mode="lora", r=8, alpha=16.0)
 )
 
 

@@ -55,7 +55,7 @@ ADAPTER = "default"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamilyRow:
+class PartRow:
     """One family: how it trains, on how many tensors of the base, and parameters trained over all ranks."""
 
     family: str
@@ -196,7 +196,7 @@ def adapted_part(canonical: str) -> str:
     return part_of(f"{match[1]}.weight" if match else canonical.removeprefix(PEFT_PREFIX))
 
 
-def trainable_table(empty: "EmptyModel") -> list[FamilyRow]:
+def trainable_table(empty: "EmptyModel") -> list[PartRow]:
     """Return a row for each family that the model has, in the order of `adapters:`; sharded or not, the same rows."""
     total: Counter[str] = Counter()
     for name, shape in empty.expected.items():
@@ -217,7 +217,7 @@ def trainable_table(empty: "EmptyModel") -> list[FamilyRow]:
             continue
         mode = "frozen" if not trained[part] else "lora" if part in lora else "full"
         rows.append(
-            FamilyRow(
+            PartRow(
                 family=part,
                 mode=mode,
                 tensors=len(tensors[part]),
@@ -229,7 +229,7 @@ def trainable_table(empty: "EmptyModel") -> list[FamilyRow]:
     return rows
 
 
-def table_lines(rows: Iterable[FamilyRow]) -> list[str]:
+def table_lines(rows: Iterable[PartRow]) -> list[str]:
     """Return the table as it is printed at start."""
     lines = [f"{'family':<18}{'mode':<8}{'tensors':>8}{'trained':>16}{'of':>18}"]
     for row in rows:

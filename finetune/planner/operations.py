@@ -140,8 +140,8 @@ def norm(size: float, rows: float, b: int) -> list[Op]:
 def norm_back(size: float, rows: float, b: int, *, full: bool) -> list[Op]:
     """The two gradients of its input, and their sum; the weight's gradient if it trains."""
     weight = touch(size, 2 * WIDE, cast(b), 3 * b, b) if full else []
-    found = touch(size, 2 * b, cast(b), cast(b), 3 * WIDE, WIDE, 2 * WIDE, 2 * WIDE, 3 * WIDE, cast(b))
-    return [*found, *touch(rows, 2 * WIDE, 3 * WIDE, 2 * WIDE), *weight]
+    of_input = touch(size, 2 * b, cast(b), cast(b), 3 * WIDE, WIDE, 2 * WIDE, 2 * WIDE, 3 * WIDE, cast(b))
+    return [*of_input, *touch(rows, 2 * WIDE, 3 * WIDE, 2 * WIDE), *weight]
 
 
 def turn(size: float, table: float, b: int) -> list[Op]:

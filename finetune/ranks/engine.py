@@ -101,8 +101,10 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
         "wall_clock_breakdown": False,
     }
     refused = [f"engine.extra.{key}: {why}" for key, why in LIMITS.items() if _has(options.extra, key)]
-    taken = [f"engine.extra.{key}: is made from typed options and cannot be overridden"
-             for key in _shared(ours, options.extra) if f"engine.extra.{key}" not in "".join(refused)]  # fmt: skip
+    shared = (f"engine.extra.{key}" for key in _shared(ours, options.extra))
+    taken = [
+        f"{key}: is made from typed options and cannot be overridden" for key in shared if key not in "".join(refused)
+    ]
     if refused or taken:
         raise ValueError("\n".join([*refused, *taken]))
     return _merged(ours, options.extra)

@@ -22,7 +22,7 @@ from data.stream.batch import BadSample, Batch
 from finetune.config import RunConfig
 from finetune.files.hubfiles import stop_tokens
 from finetune.model.divergence import Compared, compare_row
-from finetune.model.lora import FamilyRow
+from finetune.model.lora import PartRow
 from finetune.ranks.collectives import Preempted, gather_lists, rank_and_world, require_no_wish, sum_over_ranks
 from finetune.ranks.engine import engine_device
 from finetune.ranks.hooks import forget_order
@@ -73,7 +73,7 @@ class Evaluation:
         self,
         config: RunConfig,
         renderer: Renderer,
-        rows: Sequence[FamilyRow],
+        rows: Sequence[PartRow],
         *,
         base_folder: Path,
         resident: bool,
@@ -134,7 +134,7 @@ class HeldOut:
         self,
         config: RunConfig,
         renderer: Renderer,
-        rows: Sequence[FamilyRow],
+        rows: Sequence[PartRow],
         *,
         base_folder: Path,
         resident: bool,
@@ -205,7 +205,7 @@ def held_out(config: RunConfig, *, packs_per_step: int) -> DataConfig:
     )
 
 
-def _require_resident(answers: int, rows: Sequence[FamilyRow], resident: bool) -> None:
+def _require_resident(answers: int, rows: Sequence[PartRow], resident: bool) -> None:
     """Raise unless nearly all weights are complete on every rank, as answering takes a forward for each token."""
     full = sum(row.trained for row in rows if row.mode == "full") / sum(row.total for row in rows)
     if resident and full <= FULL_SHARE:
@@ -217,7 +217,7 @@ def _require_resident(answers: int, rows: Sequence[FamilyRow], resident: bool) -
     )
 
 
-def _scope(rows: Sequence[FamilyRow]) -> str:
+def _scope(rows: Sequence[PartRow]) -> str:
     """Say what KL(base || tuned) covers."""
     lora = [row.family for row in rows if row.mode == "lora"]
     full = [row.family for row in rows if row.mode == "full" and row.family != "router"]

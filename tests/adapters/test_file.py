@@ -23,7 +23,7 @@ from finetune.adapters.merge import merge
 from finetune.adapters.merge_plan import plan_merge
 from finetune.adapters.provenance import Provenance, base_of
 from finetune.adapters.write_trained import write_adapter
-from finetune.config import AdaptersConfig, DenseFamilyConfig, FamilyConfig, RouterFamilyConfig
+from finetune.config import AdaptersConfig, DensePartConfig, PartConfig, RouterPartConfig
 from finetune.files.basefiles import open_base
 from finetune.files.fingerprint import fingerprint
 from finetune.model.empty import EmptyModel
@@ -242,14 +242,14 @@ def test_what_cannot_be_continued_is_refused(
     with pytest.raises(ValueError, match=r"adapts a qwen3_vl_moe, this base is a qwen3_vl"):
         adapter.check_fits(made(folders["dense"], DENSE))
     for other, text in {
-        replace(WIDE, attention=DenseFamilyConfig(mode="lora", r=6, alpha=12.0)): (
+        replace(WIDE, attention=DensePartConfig(mode="lora", r=6, alpha=12.0)): (
             r"holds attention as lora of r 5, scale 2.4; adapters.attention says lora of r 6, scale 2. Set"
         ),
-        replace(WIDE, router=RouterFamilyConfig()): "holds router as full; adapters.router says frozen",
+        replace(WIDE, router=RouterPartConfig()): "holds router as full; adapters.router says frozen",
     }.items():
         with pytest.raises(ValueError, match=text):
             adapter.check_fits(made(folders["moe"], other))
-    more = made(folders["moe"], replace(WIDE, norms=FamilyConfig(mode="full")))
+    more = made(folders["moe"], replace(WIDE, norms=PartConfig(mode="full")))
     adapter.check_fits(more)  # a family that the adapter lacks begins afresh
     taller = write_base(vl_model(layers=4), tmp_path / "taller")
     with pytest.raises(

@@ -15,7 +15,7 @@ from tiny_moe import text_model, vl_model
 
 from finetune.adapters.contents import trained_tensors
 from finetune.adapters.write_trained import gathered_pieces, write_adapter, write_pieces
-from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, RouterFamilyConfig
+from finetune.config import AdaptersConfig, DensePartConfig, ExpertPartConfig, RouterPartConfig
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
 from finetune.model.empty import ModelOptions
@@ -44,13 +44,13 @@ def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) ->
 
 
 TEXT = AdaptersConfig(
-    attention=DenseFamilyConfig(mode="lora", r=5, alpha=12.0),
-    experts=ExpertFamilyConfig(mode="lora", r=8),
-    router=RouterFamilyConfig(mode="lora", r=3),
+    attention=DensePartConfig(mode="lora", r=5, alpha=12.0),
+    experts=ExpertPartConfig(mode="lora", r=8),
+    router=RouterPartConfig(mode="lora", r=3),
 )
 
 
-@pytest.mark.parametrize("config", [TEXT, replace(TEXT, experts=ExpertFamilyConfig(mode="full"))], ids=["lora", "full"])
+@pytest.mark.parametrize("config", [TEXT, replace(TEXT, experts=ExpertPartConfig(mode="full"))], ids=["lora", "full"])
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
     """Its layers have another prefix, and PEFT has rules of its own for it."""
@@ -76,7 +76,7 @@ def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
 
 
 def test_bfloat16_stays_bfloat16(base: Path, tmp_path: Path) -> None:
-    config = replace(WIDE, experts=ExpertFamilyConfig(mode="lora", r=8))
+    config = replace(WIDE, experts=ExpertPartConfig(mode="lora", r=8))
     empty = build(base, with_adapters(config, ModelOptions()))
     load_weights(empty, open_base(base, empty.expected))
     write_adapter(empty, tmp_path / "adapter", base="")

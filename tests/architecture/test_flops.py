@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.architecture.families import Family, Text, Vision, family
 from finetune.architecture.flops import FlopMeter, Training, Work, batch_work, trainings
-from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig
+from finetune.config import AdaptersConfig, DensePartConfig, ExpertPartConfig, PartConfig
 
 FULL = Training(mode="full")
 TEXT = {part: FULL for part in ("attention", "mlp", "head", "embeddings", "norms")}
@@ -137,9 +137,9 @@ def test_a_frozen_tower_has_no_backward_and_a_trained_merger_does_not_reach_the_
 
 def test_trainings_of_a_configuration():
     adapters = AdaptersConfig(
-        attention=DenseFamilyConfig(mode="lora", r=16),
-        experts=ExpertFamilyConfig(mode="lora", r=4),
-        head=FamilyConfig(mode="full"),
+        attention=DensePartConfig(mode="lora", r=16),
+        experts=ExpertPartConfig(mode="lora", r=4),
+        head=PartConfig(mode="full"),
     )
     trained = {part: training for part, training in trainings(adapters).items() if training.mode != "frozen"}
     assert trained == {"attention": Training(mode="lora", r=16), "experts": Training(mode="lora", r=4), "head": FULL}

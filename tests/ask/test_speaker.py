@@ -24,7 +24,7 @@ from finetune.adapters.provenance import Provenance
 from finetune.adapters.write_trained import write_adapter
 from finetune.ask.open_model import open_speaker
 from finetune.ask.speaker import Sampling, Speaker
-from finetune.config import RouterFamilyConfig, RunConfig
+from finetune.config import RouterPartConfig, RunConfig
 from finetune.files.basefiles import open_base
 from finetune.files.tiny import TinyModel, write_tiny
 from finetune.model.weights import load_weights
@@ -171,7 +171,7 @@ def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
 
 def test_without_its_adapter_the_model_is_its_base(tmp_path: Path):
     small = {"data": {"image": {"min_tokens": 4, "max_tokens": 20}, "workers": 7}, "optim": {"lr": 1.0}}
-    adapter = trained(tmp_path / "adapter", replace(WIDE, router=RouterFamilyConfig(mode="lora")), small)
+    adapter = trained(tmp_path / "adapter", replace(WIDE, router=RouterPartConfig(mode="lora")), small)
     ours = open_speaker(str(base()), adapter=adapter)
     asked, wanted = prompt("image", ours), speaker().answer([prompt("image")], SHORT)
     assert ours.switches
@@ -182,7 +182,7 @@ def test_without_its_adapter_the_model_is_its_base(tmp_path: Path):
 
 def test_ask_compares_and_takes_the_settings_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     small = {"data": {"image": {"min_tokens": 4, "max_tokens": 20}, "workers": 7}, "optim": {"lr": 1.0}}
-    lora = trained(tmp_path / "lora", replace(WIDE, router=RouterFamilyConfig(mode="lora")), small)
+    lora = trained(tmp_path / "lora", replace(WIDE, router=RouterPartConfig(mode="lora")), small)
     full = trained(tmp_path / "full", WIDE)
     (tmp_path / "0.png").write_bytes(media()["0.png"])
     words = ["ask", str(base()), "What?", "--image", str(tmp_path / "0.png"), "--max-tokens", "4"]

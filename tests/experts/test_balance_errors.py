@@ -4,7 +4,7 @@ import pytest
 import torch
 from router_stack import EXPERTS, HIDDEN, LAYERS, Stack, make_balance, route
 
-from finetune.config import AdaptersConfig, ModelConfig, RouterFamilyConfig, RunConfig
+from finetune.config import AdaptersConfig, ModelConfig, RouterPartConfig, RunConfig
 from finetune.settings.checks import cross_check, frozen_router
 from finetune.settings.problems import Problem
 from finetune.settings.typed import TypedTree
@@ -118,7 +118,7 @@ def test_probabilities_that_are_not_finite_are_refused():
 
 
 def moe_problems(family: str = "qwen3-vl-30b-a3b", **moe) -> list[Problem]:
-    adapters = AdaptersConfig(router=RouterFamilyConfig(mode="full"))
+    adapters = AdaptersConfig(router=RouterPartConfig(mode="full"))
     config = RunConfig(model=ModelConfig(family=family), moe=MoeConfig(**moe), adapters=adapters)
     return [problem for problem in cross_check(config, ranks=1) if problem.key.startswith("moe.")]
 

@@ -6,32 +6,32 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.config import AdaptersConfig, DenseFamilyConfig, ExpertFamilyConfig, FamilyConfig, RouterFamilyConfig
+from finetune.config import AdaptersConfig, DensePartConfig, ExpertPartConfig, PartConfig, RouterPartConfig
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.lora import with_adapters
 from moe.parallel import LayerOptions
 
 WIDE = AdaptersConfig(
-    attention=DenseFamilyConfig(mode="lora", r=5, alpha=12.0),
-    experts=ExpertFamilyConfig(mode="lora", r=4, alpha=6.0, rslora=True),
-    vision_blocks=DenseFamilyConfig(mode="lora", r=3, alpha=7.0),
-    router=RouterFamilyConfig(mode="full"),
+    attention=DensePartConfig(mode="lora", r=5, alpha=12.0),
+    experts=ExpertPartConfig(mode="lora", r=4, alpha=6.0, rslora=True),
+    vision_blocks=DensePartConfig(mode="lora", r=3, alpha=7.0),
+    router=RouterPartConfig(mode="full"),
 )
 FULL = AdaptersConfig(  # everything that can be kept in full, and a router's LoRA
-    attention=DenseFamilyConfig(mode="full"),
-    experts=ExpertFamilyConfig(mode="full"),
-    router=RouterFamilyConfig(mode="lora", r=7, alpha=9.0),
-    merger=DenseFamilyConfig(mode="lora", r=6, alpha=9.0),
-    deepstack_mergers=DenseFamilyConfig(mode="full"),
-    **{family: FamilyConfig(mode="full") for family in ("patch_embed", "pos_embed", "norms", "embeddings", "head")},
+    attention=DensePartConfig(mode="full"),
+    experts=ExpertPartConfig(mode="full"),
+    router=RouterPartConfig(mode="lora", r=7, alpha=9.0),
+    merger=DensePartConfig(mode="lora", r=6, alpha=9.0),
+    deepstack_mergers=DensePartConfig(mode="full"),
+    **{family: PartConfig(mode="full") for family in ("patch_embed", "pos_embed", "norms", "embeddings", "head")},
 )
 DENSE = AdaptersConfig(
-    attention=DenseFamilyConfig(mode="lora", r=5, alpha=12.0),
-    mlp=DenseFamilyConfig(mode="lora", r=4, alpha=4.0, rslora=True),
-    merger=DenseFamilyConfig(mode="full"),
+    attention=DensePartConfig(mode="lora", r=5, alpha=12.0),
+    mlp=DensePartConfig(mode="lora", r=4, alpha=4.0, rslora=True),
+    merger=DensePartConfig(mode="full"),
 )
-FULL_ONLY = AdaptersConfig(merger=DenseFamilyConfig(mode="full"), norms=FamilyConfig(mode="full"))
+FULL_ONLY = AdaptersConfig(merger=DensePartConfig(mode="full"), norms=PartConfig(mode="full"))
 
 
 def made(base: Path, config: AdaptersConfig, *, ep: int = 1, resident: bool = True) -> EmptyModel:

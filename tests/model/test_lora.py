@@ -16,11 +16,11 @@ from finetune.architecture.parts import NO_LORA, PARTS
 from finetune.architecture.shapes import part_of
 from finetune.config import (
     AdaptersConfig,
-    DenseFamilyConfig,
-    ExpertFamilyConfig,
-    FamilyConfig,
+    DensePartConfig,
+    ExpertPartConfig,
     ModelConfig,
-    RouterFamilyConfig,
+    PartConfig,
+    RouterPartConfig,
     RunConfig,
 )
 from finetune.files.basefiles import open_base
@@ -34,13 +34,13 @@ from moe.config import MoeConfig
 from moe.experts import ExpertLora as Lora
 from moe.parallel import LayerOptions
 
-OFF = AdaptersConfig(attention=DenseFamilyConfig())
-LORA = DenseFamilyConfig(mode="lora", r=8, alpha=12.0)
+OFF = AdaptersConfig(attention=DensePartConfig())
+LORA = DensePartConfig(mode="lora", r=8, alpha=12.0)
 EVERY_LORA = AdaptersConfig(
     attention=LORA,
-    experts=ExpertFamilyConfig(mode="lora"),
-    router=RouterFamilyConfig(mode="lora", r=3),
-    vision_blocks=DenseFamilyConfig(mode="lora", r=4, alpha=8.0, rslora=True, dropout=0.1),
+    experts=ExpertPartConfig(mode="lora"),
+    router=RouterPartConfig(mode="lora", r=3),
+    vision_blocks=DensePartConfig(mode="lora", r=4, alpha=8.0, rslora=True, dropout=0.1),
     merger=LORA,
     deepstack_mergers=LORA,
 )
@@ -122,15 +122,15 @@ def test_the_printed_table(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("folder", "config", "text"),
     [
-        ("dense", replace(OFF, experts=ExpertFamilyConfig(mode="lora")), r"adapters.experts.mode: lora, but .*dense"),
-        ("dense", replace(OFF, router=RouterFamilyConfig(mode="full")), r"adapters.router.mode: full, .* no router"),
+        ("dense", replace(OFF, experts=ExpertPartConfig(mode="lora")), r"adapters.experts.mode: lora, but .*dense"),
+        ("dense", replace(OFF, router=RouterPartConfig(mode="full")), r"adapters.router.mode: full, .* no router"),
         ("moe", replace(OFF, mlp=LORA), r"LoRA on mlp: the model has no such matrices. Leave adapters.mlp frozen"),
-        ("moe", replace(OFF, mlp=DenseFamilyConfig(mode="full")), r"parts to train: mlp not in this model"),
-        ("tied", replace(OFF, head=FamilyConfig(mode="full")), r"ties them would change both"),
-        ("tied", replace(OFF, embeddings=FamilyConfig(mode="full")), r"ties them would change both"),
-        ("moe", replace(OFF, patch_embed=FamilyConfig(mode="lora")), r"adapters.patch_embed.mode: lora: .*Conv3d"),
-        ("moe", replace(OFF, norms=FamilyConfig(mode="lora")), r"adapters.norms.mode: lora: .*a vector"),
-        ("moe", replace(OFF, head=FamilyConfig(mode="lora")), r"adapters.head.mode: lora: .*Use frozen or full"),
+        ("moe", replace(OFF, mlp=DensePartConfig(mode="full")), r"parts to train: mlp not in this model"),
+        ("tied", replace(OFF, head=PartConfig(mode="full")), r"ties them would change both"),
+        ("tied", replace(OFF, embeddings=PartConfig(mode="full")), r"ties them would change both"),
+        ("moe", replace(OFF, patch_embed=PartConfig(mode="lora")), r"adapters.patch_embed.mode: lora: .*Conv3d"),
+        ("moe", replace(OFF, norms=PartConfig(mode="lora")), r"adapters.norms.mode: lora: .*a vector"),
+        ("moe", replace(OFF, head=PartConfig(mode="lora")), r"adapters.head.mode: lora: .*Use frozen or full"),
     ],
 )
 def test_what_is_not_there_or_cannot_be_adapted_is_refused(
@@ -149,15 +149,15 @@ def test_injection_refuses_what_the_section_refuses(folders: dict[str, Path]) ->
 @pytest.mark.parametrize(
     ("change", "text", "level"),
     [
-        ({"attention": DenseFamilyConfig()}, "adapters = 'all frozen': nothing would train", "error"),
-        ({"pos_embed": FamilyConfig(mode="lora")}, "adapters.pos_embed.mode = 'lora': it is a table", "error"),
+        ({"attention": DensePartConfig()}, "adapters = 'all frozen': nothing would train", "error"),
+        ({"pos_embed": PartConfig(mode="lora")}, "adapters.pos_embed.mode = 'lora': it is a table", "error"),
         ({"mlp": LORA}, "adapters.mlp.mode = 'lora': tiny-moe has no such parameters. Leave it frozen", "error"),
         ({"attention": replace(LORA, r=0)}, "adapters.attention.r = 0: at least 1", "error"),
         ({"attention": replace(LORA, alpha=float("nan"))}, "adapters.attention.alpha = nan: a finite number", "error"),
         ({"merger": replace(LORA, dropout=1.0)}, "adapters.merger.dropout = 1.0: a share from 0", "error"),
-        ({"experts": ExpertFamilyConfig(mode="lora", r=6)}, "adapters.experts.r = 6: .* multiple of 8. Use 8", "error"),
-        ({"experts": ExpertFamilyConfig(mode="lora", r=12)}, "multiple of 8 in bfloat16. Use 16", "warning"),
-        ({"experts": ExpertFamilyConfig(r=4)}, "adapters.experts.r = 4: it counts in mode lora only", "warning"),
+        ({"experts": ExpertPartConfig(mode="lora", r=6)}, "adapters.experts.r = 6: .* multiple of 8. Use 8", "error"),
+        ({"experts": ExpertPartConfig(mode="lora", r=12)}, "multiple of 8 in bfloat16. Use 16", "warning"),
+        ({"experts": ExpertPartConfig(r=4)}, "adapters.experts.r = 4: it counts in mode lora only", "warning"),
         ({"start_from": "nowhere"}, "adapters.start_from = 'nowhere': there is no adapter_config.json", "error"),
     ],
 )
@@ -169,11 +169,11 @@ def test_the_section_is_checked(change: dict[str, Any], text: str, level: str) -
 
 def test_checks_across_sections_see_the_adapters() -> None:
     tied = cross_check(
-        RunConfig(model=ModelConfig(family="qwen3-vl-2b"), adapters=replace(OFF, head=FamilyConfig(mode="full"))),
+        RunConfig(model=ModelConfig(family="qwen3-vl-2b"), adapters=replace(OFF, head=PartConfig(mode="full"))),
         ranks=1,
     )
     assert "qwen3-vl-2b ties its head to its embedding" in str(next(p for p in tied if p.key == "adapters.head.mode"))
     config = RunConfig(model=ModelConfig(family="tiny-moe"), moe=MoeConfig(balance="global"))
     assert "moe.balance" in [problem.key for problem in cross_check(config, ranks=1)]
-    trains = replace(config, adapters=AdaptersConfig(router=RouterFamilyConfig(mode="lora")))
+    trains = replace(config, adapters=AdaptersConfig(router=RouterPartConfig(mode="lora")))
     assert "moe.balance" not in [problem.key for problem in cross_check(trains, ranks=1)]

@@ -21,9 +21,9 @@ from finetune.architecture.families import Experts, Family, Text, Vision, family
 from finetune.config import (
     LOSS_TILE_BYTES,
     AdaptersConfig,
-    DenseFamilyConfig,
-    ExpertFamilyConfig,
-    RouterFamilyConfig,
+    DensePartConfig,
+    ExpertPartConfig,
+    RouterPartConfig,
 )
 from finetune.model.loss import TiledHead
 from finetune.model.nodes import join_nodes
@@ -79,10 +79,10 @@ def _same(counted: Operations, ops: Iterable[Op]) -> None:
 def test_a_decoder_layer_asks_for_what_the_planner_counts(text, tokens, modes, resident, balance, recompute):
     attention, experts, router = modes
     adapters = AdaptersConfig(
-        attention=DenseFamilyConfig(mode=attention),
-        experts=ExpertFamilyConfig(mode=experts),
-        router=RouterFamilyConfig(mode=router),
-        mlp=DenseFamilyConfig(mode=attention),
+        attention=DensePartConfig(mode=attention),
+        experts=ExpertPartConfig(mode=experts),
+        router=RouterPartConfig(mode=router),
+        mlp=DensePartConfig(mode=attention),
     )
     forward, backward = MetaLayer(text, adapters, resident=resident, balance=balance).count(tokens, recompute)
     arriving = tokens * text.experts.num_experts_per_tok if text.experts else 0
@@ -116,7 +116,7 @@ def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
     sizes = {k: getattr(TOWER, k) for k in ("out_hidden_size", "hidden_size", "intermediate_size", "num_heads")}
     config = Qwen3VLMoeConfig(vision_config=sizes).vision_config
     config._attn_implementation = ONCE
-    dense = DenseFamilyConfig(mode=mode)
+    dense = DensePartConfig(mode=mode)
     adapters = AdaptersConfig(vision_blocks=dense, merger=dense)
     rows = Rows(tokens=1, supervised=0, patches=patches, arriving=0, itemsize=2)
     parts = [

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from stage_session import metrics, runs
 
 from data.config import DataConfig, SourceConfig
-from finetune.config import AdaptersConfig, DenseFamilyConfig, RunConfig, ScheduleConfig, StageConfig, StageDataConfig
+from finetune.config import AdaptersConfig, DensePartConfig, RunConfig, ScheduleConfig, StageConfig, StageDataConfig
 from finetune.files.tiny import write_tiny
 from finetune.model.lora import adapted_part
 from finetune.settings.checks import cross_check
@@ -101,7 +101,7 @@ def test_a_stage_has_its_own_plan_and_rate(finished: Path) -> None:
 
 def _config(**stages: StageConfig) -> RunConfig:
     return RunConfig(
-        adapters=AdaptersConfig(merger=DenseFamilyConfig(mode="full", lr=2e-5)),
+        adapters=AdaptersConfig(merger=DensePartConfig(mode="full", lr=2e-5)),
         data=DataConfig(sources={"a": SourceConfig(path="a.tar"), "b": SourceConfig(path="b.tar")}, mixture="tokens"),
         schedule=ScheduleConfig(steps=10, shape="constant"),
         stages=stages,

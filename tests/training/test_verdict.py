@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from data.config import SourceConfig
-from finetune.config import AdaptersConfig, DenseFamilyConfig, EvalConfig, EvalSourceConfig, ParallelConfig, RunConfig
+from finetune.config import AdaptersConfig, DensePartConfig, EvalConfig, EvalSourceConfig, ParallelConfig, RunConfig
 from finetune.model.divergence import compare_tiles
 from finetune.settings.check_evaluation import eval_problems
 from finetune.training.evaluation import held_out
@@ -88,7 +88,7 @@ def test_a_guard_flags_or_stops(bound: dict[str, float], text: str) -> None:
 
 
 def _run(evaluation: EvalConfig, *, lora: bool = True, trained_on: str = "other") -> RunConfig:
-    attention = DenseFamilyConfig(mode="lora" if lora else "full")
+    attention = DensePartConfig(mode="lora" if lora else "full")
     sources = {"general": SourceConfig(path=trained_on)}
     config = RunConfig(eval=evaluation, adapters=AdaptersConfig(attention=attention))
     return RunConfig(**vars(config) | {"data": type(config.data)(sources=sources)})
