@@ -56,9 +56,9 @@ ADAPTER = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class PartRow:
-    """One family: how it trains, on how many tensors of the base, and parameters trained over all ranks."""
+    """One part: how it trains, on how many tensors of the base, and parameters trained over all ranks."""
 
-    family: str
+    part: str
     mode: str
     tensors: int
     trained: int
@@ -218,7 +218,7 @@ def trainable_table(empty: "EmptyModel") -> list[PartRow]:
         mode = "frozen" if not trained[part] else "lora" if part in lora else "full"
         rows.append(
             PartRow(
-                family=part,
+                part=part,
                 mode=mode,
                 tensors=len(tensors[part]),
                 trained=trained[part],
@@ -234,7 +234,7 @@ def table_lines(rows: Iterable[PartRow]) -> list[str]:
     lines = [f"{'family':<18}{'mode':<8}{'tensors':>8}{'trained':>16}{'of':>18}"]
     for row in rows:
         note = f"  r {row.lora.r}, scale {row.lora.scale:g}" if row.lora else ""
-        lines.append(f"{row.family:<18}{row.mode:<8}{row.tensors:>8}{row.trained:>16,}{row.total:>18,}{note}")
+        lines.append(f"{row.part:<18}{row.mode:<8}{row.tensors:>8}{row.trained:>16,}{row.total:>18,}{note}")
     return lines
 
 

@@ -219,11 +219,11 @@ def _require_resident(answers: int, rows: Sequence[PartRow], resident: bool) -> 
 
 def _scope(rows: Sequence[PartRow]) -> str:
     """Say what KL(base || tuned) covers."""
-    lora = [row.family for row in rows if row.mode == "lora"]
-    full = [row.family for row in rows if row.mode == "full" and row.family != "router"]
+    lora = [row.part for row in rows if row.mode == "lora"]
+    full = [row.part for row in rows if row.mode == "full" and row.part != "router"]
     if not lora:
         return "no KL: nothing trains as lora, and what trains in full has no copy of its base"
-    covered = lora + [row.family for row in rows if row.mode == "full" and row.family == "router"]
+    covered = lora + [row.part for row in rows if row.mode == "full" and row.part == "router"]
     text = f"KL(base || tuned) is that of {', '.join(covered)}"
     return f"{text}; not of {', '.join(full)}, whose base values are not kept" if full else text
 

@@ -40,7 +40,7 @@ def test_the_model_is_built_on_meta_with_every_published_shape(name: str, tmp_pa
     empty = build(tmp_path, model_options(config, base, torch.device("cpu"), lambda _: None))
     assert dict(empty.expected) == parameter_shapes(base)
     assert all(tensor.is_meta for tensor in empty.module.parameters())
-    rows = {row.family: row for row in trainable_table(empty)}
+    rows = {row.part: row for row in trainable_table(empty)}
     text, experts = base.text, base.text.experts
     assert experts is not None
     heads = (text.num_attention_heads, text.num_key_value_heads, text.num_key_value_heads)

@@ -75,7 +75,7 @@ def test_only_the_family_asked_for_trains(folders: dict[str, Path], chosen: str)
     for mode in modes:
         kind = type(getattr(OFF, chosen))
         empty = made(folders["moe"], replace(OFF, **{chosen: kind(mode=mode)}))
-        rows = {row.family: row for row in trainable_table(empty)}
+        rows = {row.part: row for row in trainable_table(empty)}
         assert {name: row.mode for name, row in rows.items() if row.mode != "frozen"} == {chosen: mode}
         assert sum(row.trained for row in rows.values()) == rows[chosen].trained > 0
         assert (rows[chosen].trained == rows[chosen].total) == (mode == "full")

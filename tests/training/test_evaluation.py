@@ -148,7 +148,7 @@ def test_answers_need_resident_weights(place: Path, tmp_path: Path, monkeypatch:
     watch = Watch(log, data_stall=0, step_stall=0)
     log.close()
     config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1"])
-    rows = [PartRow(family="experts", mode="full", tensors=1, trained=3, total=4, lora=None)]
+    rows = [PartRow(part="experts", mode="full", tensors=1, trained=3, total=4, lora=None)]
     for resident, why in ((False, "they do not fit a rank"), (True, "75% of them train in full")):
         with pytest.raises(
             ValueError, match=f"eval.answers: 1, but the weights are partitioned .*, as {why}: they would"
