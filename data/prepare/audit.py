@@ -9,8 +9,9 @@ from data.format.facts import ImageFacts, VideoFacts
 from data.format.record import RecordError
 from data.format.tar import ShardError
 from data.render.frames import open_video
+from data.render.image import decode_image
 from data.render.sample import Renderer
-from data.render.vision import MAX_ASPECT, decode_image
+from data.render.vision import MAX_ASPECT
 from data.shards.index import ShardIndex
 from data.shards.reader import SampleReader, load_index
 

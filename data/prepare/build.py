@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from data.format.record import RecordError
 from data.format.tar import TarWriter
 from data.prepare.convert import read_rows
 from data.prepare.rows import RowOptions, build_sample
@@ -168,7 +169,8 @@ def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
             try:
                 members, unused = build_sample(row, options, key=f"{number:09d}", shard=path.name)
             except ValueError as error:
-                rejects.append({"row": number, "reason": getattr(error, "reason", str(error))})
+                reason = error.reason if isinstance(error, RecordError) else str(error)
+                rejects.append({"row": number, "reason": reason})
                 continue
             ignored.update(unused)
             for name, data in members:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from data.format.facts import VideoFacts
-from data.render.vision import VisionSpec, decode_image, resize
+from data.render.image import MAX_PIXELS, decode_image
+from data.render.vision import Pixels, VisionSpec, resize
 
 if TYPE_CHECKING:  # imported where a video is opened: a machine without videos does without it
     from av.container import InputContainer
@@ -31,8 +32,19 @@ _INDEXED = ("mov", "matroska", "flv")
 _REGULAR_SECONDS = 0.010  # a frame rate is constant when no frame is further off its beat
 
 
+Answer = TypeVar("Answer")
+
+
 class VideoRefused(ValueError):
     """A video that cannot be used as it is; the message says which and why."""
+
+
+class VideoUnreadable(VideoRefused):
+    """The decoder fails; `reason` is what it says."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: not a readable video ({reason})")
+        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +52,12 @@ class _Index:
     pts: list[int]  # of every frame, in order of showing
     keys: list[int]  # frame numbers that can be decoded on their own
     by_arrival: bool = False  # frames are told apart by counting them from the start
+
+
+def _check_pixels(height: int, width: int, name: str) -> None:
+    """Refuse frames that are larger than any image may be."""
+    if height * width > MAX_PIXELS:
+        raise VideoRefused(f"{name}: frames of {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
 
 
 def _deadline(seconds: float, name: str) -> Callable[[], None]:
@@ -60,31 +78,39 @@ class Clip:
     """A video file while it is open: what it is, and its frames by number."""
 
     def __init__(self, container: InputContainer, *, name: str, timeout: float) -> None:
-        stream = container.streams.best("video")  # a cover picture is a video stream too, but never the best one
+        # a cover picture is a video stream too, but never the best one
+        stream = ask_ffmpeg(name, lambda: container.streams.best("video"))
         if not isinstance(stream, _av().VideoStream):
             raise VideoRefused(f"{name}: the file has no video stream")
         self._container, self._stream = container, stream
         self._name = name
+        _check_pixels(stream.codec_context.height, stream.codec_context.width, name)
         self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
         # av 19 would take one of the whole process, with threads: a reader forked later would hang on them
         self._converter = _av().video.reformatter.VideoReformatter()
         self._check_time = _deadline(timeout, name)
         indexed = container.format.name.split(",")[0] in _INDEXED
         read = _index_packets if indexed else _index_by_decoding
-        self._index = read(container, self._stream, self._check_time)
-        container.seek(0, backward=True)
-        first = next(iter(container.decode(self._stream)), None)
+        self._index = read(container, self._stream, name, self._check_time)
+        ask_ffmpeg(name, lambda: container.seek(0, backward=True))
+        first = next(_each(name, lambda: container.decode(self._stream)), None)
         if first is None or not self._index.pts:
             raise VideoRefused(f"{name}: no frame can be decoded")
         self._number_of = {pts: number for number, pts in enumerate(self._index.pts)}
-        self.facts = _facts(_upright(first, self._converter).shape, self._index.pts, self._stream)
+        self.facts = _facts(self._upright(first).shape, self._index.pts, self._stream)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
         """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
-        with _reading(self._name):
-            for number, frame in zip(numbers, self._decode(numbers), strict=True):
-                assert frame is not None, f"frame {number} is decoded"
-                yield torch.from_numpy(_upright(frame, self._converter))
+        for number, frame in zip(numbers, self._decode(numbers), strict=True):
+            assert frame is not None, f"frame {number} is decoded"
+            pixels = self._upright(frame)
+            size = (self.facts.height, self.facts.width)
+            if pixels.shape[:2] != size:
+                raise VideoRefused(
+                    f"{self._name}: frame {number} is {pixels.shape[1]} x {pixels.shape[0]} pixels, the first one "
+                    f"{size[1]} x {size[0]}; frames of one video must have one size. Cut it there, or re-encode it"
+                )
+            yield torch.from_numpy(pixels)
 
     def _decode(self, numbers: Sequence[int]) -> Iterator[Any]:
         index, name = self._index, self._name
@@ -100,29 +126,38 @@ class Clip:
                 self._check_time()
                 try:
                     here, frame = next(walk, (len(index.pts), None))
-                except _av().error.InvalidDataError:
-                    here = len(index.pts)
+                except VideoUnreadable as error:
+                    words = f"frame {number} of {len(index.pts)} cannot be decoded ({error.reason})"
+                    raise VideoRefused(f"{name}: {words}") from error
                 if here > number:
                     raise VideoRefused(f"{name}: frame {number} of {len(index.pts)} cannot be decoded")
             yield frame
 
     def _walk(self, key: int, numbers: set[int]) -> Iterator[tuple[int, Any]]:
         """(number, frame) from this keyframe on, perhaps without some that are not among `numbers`."""
+        container, stream, name = self._container, self._stream, self._name
         if key == 0:
-            self._container.seek(0, backward=True)
+            ask_ffmpeg(name, lambda: container.seek(0, backward=True))
         else:
-            self._container.seek(self._index.pts[key], stream=self._stream, backward=True)
+            ask_ffmpeg(name, lambda: container.seek(self._index.pts[key], stream=stream, backward=True))
         if self._index.by_arrival:
-            yield from enumerate(self._container.decode(self._stream))
+            yield from enumerate(_each(name, lambda: container.decode(stream)))
             return
-        context = self._stream.codec_context
-        for packet in self._container.demux(self._stream):
+        context = stream.codec_context
+        for packet in _each(name, lambda: container.demux(stream)):
             if context.name == "h264":  # its B pictures say that nothing is built on them: decoded only where needed
                 is_needed = packet.pts is None or self._number_of.get(packet.pts) in numbers
                 context.skip_frame = "DEFAULT" if is_needed else "NONREF"
-            for frame in packet.decode():
+            for frame in ask_ffmpeg(name, packet.decode):
                 if frame.pts in self._number_of:
                     yield self._number_of[frame.pts], frame
+
+    def _upright(self, frame: Any) -> Pixels:
+        """RGB as a player shows it: turned by the file's rotation, which phones write instead of turning pixels."""
+        _check_pixels(frame.height, frame.width, self._name)
+        turns = round(frame.rotation / 90) % 4
+        pixels = ask_ffmpeg(self._name, lambda: self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+        return np.ascontiguousarray(np.rot90(pixels, turns))
 
 
 def _av() -> Any:
@@ -140,12 +175,9 @@ def _av() -> Any:
 def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> Iterator[Clip]:
     """The file as a clip; ValueError, naming it, for what cannot be read."""
     av = _av()
-    with _reading(name):
-        container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
+    container = ask_ffmpeg(name, lambda: av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS}))
     with container:
-        with _reading(name):
-            clip = Clip(container, name=name, timeout=timeout)
-        yield clip
+        yield Clip(container, name=name, timeout=timeout)
 
 
 def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
@@ -154,14 +186,20 @@ def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> V
         return clip.facts
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
+def ask_ffmpeg(name: str, call: Callable[[], Answer]) -> Answer:
+    """The answer of one call to the decoder; whatever it raises becomes VideoUnreadable, with its words."""
     try:
-        yield
-    except VideoRefused:
-        raise
-    except (_av().FFmpegError, OSError, ValueError, EOFError, LookupError, ArithmeticError) as error:
-        raise VideoRefused(f"{name}: not a readable video ({type(error).__name__}: {error})") from error
+        return call()
+    except Exception as error:  # noqa: BLE001  # FFmpeg's errors are of a dozen classes, and PyAV adds its own
+        raise VideoUnreadable(name, f"{type(error).__name__}: {error}") from error
+
+
+def _each(name: str, call: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """What the decoder's iterator yields, each asked for by itself."""
+    items = ask_ffmpeg(name, call)
+    end = object()
+    while (item := ask_ffmpeg(name, lambda: next(items, end))) is not end:
+        yield item
 
 
 def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoFacts:
@@ -183,9 +221,9 @@ def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoF
     return VideoFacts(height=height, width=width, frames=n, duration=duration, rate=n / duration, times=tuple(times))
 
 
-def _index_packets(container: InputContainer, stream: VideoStream, check_time: Callable[[], None]) -> _Index:
+def _index_packets(container: InputContainer, stream: VideoStream, name: str, check_time: Callable[[], None]) -> _Index:
     is_key: dict[int, bool] = {}
-    for packet in container.demux(stream):
+    for packet in _each(name, lambda: container.demux(stream)):
         check_time()
         if packet.size and packet.pts is not None and not packet.is_discard:  # discarded: cut off by an edit list
             is_key[packet.pts] = packet.is_keyframe
@@ -193,10 +231,12 @@ def _index_packets(container: InputContainer, stream: VideoStream, check_time: C
     return _Index(pts=pts, keys=[number for number, each in enumerate(pts) if is_key[each]])
 
 
-def _index_by_decoding(container: InputContainer, stream: VideoStream, check_time: Callable[[], None]) -> _Index:
+def _index_by_decoding(
+    container: InputContainer, stream: VideoStream, name: str, check_time: Callable[[], None]
+) -> _Index:
     """Old containers have no such times, or a seek lands anywhere: every frame is decoded once, to count them."""
     pts: list[int | None] = []
-    for frame in container.decode(stream):
+    for frame in _each(name, lambda: container.decode(stream)):
         check_time()
         pts.append(frame.pts)
     known = [each for each in pts if each is not None]
@@ -205,12 +245,6 @@ def _index_by_decoding(container: InputContainer, stream: VideoStream, check_tim
     assert stream.time_base is not None, "a stream that was decoded has a time base"
     beat = 1 / float((stream.average_rate or 25) * stream.time_base)
     return _Index(pts=[round(number * beat) for number in range(len(pts))], keys=[0], by_arrival=True)
-
-
-def _upright(frame: Any, converter: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """RGB as a player shows it: turned by the file's rotation, which phones write instead of turning pixels."""
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(converter.reformat(frame, format="rgb24", threads=1).to_ndarray(), turns))
 
 
 def decode_images(frames: Sequence[bytes], numbers: Sequence[int], *, name: str) -> Iterator[torch.Tensor]:

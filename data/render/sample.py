@@ -22,18 +22,17 @@ from data.format.media import Place
 from data.format.record import Record
 from data.render.chat import render_record
 from data.render.frames import decode_images, open_video, video_patches
+from data.render.image import decode_image, probe_image
 from data.render.positions import sample_positions
 from data.render.template import read_template
 from data.render.timestamps import box_texts, video_text
 from data.render.tokens import Tokens, tokenise, widen
 from data.render.video import Grid, VideoPlan, check_video, frame_list_facts, plan_video
 from data.render.vision import (
-    decode_image,
     grid_tokens,
     image_grid,
     image_limits,
     image_patches,
-    probe_image,
     read_spec,
 )
 

@@ -6,48 +6,20 @@ device. Until then a patch is ordered (frame, row, column, channel), as pixels a
 six times faster than channel by channel. Patches run through the merge blocks: each four neighbours become one token.
 """
 
-import io
 import json
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.config import ImageConfig
-from data.format.facts import ImageFacts
 
 MAX_ASPECT = 200
-
-# everything Pillow is known to raise on broken bytes; it has no common base class
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# what data sets hold; other readers of Pillow's start programs (EPS) or were never meant for strangers' files
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
-_EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-_ANIMATED = ("GIF", "PNG", "WEBP", "TIFF", "AVIF")  # MPO, a phone's photo with a preview behind it, is one picture
-_ORIENTATION = 0x0112
-# steps over rows and columns for each orientation, those from 5 on after exchanging rows and columns
-_FLIPS = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -168,80 +140,6 @@ def image_grid(height: int, width: int, *, limits: tuple[int, int], spec: Vision
 def grid_tokens(grid: tuple[int, int, int], spec: VisionSpec) -> int:
     """Tokens a grid of patches takes in the text."""
     return grid[0] * grid[1] * grid[2] // spec.merge**2
-
-
-def probe_image(data: bytes, *, name: str = "image") -> ImageFacts:
-    """The size decode_image will return; refuses what it refuses, except broken pixel data."""
-    try:
-        with _open(data, name) as image:
-            # Pillow turns a TIFF by itself, and says its size as turned
-            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            height, width = (image.width, image.height) if turned else (image.height, image.width)
-            return ImageFacts(height=height, width=width)
-    except ImageRefused:
-        raise
-    except _BROKEN as error:
-        raise _unreadable(name, error) from error
-
-
-def decode_image(data: bytes, *, name: str) -> torch.Tensor:
-    """uint8 [H, W, 3]: turned upright by its EXIF orientation, transparency laid over white, 16 bits scaled to 8."""
-    try:
-        with _open(data, name) as image:
-            fast = _fast_jpeg(data, image)
-            return torch.from_numpy(_to_rgb(ImageOps.exif_transpose(image)) if fast is None else fast)
-    except ImageRefused:
-        raise
-    except _BROKEN as error:
-        raise _unreadable(name, error) from error
-
-
-class ImageRefused(ValueError):
-    """An image that cannot be used as it is; the message says which and why."""
-
-
-def _unreadable(name: str, error: Exception) -> ImageRefused:
-    # Pillow's own words name an address in memory, another one each time
-    reason = "its bytes are of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
-    return ImageRefused(f"{name}: not a readable image ({type(error).__name__}: {reason})")
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    frames = getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1
-    if frames > 1:
-        raise ImageRefused(f"{name}: a {image.format} of {frames} frames; keep one frame, or convert it to a video")
-    if image.mode not in (*_EIGHT_BIT, *_SIXTEEN_BIT):
-        raise ImageRefused(
-            f"{name}: pixel format {image.mode} has no fixed range or no defined way to RGB; "
-            f"convert it to 8 or 16 bits, grey or RGB ({', '.join((*_EIGHT_BIT, *_SIXTEEN_BIT[:1]))} are read)"
-        )
-    return image
-
-
-def _fast_jpeg(data: bytes, image: Image.Image) -> Pixels | None:
-    """The pixels Pillow would give, in half the time; None where it must be asked: CMYK, and damage it may survive."""
-    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
-        return None
-    try:
-        upright: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError:
-        return None
-    orientation = image.getexif().get(_ORIENTATION, 1)
-    if orientation in (5, 6, 7, 8):
-        upright = upright.transpose(1, 0, 2)
-    rows, columns = _FLIPS.get(orientation, (1, 1))
-    return np.ascontiguousarray(upright[::rows, ::columns])
-
-
-def _to_rgb(image: Image.Image) -> Pixels:
-    if image.mode in _SIXTEEN_BIT:  # Pillow's own conversion clips at 255: every bright pixel white
-        wide = np.asarray(image).astype(np.uint32)
-        return np.repeat(((wide * 255 + 32767) // 65535).astype(np.uint8)[:, :, None], 3, axis=2)
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
 
 
 def resize(rgb_HWC: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ from data.format.facts import ImageFacts, VideoFacts
 from data.format.record import Record, RecordError, parse_record
 from data.format.tar import KeyedMembers, group_members, walk_tar
 from data.render.frames import probe_video
+from data.render.image import probe_image
 from data.render.video import frame_list_facts
-from data.render.vision import probe_image
 from data.shards.bytes import ByteReader, VideoBytes, read_media
 from data.shards.index import ShardIndex
 

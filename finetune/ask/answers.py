@@ -160,7 +160,7 @@ def _shuffled(questions: Sequence[Question], seed: int) -> list[int]:
 def _grey(data: bytes) -> bytes:
     from PIL import Image
 
-    from data.render.vision import probe_image
+    from data.render.image import probe_image
 
     facts, png = probe_image(data), io.BytesIO()
     Image.new("RGB", (facts.width, facts.height), (128, 128, 128)).save(png, "PNG")

@@ -11,8 +11,9 @@ from PIL import Image
 from data.config import VideoConfig
 from data.format.record import parse_record
 from data.render.frames import probe_video
+from data.render.image import probe_image
 from data.render.video import frame_list_facts, plan_video
-from data.render.vision import probe_image, read_spec
+from data.render.vision import read_spec
 
 MIXES = {
     "text": {"messages": [("user", "What is a horse?"), ("assistant", "A tall animal. 一种高大的动物。")]},

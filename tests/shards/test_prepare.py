@@ -16,7 +16,7 @@ from data.prepare.clean import clean_image, clean_video
 from data.prepare.convert import convert_row, read_rows
 from data.prepare.converted import shards_of_rows
 from data.prepare.progress import Progress, count_rows
-from data.render.vision import decode_image
+from data.render.image import decode_image
 from data.shards.reader import SampleReader, load_index
 
 PNG = encode(Image.fromarray(picture(40, 60)))

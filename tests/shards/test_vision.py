@@ -18,16 +18,15 @@ from PIL import Image, ImageOps
 from data.config import ImageConfig
 from data.format.facts import ImageFacts
 from data.render.frames import video_patches
+from data.render.image import decode_image, probe_image
 from data.render.vision import (
     VisionSpec,
-    decode_image,
     fit_image,
     grid_tokens,
     image_grid,
     image_limits,
     image_patches,
     normalise,
-    probe_image,
     read_spec,
     unpatch,
 )
