@@ -11,6 +11,8 @@ from data.format.media import ImageRef, Objects, VideoRef, media_members, read_i
 
 VERSION = 1
 _LONGEST_NUMBER = 300  # digits; a float has 308
+MAX_DEPTH = 100
+"""Of lists and objects inside one another: what a template and its tools can walk, and far more than any tool has."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -82,11 +84,25 @@ def _no_constant(name: str) -> float:
 
 
 def load_json(data: bytes | str) -> Any:
-    """JSON without NaN and Infinity; ValueError for anything else that is not JSON."""
+    """JSON without NaN and Infinity, nested MAX_DEPTH deep at most; ValueError for anything else."""
+    too_deep = ValueError(f"JSON is nested more than {MAX_DEPTH} deep; flatten it")
     try:
-        return json.loads(data, parse_constant=_no_constant, parse_int=_number)
+        value = json.loads(data, parse_constant=_no_constant, parse_int=_number)
     except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
+        raise too_deep from error
+    openings = (b"[", b"{") if isinstance(data, bytes) else ("[", "{")
+    # counting is fast, and nearly all JSON has fewer brackets than this
+    if sum(map(data.count, openings)) > MAX_DEPTH and isinstance(value, (dict, list)) and _is_deep(value):  # type: ignore[arg-type]  # of data's own type
+        raise too_deep
+    return value
+
+
+def _is_deep(value: dict[str, Any] | list[Any]) -> bool:
+    level: list[dict[str, Any] | list[Any]] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [item for item in inner if isinstance(item, (dict, list))]
+    return bool(level)
 
 
 def _number(digits: str) -> int:

@@ -4,16 +4,14 @@ What a message may not spell (control tokens) and what we put there ourselves (m
 text can hold. So what remains of `<|im_start|>` and `<|im_end|>` after rendering was written by the template.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from data.config import ChatConfig
+from data.render.base_file import read_object
 
 Span = tuple[int, int]
 
@@ -70,7 +68,7 @@ def _template_source(folder: Path, tokenizer: Any) -> str:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").is_file():
-        return str(json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"])
+        return str(read_object(folder / "chat_template.json").text("chat_template"))
     if not tokenizer.chat_template:
         raise ValueError(
             f"{folder}: no chat template, neither in chat_template.jinja, chat_template.json nor in "
@@ -113,8 +111,9 @@ def render(
             add_generation_prompt=prompt,
             tokenize=False,
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the base's chat template refuses the conversation: {error}") from error
+    except Exception as error:  # noqa: BLE001  # a template is a program of the base, and fails as programs do
+        words = f"{error} ({type(error).__name__})"
+        raise ValueError(f"the base's chat template refuses the conversation: {words}") from error
     return rendered
 
 

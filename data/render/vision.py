@@ -6,7 +6,6 @@ device. Until then a patch is ordered (frame, row, column, channel), as pixels a
 six times faster than channel by channel. Patches run through the merge blocks: each four neighbours become one token.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from data.config import ImageConfig
+from data.format.fields import Fields
+from data.render.base_file import read_object
 
 MAX_ASPECT = 200
 
@@ -44,21 +45,22 @@ class VisionSpec:
 
 def read_spec(folder: Path) -> VisionSpec:
     """The base's own sizes. transformers' class defaults differ from every released model: they are never used."""
-    image = _processor_json(folder, "image_processor", "preprocessor_config.json")
-    video = _processor_json(folder, "video_processor", "video_preprocessor_config.json")
+    image = _processor(folder, "image_processor", "preprocessor_config.json")
+    video = _processor(folder, "video_processor", "video_preprocessor_config.json")
     for name, settings in (("image", image), ("video", video)):
         for key, needed in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 3)):
-            if settings.get(key, needed) != needed:
+            value = settings.take(key, (list, int), needed)
+            if value != needed:
                 raise ValueError(
-                    f"{folder}: the {name} processor's {key} is {settings[key]}; moetune prepares pixels as Qwen3-VL "
+                    f"{folder}: the {name} processor's {key} is {value}; moetune prepares pixels as Qwen3-VL "
                     f"does, which needs {needed}. Use a Qwen3-VL base."
                 )
     image_min, image_max = _pixel_limits(folder, "image", image)
     video_min, video_max = _pixel_limits(folder, "video", video)
     return VisionSpec(
-        patch=image.get("patch_size", 16),
-        merge=image.get("merge_size", 2),
-        temporal=image.get("temporal_patch_size", 2),
+        patch=image.whole("patch_size", 16),
+        merge=image.whole("merge_size", 2),
+        temporal=image.whole("temporal_patch_size", 2),
         image_min_pixels=image_min,
         image_max_pixels=image_max,
         video_min_pixels=video_min,
@@ -66,29 +68,28 @@ def read_spec(folder: Path) -> VisionSpec:
     )
 
 
-def _processor_json(folder: Path, section: str, file: str) -> dict[str, Any]:
+def _processor(folder: Path, section: str, file: str) -> Fields:
     """One processor's settings: from the one nested file newer releases save, else from its own file."""
     nested = folder / "processor_config.json"
     if nested.is_file():
-        sections: dict[str, dict[str, Any]] = json.loads(nested.read_text(encoding="utf-8"))
-        if section in sections:
-            return sections[section]
+        settings = read_object(nested).take(section, dict, None)
+        if settings is not None:
+            return Fields(settings, f"{nested}: {section}")
     if not (folder / file).is_file():
         raise ValueError(
             f"{folder}: neither {file} nor processor_config.json with `{section}` is there, so the base's image sizes "
             f"are unknown. Copy {file} from the release the weights came from."
         )
-    own: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
-    return own
+    return read_object(folder / file)
 
 
-def _pixel_limits(folder: Path, name: str, settings: dict[str, Any]) -> tuple[int, int]:
-    size = settings.get("size") or {}
-    low = size.get("shortest_edge", settings.get("min_pixels"))
-    high = size.get("longest_edge", settings.get("max_pixels"))
+def _pixel_limits(folder: Path, name: str, settings: Fields) -> tuple[int, int]:
+    size = Fields(settings.take("size", dict, {}), f"{settings.where}size")
+    low = size.whole("shortest_edge", settings.whole("min_pixels"))
+    high = size.whole("longest_edge", settings.whole("max_pixels"))
     if low is None or high is None:
         raise ValueError(
-            f"{folder}: the {name} processor gives no `size.shortest_edge` and `size.longest_edge`, found {settings}. "
+            f"{folder}: the {name} processor gives no `size.shortest_edge` and `size.longest_edge`. "
             f"Copy the file from the release the weights came from."
         )
     return int(low), int(high)

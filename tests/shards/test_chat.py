@@ -351,6 +351,9 @@ TURN = "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>
     [
         ("{{- raise_exception('roles must alternate') if messages | length > 1 }}", "refuses.*roles must alternate"),
         ("{%- for message in messages %}{{- message.content + 1 }}{%- endfor %}", "refuses the conversation: can only"),
+        ("{%- for message in messages %}{{- 1 // 0 }}{%- endfor %}", r"refuses the conversation: .*ZeroDivisionError"),
+        ("{%- macro f() %}{{- f() }}{%- endmacro %}{{- f() }}", r"refuses the conversation: .*RecursionError"),
+        ("{{- 'x' * 10 ** 14 }}", "refuses the conversation: .*MemoryError"),
         ("{%- for message in messages %}{{- message.content }}{%- endfor %}", "text outside of"),
         ("{%- for message in messages[:1] %}" + TURN + "{%- endfor %}", "renders the turns"),
         (

@@ -122,6 +122,41 @@ def trained_keys(shard):
     return {key for step in stream for batch in step.batches for key in batch.keys}
 
 
+def nested(depth):
+    value = {"type": "string"}
+    for _ in range(depth):
+        value = {"of": value}
+    return value
+
+
+DEEP = {
+    "tools": {"tools": [nested(700)]},
+    "arguments": {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": nested(900)}]}]},
+    "arguments as text": {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 10**5}]}]},
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_every_reader_names_a_record_that_is_nested_too_deep_and_goes_on(tmp_path, name):
+    bad = {**GOOD[0], **DEEP[name]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (bad, *GOOD)))
+    report = build_shards(rows, tmp_path / "out", BuildOptions(name="t"))
+    assert (report.written, report.rejected) == (len(GOOD), 1)
+    shard = tmp_path / "in/x.tar"
+    write(shard, ("bad.json", json.dumps(bad).encode()))
+    assert "JSON is nested more than 100 deep; flatten it" in load_index(shard).problems[0]
+    assert [finding.key for finding in audit_shards([shard], AuditOptions(renderer=renderer()))] == ["bad"]
+    assert trained_keys(shard) == good_keys()
+
+
+def test_what_is_nested_less_is_rendered(tmp_path):
+    shard = tmp_path / "in/x.tar"
+    write(shard, ("deep.json", json.dumps({**GOOD[0], "tools": [nested(97)]}).encode()))
+    assert not load_index(shard).problems
+    assert not list(audit_shards([shard], AuditOptions(renderer=renderer())))
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
 def test_a_tiff_in_a_mode_that_png_lacks_is_kept_with_the_pixels_of_training(tmp_path, mode):
     data = encode(Image.fromarray(picture(24, 40)).convert(mode), "TIFF")

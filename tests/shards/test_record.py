@@ -98,7 +98,7 @@ def test_both_spellings_of_tool_calls_and_thinking_read_alike():
 WRONG = [
     ("[1]", "record is a list"),
     ("{", "Expecting property name"),
-    ("[" * 100_000, "nested too deeply"),
+    ("[" * 100_000, "nested more than 100 deep"),
     ('{"v": 1, "messages": NaN}', "NaN is not JSON"),
     ('{"v": 1, "messages": ' + "9" * 400 + "}", "a number of 400 digits, 999999999999..., is none"),
     ('{"v": 1, "messages": ' + "9" * 5000 + "}", "a number of 5000 digits"),

@@ -252,6 +252,15 @@ def test_a_folder_that_is_no_base_is_refused(tmp_path):
     words = json.loads((tmp_path / "tokenizer.json").read_text())
     words["added_tokens"] = [token for token in words["added_tokens"] if token["content"] != "<|video_pad|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    for text, message in (
+        ("{}", "chat_template.json: chat_template is missing"),
+        ("[", "chat_template.json is not JSON"),
+    ):
+        (tmp_path / "chat_template.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Renderer(tmp_path, **configs)
+    (tmp_path / "chat_template.json").unlink()
     settings = (tmp_path / "tokenizer_config.json").read_text().replace("<|video_pad|>", "<|other|>")
     (tmp_path / "tokenizer_config.json").write_text(settings)
     with pytest.raises(ValueError, match=r"the tokenizer has no token <\|video_pad\|>"):

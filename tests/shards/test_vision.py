@@ -295,6 +295,13 @@ def test_spec_is_the_bases_own(tmp_path):
         ({"image_mean": [0.48, 0.45, 0.40], "size": {"longest_edge": 9, "shortest_edge": 1}}, "image_mean is .0.48"),
         ({"resample": 2, "size": {"longest_edge": 9, "shortest_edge": 1}}, "resample is 2"),
         ({"patch_size": 16}, "gives no `size.shortest_edge`"),
+        ([], r"preprocessor_config.json is \[\] \(list\); write a JSON object"),
+        ({"size": [4]}, r"preprocessor_config.json: size is \[4\] \(list\); write dict"),
+        ({"size": {"longest_edge": "9"}}, "preprocessor_config.json: size.longest_edge is '9'"),
+        (
+            {"patch_size": 0, "size": {"longest_edge": 9, "shortest_edge": 1}},
+            "preprocessor_config.json: patch_size is 0",
+        ),
     ],
 )
 def test_a_base_of_another_kind_is_refused(tmp_path, settings_json, message):
