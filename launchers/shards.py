@@ -115,15 +115,15 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from concurrent.futures import ProcessPoolExecutor
     from functools import partial
 
+    from data.shards.pool import worker_pool
     from data.shards.reader import load_index
 
     shards = _shards(args)
     make = partial(load_index, cache_dir=args.cache_dir, force=args.force)
     if args.jobs > 1:
-        with ProcessPoolExecutor(args.jobs) as pool:
+        with worker_pool(args.jobs) as pool:
             indexes = list(pool.map(make, shards))
     else:
         indexes = [make(shard) for shard in shards]

@@ -2,6 +2,7 @@
 
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -200,7 +201,16 @@ class TarWriter:
         info = tarfile.TarInfo(name)
         info.size = len(data)
         header = info.tobuf(tarfile.PAX_FORMAT)
-        self._file.write(header + data + bytes(-len(data) % BLOCK))
+        with self._named():
+            self._file.write(header + data + bytes(-len(data) % BLOCK))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk's own error does not say what could not be written."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @property
     def size(self) -> int:
@@ -212,10 +222,13 @@ class TarWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Renames if all went well, removes what was written otherwise."""
-        if kind is None:
-            self._file.write(bytes(2 * BLOCK))
-            self._file.close()
-            self._beside.replace(self.path)
-        else:
-            self._file.close()
-            self._beside.unlink()
+        try:
+            with self._named():
+                if kind is None:
+                    self._file.write(bytes(2 * BLOCK))
+                    self._file.close()
+                    self._beside.replace(self.path)
+        finally:
+            with suppress(OSError):  # what is still in memory has no room either
+                self._file.close()
+            self._beside.unlink(missing_ok=True)

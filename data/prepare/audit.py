@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from data.render.frames import open_video
 from data.render.image import decode_image
 from data.render.sample import Renderer
 from data.render.vision import MAX_ASPECT
-from data.shards.index import ShardIndex
-from data.shards.reader import SampleReader, load_index
+from data.shards.index import ShardIndex, stamp_of
+from data.shards.reader import SampleReader, store_index
+from data.shards.scan import scan_shard
 
 _KEY = re.compile(r"[a-z0-9_/-]+")
 
@@ -49,10 +51,12 @@ def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Find
     seen: dict[str, str] = {}
     for shard in shards:
         try:
-            index = load_index(shard, cache_dir=options.cache_dir, force=True)
+            index = scan_shard(shard, stamp_of(shard))
         except ShardError as error:
             yield Finding(shard=str(shard), key="", reason=error.reason)
             continue
+        with suppress(ShardError):  # a folder that cannot be written is nothing of its shards
+            store_index(index, shard, cache_dir=options.cache_dir)
         if not len(index):
             yield Finding(shard=str(shard), key="", reason="holds no sample")
         for key in index.keys:
@@ -64,6 +68,7 @@ def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Find
 
 def _audit_samples(shard: Path, index: ShardIndex, options: AuditOptions) -> Iterator[Finding]:
     reader = SampleReader(cache_dir=options.cache_dir)
+    reader.keep(shard, index)
     for number, key in enumerate(index.keys):
         reasons = [*_key_reasons(key)]
         if number in index.problems:

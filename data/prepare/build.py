@@ -1,11 +1,14 @@
 """From rows of JSON to shards: parallel, resumable, written beside and renamed; refused rows listed with reasons."""
 
 import json
+import logging
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -15,14 +18,23 @@ from typing import Any, Literal
 from data.format.record import RecordError
 from data.format.tar import TarWriter
 from data.prepare.convert import read_rows
+from data.prepare.folder_lock import FolderInUse, modified, release, take, this_process
 from data.prepare.rows import RowOptions, build_sample
-from data.shards.index import sidecar
+from data.shards.pool import worker_pool
 from data.shards.reader import load_index
+from data.shards.sidecar import note_of, read_note, sidecar, write_note, write_whole
 
 VERSION = 1
 REJECTS = "rejects.jsonl"
 CLAIM = "build.json"  # what a folder of shards was built from
+LOCK = ".build.lock"
+LOOK_S = 0.5
+"""Between two looks at whether the build that is waited for has ended."""
+SILENCE_S = 1800.0
+"""After so long without a byte written, a build on another host counts as dead."""
 Rows = list[tuple[int, Any]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +72,39 @@ class _Shard:
     ignored: dict[str, int]
 
 
+@contextmanager
+def building(folder: Path, *, waits: bool) -> Iterator[None]:
+    """Hold the folder, alone. While another build does: wait for it to end, or raise FolderInUse."""
+    mine = this_process()
+    waited = False
+    while True:
+        try:
+            take(
+                folder / LOCK,
+                mine,
+                limit=SILENCE_S,
+                last_sign=lambda: _last_written(folder),
+                say=log.warning,
+                cure="give another folder",
+            )
+            break
+        except FolderInUse as error:
+            if not waits:
+                raise
+            if not waited:
+                log.warning("waiting for another run, whose shards will be used: %s", error)
+            waited = True
+            time.sleep(LOOK_S)
+    try:
+        yield
+    finally:
+        release(folder / LOCK, mine)
+
+
+def _last_written(folder: Path) -> float:
+    return max(map(modified, folder.glob("*")), default=0.0)
+
+
 def build_shards(
     source: Path,
     folder: Path,
@@ -71,6 +116,19 @@ def build_shards(
     """Converts a JSONL or JSON file. Run again after an interruption, it goes on; `progress` gets (rows, rejected)."""
     if not source.is_file():
         raise ValueError(f"{source} does not exist or is not a file; give a .jsonl or .json file of rows")
+    with building(folder, waits=False):
+        return build_held(source, folder, options, jobs=jobs, progress=progress)
+
+
+def build_held(
+    source: Path,
+    folder: Path,
+    options: BuildOptions,
+    *,
+    jobs: int,
+    progress: Callable[[int, int], None] | None,
+) -> BuildReport:
+    """What build_shards does, for who holds the folder."""
     _claim(folder, source, options)
     of_rows = RowOptions(folder=folder, root=Path(options.media_root or source.parent), media=options.media)
     shards: list[_Shard] = []
@@ -88,7 +146,7 @@ def build_shards(
             reused += done is not None
             finish(done or write_shard(path, rows, of_rows))
     else:
-        with ProcessPoolExecutor(jobs) as pool:
+        with worker_pool(jobs) as pool:
             waiting: list[Future[_Shard]] = []
             for path, rows in tasks:
                 if (done := _finished(path)) is not None:
@@ -113,7 +171,9 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
     where = os.path.relpath(source.absolute(), folder.absolute())
     claim = {"version": VERSION, "source": where, "stamp": stamp_of_rows(source), **asdict(options)}
     if note.exists():
-        earlier = json.loads(note.read_text())
+        earlier = read_note(note)
+        if earlier is None:
+            raise ValueError(f"{note} is damaged, or of an older moetune; remove {folder} and build it again")
         differs = sorted(name for name in claim if earlier.get(name) != claim[name])
         if differs:
             raise ValueError(
@@ -123,7 +183,7 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
     elif list(folder.glob("*.tar")):
         raise ValueError(f"{folder} holds shards already; build into an empty folder")
     else:
-        _write_text(note, json.dumps(claim))
+        write_note(note, claim)
 
 
 def stamp_of_rows(source: Path) -> str:
@@ -135,12 +195,6 @@ def stamp_of_rows(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_text(text)
-    beside.replace(path)
-
-
 def _chunks(rows: Iterator[tuple[int, Any]], folder: Path, options: BuildOptions) -> Iterator[tuple[Path, Rows]]:
     number = 0
     while chunk := list(islice(rows, options.samples_per_shard)):
@@ -148,15 +202,9 @@ def _chunks(rows: Iterator[tuple[int, Any]], folder: Path, options: BuildOptions
         number += 1
 
 
-def _notes(path: Path) -> Path:
-    return path.with_name(f".{path.name}.json")
-
-
 def _finished(path: Path) -> _Shard | None:
-    if not path.exists() or not _notes(path).exists():
-        return None
-    notes = json.loads(_notes(path).read_text())
-    return _Shard(path, notes["written"], len(notes["rejects"]), notes["ignored"])
+    note = read_note(note_of(path)) if path.exists() else None
+    return None if note is None else _Shard(path, note["written"], len(note["rejects"]), note["ignored"])
 
 
 def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
@@ -176,7 +224,7 @@ def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
             for name, data in members:
                 tar.add(f"{number:09d}.{name}", data)
             written += 1
-        _write_text(_notes(path), json.dumps({"written": written, "rejects": rejects, "ignored": ignored}))
+        write_note(note_of(path), {"written": written, "rejects": rejects, "ignored": ignored})
     load_index(path)
     return _Shard(path, written, len(rejects), dict(ignored))
 
@@ -186,11 +234,12 @@ def _close(folder: Path, shards: list[_Shard], reused: int) -> BuildReport:
     rejects = []
     for shard in shards:
         ignored.update(shard.ignored)
-        rejects += json.loads(_notes(shard.path).read_text())["rejects"]
+        rejects += (read_note(note_of(shard.path)) or {"rejects": ()})["rejects"]
         if not shard.written and shard.path.exists():  # a shard of rejects only
             shard.path.unlink()
             sidecar(shard.path, ".idx", None).unlink(missing_ok=True)
-    _write_text(folder / REJECTS, "".join(json.dumps(reject) + "\n" for reject in rejects))
+    lines = "".join(json.dumps(reject) + "\n" for reject in rejects)
+    write_whole(folder / REJECTS, lines.encode())
     return BuildReport(
         shards=tuple(shard.path for shard in shards if shard.written),
         written=sum(shard.written for shard in shards),

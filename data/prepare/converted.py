@@ -1,10 +1,10 @@
 """Rows that a recipe names as a source: converted into shards of the cache once, and reused while they are the same."""
 
-import json
 from pathlib import Path
 
-from data.prepare.build import CLAIM, REJECTS, BuildOptions, build_shards, stamp_of_rows
+from data.prepare.build import CLAIM, REJECTS, BuildOptions, build_held, building, stamp_of_rows
 from data.prepare.progress import Progress, count_rows
+from data.shards.sidecar import read_note
 
 
 def shards_of_rows(
@@ -19,11 +19,11 @@ def shards_of_rows(
         raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
     stamp = stamp_of_rows(source)
     place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
-    shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
-    # an earlier run may have converted it under another source's name: the shards are the same
-    claim = place / CLAIM
-    options = BuildOptions(name=json.loads(claim.read_text())["name"] if claim.exists() else "part")
-    report = build_shards(source, place, options, jobs=jobs, progress=shown)
+    with building(place, waits=True):
+        shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
+        # an earlier run may have converted it under another source's name: the shards are the same
+        options = BuildOptions(name=(read_note(place / CLAIM) or {"name": "part"})["name"])
+        report = build_held(source, place, options, jobs=jobs, progress=shown)
     if report.rejected > limit:
         raise ValueError(
             f"{section}.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} "

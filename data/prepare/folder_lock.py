@@ -15,6 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from uuid import uuid4
 
+
+class FolderInUse(ValueError):
+    """Another process works in the folder; the message names it."""
+
+
 ATTEMPTS = 20
 """How often a lock may vanish or change hands while it is being taken."""
 
@@ -69,7 +74,7 @@ def process_start(pid: int) -> int | None:
 def take(
     path: Path, mine: Holder, *, limit: float, last_sign: Callable[[], float], say: Callable[[str], None], cure: str
 ) -> None:
-    """Create the lock, or take it over from a holder that has ended; ValueError names a holder that lives.
+    """Create the lock, or take it over from a holder that has ended; FolderInUse names a holder that lives.
 
     `last_sign` returns when the holder's work last showed in the folder. On another host that is all there is to see:
     after `limit` seconds without one the holder counts as dead; a limit of 0 means never.
@@ -84,9 +89,9 @@ def take(
         except FileNotFoundError:
             continue
         other = _parse(path, text)
-        reason = _why_dead(other, mine, silence=now - max(last_sign(), _modified(path)), limit=limit)
+        reason = _why_dead(other, mine, silence=now - max(last_sign(), modified(path)), limit=limit)
         if reason is None:
-            raise ValueError(f"{path.parent} is in use by {other}. Wait for it to end, or {cure}")
+            raise FolderInUse(f"{path.parent} is in use by {other}. Wait for it to end, or {cure}")
         if _remove(path, text) and reason:
             say(f"took over {path.parent} from {other}: {reason}")
     raise ValueError(f"{path} changes hands again and again; {cure}")
@@ -124,7 +129,7 @@ def _create(path: Path, mine: Holder) -> float | None:
             with path.open("x") as file:  # a file system without links
                 file.write(beside.read_text())
     except FileExistsError:
-        return _modified(beside)
+        return modified(beside)
     finally:
         beside.unlink(missing_ok=True)
     return None
@@ -169,7 +174,8 @@ def _remove(path: Path, text: str) -> bool:
         aside.unlink(missing_ok=True)
 
 
-def _modified(path: Path) -> float:
+def modified(path: Path) -> float:
+    """Return when a file was written last; 0 for one that is gone."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

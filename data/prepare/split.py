@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from data.format.media import Place
@@ -61,10 +62,17 @@ def split_shards(
     if empty:
         groups = len({group for _, group in sides.values()})
         raise ValueError(f"part {empty[0]} gets none of the {groups} groups; change --seed or the shares")
-    with ExitStack() as stack:
-        writers = {name: stack.enter_context(_Side(folder / name, name, samples_per_shard)) for name in shares}
-        for (shard, number), (side, _) in sides.items():
-            writers[side].add(reader, shard, number)
+    beside = {name: folder / f".{name}.{os.getpid()}.part" for name in shares}
+    try:
+        with ExitStack() as stack:
+            writers = {name: stack.enter_context(_Side(beside[name], name, samples_per_shard)) for name in shares}
+            for (shard, number), (side, _) in sides.items():
+                writers[side].add(reader, shard, number)
+        for name in shares:
+            beside[name].rename(folder / name)
+    finally:
+        for path in beside.values():
+            rmtree(path, ignore_errors=True)  # left only where the split failed: it may be repeated
     groups_of = {name: {group for side, group in sides.values() if side == name} for name in shares}
     total = sum(len(reader.index(shard)) for shard in shards)
     reader.bytes.close()

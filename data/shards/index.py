@@ -4,8 +4,6 @@ Media are probed (headers only) while the index is built; that part imports the 
 """
 
 import json
-import os
-import zipfile
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.format.facts import ImageFacts, VideoFacts
-from data.format.tar import ShardError
+from data.shards.sidecar import read_arrays, write_arrays
 
 VERSION = 1
 _EDGE = 1 << 16
@@ -77,49 +75,19 @@ def stamp_of(shard: Path) -> str:
         return f"{size}-{blake2b(head + file.read(_EDGE), digest_size=8).hexdigest()}"
 
 
-def sidecar(shard: Path, suffix: str, cache_dir: Path | None) -> Path:
-    """Beside the shard; in the cache folder, if one is given, under a name made from the whole path."""
-    if cache_dir is None:
-        return shard.with_name(shard.name + suffix)
-    place = blake2b(str(shard.absolute()).encode(), digest_size=8).hexdigest()
-    return cache_dir / f"{shard.name}-{place}{suffix}"
-
-
-def write_beside(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Writes arrays (no pickles) beside `path` and renames, so that readers see the whole file or none."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-    except OSError as error:
-        hint = "set data.cache_dir (or --cache-dir) to a folder that can be written"
-        raise ShardError(path, f"cannot write the index: {error.strerror}; {hint}") from error
-    beside.replace(path)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]] | None:
-    """Arrays of a sidecar, or None where there is none or it is damaged (it is made again then)."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
-
-
 def save_index(index: ShardIndex, path: Path) -> None:
     """One file without pickles."""
     problems = [[number, reason] for number, reason in index.problems.items()]
     head = {"version": VERSION, "stamp": index.stamp, "digest": index.digest, "problems": problems}
     text = {"head": head, "keys": index.keys, "names": index.names}
     arrays = {name: np.frombuffer(json.dumps(value).encode(), dtype=np.uint8) for name, value in text.items()}
-    write_beside(path, arrays | {name: getattr(index, name) for name in _ARRAYS})
+    write_arrays(path, arrays | {name: getattr(index, name) for name in _ARRAYS})
 
 
 def read_index(path: Path, stamp: str) -> ShardIndex | None:
     """The stored index, or None where it is absent, damaged, of another version or of another tar."""
     arrays = read_arrays(path)
-    if arrays is None or not {"head", "keys", "names", *_ARRAYS} <= set(arrays):
+    if arrays is None or {"head", "keys", "names", *_ARRAYS} != set(arrays):
         return None
     head = json.loads(arrays["head"].tobytes())
     if head["version"] != VERSION or head["stamp"] != stamp:

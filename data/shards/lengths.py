@@ -10,8 +10,9 @@ import numpy as np
 
 from data.format.facts import ImageFacts, VideoFacts, VisionCount
 from data.format.record import Record
-from data.shards.index import read_arrays, sidecar, stamp_of, write_beside
+from data.shards.index import stamp_of
 from data.shards.reader import SampleReader
+from data.shards.sidecar import read_arrays, sidecar, write_arrays
 
 
 class Measure(Protocol):
@@ -54,7 +55,7 @@ def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_d
     text = stored[2].text if stored is not None and stored[0] == measure.text_fingerprint else None
     lengths = _count(shard, measure, reader, text)
     head = [stamp, lengths.digest, measure.text_fingerprint, measure.fingerprint, sorted(lengths.problems.items())]
-    write_beside(
+    write_arrays(
         path,
         {
             "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),

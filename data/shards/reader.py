@@ -8,7 +8,8 @@ from zlib import crc32
 from data.format.record import Record, RecordError, parse_record
 from data.format.tar import ShardError
 from data.shards.bytes import ByteReader, VideoBytes, read_media
-from data.shards.index import ShardIndex, read_index, save_index, sidecar, stamp_of
+from data.shards.index import ShardIndex, read_index, save_index, stamp_of
+from data.shards.sidecar import sidecar
 
 _OPEN_INDEXES = 256
 
@@ -30,6 +31,10 @@ class SampleReader:
             if len(self._indexes) > _OPEN_INDEXES:
                 self._indexes.popitem(last=False)
         return self._indexes[shard]
+
+    def keep(self, shard: Path, index: ShardIndex) -> None:
+        """Read this shard by an index that is not stored."""
+        self._indexes[shard] = index
 
     def members(self, shard: Path, number: int) -> dict[str, bytes]:
         """Bytes of every member of one sample by one read; RecordError when they changed since indexing."""
@@ -87,6 +92,11 @@ def load_index(shard: Path, *, cache_dir: Path | None = None, force: bool = Fals
     from data.shards.scan import scan_shard  # the decoders are loaded only where an index has to be built
 
     index = scan_shard(shard, stamp)
-    save_index(index, places[-1])
-    sidecar(shard, ".len", cache_dir).unlink(missing_ok=True)  # lengths are of the content that was indexed before
+    store_index(index, shard, cache_dir=cache_dir)
     return index
+
+
+def store_index(index: ShardIndex, shard: Path, *, cache_dir: Path | None) -> None:
+    """Keep an index beside its shard, or in the cache folder; lengths of what was indexed before go."""
+    save_index(index, sidecar(shard, ".idx", cache_dir))
+    sidecar(shard, ".len", cache_dir).unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -15,7 +14,9 @@ import numpy as np
 
 from data.format.turns import Cut, cut_record, split_turns
 from data.shards.lengths import Lengths, Measure, load_lengths
+from data.shards.pool import worker_pool
 from data.shards.reader import SampleReader
+from data.shards.sidecar import missing_shards
 from data.stream.plan import Units
 
 _PART = 1 << 31
@@ -61,6 +62,12 @@ def find_shards(path: str, key: str) -> list[Path]:
     shards: list[Path] = []
     for pattern in _braces(path):
         if Path(pattern).is_dir():
+            if missing := missing_shards(Path(pattern)):
+                raise ValueError(
+                    f"{key} is {path!r}, where {', '.join(missing[:5])} of a build of {pattern} "
+                    f"{'are' if len(missing) > 1 else 'is'} missing: copy them there, build again, or name the shards "
+                    f"to use by a pattern"
+                )
             shards += sorted(Path(pattern).glob("*.tar"))
         elif any(mark in pattern for mark in "*?["):
             shards += sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  # Path.glob refuses absolute patterns
@@ -215,7 +222,7 @@ def measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None
     count = partial(_measure_one, measure=measure, cache_dir=cache_dir)
     if jobs <= 1:
         return [count(shard) for shard in shards]
-    with ProcessPoolExecutor(jobs) as pool:
+    with worker_pool(jobs) as pool:
         return list(pool.map(count, shards))
 
 

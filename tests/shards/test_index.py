@@ -1,8 +1,15 @@
 """Tar, index and reader: foreign tars read, damage named, bytes found by range."""
 
+import hashlib
 import io
 import json
+import signal
+import subprocess
+import sys
 import tarfile
+import time
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +17,14 @@ import pytest
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import LIMIT_S
 from PIL import Image
 
 from data.format.record import RecordError
 from data.format.tar import ShardError, TarWriter, group_members, split_name, walk_tar
 from data.shards.bytes import ByteReader, fetch_url
-from data.shards.index import sidecar
 from data.shards.reader import SampleReader, load_index
+from data.shards.sidecar import read_arrays, sidecar, write_arrays
 
 
 def text_record(answer="yes", **more):
@@ -234,6 +242,82 @@ def test_index_is_rebuilt_when_the_tar_changed_or_the_index_is_damaged(tmp_path)
     assert load_index(path).digest == first.digest
     write(path, ("a.json", text_record("no")))
     assert load_index(path).digest != first.digest
+
+
+def zipped(arrays, kind):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", kind) as file:
+        for name, array in arrays.items():
+            data = io.BytesIO()
+            np.save(data, array)
+            file.writestr(f"{name}.npy", data.getvalue())
+    return out.getvalue()
+
+
+def with_checksum(body):
+    return b"moetune sidecar 1 " + hashlib.blake2b(body, digest_size=16).hexdigest().encode() + b"\n" + body
+
+
+def sidecars(sound, lengths):
+    """What may lie where an index should: none of them is one."""
+    _, _, body = sound.partition(b"\n")
+    yield body  # as they were before they had a checksum
+    yield lengths
+    yield with_checksum(b"PK\x03\x04 rubbish")
+    yield with_checksum(zipped({"head": np.zeros(3)}, zipfile.ZIP_STORED))
+    yield with_checksum(zipped({name: np.zeros(1 << 24, np.uint8) for name in "abc"}, zipfile.ZIP_DEFLATED))
+    yield with_checksum(zipped({f"a{n}": np.zeros(1) for n in range(40)}, zipfile.ZIP_STORED))
+    for at in range(0, len(sound), 97):
+        yield sound[:at] + bytes([sound[at] ^ 16]) + sound[at + 1 :]
+    yield sound[: len(sound) // 2]
+
+
+def test_a_sidecar_that_is_not_as_it_was_written_is_made_again(tmp_path):
+    path = write(tmp_path / "x.tar", ("a.json", image_record("0.png")), ("a.0.png", picture(6, 5)))
+    load_index(path)
+    beside = sidecar(path, ".idx", None)
+    sound = beside.read_bytes()
+    write_arrays(tmp_path / "x.tar.len", {"head": np.zeros(3)})
+    for data in sidecars(sound, (tmp_path / "x.tar.len").read_bytes()):
+        beside.write_bytes(data)
+        assert load_index(path).images(0)[0].height == 6
+        assert beside.read_bytes() == sound
+
+
+def test_a_sidecar_takes_no_more_memory_than_it_is_long(tmp_path):
+    bomb = with_checksum(zipped({"a": np.zeros(1 << 26, np.uint8)}, zipfile.ZIP_DEFLATED))
+    (tmp_path / "x").write_bytes(bomb)
+    tracemalloc.start()
+    assert read_arrays(tmp_path / "x") is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 23
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_the_process_that_started_them(end):
+    program = (
+        "import sys, time; from data.shards.pool import worker_pool\n"
+        "with worker_pool(2) as pool:\n"
+        "    tasks = [pool.submit(time.sleep, 900) for _ in range(2)]\n"
+        "    print(*pool._processes, flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(is_alive, workers))
+        parent.send_signal(end)
+    deadline = time.monotonic() + LIMIT_S
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_cache_folder_keeps_shards_of_one_name_apart(tmp_path):

@@ -16,6 +16,7 @@ from data.format.record import parse_record
 from data.format.tar import TarWriter
 from data.format.turns import cut_record, split_turns
 from data.open import open_corpus, open_stream, plan_settings
+from data.prepare.build import BuildOptions, build_shards
 from data.shards.lengths import load_lengths
 from data.shards.reader import SampleReader, load_index
 from data.stream.corpus import Limits, decode_part, encode_part, find_shards
@@ -83,6 +84,17 @@ def test_shards_are_found_by_file_folder_pattern_and_braces(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             find_shards(path, "k")
+
+
+def test_a_shard_of_a_build_that_is_gone_is_missed(tmp_path):
+    rows = [{"messages": [{"role": "assistant", "content": str(n)}]} for n in range(6)] + [{"text": "bad"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shards = build_shards(tmp_path / "rows.jsonl", tmp_path / "out", BuildOptions(name="t", samples_per_shard=2)).shards
+    assert find_shards(str(tmp_path / "out"), "k") == list(shards)  # the fourth held refused rows only
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=r"data.sources.a.path is .*, where t-000001.tar of a build of .* is missing"):
+        open_corpus(config_of(tmp_path / "out"), renderer())
+    assert find_shards(str(tmp_path / "out/*.tar"), "k") == [shards[0], shards[2]]
 
 
 def test_problems_of_the_section_are_raised_together(tmp_path):

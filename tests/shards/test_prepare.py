@@ -3,21 +3,27 @@
 import base64
 import io
 import json
+import os
+import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from limits import LIMIT_S
 from media_files import clip, encode, moving, picture
 from PIL import Image
 
 from data.format.record import parse_record
-from data.prepare.build import BuildOptions, build_shards
+from data.prepare.build import LOCK, BuildOptions, build_held, build_shards, building, stamp_of_rows
 from data.prepare.clean import clean_image, clean_video
 from data.prepare.convert import convert_row, read_rows
 from data.prepare.converted import shards_of_rows
 from data.prepare.progress import Progress, count_rows
 from data.render.image import decode_image
 from data.shards.reader import SampleReader, load_index
+from launchers.cli import main
 
 PNG = encode(Image.fromarray(picture(40, 60)))
 
@@ -350,6 +356,70 @@ def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path):
     assert shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
     with pytest.raises(ValueError, match="data.sources.s.path is .*, which does not exist"):
         shards_of_rows(tmp_path / "no.jsonl", "s", cache_dir=None, jobs=1, limit=0)
+
+
+def test_two_builds_of_one_folder_do_not_meet(tmp_path, capsys):
+    source = write_rows(tmp_path / "rows.jsonl", [text_row(1)])
+    words = ["shards", "build", str(source), "--out", str(tmp_path / "out")]
+    with building(tmp_path / "out", waits=False):
+        assert main(words) == 2
+    assert f"{tmp_path / 'out'} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(words) == 0
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_second_run_waits_for_the_conversion_of_the_first_and_uses_it(tmp_path, caplog):
+    source = write_rows(tmp_path / "rows.jsonl", [text_row(1)])
+    place = tmp_path / f"rows-{stamp_of_rows(source)}"
+    with ThreadPoolExecutor(1) as pool:
+        with building(place, waits=False):
+            second = pool.submit(shards_of_rows, source, "s", cache_dir=None, jobs=1, limit=0)
+            while "waiting for another run, whose shards will be used" not in caplog.text:
+                assert not second.done(), second.result()
+            first = build_held(source, place, BuildOptions(name="part"), jobs=1, progress=None)
+            time_of_first = first.shards[0].stat().st_mtime_ns
+        assert second.result(LIMIT_S) == list(first.shards)
+    assert first.shards[0].stat().st_mtime_ns == time_of_first
+
+
+@pytest.mark.parametrize("note", ["build.json", ".t-000000.tar.json"])
+def test_a_damaged_note_of_a_build_is_not_trusted(tmp_path, note):
+    source = write_rows(tmp_path / "rows.jsonl", [text_row(1), {"text": "bad"}])
+    report = build_shards(source, tmp_path / "out", BuildOptions(name="t"))
+    shard = report.shards[0].read_bytes()
+    path = tmp_path / "out" / note
+    for text in (path.read_text().replace("1", "2", 1), "{", "[]", "{}"):
+        path.write_text(text)
+        if note == "build.json":
+            with pytest.raises(ValueError, match="build.json is damaged, or of an older moetune; remove"):
+                build_shards(source, tmp_path / "out", BuildOptions(name="t"))
+            continue
+        again = build_shards(source, tmp_path / "out", BuildOptions(name="t"))
+        assert (again.written, again.rejected, again.reused) == (1, 1, 0)
+        assert again.shards[0].read_bytes() == shard
+
+
+@contextmanager
+def no_room_beyond(size):
+    """Files may not grow beyond this, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("missing", [512, 9000])  # for the last block, for a row
+def test_a_build_without_room_names_the_path_and_leaves_no_part(tmp_path, missing):
+    source = write_rows(tmp_path / "rows.jsonl", [text_row("long " * 4000), text_row(1)])
+    options = BuildOptions(name="t")
+    whole = build_shards(source, tmp_path / "whole", options).shards[0].stat().st_size
+    with no_room_beyond(whole - missing), pytest.raises(OSError, match="too large: .*out/t-000000.tar"):
+        build_shards(source, tmp_path / "out", options)
+    assert [path.name for path in (tmp_path / "out").iterdir() if "part" in path.name] == []
+    assert build_shards(source, tmp_path / "out", options).written == 2
 
 
 class Terminal(io.StringIO):

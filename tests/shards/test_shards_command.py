@@ -1,6 +1,7 @@
 """`moetune shards`: each action on real shards, its exit codes, its messages."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -189,6 +190,30 @@ def test_split_keeps_groups_whole_and_loses_nothing(tmp_path, capsys):
     assert all(len(names) == 1 for names in sides.values())
     assert all(sides[group] == {side_of(group, {"train": 0.7, "held-out": 0.3}, 0)} for group in sides)
     assert "parts/train exists already" in refused(capsys, *words)
+
+
+def test_a_split_without_room_names_the_path_and_may_be_repeated(tmp_path, capsys):
+    grouped(tmp_path / "all")
+    words = ["split", str(tmp_path / "all"), "--out", str(tmp_path / "parts"), "--part", "a=0.5", "--part", "b=0.5"]
+    shards(capsys, "index", tmp_path / "all")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        code = main(["shards", *words])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert "File too large: " in (message := capsys.readouterr().err)
+    assert "-000000.tar" in message
+    assert list((tmp_path / "parts").iterdir()) == []
+    assert sum(shards(capsys, *words)["samples"].values()) == 60
+
+
+def test_check_of_a_folder_that_cannot_be_written_finds_no_fault_in_its_shards(tmp_path, capsys):
+    write_shards(tmp_path / "x", 4)
+    (tmp_path / "file").write_text("")  # stands where the cache should be: not even root may write there
+    answer = shards(capsys, "check", tmp_path / "x", "--cache-dir", tmp_path / "file")
+    assert answer == {"findings": []}
 
 
 def test_split_moves_paths_of_shared_media_along(tmp_path, capsys):

@@ -1,0 +1,113 @@
+"""Files that we write beside a shard: arrays, and notes as JSON. Each carries a checksum of itself, and is whole or not
+there. One that fails its checksum, as one of before there were any, counts as missing: it is made again. No torch.
+"""
+
+import io
+import json
+import os
+import zipfile
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.format.record import load_json
+from data.format.tar import ShardError
+
+_HEAD = b"moetune sidecar 1 "
+_MOST_MEMBERS = 32
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def sidecar(shard: Path, suffix: str, cache_dir: Path | None) -> Path:
+    """Beside the shard; in the cache folder, if one is given, under a name made from the whole path."""
+    if cache_dir is None:
+        return shard.with_name(shard.name + suffix)
+    place = blake2b(str(shard.absolute()).encode(), digest_size=8).hexdigest()
+    return cache_dir / f"{shard.name}-{place}{suffix}"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes beside `path` and renames, so that readers see the whole file or none; an OSError names the path."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            beside.write_bytes(data)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Arrays without pickles."""
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **arrays)
+    body = packed.getvalue()
+    try:
+        write_whole(path, _HEAD + _digest(body).encode() + b"\n" + body)
+    except OSError as error:
+        hint = "set data.cache_dir (or --cache-dir) to a folder that can be written"
+        raise ShardError(path, f"cannot write the index: {error.strerror}; {hint}") from error
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """Arrays of a sidecar; None where there is none, or none that we wrote."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    head, _, body = data.partition(b"\n")
+    if head != _HEAD + _digest(body).encode():
+        return None
+    return _unpack(body)
+
+
+def _unpack(body: bytes) -> Arrays | None:
+    """What the archive holds, if it takes no more memory than it is long: nothing compressed, nothing twice."""
+    try:
+        members = zipfile.ZipFile(io.BytesIO(body)).infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or len(members) > _MOST_MEMBERS or sum(member.file_size for member in members) > len(body):
+            return None
+        with np.load(io.BytesIO(body), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception:  # noqa: BLE001  # the two readers of archives raise a dozen kinds; it is made again
+        return None
+
+
+def write_note(path: Path, note: dict[str, Any]) -> None:
+    """A JSON object with its checksum."""
+    text = json.dumps({"checksum": _digest(json.dumps(note).encode()), **note})
+    write_whole(path, text.encode())
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The object, without its checksum; None where there is none, or none that we wrote."""
+    try:
+        note = load_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(note, dict) or note.pop("checksum", None) != _digest(json.dumps(note).encode()):
+        return None
+    return note
+
+
+def note_of(shard: Path) -> Path:
+    """What a build says of one of its shards: `written`, `rejects`, `ignored`."""
+    return shard.with_name(f".{shard.name}.json")
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """Names of the shards that a build made in this folder, by its notes, and that are gone."""
+    notes = sorted(folder.glob(".*.tar.json"))
+    gone = [note for note in notes if not (folder / note.name[1 : -len(".json")]).exists()]
+    return [note.name[1 : -len(".json")] for note in gone if (read_note(note) or {}).get("written")]
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
