@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from finetune.ask.speaker import Speaker
     from finetune.config import RunConfig
 
-_DECISIVE = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
-"""The keys that decide an answer, by section."""
-
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of a command that loads a model to ask it; the model is the command's own argument."""
@@ -45,39 +42,36 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
 
 
-def answer_config(args: argparse.Namespace) -> "RunConfig":
-    """Return how images, videos and chats become tokens: as the adapter was trained, the recipe and --set above it."""
+def answer_config(args: argparse.Namespace, model: str) -> "RunConfig":
+    """How images, videos and conversations become tokens: as in training, the recipe and --set above it."""
+    from finetune.adapters.provenance import SEEN
+    from finetune.files.hub import model_folder
     from finetune.settings.recipes import load_recipe
 
-    allowed = [f"{section}.{key}" for section, keys in _DECISIVE.items() for key in keys]
+    allowed = [f"{section}.{key}" for section, keys in SEEN.items() for key in keys]
     for word in args.settings:
         if not word.startswith(tuple(allowed)):
             raise ValueError(f"--set {word} would change nothing here; what counts is {', '.join(allowed)}")
-    config, problems = load_recipe(args.config, args.settings, below=_trained_with(args.adapter))
+    config, problems = load_recipe(args.config, args.settings, below=_trained_with(args.adapter, model_folder(model)))
     if problems:
         raise ValueError("\n".join(map(str, problems)))
     return config
 
 
-def _trained_with(adapter: Path | None) -> tuple[dict[str, Any], str] | None:
-    """Return the settings that an adapter of ours was trained with, from its metadata."""
-    if adapter is None or not (adapter / "adapter_model.safetensors").is_file():
-        return None
-    from finetune.adapters.provenance import recorded
+def _trained_with(adapter: Path | None, model: Path) -> tuple[dict[str, Any], str]:
+    """The settings that an adapter of ours was trained with, from its metadata; or the one merged into the model."""
+    from finetune.adapters.merge_plan import merge_settings
+    from finetune.adapters.provenance import seen_settings
     from finetune.files.tensorfile import read_header
 
-    config = recorded(read_header(adapter / "adapter_model.safetensors")[1], "moetune.config")
-    settings = {
-        section: {key: config[section][key] for key in keys if key in config[section]}
-        for section, keys in _DECISIVE.items()
-        if section in config
-    }
-    return settings, f"the configuration in {adapter}"
+    weights = adapter / "adapter_model.safetensors" if adapter is not None else None
+    seen = seen_settings(read_header(weights)[1]) if weights is not None and weights.is_file() else {}
+    return seen or merge_settings(model), f"the configuration in {adapter if seen else model}"
 
 
 def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) -> "Speaker":
-    """Load the model; what libraries print when they are first loaded goes to standard error."""
-    config = answer_config(args)
+    """Load the model; what libraries say when they are first loaded goes to standard error."""
+    config = answer_config(args, model)
     with redirect_stdout(sys.stderr):
         device = _device(args.device)
         from finetune.ask.open_model import open_speaker

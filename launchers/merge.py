@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         from finetune.verify.merged import proof_samples
 
         open_device(args.device)
-        samples = proof_samples(base.folder, args.verify, args.samples)
+        samples = proof_samples(base.folder, args.verify, args.samples, data=plan.data)
     merged = merge(plan, args.out, jobs=args.jobs, say=say)
     for line in merged.lines():
         say(line)

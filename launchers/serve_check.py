@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from launchers.arguments import load_speaker, model_arguments, positive
+from launchers.arguments import answer_config, load_speaker, model_arguments, positive
 
 EXAMPLE = """\
   moetune serve-check http://localhost:8000/v1 shards/held-out --model merged --samples 16
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
     from finetune.ask.answers import find_questions, with_media
     from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable
+    from finetune.files.hub import model_folder
 
     if not args.tolerance >= 0:
         raise ValueError(f"--tolerance is {args.tolerance}; a number from 0 on is wanted, 0.1 is usual for bfloat16")
@@ -47,9 +48,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         endpoint.model_name()  # a server that is not there is known before a model is loaded
         speaker = load_speaker(args.model, args, adapter=args.adapter)
+        from finetune.adapters.media import rules_of, trained_rules
         from finetune.ask.serve_check import serve_check
 
-        *_, card = serve_check(speaker, endpoint, shown, tolerance=args.tolerance, max_tokens=args.max_tokens)
+        folder = model_folder(args.model)
+        limits = {"tolerance": args.tolerance, "max_tokens": args.max_tokens}
+        differs = rules_of(folder).differences(trained_rules(folder, answer_config(args, args.model).data))
+        note = f"the processor files of {folder} say {'; '.join(differs)} as in training" if differs else ""
+        *_, card = serve_check(speaker, endpoint, shown, **limits, note=note)
     except EndpointError as error:
         if args.debug:
             raise

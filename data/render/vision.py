@@ -21,6 +21,7 @@ from data.format.fields import Fields
 from data.render.base_file import read_object
 
 MAX_ASPECT = 200
+IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -45,8 +46,8 @@ class VisionSpec:
 
 def read_spec(folder: Path) -> VisionSpec:
     """The base's own sizes. transformers' class defaults differ from every released model: they are never used."""
-    image = _processor(folder, "image_processor", "preprocessor_config.json")
-    video = _processor(folder, "video_processor", "video_preprocessor_config.json")
+    image = processor_settings(folder, "image_processor", IMAGE_FILE)
+    video = processor_settings(folder, "video_processor", VIDEO_FILE)
     for name, settings in (("image", image), ("video", video)):
         for key, needed in (("image_mean", [0.5] * 3), ("image_std", [0.5] * 3), ("resample", 3)):
             value = settings.take(key, (list, int), needed)
@@ -68,7 +69,7 @@ def read_spec(folder: Path) -> VisionSpec:
     )
 
 
-def _processor(folder: Path, section: str, file: str) -> Fields:
+def processor_settings(folder: Path, section: str, file: str) -> Fields:
     """One processor's settings: from the one nested file newer releases save, else from its own file."""
     nested = folder / "processor_config.json"
     if nested.is_file():

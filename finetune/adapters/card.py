@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.adapters.provenance import PARENT, base_of
+from finetune.adapters.media import media_section, trained_data
+from finetune.adapters.provenance import PARENT, base_of, seen_settings
 
 _HEAD = """\
 ---
@@ -42,6 +43,7 @@ def card(
         *(f"| {line.part} | {line.how} | {line.tensors:,} | {line.parameters:,} |" for line in lines),
         "",
         *_origin(metadata),
+        *_media(metadata),
         notes or _READ,
     ]
     return "\n".join(parts).encode()
@@ -67,6 +69,12 @@ def _origin(metadata: Mapping[str, str]) -> list[str]:
         versions = json.loads(metadata["moetune.versions"])
         lines.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
     return ["## Where it comes from\n", *(f"- {title}: {text}" for title, text in lines), ""] if lines else []
+
+
+def _media(metadata: Mapping[str, str]) -> list[str]:
+    """The card's section on how images and videos were prepared, where training did that in a way of its own."""
+    seen = seen_settings(metadata)
+    return [section] if (section := media_section(trained_data(seen, "the adapter's configuration"))) else []
 
 
 _READ = """\

@@ -17,7 +17,7 @@ from finetune.adapters.change import Change
 from finetune.adapters.contents import families_text
 from finetune.adapters.export import compare_settings
 from finetune.adapters.keys import FAMILIES_KEY, MODEL_TYPE_KEY, ORIENTATION, ORIENTATION_KEY
-from finetune.adapters.provenance import BASE, PARENT, base_of, parent_line, versions
+from finetune.adapters.provenance import BASE, CONFIGURATION, PARENT, base_of, parent_line, seen_settings, versions
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.adapters.write import (
     OutAdapter,
@@ -81,6 +81,7 @@ def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combi
         PARENT: _parents(terms),
         "moetune.versions": versions(),
         **({BASE: base_metadata} if base_metadata else {}),
+        **_seen(terms),
         **_families(changes, full, terms),
     }
     changes = with_both_stacks(changes)
@@ -192,6 +193,13 @@ def _mean(name: str, terms: Sequence[Term]) -> Tensor:
 def _parents(terms: Sequence[Term]) -> str:
     lines = [json.loads(parent_line(term.source.folder)) | {"weight": term.weight} for term in terms]
     return json.dumps(lines, sort_keys=True)
+
+
+def _seen(terms: Sequence[Term]) -> dict[str, str]:
+    """The metadata on how media and conversations are prepared, where all of the adapters were trained alike."""
+    settings = [seen_settings(term.source.metadata) for term in terms]
+    alike = settings[0] and settings.count(settings[0]) == len(terms)
+    return {CONFIGURATION: json.dumps(settings[0], sort_keys=True)} if alike else {}
 
 
 def _families(changes: Sequence[OutChange], full: Sequence[OutFull], terms: Sequence[Term]) -> dict[str, str]:

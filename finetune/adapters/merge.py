@@ -18,7 +18,7 @@ from threading import Event
 import torch
 
 from finetune.adapters.merge_blocks import Lane, Realised, blocks, factors, intended_square
-from finetune.adapters.merge_plan import CHECKSUMS, REPORT, MergePlan, OutFile, check_room, jobs_for
+from finetune.adapters.merge_plan import MergePlan, OutFile, check_room, jobs_for
 from finetune.adapters.provenance import parent_line, versions
 from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.architecture.yarn import both_spellings, extended_config
@@ -27,7 +27,7 @@ from finetune.files.hubconfig import config_text, to_hub_spelling
 from finetune.files.jsonblock import load_json
 from finetune.files.layouts import HUB_METADATA
 from finetune.files.tensorfile import ReservedFile, raw_bytes, reserve, torch_type
-from finetune.files.writer import INDEX, index_text
+from finetune.files.writer import CHECKSUMS, INDEX, REPORT, index_text
 
 
 class _Stopped(Exception):
@@ -214,6 +214,7 @@ def _report(plan: MergePlan, merged: Merged) -> bytes:
         "base": str(plan.base.folder),
         "adapter": json.loads(parent_line(plan.source.folder)),
         "origin": plan.origin,
+        "trained_with": plan.seen,
         "versions": json.loads(versions()),
         "intended": merged.intended,
         "applied": merged.applied,

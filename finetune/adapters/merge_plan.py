@@ -6,21 +6,23 @@ import errno
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from finetune.adapters.provenance import recorded, require_same_base
+from data.config import DataConfig
+from finetune.adapters.media import media_files, trained_data
+from finetune.adapters.provenance import CONFIGURATION, recorded, require_same_base, seen_settings
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.architecture.shapes import Shape
 from finetune.architecture.yarn import Extension, extension
 from finetune.config import ContextConfig, YarnConfig
 from finetune.files.basefiles import BaseFiles
 from finetune.files.hubconfig import read_family
+from finetune.files.jsonblock import load_json
 from finetune.files.layouts import HUB_METADATA, stored_shape
 from finetune.files.tensorfile import file_size
-from finetune.files.writer import plan_shards, side_files_of
-
-CHECKSUMS, REPORT = "checksums.sha256", "moetune-merge.json"
+from finetune.files.writer import REPORT, plan_shards, side_files_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class MergePlan:
     """What is known of the adapter's base, in a sentence."""
     context: Extension | None = None
     """How the adapter was trained to read longer contexts; the merged config.json says so."""
+    seen: Mapping[str, Any] = field(default_factory=dict)
+    """What of the adapter's configuration decides an answer, but for its context; empty where it does not say."""
+    data: DataConfig | None = None
+    """How images, videos and conversations were prepared in training; None where the adapter does not say."""
 
     @property
     def need_bytes(self) -> int:
@@ -68,6 +74,7 @@ class MergePlan:
         experts = sum(len(change.shape) == 3 for change in self.source.changes.values())
         kinds = ", ".join(sorted({kind for file in self.files for kind, _ in file.tensors.values()}))
         total = len(self.base.shapes)
+        media = [name for name, content in self.side_files.items() if isinstance(content, bytes)]
         longer = f"; config.json says {self.context.length:,} tokens, yarn" if self.context is not None else ""
         return [
             f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
@@ -75,6 +82,7 @@ class MergePlan:
             f"{len(self.source.full)} tensors in full; {self.origin}",
             f"out      {out}: {len(self.files)} weight file(s) and {len(self.side_files) + 1} others in the hub's "
             f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
+            *([f"media    {', '.join(media)}: with the sizes and frames of training"] if media else []),
         ]
 
 
@@ -86,19 +94,41 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
     learned = any(bool(change.read()[1].any()) for change in source.changes.values())
     if not learned and not source.full:
         raise ValueError(f"{adapter} changes nothing: every lora_B in it is zero. Was it saved before its first step?")
+    seen = _seen(source, base.folder)
+    data = trained_data(seen, f"the configuration in {adapter}") if "data" in seen else None
+    title = f"# {base.folder.name}, fine-tuned\n\nMerged by moetune; `{REPORT}` says from what.\n"
+    media = media_files(base.folder, data, title=title) if data is not None else {}
     return MergePlan(
         base=base,
         source=source,
         files=_out_files(base),
-        side_files=side_files_of(base.folder),
+        side_files={**side_files_of(base.folder), **media},
         origin=origin,
         context=_context(source, base.folder),
+        seen=seen,
+        data=data,
     )
+
+
+def merge_settings(folder: Path) -> dict[str, Any]:
+    """Return what a merged folder says of the settings that its adapter was trained with, empty where nothing."""
+    seen = load_json(folder / REPORT).get("trained_with", {}) if (folder / REPORT).is_file() else {}
+    if not isinstance(seen, dict):
+        raise ValueError(
+            f"{folder / REPORT}: trained_with is {str(seen)[:80]!r}, it must be an object. The file is damaged: merge "
+            f"again, or remove it and pass the settings with --config"
+        )
+    return seen
+
+
+def _seen(source: AdapterSource, base: Path) -> dict[str, Any]:
+    seen: dict[str, Any] = seen_settings(source.metadata) or merge_settings(base)
+    return {section: values for section, values in seen.items() if section != "context"}
 
 
 def _context(source: AdapterSource, base: Path) -> Extension | None:
     """The extension of context that the adapter's own configuration records."""
-    context = recorded(source.metadata, "moetune.config").get("context") or {}
+    context = recorded(source.metadata, CONFIGURATION).get("context") or {}
     yarn = YarnConfig(factor=(context.get("yarn") or {}).get("factor"))
     return extension(ContextConfig(length=context.get("length"), yarn=yarn), read_family(base))
 

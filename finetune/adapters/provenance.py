@@ -17,10 +17,14 @@ from finetune.adapters.keys import WEIGHTS
 from finetune.files.basefiles import BaseFiles
 from finetune.files.fingerprint import fingerprint
 
-BASE, PARENT = "moetune.base", "moetune.parent"
+BASE, PARENT, CONFIGURATION = "moetune.base", "moetune.parent", "moetune.config"
 _AGAIN = "another program changed it, or it is damaged; get the adapter again"
 _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
 """Parts of a configuration that decide how a run was carried out, not what it trained."""
+
+
+SEEN = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
+"""What of a configuration decides an answer, by section."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,7 @@ class Provenance:
         if self.data:
             metadata["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
         if self.config:
-            metadata["moetune.config"] = _json(_without(self.config, _OF_THE_RANKS))
+            metadata[CONFIGURATION] = _json(_without(self.config, _OF_THE_RANKS))
         if self.scores:
             metadata["moetune.scores"] = _json(self.scores)
         if self.parent is not None:
@@ -75,6 +79,16 @@ def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"the adapter's metadata {key} is {metadata[key][:80]!r}, not an object: {_AGAIN}")
     return value
+
+
+def seen_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return what decides an answer of the configuration that an adapter's metadata hold, empty without one."""
+    config = recorded(metadata, CONFIGURATION)
+    return {
+        section: {key: config[section][key] for key in keys if key in config[section]}
+        for section, keys in SEEN.items()
+        if isinstance(config.get(section), dict)
+    }
 
 
 def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFiles) -> str:

@@ -43,6 +43,8 @@ class Card:
     near_ties: int = 0
     farthest: float = 0.0
     differences: list[Difference] = field(default_factory=list)
+    note: str = ""
+    """What the model's folder says of images and videos, where that is not what this comparison goes by."""
 
     def lines(self) -> Iterator[str]:
         """Yield the lines of the printed card, one a topic."""
@@ -58,13 +60,21 @@ class Card:
             if topic == "log-probabilities" and self.compared[topic]:
                 notes.append(f"farthest {self.farthest:.4f}, allowed {self.tolerance:g}")
             yield f"{status}  {topic:<18} {', '.join(notes)}"
+        if self.note:
+            yield f"note  {self.note}"
 
 
 def serve_check(
-    speaker: Speaker, endpoint: Endpoint, questions: Iterator[ShownQuestion], *, tolerance: float, max_tokens: int
+    speaker: Speaker,
+    endpoint: Endpoint,
+    questions: Iterator[ShownQuestion],
+    *,
+    tolerance: float,
+    max_tokens: int,
+    note: str = "",
 ) -> Iterator[Card]:
     """Compare sample by sample, and yield the growing card after each."""
-    card, name = Card(tolerance=tolerance, max_tokens=max_tokens), endpoint.model_name()
+    card, name = Card(tolerance=tolerance, max_tokens=max_tokens, note=note), endpoint.model_name()
     options = {
         "max_tokens": max_tokens,
         "temperature": 0.0,
@@ -87,7 +97,7 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Sp
     ours: list[int] = prompt.input_ids.tolist()
     theirs = body.get("prompt_token_ids") or body["choices"][0].get("prompt_token_ids")
     if theirs is None:
-        return _compare_length(card, key, len(ours), body)
+        return _compare_length(card, key, prompt, body)
     pads = speaker.renderer.media_ids
     (our_text, our_runs), (their_text, their_runs) = _without_runs(ours, pads), _without_runs(theirs, pads)
     before = len(card.differences)
@@ -105,18 +115,19 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Sp
         for number, (mine, other) in enumerate(zip(our_runs, their_runs, strict=True)):
             if mine != other:
                 detail = f"image or frame pair {number + 1} takes {other} tokens there, {mine} here"
-                card.differences.append(Difference(key=key, topic="image grids", detail=detail + _grids(prompt)))
+                detail += _grids(prompt, card)
+                card.differences.append(Difference(key=key, topic="image grids", detail=detail))
     return len(card.differences) == before
 
 
-def _compare_length(card: Card, key: str, ours: int, body: Any) -> bool:
+def _compare_length(card: Card, key: str, prompt: Sample, body: Any) -> bool:
     """Compare how many tokens the prompt took, media included; a server without ids returns no more."""
     card.untold["token ids"] += 1
     card.untold["image grids"] += 1
-    theirs = (body.get("usage") or {}).get("prompt_tokens")
+    ours, theirs = len(prompt.input_ids), (body.get("usage") or {}).get("prompt_tokens")
     if theirs in (None, ours):
         return True
-    detail = f"the prompt takes {theirs} tokens there, {ours} here"
+    detail = f"the prompt takes {theirs} tokens there, {ours} here{_grids(prompt, card)}"
     card.differences.append(Difference(key=key, topic="token ids", detail=detail))
     return False
 
@@ -190,10 +201,14 @@ def _without_runs(ids: Sequence[int], pads: frozenset[int]) -> tuple[list[int], 
     return text, [count for token, count in runs if token in pads]
 
 
-def _grids(prompt: Sample) -> str:
+def _grids(prompt: Sample, card: Card) -> str:
+    """What the images and videos of a prompt became here, and where to look when a server makes other grids."""
     grids = [*prompt.image_grids.tolist(), *prompt.video_grids.tolist()]
+    if not grids:
+        return ""
     sizes = ", ".join("x".join(map(str, grid)) for grid in grids)
-    return f" (grids here: {sizes}; look at the sizes in preprocessor_config.json and in the server's options)"
+    look = card.note or "look at the sizes in preprocessor_config.json and in the server's options"
+    return f" (grids here: {sizes}; {look})"
 
 
 def _spelled(ids: Sequence[int], at: int, speaker: Speaker) -> str:

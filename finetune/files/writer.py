@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+CHECKSUMS, REPORT = "checksums.sha256", "moetune-merge.json"
+"""What a merge says of its own folder."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -153,12 +155,16 @@ def write_model(
 
 
 def side_files_of(base: Path) -> dict[str, bytes | Path]:
-    """List a model folder's files that are neither weights nor config.json: tokenizer, template, processor, licence."""
+    """List a model folder's files that are neither weights nor config.json: tokenizer, template, processor, licence.
+
+    What a merge said of that folder's weights is not among them.
+    """
     files: dict[str, bytes | Path] = {}
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)  # .cache, .git: the download's, not the model's
-        if path.is_file() and not hidden and not path.name.endswith(_WEIGHT_SUFFIXES) and str(inner) != "config.json":
+        own = str(inner) in ("config.json", CHECKSUMS, REPORT) or path.name.endswith(_WEIGHT_SUFFIXES)
+        if path.is_file() and not hidden and not own:
             files[str(inner)] = path
     return files
 

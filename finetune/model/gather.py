@@ -1,5 +1,6 @@
 """From partitioned ranks to a model folder: one tensor at a time is whole; experts come to rank 0 by global id."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from finetune.ranks.engine import gathered
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def save_model(empty: EmptyModel, folder: Path, base: Path) -> None:
+def save_model(empty: EmptyModel, folder: Path, base: Path, *, changed: Mapping[str, bytes] | None = None) -> None:
     """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
+
+    `changed` holds those of the small files that differ from the base's.
 
     One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
     writer refuses to finish while one is missing. Adapters are not in it.
@@ -27,8 +30,9 @@ def save_model(empty: EmptyModel, folder: Path, base: Path) -> None:
         if rank_and_world()[0] == 0:
             config = extended_config(load_json(base / "config.json"), empty.context)
             kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in base_slots(empty)}
+            side_files = {**side_files_of(base), **(changed or {})}
             writer = stack.enter_context(
-                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files_of(base))
+                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files)
             )
         for slot in base_slots(empty):
             with gathered(slot.tensor):

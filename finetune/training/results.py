@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from finetune.adapters.media import media_files, trained_data
 from finetune.adapters.provenance import Provenance
 from finetune.adapters.write_trained import write_adapter
 from finetune.checkpoint.adapter import FOLDER
@@ -48,5 +49,8 @@ def write_learned(
         for line in write_adapter(empty, result, base=provenance.base_name, provenance=provenance, extra=last_step):
             say(f"warning: {line}")
     else:
-        save_model(empty, result, provenance.base.folder)
+        title = f"# {provenance.base_name}, fine-tuned\n\nTrained in full by moetune.\n"
+        data = trained_data(provenance.config, "the run's configuration")
+        base = provenance.base.folder
+        save_model(empty, result, base, changed=media_files(base, data, title=title))
     say(f"{result.name}: {result}")

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.config import ChatConfig, ImageConfig, VideoConfig
+from data.config import DataConfig
 from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
 from data.shards.reader import SampleReader
 from data.stream.corpus import find_shards
 from finetune.adapters.change import Change
 from finetune.adapters.keys import packed_stack
+from finetune.adapters.media import rules_of, trained_rules
 from finetune.adapters.merge_plan import MergePlan
 from finetune.adapters.source import AdapterSource
 from finetune.architecture.shapes import HEAD, is_expert_stack
@@ -54,21 +55,24 @@ class Proof:
     """The typical distance that the adapter moves the base's logits."""
     stored: str
     bytes_peak: int
+    media: tuple[str, ...] = ()
+    """How the merged folder's processor files prepare images and videos otherwise than training did."""
 
     @property
     def passed(self) -> bool:
         """Whether it is close to what was intended, and closer than the base is; written so that a NaN fails."""
         close = self.worst <= _WORST.get(self.stored, float("inf"))
         near = self.typical <= _TYPICAL.get(self.stored, _TYPICAL_NARROW)
-        return close and near and self.equal >= 0.9 and self.typical < self.moved
+        return not self.media and close and near and self.equal >= 0.9 and self.typical < self.moved
 
     def line(self) -> str:
         """Say it in one line."""
+        media = f"the processor files say {'; '.join(self.media)}" if self.media else "images and videos as in training"
         return (
             f"{'proved' if self.passed else 'FAILED'}   {self.positions} positions of {self.samples} samples: the "
             f"merged {self.stored} files are {self.typical:.1e} of the logits' spread from base + adapter (largest "
             f"{self.worst:.1e}), which is {self.moved:.1e} from the base; next token equal at {self.equal:.1%}; held "
-            f"{self.bytes_peak:,} bytes of weights at most"
+            f"{self.bytes_peak:,} bytes of weights at most; {media}"
         )
 
 
@@ -85,6 +89,7 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
     intended = _apart(plan, inputs, place)
     spread = intended.logits.std()
     distance = (in_one.logits - intended.logits).abs().amax(-1) / spread
+    trained = rules_of(base.folder) if plan.data is None else trained_rules(base.folder, plan.data)
     moved = (before.logits - intended.logits).abs().amax(-1) / spread
     return Proof(
         positions=len(distance),
@@ -95,11 +100,15 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
         moved=float(moved.median()),
         stored="F32" if set(base.dtypes.values()) == {"F32"} else "/".join(sorted(set(base.dtypes.values()))),
         bytes_peak=max(run.bytes_peak for run in (in_one, before, intended)),
+        media=tuple(rules_of(merged).differences(trained)),
     )
 
 
-def proof_samples(folder: Path, given: str, count: int) -> list[Trial]:
-    """Return the first `count` samples of shards, or of a JSONL or JSON file; drawn ones where no file is given."""
+def proof_samples(folder: Path, given: str, count: int, *, data: DataConfig | None = None) -> list[Trial]:
+    """Return the first `count` samples of shards, or of a JSONL or JSON file; drawn ones where no file is given.
+
+    `data` says how images, videos and conversations were prepared in training.
+    """
     if not given:
         return trials(folder)
     if given.endswith((".jsonl", ".json")):
@@ -107,7 +116,8 @@ def proof_samples(folder: Path, given: str, count: int) -> list[Trial]:
     else:
         shards = find_shards(given, "--verify")
     reader = SampleReader()
-    renderer = Renderer(folder, image=ImageConfig(), video=VideoConfig(), chat=ChatConfig())
+    data = data or DataConfig()
+    renderer = Renderer(folder, image=data.image, video=data.video, chat=data.chat)
     samples: list[Trial] = []
     for shard in shards:
         for number, key in enumerate(reader.index(shard).keys):

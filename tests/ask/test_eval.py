@@ -194,7 +194,7 @@ def test_a_busy_server_is_asked_again(server):
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "text"),
+    ("status", "body", "text"),
     [
         (503, '{"error": {"message": "overloaded"}}', r"no answer after 3 .*, the last said: HTTP 503: overloaded"),
         (401, '{"error": {"message": "bad key"}}', r"HTTP 401: bad key. The key is read .* NO_KEY, which is not set"),
@@ -359,6 +359,16 @@ def test_other_image_sizes_are_named_first(rows, server, capsys):
     assert "FAIL  image grids" in shown
     assert "differences: sample 00000000" in shown
     assert "tokens there, 70 here (grids here: 1x" in shown or "tokens there" in shown
+
+
+def test_limits_of_the_models_folder_that_are_not_those_of_training_are_named(rows, server, capsys):
+    words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "2", "--samples", "2"]
+    server.tells = set()
+    assert main([*words, "--set", "data.image.min_tokens=4", "--set", "data.image.max_tokens=20"]) == 3
+    shown = capsys.readouterr().out
+    named = f"the processor files of {base()} say image_pixels 65,536 to 16,777,216, not 4,096 to 20,480 as in training"
+    assert f"note  {named}" in shown
+    assert re.search(rf"the prompt takes \d+ tokens there, \d+ here \(grids here: .*; {re.escape(named)}\)", shown)
 
 
 def test_another_model_is_found_by_its_choices_and_log_probabilities(rows, server, capsys):

@@ -99,6 +99,15 @@ def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=N
     return {name: value.numpy() for name, value in found.items() if hasattr(value, "numpy")}
 
 
+def grids(*, folder, pictures, frames, rate):
+    """The grids of images, and of a whole video, with nothing but what a folder's own files say."""
+    processor = _processor(folder)
+    image = processor.image_processor(pictures, return_tensors="pt")["image_grid_thw"].tolist()
+    metadata = [{"fps": rate, "total_num_frames": len(frames), "duration": len(frames) / rate}]
+    made = processor.video_processor([frames], video_metadata=metadata, return_tensors="pt", do_sample_frames=True)
+    return image, made["video_grid_thw"].tolist()
+
+
 def decoded(*, folder, ids):
     """The text of tokens, as a server sends it."""
     return _processor(folder).tokenizer.decode(ids, skip_special_tokens=True)
