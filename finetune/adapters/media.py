@@ -72,7 +72,8 @@ def rules_of(folder: Path) -> MediaRules:
     spec, video = read_spec(folder), processor_settings(folder, "video_processor", VIDEO_FILE)
     default = VideoConfig()
     values = {
-        name: video.take(key, (int, float), getattr(default, name)) for name, key in {**_FRAME_RULES, **_CAP}.items()
+        name: video.take(key, (int, float, bool), getattr(default, name))
+        for name, key in {**_FRAME_RULES, **_CAP}.items()
     }
     return _comparable(
         MediaRules(

@@ -46,12 +46,14 @@ def write_adapter(
     provenance: Provenance | None = None,
     extra: Mapping[str, str] | None = None,
     trained: bool = True,
+    replace: bool = False,
 ) -> list[str]:
     """Write everything that trains to an adapter folder. Rank 0 writes the files; every rank must call this.
 
     Each rank gathers one tensor at a time; experts come to rank 0 under their global ids, and the folder is not
     finished while one is missing, or before its file was opened again and checked. `base` is what PEFT shall load it
-    onto; `extra` goes into the metadata. Returns warnings, at rank 0: factors that `trained`, yet are zero.
+    onto; `extra` goes into the metadata; `replace` allows an earlier adapter there. Returns warnings, at rank 0:
+    factors that `trained`, yet are zero.
     """
     tensors = list(trained_tensors(empty))
     pieces = gathered_pieces(tensors)
@@ -60,7 +62,15 @@ def write_adapter(
     if rank_and_world()[0] == 0:
         try:
             warnings = write_pieces(
-                empty, folder, tensors, pieces, base=base, provenance=provenance, extra=extra, trained=trained
+                empty,
+                folder,
+                tensors,
+                pieces,
+                base=base,
+                provenance=provenance,
+                extra=extra,
+                trained=trained,
+                replace=replace,
             )
         except (OSError, ValueError) as failure:
             error = failure
@@ -88,12 +98,13 @@ def write_pieces(
     provenance: Provenance | None = None,
     extra: Mapping[str, str] | None = None,
     trained: bool = True,
+    replace: bool = False,
 ) -> list[str]:
     """Write the folder from pieces, wherever they come from; no other rank has a part in it."""
     metadata = _metadata(empty) | (provenance.metadata() if provenance is not None else {})
     metadata |= {f"moetune.{key}": text for key, text in (extra or {}).items()}
     expected = {tensor.file_name: _expected(tensor) for tensor in tensors}
-    with whole_folder(folder) as beside:
+    with whole_folder(folder, replace=replace) as beside:
         _write_tensors(beside / WEIGHTS, tensors, pieces, expected, metadata)
         warnings = reopened(beside / WEIGHTS, expected, trained=trained)
         write_file(beside / CONFIG, config_bytes(file_config(empty, base)))

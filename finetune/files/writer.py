@@ -110,13 +110,15 @@ def model_writer(
     config: Mapping[str, Any],
     side_files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
+    replace: bool = False,
 ) -> Iterator[ModelWriter]:
     """Return a writer for the model of these shapes; on leaving without an error, the folder is complete and in place.
 
     `dtypes` are safetensors type names, one for all or by canonical name. `side_files` are copied or written beside the
-    weights. Any error leaves nothing under `folder` and removes what was written beside it.
+    weights. Any error leaves nothing under `folder` and removes what was written beside it. With `replace` it may hold
+    an earlier model, which stays until the new one is complete.
     """
-    with whole_folder(folder) as beside:
+    with whole_folder(folder, replace=replace) as beside:
         with ExitStack() as stack:
             files = _reserve(stack, beside, shapes, dtypes, shard_bytes)
             writer = ModelWriter(folder=folder, shapes=shapes, files=files)

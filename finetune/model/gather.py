@@ -17,10 +17,12 @@ from finetune.ranks.engine import gathered
 _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
-def save_model(empty: EmptyModel, folder: Path, base: Path, *, changed: Mapping[str, bytes] | None = None) -> None:
+def save_model(
+    empty: EmptyModel, folder: Path, base: Path, *, changed: Mapping[str, bytes] | None = None, replace: bool = False
+) -> None:
     """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
 
-    `changed` holds those of the small files that differ from the base's.
+    `changed` holds those of the small files that differ from the base's; `replace` allows an earlier model there.
 
     One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
     writer refuses to finish while one is missing. Adapters are not in it.
@@ -32,7 +34,14 @@ def save_model(empty: EmptyModel, folder: Path, base: Path, *, changed: Mapping[
             kinds = {slot.canonical: _STORED_AS[slot.tensor.dtype] for slot in base_slots(empty)}
             side_files = {**side_files_of(base), **(changed or {})}
             writer = stack.enter_context(
-                model_writer(folder, shapes=empty.expected, dtypes=kinds, config=config, side_files=side_files)
+                model_writer(
+                    folder,
+                    shapes=empty.expected,
+                    dtypes=kinds,
+                    config=config,
+                    side_files=side_files,
+                    replace=replace,
+                )
             )
         for slot in base_slots(empty):
             with gathered(slot.tensor):

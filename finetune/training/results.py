@@ -1,6 +1,5 @@
 """Writes what a run leaves after its last step: an adapter or a model."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from finetune.adapters.write_trained import write_adapter
 from finetune.checkpoint.adapter import FOLDER
 from finetune.checkpoint.folder import best_checkpoint
 from finetune.checkpoint.manifest import read_manifest
+from finetune.files.atomic import REPLACED, is_marked
 from finetune.model.empty import EmptyModel
 from finetune.model.gather import save_model
 from finetune.model.lora import trainable_table
-from finetune.ranks.collectives import barrier, rank_and_world
+from finetune.ranks.collectives import barrier
 from finetune.training.track import Tracker
 
 
@@ -33,24 +33,29 @@ def write_learned(
 ) -> None:
     """Write what the run has learned, an adapter or the complete model; every rank must call this.
 
-    A run that was over when it started has written it before; a run that went on replaces it.
+    A run that was over when it started has written it before; a run that went on replaces it, once the new one is
+    complete. A mark in the earlier one says when it is out of date.
     """
     is_adapter = any(row.lora is not None for row in trainable_table(empty))
     result = folder / ("adapter" if is_adapter else "model")
-    exists = result.exists()
+    is_written = result.exists() and not is_marked(result, REPLACED)
     barrier()  # all have looked before rank 0 changes anything
-    if exists and not steps:
+    if is_written and not steps:
         say(f"{result.name}: {result}, of an earlier start")
         return
-    if exists and rank_and_world()[0] == 0:
-        shutil.rmtree(result)
     if is_adapter:
-        last_step = {"step": str(steps.stop)}
-        for line in write_adapter(empty, result, base=provenance.base_name, provenance=provenance, extra=last_step):
+        warnings = write_adapter(
+            empty,
+            result,
+            base=provenance.base_name,
+            provenance=provenance,
+            extra={"step": str(steps.stop)},
+            replace=True,
+        )
+        for line in warnings:
             say(f"warning: {line}")
     else:
         title = f"# {provenance.base_name}, fine-tuned\n\nTrained in full by moetune.\n"
-        data = trained_data(provenance.config, "the run's configuration")
-        base = provenance.base.folder
-        save_model(empty, result, base, changed=media_files(base, data, title=title))
+        base, data = provenance.base.folder, trained_data(provenance.config, "the run's configuration")
+        save_model(empty, result, base, changed=media_files(base, data, title=title), replace=True)
     say(f"{result.name}: {result}")

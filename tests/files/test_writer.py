@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from finetune.architecture.shapes import is_expert_stack, parameter_shapes
-from finetune.files.atomic import whole_folder
+from finetune.files.atomic import REPLACED, UNFINISHED, is_marked, whole_folder
 from finetune.files.hubconfig import read_family
 from finetune.files.jsonblock import load_json
-from finetune.files.tiny import random_weights, write_tiny
+from finetune.files.tiny import TinyModel, random_weights, write_tiny
 from finetune.files.writer import INDEX, model_writer, plan_shards, side_files_of, write_model
 
 GATE_UP = "model.language_model.layers.1.mlp.experts.gate_up_proj"
@@ -208,9 +209,64 @@ def test_an_occupied_destination_is_kept_and_an_empty_one_taken(base, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.partial").mkdir()  # what a killed run leaves
     (tmp_path / "empty.partial" / "config.json").write_text("{}")
+    (tmp_path / "empty.partial" / UNFINISHED).write_text("")
     write_model(tensors=weights(base), **target(tmp_path / "empty", base))
     assert torch.equal(logits(tmp_path / "empty"), logits(base))
     assert not (tmp_path / "empty.partial").exists()
+    assert not (tmp_path / "empty" / UNFINISHED).exists()
+
+
+def test_what_is_the_users_is_never_emptied(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_text("keep")
+    (tmp_path / "out.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=r"out.partial is a symbolic link; .*out is written in a folder of that name"):
+        write_tiny(tmp_path / "out", TinyModel())
+    (tmp_path / "out.partial").unlink()
+    (tmp_path / "out.partial").write_text("a file")
+    with pytest.raises(ValueError, match=r"out.partial is a file; .* Remove or rename it, or name another folder"):
+        write_tiny(tmp_path / "out", TinyModel())
+    (tmp_path / "out.partial").unlink()
+    (tmp_path / "precious").rename(tmp_path / "out.partial")
+    with pytest.raises(
+        ValueError, match=r"out.partial holds files that moetune did not put there \(a\); .* Move it away"
+    ):
+        write_tiny(tmp_path / "out", TinyModel())
+    assert (tmp_path / "out.partial" / "a").read_text() == "keep"
+    assert not (tmp_path / "out").exists()
+
+
+def replaced(folder: Path, content: str | None) -> None:
+    with whole_folder(folder, replace=True) as beside:
+        assert not folder.exists() or is_marked(folder, REPLACED)
+        (beside / "half").write_text("")
+        (beside / "ours").write_text(content)
+        (beside / "half").unlink()
+
+
+def test_an_earlier_folder_stays_until_the_new_one_is_complete(tmp_path):
+    out = tmp_path / "out"
+    replaced(out, "first")
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(TypeError, match="must be str"):
+        replaced(out, None)  # fails in the middle
+    assert (out / "ours").read_text() == "first"
+    replaced(out, "second")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"ours": "second", "mine.txt": "precious"}
+    shutil.copytree(out, tmp_path / "out.replaced")
+    with pytest.raises(ValueError, match=r"out.replaced is in the way of replacing .*out, and moetune did not make it"):
+        replaced(out, "third")
+    for moment, gone in (("before the new one had the name", True), ("before all was moved", False)):  # killed then
+        (tmp_path / "out.replaced" / REPLACED).write_text("")
+        (tmp_path / "out.replaced" / "more.txt").write_text(moment)
+        if gone:
+            shutil.rmtree(out)
+        replaced(out, moment)
+        assert (out / "ours").read_text() == moment
+        assert (out / "mine.txt").read_text() == "precious"
+        assert (out / "more.txt").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+        shutil.copytree(out, tmp_path / "out.replaced")
 
 
 def test_a_link_is_followed_to_the_disk_it_leads_to(base, tmp_path, monkeypatch):
