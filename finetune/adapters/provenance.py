@@ -29,17 +29,20 @@ SEEN = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("route
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a run knows of the adapter that it writes. `data` names what decided the samples and their order."""
+    """What a run knows of the adapter that it writes.
+
+    `data` names what decided the samples and their order; `parent` is a `parent_line`.
+    """
 
     base: BaseFiles
     base_name: str
     data: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
-    parent: Path | None = None
+    parent: str = ""
 
     def metadata(self) -> dict[str, str]:
-        """Return it as strings; reads a few bytes of each of the base's tensors."""
+        """Return it as strings; the first time, reads a few bytes of each of the base's tensors."""
         metadata = {BASE: _json({"name": self.base_name, "fingerprint": fingerprint(self.base)})}
         if self.data:
             metadata["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
@@ -47,8 +50,8 @@ class Provenance:
             metadata[CONFIGURATION] = _json(_without(self.config, _OF_THE_RANKS))
         if self.scores:
             metadata["moetune.scores"] = _json(self.scores)
-        if self.parent is not None:
-            metadata[PARENT] = parent_line(self.parent)
+        if self.parent:
+            metadata[PARENT] = self.parent
         return metadata
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.checkpoint.manifest import BEST, LATEST, MANIFEST
-from finetune.files.atomic import sync_folder, write_file
+from finetune.files.atomic import UNFINISHED, is_marked, sync_folder, write_file
 
 _STEP = re.compile(r"step-(\d+)(?:\.replaced)?")
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Return the checkpoint to continue from: the one that LATEST names, else the newest complete one, else None."""
-    return _named_by(folder / LATEST) or max(_finished(folder), key=_age, default=None)
+    """Return the checkpoint to go on from: the one that LATEST names, else the complete one of most steps, or None."""
+    return _named_by(folder / LATEST) or max(_finished(folder), key=_step, default=None)
 
 
 def starting_point(folder: Path, resume: str) -> Path | None:
@@ -39,21 +39,23 @@ def make_room(final: Path) -> None:
 
 
 def point_and_prune(final: Path, keep: int, *, is_best: bool = False) -> None:
-    """Name `final` in LATEST, and in BEST if it is the best; then remove all but the best and the newest `keep`.
+    """Name `final` in LATEST, and in BEST if it is the best; then remove all but it, the best, and `keep` in all.
 
-    Remains of interrupted saves are removed too.
+    Steps decide, not times, which a clock may set back. Those behind `final` are of an earlier start that was given up,
+    and go first. Remains of interrupted saves are removed too.
     """
     folder = final.parent
     for name in [BEST, LATEST] if is_best else [LATEST]:
         write_file(folder / f"{name}.partial", f"{final.name}\n".encode())
         (folder / f"{name}.partial").replace(folder / name)
     sync_folder(folder)
-    by_age = sorted(_finished(folder), key=_age, reverse=True)
     best = best_checkpoint(folder)
-    unfinished = [path for path in folder.glob("step-*.partial") if path.is_dir()]
-    replaced = [path for path in by_age if path.name == f"{final.name}.replaced"]
-    old = [path for path in by_age if path not in replaced][keep:]
-    for path in [*unfinished, *replaced, *[path for path in old if path != best]]:
+    replaced = final.with_name(f"{final.name}.replaced")
+    others = [path for path in _finished(folder) if path not in (final, replaced)]
+    others.sort(key=lambda path: (_step(path) < _step(final), _step(path)), reverse=True)
+    old = [path for path in others[keep - 1 :] if path != best]
+    unfinished = [path for path in folder.glob("step-*.partial") if is_marked(path, UNFINISHED)]
+    for path in [*unfinished, *old, *([replaced] if replaced.is_dir() else [])]:
         (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look complete
         shutil.rmtree(path)
 
@@ -67,7 +69,16 @@ def _named_by(pointer: Path) -> Path | None:
     """The checkpoint whose name a file holds, if both are there."""
     if not pointer.is_file():
         return None
-    checkpoint = pointer.parent / pointer.read_text().strip()
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{pointer} is damaged: it is not UTF-8, and must name a checkpoint (step-000120). Remove it, or name the "
+            f"checkpoint to go on from: checkpoint.resume=PATH"
+        ) from error
+    if not _STEP.fullmatch(name):
+        return None
+    checkpoint = pointer.parent / name
     return checkpoint if (checkpoint / MANIFEST).is_file() else None
 
 
@@ -77,5 +88,8 @@ def _finished(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _age(path: Path) -> tuple[int, str]:
-    return (path / MANIFEST).stat().st_mtime_ns, path.name
+def _step(path: Path) -> tuple[int, bool]:
+    """The step of a checkpoint; one that was moved aside comes before the one in its place."""
+    name = _STEP.fullmatch(path.name)
+    assert name is not None, path
+    return int(name[1]), not path.name.endswith(".replaced")

@@ -43,6 +43,16 @@ FREE = (
     "data.video.timeout_seconds",
 )
 """Keys that may change between save and resume: they do not change what is computed."""
+_KINDS: Mapping[str, type] = {
+    "step": int,
+    "ranks": int,
+    "ep": int,
+    "base": str,
+    "base_fingerprint": str,
+    "random": list,
+    "state": dict,
+    "config": dict,
+}
 ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
 _SAMPLE_BYTES = 4096
 
@@ -100,15 +110,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is not a finished checkpoint: it has no {MANIFEST}. Name a step-* folder that has one in "
             f"checkpoint.resume, or use auto"
         )
-    content = load_json(folder / MANIFEST)
-    version = content.pop("version", None)
-    if version != VERSION:
-        raise ValueError(f"{folder / MANIFEST} has version {version}; this moetune reads {VERSION}")
-    if content.pop("digest", None) != _digest({"version": version, **content}):
-        raise ValueError(f"{folder / MANIFEST} is not as it was written. {ANOTHER}")
-    files = {name: File(**entry) for name, entry in content["files"].items()}
+    content = _content(folder / MANIFEST)
+    try:
+        manifest = _manifest(content)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / MANIFEST} is not what moetune writes ({error}). {ANOTHER}") from error
     damaged = []
-    for name, file in files.items():
+    for name, file in manifest.files.items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
         if size is None:
             damaged.append(f"{name} is missing")
@@ -116,11 +124,34 @@ def read_manifest(folder: Path) -> Manifest:
             damaged.append(f"{name} has {size} bytes, not {file.bytes}")
     if damaged:
         raise ValueError(f"{folder} is damaged: {listed(damaged, between='; ')}. {ANOTHER}")
+    return manifest
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """A manifest's content, which must be what was written under its digest."""
+    try:
+        content = load_json(file)
+    except ValueError as error:
+        raise ValueError(f"{error}. {ANOTHER}") from error
+    version = content.pop("version", None)
+    if version != VERSION:
+        raise ValueError(f"{file} has version {version}; this moetune reads {VERSION}")
+    if content.pop("digest", None) != _digest({"version": version, **content}):
+        raise ValueError(f"{file} is not as it was written. {ANOTHER}")
+    return content
+
+
+def _manifest(content: Mapping[str, Any]) -> Manifest:
+    """The manifest in this content; one of four errors where it is of another form."""
+    for key, kind in _KINDS.items():
+        if not isinstance(content[key], kind):
+            raise TypeError(f"{key} is {str(content[key])[:40]!r}")
+    files = {name: File(**entry) for name, entry in content["files"].items()}
     trained = {
-        name: Trained(shape=tuple(entry["shape"]), updates=entry["updates"])
+        name: Trained(shape=tuple(int(size) for size in entry["shape"]), updates=int(entry["updates"]))
         for name, entry in content["trained"].items()
     }
-    return Manifest(**(content | {"trained": trained, "files": files}))
+    return Manifest(**{**content, "trained": trained, "files": files, "random": tuple(content["random"])})
 
 
 def require_same_run(

@@ -32,9 +32,9 @@ class WeightFiles:
     layout: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BaseFiles:
-    """A complete base: reads its tensors by canonical name, as they lie in memory."""
+    """A complete base, as it was when it was opened: reads its tensors by canonical name, as they lie in memory."""
 
     folder: Path
     layout: Layout

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,12 @@ VALUES = 16
 """Values read of each tensor: some ten thousand small reads for the largest model."""
 
 
+@lru_cache(maxsize=4)
 def fingerprint(files: BaseFiles) -> str:
-    """Return the hash, 32 hex digits. Reads a few bytes of each tensor, nothing of the rest."""
+    """Return the hash, 32 hex digits. Reads a few bytes of each tensor, nothing of the rest.
+
+    A base that was opened once has one: a run that saves needs its files no more.
+    """
     digest = hashlib.sha256()
     handles: dict[Path, int] = {}
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from data.render.vision import read_spec
 from data.stream.corpus import Corpus
 from data.stream.reach import reach
 from finetune.adapters.file import open_adapter
-from finetune.adapters.provenance import Provenance
+from finetune.adapters.provenance import Provenance, parent_line
 from finetune.architecture.families import Family
 from finetune.architecture.yarn import Extension, check_rotary, extension, need_lines, serving_lines
 from finetune.checkpoint.adapter import adapter_writer
@@ -137,7 +137,8 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run
         base=base_files,
         base_name=config.model.path,
         config=effective(config),
-        parent=Path(config.adapters.start_from) if config.adapters.start_from else None,
+        # the ranks that write adapters need it while the file is there for certain: now
+        parent=parent_line(start.folder) if start is not None and rank_and_world()[0] == 0 else "",
     )
     checkpoints = Checkpoints(
         engine,

@@ -14,7 +14,7 @@ from ranks import RankError, run_ranks
 from safetensors.torch import load_file
 from tiny_moe import vl_model
 
-from finetune.checkpoint.folder import best_checkpoint, find_latest, point_and_prune, starting_point
+from finetune.checkpoint.folder import find_latest
 from finetune.checkpoint.manifest import config_difference, config_hash, file_fingerprint, read_manifest
 from finetune.checkpoint.pieces import require_whole
 from finetune.checkpoint.slices import Slice
@@ -177,43 +177,6 @@ def test_only_what_decides_the_training_must_be_equal() -> None:
     more = moved | _data(path="y", weight=2.0)
     assert config_hash(config) != config_hash(more)
     assert config_difference(config, more) == ["data.sources.a.weight: absent in the checkpoint, 2.0 now"]
-
-
-def _finished(folder: Path, name: str) -> Path:
-    (folder / name).mkdir()
-    (folder / name / "manifest.json").write_text("{}")
-    return folder / name
-
-
-def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
-    for step in range(1, 7):
-        point_and_prune(_finished(tmp_path, f"step-00000{step}"), 2, is_best=step in (1, 3))
-    steps = [f"step-00000{step}" for step in (3, 5, 6)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEST", "LATEST", *steps]
-    assert best_checkpoint(tmp_path) == tmp_path / "step-000003"
-    assert find_latest(tmp_path) == tmp_path / "step-000006"
-
-
-def test_where_a_run_starts(tmp_path: Path) -> None:
-    assert find_latest(tmp_path) is None
-    assert find_latest(tmp_path / "absent") is None
-    first = _finished(tmp_path, "step-000001")
-    _finished(tmp_path, "step-000009.partial")
-    point_and_prune(first, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-000001"]
-    second = _finished(tmp_path, "step-000002")
-    assert find_latest(tmp_path) == first, "LATEST has the word"
-    assert best_checkpoint(tmp_path) is None
-    (tmp_path / "LATEST").write_text("step-000007\n")
-    assert find_latest(tmp_path) == second, "what it names is gone"
-    second.rename(tmp_path / "step-000002.replaced")
-    assert find_latest(tmp_path) == tmp_path / "step-000002.replaced", "moved aside, and the new one was never finished"
-    assert starting_point(tmp_path, "auto") == tmp_path / "step-000002.replaced"
-    assert starting_point(tmp_path, "never") is None
-    assert starting_point(tmp_path / "x", str(first)) == first
-    assert starting_point(tmp_path / "x", str(tmp_path)) == tmp_path / "step-000002.replaced"
-    with pytest.raises(ValueError, match=r"checkpoint.resume: newest is neither a checkpoint nor a folder of"):
-        starting_point(tmp_path, "newest")
 
 
 def test_slices_that_are_not_the_whole_tensor_are_never_written(tmp_path: Path) -> None:
