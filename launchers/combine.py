@@ -28,8 +28,12 @@ def run(args: argparse.Namespace) -> int:
     done = combine(_weights(args.adapters), args.out, rank=args.rank)
     ranks = sorted(set(done.ranks.values()))
     print(f"wrote {done.folder}: {len(done.ranks)} changes of r {', '.join(map(str, ranks))}, {done.bytes:,} bytes")
+    if not done.alike:
+        print(
+            "note: the adapters were trained with other data.image, data.video or data.chat; the sum keeps none of them"
+        )
     if done.exact:
-        print("exact: the factors lie side by side, so the changes are the weighted sum but for float32's rounding")
+        print("exact: factors lie side by side, tensors held in full are summed, all in float32; its rounding is lost")
         return 0
     print(f"re-ranked: the changes are {done.error:.2%} off the exact sum over all; most in:")
     for name, error in sorted(done.errors.items(), key=lambda item: -item[1])[:5]:

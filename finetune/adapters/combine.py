@@ -28,7 +28,6 @@ from finetune.adapters.write import (
     write_adapter_folder,
 )
 from finetune.architecture.shapes import Shape, part_of
-from finetune.files.tensorfile import torch_type
 from moe.experts import ExpertLora as Lora
 
 
@@ -47,6 +46,8 @@ class Combined:
     folder: Path
     bytes: int = 0
     exact: bool = True
+    alike: bool = True
+    """Whether all were trained with the same settings of images, videos and conversations, which the sum then keeps."""
     ranks: dict[str, int] = field(default_factory=dict)
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -73,7 +74,8 @@ def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combi
                 f"{term.source.folder}: its weight is {term.weight}; a finite number other than 0 is wanted"
             )
     base, base_metadata = _same_base(terms)
-    combined = Combined(folder=out)
+    settings = [seen_settings(term.source.metadata) for term in terms]
+    combined = Combined(folder=out, alike=settings.count(settings[0]) == len(terms))
     changes = [_sum(name, terms, rank, combined) for name in _names(terms)]
     full = _full(terms)
     metadata = {
@@ -81,7 +83,7 @@ def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combi
         PARENT: _parents(terms),
         "moetune.versions": versions(),
         **({BASE: base_metadata} if base_metadata else {}),
-        **_seen(terms),
+        **({CONFIGURATION: json.dumps(settings[0], sort_keys=True)} if combined.alike and settings[0] else {}),
         **_families(changes, full, terms),
     }
     changes = with_both_stacks(changes)
@@ -179,27 +181,19 @@ def _full(terms: Sequence[Term]) -> list[OutFull]:
         stored = [term.source.full[name] for term in terms]
         if len({tensor.shape for tensor in stored}) > 1:
             raise ValueError(f"{name} has different shapes in these adapters: they are of different bases")
-        first = stored[0]
-        sums.append(OutFull(target=name, shape=first.shape, dtype=first.dtype, read=partial(_mean, name, terms)))
+        sums.append(OutFull(target=name, shape=stored[0].shape, dtype="F32", read=partial(_mean, name, terms)))
     return sums
 
 
 def _mean(name: str, terms: Sequence[Term]) -> Tensor:
     total = sum(term.source.read_full(name).float() * term.weight for term in terms)
     assert isinstance(total, Tensor)
-    return total.to(torch_type(terms[0].source.full[name].dtype))
+    return total
 
 
 def _parents(terms: Sequence[Term]) -> str:
     lines = [json.loads(parent_line(term.source.folder)) | {"weight": term.weight} for term in terms]
     return json.dumps(lines, sort_keys=True)
-
-
-def _seen(terms: Sequence[Term]) -> dict[str, str]:
-    """The metadata on how media and conversations are prepared, where all of the adapters were trained alike."""
-    settings = [seen_settings(term.source.metadata) for term in terms]
-    alike = settings[0] and settings.count(settings[0]) == len(terms)
-    return {CONFIGURATION: json.dumps(settings[0], sort_keys=True)} if alike else {}
 
 
 def _families(changes: Sequence[OutChange], full: Sequence[OutFull], terms: Sequence[Term]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def summed(parts: dict[Path, float]) -> dict[str, torch.Tensor]:
 def test_side_by_side_is_the_sum(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {three / "a": 0.7, three / "b": -0.3, three / "c": 1.5}
     assert main(["combine", str(tmp_path / "out"), *(f"{folder}={weight}" for folder, weight in parts.items())]) == 0
-    assert "exact: the factors lie side by side" in capsys.readouterr().out
+    assert "exact: factors lie side by side" in capsys.readouterr().out
     combined, expected = deltas(tmp_path / "out"), summed(parts)
     assert combined.keys() == expected.keys()
     for name, value in expected.items():
@@ -137,7 +137,9 @@ def test_what_cannot_be_summed_is_refused(three: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "out").exists()
 
 
-def test_full_tensors_are_summed_where_that_needs_no_base(three: Path, tmp_path: Path) -> None:
+def test_full_tensors_are_summed_where_that_needs_no_base(
+    three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cases.adapt(base(), tmp_path / "full", full=True)
     shutil.copytree(tmp_path / "full", tmp_path / "twice")
     tensors = load_file(tmp_path / "twice" / WEIGHTS)
@@ -146,6 +148,19 @@ def test_full_tensors_are_summed_where_that_needs_no_base(three: Path, tmp_path:
     save_file(tensors | {name: 3 * first}, tmp_path / "twice" / WEIGHTS)
     combine({tmp_path / "full": 0.75, tmp_path / "twice": 0.25}, tmp_path / "out")
     assert torch.allclose(load_file(tmp_path / "out" / WEIGHTS)[name], 1.5 * first)
+    for folder, factor in (("full", 1.0), ("twice", 1.01)):  # bfloat16, as runs of large models save them
+        narrow = {
+            key: (factor * t).bfloat16() if key == name else t
+            for key, t in load_file(tmp_path / "full" / WEIGHTS).items()
+        }
+        save_file(narrow, tmp_path / folder / WEIGHTS)
+    words = [f"{tmp_path / 'full'}=0.7", f"{tmp_path / 'twice'}=0.3"]
+    assert main(["combine", str(tmp_path / "narrow"), *words]) == 0
+    assert "tensors held in full are summed, all in float32; its rounding" in capsys.readouterr().out
+    both = [load_file(tmp_path / folder / WEIGHTS)[name].double() for folder in ("full", "twice")]
+    total = load_file(tmp_path / "narrow" / WEIGHTS)[name]
+    assert total.dtype == torch.float32
+    assert torch.allclose(total.double(), 0.7 * both[0] + 0.3 * both[1], rtol=1e-6)
     with pytest.raises(ValueError, match=r"merger.norm.* is held in full, and .*a does not hold it: such a sum needs"):
         combine({tmp_path / "full": 0.5, three / "a": 0.5}, tmp_path / "no")
     with pytest.raises(ValueError, match=r"is held in full, and the weights make 2, not 1"):

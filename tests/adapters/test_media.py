@@ -179,7 +179,7 @@ def test_verify_and_ask_go_by_what_the_adapter_saw(
     assert "the processor files say image_pixels 65,536 to 16,777,216, not 6,144 to 20,480" in proof.line()
 
 
-def test_a_sum_keeps_what_its_adapters_share(plain: Path, tmp_path: Path) -> None:
+def test_a_sum_keeps_what_its_adapters_share(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b, c = (
         trained(plain, tmp_path / name, data) for name, data in zip("abc", [SMALL, SMALL, DataConfig()], strict=True)
     )
@@ -187,6 +187,8 @@ def test_a_sum_keeps_what_its_adapters_share(plain: Path, tmp_path: Path) -> Non
     assert plan_merge(open_base(base()), tmp_path / "alike").data == SMALL
     combine({a: 0.5, c: 0.5}, tmp_path / "other")
     assert plan_merge(open_base(base()), tmp_path / "other").data is None
+    assert main(["combine", str(tmp_path / "d"), f"{a}=0.5", f"{c}=0.5"]) == 0
+    assert "note: the adapters were trained with other data.image" in capsys.readouterr().out
     assert torch.equal(
         *(load_file(tmp_path / x / WEIGHTS)[next(iter(load_file(a / WEIGHTS)))] for x in ("alike", "other"))
     )
