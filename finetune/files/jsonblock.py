@@ -15,7 +15,7 @@ def load_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not there; a model folder needs it")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, not an object")

@@ -70,7 +70,7 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             )
         try:
             header = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{file} has a damaged safetensors header ({error}); fetch it again") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -82,9 +82,11 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def _entry(file: Path, name: str, entry: dict[str, Any], start: int) -> Stored:
     try:
-        begin, end = entry["data_offsets"]
-        tensor = Stored(name=name, file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]), begin=start + begin)
-        wrong = tensor.size != end - begin or begin < 0
+        begin, end = map(_index, entry["data_offsets"])
+        tensor = Stored(
+            name=name, file=file, dtype=entry["dtype"], shape=tuple(map(_index, entry["shape"])), begin=start + begin
+        )
+        wrong = tensor.size != end - begin
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a damaged safetensors header: {name!r} is described by {entry!r}") from error
     if wrong:
@@ -93,6 +95,13 @@ def _entry(file: Path, name: str, entry: dict[str, Any], start: int) -> Stored:
             f"{tensor.size} bytes, its offsets give {end - begin}"
         )
     return tensor
+
+
+def _index(value: Any) -> int:
+    """A whole number from 0 on, as lengths and places in a file are."""
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is no length")
+    return value
 
 
 def _check_extent(file: Path, tensors: Mapping[str, Stored], *, start: int, size: int) -> None:

@@ -66,6 +66,10 @@ DAMAGES = [
     (lambda c: reheaded(c, lambda h: first(h).pop("dtype")), r"damaged safetensors header: '.*' is described by"),
     (lambda c: reheaded(c, lambda h: first(h).update(dtype="F3")), r"damaged safetensors header: '.*' is described by"),
     (lambda c: reheaded(c, lambda h: first(h).update(shape=[2])), r"of F32 \[2\] needs 8 bytes, its offsets give"),
+    (lambda c: reheaded(c, lambda h: first(h).update(shape=[-2, -4])), r"header: '.*' is described by .*\[-2, -4\]"),
+    (lambda c: reheaded(c, lambda h: first(h).update(shape=[8.0, 2])), r"header: '.*' is described by .*\[8.0, 2\]"),
+    (lambda c: reheaded(c, lambda h: first(h).update(data_offsets=[False, 8])), r"header: '.*' is described by"),
+    (lambda c: struct.pack("<Q", 200_000) + b"[" * 200_000, r"damaged safetensors header \(maximum recursion depth"),
     (lambda c: struct.pack("<Q", 8) + b"[1, 2]  ", r"damaged safetensors header \(no object with texts as metadata"),
     (lambda c: reheaded(c, lambda h: h.update(__metadata__=[1])), r"header \(no object with texts as metadata"),
     (lambda c: reheaded(c, lambda h: h.pop(next(n for n in h if n[0] == "m"))), r"overlaps or leaves a gap"),
@@ -141,6 +145,7 @@ def test_files_of_two_layouts_are_refused(sharded):
     [
         ("{}", r"has no weight_map of file names; fetch it again"),
         ("{", r"is not valid JSON"),
+        ("[" * 100_000, r"is not valid JSON: maximum recursion depth"),
         ('{"weight_map": {}}', r"no weight_map"),
         ('{"weight_map": {"lm_head.weight": 5}}', r"no weight_map of file names"),
     ],
