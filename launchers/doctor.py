@@ -14,7 +14,7 @@ from launchers.arguments import positive
 EXAMPLE = """\
   moetune doctor                                            # this machine
   moetune doctor qwen3-vl-30b-a3b-lora model.path=/models/30b data.sources.general.path=/data/shards
-  moetune doctor runs/run                                   # why did it hang or die?
+  moetune doctor runs/tiny-cpu                                # why did it hang or die?
   srun --ntasks-per-node=1 moetune doctor --cluster --nnodes 8 --rdzv-endpoint node-a:29501   # the nodes together"""
 
 

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -28,6 +29,8 @@ class Job:
     recipe: str
     overrides: Sequence[str]
     run: str
+    mark: str = field(default_factory=lambda: uuid4().hex[:8])
+    """What tells two jobs of one run apart: torchrun's ranks meet under it, and a run's lock is handed on by it."""
 
     @property
     def words(self) -> list[str]:
@@ -75,7 +78,7 @@ def _environment(profile: Profile) -> dict[str, str]:
 
 def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
     endpoint = f"{profile.hosts[0]}:{profile.port}" if profile.hosts else ""
-    words = torchrun_words(job, profile, endpoint=endpoint, run_id=job.run)
+    words = torchrun_words(job, profile, endpoint=endpoint, run_id=f"{job.run}-{job.mark}")
     # torchrun's one store would hand a restart the addresses of ranks that are gone: one of its own for each start
     own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if profile.nodes > 1 else {}
     note = f"Start this same command on each of: {', '.join(profile.hosts)}" if profile.nodes > 1 else ""
@@ -208,7 +211,8 @@ def _replica(job: Job, profile: Profile, count: int) -> dict[str, Any]:
 
 def _pod_words(job: Job, profile: Profile) -> list[str]:
     """Return a pod's command: the operator sets the leader's address and port; Kubernetes fills in $(...)."""
-    words = torchrun_words(job, profile, endpoint="$(MASTER_ADDR):$(MASTER_PORT)", run_id=kubernetes_name(job.run))
+    run_id = f"{kubernetes_name(job.run)}-{job.mark}"
+    words = torchrun_words(job, profile, endpoint="$(MASTER_ADDR):$(MASTER_PORT)", run_id=run_id)
     first = len(words) - len(job.words)
     return [*words[:first], *(word.replace("$(", "$$(") for word in words[first:])]
 

@@ -4,6 +4,7 @@ Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All prob
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def load_recipe(
     for override in overrides:
         _take_override(override, typed)
     config = typed.finish()
+    if not config.run.name:
+        config = replace(config, run=replace(config.run, name=find_recipe(name).stem if name else "run"))
     return config, typed.problems
 
 

@@ -24,6 +24,7 @@ JOB = Job(
     recipe="qwen3-vl-235b-a22b-lora",
     overrides=["model.path=/models/my base", "data.sources.general.path=/data/it's/{000..099}.tar", "run.name=a b's"],
     run="a b's",
+    mark="5e1f00d5",
 )
 PROFILES = {
     "torchrun": {
@@ -93,6 +94,15 @@ def test_what_is_rendered_is_what_it_was(name: str, tmp_path: Path) -> None:
     if os.environ.get("RENEW"):
         path.write_text(text)
     assert text == path.read_text()
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "kubernetes"])
+def test_two_jobs_of_one_run_are_two_starts(kind: str, tmp_path: Path) -> None:
+    """Else the second would count as a restart of the first, which may take its folder over."""
+    jobs = [Job(recipe="tiny-cpu", overrides=[], run="charts") for _ in range(2)]
+    texts = [str(render(job, _profile(tmp_path, PROFILES[kind]), folder="x")) for job in jobs]
+    first, second = (re.search(r"--rdzv_id=charts-(\w{8})\b", text)[1] for text in texts)  # type: ignore[index]
+    assert first != second
 
 
 def test_torchrun_reads_how_long_ranks_may_take_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +206,8 @@ def test_the_command_checks_the_recipe_for_the_profile_s_ranks(tmp_path: Path, m
     assert "it must divide the 3 ranks" in capsys.readouterr().err
     Path("c.yaml").write_text(yaml.safe_dump({"kind": "slurm", "gpus_per_node": 2}))
     assert main(["launch", "tiny-cpu", "--on", "c.yaml"]) == 0
-    assert "sbatch runs/run/launch/job.sbatch" in capsys.readouterr().out
-    assert Path("runs/run/launch/job.sbatch").exists()
+    assert "sbatch runs/tiny-cpu/launch/job.sbatch" in capsys.readouterr().out
+    assert Path("runs/tiny-cpu/launch/job.sbatch").exists()
     assert main(["launch", "tiny-cpu", "--on", "c.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"][0] == "sbatch"
     monkeypatch.setenv("PATH", str(tmp_path))

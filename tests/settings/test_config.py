@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.config import RunConfig
+from finetune.config import RunConfig, RunSectionConfig
 from finetune.settings.checks import cross_check, require
 from finetune.settings.derive import derive
 from finetune.settings.problems import ConfigError, Problem
@@ -210,8 +210,17 @@ def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
-    assert load_recipe(_write(tmp_path, "empty.yaml", "")) == (RunConfig(), [])
-    assert load_recipe(_write(tmp_path, "half.yaml", "optim:\n")) == (RunConfig(), [])
+    for name, text in (("empty", ""), ("half", "optim:\n")):
+        defaults = RunConfig(run=RunSectionConfig(name=name))
+        assert load_recipe(_write(tmp_path, f"{name}.yaml", text)) == (defaults, [])
+
+
+def test_a_run_without_a_name_takes_that_of_its_recipe_s_file(tmp_path: Path) -> None:
+    """Not of the recipe that it builds on, and the same at each start, so that the same command goes on."""
+    mine = _write(tmp_path, "charts-2.yaml", "base: tiny-cpu\n")
+    names = [load_recipe(name, words)[0].run.name for name in (mine, "tiny-cpu") for words in ([], ["run.name="])]
+    assert names == ["charts-2", "charts-2", "tiny-cpu", "tiny-cpu"]
+    assert load_recipe(mine, ["run.name=other"])[0].run.name == "other"
 
 
 def test_a_broken_base_line_is_named(tmp_path: Path) -> None:
