@@ -241,9 +241,7 @@ class TrackConfig:
 class RunSectionConfig:
     """The run itself, and when it is stopped because something is wrong."""
 
-    name: str = (
-        ""  # its folder is runs/<name>; empty: the name of the recipe's file, so that two recipes never share one
-    )
+    name: str = ""  # its folder is runs/<name>; empty: the name of the recipe file, so two recipes never share one
     seed: int = 0
     idle_steps: int = 10  # steps in a row with a loss of exactly zero, or with nothing supervised, that end the run
     # seconds after which a rank that stands still in a step ends; 0: never. Longer than the slowest pass over a row,
