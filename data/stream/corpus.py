@@ -1,6 +1,7 @@
 """All sources as numbers a plan can use: shards found, samples measured, unusable ones counted. No torch."""
 
 import glob
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from data.shards.sidecar import missing_shards
 from data.stream.plan import Units
 
 _PART = 1 << 31
+_MOST_SHARDS = 1_000_000
 
 Table = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -88,9 +90,13 @@ def _braces(path: str) -> Iterator[str]:
     for piece in pieces:
         if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece):
             low, high = numbers.groups()
+            if int(high) - int(low) >= _MOST_SHARDS:
+                raise ValueError(f"{path!r} names more than {_MOST_SHARDS:,} shards; narrow {piece}")
             choices.append([f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)])
         else:
             choices.append(piece[1:-1].split(",") if piece.startswith("{") else [piece])
+    if math.prod(map(len, choices)) > _MOST_SHARDS:
+        raise ValueError(f"{path!r} names more than {_MOST_SHARDS:,} shards; narrow its braces")
     yield from map("".join, product(*choices))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data.render.sample import Renderer
@@ -131,6 +132,8 @@ class DataStream:
             num_workers=workers,
             prefetch_factor=self._settings.prefetch if workers else None,
             collate_fn=_same,
+            # the loader draws a seed for its workers: not from the state that dropout draws from, and resumes restore
+            generator=torch.Generator().manual_seed(self._plan_settings.seed),
             timeout=min(LOOK_S, self._settings.stall_seconds or LOOK_S) if workers else 0,
         )
 

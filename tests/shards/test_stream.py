@@ -114,6 +114,14 @@ def test_resume_at_an_epochs_boundary_goes_on_with_the_next(corpus, whole):
     assert found == {place: packs for place, packs in whole.items() if place[0] == 1}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_draws_nothing_from_the_random_state_of_dropout(corpus, workers):
+    """A resume restores that state and then reads on: with a draw in between, dropout would not go on bit for bit."""
+    before = torch.get_rng_state()
+    next(iter(stream(corpus, workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_state_is_small_and_holds_no_layout(corpus):
     one, other = stream(corpus), stream(corpus, 2, 3, workers=2)
     assert one.state_dict() == other.state_dict()
