@@ -22,7 +22,7 @@ from finetune.files.hubconfig import read_family
 from finetune.files.jsonblock import load_json
 from finetune.files.layouts import HUB_METADATA, stored_shape
 from finetune.files.tensorfile import file_size
-from finetune.files.writer import REPORT, plan_shards, side_files_of
+from finetune.files.writer import REPORT, links_outside, plan_shards, side_files_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ class MergePlan:
         kinds = ", ".join(sorted({kind for file in self.files for kind, _ in file.tensors.values()}))
         total = len(self.base.shapes)
         media = [name for name, content in self.side_files.items() if isinstance(content, bytes)]
+        outside = [name for name in links_outside(self.base.folder) if not name.endswith(".safetensors")]
         longer = f"; config.json says {self.context.length:,} tokens, yarn" if self.context is not None else ""
         return [
             f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
@@ -82,6 +83,7 @@ class MergePlan:
             f"{len(self.source.full)} tensors in full; {self.origin}",
             f"out      {out}: {len(self.files)} weight file(s) and {len(self.side_files) + 1} others in the hub's "
             f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
+            *([f"left out {', '.join(outside)}: links to files outside of {self.base.folder}"] if outside else []),
             *([f"media    {', '.join(media)}: with the sizes and frames of training"] if media else []),
         ]
 

@@ -159,16 +159,27 @@ def write_model(
 def side_files_of(base: Path) -> dict[str, bytes | Path]:
     """List a model folder's files that are neither weights nor config.json: tokenizer, template, processor, licence.
 
-    What a merge said of that folder's weights is not among them.
+    What a merge said of that folder's weights is not among them, nor are `links_outside`.
     """
     files: dict[str, bytes | Path] = {}
+    outside = links_outside(base)
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)  # .cache, .git: the download's, not the model's
         own = str(inner) in ("config.json", CHECKSUMS, REPORT) or path.name.endswith(_WEIGHT_SUFFIXES)
-        if path.is_file() and not hidden and not own:
+        if path.is_file() and not hidden and not own and str(inner) not in outside:
             files[str(inner)] = path
     return files
+
+
+def links_outside(base: Path) -> list[str]:
+    """List what in a model folder links to files elsewhere, which may be anyone's and are never copied.
+
+    A cache of the hub keeps its files in one place and links to them; where config.json lies, they may lie too.
+    """
+    places = (base.resolve(), (base / "config.json").resolve().parent)
+    links = [path for path in sorted(base.rglob("*")) if path.is_file()]
+    return [str(p.relative_to(base)) for p in links if not any(p.resolve().is_relative_to(place) for place in places)]
 
 
 def plan_shards(

@@ -18,7 +18,7 @@ from finetune.files.atomic import REPLACED, UNFINISHED, is_marked, whole_folder
 from finetune.files.hubconfig import read_family
 from finetune.files.jsonblock import load_json
 from finetune.files.tiny import TinyModel, random_weights, write_tiny
-from finetune.files.writer import INDEX, model_writer, plan_shards, side_files_of, write_model
+from finetune.files.writer import INDEX, links_outside, model_writer, plan_shards, side_files_of, write_model
 
 GATE_UP = "model.language_model.layers.1.mlp.experts.gate_up_proj"
 
@@ -267,6 +267,22 @@ def test_an_earlier_folder_stays_until_the_new_one_is_complete(tmp_path):
         assert (out / "more.txt").exists()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
         shutil.copytree(out, tmp_path / "out.replaced")
+
+
+def test_a_base_brings_no_file_that_lies_elsewhere(base, tmp_path):
+    """But a cache of the hub, whose snapshot links to its blobs, is a base like any other."""
+    (tmp_path / "id_rsa").write_text("secret")
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "NOTICE.txt").symlink_to(tmp_path / "id_rsa")
+    (tmp_path / "base" / "COPY.txt").symlink_to("chat_template.json")
+    names = side_files_of(tmp_path / "base").keys()
+    assert names == side_files_of(base).keys() | {"COPY.txt"}
+    assert links_outside(tmp_path / "base") == ["NOTICE.txt"]
+    shutil.copytree(base, tmp_path / "hub" / "blobs")
+    (tmp_path / "hub" / "snapshots" / "1").mkdir(parents=True)
+    for path in base.iterdir():
+        (tmp_path / "hub" / "snapshots" / "1" / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert side_files_of(tmp_path / "hub" / "snapshots" / "1").keys() == side_files_of(base).keys()
 
 
 def test_a_link_is_followed_to_the_disk_it_leads_to(base, tmp_path, monkeypatch):
