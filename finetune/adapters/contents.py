@@ -62,7 +62,24 @@ def families_text(parts: Mapping[str, Lora | None]) -> str:
 def read_families(text: str) -> dict[str, Lora | None]:
     """Return what `families_text` wrote: the parts that train, with their LoRA, or None for those trained in full."""
     parts = {word: part for part, word in _FILE_WORDS.items()}
-    return {parts.get(word, word): Lora(**values) if values else None for word, values in json.loads(text).items()}
+    try:
+        families = {parts.get(word, word): values for word, values in json.loads(text).items()}
+        lora = {part: Lora(**values) if values else None for part, values in families.items()}
+        if not lora.keys() <= set(PARTS) or not all(each is None or _is_sound(each) for each in lora.values()):
+            raise ValueError("a part or a number that no training has")
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the adapter's metadata moetune.families is {text[:80]!r}, not what moetune writes ({error}): another "
+            f"program changed it, or it is damaged; get the adapter again"
+        ) from error
+    return lora
+
+
+def _is_sound(lora: Lora) -> bool:
+    """Whether all of its values are what they should be; they come from a file."""
+    numbers = (lora.r, lora.alpha, lora.dropout)
+    plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
+    return plain and lora.r >= 1 and lora.r == int(lora.r) and isinstance(lora.rslora, bool)
 
 
 def file_config(empty: EmptyModel, base: str) -> LoraConfig:

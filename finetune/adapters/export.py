@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finetune.adapters.card import card
 from finetune.adapters.change import Change
-from finetune.adapters.keys import FAMILIES_KEY, ORIENTATION_KEY
+from finetune.adapters.keys import CHANGES_KEY, FAMILIES_KEY, ORIENTATION_KEY
 from finetune.adapters.provenance import base_of, versions
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.adapters.write import (
@@ -65,7 +65,11 @@ def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shap
     base = named.name if named is not None else str(source.config.get("base_model_name_or_path") or "unknown")
     metadata = {key: text for key, text in source.metadata.items() if key.startswith("moetune.")}
     metadata.pop(FAMILIES_KEY, None)  # ranks and scales are others now: training does not go on from here
-    metadata |= {ORIENTATION_KEY: f"form {form}, experts [out, in]", "moetune.versions": versions()}
+    metadata |= {
+        ORIENTATION_KEY: f"form {form}, experts [out, in]",
+        CHANGES_KEY: str(len(changes)),
+        "moetune.versions": versions(),
+    }
     exact = all(_ratio_is_exact(change.scale / scale) for change in source.changes.values())
     warnings = _warnings(source, exact)
     full = [

@@ -106,6 +106,6 @@ def open_adapter(folder: Path) -> AdapterFile:
         folder=folder,
         stored=stored,
         families=families,
-        model_type=metadata[MODEL_TYPE_KEY],
+        model_type=metadata.get(MODEL_TYPE_KEY, "model that it does not name"),
         metadata=metadata,
     )

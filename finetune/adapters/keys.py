@@ -19,6 +19,9 @@ FAMILIES_KEY = "moetune.families"
 """Metadata of a file of ours: how each part was trained."""
 MODEL_TYPE_KEY = "moetune.model_type"
 ORIENTATION_KEY = "moetune.orientation"
+CHANGES_KEY = "moetune.changes"
+"""Metadata of an exported file: how many tensors of a base it changes."""
+SINGLE_FORM = "form per-expert"
 ORIENTATION = "experts [out, in], lora_A expert by expert, lora_B rank by rank"
 
 _FACTOR = re.compile(r"^(?P<module>.+?)\.lora_(?P<factor>[AB])(?:\.default)?\.weight$")
@@ -113,7 +116,7 @@ def check_config(config: Mapping[str, Any], where: Path) -> None:
 
 
 def check_numbers(config: Mapping[str, Any], where: Path) -> None:
-    """Raise unless ranks and scales are numbers, and patterns can be compared with names."""
+    """Raise unless ranks and scales are numbers."""
     for key, kind in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = config.get(kind) or {}
         if not isinstance(patterns, dict):
@@ -127,13 +130,6 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
                     f"{where}: {name} is {value!r}; {allowed} is wanted. The adapter's config belongs to another file, "
                     f"or is damaged: get it again"
                 )
-    targets = [config.get(key) for key in ("target_modules", "exclude_modules")]
-    expressions = [target for target in targets if isinstance(target, str)]
-    for pattern in [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {}), *expressions]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{where}: {pattern!r} is no pattern that names can match: {error}") from error
 
 
 def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:

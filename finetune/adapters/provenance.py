@@ -77,7 +77,7 @@ def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     """Return the object that an adapter's metadata hold under a key, empty without one."""
     try:
         value = json.loads(metadata.get(key, "{}"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the adapter's metadata {key} is no JSON ({error}): {_AGAIN}") from error
     if not isinstance(value, dict):
         raise ValueError(f"the adapter's metadata {key} is {metadata[key][:80]!r}, not an object: {_AGAIN}")

@@ -12,12 +12,23 @@ from torch import Tensor
 
 from finetune.adapters.change import Change
 from finetune.adapters.forms import FileContext, Pair, changes_of, check_full
-from finetune.adapters.keys import CONFIG, WEIGHTS, Key, check_config, check_numbers, parse_key
-from finetune.adapters.targets import missing_targets
+from finetune.adapters.keys import (
+    CHANGES_KEY,
+    CONFIG,
+    ORIENTATION_KEY,
+    SINGLE_FORM,
+    WEIGHTS,
+    Key,
+    check_config,
+    check_numbers,
+    parse_key,
+)
+from finetune.adapters.targets import check_targets, missing_targets
 from finetune.architecture.shapes import Shape
 from finetune.files.basefiles import BaseFiles
 from finetune.files.jsonblock import load_json
 from finetune.files.tensorfile import Stored, read_header, read_tensor
+from moe.names import PEFT_PREFIX
 
 _COPY = ".base_layer."
 
@@ -61,6 +72,9 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
     config = load_json(folder / CONFIG)
     check_config(config, folder)
     check_numbers(config, folder / CONFIG)
+    names = {*(shapes or {}), *(name.rpartition(".lora_")[0] or name for name in stored)}
+    names |= {name.removesuffix(".weight").removeprefix(PEFT_PREFIX) for name in names}
+    check_targets(config, names, folder / CONFIG)
     parsed = {name: parse_key(name, folder) for name in stored}
     not_factors = {key: stored[name] for name, key in parsed.items() if isinstance(key, str)}
     copies = {key.replace(_COPY, "."): tensor for key, tensor in not_factors.items() if _COPY in key}
@@ -72,7 +86,15 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
         raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
     for name, tensor in [*full.items(), *copies.items()]:
         check_full(context, name, tensor)
-    missing = missing_targets(config, shapes or {}, {*changes, *full})
+    if metadata.get(ORIENTATION_KEY, "").startswith(SINGLE_FORM):  # its targets are last words, of other modules too
+        missing: list[str] = []
+        if metadata.get(CHANGES_KEY, count := str(len(changes))) != count:
+            raise ValueError(
+                f"{folder} is not whole: it was exported with {metadata[CHANGES_KEY]} changes and has {count}. "
+                f"Export it again"
+            )
+    else:
+        missing = missing_targets(config, shapes or {}, {*changes, *full})
     if missing:
         raise ValueError(
             f"{folder} is not whole: {CONFIG} says that {missing[0]} is adapted, and {WEIGHTS} has no factors for it"

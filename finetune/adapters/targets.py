@@ -2,11 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Mapping
+import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from finetune.architecture.shapes import Shape, is_expert_stack
+
+_EXPRESSIONS = ("target_modules", "exclude_modules", "target_parameters")
+_SECONDS = 30.0
+_REPEATED_GROUP, _UNBOUNDED = re.compile(r"\)\s*[*+{]"), re.compile(r"[*+]|,\}")
+_TRY = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        for form in (pattern, rf"(.*\\.)?({pattern})$", rf"(^|.*\\.){pattern}($|\\..*)"):
+            re.fullmatch(form, name)
+"""
+
+
+def check_targets(config: Mapping[str, Any], names: Iterable[str], where: Path) -> None:
+    """Raise unless the config's targets are names, or expressions that are soon compared with `names`."""
+    for key in (*_EXPRESSIONS, "modules_to_save"):
+        value = config.get(key)
+        is_text = key in _EXPRESSIONS and isinstance(value, str)
+        if not (value is None or is_text or (isinstance(value, list) and _all(value, str))):
+            raise ValueError(
+                f"{where}: {key} is {str(value)[:80]}; it must be a list of names, or for targets one expression. "
+                f"The file is damaged: get it again"
+            )
+    layers = config.get("layers_to_transform")
+    if not (layers is None or _all(layers if isinstance(layers, list) else [layers], int)):
+        raise ValueError(
+            f"{where}: layers_to_transform is {str(layers)[:80]}; it must be a number or a list of numbers. The "
+            f"file is damaged: get it again"
+        )
+    texts = [value for key in _EXPRESSIONS if isinstance(value := config.get(key), str)]
+    kinds = ("rank_pattern", "alpha_pattern", "modules_to_save")  # their names are expressions, whatever they look like
+    patterns = [*texts, *(pattern for kind in kinds for pattern in config.get(kind) or ())]
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{where}: {pattern!r} is no pattern that names can match: {error}") from error
+    _require_quick(patterns, names, where)
+
+
+def _all(values: Iterable[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+def _require_quick(patterns: Iterable[str], names: Iterable[str], where: Path) -> None:
+    """Raise where an expression takes too long, tried by another process, as matching cannot be broken off."""
+    doubtful = [each for each in patterns if _REPEATED_GROUP.search(each) or len(_UNBOUNDED.findall(each)) > 2]
+    if not doubtful:
+        return
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _TRY],
+            input=json.dumps([doubtful, sorted(set(names))]),
+            text=True,
+            timeout=_SECONDS,
+            capture_output=True,
+            check=True,
+        )
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise ValueError(
+            f"{where}: {', '.join(map(repr, doubtful))[:200]} cannot be compared with the names of a model's tensors "
+            f"in {_SECONDS:g} s. Write plain names, or an expression that repeats no group"
+        ) from error
 
 
 def missing_targets(config: Mapping[str, Any], shapes: Mapping[str, Shape], changed: Collection[str]) -> list[str]:

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from finetune.adapters.change import Change
 from finetune.adapters.combine import combine
+from finetune.adapters.contents import read_families
 from finetune.adapters.export import export
 from finetune.adapters.merge import merge
 from finetune.adapters.merge_plan import plan_merge
 from finetune.adapters.source import open_source
 from finetune.ask.open_model import open_speaker
 from finetune.files.basefiles import open_base
+from finetune.files.tensorfile import read_header
 from finetune.files.tiny import TinyModel, write_tiny
 from launchers.cli import main
 
@@ -167,6 +169,7 @@ def test_metadata_that_another_program_changed_are_named(tmp_path: Path) -> None
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     for key, text, message in (
         ("moetune.base", "xx", "metadata moetune.base is no JSON"),
+        ("moetune.base", "[" * 100_000, "metadata moetune.base is no JSON"),
         ("moetune.base", "[1]", r"metadata moetune.base is '\[1\]', not an object"),
         ("moetune.base", "{}", "moetune.base is '{}', without name and fingerprint: .* get the adapter again"),
         ("moetune.config", "[]", "metadata moetune.config is .* not an object"),
@@ -174,6 +177,70 @@ def test_metadata_that_another_program_changed_are_named(tmp_path: Path) -> None
         save_file(tensors, tmp_path / "a" / WEIGHTS, metadata={key: text})
         with pytest.raises(ValueError, match=message):
             plan_merge(open_base(base()), tmp_path / "a")
+
+
+ODD = {
+    "target_modules": ({"target_modules": 5}, "target_modules is 5; it must be a list of names, or for targets one"),
+    "nested": ({"exclude_modules": [["q_proj"]]}, r"exclude_modules is \[\['q_proj'\]\]; it must be a list"),
+    "saved": ({"modules_to_save": "merger"}, "modules_to_save is merger; it must be a list of names"),
+    "layers": ({"layers_to_transform": "0"}, "layers_to_transform is 0; it must be a number or a list of numbers"),
+    "pattern": ({"modules_to_save": ["("]}, r"'\(' is no pattern that names can match"),
+    "slow": ({"rank_pattern": {"(x|x|[a-z_.0-9]+)*!": 4}}, r"'\(x.*' cannot be compared with the names .* in 0.5 s"),
+    "slow too": (
+        {"target_modules": ".*.*.*.*.*.*.*.*.*.*!"},
+        r"cannot be compared with the names of a model's tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_config_that_would_hang_or_confuse_a_reader_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, message = ODD[name]
+    made(base(), tmp_path, r=4, target_modules=["q_proj"])
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | values))
+    monkeypatch.setattr("finetune.adapters.targets._SECONDS", 0.5)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path, open_base(base()).shapes)
+
+
+def test_a_long_expression_that_matches_quickly_is_read(tmp_path: Path) -> None:
+    pattern = (
+        r"(?:.*?(?:visual|text).*?(?:attn|mlp).*?(?:qkv|q_proj).*?)|(?:.*layers\.[\d]{1,}\.(?:self_attn)\.(?:q_proj))"
+    )
+    made(base(), tmp_path, r=4, target_modules=pattern)
+    assert open_source(tmp_path, open_base(base()).shapes).changes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "5", '{"attention": 5}', '{"attention": {"r": "x", "alpha": 1}}', '{"attention": {"q": 1}}', '{"else": {}}',
+     '{"attention": {"r": 0, "alpha": 1}}', "[" * 100_000],
+    ids=range(8),
+)  # fmt: skip
+def test_bad_families_are_named(text: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"metadata moetune.families is .*, not what moetune writes .* get the adapter"
+    ):
+        read_families(text)
+
+
+def test_an_export_of_the_tower_expert_by_expert_is_merged_again(tmp_path: Path) -> None:
+    """Its targets are last words of names, and `proj` is one of the patch embedding's, too, which it does not adapt."""
+    made(base(), tmp_path / "a", r=4, target_modules=["q_proj", "attn.proj"], target_parameters=cases.STACKS)
+    export(tmp_path / "a", tmp_path / "b", form="per-expert")
+    merge(plan_merge(open_base(base()), tmp_path / "a"), tmp_path / "one")
+    merge(plan_merge(open_base(base()), tmp_path / "b"), tmp_path / "two")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    tensors = {name: t for name, t in load_file(tmp_path / "b" / WEIGHTS).items() if "blocks.1.attn.proj" not in name}
+    save_file(tensors, tmp_path / "b" / WEIGHTS, metadata=read_header(tmp_path / "b" / WEIGHTS)[1])
+    with pytest.raises(
+        ValueError, match=r"is not whole: it was exported with \d+ changes and has \d+. Export it again"
+    ):
+        plan_merge(open_base(base()), tmp_path / "b")
 
 
 def test_an_adapter_of_nan_gives_no_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
