@@ -216,10 +216,18 @@ def test_a_long_expression_that_matches_quickly_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "5", '{"attention": 5}', '{"attention": {"r": "x", "alpha": 1}}', '{"attention": {"q": 1}}', '{"else": {}}',
-     '{"attention": {"r": 0, "alpha": 1}}', "[" * 100_000],
+    [
+        "[]",
+        "5",
+        '{"attention": 5}',
+        '{"attention": {"r": "x", "alpha": 1}}',
+        '{"attention": {"q": 1}}',
+        '{"else": {}}',
+        '{"attention": {"r": 0, "alpha": 1}}',
+        "[" * 100_000,
+    ],
     ids=range(8),
-)  # fmt: skip
+)
 def test_bad_families_are_named(text: str) -> None:
     with pytest.raises(
         ValueError, match=r"metadata moetune.families is .*, not what moetune writes .* get the adapter"

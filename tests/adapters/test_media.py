@@ -88,8 +88,10 @@ def trained(plain: Path, folder: Path, data: DataConfig) -> Path:
 def nested(folder: Path) -> Path:
     """The tiny base with the one processor file that transformers 5 saves."""
     shutil.copytree(base(), folder)
-    sections = {name: json.loads((folder / file).read_text()) for name, file in
-                (("image_processor", IMAGE_FILE), ("video_processor", VIDEO_FILE))}  # fmt: skip
+    sections = {
+        name: json.loads((folder / file).read_text())
+        for name, file in (("image_processor", IMAGE_FILE), ("video_processor", VIDEO_FILE))
+    }
     sections["image_processor"] |= {"min_pixels": 65536}
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor", **sections}))
     return folder

@@ -78,9 +78,18 @@ ODD = {
 @pytest.mark.parametrize("key", [*ODD, "absent"])
 def test_an_odd_manifest_with_a_right_digest_is_refused(key: str, tmp_path: Path) -> None:
     manifest = Manifest(
-        step=1, ranks=1, ep=1, base="b", base_fingerprint="f", trained={"w": Trained(shape=(2,), updates=1)},
-        random=("cpu",), files={}, state={}, config={}, config_hash="h",
-    )  # fmt: skip
+        step=1,
+        ranks=1,
+        ep=1,
+        base="b",
+        base_fingerprint="f",
+        trained={"w": Trained(shape=(2,), updates=1)},
+        random=("cpu",),
+        files={},
+        state={},
+        config={},
+        config_hash="h",
+    )
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     content = json.loads((tmp_path / "manifest.json").read_text())

@@ -21,10 +21,10 @@ from finetune.training.results import write_learned
 def learned(config: AdaptersConfig, folder: Path, steps: range) -> list[str]:
     empty, files = made(base(), config), open_base(base())
     load(empty, open_base(base(), empty.expected, layout="auto"))
-    said: list[str] = []
+    lines: list[str] = []
     settings = effective(RunConfig(data=DataConfig(image=ImageConfig(max_tokens=80))))
-    write_learned(empty, folder, Provenance(base=files, base_name="b", config=settings), steps, said.append)
-    return said
+    write_learned(empty, folder, Provenance(base=files, base_name="b", config=settings), steps, lines.append)
+    return lines
 
 
 def step(folder: Path) -> str:
