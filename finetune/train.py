@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.stream.batch import keys_of
@@ -27,6 +27,7 @@ from finetune.training.optimiser_groups import enter, set_rates
 from finetune.training.replay import replay
 from finetune.training.results import hand_over, write_learned
 from finetune.training.run_folder import make_run_folder, read_run
+from finetune.training.run_lock import take_run
 from finetune.training.setup import Run, assemble
 from finetune.training.state import RunState
 from finetune.training.steps import take_together
@@ -130,38 +131,54 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank, as torchrun or deepspeed starts it."""
-    since = time.time()
     args = _parser().parse_intermixed_args(argv)
     # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    messages: list[str] = []
     try:
         take_device()  # what `auto` stands for may depend on the device's memory
         config, folder, problems = read_run(args.config, args.overrides, ranks=world)
-    except ValueError as error:
+        release = _hold(args, config, folder, messages)
+        log = RankLog(folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs", rank)
+        forget_failure(log)
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"moetune train, rank {rank}: {error}\n")
-        return 2
-    log = RankLog(folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs", rank)
-    watch = Watch(log, data_stall=config.data.stall_seconds, step_stall=config.run.stall_seconds)
-    forget_failure(log)
-    before, sys.excepthook = sys.excepthook, end_at_failure(log, since=since)
+        return 2 if isinstance(error, ValueError) else 1
+    watch = Watch(log, data_stall=config.data.stall_seconds, step_stall=config.run.stall_seconds, release=release)
+    before, sys.excepthook = sys.excepthook, end_at_failure(log)
     try:
         log.take_streams()
         if rank == 0:
-            if args.replay is None and not args.dry_run:
+            messages += [f"warning: {problem}" for problem in problems]
+            if messages:
+                log.shout("\n".join(messages))
+            if _trains(args):
                 make_run_folder(folder, config)
-            if problems:
-                log.shout("\n".join(f"warning: {problem}" for problem in problems))
         code = _run_with_others(args, config, folder, log, watch)
     except ValueError as error:
-        return report_failure(log, error, since=since).code
+        code = report_failure(log, error).code
+        release()
+        return code
     sys.excepthook = before
+    release()
     log.close()
     if watch.broken_off is not None:  # readers that may never end are not waited for
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _trains(args: argparse.Namespace) -> bool:
+    return args.replay is None and not args.dry_run
+
+
+def _hold(args: argparse.Namespace, config: RunConfig, folder: Path, messages: list[str]) -> Callable[[], None]:
+    """Hold the run's folder, unless it is only read; returns what gives it back."""
+    if not _trains(args):
+        return lambda: None
+    return take_run(folder, stall_seconds=config.run.stall_seconds, say=messages.append)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,10 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from uuid import uuid4
 
 from finetune.ranks.signals import PREEMPTED
 from launchers.arguments import positive
@@ -21,6 +22,8 @@ EXAMPLE = """\
 
 GRACE_S = 30
 """Seconds that torchrun waits after SIGTERM: a checkpoint takes at most 25, or it is not the last one."""
+ROOM_BYTES = 64 * 2**10
+"""Bytes that a disk must take to count as one with room."""
 STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Signals that schedulers warn with. Unless it handles SIGUSR1, that would kill torchrun and orphan its ranks."""
 
@@ -39,37 +42,73 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hand over to torchrun, pass signals on, and say which rank failed first."""
     from finetune.checkpoint.folder import starting_point
-    from finetune.ranks.failures import first_failure, outcome_since
+    from finetune.ranks.log import print_line
     from finetune.ranks.versions import torch_problem
     from finetune.settings.checks import require
     from finetune.settings.recipes import load_recipe
+    from finetune.training.run_lock import take_run_for_ranks
 
     if torch_problem():
         raise ValueError(torch_problem())
     config, problems = load_recipe(args.config, args.overrides)
-    folder, since = Path("runs") / config.run.name, time.time()
+    folder, run_id = Path("runs") / config.run.name, uuid4().hex
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
     require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start
-    logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
-    code, signals = _torchrun(args)
-    outcome, first = outcome_since(logs, since), first_failure(logs, since=since)
-    if args.dry_run:
-        shutil.rmtree(logs, ignore_errors=True)
+    if args.dry_run or args.replay:
+        logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
+        code = verdict(*_torchrun(args, run_id), logs=logs, run_id=run_id, leaves_outcome=False)
+        if args.dry_run:
+            shutil.rmtree(logs, ignore_errors=True)
+        return code
+    release = take_run_for_ranks(folder, run_id=run_id, stall_seconds=config.run.stall_seconds, say=print_line)
+    try:
+        code, signals = _torchrun(args, run_id)
+    finally:
+        release()
+    return verdict(code, signals, logs=folder / "logs", run_id=run_id, leaves_outcome=True)
+
+
+def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leaves_outcome: bool) -> int:
+    """Say why torchrun ended with `code`, after these signals, and return our own exit code."""
+    from finetune.ranks.failures import first_failure, outcome_of
+
+    outcome, first = outcome_of(logs, run_id), first_failure(logs, start=run_id)
     if outcome == "problems":
         return 3
-    if code == 0 and outcome in ("", "done"):  # a replay has none
+    if code == 0 and (outcome == "done" or not (outcome or leaves_outcome)):
         return 0
     if outcome == "preempted":
         return _end("preempted; run the same command again to go on", PREEMPTED)
     if signals and signals[0] == signal.SIGINT:
-        return _end("interrupted", 1)
-    if signals:
+        return _end("interrupted", 128 + signal.SIGINT)
+    if signals or code == 0:
         return _end("ended by a signal before it could save; the same command goes on from the last save", PREEMPTED)
-    if first is None or first.kind == "lost":
-        text = "a rank ended without a word, as a process that is killed does (out of memory?)"
-        return _end(f"{text}. torchrun names it above; {logs} has each rank's last stage", 1)
-    log = logs / f"rank-{first.rank:04d}.log"
-    return _end(f"rank {first.rank} failed first: {first.message} ({log})", first.code)
+    if code < 0:
+        name = signal.Signals(-code).name
+        return _end(
+            f"torchrun was ended by {name}, and its ranks with it; the same command goes on from the last save", 1
+        )
+    if first is not None and first.kind != "lost":
+        log = logs / f"rank-{first.rank:04d}.log"
+        return _end(f"rank {first.rank} failed first: {first.message} ({log})", first.code)
+    if reason := _why_unwritable(logs):
+        return _end(f"a rank ended, and could not write why: {reason}. Make room there, and run the same command", 1)
+    text = "a rank ended without a word, as a process that is killed does (out of memory?)"
+    return _end(f"{text}. torchrun names it above; {logs} has each rank's last stage", 1)
+
+
+def _why_unwritable(logs: Path) -> str:
+    """Return what keeps ranks from writing there, as a full or a read-only disk does; "" for nothing."""
+    probe = logs / "room"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(ROOM_BYTES))
+    except OSError as error:
+        return str(error)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return ""
 
 
 def _end(text: str, code: int) -> int:
@@ -90,10 +129,12 @@ def rank_environment(ours: Mapping[str, str]) -> dict[str, str]:
     return {**ours, **added}
 
 
-def _torchrun(args: argparse.Namespace) -> tuple[int, list[int]]:
+def _torchrun(args: argparse.Namespace, run_id: str) -> tuple[int, list[int]]:
     """Run torchrun to its end; return its exit code, and the signals that came in the meantime."""
     signals: list[int] = []
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}"]
+    # as --standalone, but with a name by which we know what this start wrote
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", f"--rdzv_id={run_id}"]
     command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}"]
     command += ["-m", "finetune.train", args.config, *args.overrides]
     command += ["--dry-run"] if args.dry_run else []

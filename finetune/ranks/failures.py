@@ -6,11 +6,13 @@ the launcher reads both.
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import Literal
 
 from finetune.ranks.log import RankLog
 
-Kind = Literal["input", "failed", "lost", "stall"]
+Kind = Literal["input", "failed", "lost", "stall", "interrupted"]
 Outcome = Literal["done", "preempted", "problems"]
 LOST = (
     "Connection closed by peer",
@@ -45,55 +47,77 @@ class Failure:
     time: float
     kind: Kind
     message: str
+    start: str
+    """Which start it ended: a clock that was set back tells nothing of that."""
 
     @property
     def code(self) -> int:
         """The rank's exit code."""
-        return 2 if self.kind == "input" else 1
+        return {"input": 2, "interrupted": 128 + signal.SIGINT}.get(self.kind, 1)
+
+
+def meeting(environment: Mapping[str, str]) -> str:
+    """Return what the ranks of one start have in common, and of a restart have not."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return " ".join(environment.get(name, "-") for name in names)
 
 
 def keep_failure(log: RankLog, kind: Kind, message: str) -> Failure:
     """Write down why this rank ends."""
-    failure = Failure(rank=log.rank, host=socket.gethostname(), time=time.time(), kind=kind, message=message)
+    failure = Failure(
+        rank=log.rank,
+        host=socket.gethostname(),
+        time=time.time(),
+        kind=kind,
+        message=message,
+        start=meeting(os.environ),
+    )
     log.note(f"failed ({kind}): {message}")
-    (log.folder / f"failure-{log.rank:04d}.json").write_text(json.dumps(asdict(failure)))
+    with suppress(OSError):  # a full disk must not hide the message itself, which the rank shows too
+        log.folder.mkdir(parents=True, exist_ok=True)
+        (log.folder / f"failure-{log.rank:04d}.json").write_text(json.dumps(asdict(failure)))
     return failure
 
 
 def forget_failure(log: RankLog) -> None:
-    """Remove what ended the start before."""
-    (log.folder / f"failure-{log.rank:04d}.json").unlink(missing_ok=True)
+    """Remove what ended the start before; rank 0 forgets for ranks that this start has not."""
+    for path in log.folder.glob("failure-*.json" if log.rank == 0 else f"failure-{log.rank:04d}.json"):
+        path.unlink(missing_ok=True)
     if log.rank == 0:
         (log.folder / "outcome.json").unlink(missing_ok=True)
 
 
-def first_failure(folder: Path, *, since: float) -> Failure | None:
-    """Return the earliest failure of a start; one that only lost another rank comes last."""
+def first_failure(folder: Path, *, start: str) -> Failure | None:
+    """Return the earliest failure of a start, named by its meeting or a part of that; a lost rank's comes last."""
     failures = []
     for path in folder.glob("failure-*.json"):
         try:
             failures.append(Failure(**json.loads(path.read_text())))
-        except json.JSONDecodeError:  # being written
+        except (OSError, ValueError, TypeError):  # being written, or cut off by a full disk
             continue
-    fresh = [failure for failure in failures if failure.time >= since]
-    return min(fresh, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
+    ours = [failure for failure in failures if start in failure.start]
+    return min(ours, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
 
 
 def keep_outcome(log: RankLog, outcome: Outcome, step: int | None) -> None:
     """Write down that a run ended well, or should be started again; `step` is None if no step was begun."""
+    log.folder.mkdir(parents=True, exist_ok=True)  # a user may have removed it meanwhile
     partial = log.folder / f"outcome-{log.rank:04d}.new"
-    partial.write_text(json.dumps({"outcome": outcome, "step": step, "time": time.time()}))
+    record = {"outcome": outcome, "step": step, "time": time.time(), "start": meeting(os.environ)}
+    partial.write_text(json.dumps(record))
     partial.replace(log.folder / "outcome.json")  # complete at any time: several ranks may write it
 
 
-def outcome_since(folder: Path, since: float) -> str:
-    """Return the outcome of a start, or nothing."""
-    path = folder / "outcome.json"
-    record = json.loads(path.read_text()) if path.exists() else {"time": 0.0}
-    return str(record["outcome"]) if record["time"] >= since else ""
+def outcome_of(folder: Path, start: str) -> str:
+    """Return the outcome of a start, named by its meeting or a part of that; "" where it left none."""
+    try:
+        record = json.loads((folder / "outcome.json").read_text())
+        return str(record["outcome"]) if start in record["start"] else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
-def report_failure(log: RankLog, error: BaseException, *, since: float) -> Failure:
+def report_failure(log: RankLog, error: BaseException) -> Failure:
     """Write a failure down, and print it unless another rank failed before: then that rank's message is the cause."""
     log.note("".join(traceback.format_exception(error)).rstrip())
     text = str(error) or type(error).__name__
@@ -101,7 +125,7 @@ def report_failure(log: RankLog, error: BaseException, *, since: float) -> Failu
     kind: Kind = "input" if isinstance(error, ValueError) else "lost" if is_lost else "failed"
     failure = keep_failure(log, kind, text)
     time.sleep(LOST_S if is_lost else FAILED_S)
-    first = first_failure(log.folder, since=since) or failure
+    first = first_failure(log.folder, start=failure.start) or failure
     if first.rank == log.rank:
         words = f"another rank is gone: {text.splitlines()[0]}" if is_lost else text
         log.shout(f"moetune train, rank {log.rank}: {words}")
@@ -110,11 +134,11 @@ def report_failure(log: RankLog, error: BaseException, *, since: float) -> Failu
     return failure
 
 
-def end_at_failure(log: RankLog, *, since: float) -> Callable[..., None]:
+def end_at_failure(log: RankLog) -> Callable[..., None]:
     """Return a hook for `sys.excepthook`: the rank ends at once, so that no library's clean-up waits for dead ranks."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        failure = report_failure(log, error, since=since)
+        failure = report_failure(log, error)
         sys.stdout.flush()
         os._exit(failure.code)
 

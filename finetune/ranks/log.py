@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class RankLog:
         self.path = folder / f"rank-{rank:04d}.log"
         self.show: Callable[[str], None] = print_line
         self.terminal = sys.stderr
+        self._can_write = True
         self._streams: list[int] = []
         self._lock = threading.Lock()  # the watch and W&B speak from threads of their own
         self._file = self.path.open("a", buffering=1)
@@ -45,13 +47,21 @@ class RankLog:
             self.show(text)
 
     def note(self, text: str) -> None:
-        """Write into the log alone."""
+        """Write into the log alone. A log that cannot be written, as on a full disk, ends no run: it is said once."""
         with self._lock:
-            self._file.write(f"{datetime.now().isoformat(timespec='milliseconds')} {text}\n")
+            try:
+                self._file.write(f"{datetime.now().isoformat(timespec='milliseconds')} {text}\n")
+            except OSError as error:
+                if self._can_write:
+                    self._print(f"warning: {self.path} cannot be written: {error}")
+                self._can_write = False
 
     def shout(self, text: str) -> None:
         """Write into the log and to the terminal, from any rank."""
         self.note(text)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self.terminal.write(text + "\n")
         self.terminal.flush()
 
@@ -60,7 +70,8 @@ class RankLog:
         for number, stream in zip((1, 2), self._streams, strict=False):
             os.dup2(stream, number)
             os.close(stream)
-        self._file.close()
+        with suppress(OSError):  # a full disk, of which `note` has told
+            self._file.close()
 
     def take_streams(self) -> None:
         """Send what this process, and the libraries in it, write to its streams into the log; not on rank 0."""

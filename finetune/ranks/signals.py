@@ -9,12 +9,12 @@ import ctypes
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from finetune.ranks.failures import keep_outcome
+from finetune.ranks.failures import keep_failure, keep_outcome
 from finetune.ranks.log import RankLog
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -32,12 +32,12 @@ class Wishes:
     written to all the same.
     """
 
-    def __init__(self, log: RankLog) -> None:
+    def __init__(self, log: RankLog, release: Callable[[], None]) -> None:
         self.stop = 0
         """The first signal that asked for an end; 0 for none."""
         self.has_begun = False
         """Whether a step was begun since the start: from then on there is something to save."""
-        self._log = log
+        self._log, self._release = log, release
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
 
@@ -77,7 +77,9 @@ class Wishes:
     def _obey(self, number: int) -> None:
         if number == signal.SIGINT:
             self._log.note("Ctrl-C: ends now")
-            os._exit(128 + number)
+            failure = keep_failure(self._log, "interrupted", "it was interrupted (SIGINT)")
+            self._release()
+            os._exit(failure.code)
         if number in WISHES:
             self.stop = self.stop or number
             self._log.note(f"{signal.Signals(number).name}: stops when this step is done")
@@ -85,6 +87,7 @@ class Wishes:
                 self._log.note("no step was begun since the start: ends now")
                 if number != signal.SIGTERM:  # launchers send that one too, when another rank has failed
                     keep_outcome(self._log, "preempted", None)
+                self._release()
                 os._exit(exit_code(number))
 
 

@@ -12,11 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.ranks.failures import Kind, first_failure, keep_failure
+from finetune.ranks.failures import Kind, first_failure, keep_failure, meeting
 from finetune.ranks.flight import forget_flight, record_flight, write_flight
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
@@ -37,20 +37,23 @@ class Watch:
     """One rank's watch. `stop` is the signal that asks for an end, 0 for none.
 
     `data_stall` is after how many seconds of waiting for a pack the rank ends, `step_stall` of waiting for other ranks
-    where nobody works alone: at the start of the run and its end, in a step, in a save.
+    where nobody works alone: at the start of the run and its end, in a step, in a save. `release` gives back what the
+    rank holds, where a signal ends it at once.
     """
 
-    def __init__(self, log: RankLog, *, data_stall: float, step_stall: float) -> None:
+    def __init__(
+        self, log: RankLog, *, data_stall: float, step_stall: float, release: Callable[[], None] = lambda: None
+    ) -> None:
         self.reading: Callable[[], Sequence[str]] = list
         """Names the samples that are being read now."""
         self.broken_off: Exception | None = None
         """Where the wait for data was left: while it is known, no reader is torn down, which waits for it to end."""
-        self._log, self._wishes = log, Wishes(log)
+        self._log, self._wishes = log, Wishes(log, release)
         self._heartbeats = Heartbeats(log, limit=step_stall)
         self._limits = {"data": data_stall, "step": step_stall, "together": step_stall}  # a save has a limit of its own
         self._save = SaveLimit(step_stall, another_works=self._heartbeats.another_works)
         self._stack_path = log.path.with_suffix(".stack")
-        self._launcher, self._started = os.getppid(), time.time()
+        self._launcher = os.getppid()
         self._here: dict[str, Any] = {"step": None, "stage": "start", "samples": [], "collective": None}
         self._kind, self._since = "", time.monotonic()
         self._is_over = threading.Event()
@@ -151,7 +154,7 @@ class Watch:
         if not self._heartbeats.is_due():
             return
         self._write_heartbeat()
-        if self.stop and (first := first_failure(self._log.folder, since=self._started)):
+        if self.stop and (first := first_failure(self._log.folder, start=meeting(os.environ))):
             self._end("lost", f"rank {first.rank} has failed")
         if self._kind in ("", "save") and (silent := self._heartbeats.silent_rank()):
             self._end(
@@ -187,7 +190,7 @@ class Watch:
     def _end(self, kind: Kind, message: str) -> None:
         """End this rank from the thread; the main thread may never run again."""
         self._write_heartbeat()
-        with self._stack_path.open("a") as file:
+        with suppress(OSError), self._stack_path.open("a") as file:
             faulthandler.dump_traceback(file)
         failure = keep_failure(self._log, kind, message)
         if kind == "stall":

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from data.prepare.folder_lock import Holder, process_start, read_holder, take, this_process
+from data.prepare.folder_lock import Holder, process_start, read_holder, release, take, this_process
+from finetune.ranks.failures import meeting
 
 LOCK = "lock.json"
 LOOK_S = 0.1
@@ -13,28 +14,51 @@ WAIT_S = 600.0
 """How long ranks wait for rank 0 to take the lock. If it cannot, it ends at once, and the launcher ends the others."""
 
 
-def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) -> Holder:
-    """Hold the run's folder, before anything is written there; every rank must call this, and rank 0 takes the lock."""
+def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) -> Callable[[], None]:
+    """Hold the run's folder, before anything is written there; every rank must call this, and rank 0 takes the lock.
+
+    Returns what gives it back.
+    """
     mine = this_process(launch=launch_id(os.environ, os.getppid()), meeting=meeting(os.environ))
     if int(os.environ.get("RANK", "0")) == 0:
-        take(
-            folder / LOCK,
-            mine,
-            limit=stall_seconds,
-            last_sign=lambda: _last_heartbeat(folder),
-            say=say,
-            cure="set another run.name",
-        )
-        return mine
-    deadline = time.monotonic() + WAIT_S
+        holder = read_holder(folder / LOCK)
+        if holder is not None and holder.meeting == os.environ.get("TORCHELASTIC_RUN_ID"):  # our launcher
+            release(folder / LOCK, holder)
+        return _take(folder, mine, stall_seconds=stall_seconds, say=say)
+    deadline, launcher = time.monotonic() + WAIT_S, os.getppid()
     while (holder := read_holder(folder / LOCK)) is None or holder.meeting != mine.meeting:
+        if os.getppid() != launcher:
+            raise ValueError("the launcher that started this rank is gone")
         if time.monotonic() > deadline:
             raise ValueError(
                 f"rank 0 of this start did not take {folder / LOCK} within {WAIT_S:g} s. Every rank must see the same "
                 f"runs/ folder: start all of them in one shared working folder"
             )
         time.sleep(LOOK_S)
-    return mine
+    return lambda: None
+
+
+def take_run_for_ranks(
+    folder: Path, *, run_id: str, stall_seconds: float, say: Callable[[str], None]
+) -> Callable[[], None]:
+    """Hold the run's folder in the launcher until rank 0 does: a second start is refused before it has any ranks.
+
+    `run_id` is that of the torchrun which follows. Returns what gives the folder back if rank 0 never took it.
+    """
+    launch = launch_id(os.environ | {"TORCHELASTIC_RUN_ID": run_id}, os.getpid())
+    return _take(folder, this_process(launch=launch, meeting=run_id), stall_seconds=stall_seconds, say=say)
+
+
+def _take(folder: Path, mine: Holder, *, stall_seconds: float, say: Callable[[str], None]) -> Callable[[], None]:
+    take(
+        folder / LOCK,
+        mine,
+        limit=stall_seconds,
+        last_sign=lambda: _last_heartbeat(folder),
+        say=say,
+        cure="set another run.name",
+    )
+    return lambda: release(folder / LOCK, mine)
 
 
 def launch_id(environment: Mapping[str, str], parent: int) -> str:
@@ -47,12 +71,6 @@ def launch_id(environment: Mapping[str, str], parent: int) -> str:
     if "RANK" in environment:  # the launcher; a rank that a user started alone has the user's shell as its parent
         return f"launcher {parent}.{process_start(parent)}"
     return ""
-
-
-def meeting(environment: Mapping[str, str]) -> str:
-    """Return what the ranks of one start have in common, and of a restart have not."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    return " ".join(environment.get(name, "-") for name in names)
 
 
 def _last_heartbeat(folder: Path) -> float:

@@ -22,12 +22,13 @@ from user_runs import TORCHRUN, TRAIN, beat, metrics, start
 
 from data.stream.batch import LossSums, Step
 from finetune.config import RunConfig
-from finetune.ranks.failures import Failure, first_failure
+from finetune.ranks.failures import Failure, Kind, first_failure, keep_outcome, outcome_of, report_failure
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
 from finetune.training.bad_steps import IdleSteps, require_finite, saved_rows
 from finetune.training.update import take_step
 from launchers.render import SHUTDOWN
+from launchers.train import verdict
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
@@ -456,7 +457,8 @@ def test_ctrl_c_ends_every_process(place: Path) -> None:
         os.kill(pid, signal.SIGINT)
 
     done = start(place, [*TRAIN, "--ranks", "2"], "interrupted", *RUN, at="loaded:", then=press)
-    assert done.returncode == 1
+    assert done.returncode == 130
+    assert not (place / "runs" / "interrupted" / "lock.json").exists()
     for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
         assert "Ctrl-C: ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
     assert "moetune train: interrupted" in done.stderr
@@ -520,14 +522,69 @@ def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_
 
 
 def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Path) -> None:
-    for rank, when, kind in ((0, 1.0, "lost"), (1, 3.0, "failed"), (2, 2.0, "stall"), (3, 0.5, "failed")):
-        failure = Failure(rank=rank, host="h", time=100 + when, kind=kind, message=f"of {rank}")  # type: ignore[arg-type]
+    """By its start: the clock was set back an hour after rank 3 had failed in an earlier one."""
+    for rank, when, kind in ((0, 1.0, "lost"), (1, 3.0, "failed"), (2, 2.0, "stall"), (3, 3600.0, "failed")):
+        start = f"host 29500 - {'earlier' if rank == 3 else 'now'} 0"
+        failure = Failure(rank=rank, host="h", time=100 + when, kind=kind, message=f"of {rank}", start=start)  # type: ignore[arg-type]
         (tmp_path / f"failure-{rank:04d}.json").write_text(json.dumps(vars(failure)))
-    first = first_failure(tmp_path, since=100.7)  # rank 3's is of an earlier start
-    assert first is not None
-    assert first.rank == 2
-    assert first.code == 1
-    assert first_failure(tmp_path, since=200.0) is None
+    (tmp_path / "failure-0004.json").write_text('{"rank": 4, "ho')
+    for named in ("now", "host 29500 - now 0"):
+        first = first_failure(tmp_path, start=named)
+        assert first is not None
+        assert (first.rank, first.code) == (2, 1)
+    assert first_failure(tmp_path, start="later") is None
+
+
+def test_an_outcome_is_that_of_its_start_and_survives_logs_that_were_removed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "now")
+    log = RankLog(tmp_path / "logs", 0)
+    shutil.rmtree(tmp_path / "logs")
+    keep_outcome(log, "preempted", 3)
+    log.close()
+    assert (outcome_of(log.folder, "now"), outcome_of(log.folder, "later")) == ("preempted", "")
+    for text in ("", "[]", "{}", '{"outcome": "done", "start": 5}', "\udcff"):
+        (tmp_path / "logs" / "outcome.json").write_text(text, errors="surrogateescape")
+        assert outcome_of(log.folder, "now") == ""
+
+
+def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path: Path, capsys) -> None:
+    """/dev/full takes nothing, as a full disk; a folder takes no text."""
+    (tmp_path / "rank-0000.log").symlink_to("/dev/full")
+    (tmp_path / "failure-0000.json").mkdir()
+    log = RankLog(tmp_path, 0)
+    log("step 0")
+    log("step 1")
+    failure = report_failure(log, OSError(28, "No space left on device", "shard-00000.safetensors"))
+    log.close()
+    assert failure.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("rank-0000.log cannot be written: [Errno 28]" in line for line in lines) == 1
+    assert "moetune train, rank 0: [Errno 28] No space left on device: 'shard-00000.safetensors'" in lines
+
+
+@pytest.mark.parametrize(
+    ("code", "kinds", "says", "wanted"),
+    [
+        (-9, {0: "lost"}, "torchrun was ended by SIGKILL, and its ranks with it", 1),
+        (1, {0: "interrupted", 1: "lost"}, "rank 0 failed first: of 0", 130),
+        (1, {0: "lost"}, "a rank ended without a word", 1),
+        (0, {}, "ended by a signal before it could save", 75),
+    ],
+)
+def test_the_last_sentence_is_the_reason(
+    tmp_path: Path, code: int, kinds: dict[int, Kind], says: str, wanted: int, capsys
+) -> None:
+    for rank, kind in kinds.items():
+        failure = Failure(rank=rank, host="h", time=1.0 - rank, kind=kind, message=f"of {rank}", start="- now 0")
+        (tmp_path / f"failure-{rank:04d}.json").write_text(json.dumps(vars(failure)))
+    assert verdict(code, [], logs=tmp_path, run_id="now", leaves_outcome=True) == wanted
+    assert says in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_nothing_is_the_reason_where_no_rank_could_write_one(tmp_path: Path, capsys) -> None:
+    (tmp_path / "room").symlink_to("/dev/full")
+    assert verdict(1, [], logs=tmp_path, run_id="now", leaves_outcome=True) == 1
+    assert "could not write why: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 def test_steps_that_teach_nothing_stop_the_run() -> None:

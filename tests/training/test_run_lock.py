@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from data.prepare.folder_lock import Holder, process_start, read_holder, release, take, this_process
-from finetune.training.run_lock import LOCK, launch_id, meeting, take_run
+from finetune.ranks.failures import meeting
+from finetune.training.run_lock import LOCK, launch_id, take_run, take_run_for_ranks
 
 ELSEWHERE = {"host": "another-machine"}
 
@@ -150,10 +152,35 @@ def test_the_other_ranks_write_nothing_before_rank_0_holds_the_folder(tmp_path: 
             take_run(tmp_path, stall_seconds=60, say=print)
     (tmp_path / LOCK).unlink()
     monkeypatch.setenv("RANK", "0")
-    held = take_run(tmp_path, stall_seconds=60, say=print)
+    give_back = take_run(tmp_path, stall_seconds=60, say=print)
     monkeypatch.setenv("RANK", "1")
-    assert take_run(tmp_path, stall_seconds=60, say=print).meeting == held.meeting
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    take_run(tmp_path, stall_seconds=60, say=print)()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # rank 1 gives nothing back
+    give_back()
+    assert list(tmp_path.iterdir()) == []
+    parents = iter([7, 7, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    with pytest.raises(ValueError, match="the launcher that started this rank is gone"):
+        take_run(tmp_path, stall_seconds=60, say=print)
+
+
+def test_the_launcher_holds_the_folder_until_its_own_rank_0_does(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    give_back = take_run_for_ranks(tmp_path, run_id="3f2a", stall_seconds=60, say=print)
+    first = read_holder(tmp_path / LOCK)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    for second in (take_run, partial(take_run_for_ranks, run_id="another")):
+        with pytest.raises(ValueError, match=r"is in use by process \d+ .*started by torchrun 3f2a"):
+            second(tmp_path, stall_seconds=60, say=print)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "3f2a")
+    lines: list[str] = []
+    take_run(tmp_path, stall_seconds=60, say=lines.append)
+    assert lines == []
+    holder = read_holder(tmp_path / LOCK)
+    assert (first.launch, first.meeting) == (holder.launch, "3f2a")
+    give_back()  # rank 0's is left alone
+    assert read_holder(tmp_path / LOCK) == holder
 
 
 def test_a_heartbeat_keeps_the_folder_of_another_host(tmp_path: Path, monkeypatch) -> None:

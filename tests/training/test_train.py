@@ -4,17 +4,21 @@ import json
 import os
 import re
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess, Popen
 
 import pytest
 import torch
 from corpora import write_shards
+from limits import LIMIT_S
 from peft import PeftModel
-from starts import toy_run
+from starts import environment, toy_run
 from transformers import AutoModelForImageTextToText
 from user_runs import TORCHRUN, TRAIN, metrics, start
 
+from data.prepare.folder_lock import process_start, this_process
 from finetune.config import ScheduleConfig
 from finetune.ranks.log import RankLog
 from finetune.ranks.watch import Watch
@@ -33,9 +37,55 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train(place: Path, name: str, *words: str, ranks: int = 2, kill_after: str = "") -> CompletedProcess[str]:
-    """Run to the end, or until a line of standard output begins with `kill_after`: then kill every process."""
-    kill = (lambda pid: os.killpg(pid, signal.SIGKILL)) if kill_after else None
-    return start(place, [*TRAIN, "--ranks", str(ranks)], name, "data.workers=0", *words, at=kill_after, then=kill)
+    """Run to the end, or until a line of standard output begins with `kill_after`: then kill every process.
+
+    Before that a second start of the same run is refused.
+    """
+
+    def kill(pid: int) -> None:
+        with _second_start(place, name) as second:
+            _assert_refused(second, name)
+        os.killpg(pid, signal.SIGKILL)
+
+    then = kill if kill_after else None
+    return start(place, [*TRAIN, "--ranks", str(ranks)], name, "data.workers=0", *words, at=kill_after, then=then)
+
+
+def _second_start(place: Path, name: str) -> Popen[str]:
+    words = ["tiny-cpu", f"run.name={name}", "parallel.ep=1", "model.path=base", "data.sources.general.path=rows.jsonl"]
+    return Popen([*TRAIN, *words], cwd=place, env=environment(), stderr=PIPE, text=True, start_new_session=True)
+
+
+def _assert_refused(second: Popen[str], name: str) -> None:
+    lines = second.communicate(timeout=LIMIT_S)[1].splitlines()
+    assert (second.returncode, len(lines)) == (2, 1), lines
+    assert re.fullmatch(
+        rf"moetune train: runs/{name} is in use by process \d+ on \S+, since \d{{4}}-.* \(started by torchrun \w+\). "
+        r"Wait for it to end, or set another run.name",
+        lines[0],
+    ), lines
+
+
+def test_of_two_starts_of_one_run_at_once_one_trains(place: Path) -> None:
+    with _second_start(place, "twice") as one, _second_start(place, "twice") as other:
+        while one.poll() is None and other.poll() is None:
+            time.sleep(0.05)
+        first, second = (one, other) if one.poll() is None else (other, one)
+        os.killpg(first.pid, signal.SIGKILL)
+        _assert_refused(second, "twice")
+        assert first.wait(LIMIT_S) == -signal.SIGKILL
+
+
+def test_a_rank_that_no_launcher_of_ours_started_leaves_a_run_in_use_alone(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    alive = replace(this_process("another"), pid=os.getppid(), started=process_start(os.getppid()))
+    (place / "runs" / "busy").mkdir(parents=True)
+    (place / "runs" / "busy" / "lock.json").write_text(json.dumps(vars(alive)))
+    assert main(["tiny-cpu", "parallel.ep=1", "run.name=busy", "run.stall_seconds=0"]) == 2
+    assert f"moetune train, rank 0: runs/busy is in use by process {alive.pid} on " in capsys.readouterr().err
+    assert [path.name for path in (place / "runs" / "busy").iterdir()] == ["lock.json"]
 
 
 def test_two_ranks_learn_and_stock_peft_reads_the_adapter(place: Path) -> None:
@@ -87,6 +137,8 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
     assert first.returncode != 0
     again = _train(place, "cut", *whole, "parallel.ep=1", ranks=3)
     assert again.returncode == 0, again.stderr[-2000:]
+    assert len(re.findall(r"took over runs/cut from process .*: that process has ended", again.stdout)) == 1
+    assert not (place / "runs" / "cut" / "lock.json").exists()
     assert "of 3 data ranks 2 take 3 packs a step" in again.stderr
     assert "resumed: runs/cut/checkpoints/step-000004, saved by 2 ranks; 2 steps to go" in again.stdout
     assert "rotary positions: yarn x 2 over 4,096, theta 5,000,000" in again.stdout
