@@ -135,7 +135,9 @@ class Clip:
 
     def _walk(self, key: int, numbers: set[int]) -> Iterator[tuple[int, Any]]:
         """(number, frame) from this keyframe on, perhaps without some that are not among `numbers`."""
-        container, stream, name = self._container, self._stream, self._name
+        container = self._container
+        stream = self._stream
+        name = self._name
         if key == 0:
             ask_ffmpeg(name, lambda: container.seek(0, backward=True))
         else:

@@ -17,7 +17,9 @@ from finetune.adapters.keys import WEIGHTS
 from finetune.files.basefiles import BaseFiles
 from finetune.files.fingerprint import fingerprint
 
-BASE, PARENT, CONFIGURATION = "moetune.base", "moetune.parent", "moetune.config"
+BASE = "moetune.base"
+PARENT = "moetune.parent"
+CONFIGURATION = "moetune.config"
 _AGAIN = "another program changed it, or it is damaged; get the adapter again"
 _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
 """Parts of a configuration that decide how a run was carried out, not what it trained."""
