@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from finetune.checkpoint.folder import starting_point
 from finetune.checkpoint.manifest import config_difference
 from finetune.config import RunConfig
+from finetune.files.atomic import write_file
 from finetune.planner.foresight import resolve_auto_here
 from finetune.settings.checks import require
 from finetune.settings.problems import Problem
@@ -27,7 +30,10 @@ def _is_same(path: Path, config: RunConfig) -> bool:
     """Whether a run with this configuration began there: if it ended before its first checkpoint, it begins again."""
     if config.checkpoint.resume != "auto" or not path.exists():
         return False
-    tree = OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):  # damaged: nobody knows which run began there
+        return False
     return isinstance(tree, dict) and not config_difference({str(key): tree[key] for key in tree}, effective(config))
 
 
@@ -42,4 +48,6 @@ def make_run_folder(folder: Path, config: RunConfig) -> None:
             f"remove that folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(effective(config))))
+    beside = folder / "config.yaml.partial"
+    write_file(beside, OmegaConf.to_yaml(OmegaConf.create(effective(config))).encode())
+    beside.replace(folder / "config.yaml")  # a start that is killed here leaves the one of before

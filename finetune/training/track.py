@@ -16,6 +16,7 @@ from data.stream.batch import Batch, Step
 from finetune.architecture.families import Family
 from finetune.architecture.flops import FlopMeter, trainings
 from finetune.config import RunConfig
+from finetune.files.atomic import write_file
 from finetune.planner.gpus import peak_flops
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.failures import keep_outcome
@@ -56,10 +57,11 @@ class Tracker:
             return
         if peak is None:
             log(f"mfu: null in metrics.jsonl, {reason}")
-        _forget(folder / "metrics.jsonl", done)
-        _forget(folder / "expert_load.jsonl", done)
-        _forget(folder / "evaluations.jsonl", done + 1)  # these are numbered by the steps that are done
-        _forget(folder / "predictions.jsonl", done + 1)
+        # the last two are numbered by the steps that are done
+        ends = {"metrics": done, "expert_load": done, "evaluations": done + 1, "predictions": done + 1}
+        for kind, end in ends.items():
+            if damaged := forget_steps(folder / f"{kind}.jsonl", end):
+                log(f"warning: {folder / kind}.jsonl: {damaged} damaged line(s) were dropped; the run goes on")
         if config.track.wandb != "off":
             self._link = WandbLink(
                 config.track,
@@ -169,8 +171,27 @@ def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
     return peak_flops(name), f"as the peak of {name!r} is not known"
 
 
-def _forget(path: Path, steps: int) -> None:
-    """Drop the lines of steps that an earlier start took after its last checkpoint, and a line that was cut off."""
-    if path.exists():
-        complete = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in complete if json.loads(line)["step"] < steps))
+def forget_steps(path: Path, steps: int) -> int:
+    """Drop the lines of steps that an earlier start took after its last checkpoint, and damaged ones; count the latter.
+
+    The last line may have been cut off when that start was killed, which is no damage.
+    """
+    if not path.exists():
+        return 0
+    *lines, _ = path.read_bytes().split(b"\n")
+    numbers = [_step_of(line) for line in lines]
+    beside = path.with_name(f"{path.name}.partial")
+    write_file(
+        beside, b"".join(line + b"\n" for line, number in zip(lines, numbers, strict=True) if 0 <= number < steps)
+    )
+    beside.replace(path)
+    return numbers.count(-1)
+
+
+def _step_of(line: bytes) -> int:
+    """Return the step that a line is about; -1 where it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return step if isinstance(step, int) else -1

@@ -21,6 +21,7 @@ from finetune.config import TrackConfig
 from finetune.ranks.log import RankLog
 from finetune.training.metrics import Ranks, Share, figures, gather_shares
 from finetune.training.progress_bar import Follower, duration
+from finetune.training.track import forget_steps
 from finetune.training.wandb_link import WandbLink
 from finetune.training.wandb_writer import heatmap
 
@@ -56,6 +57,19 @@ def test_the_heatmap_is_white_blue_red() -> None:
     assert drawn[0, 0].tolist() == [255, 255, 255]
     assert drawn[0, 4].tolist() == drawn[6, 0].tolist() == [33, 102, 172]
     assert drawn[0, 8].tolist() == [178, 24, 43]
+
+
+def test_damaged_lines_of_a_log_are_dropped_and_stop_no_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 0, "loss": 1.0}\n\xff\xfe\n[1]\n{"loss": 3}\n{"step": "1"}\n\x00\x00\n'
+        b'{"step": 1}\n{"step": 2}\n{"ste'
+    )
+    assert forget_steps(path, 2) == 5
+    assert path.read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1}\n'
+    assert forget_steps(path, 2) == 0
+    assert forget_steps(tmp_path / "evaluations.jsonl", 2) == 0
+    assert [one.name for one in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_terminal_gets_a_bar_and_everything_else_lines(capsys: pytest.CaptureFixture[str]) -> None:

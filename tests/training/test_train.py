@@ -26,6 +26,7 @@ from finetune.settings.recipes import load_recipe
 from finetune.settings.schedule import learning_rate
 from finetune.train import main
 from finetune.training.dry_run import rehearse
+from finetune.training.run_folder import make_run_folder
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 
@@ -146,6 +147,25 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
     for uncut, cut in zip(metrics(place, "whole"), metrics(place, "cut"), strict=True):
         assert cut["step"] == uncut["step"]
         assert cut["loss"] == pytest.approx(uncut["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["run: {name: [", "\0", "a: b: c", ""])
+def test_a_config_that_was_cut_off_is_a_run_that_nobody_knows(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/tiny-cpu")
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    (folder / "config.yaml").write_text(text)
+    config, _ = load_recipe("tiny-cpu")
+    with pytest.raises(ValueError, match="runs/tiny-cpu holds a run already, and no checkpoint to resume from"):
+        make_run_folder(folder, config)
+    (folder / "metrics.jsonl").unlink()
+    make_run_folder(folder, config)
+    (folder / "metrics.jsonl").touch()
+    make_run_folder(folder, config)  # it begins again
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize(
