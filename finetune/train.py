@@ -21,6 +21,7 @@ from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome
 from finetune.ranks.log import RankLog
 from finetune.ranks.signals import PREEMPTED, exit_code
 from finetune.ranks.watch import Watch
+from finetune.settings.recipes import decoded_words
 from finetune.training.bad_steps import IdleSteps, saved_if_not_finite
 from finetune.training.dry_run import rehearse
 from finetune.training.optimiser_groups import enter, set_rates
@@ -131,7 +132,12 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank, as torchrun or deepspeed starts it."""
-    args = _parser().parse_intermixed_args(argv)
+    parser = _parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.words:
+        args.config, *args.overrides = args.words
+    if args.config is None:
+        parser.error("the following arguments are required: CONFIG")
     # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -183,10 +189,11 @@ def _hold(args: argparse.Namespace, config: RunConfig, folder: Path, messages: l
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, add_help=False)
-    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("config", metavar="CONFIG", nargs="?")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--replay", metavar="FOLDER", type=Path)
+    parser.add_argument("--words", type=decoded_words)  # both in one word, where a launcher quotes nothing
     parser.add_argument("--local_rank")  # the deepspeed launcher passes it; the environment has it too
     return parser
 

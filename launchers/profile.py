@@ -3,10 +3,11 @@
 Recipes say what is trained, profiles where. Nothing in a profile is secret: secrets are named, never written.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -108,6 +109,11 @@ def read_profile(path: Path) -> Profile:
 
 
 def _problems(profile: Profile) -> Iterator[Problem]:
+    yield from _unfit_texts(asdict(profile))
+    for name in [*profile.env, *profile.kubernetes.secrets]:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            allowed = "a variable's name has letters, digits and _ only, and no digit in front"
+            yield problem("env", name, allowed, "Rename it")
     for key, least in _LEAST.items():
         if getattr(profile, key) < least:
             yield problem(key, getattr(profile, key), f"at least {least} is wanted", f"Set {key}: {least} or more")
@@ -126,6 +132,17 @@ def _problems(profile: Profile) -> Iterator[Problem]:
     for variable, place in profile.kubernetes.secrets.items():
         if place.count("/") != 1:
             yield problem(f"kubernetes.secrets.{variable}", place, "secret/key is wanted", "As wandb/api-key")
+
+
+def _unfit_texts(values: Mapping[str, Any], above: str = "") -> Iterator[Problem]:
+    """Yield texts with line breaks or other control characters, which a batch script would take as lines of its own."""
+    for key, value in values.items():
+        dotted = f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _unfit_texts(value, f"{dotted}.")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not all(map(str.isprintable, (text, str(key)))):
+                yield problem(dotted, text, "it must be one line of printable characters", "Remove the rest")
 
 
 _LEAST = {

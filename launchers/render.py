@@ -1,6 +1,7 @@
 """Turns a recipe and a profile into what starts the job: an argument list, a batch script, a manifest. Pure text."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from uuid import uuid4
 
 import yaml
 
+from finetune.settings.recipes import encoded_words
 from launchers.profile import Profile
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -18,6 +20,8 @@ SAFE = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ from step to step, and so would leave holes
 }
 """The environment of every rank, unless the profile's says otherwise."""
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""torchrun's one store would hand a restart the addresses of ranks that are gone: one of its own for each start."""
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds from SIGTERM to SIGKILL. Not --shutdown-timeout, which torch 2.11 refuses; it ignores this, and waits 30."""
 
@@ -72,31 +76,42 @@ def _environment(profile: Profile) -> dict[str, str]:
     """Return the environment of ranks. With our setting, torch would ignore the profile's under its older name."""
     older = "PYTORCH_CUDA_ALLOC_CONF" in profile.env
     ours = {name: value for name, value in SAFE.items() if not (older and name == "PYTORCH_ALLOC_CONF")}
-    patience = {} if profile.kind == "deepspeed" else {SHUTDOWN: str(profile.shutdown_timeout)}
-    return ours | patience | profile.env
+    if profile.kind != "deepspeed":
+        ours |= {SHUTDOWN: str(profile.shutdown_timeout)} | (OWN_STORE if profile.nodes > 1 else {})
+    return ours | profile.env
 
 
 def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
     endpoint = f"{profile.hosts[0]}:{profile.port}" if profile.hosts else ""
     words = torchrun_words(job, profile, endpoint=endpoint, run_id=f"{job.run}-{job.mark}")
-    # torchrun's one store would hand a restart the addresses of ranks that are gone: one of its own for each start
-    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if profile.nodes > 1 else {}
     note = f"Start this same command on each of: {', '.join(profile.hosts)}" if profile.nodes > 1 else ""
-    return Rendered(command=words, environment=own | _environment(profile), note=note)
+    return Rendered(command=words, environment=_environment(profile), note=note)
 
 
 def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
     environment = _environment(profile)
-    files = {"deepspeed_env": "".join(f"{name}={value}\n" for name, value in environment.items())}
+    remote = {name: _in_double_quotes(value) for name, value in environment.items()}
+    files = {"deepspeed_env": "".join(f"{name}={value}\n" for name, value in remote.items())}
     words = [profile.python, "-m", "deepspeed.launcher.runner", "--master_port", str(profile.port)]
     if profile.hosts:
         files["hostfile"] = "".join(f"{host} slots={profile.gpus_per_node}\n" for host in profile.hosts)
         words += ["--hostfile", f"{folder}/hostfile", "--master_addr", profile.hosts[0]]
     else:  # with a hostfile the launcher would ask ssh even for this machine
         words += ["--num_gpus", str(profile.gpus_per_node)]
-    words += ["--module", "finetune.train", *job.words]
+    words += ["--module", "finetune.train"]
+    # with hosts the launcher joins its words into a line for the other machines' shells, and quotes nothing in it
+    words += [f"--words={encoded_words(job.words)}"] if profile.hosts and _needs_quotes(job.words) else job.words
     # the launcher forwards only some variables by itself; those of the file it forwards to every node
     return Rendered(command=words, environment={**environment, "DS_ENV_FILE": f"{folder}/deepspeed_env"}, files=files)
+
+
+def _in_double_quotes(value: str) -> str:
+    """Escape what a shell would expand between the double quotes that DeepSpeed's launcher puts around a value."""
+    return re.sub(r'([\\"$`])', r"\\\1", value)
+
+
+def _needs_quotes(words: Sequence[str]) -> bool:
+    return any(shlex.quote(word) != word for word in words)
 
 
 def _slurm(job: Job, profile: Profile, folder: str) -> Rendered:

@@ -33,6 +33,9 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
 def run_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield a name that leaves the folder of runs, and a seed that no generator takes."""
     name = PurePosixPath(config.run.name)
+    if not config.run.name.isprintable():
+        allowed = "it is one line of printable characters"
+        yield problem("run.name", config.run.name, allowed, "Choose a name, as charts-2")
     if name.is_absolute() or ".." in name.parts or not name.parts:
         yield problem("run.name", config.run.name, "it names a folder below runs/", "Choose a name, as charts-2")
     if config.run.seed >= _SEEDS:

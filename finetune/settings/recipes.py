@@ -3,6 +3,8 @@
 Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All problems are collected before any is shown.
 """
 
+import json
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -18,6 +20,20 @@ from finetune.settings.problems import Problem, did_you_mean
 from finetune.settings.typed import TypedTree
 
 COMMAND_LINE = "command line"
+
+
+def encoded_words(words: Sequence[str]) -> str:
+    """Return a recipe's name and its overrides as one word that no shell changes."""
+    return urlsafe_b64encode(json.dumps(list(words)).encode()).decode()
+
+
+def decoded_words(text: str) -> list[str]:
+    """Return what `encoded_words` was given."""
+    try:
+        words = json.loads(urlsafe_b64decode(text))
+    except ValueError as error:
+        raise ValueError(f"--words: {text!r:.80} is not what `moetune launch` renders there") from error
+    return [str(word) for word in words]
 
 
 def recipe_names() -> list[str]:

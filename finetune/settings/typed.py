@@ -49,11 +49,20 @@ class TypedTree(Generic[Schema]):
                     OmegaConf.select(merged, key)
                 except OmegaConfBaseException as error:
                     reason = str(error).splitlines()[0]
-                    self.report(key, value, f"it cannot be resolved: {reason}", "Mend the ${...}", self.sources[key])
+                    self.report(key, value, f"it cannot be resolved: {reason}", "Fix the ${...}", self.sources[key])
                     self._drop(key)
+        self._drop_entries_that_lack_a_value()
         filled = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), self.values))
         assert isinstance(filled, self.schema)
         return filled
+
+    def _drop_entries_that_lack_a_value(self) -> None:
+        """Leave out what has lost a value that must be set; that value has been reported."""
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(self.schema), self.values), resolve=False)
+        assert isinstance(merged, dict)
+        for key, value in leaves(merged).items():
+            if value == MUST_BE_SET:
+                self._drop(key.rpartition(".")[0])
 
     def _take_section(self, tree: Any, schema: Any, path: str, source: str) -> None:
         if not isinstance(tree, Mapping):
@@ -144,6 +153,8 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(arg) for arg in args)
     if origin is list:
         return f"a list, each {describe(args[0])}"
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a list, each {describe(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}: {', '.join(describe(arg) for arg in args)}"
     if origin is dict:
@@ -164,7 +175,7 @@ def _fits(key: str, value: Any, hint: Any, schema: Any) -> bool:
         return False  # OmegaConf accepts nested containers in a list of plain values
     try:
         OmegaConf.merge(OmegaConf.structured(schema), {key: value})
-    except (OmegaConfBaseException, TypeError, ValueError):
+    except (OmegaConfBaseException, TypeError, ValueError, OverflowError):
         return False
     return True
 

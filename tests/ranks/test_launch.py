@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from limits import LIMIT_S
 from places import GOLDEN, ROOT
 from starts import start_rendered, toy_run
 from torch.distributed.launcher.api import LaunchConfig
 
+from finetune.settings.recipes import decoded_words
 from launchers.cli import main
 from launchers.profile import read_profile
 from launchers.render import SHUTDOWN, Job, kubernetes_name, render, shell_line
@@ -259,3 +261,67 @@ def test_recipes_in_docs_are_sound_and_planned(name: str, text: str, tmp_path: P
     path.write_text(text)
     assert main(["check", str(path), "--ranks", "8"]) == 0, capsys.readouterr().err
     assert main(["plan", str(path), "--gpus", "8", "--gpu", "h200-141gb"]) == 0, capsys.readouterr().out
+
+
+EVIL = "x\ntouch PWNED #"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"kind": "slurm", "slurm": {"partition": EVIL}}, "slurm.partition = .* must be one line of printable"),
+        ({"kind": "slurm", "slurm": {"extra": ["--exclusive", EVIL]}}, "slurm.extra = .* must be one line"),
+        ({"kind": "slurm", "slurm": {"container": {"image": EVIL}}}, "slurm.container.image = .* must be one line"),
+        ({"kind": "slurm", "env": {"A=1; touch PWNED; B": "1"}}, "env = 'A=1; .* a variable's name has letters"),
+        ({"kind": "torchrun", "env": {"A": "1\nB=2"}}, "env.A = .* must be one line"),
+        ({"kind": "torchrun", "workdir": "/a\x1b[2J"}, "workdir = .* must be one line"),
+    ],
+)
+def test_no_text_of_a_profile_becomes_shell_code(tmp_path: Path, tree: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _profile(tmp_path, tree)
+
+
+def test_no_name_of_a_run_becomes_shell_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slurm.yaml").write_text("kind: slurm\nnodes: 1\ngpus_per_node: 2\n")
+    words = ["launch", "tiny-cpu", "--on", str(tmp_path / "slurm.yaml"), 'run.name="x\\ntouch PWNED #"']
+    assert main([*words, "--out", str(tmp_path / "job")]) == 2
+    assert "run.name = 'x\\ntouch PWNED #': it is one line of printable characters" in capsys.readouterr().err
+    assert not (tmp_path / "job").exists()
+
+
+def test_deepspeed_s_remote_shells_change_no_word_and_no_value(tmp_path: Path) -> None:
+    """ssh and pdsh stand in as programs that give a shell the line, as on another machine, and print its words."""
+    words = ["data.sources.general.path=/d/{000..012}.tar", "a;touch</f>PWNED", "$HOME it's [a, b] %h `date`"]
+    env = {"NOTE": 'it\'s "quoted" $HOME `date` \\', "PLAIN": "1"}
+    tree = {"kind": "deepspeed", "nodes": 2, "hosts": ["a", "b"], "gpus_per_node": 2, "env": env}
+    rendered = render(Job(recipe="r", overrides=words, run="r"), _profile(tmp_path, tree), folder=str(tmp_path))
+    for name, text in rendered.files.items():
+        (tmp_path / name).write_text(text)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    show = f"s#{sys.executable}#printf '%s\\\\n' \"$NOTE\"#"
+    bodies = {
+        "ssh": "echo a",
+        "pdsh": f'while [ "$1" != -w ]; do shift; done; shift 2; sh -c "$(printf %s "$*" | sed {shlex.quote(show)})"',
+    }
+    for name, body in bodies.items():
+        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tools / name).chmod(0o755)
+    environment = os.environ | dict(rendered.environment) | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [sys.executable, *rendered.command[1:]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert env["NOTE"] in lines
+    (last,) = [line for line in lines if line.startswith("--words=")]
+    assert decoded_words(last.removeprefix("--words=")) == ["r", *words]
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("kind", ["torchrun", "slurm", "kubernetes"])
+def test_a_restart_on_several_machines_has_a_store_of_its_own(kind: str, tmp_path: Path) -> None:
+    store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    several = render(JOB, _profile(tmp_path, PROFILES[kind] | {"nodes": 2, "hosts": ["a", "b"]}), folder="x")
+    assert store in str(several)
+    assert store not in str(render(JOB, _profile(tmp_path, PROFILES[kind] | {"nodes": 1, "min_nodes": 0}), folder="x"))

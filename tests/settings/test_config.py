@@ -9,7 +9,7 @@ from finetune.config import RunConfig, RunSectionConfig
 from finetune.settings.checks import cross_check, require
 from finetune.settings.derive import derive
 from finetune.settings.problems import ConfigError, Problem
-from finetune.settings.recipes import effective, find_recipe, load_recipe, recipe_names
+from finetune.settings.recipes import decoded_words, effective, encoded_words, find_recipe, load_recipe, recipe_names
 from finetune.settings.typed import leaves
 
 
@@ -237,3 +237,23 @@ def test_leaves_flatten_what_effective_gives() -> None:
     assert flat["data.sources.general.path"] == "shards/general"
     assert flat["optim.lr"] == config.optim.lr
     assert "tiny-cpu" in recipe_names()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources.general.path=${oc.env:NOPE}", r"it cannot be resolved: .*'NOPE' not found"),
+        ("track.tags=wandb", "track.tags = 'wandb' .*a list, each text is wanted"),
+        (f"optim.lr={'9' * 400}", "optim.lr = 9+.* a number is wanted"),
+    ],
+)
+def test_values_that_cannot_be_read_are_problems(override: str, message: str) -> None:
+    _, problems = load_recipe("tiny-cpu", [override])
+    assert any(re.search(message, str(problem)) for problem in problems), problems
+
+
+def test_encoded_words_are_what_they_were() -> None:
+    words = ["r", 'a=it\'s "x" $HOME', "b=一"]
+    assert decoded_words(encoded_words(words)) == words
+    with pytest.raises(ValueError, match="--words: '!' is not what `moetune launch` renders there"):
+        decoded_words("!")
