@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hand over to torchrun, pass signals on, and say which rank failed first."""
     from finetune.checkpoint.folder import starting_point
-    from finetune.ranks.log import print_line
+    from finetune.ranks.log import print_line, remove_logs
     from finetune.ranks.versions import torch_problem
     from finetune.settings.checks import require
     from finetune.settings.recipes import load_recipe
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
         code = verdict(*_torchrun(args, run_id), logs=logs, run_id=run_id, leaves_outcome=False)
         if args.dry_run:
-            shutil.rmtree(logs, ignore_errors=True)
+            remove_logs(logs)
         return code
     release = take_run_for_ranks(folder, run_id=run_id, stall_seconds=config.run.stall_seconds, say=print_line)
     try:
@@ -73,8 +72,6 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
     from finetune.ranks.failures import first_failure, outcome_of
 
     outcome, first = outcome_of(logs, run_id), first_failure(logs, start=run_id)
-    if outcome == "problems":
-        return 3
     if code == 0 and (outcome == "done" or not (outcome or leaves_outcome)):
         return 0
     if outcome == "preempted":

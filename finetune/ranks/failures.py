@@ -21,7 +21,7 @@ from typing import Literal
 from finetune.ranks.log import RankLog
 
 Kind = Literal["input", "failed", "lost", "stall", "interrupted"]
-Outcome = Literal["done", "preempted", "problems"]
+Outcome = Literal["done", "preempted"]
 LOST = (
     "Connection closed by peer",
     "Connection reset by peer",

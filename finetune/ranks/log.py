@@ -4,6 +4,7 @@ Only rank 0 writes to the terminal: the standard streams of all others go into t
 """
 
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -82,3 +83,11 @@ class RankLog:
         self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
         for number in (1, 2):
             os.dup2(self._file.fileno(), number)
+
+
+def remove_logs(logs: Path) -> None:
+    """Remove the logs of a dry run, and the folders around them that nothing else lies in."""
+    shutil.rmtree(logs, ignore_errors=True)
+    with suppress(OSError):
+        for folder in logs.parents[:-1]:
+            folder.rmdir()

@@ -8,19 +8,22 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from data.format.record import RecordError
 from data.open import find_sources
 from data.prepare.audit import AuditOptions, Finding, audit_shards
+from data.shards.reader import SampleReader
 from finetune.config import CheckpointConfig, EvalConfig, RunConfig, TrackConfig
 from finetune.ranks.collectives import barrier, gather_lists, rank_and_world
 from finetune.ranks.engine import engine_device
-from finetune.ranks.failures import keep_outcome
-from finetune.ranks.log import RankLog
+from finetune.ranks.log import RankLog, remove_logs
 from finetune.ranks.watch import Watch
+from finetune.training.evaluation import held_out
 
 SHOWN = 20
 
@@ -28,7 +31,10 @@ SHOWN = 20
 def rehearse(
     config: RunConfig, folder: Path, train: Callable[[RunConfig, Path, RankLog, Watch], int], say: RankLog, watch: Watch
 ) -> int:
-    """Do one step of the run and leave nothing; every rank must call this. Returns 3 where shards have problems."""
+    """Do one step of the run and leave nothing; every rank must call this.
+
+    Samples with problems are listed, and then treated as training treats them: left out and counted.
+    """
     rank, _ = rank_and_world()
     dry_folder = folder.with_name(f"{folder.name}.dry-run")
     if rank == 0:
@@ -38,19 +44,16 @@ def rehearse(
     try:
         findings = _look_at_shards(config)
         say("\n".join(_finding_lines(findings)))
-        if not findings:
-            train(_one_step(config), dry_folder, say, watch)
-            say("\n".join(memory_lines()))
-            say("dry run: passed; nothing of it is kept")
+        train(_one_step(config), dry_folder, say, watch)
+        say("\n".join(memory_lines()))
+        say("dry run: passed; nothing of it is kept")
         barrier()  # or the folder would go while another rank still writes
     finally:
         if rank == 0:
             shutil.rmtree(dry_folder, ignore_errors=True)
-    if rank == 0 and findings:
-        keep_outcome(say, "problems", 0)
-    elif rank == 0:
-        shutil.rmtree(say.folder)
-    return 3 if findings else 0
+    if rank == 0:
+        remove_logs(say.folder)
+    return 0
 
 
 def memory_lines() -> list[str]:
@@ -83,21 +86,39 @@ def _one_step(config: RunConfig) -> RunConfig:
 
 
 def _look_at_shards(config: RunConfig) -> list[Finding]:
-    """Return what is wrong with the headers of the shards; rank 0 looks, and every rank must call this."""
+    """Return what is wrong with the headers of the shards; rank 0 looks, and every rank must call this.
+
+    One sample of each evaluation source is read, as the rehearsed step does not evaluate.
+    """
     findings: list[Finding] = []
     if rank_and_world()[0] == 0:
         cache = Path(config.data.cache_dir) if config.data.cache_dir else None
         options = AuditOptions(decode=False, cache_dir=cache)
-        for shards in find_sources(config.data).values():
+        evaluated = find_sources(held_out(config, packs_per_step=1), section="eval")
+        for shards in (*find_sources(config.data).values(), *evaluated.values()):
             findings += audit_shards(shards, options)
+        for name, shards in evaluated.items():
+            _read_one(name, shards, SampleReader(cache_dir=cache))
     return gather_lists(findings)
+
+
+def _read_one(name: str, shards: Sequence[Path], reader: SampleReader) -> None:
+    for shard in shards:
+        for number in range(len(reader.index(shard))):
+            with suppress(RecordError):
+                record, members = reader.sample(shard, number)
+                reader.media(record, members, shard.parent)
+                return
+    raise ValueError(
+        f"eval.sources.{name}: not one of its samples can be read. Look at them with `moetune shards check`"
+    )
 
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     if not findings:
         yield "shards: every header is sound; `moetune shards check` looks at every pixel too"
         return
-    yield f"shards: {len(findings)} problems"
+    yield f"shards: {len(findings)} problems; training goes on with up to data.max_bad_samples unusable samples"
     yield from (f"  {finding}" for finding in findings[:SHOWN])
     if len(findings) > SHOWN:
         yield "  ..."

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from user_runs import TORCHRUN, TRAIN, metrics, start
 
 from data.prepare.folder_lock import process_start, this_process
-from finetune.config import ScheduleConfig
+from finetune.config import RunConfig, ScheduleConfig
 from finetune.ranks.log import RankLog
 from finetune.ranks.watch import Watch
 from finetune.settings.recipes import load_recipe
@@ -226,19 +227,44 @@ def test_a_dry_run_takes_one_real_step_and_leaves_nothing(place: Path) -> None:
     assert not list((place / "runs").glob("dry*"))
 
 
-def test_a_dry_run_ends_at_shards_with_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _rehearse(*words: str) -> list[tuple[int, str]]:
+    """The steps and the folder of what a dry run trains."""
+    config, problems = load_recipe("tiny-cpu", words)
+    assert problems == []
+    trained = []
+
+    def train(config: RunConfig, folder: Path, *_: object) -> int:
+        trained.append((config.schedule.steps, str(folder)))
+        return 0
+
+    log = RankLog(Path("runs/dry.dry-run.logs"), 0)
+    try:
+        assert rehearse(config, Path("runs/dry"), train, log, Watch(log, data_stall=0, step_stall=0)) == 0
+    finally:
+        log.close()
+    return trained
+
+
+def test_a_dry_run_lists_bad_samples_and_goes_on_as_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "shards", count=4, per_shard=4)
     (tmp_path / "shards" / "part-009.tar").write_bytes((tmp_path / "shards" / "part-000.tar").read_bytes())
-    config, _ = load_recipe("tiny-cpu", [f"data.sources.general.path={tmp_path}/shards"])
-
-    def never(*_: object) -> int:
-        raise AssertionError("no step is taken")
-
-    log = RankLog(tmp_path / "logs", 0)
-    assert rehearse(config, tmp_path / "run", never, log, Watch(log, data_stall=0, step_stall=0)) == 3
-    log.close()
-    assert json.loads((tmp_path / "logs" / "outcome.json").read_text())["outcome"] == "problems"
+    assert _rehearse("data.sources.general.path=shards", "eval.sources.held.path=shards") == [(1, "runs/dry.dry-run")]
     output = capsys.readouterr().out
-    assert "shards: 4 problems" in output
+    assert "shards: 8 problems; training goes on" in output
     assert "sample 00000: the key is used in" in output
-    assert not list(tmp_path.glob("run*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # and no runs/
+
+
+def test_a_dry_run_reads_a_sample_of_each_evaluation_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "shards", count=4, per_shard=4)
+    with pytest.raises(ValueError, match="eval.sources.held.path names 'nowhere', which does not exist"):
+        _rehearse("data.sources.general.path=shards", "eval.sources.held.path=nowhere")
+    (tmp_path / "held").mkdir()
+    with tarfile.open(tmp_path / "held" / "part-000.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("00000.json"))
+    with pytest.raises(ValueError, match="eval.sources.held: not one of its samples can be read"):
+        _rehearse("data.sources.general.path=shards", "eval.sources.held.path=held")
