@@ -18,6 +18,9 @@ EXAMPLE = """\
   moetune probe needle merged --lengths 524288 --set context.yarn.factor=3"""
 
 
+OUT_HELP = "a folder for needle.json and PNGs, without an earlier needle.json (default: needles, where you stand)"
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("what", choices=("needle",), metavar="needle", help="what is probed")
@@ -29,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trials", type=positive, default=3, help="haystacks a length and depth (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the haystacks (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("needles"), metavar="DIR", help="for needle.json and PNGs")
+    parser.add_argument("--out", type=Path, default=Path("needles"), metavar="DIR", help=OUT_HELP)
     model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="what needle.json holds, on standard output")
 
@@ -38,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     """Probe, print a table, write needle.json and a heatmap for each kind."""
     from finetune.ask.heatmap import draw_heatmap
 
+    if (args.out / "needle.json").exists():
+        raise ValueError(
+            f"--out: {args.out / 'needle.json'} is of an earlier probe, and is not overwritten. Name another folder "
+            f"with --out"
+        )
     report: dict[str, dict[str, list[dict[str, float]]]] = {}
     for model, kind, cells in _probes(args):
         rows = report.setdefault(kind, {}).setdefault(model, [])

@@ -93,6 +93,8 @@ def test_a_tiny_model_is_probed_from_the_command_line(tmp_path: Path, capsys: py
     depths = {kind: [cell["depth"] for cell in models["model"]] for kind, models in content["kinds"].items()}
     assert depths == {"text": [0.0, 1.0], "video": [0.0, 1.0]}
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["needle-text.png", "needle-video.png"]
+    assert main(["probe", "needle", str(base()), *words]) == 2
+    assert "needle.json is of an earlier probe, and is not overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["probe", "needle", str(base()), "--depths", "2"])
     assert "numbers from 0 to 1 are wanted" in capsys.readouterr().err
