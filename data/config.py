@@ -62,6 +62,10 @@ class DataConfig:
     max_bad_samples: int = 100  # unusable ones and those that fail while they are read; more stop the run
     # a pack that takes longer stops the run with the names of its shards; 0: wait forever
     stall_seconds: float = 420.0
+    # where relative paths of media start, and what none leaves; empty: at the shards' folder, and anywhere
+    media_root: str = ""
+    # urls of media may name addresses that are not public: whoever writes a row chooses what this machine asks
+    allow_private_addresses: bool = False
     cache_dir: str = ""  # where indexes and converted files go when not beside the data
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)

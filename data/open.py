@@ -8,6 +8,7 @@ from data.checks import data_problems
 from data.config import DataConfig
 from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
+from data.shards.bytes import Places
 from data.stream.corpus import Corpus, Limits, find_shards, load_corpus
 from data.stream.plan import PlanSettings
 from data.stream.stream import DataStream, StreamSettings
@@ -43,7 +44,8 @@ def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") ->
         if not path.endswith((".jsonl", ".json")):
             return find_shards(path, f"{section}.sources.{name}.path")
         cache, limit = _cache(config), config.max_bad_samples
-        return shards_of_rows(Path(path), name, cache_dir=cache, jobs=jobs, limit=limit, section=section)
+        places = places_of(config)
+        return shards_of_rows(Path(path), name, cache_dir=cache, jobs=jobs, limit=limit, section=section, places=places)
 
     return {name: find(name, source.path) for name, source in config.sources.items()}
 
@@ -55,7 +57,15 @@ def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, sectio
     settings = plan_settings(config, seed=0)
     limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
     sources = find_sources(config, jobs=jobs, section=section)
-    corpus = load_corpus(sources, renderer, limits, cache_dir=_cache(config), jobs=jobs, section=section)
+    corpus = load_corpus(
+        sources,
+        renderer,
+        limits,
+        cache_dir=_cache(config),
+        jobs=jobs,
+        section=section,
+        places=places_of(config),
+    )
     shown = [f"source {item.source}, shard {item.shard}, sample {item.key}: {item.reason}" for item in corpus.unusable]
     if len(shown) > config.max_bad_samples:
         raise ValueError(
@@ -82,6 +92,12 @@ def open_stream(
         cache_dir=_cache(config),
     )
     return DataStream(corpus, renderer, plan_settings(config, seed=seed), settings, data_rank=rank, data_size=size)
+
+
+def places_of(config: DataConfig) -> Places:
+    """Where media outside of the shards may be."""
+    root = Path(config.media_root) if config.media_root else None
+    return Places(root=root, allow_private=config.allow_private_addresses)
 
 
 def _cache(config: DataConfig) -> Path | None:

@@ -9,9 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.shards.bytes import Places
     from finetune.ask.endpoint import Endpoint
     from finetune.ask.speaker import Speaker
     from finetune.config import RunConfig
+
+
+def place_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where media outside of the shards may be: the keys of `data:` as flags."""
+    parser.add_argument("--media-root", type=Path, metavar="DIR", help="data.media_root: where relative paths start")
+    parser.add_argument(
+        "--allow-private-addresses",
+        action="store_true",
+        help="data.allow_private_addresses: urls may name servers of your own network",
+    )
+
+
+def media_places(args: argparse.Namespace) -> "Places":
+    """Return what `place_arguments` declared."""
+    from data.shards.bytes import Places
+
+    return Places(root=args.media_root, allow_private=args.allow_private_addresses)
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:

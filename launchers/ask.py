@@ -62,6 +62,7 @@ def question(
     """Return the record of one question, and the bytes of its media; those without a mark stand before the text."""
     from data.format.record import parse_record
     from data.prepare.convert import convert_row
+    from data.shards.bytes import Places
     from data.shards.reader import SampleReader
 
     row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
@@ -69,7 +70,7 @@ def question(
         row["system"] = system
     row |= {name: [_place(word) for word in words] for name, words in (("images", images), ("videos", videos)) if words}
     record = parse_record(convert_row(row)[0], shard="command line", key="question")
-    return record, *SampleReader().media(record, {}, Path())
+    return record, *SampleReader(places=Places(allow_private=True)).media(record, {}, Path())
 
 
 def _place(word: str) -> dict[str, str]:

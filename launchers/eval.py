@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.arguments import endpoint_of, load_speaker, model_arguments, positive
+from launchers.arguments import endpoint_of, load_speaker, media_places, model_arguments, place_arguments, positive
 
 if TYPE_CHECKING:
     from finetune.ask.answers import Respond, Row, Scored
@@ -50,6 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--at-{name}", action="append", default=[], metavar="METRIC=X", help=f"{about} over all gives exit code 3"
         )
+    place_arguments(parser)
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where DATA cannot be written")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out is {args.out}; a file in a folder that exists is wanted")
     for word in args.metric:  # before anything is read
         find_metric(word.rpartition("=")[2])
-    questions, reader = answers.find_questions(args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir)
+    questions, reader = answers.find_questions(
+        args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir, places=media_places(args)
+    )
     metrics = answers.metrics_of(args.metric, sorted({question.source for question in questions}))
     bounds = _bounds(args, {name for named in metrics.values() for name in named})
     answers.check_references(questions, metrics)

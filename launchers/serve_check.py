@@ -5,7 +5,14 @@ import json
 import sys
 from dataclasses import asdict
 
-from launchers.arguments import answer_config, load_speaker, model_arguments, positive
+from launchers.arguments import (
+    answer_config,
+    load_speaker,
+    media_places,
+    model_arguments,
+    place_arguments,
+    positive,
+)
 
 EXAMPLE = """\
   moetune serve-check http://localhost:8000/v1 shards/held-out --model merged --samples 16
@@ -29,6 +36,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    place_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
@@ -41,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.tolerance >= 0:
         raise ValueError(f"--tolerance is {args.tolerance}; a number from 0 on is wanted, 0.1 is usual for bfloat16")
     endpoint = Endpoint(url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout)
-    questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed)
+    questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed, places=media_places(args))
     for question in questions:
         check_sendable(question.record)
     shown = with_media(questions, reader, control="kept", seed=args.seed)

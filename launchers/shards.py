@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launchers.arguments import positive
+from launchers.arguments import media_places, place_arguments, positive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         sub = actions.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.add_argument("path", metavar="PATH", help=paths)
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
+        place_arguments(sub)
         sub.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where PATH cannot be written")
         return sub
 
@@ -41,7 +42,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--name", default="part", help="what shard names begin with (default: part)")
     build.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
     build.add_argument("--media", choices=("embed", "reference"), default="embed", help="into the shards, or by path")
-    build.add_argument("--media-root", default="", metavar="DIR", help="of relative paths (default: the file's folder)")
     build.add_argument("--max-rejects", type=int, default=0, metavar="N", help="more refused rows give exit code 3")
     index = action("index", "write the index beside each shard")
     index.add_argument("--base", type=Path, metavar="DIR", help="base model: tokens are counted and kept too")
@@ -101,7 +101,11 @@ def _build(args: argparse.Namespace) -> int:
     from data.prepare.progress import Progress, count_rows
 
     options = BuildOptions(
-        name=args.name, samples_per_shard=args.samples_per_shard, media=args.media, media_root=args.media_root
+        name=args.name,
+        samples_per_shard=args.samples_per_shard,
+        media=args.media,
+        media_root=str(args.media_root or ""),
+        allow_private=args.allow_private_addresses,
     )
     source = Path(args.path)
     progress = Progress(source.name, count_rows(source)) if source.is_file() else None
@@ -121,7 +125,7 @@ def _index(args: argparse.Namespace) -> int:
     from data.shards.reader import load_index
 
     shards = _shards(args)
-    make = partial(load_index, cache_dir=args.cache_dir, force=args.force)
+    make = partial(load_index, cache_dir=args.cache_dir, force=args.force, places=media_places(args))
     if args.jobs > 1:
         with worker_pool(args.jobs) as pool:
             indexes = list(pool.map(make, shards))
@@ -148,7 +152,7 @@ def _index(args: argparse.Namespace) -> int:
 def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Lengths]":
     from data.stream.corpus import measure_all
 
-    return measure_all(shards, _renderer(args.base), args.cache_dir, args.jobs)
+    return measure_all(shards, _renderer(args.base), args.cache_dir, args.jobs, places=media_places(args))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -162,6 +166,7 @@ def _check(args: argparse.Namespace) -> int:
         tokens_per_pack=args.tokens_per_pack,
         decode=not args.fast,
         cache_dir=args.cache_dir,
+        places=media_places(args),
     )
     findings = []
     for finding in audit_shards(shards, options):
@@ -182,7 +187,7 @@ def _show(args: argparse.Namespace) -> int:
     from data.shards.reader import SampleReader
 
     shard = _shards(args)[0]
-    reader = SampleReader(cache_dir=args.cache_dir)
+    reader = SampleReader(cache_dir=args.cache_dir, places=media_places(args))
     index = reader.index(shard)
     if not len(index):
         raise ValueError(f"shard {shard} holds no sample")
@@ -209,7 +214,13 @@ def _show(args: argparse.Namespace) -> int:
 def _stats(args: argparse.Namespace) -> int:
     from data.stream.stats import shard_stats
 
-    stats = shard_stats(_shards(args), _renderer(args.base), context=args.context, cache_dir=args.cache_dir)
+    stats = shard_stats(
+        _shards(args),
+        _renderer(args.base),
+        context=args.context,
+        cache_dir=args.cache_dir,
+        places=media_places(args),
+    )
     lines = [f"{stats.samples} samples ({stats.unusable} unusable), {stats.images} images, {stats.videos} videos"]
     for histogram in stats.histograms:
         lines += _bars(histogram) if sum(histogram.counts) else []
@@ -239,7 +250,15 @@ def _split(args: argparse.Namespace) -> int:
         if not equals or not name.isidentifier() and not name.replace("-", "").isalnum() or not _is_number(share):
             raise ValueError(f"--part is {part!r}; write NAME=SHARE, such as held-out=0.05")
         shares[name] = float(share)
-    report = split_shards(_shards(args), args.out, shares, by=args.by, seed=args.seed, cache_dir=args.cache_dir)
+    report = split_shards(
+        _shards(args),
+        args.out,
+        shares,
+        by=args.by,
+        seed=args.seed,
+        cache_dir=args.cache_dir,
+        places=media_places(args),
+    )
     lines = [f"{name}: {report.samples[name]} samples, {report.groups[name]} groups" for name in shares]
     lines += [f"left out as unusable: {report.left_out}"] if report.left_out else []
     _print(args, asdict(report), *lines)

@@ -1,17 +1,27 @@
 """Reading a JSON object strictly: wrong types, missing and unknown keys are errors that name the field. No torch."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _REQUIRED: Any = object()
 
 
+_USER = re.compile(r"(\w+://)[^\s/?#@]*@")
+_QUERY = re.compile(r"(\w+://[^\s?'\"]*)\?[^\s'\"]+")
+
+
+def redact(text: str) -> str:
+    """The text without what urls in it keep secret: user and password, and the query, where signatures and keys are."""
+    return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
+
+
 class BadField(ValueError):
     """A field of a record is wrong."""
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field} {problem}")
+        super().__init__(f"{field} {redact(problem)}")
 
 
 def check_text(value: str, where: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from data.format.fields import BadField, Fields, check_text
+from data.format.fields import BadField, Fields, check_text, redact
 
 BOX_TYPES = ("real", "norm1", "norm1000")
 
@@ -84,7 +84,7 @@ def _read_place(fields: Fields, *others: str) -> dict[str, Any]:
             f"{fields.where}member", f"is {named['member']!r}; write what follows the key, lower-case: 0.jpg"
         )
     if named["url"] is not None and not named["url"].startswith(("http://", "https://")):
-        raise BadField(f"{fields.where}url", f"is {named['url']!r:.80}; only http:// and https:// are read")
+        raise BadField(f"{fields.where}url", f"is {redact(named['url'])!r:.80}; only http:// and https:// are read")
     span = fields.take("range", list, None)
     if span is not None:
         if named["member"] is not None or "frames" in others:

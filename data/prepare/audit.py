@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.format.facts import ImageFacts, VideoFacts
@@ -13,6 +13,7 @@ from data.render.frames import open_video
 from data.render.image import decode_image
 from data.render.sample import Renderer
 from data.render.vision import MAX_ASPECT
+from data.shards.bytes import Places
 from data.shards.index import ShardIndex, stamp_of
 from data.shards.reader import SampleReader, store_index
 from data.shards.scan import scan_shard
@@ -44,6 +45,7 @@ class AuditOptions:
     tokens_per_pack: int | None = None  # longer samples are reported; needs the renderer
     decode: bool = True  # pixels too, not only headers
     cache_dir: Path | None = None
+    places: Places = field(default_factory=Places)
 
 
 def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Finding]:
@@ -51,7 +53,7 @@ def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Find
     seen: dict[str, str] = {}
     for shard in shards:
         try:
-            index = scan_shard(shard, stamp_of(shard))
+            index = scan_shard(shard, stamp_of(shard), options.places)
         except ShardError as error:
             yield Finding(shard=str(shard), key="", reason=error.reason)
             continue
@@ -67,7 +69,7 @@ def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Find
 
 
 def _audit_samples(shard: Path, index: ShardIndex, options: AuditOptions) -> Iterator[Finding]:
-    reader = SampleReader(cache_dir=options.cache_dir)
+    reader = SampleReader(cache_dir=options.cache_dir, places=options.places)
     reader.keep(shard, index)
     for number, key in enumerate(index.keys):
         reasons = [*_key_reasons(key)]

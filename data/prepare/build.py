@@ -20,6 +20,7 @@ from data.format.tar import TarWriter
 from data.prepare.convert import read_rows
 from data.prepare.folder_lock import FolderInUse, modified, release, take, this_process
 from data.prepare.rows import RowOptions, build_sample
+from data.shards.bytes import Places
 from data.shards.pool import worker_pool
 from data.shards.reader import load_index
 from data.shards.sidecar import note_of, read_note, sidecar, write_note, write_whole
@@ -44,7 +45,8 @@ class BuildOptions:
     name: str
     samples_per_shard: int = 1000
     media: Literal["embed", "reference"] = "embed"
-    media_root: str = ""  # folder of relative media paths; empty: the input file's own
+    media_root: str = ""  # where relative paths of media start, and what none leaves; empty: the input file's folder
+    allow_private: bool = False  # urls may name addresses that are not public
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
@@ -130,7 +132,8 @@ def build_held(
 ) -> BuildReport:
     """What build_shards does, for who holds the folder."""
     _claim(folder, source, options)
-    of_rows = RowOptions(folder=folder, root=Path(options.media_root or source.parent), media=options.media)
+    places = Places(root=Path(options.media_root) if options.media_root else None, allow_private=options.allow_private)
+    of_rows = RowOptions(folder=folder, origin=source.parent, media=options.media, places=places)
     shards: list[_Shard] = []
     reused = 0
 
@@ -225,7 +228,7 @@ def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
                 tar.add(f"{number:09d}.{name}", data)
             written += 1
         write_note(note_of(path), {"written": written, "rejects": rejects, "ignored": ignored})
-    load_index(path)
+    load_index(path, places=options.places)
     return _Shard(path, written, len(rejects), dict(ignored))
 
 

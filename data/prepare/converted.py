@@ -4,11 +4,19 @@ from pathlib import Path
 
 from data.prepare.build import CLAIM, REJECTS, BuildOptions, build_held, building, stamp_of_rows
 from data.prepare.progress import Progress, count_rows
+from data.shards.bytes import Places
 from data.shards.sidecar import read_note
 
 
 def shards_of_rows(
-    source: Path, name: str, *, cache_dir: Path | None, jobs: int, limit: int, section: str = "data"
+    source: Path,
+    name: str,
+    *,
+    cache_dir: Path | None,
+    jobs: int,
+    limit: int,
+    section: str = "data",
+    places: Places | None = None,
 ) -> list[Path]:
     """Shards of a JSONL or JSON file, converted the first time and reused afterwards. ValueError above `limit` rejects.
 
@@ -17,12 +25,17 @@ def shards_of_rows(
     """
     if not source.is_file():
         raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
-    stamp = stamp_of_rows(source)
+    places = places or Places()
+    stamp = stamp_of_rows(source) + places.suffix
     place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
     with building(place, waits=True):
         shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
         # an earlier run may have converted it under another source's name: the shards are the same
-        options = BuildOptions(name=(read_note(place / CLAIM) or {"name": "part"})["name"])
+        options = BuildOptions(
+            name=(read_note(place / CLAIM) or {"name": "part"})["name"],
+            media_root=str(places.root or ""),
+            allow_private=places.allow_private,
+        )
         report = build_held(source, place, options, jobs=jobs, progress=shown)
     if report.rejected > limit:
         raise ValueError(

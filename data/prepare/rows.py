@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.format.fields import BadField
+from data.format.fields import BadField, redact
 from data.format.media import Place
 from data.format.record import parse_record, record_to_json
 from data.prepare.clean import clean_image, clean_video
 from data.prepare.convert import convert_row
-from data.shards.bytes import ByteReader, read_media
+from data.shards.bytes import ByteReader, Places, read_media
 from data.shards.scan import probe_media
 
 
@@ -24,8 +24,9 @@ class RowOptions:
     """Where relative media are found, where the shards will be, and whether media go into them."""
 
     folder: Path  # of the shards
-    root: Path  # of relative paths in rows
+    origin: Path  # of relative paths in rows, unless `places` has a root
     media: Literal["embed", "reference"]
+    places: Places
 
 
 def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tuple[list[tuple[str, bytes]], list[str]]:
@@ -33,7 +34,7 @@ def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tupl
     if isinstance(row, ValueError):
         raise row
     raw, ignored = convert_row(row)
-    with closing(ByteReader()) as reader:
+    with closing(ByteReader(options.places)) as reader:
         media = _RowMedia(options, reader)
         images = [media.image(item, f"images[{n}]") for n, item in enumerate(raw.get("images", ()))]
         videos = [media.video(item, f"videos[{n}]") for n, item in enumerate(raw.get("videos", ()))]
@@ -83,12 +84,14 @@ class _RowMedia:
                 raise BadField(where, f"is not base64: {error}") from error
         span = (place["range"][0], place["range"][1]) if place.get("range") is not None else None
         source = Place(path=place.get("path"), url=place.get("url"), range=span)
-        return self._reader.read_place(source, self._options.root)
+        return self._reader.read_place(source, self._options.origin)
 
     def _refer(self, place: dict[str, Any]) -> dict[str, Any]:
-        if "path" in place:
-            return {**place, "path": os.path.relpath(self._options.root / place["path"], self._options.folder)}
-        return place
+        if "path" not in place:
+            return place
+        if (root := self._options.places.root) is not None:  # relative to it, wherever the shards go
+            return {**place, "path": os.path.relpath(root / place["path"], root)}
+        return {**place, "path": os.path.relpath(self._options.origin / place["path"], self._options.folder)}
 
     def _add(self, data: bytes, extension: str) -> str:
         name = f"{len(self.members)}.{extension}"
@@ -127,5 +130,5 @@ def _spelled(text: str, where: str) -> dict[str, Any]:
     if text.startswith(("http://", "https://")):
         return {"url": text}
     if "://" in text and not text.startswith("file://"):
-        raise BadField(where, f"is {text[:80]!r}; only paths, http:// and https:// are read")
+        raise BadField(where, f"is {redact(text)!r:.80}; only paths, http:// and https:// are read")
     return {"path": text.removeprefix("file://")}

@@ -15,6 +15,7 @@ from typing import Any
 from data.format.media import Place
 from data.format.record import Record, record_to_json
 from data.format.tar import TarWriter
+from data.shards.bytes import Places
 from data.shards.reader import SampleReader
 
 
@@ -46,6 +47,7 @@ def split_shards(
     seed: int = 0,
     samples_per_shard: int = 1000,
     cache_dir: Path | None = None,
+    places: Places | None = None,
 ) -> SplitReport:
     """Copies every usable sample into `<folder>/<side>/`. `by` is group, or key for samples that stand alone."""
     if by not in ("group", "key"):
@@ -55,7 +57,7 @@ def split_shards(
     taken = [name for name in shares if (folder / name).exists()]
     if taken:
         raise ValueError(f"{folder / taken[0]} exists already; split into an empty folder")
-    reader = SampleReader(cache_dir=cache_dir)
+    reader = SampleReader(cache_dir=cache_dir, places=places)
     sides = _sides(shards, shares, by, seed, reader)
     counts = Counter(side for side, _ in sides.values())
     empty = [name for name in shares if not counts[name]]
@@ -125,7 +127,8 @@ class _Side:
         assert self._tar is not None, "the first sample opens a shard"
         record, members = reader.sample(shard, number)
         key = reader.index(shard).keys[number]
-        moved = _moved(record, shard.parent, self._folder)
+        # where media have a root, their paths hold anywhere
+        moved = record if reader.bytes.places.root else _moved(record, shard.parent, self._folder)
         self._tar.add(f"{key}.json", json.dumps(record_to_json(moved), ensure_ascii=False).encode())
         for name, data in members.items():
             self._tar.add(f"{key}.{name}", data)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.format.facts import ImageFacts, VideoFacts, VisionCount
+from data.format.fields import redact
 from data.format.media import Place
 from data.format.record import Record
 from data.render.chat import render_record
@@ -242,7 +243,7 @@ def _is_odd(word: str) -> bool:
 
 
 def _name(kind: str, at: int, place: Place) -> str:
-    where = place.member or place.path or place.url
+    where = place.member or place.path or redact(place.url or "")
     return f"{kind} {at + 1} ({where})" if where else f"{kind} {at + 1}"
 
 

@@ -1,49 +1,56 @@
-"""Bytes by place: from files that stay open, and from the web. No torch."""
+"""Bytes by place: from files that stay open; urls go to fetch.py. No torch."""
 
 import os
-import time
-import urllib.error
-import urllib.request
+import stat
 from collections import OrderedDict
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from data.format.media import Place, VideoRef
 from data.format.record import Record
+from data.shards.fetch import fetch_url
 
 _OPEN_FILES = 64
-_FETCH_SECONDS = 30
-_LARGEST_FETCH = 1 << 32
+MAX_MEDIUM = 1 << 32
+"""Bytes of one medium that is read from a file outside of the shards."""
 
 VideoBytes = bytes | list[bytes]
 
 
-def fetch_url(url: str, span: tuple[int, int] | None, attempts: int = 3) -> bytes:
-    """The body, or the range of it; ValueError after `attempts` tries."""
-    headers = {"Range": f"bytes={span[0]}-{span[0] + span[1] - 1}"} if span else {}
-    request = urllib.request.Request(url, headers=headers)  # scheme checked by the record: http or https
-    problem = ""
-    for attempt in range(attempts):
-        if attempt:
-            time.sleep(0.5 * attempt)
-        try:
-            with urllib.request.urlopen(request, timeout=_FETCH_SECONDS) as reply:
-                body: bytes = reply.read(_LARGEST_FETCH)
-                if not span:
-                    return body
-                if reply.status == 200:  # the server ignored the range and sent everything
-                    body = body[span[0] : span[0] + span[1]]
-                if len(body) == span[1]:
-                    return body
-                problem = f"got {len(body)} bytes instead of {span[1]}"
-        except (OSError, urllib.error.HTTPError) as error:
-            problem = str(error)
-    raise ValueError(f"cannot fetch {url} after {attempts} attempts: {problem}")
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Which media outside of the shards a reader may read."""
+
+    root: Path | None = None  # where relative paths start, and what no path leaves; None: the folder of the shards
+    allow_private: bool = False  # urls may name addresses that are not public
+
+    @property
+    def name(self) -> str:
+        """Differs where other media may be found: what an index was made by."""
+        return f"{'' if self.root is None else self.root.absolute()} {self.allow_private}"
+
+    @property
+    def suffix(self) -> str:
+        """For names of files that depend on it; empty for the default."""
+        return "" if self == Places() else f"-{blake2b(self.name.encode(), digest_size=4).hexdigest()}"
+
+    def find(self, path: str, folder: Path) -> Path:
+        """The file of a medium; ValueError where it leaves the root, links followed."""
+        if self.root is None:
+            return folder / path
+        place = Path(os.path.realpath(self.root / path))
+        if not place.is_relative_to(os.path.realpath(self.root)):
+            raise ValueError(f"{path} leads out of data.media_root={self.root}; move the file there, or the root up")
+        return place
 
 
 class ByteReader:
     """Positioned reads with few files held open. One per process: file handles do not survive a fork well."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places | None = None) -> None:
+        self.places = places or Places()
+        self.outside = False  # whether a medium was read that lies in no shard
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
@@ -59,24 +66,32 @@ class ByteReader:
         return data
 
     def read_place(self, place: Place, folder: Path) -> bytes:
-        """Bytes of a medium given by path (relative to `folder`) or url."""
+        """Bytes of a medium given by path (relative to `folder`, or to the root of media) or url."""
+        self.outside = True
         if place.url is not None:
-            return fetch_url(place.url, place.range)
+            return fetch_url(place.url, place.range, allow_private=self.places.allow_private)
         assert place.path is not None, "members are read with their sample"
-        path = folder / place.path
-        if place.range is None:
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise ValueError(f"cannot read {path}: {error.strerror}") from error
-            return self.read(path, 0, size)
-        return self.read(path, *place.range)
+        path = self.places.find(place.path, folder)
+        try:
+            size = os.fstat(self._open(path)).st_size
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        offset, length = place.range or (0, size)
+        if offset + length > size:
+            raise ValueError(f"{path} ends too early: {length} bytes from byte {offset} were asked for, it has {size}")
+        if length > MAX_MEDIUM:
+            raise ValueError(f"{path}: {length:,} bytes; at most {MAX_MEDIUM:,} of a file are read. Cut it")
+        return self.read(path, offset, length)
 
     def _open(self, path: Path) -> int:
         if path in self._files:
             self._files.move_to_end(path)
         else:
-            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for a writer
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                os.close(number)
+                raise ValueError(f"cannot read {path}: it is no regular file")
+            self._files[path] = number
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         return self._files[path]

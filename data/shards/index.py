@@ -14,7 +14,7 @@ import numpy as np
 from data.format.facts import ImageFacts, VideoFacts
 from data.shards.sidecar import read_arrays, write_arrays
 
-VERSION = 1
+VERSION = 2
 _EDGE = 1 << 16
 
 
@@ -23,6 +23,7 @@ class ShardIndex:
     """What one shard holds. Rows of members follow samples; rows of images, videos and times follow their owners."""
 
     stamp: str  # size and both ends of the tar: tells a stale index from a good one
+    places: str = ""  # where media outside of the shard were looked for; empty: it has none, and holds anywhere
     digest: str  # names, checksums, sizes of media: the same content has the same digest anywhere
     keys: tuple[str, ...]
     names: tuple[str, ...]
@@ -78,22 +79,24 @@ def stamp_of(shard: Path) -> str:
 def save_index(index: ShardIndex, path: Path) -> None:
     """One file without pickles."""
     problems = [[number, reason] for number, reason in index.problems.items()]
-    head = {"version": VERSION, "stamp": index.stamp, "digest": index.digest, "problems": problems}
+    head = {"version": VERSION, "stamp": index.stamp, "places": index.places, "digest": index.digest}
+    head["problems"] = problems
     text = {"head": head, "keys": index.keys, "names": index.names}
     arrays = {name: np.frombuffer(json.dumps(value).encode(), dtype=np.uint8) for name, value in text.items()}
     write_arrays(path, arrays | {name: getattr(index, name) for name in _ARRAYS})
 
 
-def read_index(path: Path, stamp: str) -> ShardIndex | None:
-    """The stored index, or None where it is absent, damaged, of another version or of another tar."""
+def read_index(path: Path, stamp: str, places: str) -> ShardIndex | None:
+    """The stored index; None where it is absent, damaged, of another version, another tar, or other places of media."""
     arrays = read_arrays(path)
     if arrays is None or {"head", "keys", "names", *_ARRAYS} != set(arrays):
         return None
     head = json.loads(arrays["head"].tobytes())
-    if head["version"] != VERSION or head["stamp"] != stamp:
+    if head["version"] != VERSION or head["stamp"] != stamp or head["places"] not in ("", places):
         return None
     return ShardIndex(
         stamp=stamp,
+        places=head["places"],
         digest=head["digest"],
         keys=tuple(json.loads(arrays["keys"].tobytes())),
         names=tuple(json.loads(arrays["names"].tobytes())),

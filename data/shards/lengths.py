@@ -49,12 +49,20 @@ def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_d
     """Stored lengths where they fit index and settings; else counted (text only if its settings changed) and stored."""
     stamp = stamp_of(shard)
     path = sidecar(shard, ".len", cache_dir)
-    stored = _read(path, stamp)
+    stored = _read(path, stamp, reader.bytes.places.name)
     if stored is not None and stored[1] == measure.fingerprint:
         return stored[2]
     text = stored[2].text if stored is not None and stored[0] == measure.text_fingerprint else None
     lengths = _count(shard, measure, reader, text)
-    head = [stamp, lengths.digest, measure.text_fingerprint, measure.fingerprint, sorted(lengths.problems.items())]
+    places = reader.index(shard).places
+    head = [
+        stamp,
+        places,
+        lengths.digest,
+        measure.text_fingerprint,
+        measure.fingerprint,
+        sorted(lengths.problems.items()),
+    ]
     write_arrays(
         path,
         {
@@ -67,12 +75,12 @@ def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_d
     return lengths
 
 
-def _read(path: Path, stamp: str) -> tuple[str, str, Lengths] | None:
+def _read(path: Path, stamp: str, places: str) -> tuple[str, str, Lengths] | None:
     arrays = read_arrays(path)
     if arrays is None or set(arrays) != {"head", "text", "vision", "patches"}:
         return None
-    stored, digest, text, full, problems = json.loads(arrays.pop("head").tobytes())
-    if stored != stamp:
+    stored, of_places, digest, text, full, problems = json.loads(arrays.pop("head").tobytes())
+    if stored != stamp or of_places not in ("", places):
         return None
     return text, full, Lengths(digest=digest, problems={number: why for number, why in problems}, **arrays)
 

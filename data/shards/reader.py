@@ -7,7 +7,7 @@ from zlib import crc32
 
 from data.format.record import Record, RecordError, parse_record
 from data.format.tar import ShardError
-from data.shards.bytes import ByteReader, VideoBytes, read_media
+from data.shards.bytes import ByteReader, Places, VideoBytes, read_media
 from data.shards.index import ShardIndex, read_index, save_index, stamp_of
 from data.shards.sidecar import sidecar
 
@@ -17,8 +17,8 @@ _OPEN_INDEXES = 256
 class SampleReader:
     """Samples of any shard by number, checked against the index's checksums."""
 
-    def __init__(self, *, cache_dir: Path | None = None) -> None:
-        self.bytes = ByteReader()
+    def __init__(self, *, cache_dir: Path | None = None, places: Places | None = None) -> None:
+        self.bytes = ByteReader(places)
         self._cache_dir = cache_dir
         self._indexes: OrderedDict[Path, ShardIndex] = OrderedDict()
 
@@ -27,7 +27,7 @@ class SampleReader:
         if shard in self._indexes:
             self._indexes.move_to_end(shard)
         else:
-            self._indexes[shard] = load_index(shard, cache_dir=self._cache_dir)
+            self._indexes[shard] = load_index(shard, cache_dir=self._cache_dir, places=self.bytes.places)
             if len(self._indexes) > _OPEN_INDEXES:
                 self._indexes.popitem(last=False)
         return self._indexes[shard]
@@ -79,19 +79,22 @@ class SampleReader:
         return read_media(record, members, folder, self.bytes)
 
 
-def load_index(shard: Path, *, cache_dir: Path | None = None, force: bool = False) -> ShardIndex:
+def load_index(
+    shard: Path, *, cache_dir: Path | None = None, force: bool = False, places: Places | None = None
+) -> ShardIndex:
     """The index of a shard: stored if it is up to date, else built and stored. ShardError when the tar is not whole."""
     if not shard.is_file():
         raise ShardError(shard, "does not exist or is not a file")
     stamp = stamp_of(shard)
-    places = [sidecar(shard, ".idx", None)] + ([sidecar(shard, ".idx", cache_dir)] if cache_dir else [])
+    places = places or Places()
+    stored = [sidecar(shard, ".idx", None)] + ([sidecar(shard, ".idx", cache_dir)] if cache_dir else [])
     if not force:
-        for place in places:
-            if (index := read_index(place, stamp)) is not None:
+        for path in stored:
+            if (index := read_index(path, stamp, places.name)) is not None:
                 return index
     from data.shards.scan import scan_shard  # the decoders are loaded only where an index has to be built
 
-    index = scan_shard(shard, stamp)
+    index = scan_shard(shard, stamp, places)
     store_index(index, shard, cache_dir=cache_dir)
     return index
 

@@ -14,7 +14,7 @@ from data.format.tar import KeyedMembers, group_members, walk_tar
 from data.render.frames import probe_video
 from data.render.image import probe_image
 from data.render.video import frame_list_facts
-from data.shards.bytes import ByteReader, VideoBytes, read_media
+from data.shards.bytes import ByteReader, Places, VideoBytes, read_media
 from data.shards.index import ShardIndex
 
 MediaFacts = tuple[list[ImageFacts], list[VideoFacts]]
@@ -37,9 +37,9 @@ def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoB
     return image_facts, video_facts
 
 
-def scan_shard(shard: Path, stamp: str) -> ShardIndex:
+def scan_shard(shard: Path, stamp: str, places: Places) -> ShardIndex:
     """Reads the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
-    reader = ByteReader()
+    reader = ByteReader(places)
     samples = list(group_members(shard, walk_tar(shard)))
     crcs: list[int] = []
     facts: list[MediaFacts] = []
@@ -56,7 +56,7 @@ def scan_shard(shard: Path, stamp: str) -> ShardIndex:
             problems[number] = error.reason
             facts.append(([], []))
     reader.close()
-    return _index_of(samples, crcs, facts, problems, stamp)
+    return _index_of(samples, crcs, facts, problems, stamp, places.name if reader.outside else "")
 
 
 def _scan_sample(reader: ByteReader, shard: Path, sample: KeyedMembers, members: dict[str, bytes]) -> MediaFacts:
@@ -80,7 +80,12 @@ def _starts(counts: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def _index_of(
-    samples: list[KeyedMembers], crcs: list[int], facts: list[MediaFacts], problems: dict[int, str], stamp: str
+    samples: list[KeyedMembers],
+    crcs: list[int],
+    facts: list[MediaFacts],
+    problems: dict[int, str],
+    stamp: str,
+    places: str,
 ) -> ShardIndex:
     names = tuple(name for sample in samples for name in sample.names)
     sizes = [size for sample in samples for size in sample.sizes]
@@ -90,6 +95,7 @@ def _index_of(
     digest.update(repr(([sample.key for sample in samples], names, sizes, crcs, facts)).encode())
     return ShardIndex(
         stamp=stamp,
+        places=places,
         digest=digest.hexdigest(),
         keys=tuple(sample.key for sample in samples),
         names=names,

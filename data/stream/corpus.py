@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.format.turns import Cut, cut_record, split_turns
+from data.shards.bytes import Places
 from data.shards.lengths import Lengths, Measure, load_lengths
 from data.shards.pool import worker_pool
 from data.shards.reader import SampleReader
@@ -42,6 +43,7 @@ class Corpus:
 
     sources: tuple[Units, ...]
     shards: tuple[Path, ...]
+    places: Places  # where media outside of the shards are
     digest: str
     unusable: tuple[Unused, ...]  # broken samples
     overlong: tuple[Unused, ...]  # longer than the budget, left out by policy
@@ -127,11 +129,13 @@ def load_corpus(
     cache_dir: Path | None = None,
     jobs: int = 1,
     section: str = "data",
+    places: Places | None = None,
 ) -> Corpus:
     """Indexes and measures what is not yet, and applies the policy for samples over the budgets."""
     shards = tuple(shard for paths in sources.values() for shard in paths)
-    lengths = measure_all(shards, measure, cache_dir, jobs)
-    reader = SampleReader(cache_dir=cache_dir)
+    places = places or Places()
+    lengths = measure_all(shards, measure, cache_dir, jobs, places=places)
+    reader = SampleReader(cache_dir=cache_dir, places=places)
     digest = blake2b(digest_size=16)
     units: list[Units] = []
     unusable: list[Unused] = []
@@ -162,6 +166,7 @@ def load_corpus(
     return Corpus(
         sources=tuple(units),
         shards=shards,
+        places=places,
         digest=digest.hexdigest(),
         unusable=tuple(unusable),
         overlong=tuple(overlong),
@@ -223,17 +228,19 @@ def _unused(shard: _Shard, sample: int, reason: str, reader: SampleReader) -> Un
     return Unused(source=shard.source, shard=shard.path.name, key=key, reason=reason)
 
 
-def measure_all(shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int) -> list[Lengths]:
+def measure_all(
+    shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int, *, places: Places
+) -> list[Lengths]:
     """Lengths of every shard, from the files beside them where they fit."""
-    count = partial(_measure_one, measure=measure, cache_dir=cache_dir)
+    count = partial(_measure_one, measure=measure, cache_dir=cache_dir, places=places)
     if jobs <= 1:
         return [count(shard) for shard in shards]
     with worker_pool(jobs) as pool:
         return list(pool.map(count, shards))
 
 
-def _measure_one(shard: Path, *, measure: Measure, cache_dir: Path | None) -> Lengths:
-    reader = SampleReader(cache_dir=cache_dir)
+def _measure_one(shard: Path, *, measure: Measure, cache_dir: Path | None, places: Places) -> Lengths:
+    reader = SampleReader(cache_dir=cache_dir, places=places)
     try:
         return load_lengths(shard, measure, reader=reader, cache_dir=cache_dir)
     finally:

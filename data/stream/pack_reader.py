@@ -11,6 +11,7 @@ from data.format.record import RecordError
 from data.format.tar import ShardError
 from data.format.turns import cut_record
 from data.render.sample import Renderer, Sample
+from data.shards.bytes import Places
 from data.shards.reader import SampleReader
 from data.stream.batch import BadSample, Batch, LossSums, collate, loss_sums
 from data.stream.being_read import Reading
@@ -45,10 +46,16 @@ class PackReader(Dataset[PackResult]):
     """Lives in a worker: turns the units of a pack into a batch; samples that fail are left out and named."""
 
     def __init__(
-        self, renderer: Renderer, *, pad_multiple: int, cache_dir: Path | None, reading: Reading | None = None
+        self,
+        renderer: Renderer,
+        *,
+        pad_multiple: int,
+        cache_dir: Path | None,
+        places: Places,
+        reading: Reading | None = None,
     ) -> None:
         self._renderer, self._multiple = renderer, pad_multiple
-        self._cache_dir = cache_dir
+        self._cache_dir, self._places = cache_dir, places
         self._reading = reading or Reading(0)
         self._reader: SampleReader | None = None
 
@@ -82,7 +89,7 @@ class PackReader(Dataset[PackResult]):
     def _build(self, unit: Unit) -> tuple[str, Sample, float]:
         """Key, sample, and seconds of video in it."""
         if self._reader is None:  # made here, so that no open file crosses into a worker
-            self._reader = SampleReader(cache_dir=self._cache_dir)
+            self._reader = SampleReader(cache_dir=self._cache_dir, places=self._places)
         self._reading.note(f"{unit.source}/{unit.shard.name}/number {unit.sample}")
         try:
             record, members = self._reader.sample(unit.shard, unit.sample)

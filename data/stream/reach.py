@@ -31,7 +31,7 @@ def reach(corpus: Corpus, renderer: Renderer, *, enough: int, cache_dir: Path | 
     if tokens.max() <= enough:
         return Reach(positions=int(tokens.max()), exact=False)
     farthest = Reach(positions=0, exact=True)
-    reader = SampleReader(cache_dir=cache_dir)
+    reader = SampleReader(cache_dir=cache_dir, places=corpus.places)
     places = [(source, row) for source, units in enumerate(corpus.sources) for row in range(len(units))]
     for at in np.argsort(-tokens, kind="stable").tolist():
         if tokens[at] <= farthest.positions:

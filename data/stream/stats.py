@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.shards.bytes import Places
 from data.shards.lengths import Measure, load_lengths
 from data.shards.reader import SampleReader
 from data.stream.corpus import Corpus
@@ -78,9 +79,16 @@ def corpus_lines(corpus: Corpus, *, patches_per_token: int) -> list[str]:
     return lines
 
 
-def shard_stats(shards: Sequence[Path], measure: Measure, *, context: int, cache_dir: Path | None = None) -> Stats:
+def shard_stats(
+    shards: Sequence[Path],
+    measure: Measure,
+    *,
+    context: int,
+    cache_dir: Path | None = None,
+    places: Places | None = None,
+) -> Stats:
     """Stats of these shards; they are indexed and measured if they are not yet."""
-    reader = SampleReader(cache_dir=cache_dir)
+    reader = SampleReader(cache_dir=cache_dir, places=places)
     tokens: list[np.ndarray[Any, Any]] = []
     vision: list[np.ndarray[Any, Any]] = []
     pixels: list[np.ndarray[Any, Any]] = []

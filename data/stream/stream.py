@@ -125,6 +125,7 @@ class DataStream:
                 self._renderer,
                 pad_multiple=self._settings.pad_multiple,
                 cache_dir=self._settings.cache_dir,
+                places=self._corpus.places,
                 reading=self._reading,
             ),
             batch_size=None,

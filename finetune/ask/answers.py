@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.format.record import Record
-from data.shards.bytes import VideoBytes
+from data.shards.bytes import Places, VideoBytes
 from data.shards.questions import Question, read_questions
 from data.shards.reader import SampleReader
 from data.stream.corpus import find_shards
@@ -67,10 +67,16 @@ class Scored:
 
 
 def find_questions(
-    paths: Sequence[str], *, limit: int | None = None, seed: int = 0, cache_dir: Path | None = None, jobs: int = 1
+    paths: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    jobs: int = 1,
+    places: Places | None = None,
 ) -> tuple[list[Question], SampleReader]:
     """Read all questions of shards, JSONL or JSON files (`PATH` or `NAME=PATH`), or draw a few of every source."""
-    reader = SampleReader(cache_dir=cache_dir)
+    reader = SampleReader(cache_dir=cache_dir, places=places)
     questions: list[Question] = []
     for word in paths:
         name, sign, path = word.partition("=")
@@ -81,7 +87,7 @@ def find_questions(
 
             if not Path(path).is_file():
                 raise ValueError(f"DATA is {path!r}, which does not exist")
-            shards = shards_of_rows(Path(path), Path(path).stem, cache_dir=cache_dir, jobs=jobs, limit=0)
+            shards = shards_of_rows(Path(path), Path(path).stem, cache_dir=cache_dir, jobs=jobs, limit=0, places=places)
         else:
             shards = find_shards(path, "DATA")
         questions += read_questions(shards, reader, source=name)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.format.record import RecordError
-from data.open import find_sources
+from data.open import find_sources, places_of
 from data.prepare.audit import AuditOptions, Finding, audit_shards
 from data.shards.reader import SampleReader
 from finetune.config import CheckpointConfig, EvalConfig, RunConfig, TrackConfig
@@ -93,12 +93,12 @@ def _look_at_shards(config: RunConfig) -> list[Finding]:
     findings: list[Finding] = []
     if rank_and_world()[0] == 0:
         cache = Path(config.data.cache_dir) if config.data.cache_dir else None
-        options = AuditOptions(decode=False, cache_dir=cache)
+        options = AuditOptions(decode=False, cache_dir=cache, places=places_of(config.data))
         evaluated = find_sources(held_out(config, packs_per_step=1), section="eval")
         for shards in (*find_sources(config.data).values(), *evaluated.values()):
             findings += audit_shards(shards, options)
         for name, shards in evaluated.items():
-            _read_one(name, shards, SampleReader(cache_dir=cache))
+            _read_one(name, shards, SampleReader(cache_dir=cache, places=options.places))
     return gather_lists(findings)
 
 

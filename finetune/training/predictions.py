@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.open import find_sources
+from data.open import find_sources, places_of
 from data.render.sample import Renderer, Sample
 from data.shards.questions import Question, read_questions
 from data.shards.reader import SampleReader
@@ -54,7 +54,7 @@ class Predictions:
         self._renderer, self._stops = renderer, stops
         self._watch = watch
         self.questions: list[HeldOutQuestion] = []
-        reader = SampleReader(cache_dir=Path(data.cache_dir) if data.cache_dir else None)
+        reader = SampleReader(cache_dir=Path(data.cache_dir) if data.cache_dir else None, places=places_of(data))
         for source, shards in find_sources(data, section="eval").items():
             for question in list(read_questions(shards, reader, source=source))[: config.answers]:
                 images, videos = question.media(reader)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from data.format.record import RecordError
 from data.format.tar import ShardError, TarWriter, group_members, split_name, walk_tar
-from data.shards.bytes import ByteReader, fetch_url
+from data.shards.bytes import ByteReader
 from data.shards.reader import SampleReader, load_index
 from data.shards.sidecar import read_arrays, sidecar, write_arrays
 
@@ -429,42 +429,6 @@ def test_a_tar_with_any_bytes_changed_is_read_or_refused_by_name(tmp_path_factor
         assert len(index) <= 3
         assert set(index.problems) <= set(range(len(index)))
     assert "x.tar" in where
-
-
-def test_fetch_reads_ranges_and_names_the_failure(tmp_path, serve):
-    (tmp_path / "blob").write_bytes(bytes(range(100)))
-    address = serve(tmp_path)
-    assert fetch_url(f"{address}/blob", None) == bytes(range(100))
-    assert fetch_url(f"{address}/blob", (10, 5)) == bytes(range(10, 15))  # this server ignores ranges
-    with pytest.raises(ValueError, match="cannot fetch .*/blob after 1 attempts: got 5 bytes instead of 9"):
-        fetch_url(f"{address}/blob", (95, 9), attempts=1)
-    with pytest.raises(ValueError, match="cannot fetch .*/none after 2 attempts: .*404"):
-        fetch_url(f"{address}/none", None, attempts=2)
-
-
-@pytest.fixture
-def serve():
-    """Starts a plain file server on this machine."""
-    import functools
-    import http.server
-    import threading
-
-    servers = []
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    def start(folder):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def test_arrays_of_an_empty_shard(tmp_path):

@@ -282,9 +282,8 @@ def test_build_embeds_media_refuses_bad_rows_and_counts_columns(tmp_path):
 def test_build_may_refer_to_media_instead(tmp_path):
     (tmp_path / "media").mkdir()
     (tmp_path / "media/a.png").write_bytes(PNG)
-    source = write_rows(tmp_path / "rows.jsonl", [with_image("a.png")])
-    options = BuildOptions(name="t", media="reference", media_root=str(tmp_path / "media"))
-    (shard,) = build_shards(source, tmp_path / "out", options).shards
+    source = write_rows(tmp_path / "media/rows.jsonl", [with_image("a.png")])
+    (shard,) = build_shards(source, tmp_path / "out", BuildOptions(name="t", media="reference")).shards
     reader = SampleReader()
     record, members = reader.sample(shard, 0)
     assert record.images[0].path == "../media/a.png"

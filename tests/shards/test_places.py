@@ -1,0 +1,272 @@
+"""Media outside of the shards: what may be read, from where, how much of it, and what messages say of it."""
+
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from media_files import encode, picture
+from PIL import Image
+
+from data.format.tar import TarWriter
+from data.prepare.audit import AuditOptions, audit_shards
+from data.prepare.build import BuildOptions, build_shards
+from data.shards import fetch
+from data.shards.bytes import Places
+from data.shards.fetch import fetch_url
+from data.shards.reader import load_index
+from launchers.cli import main
+
+PNG = encode(Image.fromarray(picture(40, 60)))
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers as servers do, good and bad ones."""
+
+    def do_GET(self):
+        path = self.path.removeprefix("http://example.com")  # as a proxy is asked
+        self.server.asked.append(path)
+        getattr(self, path.strip("/").replace("-", "_"), self.missing)()
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def missing(self):
+        self.send(404)
+
+    def picture(self):
+        self.send(200, PNG, Content_Length=len(PNG))
+
+    def range(self):
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = PNG[first : last + 1]
+        self.send(206, part, Content_Length=len(part))
+
+    def short(self):
+        self.send(200, PNG[:-20], Content_Length=len(PNG))
+
+    def short_once(self):
+        is_first = self.server.asked.count(self.path) == 1
+        self.send(200, PNG[:-20] if is_first else PNG, Content_Length=len(PNG))
+
+    def cut_chunk(self):
+        self.send(200, b"50\r\nabc", Transfer_Encoding="chunked")
+
+    def huge(self):
+        self.send(200, Content_Length=1 << 40)
+
+    def endless(self):
+        self.send(200, bytes(1 << 16))
+
+    def status(self):
+        self.wfile.write(b"nonsense\r\n\r\n")
+
+    def drip(self):
+        self.send(200, Content_Length=100)
+        while not self.server.over.wait(0.02):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+
+    def drip_header(self):
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+        while not self.server.over.wait(0.02):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+
+    def to_picture(self):
+        self.send(302, Location="/picture")
+
+    def to_ftp(self):
+        self.send(302, Location="ftp://example.com/x")
+
+    def to_user(self):
+        self.send(302, Location="http://user:hunter2@example.com/x")
+
+    def to_inside(self):
+        self.send(302, Location=f"http://127.0.0.1:{self.server.server_port}/picture")
+
+    def round(self):
+        self.send(307, Location="/round")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    listening.asked, listening.over = [], threading.Event()
+    threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    listening.url = f"http://127.0.0.1:{listening.server_port}"
+    yield listening
+    listening.over.set()
+    listening.shutdown()
+    listening.server_close()
+
+
+def test_bodies_ranges_and_redirects_are_read_whole(server):
+    for path in ("picture", "to-picture", "short-once"):
+        assert fetch_url(f"{server.url}/{path}", None, allow_private=True) == PNG
+    for path in ("range", "picture"):  # the second ignores ranges
+        assert fetch_url(f"{server.url}/{path}", (10, 5), allow_private=True) == PNG[10:15]
+    assert server.asked.count("/short-once") == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "span", "message", "asked"),
+    [
+        ("none", None, "after 1 attempts: status 404 Not Found", 1),
+        ("short", None, f"after 2 attempts: got {len(PNG) - 20} bytes instead of {len(PNG)}", 2),
+        ("picture", (len(PNG) - 5, 9), "after 2 attempts: got 5 bytes instead of 9", 2),
+        ("picture", (2**70, 1), "after 1 attempts: it has more than 1,073,741,824 bytes", 1),
+        ("cut-chunk", None, "after 2 attempts: IncompleteRead", 2),
+        ("status", None, "after 2 attempts: BadStatusLine", 2),
+        ("huge", None, "after 1 attempts: it has more than 1,073,741,824 bytes; name a file by `path`", 1),
+        ("round", None, "after 1 attempts: more than 5 redirects", 6),
+        ("to-ftp", None, "after 1 attempts: 'ftp://example.com/x' is no http:// or https:// url", 1),
+        ("to-user", None, "after 1 attempts: urls with a user name or password are not fetched", 1),
+    ],
+)
+def test_what_a_server_does_wrong_is_named(server, path, span, message, asked):
+    with pytest.raises(ValueError, match=f"cannot fetch {server.url}/{path} {message}"):
+        fetch_url(f"{server.url}/{path}", span, allow_private=True, attempts=2)
+    assert len(server.asked) == asked
+
+
+def test_a_body_without_a_length_is_limited_too(server, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 1 << 12)
+    with pytest.raises(ValueError, match="it has 4,096 bytes or more; name a file by `path` instead"):
+        fetch_url(f"{server.url}/endless", None, allow_private=True)
+
+
+@pytest.mark.parametrize("path", ["drip", "drip-header"])
+def test_a_server_that_drips_is_left(server, path):
+    with pytest.raises(ValueError, match=f"cannot fetch .*/{path} after . attempts: it took longer than 0.2 s"):
+        fetch_url(f"{server.url}/{path}", None, allow_private=True, seconds=0.2)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "2130706433", "0x7f.1", "10.0.0.1"])
+def test_addresses_that_are_not_public_are_asked_only_where_that_is_allowed(server, host):
+    with pytest.raises(ValueError, match=r"is no public address; set data.allow_private_addresses=true"):
+        fetch_url(f"http://{host}:{server.server_port}/picture", None)
+    assert server.asked == []
+
+
+def test_a_redirect_obeys_the_same_rule(server, monkeypatch):
+    """A proxy is the user's own, wherever it is; it answers here for a public server."""
+    monkeypatch.setenv("http_proxy", server.url)
+    assert fetch_url("http://example.com/picture", None) == PNG
+    with pytest.raises(ValueError, match="127.0.0.1 is 127.0.0.1, which is no public address"):
+        fetch_url("http://example.com/to-inside", None)
+    assert server.asked == ["/picture", "/to-inside"]
+
+
+URLS = {
+    "http://h:abc/x": "the url is not one: Port could not be cast",
+    "http://127.0.0.1:9/a b": "the url holds a blank or control character",
+    "http://user:hunter2@127.0.0.1:9/x?sig=SECRET": "cannot fetch http://***@127.0.0.1:9/x?*** after 1 attempts",
+    "http://127.0.0.1:9/x?sig=SECRET": "cannot fetch http://127.0.0.1:9/x?*** after 1 attempts: 127.0.0.1 is",
+    "ftp://user:hunter2@h/x?sig=SECRET": "'ftp://***@h/x?***'; only paths, http",
+    "http:///x": "'http:///x' is no http:// or https:// url",
+}
+
+
+def image_row(place):
+    return {"v": 1, "messages": [{"role": "assistant", "content": "<image>yes"}], "images": [place]}
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_that_cannot_be_fetched_costs_its_row_and_shows_no_secret(tmp_path, url):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (image_row(url), GOOD)))
+    report = build_shards(rows, tmp_path / "out", BuildOptions(name="t"))
+    assert (report.written, report.rejected) == (1, 1)
+    shown = (tmp_path / "out/rejects.jsonl").read_text()
+    assert URLS[url] in json.loads(shown)["reason"]
+    index = load_index(shard_of(tmp_path, {"url": url}))
+    assert list(index.problems) == [0]
+    for text in (shown, index.problems[0]):
+        assert "hunter2" not in text
+        assert "SECRET" not in text
+
+
+GOOD = {"v": 1, "messages": [{"role": "assistant", "content": "yes"}]}
+
+
+def shard_of(folder, *places):
+    with TarWriter(folder / "x.tar") as tar:
+        for number, place in enumerate(places):
+            tar.add(f"bad{number}.json", json.dumps(image_row(place)).encode())
+        tar.add("good.json", json.dumps(GOOD).encode())
+    return folder / "x.tar"
+
+
+def test_paths_that_are_no_files_or_too_short_cost_their_sample(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.png").write_bytes(PNG)
+    with (tmp_path / "hole").open("wb") as file:
+        file.truncate(1 << 40)
+    places = [
+        ({"path": "pipe"}, "pipe: it is no regular file"),
+        ({"path": "/dev/zero"}, "/dev/zero: it is no regular file"),
+        ({"path": "."}, "it is no regular file"),
+        ({"path": "a.png", "range": [2**70, 1]}, "a.png ends too early"),
+        ({"path": "a.png", "range": [0, 2**47]}, "a.png ends too early"),
+        ({"path": "hole"}, "hole: 1,099,511,627,776 bytes; at most 4,294,967,296 of a file are read"),
+    ]
+    shard = shard_of(tmp_path, *(place for place, _ in places))
+    problems = load_index(shard).problems
+    assert list(problems) == list(range(len(places)))
+    for number, (_, message) in enumerate(places):
+        assert message in problems[number]
+    assert len(list(audit_shards([shard], AuditOptions()))) == len(places)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (*(image_row(place) for place, _ in places), GOOD)))
+    assert build_shards(rows, tmp_path / "out", BuildOptions(name="t")).rejected == len(places)
+
+
+def test_with_a_root_relative_paths_start_there_and_none_leaves_it(tmp_path):
+    (tmp_path / "media/deep").mkdir(parents=True)
+    (tmp_path / "media/deep/a.png").write_bytes(PNG)
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (tmp_path / "media/link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "media/inner.png").symlink_to("deep/a.png")
+    inside = ["deep/a.png", "deep/../inner.png", str(tmp_path / "media/deep/a.png")]
+    outside = ["../secret.png", "link.png", str(tmp_path / "secret.png"), "/etc/hostname"]
+    (tmp_path / "shards").mkdir()
+    shard = shard_of(tmp_path / "shards", *({"path": path} for path in [*inside, *outside]))
+    places = Places(root=tmp_path / "media")
+    problems = load_index(shard, places=places).problems
+    assert list(problems) == [3, 4, 5, 6]
+    assert all("leads out of data.media_root=" in reason for reason in problems.values())
+    assert 0 in load_index(shard).problems, "an index of other places is made again"
+    assert 0 not in load_index(shard, places=places).problems
+
+
+def test_an_index_without_outside_media_holds_for_any_places(tmp_path):
+    shard = shard_of(tmp_path)
+    load_index(shard)
+    time = (tmp_path / "x.tar.idx").stat().st_mtime_ns
+    load_index(shard, places=Places(root=tmp_path, allow_private=True))
+    assert (tmp_path / "x.tar.idx").stat().st_mtime_ns == time
+
+
+def test_the_flags_of_shards_say_what_the_keys_do(tmp_path, server, capsys):
+    (tmp_path / "media").mkdir()
+    (tmp_path / "media/a.png").write_bytes(PNG)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(image_row(place)) + "\n" for place in ("a.png", f"{server.url}/picture")))
+    flags = ["--media-root", str(tmp_path / "media"), "--allow-private-addresses"]
+    out = str(tmp_path / "out")
+    assert main(["shards", "build", str(rows), "--out", out, "--media", "reference", *flags]) == 0
+    for action in ("index", "check"):
+        assert main(["shards", action, out, *flags]) == 0
+        assert main(["shards", action, out]) == 3
+    assert "no public address" in capsys.readouterr().out
