@@ -93,7 +93,9 @@ def _renderer(base: Path) -> "Renderer":
 
 
 def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> None:
-    print(json.dumps(answer, default=str) if args.json else "\n".join(lines))
+    from data.format.printable import printable
+
+    print(json.dumps(answer, default=str) if args.json else printable("\n".join(lines)))
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -121,6 +123,7 @@ def _build(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from functools import partial
 
+    from data.format.printable import one_line
     from data.shards.pool import worker_pool
     from data.shards.reader import load_index
 
@@ -144,7 +147,10 @@ def _index(args: argparse.Namespace) -> int:
             if number not in index.problems
         ]
     samples = sum(map(len, indexes))
-    lines = [f"{samples} samples in {len(shards)} shards indexed, {len(problems)} of them cannot be used", *problems]
+    lines = [
+        f"{samples} samples in {len(shards)} shards indexed, {len(problems)} of them cannot be used",
+        *map(one_line, problems),
+    ]
     _print(args, {"shards": len(shards), "samples": samples, "problems": problems}, *lines)
     return 3 if problems else 0
 
@@ -156,6 +162,7 @@ def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Length
 
 
 def _check(args: argparse.Namespace) -> int:
+    from data.format.printable import one_line
     from data.prepare.audit import AuditOptions, audit_shards
 
     if args.tokens_per_pack and not args.base:
@@ -172,7 +179,7 @@ def _check(args: argparse.Namespace) -> int:
     for finding in audit_shards(shards, options):
         findings.append(finding)
         if not args.json:
-            print(finding)
+            print(one_line(str(finding)))
     _print(
         args,
         {"findings": [asdict(finding) for finding in findings]},

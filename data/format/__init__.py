@@ -1,5 +1,5 @@
-"""A sample as it is written: record, media, tar. No torch.
+"""A sample as it is written: record, media, tar; printable. No torch.
 
 Reading order: record with fields, content, media and turns; facts (what is known of a medium without its pixels);
-tar.
+tar; printable.
 """

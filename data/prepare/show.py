@@ -33,14 +33,22 @@ class Tile:
 
 
 def marked_text(sample: Sample, base: Path, *, before: str = "⟦", after: str = "⟧") -> str:
-    """The row's text; what carries loss stands between marks, runs of placeholders are counted."""
+    """The row's text; what carries loss stands between marks, runs of placeholders are counted.
+
+    A control token or mark that is only spelled in a text has a backslash before it.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base)
+    added = tokenizer.added_tokens_decoder
+    spelled = re.compile("|".join(map(re.escape, [before, after, *(token.content for token in added.values())])))
     out = []
     for supervised, group in groupby(
         zip(sample.input_ids, sample.loss_weights, strict=True), key=lambda pair: pair[1] > 0
     ):
-        text = tokenizer.decode([int(token) for token, _ in group], skip_special_tokens=False)
-        text = _PADS.sub(lambda pads: f"{pads[0][: pads[0].index('>') + 1]}×{pads[0].count('>')}", text)
+        pieces = []
+        for is_control, tokens in groupby((int(token) for token, _ in group), key=added.__contains__):
+            piece = tokenizer.decode(list(tokens), skip_special_tokens=False)
+            pieces.append(piece if is_control else spelled.sub(r"\\\g<0>", piece))
+        text = _PADS.sub(lambda pads: f"{pads[0][: pads[0].index('>') + 1]}×{pads[0].count('>')}", "".join(pieces))
         out.append(f"{before}{text}{after}" if supervised else text)
     return "".join(out)
 

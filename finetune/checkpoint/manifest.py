@@ -35,6 +35,8 @@ FREE = (
     "model.attention",  # as parallel.*: the same sums in another order
     "moe.dispatch",
     "data.sources.*.path",  # the data's own state knows what it read
+    "data.media_root",
+    "data.allow_private_addresses",
     "data.cache_dir",
     "data.workers",
     "data.prefetch",
