@@ -186,10 +186,15 @@ def _connection(
 
 
 def _check_literal(host: str) -> None:
-    with suppress(ValueError):
-        _check_address(host, ipaddress.ip_address(host))
+    """Refuse an address that is written as a number, in any spelling a resolver takes, and this machine's own name."""
     if host.rstrip(".").lower().endswith("localhost"):
         _check_address(host, ipaddress.ip_address("127.0.0.1"))
+    try:
+        numbers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return  # a name
+    for *_, place in numbers:
+        _check_address(host, ipaddress.ip_address(str(place[0]).partition("%")[0]))
 
 
 def _check_address(host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:

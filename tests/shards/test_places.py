@@ -91,7 +91,7 @@ class Server(BaseHTTPRequestHandler):
         self.send(302, Location="http://user:hunter2@example.com/x")
 
     def to_inside(self):
-        self.send(302, Location=f"http://127.0.0.1:{self.server.server_port}/picture")
+        self.send(302, Location="http://10.0.0.1/picture")
 
     def round(self):
         self.send(307, Location="/round")
@@ -163,8 +163,11 @@ def test_a_redirect_obeys_the_same_rule(server, monkeypatch):
     """A proxy is the user's own, wherever it is; it answers here for a public server."""
     monkeypatch.setenv("http_proxy", server.url)
     assert fetch_url("http://example.com/picture", None) == PNG
-    with pytest.raises(ValueError, match="127.0.0.1 is 127.0.0.1, which is no public address"):
+    with pytest.raises(ValueError, match="10.0.0.1 is 10.0.0.1, which is no public address"):
         fetch_url("http://example.com/to-inside", None)
+    for host in ("2130706433", "localhost", "[::1]"):
+        with pytest.raises(ValueError, match="is no public address"):
+            fetch_url(f"http://{host}:9/picture", None)
     assert server.asked == ["/picture", "/to-inside"]
 
 
