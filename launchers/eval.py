@@ -58,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, score, print the table; 3 when a bound is missed, 1 when the server fails."""
     from finetune.ask import answers
-    from finetune.ask.endpoint import EndpointError
+    from finetune.ask.exchange import EndpointError
     from finetune.ask.scores import find_metric
 
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):

@@ -43,7 +43,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
     from finetune.ask.answers import find_questions, with_media
-    from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable
+    from finetune.ask.endpoint import Endpoint, check_sendable
+    from finetune.ask.exchange import EndpointError
     from finetune.files.hub import model_folder
 
     if not args.tolerance >= 0:

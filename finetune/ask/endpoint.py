@@ -7,30 +7,41 @@ restarting server refuses is repeated; an error in the request or the key is rai
 import base64
 import http.client
 import json
+import math
 import os
 import random
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Event, Semaphore, Thread
+from functools import partial
+from threading import Event, Semaphore
 from typing import Any
 
 from data.format.record import Message, Record
 from data.shards.bytes import VideoBytes
 from finetune.ask.answers import Reply, Respond, ShownQuestion
+from finetune.ask.exchange import Answer, EndpointError, Result, exchange, in_thread, text_of, understood
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP codes after which a request is repeated."""
 _LONGEST_WAIT_S = 60.0
+_FIRST_ERROR = 300
+"""Below it are HTTP's codes of success; redirects were followed."""
+_REASON_BYTES = 4096
 _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
-class EndpointError(RuntimeError):
-    """The server could not be reached, or refused."""
+@dataclass(frozen=True, kw_only=True)
+class Completion(Reply):
+    """An answer with what the server tells of its tokens; what it does not tell is empty or None."""
+
+    prompt_ids: tuple[int, ...] = ()
+    prompt_tokens: int | None = None
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,78 +69,68 @@ class Endpoint:
         """Return the address before /v1."""
         return self.url.rstrip("/").removesuffix("/v1")
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """POST a body, or GET without one, and return the JSON that comes back; EndpointError if none does."""
+    def call(self, path: str, body: Mapping[str, Any] | None = None, *, parse: Callable[[Any], Result]) -> Result:
+        """POST a body, or GET without one, and parse the JSON that comes back; EndpointError if none does."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.root + path, data=data, headers=headers)  # scheme checked above
+        address = self.root + path
+        request = urllib.request.Request(address, data=data, headers=headers)  # scheme checked above
         problem, pause = "", 0.0
         for attempt in range(self.attempts):
             if attempt:
                 self.wait(min(pause or 2.0**attempt * random.uniform(0.5, 1), _LONGEST_WAIT_S))
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.loads(reply.read())
-            except urllib.error.HTTPError as error:
-                problem, pause = self._temporary(error, path), _retry_after(error)
+                answer = exchange(request, timeout=self.timeout)
             except (OSError, http.client.HTTPException) as error:
                 problem, pause = f"{getattr(error, 'reason', None) or error}", 0.0
-            except json.JSONDecodeError as error:
-                raise EndpointError(
-                    f"{self.root}{path}: what came back is no JSON: {error}. Is it the right address?"
-                ) from error
-        raise EndpointError(f"{self.root}{path}: no answer after {self.attempts} attempt(s), the last said: {problem}")
+                continue
+            if answer.status < _FIRST_ERROR:
+                return understood(answer.body, parse, address=address)
+            problem, pause = self._temporary(answer, path), answer.retry_after
+        raise EndpointError(f"{address}: no answer after {self.attempts} attempt(s), the last said: {problem}")
 
-    def _temporary(self, error: urllib.error.HTTPError, path: str) -> str:
+    def _temporary(self, answer: Answer, path: str) -> str:
         """Describe an error after which the request is repeated; raise any other."""
-        reason = _reason(error)
-        if error.code in AGAIN:
-            return f"HTTP {error.code}: {reason}"
+        reason = _reason(answer)
+        if answer.status in AGAIN:
+            return f"HTTP {answer.status}: {reason}"
         advice = ""
-        if error.code in (401, 403):
+        if answer.status in (401, 403):
             is_set = "is set but refused" if os.environ.get(self.key_variable) else "is not set"
             advice = f". The key is read from the environment variable {self.key_variable}, which {is_set}"
-        if error.code == 404:
+        if answer.status == 404:
             advice = f". --url should be the server's address up to /v1, and --name a model it has ({self.url})"
-        raise EndpointError(f"{self.root}{path}: HTTP {error.code}: {reason}{advice}") from error
+        raise EndpointError(f"{self.root}{path}: HTTP {answer.status}: {reason}{advice}")
+
+    def complete(self, body: Mapping[str, Any]) -> Completion:
+        """Ask for a chat completion."""
+        return self.call("/v1/chat/completions", body, parse=completion_of)
 
     def model_name(self) -> str:
         """Return the name given, or the only one that the server lists."""
         if self.model:
             return self.model
-        names = [entry["id"] for entry in self.call("/v1/models")["data"]]
+        names = self.call("/v1/models", parse=lambda tree: [text_of(entry["id"]) for entry in tree["data"]])
         if len(names) != 1:
             raise ValueError(f"{self.root} serves {', '.join(names) or 'no model'}; choose one with --name")
-        return str(names[0])
+        return names[0]
 
 
 def _in_threads(
     work: Callable[[ShownQuestion], Reply], most: int
 ) -> tuple[Callable[[ShownQuestion], Future[Reply]], Event]:
-    """Return a function that runs `work` in daemon threads, at most `most` at a time, and an event that stops new ones.
-
-    No pool: Python waits for a pool's threads before it ends, and a silent server would keep it for hours.
-    """
+    """Return a function that runs `work` in threads, at most `most` at a time, and an event that stops new ones."""
     turns, stop = Semaphore(most), Event()
 
-    def start(question: ShownQuestion) -> Future[Reply]:
-        future: Future[Reply] = Future()
+    def in_turn(question: ShownQuestion) -> Reply:
+        with turns:
+            if stop.is_set():
+                raise EndpointError("no longer wanted")
+            return work(question)
 
-        def run() -> None:
-            with turns:
-                if stop.is_set():
-                    return
-                try:
-                    future.set_result(work(question))
-                except Exception as error:  # noqa: BLE001 - raised where the result is waited for
-                    future.set_exception(error)
-
-        Thread(target=run, daemon=True).start()
-        return future
-
-    return start, stop
+    return lambda question: in_thread(partial(in_turn, question)), stop
 
 
 def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
@@ -140,7 +141,7 @@ def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
 
         def ask(question: ShownQuestion) -> Reply:
             try:
-                return reply_of(endpoint.call("/v1/chat/completions", completion_body(question, name, options)))
+                return endpoint.complete(completion_body(question, name, options))
             except EndpointError as error:
                 raise EndpointError(f"sample {question.key}: {error}") from error
 
@@ -174,13 +175,29 @@ def completion_body(question: ShownQuestion, model: str, options: Mapping[str, A
     return body
 
 
-def reply_of(body: Any) -> Reply:
-    """Return the first choice of a completion."""
-    try:
-        first = body["choices"][0]
-        return Reply(text=first["message"]["content"] or "", finished=first["finish_reason"] != "length")
-    except (KeyError, IndexError, TypeError) as error:
-        raise EndpointError(f"the server's answer is no chat completion: {json.dumps(body)[:200]}") from error
+def completion_of(tree: Any) -> Completion:
+    """Return the first choice of a completion; any exception where it is none."""
+    choice = tree["choices"][0]
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    usage = tree.get("usage") or {}
+    return Completion(
+        text=text_of(choice["message"]["content"]),
+        finished=choice["finish_reason"] != "length",
+        prompt_ids=_ids(tree.get("prompt_token_ids") or choice.get("prompt_token_ids")),
+        prompt_tokens=None if usage.get("prompt_tokens") is None else int(usage["prompt_tokens"]),
+        ids=_ids(choice.get("token_ids")),
+        logprobs=tuple(_finite(entry["logprob"]) for entry in entries),
+    )
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"a log-probability must be finite, and is {number}")
+    return number
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    return tuple(map(int, values or ()))
 
 
 def check_sendable(record: Record) -> None:
@@ -226,22 +243,12 @@ def _data_url(data: bytes, kind: str = "") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _reason(error: urllib.error.HTTPError) -> str:
+def _reason(answer: Answer) -> str:
     """Return the server's own message, whatever form it has."""
+    text = answer.body[:_REASON_BYTES].decode(errors="replace")
     try:
-        body = error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
-        tree = json.loads(body)
-    except json.JSONDecodeError:
-        return body[:300].strip() or str(error.reason)
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return text[:300].strip() or answer.reason
     inner = tree.get("error", tree) if isinstance(tree, dict) else tree
     return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:300]
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    try:
-        return float(error.headers.get("Retry-After", "0"))
-    except ValueError:
-        return 0.0

@@ -8,11 +8,10 @@ guessed.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 from data.render.sample import Sample
 from finetune.ask.answers import ShownQuestion
-from finetune.ask.endpoint import Endpoint, completion_body, reply_of
+from finetune.ask.endpoint import Completion, Endpoint, completion_body
 from finetune.ask.local import prompt_of
 from finetune.ask.speaker import Judged, Sampling, Speaker
 
@@ -84,20 +83,19 @@ def serve_check(
     }
     for question in questions:
         prompt = prompt_of(speaker, question)
-        body = endpoint.call("/v1/chat/completions", completion_body(question, name, options))
-        reply_of(body)
+        completion = endpoint.complete(completion_body(question, name, options))
         card.samples += 1
-        if _compare_prompt(card, question.key, prompt, body, speaker):
-            _compare_answer(card, question.key, prompt, body, speaker)
+        if _compare_prompt(card, question.key, prompt, completion, speaker):
+            _compare_answer(card, question.key, prompt, completion, speaker)
         yield card
 
 
-def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Speaker) -> bool:
+def _compare_prompt(card: Card, key: str, prompt: Sample, completion: Completion, speaker: Speaker) -> bool:
     """Return whether the server read the same prompt; otherwise answers cannot be compared."""
     ours: list[int] = prompt.input_ids.tolist()
-    theirs = body.get("prompt_token_ids") or body["choices"][0].get("prompt_token_ids")
-    if theirs is None:
-        return _compare_length(card, key, prompt, body)
+    theirs = completion.prompt_ids
+    if not theirs:
+        return _compare_length(card, key, prompt, completion.prompt_tokens)
     pads = speaker.renderer.media_ids
     (our_text, our_runs), (their_text, their_runs) = _without_runs(ours, pads), _without_runs(theirs, pads)
     before = len(card.differences)
@@ -120,11 +118,11 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, body: Any, speaker: Sp
     return len(card.differences) == before
 
 
-def _compare_length(card: Card, key: str, prompt: Sample, body: Any) -> bool:
+def _compare_length(card: Card, key: str, prompt: Sample, theirs: int | None) -> bool:
     """Compare how many tokens the prompt took, media included; a server without ids returns no more."""
     card.untold["token ids"] += 1
     card.untold["image grids"] += 1
-    ours, theirs = len(prompt.input_ids), (body.get("usage") or {}).get("prompt_tokens")
+    ours = len(prompt.input_ids)
     if theirs in (None, ours):
         return True
     detail = f"the prompt takes {theirs} tokens there, {ours} here{_grids(prompt, card)}"
@@ -132,35 +130,34 @@ def _compare_length(card: Card, key: str, prompt: Sample, body: Any) -> bool:
     return False
 
 
-def _compare_answer(card: Card, key: str, prompt: Sample, body: Any, speaker: Speaker) -> None:
-    choice = body["choices"][0]
-    entries = (choice.get("logprobs") or {}).get("content") or []
-    ids = _answer_ids(choice, len(entries), speaker)
+def _compare_answer(card: Card, key: str, prompt: Sample, completion: Completion, speaker: Speaker) -> None:
+    logprobs = completion.logprobs
+    ids = _answer_ids(completion, speaker)
     if ids is None:
         card.untold["log-probabilities"] += 1
-        _compare_text(card, key, prompt, choice["message"]["content"] or "", speaker)
+        _compare_text(card, key, prompt, completion.text, speaker)
         return
     judged = speaker.judge(prompt, ids)
     _compare_choices(card, key, ids, judged, speaker)
-    if not entries:
+    if not logprobs:
         card.untold["log-probabilities"] += 1
         return
     worst = (0.0, 0)
-    for at, (entry, mine) in enumerate(zip(entries, judged, strict=False)):
+    for at, (theirs, mine) in enumerate(zip(logprobs, judged, strict=False)):
         card.compared["log-probabilities"] += 1
-        worst = max(worst, (abs(entry["logprob"] - mine.chosen), at))
+        worst = max(worst, (abs(theirs - mine.chosen), at))
     card.farthest = max(card.farthest, worst[0])
     if worst[0] > card.tolerance:
-        there, here = entries[worst[1]]["logprob"], judged[worst[1]].chosen
+        there, here = logprobs[worst[1]], judged[worst[1]].chosen
         detail = f"of token {worst[1] + 1}, {_spelled(ids, worst[1], speaker)}: {there:.4f} there, {here:.4f} here"
         card.differences.append(Difference(key=key, topic="log-probabilities", detail=detail))
 
 
-def _answer_ids(choice: Any, count: int, speaker: Speaker) -> list[int] | None:
-    """Return the tokens that the server wrote: as it names them, or from a text that only these `count` can spell."""
-    if choice.get("token_ids"):
-        return list(choice["token_ids"])
-    text = choice["message"]["content"] or ""
+def _answer_ids(completion: Completion, speaker: Speaker) -> list[int] | None:
+    """Return the tokens that the server wrote: as it names them, or from a text that only so many can spell."""
+    if completion.ids:
+        return list(completion.ids)
+    text, count = completion.text, len(completion.logprobs)
     ids = speaker.renderer.encode(text)
     is_complete = "\ufffd" not in text and speaker.renderer.decode(ids) == text
     return ids if ids and count and len(ids) in (count, count - 1) and is_complete else None

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,8 @@ from finetune.ask.answers import (
     table_lines,
     with_media,
 )
-from finetune.ask.endpoint import Endpoint, EndpointError, check_sendable, completion_body, reply_of
+from finetune.ask.endpoint import Endpoint, check_sendable, completion_body
+from finetune.ask.exchange import MOST_BYTES, EndpointError
 from finetune.ask.local import prompt_of
 from launchers.cli import main
 
@@ -187,7 +189,7 @@ def test_a_busy_server_is_asked_again(server):
     endpoint, waits = patient(server)
     server.refuse += [(503, {"Retry-After": "7"}, "starting"), (429, {"Retry-After": "soon"}, "{}")]
     body = {"model": "served", "messages": [{"role": "user", "content": "Say B."}], "max_tokens": 2}
-    assert reply_of(endpoint.call("/v1/chat/completions", body)).finished is False
+    assert endpoint.complete(body).finished is False
     assert waits[0] == 7.0
     assert 2 <= waits[1] <= 4
     assert len(server.requests) == 3
@@ -200,21 +202,109 @@ def test_a_busy_server_is_asked_again(server):
         (401, '{"error": {"message": "bad key"}}', r"HTTP 401: bad key. The key is read .* NO_KEY, which is not set"),
         (404, '{"detail": "Not Found"}', r"HTTP 404: .*Not Found.*--url should be the server's address up to /v1"),
         (400, '{"message": "image too large"}', r"HTTP 400: image too large$"),
-        (200, "<html>", r"what came back is no JSON"),
+        (200, "<html>", r"127.0.0.1:\d+/v1/chat/completions: what came back is not .* begins with b'<html>'"),
     ],
 )
 def test_what_a_server_refuses_is_said_in_its_words(server, status, body, text):
     endpoint, _ = patient(server, attempts=3, key_variable="NO_KEY")
     server.refuse += [(status, {}, body)] * (3 if status == 503 else 1)
     with pytest.raises(EndpointError, match=text):
-        endpoint.call("/v1/chat/completions", {"messages": []})
+        endpoint.complete({"messages": []})
+
+
+def completion(content: str, **more: object) -> dict:
+    return {"choices": [{"message": {"content": content}, "finish_reason": "stop", **more}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/models", {}),
+        ("/v1/models", {"data": None}),
+        ("/v1/models", {"data": [{"id": 5}]}),
+        ("/v1/models", []),
+        ("/v1/chat/completions", {"object": "error"}),
+        ("/v1/chat/completions", {"choices": []}),
+        ("/v1/chat/completions", completion([{"type": "text", "text": "B"}])),
+        ("/v1/chat/completions", completion(5)),
+        ("/v1/chat/completions", completion("B", logprobs={"content": [{"logprob": None}]})),
+        ("/v1/chat/completions", completion("B", logprobs={"content": [{"logprob": float("nan")}]})),
+        ("/v1/chat/completions", completion("B", token_ids="ab")),
+        ("/v1/chat/completions", completion("B") | {"usage": {"prompt_tokens": "many"}}),
+        ("/v1/chat/completions", completion("B") | {"usage": [1]}),
+        ("/v1/chat/completions", "[" * 5000),
+        ("/v1/chat/completions", b'{"choices": [{"message": {"content": "\xff"}}]}'),
+        ("/v1/chat/completions", "1" * 5000),
+    ],
+)
+def test_what_no_server_should_say_is_one_message_with_its_address(server, path, said):
+    endpoint, _ = patient(server)
+    server.refuse += [(200, {}, said if isinstance(said, str | bytes) else json.dumps(said))]
+    with pytest.raises(EndpointError, match=f"127.0.0.1:\\d+{path}: what came back is not what OpenAI's protocol says"):
+        endpoint.model_name() if path == "/v1/models" else endpoint.complete({"messages": []})
+
+
+@pytest.mark.parametrize("seconds", ["-5", "nan", "inf", "soon"])
+def test_a_wait_that_cannot_be_is_our_own(server, seconds):
+    endpoint, waits = patient(server)
+    server.refuse += [(503, {"Retry-After": seconds}, "starting"), (200, {}, json.dumps(completion("B")))]
+    assert endpoint.complete({"messages": []}).text == "B"
+    assert 1 <= waits[0] <= 2
+
+
+def test_half_a_surrogate_pair_is_replaced(server, tmp_path):
+    server.refuse += [
+        (200, {}, r'{"choices": [{"message": {"content": "a\ud800b\ud83d\ude00"}, "finish_reason": "stop"}]}')
+    ]
+    text = patient(server)[0].complete({"messages": []}).text
+    assert text == "a\ufffdb\U0001f600"
+    (tmp_path / "out").write_text(text)
+
+
+def test_an_answer_that_comes_drop_by_drop_or_never_ends_is_broken_off(server):
+    over = Event()
+
+    def drops():
+        while not over.wait(0.05):
+            yield b" "
+
+    def flood():
+        for _ in range(MOST_BYTES // 2**20 + 1):
+            yield bytes(2**20)
+
+    server.refuse += [(200, {}, drops), (200, {}, flood), (500, {}, drops)]
+    endpoint, _ = patient(server, timeout=0.3, attempts=1)
+    try:
+        for text in ("no complete answer within 0.3 s", "", "no complete answer within 0.3 s"):
+            if text:
+                with pytest.raises(EndpointError, match=text):
+                    endpoint.complete({"messages": []})
+                continue
+            with pytest.raises(EndpointError, match="more than 64 MiB came back"):
+                patient(server, attempts=1)[0].complete({"messages": []})
+    finally:
+        over.set()
+
+
+def test_the_key_follows_no_redirect_to_another_host(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    endpoint, _ = patient(server, attempts=1)
+    elsewhere = server.url.replace("127.0.0.1", "localhost")
+    server.refuse += [(302, {"Location": f"{elsewhere}/models"}, "")]
+    assert endpoint.model_name() == "served"
+    server.refuse += [(302, {"Location": f"{server.url}/models"}, "")]
+    assert endpoint.model_name() == "served"
+    assert server.keys == ["Bearer s3cret", None, "Bearer s3cret", "Bearer s3cret"]
+    server.refuse += [(302, {"Location": "ftp://127.0.0.1/models"}, "")]
+    with pytest.raises(EndpointError, match="HTTP 302"):
+        endpoint.model_name()
 
 
 def test_no_server_at_all_ends_with_1_and_names_the_sample(rows, server, capsys):
     assert main(["eval", str(rows), "--url", "http://127.0.0.1:1/v1", "--attempts", "1"]) == 1
     assert re.search("no answer after 1 .*, the last said: .*refused", capsys.readouterr().err)
     server.refuse += [(400, {}, '{"message": "no"}')]
-    assert main(["eval", str(rows), "--url", server.url, "--concurrency", "1", "--limit", "1"]) == 1
+    assert main(["eval", str(rows), "--url", server.url, "--name", "a", "--limit", "1"]) == 1
     assert "sample 00000000" in capsys.readouterr().err
 
 
@@ -251,8 +341,6 @@ def test_only_one_model_needs_no_name(server):
     with pytest.raises(ValueError, match="serves a, b; choose one with --name"):
         endpoint.model_name()
     assert patient(server, model="b")[0].model_name() == "b"
-    with pytest.raises(EndpointError, match="the server's answer is no chat completion"):
-        reply_of({"object": "error"})
     with pytest.raises(ValueError, match="--url is 'localhost:8000'; write http://host:port/v1"):
         Endpoint(url="localhost:8000")
 

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import oracle
@@ -77,6 +77,11 @@ def serving(server):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            server.keys.append(self.headers.get("Authorization"))
+            if server.refuse:
+                status, headers, said = server.refuse.pop(0)
+                self._send(status, said, headers)
+                return
             self._answer({"data": [{"id": name} for name in server.names]} if self.path == "/v1/models" else None)
 
         def do_POST(self):
@@ -93,12 +98,17 @@ def serving(server):
             self._send(404 if found is None else 200, json.dumps(found or {"error": {"message": "no such path"}}), {})
 
         def _send(self, status, text, headers):
+            """A function of the bytes to come stands for a text: it may be slow, or never end."""
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(text.encode())))
+            if not callable(text):
+                data = text if isinstance(text, bytes) else text.encode()
+                self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(text.encode())
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked has enough
+                for piece in text() if callable(text) else [data]:
+                    self.wfile.write(piece)
 
         def log_message(self, *_):
             pass

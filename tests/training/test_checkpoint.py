@@ -172,6 +172,7 @@ def test_only_what_decides_the_training_must_be_equal() -> None:
         "parallel": {"ep": 4},
         "data": {"sources": {"a": {"path": "y"}}},
     }
+    moved["data"] |= {"media_root": "/media", "allow_private_addresses": True}  # which older checkpoints do not have
     assert config_hash(config) == config_hash(moved)
     assert config_difference(config, moved) == []
     more = moved | _data(path="y", weight=2.0)
