@@ -304,7 +304,7 @@ def test_no_server_at_all_ends_with_1_and_names_the_sample(rows, server, capsys)
     assert main(["eval", str(rows), "--url", "http://127.0.0.1:1/v1", "--attempts", "1"]) == 1
     assert re.search("no answer after 1 .*, the last said: .*refused", capsys.readouterr().err)
     server.refuse += [(400, {}, '{"message": "no"}')]
-    assert main(["eval", str(rows), "--url", server.url, "--name", "a", "--limit", "1"]) == 1
+    assert main(["eval", str(rows), "--url", server.url, "--name", "a", "--concurrency", "1", "--limit", "1"]) == 1
     assert "sample 00000000" in capsys.readouterr().err
 
 
