@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,18 @@ from finetune.ranks.log import listed
 OLD_S = 60.0
 """A rank whose last heartbeat is older than this is silent."""
 SHOWN = 12
+_KINDS: Mapping[str, Any] = {
+    "time": (int, float),
+    "step": int | None,
+    "stage": str,
+    "samples": list,
+    "host": str,
+    "message": str,
+    "kind": str,
+    "outcome": str,
+}
+_LATEST = 1e12
+"""Seconds: no clock shows as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,8 @@ class RankTrace:
     stack: str = ""
     log_end: str = ""
     flight: Flight = field(default_factory=Flight)
+    damaged: tuple[str, ...] = ()
+    """The names of its files that could not be understood."""
 
 
 def is_run(folder: Path) -> bool:
@@ -50,23 +64,35 @@ def read_traces(logs: Path) -> list[RankTrace]:
 
 
 def _trace(logs: Path, rank: int) -> RankTrace:
-    log = logs / f"rank-{rank:04d}.log"
+    log, flight = logs / f"rank-{rank:04d}.log", read_flight(logs, rank)
+    paths = (logs / f"rank-{rank:04d}.json", logs / f"failure-{rank:04d}.json")
+    beat, failure = (_json(path, needed=needed) for path, needed in zip(paths, ((), ("time",)), strict=True))
     return RankTrace(
         rank=rank,
-        beat=_json(logs / f"rank-{rank:04d}.json"),
-        failure=_json(logs / f"failure-{rank:04d}.json"),
+        beat=beat or {},
+        failure=failure or {},
         stack=_text(logs / f"rank-{rank:04d}.stack"),
         log_end="\n".join(_text(log).splitlines()[-3:]),
-        flight=read_flight(logs, rank),
+        flight=flight,
+        damaged=(
+            *(path.name for path, tree in zip(paths, (beat, failure), strict=True) if tree is None),
+            *flight.damaged,
+        ),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, *, needed: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Read what a rank wrote: {} where it wrote nothing, None where that is damaged, as when it was cut off."""
     try:
         tree = json.loads(path.read_text())
-    except (OSError, ValueError):  # not there, or cut off while it was written
+    except FileNotFoundError:
         return {}
-    return tree if isinstance(tree, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(tree, dict) or not tree.keys() >= set(needed):
+        return None
+    is_sound = all(isinstance(tree[key], kinds) for key, kinds in _KINDS.items() if key in tree)
+    return tree if is_sound and abs(tree.get("time", 0.0)) < _LATEST else None
 
 
 def _text(path: Path) -> str:
@@ -79,11 +105,14 @@ def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
     now = time.time() if now is None else now
     traces = read_traces(logs) if logs.is_dir() else []
     outcome = _json(logs / "outcome.json")
+    damaged = [name for trace in traces for name in trace.damaged] + (["outcome.json"] if outcome is None else [])
+    outcome = outcome or {}
     if not traces:
         return [f"{folder}: no rank has left anything in {logs}; it never started, or elsewhere"], True
     lines = [f"{folder}: {len(traces)} rank(s), outcome {outcome.get('outcome', 'none: it did not end by itself')}"]
     verdict = list(_verdict(traces, outcome, now))
     lines += ["", *(verdict or ["nothing is wrong that ranks could tell"]), ""]
+    lines += [f"damaged, and passed over: {listed(damaged)}", ""] if damaged else []
     lines += ["rank  host            step  stage                last seen  collective / samples"]
     lines += [_row(trace, now) for trace in traces]
     for trace in traces:

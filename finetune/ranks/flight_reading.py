@@ -16,6 +16,20 @@ from finetune.ranks.log import listed
 
 NCCL, GLOO = "flight-", "flight-gloo-"
 """How the files of each backend begin; a rank's number follows."""
+_DAMAGE = (
+    pickle.UnpicklingError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
+"""What a damaged dump, or one of another form, makes of its reading: pickle promises no smaller set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +38,8 @@ class Flight:
 
     entries: tuple[Mapping[str, Any], ...] = ()
     members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
+    """The names of files, all or a part of which could not be understood."""
 
     def last(self) -> dict[str, Mapping[str, Any]]:
         """Return the newest collective of each group; a message between two ranks does not count."""
@@ -41,21 +57,36 @@ def read_flight(logs: Path, rank: int) -> Flight:
     """Read what a rank left, of every backend; an empty flight if nothing can be read."""
     entries: list[Mapping[str, Any]] = []
     members: dict[str, tuple[int, ...]] = {}
+    damaged: list[str] = []
     for path in (logs / f"{name}{rank}" for name in (NCCL, GLOO)):
-        record = _load(path)
-        entries += record.get("entries", ())
-        for name, group in record.get("pg_config", {}).items():
-            members |= {name: tuple(json.loads(group["ranks"]))} if group.get("ranks") else {}
-    return Flight(entries=tuple(entries), members=members)
+        if not path.exists():
+            continue
+        try:
+            with path.open("rb") as file:
+                record = _Plain(file).load()
+            groups = {
+                str(name): tuple(map(int, json.loads(group["ranks"])))
+                for name, group in record.get("pg_config", {}).items()
+                if group.get("ranks")
+            }
+            all_entries = list(record.get("entries", ()))
+        except _DAMAGE:
+            damaged.append(path.name)
+            continue
+        sound = [entry for entry in all_entries if _is_sound(entry)]
+        damaged += [path.name] if len(sound) < len(all_entries) else []
+        entries += sound
+        members |= groups
+    return Flight(entries=tuple(entries), members=members, damaged=tuple(damaged))
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def _is_sound(entry: Any) -> bool:
+    """Whether everything that is said of a collective can be said of this one."""
     try:
-        with path.open("rb") as file:
-            record = _Plain(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        _group(entry), _number(entry), _waits(entry), _kind(entry), _called(entry)
+    except _DAMAGE:
+        return False
+    return True
 
 
 def missed(flights: Mapping[int, Flight]) -> Iterator[str]:

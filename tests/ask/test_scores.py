@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.ask.overlaps import box_iou, find_boxes
-from finetune.ask.scores import METRICS, chosen_letter, find_json, find_metric, levenshtein, spoken
+from finetune.ask.scores import METRICS, anls, chosen_letter, find_json, find_metric, json_field_f1, levenshtein, spoken
 
 BY_HAND = [
     # exact: white space and Unicode composition aside
@@ -153,6 +153,17 @@ def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="No module named 'nowhere'"):
         find_metric("nowhere:f")
     del sys.modules["my_metrics"]
+
+
+def test_answers_without_end_are_scored_too() -> None:
+    """Deep brackets, and lengths at which a table of all pairs would have 40 million entries."""
+    for depth in (400, 900, 5000):
+        deep = "[" * depth + "1" + "]" * depth
+        assert json_field_f1(deep, ['{"a": 1}']) == 0.0
+    assert json_field_f1("[" * 900 + "1" + "]" * 900, ["[" * 900 + "1" + "]" * 900]) == 1.0
+    assert anls("abcd" * 5000, ["abcd" * 5000]) == 1.0
+    assert anls("abcd" * 1500, ["abcx" * 1500]) == 0.75
+    assert anls("a" * 10**6, ["a"]) == 0.0
 
 
 @pytest.mark.parametrize(

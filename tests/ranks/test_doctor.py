@@ -404,3 +404,56 @@ def test_a_cut_off_heartbeat_is_passed_over(tmp_path: Path) -> None:
     run = _run(tmp_path / "r")
     (run / "logs" / "rank-0000.json").write_text('{"rank": 0, "st')
     assert "stopped from outside" in _page(run, now=9000.0)
+    assert "damaged, and passed over: rank-0000.json" in _page(run, now=9000.0)
+
+
+@pytest.mark.parametrize("name", ["rank-0001.json", "failure-0001.json", "outcome.json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{" * 3000,
+        "[" * 3000,
+        '{"time": "now"}',
+        '{"time": null}',
+        '{"time": 1e400}',
+        '{"time": NaN}',
+        '{"time": 1' + "0" * 400 + "}",
+        '{"time": 1.0, "step": [7]}',
+        '{"time": 1.0, "stage": {"a": 1}}',
+        '{"time": 1.0, "samples": "abc"}',
+        '{"time": 1.0, "samples": 5}',
+        '{"time": 1.0, "host": {}, "outcome": {}}',
+        "\udcff\udcfe",
+    ],
+)
+def test_damaged_words_of_a_rank_are_named(tmp_path: Path, name: str, text: str) -> None:
+    run = _run(tmp_path / "r")
+    (run / "logs" / name).write_text(text, errors="surrogateescape")
+    lines, _ = page(run, now=1005.0)
+    assert f"damaged, and passed over: {name}" in lines
+
+
+def test_damaged_flight_recorders_are_named(tmp_path: Path) -> None:
+    """Entries of another form, and every byte of a sound dump replaced in turn: none may end the page."""
+    run = _run(tmp_path / "r")
+    sound = {
+        "process_group": ("2", "ep"),
+        "profiling_name": "nccl:all_reduce",
+        "collective_seq_id": 41,
+        "input_sizes": [[5]],
+        "state": "started",
+        "frames": [{"filename": "/x/moe/dispatch.py", "name": "exchange", "line": 9}],
+    }
+    odd = [sound | {key: value} for key in sound for value in (None, 5, "x", [1], {"a": 1}, float("nan"))]
+    records: list[object] = [[], 5, {"entries": 5}, {"pg_config": [1]}, {"pg_config": {"2": {"ranks": "[x"}}}]
+    records += [{"entries": [5]}, {"entries": [{}]}, {"pg_config": {"2": {"ranks": '["a"]'}}}]
+    for record in records:
+        (run / "logs" / "flight-1").write_bytes(pickle.dumps(record))
+        assert "damaged, and passed over: flight-1" in page(run, now=1005.0)[0], record
+    whole = pickle.dumps({"entries": [sound], "pg_config": {"2": {"ranks": "[0, 1]"}}})
+    for dump in [pickle.dumps({"entries": [sound, entry]}) for entry in odd] + [
+        whole[:at] + bytes([byte]) + whole[at + 1 :] for at in range(len(whole)) for byte in (ord("."), 255)
+    ]:
+        (run / "logs" / "flight-1").write_bytes(dump)
+        page(run, now=1005.0)
