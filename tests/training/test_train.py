@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import tarfile
 import time
@@ -124,10 +125,12 @@ def whole(place: Path) -> list[str]:
 
 
 def test_one_rank_takes_the_same_steps_as_two(place: Path, whole: list[str]) -> None:
-    """Also by the second way in: the raw module under torchrun, as a cluster starts it."""
-    raw = [*TORCHRUN, "--nproc_per_node=1", "-m", "finetune.train"]
-    done = start(place, raw, "one", *whole, "data.workers=0", "parallel.ep=1", "parallel.resident=none")
+    """Also by the second way in, the raw module under torchrun, as a cluster starts it; and without its logs."""
+    raw, logs = [*TORCHRUN, "--nproc_per_node=1", "-m", "finetune.train"], place / "runs" / "one" / "logs"
+    words = [*whole, "data.workers=0", "parallel.ep=1", "parallel.resident=none"]
+    done = start(place, raw, "one", *words, at="step 1:", then=lambda _: shutil.rmtree(logs, ignore_errors=True))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((logs / "outcome.json").read_text())["outcome"] == "done"
     for two, one in zip(metrics(place, "whole"), metrics(place, "one"), strict=True):
         for key in ("loss", "grad_norm", "tokens", "tokens_supervised"):
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
