@@ -9,18 +9,18 @@ from bases import base
 from data.config import DataConfig, ImageConfig
 from finetune.adapters.keys import WEIGHTS
 from finetune.adapters.provenance import Provenance
-from finetune.config import AdaptersConfig, DenseFamilyConfig, RunConfig
+from finetune.config import AdaptersConfig, DensePartConfig, RunConfig
 from finetune.files.atomic import REPLACED
 from finetune.files.basefiles import open_base
 from finetune.files.tensorfile import read_header
-from finetune.model.weights import load
+from finetune.model.weights import load_weights
 from finetune.settings.recipes import effective
 from finetune.training.results import write_learned
 
 
 def learned(config: AdaptersConfig, folder: Path, steps: range) -> list[str]:
     empty, files = made(base(), config), open_base(base())
-    load(empty, open_base(base(), empty.expected, layout="auto"))
+    load_weights(empty, open_base(base(), empty.expected, layout="auto"))
     lines: list[str] = []
     settings = effective(RunConfig(data=DataConfig(image=ImageConfig(max_tokens=80))))
     write_learned(empty, folder, Provenance(base=files, base_name="b", config=settings), steps, lines.append)
@@ -47,7 +47,7 @@ def test_a_newer_adapter_replaces_the_earlier_one_and_nothing_else(tmp_path: Pat
 
 
 def test_a_model_trained_in_full_has_the_image_limits_of_training(tmp_path: Path) -> None:
-    full = DenseFamilyConfig(mode="full")
+    full = DensePartConfig(mode="full")
     learned(AdaptersConfig(attention=full, merger=full), tmp_path, range(3))
     assert '"longest_edge": 81920' in (tmp_path / "model" / "preprocessor_config.json").read_text()
     assert (
