@@ -182,7 +182,9 @@ def levenshtein(first: str, second: str) -> int:
     for at, mark in enumerate(first):
         places[mark] = places.get(mark, 0) | 1 << at
     ones, last = (1 << len(first)) - 1, 1 << (len(first) - 1)
-    rises, falls, distance = ones, 0, len(first)
+    rises = ones
+    falls = 0
+    distance = len(first)
     for mark in second:
         equal = places.get(mark, 0)
         diagonal = (((equal & rises) + rises) ^ rises) | equal | falls
