@@ -118,7 +118,8 @@ class _Region:
         self.inputs = [None if isinstance(each, Tensor) else each for each in inputs]
         self.places = [place for place, each in enumerate(inputs) if isinstance(each, Tensor)]
         tensors = (inputs[place] for place in self.places)
-        self.node = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn  # type: ignore[no-untyped-call]
+        # the output is held as well: with torch 2.11 a node frees what it saves when its output goes
+        self.saver: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
         self.random = (torch.get_rng_state(), *get_device_states(*inputs)) if draws else None
         self.saved: list[tuple[torch.Size, torch.dtype]] = []
         self.found: list[Tensor | None] | None = None
@@ -147,7 +148,7 @@ class _Region:
                 raise _EnoughError
 
         inputs = list(self.inputs)
-        for place, tensor in zip(self.places, self.node.saved_tensors, strict=True):
+        for place, tensor in zip(self.places, self.saver.grad_fn.saved_tensors, strict=True):
             inputs[place] = tensor
         state, devices, states = self.random or (None, [], [])
         with torch.random.fork_rng(devices, enabled=state is not None):

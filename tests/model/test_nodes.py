@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from finetune.model.lora import adapters_off
-from finetune.model.nodes import Attention, DenseLora, Norm, join_nodes
+from finetune.model.nodes import CACHES, Attention, DenseLora, Norm, join_nodes
 from finetune.model.varlen import register
 
 TOKENS, BORDERS = 23, (0, 9, 10, 23)  # a sample of one token among them
@@ -98,8 +99,9 @@ def test_where_more_is_wanted_transformers_and_peft_run_themselves() -> None:
         given = {"position_embeddings": rotary(torch.zeros(1, 3, 48), torch.arange(3)[None]), "attention_mask": None}
         x, caches = torch.randn(1, 3, 48), [DynamicCache(), DynamicCache()]
         cuts = {"cu_seq_lens_q": torch.tensor([0, 3]), "borders": (0, 3)}
+        (name,) = signature(layer.self_attn.forward).parameters.keys() & set(CACHES)  # the installed version's
         theirs, mine = (
-            one(x, **given, **cuts, cache=cache) for one, cache in zip((layer, joined), caches, strict=True)
+            one(x, **given, **cuts, **{name: cache}) for one, cache in zip((layer, joined), caches, strict=True)
         )
         assert torch.equal(mine, theirs)
     lengths = [cache.get_seq_length() for cache in caches]
