@@ -151,10 +151,13 @@ class _Region:
         for place, tensor in zip(self.places, self.saver.grad_fn.saved_tensors, strict=True):
             inputs[place] = tensor
         state, devices, states = self.random or (None, [], [])
-        with torch.random.fork_rng(devices, enabled=state is not None):
+        kind = next(
+            (each.device.type for each in inputs if isinstance(each, Tensor) and each.device.type != "cpu"), "cuda"
+        )
+        with torch.random.fork_rng(devices, enabled=state is not None, device_type=kind):
             if state is not None:
                 torch.set_rng_state(state)
-                set_device_states(devices, states)
+                set_device_states(devices, states, device_type=kind)
             with saved_tensors_hooks(keep, _not_asked_for), torch.enable_grad(), self.second:
                 self.run(*inputs)
 
