@@ -45,7 +45,7 @@ def _out_of_range(config: DataConfig) -> Iterator[Problem]:
     for name, least in _LEAST.items():
         key, value = f"data.{name}", getattr(config, name)
         if value is not None and not value >= least:
-            allowed = f"at least {least} is wanted"
+            allowed = f"it must be at least {least}"
             yield Problem(key=key, found=value, allowed=allowed, remedy=f"Set {key}={least} or more")
 
 
@@ -56,8 +56,8 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
     for name, source in config.sources.items():
         key, weight = f"data.sources.{name}.weight", source.weight
         if not (isfinite(weight) and weight > 0):
-            allowed = "a finite number above 0 is wanted"
-            yield Problem(key=key, found=weight, allowed=allowed, remedy=f"Set {key} to one")
+            allowed = "it must be a finite number above 0"
+            yield Problem(key=key, found=weight, allowed=allowed, remedy=f"Set another {key}")
         elif config.mixture == "natural" and weight != 1:
             allowed = "it has no effect with data.mixture=natural, which reads every sample once an epoch"
             remedy = "Set data.mixture to tokens or samples, or drop the weight"

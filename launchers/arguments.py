@@ -121,7 +121,7 @@ def _device(name: str) -> str:
 def positive(text: str) -> int:
     """Read a count from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, found {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be a whole number from 1, found {text!r}")
     return int(text)
 
 

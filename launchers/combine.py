@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune.adapters.combine import combine
 
     if args.rank < 0:
-        raise ValueError(f"--rank {args.rank}: a number from 1 on is wanted, or none for the exact sum")
+        raise ValueError(f"--rank {args.rank}: it must be a number from 1 on, or none for the exact sum")
     done = combine(_weights(args.adapters), args.out, rank=args.rank)
     ranks = sorted(set(done.ranks.values()))
     print(f"wrote {done.folder}: {len(done.ranks)} changes of r {', '.join(map(str, ranks))}, {done.bytes:,} bytes")

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune.ask.scores import find_metric
 
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise ValueError(f"--out is {args.out}; a file in a folder that exists is wanted")
+        raise ValueError(f"--out is {args.out}; it must be a file in a folder that exists")
     for word in args.metric:  # before anything is read
         find_metric(word.rpartition("=")[2])
     questions, reader = answers.find_questions(

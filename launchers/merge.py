@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name, least in (("jobs", 0), ("samples", 1)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; a number from {least} on is wanted")
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be a number from {least} on")
     base = open_base(model_folder(args.base), layout=args.layout)
     plan = plan_merge(base, args.adapter, other_base=args.other_base)
     for line in plan.lines(args.out):

@@ -108,19 +108,19 @@ def _fit_dict(proposed: Fit) -> dict[str, Any]:
 def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"a share from 0 to 1 is wanted, found {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be a share from 0 to 1, found {text!r}")
     return value
 
 
 def _above_zero(text: str) -> float:
     value = float(text)
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"more than 0 is wanted, found {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be more than 0, found {text!r}")
     return value
 
 
 def _skew(text: str) -> float:
     value = float(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"1 or more is wanted, found {text!r}")
+        raise argparse.ArgumentTypeError(f"it must be 1 or more, found {text!r}")
     return value

@@ -100,5 +100,5 @@ def _depths(text: str) -> tuple[float, ...]:
     except ValueError:
         depths = (-1.0,)
     if not all(0 <= depth <= 1 for depth in depths):
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers from 0 to 1 are wanted, with commas between")
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be numbers from 0 to 1, with commas between")
     return depths

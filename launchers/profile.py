@@ -116,7 +116,7 @@ def _problems(profile: Profile) -> Iterator[Problem]:
             yield problem("env", name, allowed, "Rename it")
     for key, least in _LEAST.items():
         if getattr(profile, key) < least:
-            yield problem(key, getattr(profile, key), f"at least {least} is wanted", f"Set {key}: {least} or more")
+            yield problem(key, getattr(profile, key), f"it must be at least {least}", f"Set {key}: {least} or more")
     if profile.min_nodes > profile.nodes:
         allowed = f"more than nodes, {profile.nodes}"
         yield problem("min_nodes", profile.min_nodes, allowed, "Set it lower, or leave it out")
@@ -131,7 +131,7 @@ def _problems(profile: Profile) -> Iterator[Problem]:
         yield problem("kubernetes.image", "", "a pod needs an image", "Build one from the Dockerfile and name it here")
     for variable, place in profile.kubernetes.secrets.items():
         if place.count("/") != 1:
-            yield problem(f"kubernetes.secrets.{variable}", place, "secret/key is wanted", "As wandb/api-key")
+            yield problem(f"kubernetes.secrets.{variable}", place, "it must be secret/key", "As wandb/api-key")
 
 
 def _unfit_texts(values: Mapping[str, Any], above: str = "") -> Iterator[Problem]:

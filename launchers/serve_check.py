@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune.files.hub import model_folder
 
     if not args.tolerance >= 0:
-        raise ValueError(f"--tolerance is {args.tolerance}; a number from 0 on is wanted, 0.1 is usual for bfloat16")
+        raise ValueError(f"--tolerance is {args.tolerance}; it must be a number from 0 on, 0.1 is usual for bfloat16")
     endpoint = Endpoint(url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout)
     questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed, places=media_places(args))
     for question in questions:

@@ -115,7 +115,7 @@ class Clip:
     def _decode(self, numbers: Sequence[int]) -> Iterator[Any]:
         index, name = self._index, self._name
         if numbers[-1] >= len(index.pts):
-            raise VideoRefused(f"{name}: frame {numbers[-1]} is wanted, but the file has {len(index.pts)}")
+            raise VideoRefused(f"{name}: frame {numbers[-1]} is asked for, but the file has {len(index.pts)}")
         walk: Iterator[tuple[int, Any]] = iter(())
         here, frame = -1, None
         for number in numbers:

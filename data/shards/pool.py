@@ -10,7 +10,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def worker_pool(jobs: int) -> ProcessPoolExecutor:
-    """A pool whose workers are killed when this process is: the executor alone would leave them waiting for ever."""
+    """A pool whose workers are killed when this process is: the executor alone would leave them waiting forever."""
     return ProcessPoolExecutor(jobs, initializer=_end_with_parent)
 
 

@@ -71,7 +71,7 @@ def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combi
     for term in terms:
         if not math.isfinite(term.weight) or not term.weight:
             raise ValueError(
-                f"{term.source.folder}: its weight is {term.weight}; a finite number other than 0 is wanted"
+                f"{term.source.folder}: its weight is {term.weight}; it must be a finite number other than 0"
             )
     base, base_metadata = _same_base(terms)
     settings = [seen_settings(term.source.metadata) for term in terms]

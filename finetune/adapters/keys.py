@@ -120,15 +120,15 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
     for key, kind in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         patterns = config.get(kind) or {}
         if not isinstance(patterns, dict):
-            raise ValueError(f"{where}: {kind} is {patterns!r}; an object of numbers by pattern is wanted")
+            raise ValueError(f"{where}: {kind} is {patterns!r}; it must be an object of numbers by pattern")
         by_pattern = {f"{kind}[{pattern!r}]": value for pattern, value in patterns.items()}
         for name, value in {key: config.get(key), **by_pattern}.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or (key == "r" and (value < 1 or value != int(value))):
                 allowed = "a whole number from 1 on" if key == "r" else "a finite number"
                 raise ValueError(
-                    f"{where}: {name} is {value!r}; {allowed} is wanted. The adapter's config belongs to another file, "
-                    f"or is damaged: get it again"
+                    f"{where}: {name} is {value!r}; it must be {allowed}. The adapter's config belongs to another "
+                    f"file, or is damaged: get it again"
                 )
 
 

@@ -47,7 +47,7 @@ def extension(config: ContextConfig, base: Family) -> Extension | None:
     if config.yarn.factor is None:
         return None
     if not config.yarn.factor > 1:
-        raise ValueError(f"context.yarn.factor is {config.yarn.factor:g}; a factor above 1 is wanted, or none")
+        raise ValueError(f"context.yarn.factor is {config.yarn.factor:g}; it must be a factor above 1, or none")
     original = base.text.rope.original_max_position_embeddings or base.text.max_position_embeddings
     return Extension(
         factor=config.yarn.factor,

@@ -142,7 +142,7 @@ def memory_findings(shm: Path, *, ranks: int) -> Iterator[Finding]:
 def descriptor_findings(limit: int) -> Iterator[Finding]:
     """Yield a finding where too few files may be open for the sockets of every rank, and shards."""
     if 0 <= limit < FILES:
-        text = f"at most {limit:,} files may be open, {FILES:,} are wanted"
+        text = f"at most {limit:,} files may be open, {FILES:,} are needed"
         yield Finding(check="descriptors", text=text, remedy=f"ulimit -n {FILES} (or LimitNOFILE of the service)")
 
 

@@ -55,8 +55,8 @@ def _numbers(part: str, section: Any) -> list[Problem]:
     """Return numbers out of range, and those that were set where nothing reads them."""
     key = f"adapters.{part}"
     if section.lr and not (isfinite(section.lr) and section.lr > 0):
-        allowed = "a finite number above 0 is wanted, or 0 for optim.lr"
-        return [problem(f"{key}.lr", section.lr, allowed, "Set it to one")]
+        allowed = "it must be a finite number above 0, or 0 for optim.lr"
+        return [problem(f"{key}.lr", section.lr, allowed, "Set another value")]
     if section.lr and section.mode == "frozen":
         remedy = f"Set {key}.mode to lora or full, or leave it out"
         return [problem(f"{key}.lr", section.lr, "the family is frozen", remedy, warning=True)]
@@ -76,16 +76,16 @@ def _lora_numbers(part: str, values: dict[str, Any]) -> list[Problem]:
     """Return numbers that a low-rank part cannot have, or that its kernels take only in float32."""
     key, problems = f"adapters.{part}", []
     if "r" in values and values["r"] < 1:
-        problems.append(problem(f"{key}.r", values["r"], "at least 1 is wanted", "8 and 16 are usual"))
+        problems.append(problem(f"{key}.r", values["r"], "it must be at least 1", "8 and 16 are usual"))
     elif part == "experts" and values["r"] % _GEMM_ROWS:
         in_float32 = values["r"] % (_GEMM_ROWS // 2) == 0
         allowed = f"the experts' GEMMs want a multiple of {_GEMM_ROWS}" + (" in bfloat16" if in_float32 else "")
         nearest = -(-values["r"] // _GEMM_ROWS) * _GEMM_ROWS
         problems.append(problem(f"{key}.r", values["r"], allowed, f"Use {nearest}", warning=in_float32))
     if "alpha" in values and not (isfinite(values["alpha"]) and values["alpha"] > 0):
-        allowed = "a finite number above 0 is wanted"
+        allowed = "it must be a finite number above 0"
         problems.append(problem(f"{key}.alpha", values["alpha"], allowed, "Twice r is usual"))
     if not 0 <= values.get("dropout", 0.0) < 1:
-        allowed = "a share from 0 to below 1 is wanted"
+        allowed = "it must be a share from 0 to below 1"
         problems.append(problem(f"{key}.dropout", values["dropout"], allowed, "0.05 is usual"))
     return problems

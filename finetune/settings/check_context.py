@@ -16,13 +16,13 @@ def context_problems(config: ContextConfig, base: Family | None, *, longest_row:
     problems = []
     factor, length = config.yarn.factor, config.length
     if factor is not None and not (math.isfinite(factor) and factor > 1):
-        allowed = "a factor above 1 is wanted: positions are stretched by it"
+        allowed = "it must be a factor above 1: positions are stretched by it"
         problems.append(problem("context.yarn.factor", factor, allowed, "Leave it out for the base's own context"))
     elif factor is not None and factor > USUAL_FACTOR:
         allowed = "above 3: positions grow more slowly than tokens, and the authors use 2 or 3 for a million tokens"
         problems.append(problem("context.yarn.factor", factor, allowed, "Set 2 or 3", warning=True))
     if length is not None and length < 1:
-        problems.append(problem("context.length", length, "at least 1 is wanted", "Leave it out for the default"))
+        problems.append(problem("context.length", length, "it must be at least 1", "Leave it out for the default"))
     if base is None or problems:
         return problems
     native = base.text.max_position_embeddings

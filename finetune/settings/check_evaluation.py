@@ -17,7 +17,7 @@ def eval_problems(config: RunConfig) -> list[Problem]:
     problems = []
     for key, least in {"every_steps": 0, "patience": 0, "answers": 0, "answer_tokens": 1}.items():
         if getattr(section, key) < least:
-            allowed, remedy = f"at least {least} is wanted", f"Set {least} or more"
+            allowed, remedy = f"it must be at least {least}", f"Set {least} or more"
             problems.append(problem(f"eval.{key}", getattr(section, key), allowed, remedy))
     if section.answers > 0:
         problems += _answers(config)
@@ -41,7 +41,7 @@ def _metric(section: EvalConfig, *, has_lora: bool) -> list[Problem]:
     if source not in section.sources or quantity not in HIGHER_IS_BETTER:
         known = ", ".join(f"{name}/{kind}" for name in section.sources for kind in HIGHER_IS_BETTER)
         remedy = f"One of {known}" if known else "Add eval.sources.<name>.path=..., or drop eval.metric"
-        return [problem("eval.metric", section.metric, "a source and what is measured of it are wanted", remedy)]
+        return [problem("eval.metric", section.metric, "it must be a source and what is measured of it", remedy)]
     if quantity == "kl" and not has_lora:
         return [problem("eval.metric", section.metric, NO_BASE, f"Take {source}/loss or {source}/accuracy")]
     return []
@@ -67,11 +67,11 @@ def _source(name: str, source: EvalSourceConfig, *, has_lora: bool) -> list[Prob
     key = f"eval.sources.{name}"
     problems = []
     if "/" in name:
-        problems.append(problem(key, name, "a name without / is wanted, as eval.metric has one", "Rename it"))
+        problems.append(problem(key, name, "it must be a name without /, as eval.metric has one", "Rename it"))
     bounds = {"max_kl": source.max_kl, "max_loss_rise": source.max_loss_rise}
     for bound, value in bounds.items():
         if value is not None and not (isfinite(value) and value >= 0):
-            problems.append(problem(f"{key}.{bound}", value, "a finite number of 0 or more is wanted", "Set one"))
+            problems.append(problem(f"{key}.{bound}", value, "it must be a finite number of 0 or more", "Set one"))
         elif value is not None and source.guard == "none":
             remedy = f"Set {key}.guard to flag or stop, or drop the bound"
             problems.append(problem(f"{key}.{bound}", value, "no guard reads it", remedy))

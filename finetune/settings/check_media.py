@@ -24,10 +24,10 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem(f"{section}.min_{unit}", low, allowed, "Lower it, or raise the other")
     for key, value in sizes.items():
         if value is not None and value < 1:
-            yield problem(key, value, "at least 1 is wanted", f"Set {key}=1 or more")
+            yield problem(key, value, "it must be at least 1", f"Set {key}=1 or more")
     for key, value in {"fps": video.fps, "timeout_seconds": video.timeout_seconds}.items():
         if not (isfinite(value) and value > 0):
-            yield problem(f"data.video.{key}", value, "a finite number above 0 is wanted", "Set one")
+            yield problem(f"data.video.{key}", value, "it must be a finite number above 0", "Set one")
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:

@@ -16,13 +16,13 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield numbers out of range, and lengths that do not fit the run."""
     schedule, optim = config.schedule, config.optim
     if schedule.steps < 1:
-        yield problem("schedule.steps", schedule.steps, "at least 1 is wanted", "Set schedule.steps=1 or more")
+        yield problem("schedule.steps", schedule.steps, "it must be at least 1", "Set schedule.steps=1 or more")
         return
     if not 0 <= schedule.warmup_steps <= schedule.steps:
-        allowed = f"0 to the {schedule.steps} steps of the run are wanted"
+        allowed = f"it must be 0 to the {schedule.steps} steps of the run"
         yield problem("schedule.warmup_steps", schedule.warmup_steps, allowed, "3 % of the steps are usual")
     if not 0 <= schedule.final_share <= 1:
-        yield problem("schedule.final_share", schedule.final_share, "a share from 0 to 1 is wanted", "Set one")
+        yield problem("schedule.final_share", schedule.final_share, "it must be a share from 0 to 1", "Set one")
     left = schedule.steps - max(0, schedule.warmup_steps)
     if schedule.shape == "wsd" and not 1 <= schedule.decay_steps <= left:
         allowed = f"wsd comes down over 1 to {left} steps: those of the run without warm-up"
@@ -37,7 +37,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem("optim.betas", beta, f"the {name} must be from 0 to below 1", "[0.9, 0.95] are usual")
     for key, value in {"eps": optim.eps, "weight_decay": optim.weight_decay, "clip_norm": optim.clip_norm}.items():
         if not (isfinite(value) and value >= 0):
-            yield problem(f"optim.{key}", value, "a finite number of 0 or more is wanted", "Set one")
+            yield problem(f"optim.{key}", value, "it must be a finite number of 0 or more", "Set one")
 
 
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
@@ -70,9 +70,9 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> Iterator[Problem
             remedy = f"Set adapters.{part}.mode to lora or full, or take it out"
             yield problem(f"{key}.train", part, f"adapters.{part}.mode is frozen", remedy)
     if not (isfinite(stage.lr) and stage.lr >= 0):
-        yield problem(f"{key}.lr", stage.lr, "a finite number above 0 is wanted, or 0 for optim.lr", "Set one")
+        yield problem(f"{key}.lr", stage.lr, "it must be a finite number above 0, or 0 for optim.lr", "Set one")
     if stage.warmup_steps < 0:
-        yield problem(f"{key}.warmup_steps", stage.warmup_steps, "at least 0 is wanted", "Set 0 or more")
+        yield problem(f"{key}.warmup_steps", stage.warmup_steps, "it must be at least 0", "Set 0 or more")
     for source in stage.data.weights:
         if source not in config.data.sources:
             remedy = did_you_mean(source, list(config.data.sources))

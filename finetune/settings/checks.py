@@ -113,13 +113,13 @@ def _ranges(run: CheckInput) -> list[Problem]:
         "run.stall_seconds": (config.run.stall_seconds, 0),
     }
     problems = [
-        problem(key, value, f"at least {bound} is wanted", f"Set {key}={bound} or more")
+        problem(key, value, f"it must be at least {bound}", f"Set {key}={bound} or more")
         for key, (value, bound) in least.items()
         if not value >= bound
     ]
     lr = config.optim.lr
     if not (isfinite(lr) and lr > 0):
-        problems.append(problem("optim.lr", lr, "a finite number above 0 is wanted", "Set optim.lr to one"))
+        problems.append(problem("optim.lr", lr, "it must be a finite number above 0", "Set another optim.lr"))
     return problems
 
 
@@ -194,7 +194,7 @@ def _balance(run: CheckInput) -> list[Problem]:
     problems = []
     for key, value in {"balance_coefficient": moe.balance_coefficient, "z_coefficient": moe.z_coefficient}.items():
         if not (isfinite(value) and value >= 0):
-            problems.append(problem(f"moe.{key}", value, "a finite number of 0 or more is wanted", "Set one"))
+            problems.append(problem(f"moe.{key}", value, "it must be a finite number of 0 or more", "Set one"))
     if moe.balance != "off" and moe.balance_coefficient == 0:
         allowed = f"moe.balance={moe.balance} does nothing without a coefficient"
         remedy = "Set a number above 0 (1e-3 is usual), or moe.balance=off"

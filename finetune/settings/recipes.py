@@ -118,7 +118,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: not readable as YAML: {error}. Mend the file there.") from error
     if not isinstance(tree, dict):
         raise ValueError(
-            f"recipe {path}: sections with keys are wanted, found a {type(tree).__name__}. Write `optim:` ..."
+            f"recipe {path}: it must hold sections with keys, found a {type(tree).__name__}. Write `optim:` ..."
         )
     return {str(key): value for key, value in tree.items()}
 

@@ -67,7 +67,7 @@ class TypedTree(Generic[Schema]):
     def _take_section(self, tree: Any, schema: Any, path: str, source: str) -> None:
         if not isinstance(tree, Mapping):
             keys = ", ".join(field.name for field in fields(schema)) or "none yet"
-            self.report(path, tree, f"a section is wanted here, with the keys: {keys}", f"Write {path}.<key>", source)
+            self.report(path, tree, f"it must be a section, with the keys: {keys}", f"Write {path}.<key>", source)
             return
         hints = get_type_hints(schema)
         for key, value in tree.items():
@@ -83,7 +83,7 @@ class TypedTree(Generic[Schema]):
 
     def _take_entries(self, tree: Any, element: Any, path: str, source: str) -> None:
         if not isinstance(tree, Mapping):
-            self.report(path, tree, "entries by name are wanted here", f"Write {path}.<name>.<key>", source)
+            self.report(path, tree, "it must hold entries by name", f"Write {path}.<name>.<key>", source)
             return
         for name, value in tree.items():
             dotted = f"{path}.{name}"
@@ -102,11 +102,11 @@ class TypedTree(Generic[Schema]):
         auto = next((field.metadata.get("auto") for field in fields(schema) if field.name == key), None)
         if auto is not None:  # the number that stands for auto inside; users must write auto
             if value == auto:
-                self.report(dotted, value, f"at least {auto + 1} is wanted, or auto", f"Set {dotted}=auto", source)
+                self.report(dotted, value, f"it must be at least {auto + 1}, or auto", f"Set {dotted}=auto", source)
                 return
             value = auto if value == "auto" else value
         if not _fits(key, value, hint, schema):
-            self.report(dotted, value, f"{describe(hint)} is wanted", f"Set {dotted} to one", source)
+            self.report(dotted, value, f"it must be {describe(hint)}", f"Set another {dotted}", source)
             return
         self.problems = [problem for problem in self.problems if problem.key != dotted]  # a later layer mended it
         _place(self.values, dotted, value)

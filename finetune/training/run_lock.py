@@ -34,7 +34,7 @@ def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) 
                 f"rank 0 of this start did not take {folder / LOCK} within {WAIT_S:g} s. Every rank must see the same "
                 f"runs/ folder: start all of them in one shared working folder"
             )
-        time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # another machine holds or takes it: nothing here can be waited on
     return lambda: None
 
 

@@ -125,8 +125,8 @@ def test_what_cannot_be_summed_is_refused(three: Path, tmp_path: Path, capsys: p
         (f"{a}=x",): "is no ADAPTER=WEIGHT",
         (f"{a}=1",): "a sum needs two adapters or more",
         (f"{a}=1", f"{a}=2"): "is named twice",
-        (f"{a}=0", f"{three / 'b'}=1"): "its weight is 0.0; a finite number other than 0",
-        (f"{a}=1", f"{three / 'b'}=1", "--rank=-1"): "--rank -1: a number from 1 on",
+        (f"{a}=0", f"{three / 'b'}=1"): "its weight is 0.0; it must be a finite number other than 0",
+        (f"{a}=1", f"{three / 'b'}=1", "--rank=-1"): "--rank -1: it must be a number from 1 on",
     }.items():
         assert main(["combine", str(tmp_path / "out"), *words]) == 2
         assert text in capsys.readouterr().err

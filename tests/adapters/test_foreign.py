@@ -119,14 +119,14 @@ def test_numbers_of_a_config_that_are_none_are_named(tmp_path: Path) -> None:
     made(base(), tmp_path / "a", r=4, target_modules=["q_proj"])
     whole = json.loads((tmp_path / "a" / CONFIG).read_text())
     for values, message in (
-        ({"r": None}, r"adapter_config.json: r is None; a whole number from 1 on is wanted"),
-        ({"r": 0}, "r is 0; a whole number"),
-        ({"r": "four"}, "r is 'four'; a whole number"),
-        ({"r": 4.5}, "r is 4.5; a whole number"),
-        ({"lora_alpha": None}, "lora_alpha is None; a finite number is wanted"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan; a finite number"),
-        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]; an object of numbers by pattern"),
-        ({"rank_pattern": {"k_proj": 0}}, r"rank_pattern\['k_proj'\] is 0; a whole number"),
+        ({"r": None}, r"adapter_config.json: r is None; it must be a whole number from 1 on"),
+        ({"r": 0}, "r is 0; it must be a whole number"),
+        ({"r": "four"}, "r is 'four'; it must be a whole number"),
+        ({"r": 4.5}, "r is 4.5; it must be a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is None; it must be a finite number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a finite number"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern is \['q_proj'\]; it must be an object of numbers by pattern"),
+        ({"rank_pattern": {"k_proj": 0}}, r"rank_pattern\['k_proj'\] is 0; it must be a whole number"),
         ({"alpha_pattern": {"k_proj(": 1}}, r"'k_proj\(' is no pattern that names can match"),
     ):
         (tmp_path / "a" / CONFIG).write_text(json.dumps(whole | values))

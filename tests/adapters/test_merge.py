@@ -328,8 +328,8 @@ def test_what_cannot_be_is_said_before_the_merge_begins(
     (tmp_path / "link").symlink_to(own)
     for words, message in (
         ([str(tmp_path / "link" / "merged")], "merged lies inside the base"),
-        ([str(tmp_path / "out"), "--jobs", "-1"], "--jobs is -1; a number from 0 on is wanted"),
-        ([str(tmp_path / "out"), "--verify", "--samples", "0"], "--samples is 0; a number from 1 on is wanted"),
+        ([str(tmp_path / "out"), "--jobs", "-1"], "--jobs is -1; it must be a number from 0 on"),
+        ([str(tmp_path / "out"), "--verify", "--samples", "0"], "--samples is 0; it must be a number from 1 on"),
         ([str(tmp_path / "out"), "--verify", "--device", "cuda:99"], "--device is cuda:99, but torch sees"),
         ([str(tmp_path / "out"), "--verify", "--device", "gpu"], "--device is 'gpu'; allowed are cpu, cuda"),
         ([str(tmp_path / "out"), "--verify", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),

@@ -504,11 +504,20 @@ def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: p
     local = ["--model", str(base()), "--max-tokens", "1"]
     for words, message in (
         (["eval", data, *local], "sample 000000001: the prompt takes"),
-        (["eval", data, *local, "--out", str(tmp_path / "no" / "a.jsonl")], "a file in a folder that exists is wanted"),
-        (["eval", data, *local, "--out", str(tmp_path)], "a file in a folder that exists is wanted"),
-        (["eval", data, *local, "--set", "context.yarn.factor=0.5"], "context.yarn.factor is 0.5; a factor above 1"),
+        (
+            ["eval", data, *local, "--out", str(tmp_path / "no" / "a.jsonl")],
+            "it must be a file in a folder that exists",
+        ),
+        (["eval", data, *local, "--out", str(tmp_path)], "it must be a file in a folder that exists"),
+        (
+            ["eval", data, *local, "--set", "context.yarn.factor=0.5"],
+            "context.yarn.factor is 0.5; it must be a factor above 1",
+        ),
         (["eval", data, *url, "--timeout", "0"], "--timeout is 0; a request needs some seconds"),
-        (["serve-check", url[1], data, "--model", str(base()), "--tolerance", "-1"], "--tolerance is -1.0; a number"),
+        (
+            ["serve-check", url[1], data, "--model", str(base()), "--tolerance", "-1"],
+            "--tolerance is -1.0; it must be a number",
+        ),
         (["ask", str(base()), row["messages"][0]["content"]], "the prompt takes 18,0"),
     ):
         assert main(words) == 2

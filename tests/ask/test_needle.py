@@ -97,4 +97,4 @@ def test_a_tiny_model_is_probed_from_the_command_line(tmp_path: Path, capsys: py
     assert "needle.json is of an earlier probe, and is not overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["probe", "needle", str(base()), "--depths", "2"])
-    assert "numbers from 0 to 1 are wanted" in capsys.readouterr().err
+    assert "it must be numbers from 0 to 1" in capsys.readouterr().err

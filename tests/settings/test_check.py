@@ -55,7 +55,7 @@ def test_two_problems_exit_2_and_no_traceback() -> None:
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2
-    assert "error: optim.lr = 'abc' (command line): a number is wanted" in done.stderr
+    assert "error: optim.lr = 'abc' (command line): it must be a number" in done.stderr
     assert "error: data.sourcez = [] (command line): no such key. Did you mean `data.sources`" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
 
@@ -102,7 +102,7 @@ def test_an_unreadable_recipe_is_one_message(capsys: pytest.CaptureFixture[str])
 def test_ranks_must_be_a_count(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["check", "tiny-cpu", f"--ranks={ranks}"])
-    assert "a whole number from 1 is wanted" in capsys.readouterr().err
+    assert "it must be a whole number from 1" in capsys.readouterr().err
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,11 +139,11 @@ def test_effective_config_is_complete() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.image.max_tokens=0", "data.image.max_tokens = 0: at least 1 is wanted"),
-        ("data.video.max_tokens_per_frame=0", "data.video.max_tokens_per_frame = 0: at least 1 is wanted"),
+        ("data.image.max_tokens=0", "data.image.max_tokens = 0: it must be at least 1"),
+        ("data.video.max_tokens_per_frame=0", "data.video.max_tokens_per_frame = 0: it must be at least 1"),
         ("data.video.min_frames=900", "data.video.min_frames = 900: it is above data.video.max_frames, 768"),
-        ("data.video.fps=0", "data.video.fps = 0.0: a finite number above 0 is wanted"),
-        ("data.video.timeout_seconds=.nan", "data.video.timeout_seconds = nan: a finite number above 0"),
+        ("data.video.fps=0", "data.video.fps = 0.0: it must be a finite number above 0"),
+        ("data.video.timeout_seconds=.nan", "data.video.timeout_seconds = nan: it must be a finite number above 0"),
         ("run.name=../elsewhere", "run.name = '../elsewhere': it names a folder below runs/"),
         ("run.name=/tmp/x", "run.name = '/tmp/x': it names a folder below runs/"),
         ("run.name=.", "run.name = '.': it names a folder below runs/"),

@@ -72,26 +72,26 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "key", "text"),
     [
-        ("optim.lr=abc", "optim.lr", r"a number is wanted"),
-        ("optim.lr=true", "optim.lr", r"a number is wanted"),
+        ("optim.lr=abc", "optim.lr", r"it must be a number"),
+        ("optim.lr=true", "optim.lr", r"it must be a number"),
         ("optim.lr=nan", "optim.lr", r"a finite number above 0"),
         ("optim.lr=0", "optim.lr", r"a finite number above 0"),
-        ("data.packs_per_step=8.0", "data.packs_per_step", r"a whole number is wanted"),
-        ("data.packs_per_step=", "data.packs_per_step", r"a whole number is wanted"),
-        ("data.packs_per_step=0", "data.packs_per_step", r"at least 1 .*data.packs_per_step=1 or more"),
-        ("data.tokens_per_pack=-1", "data.tokens_per_pack", r"at least 1 "),
-        ("data.tokens_per_pack=[1, 2]", "data.tokens_per_pack", r"a whole number is wanted"),
-        ("data.prefetch=0", "data.prefetch", r"at least 1 .*data.prefetch=1 or more"),
+        ("data.packs_per_step=8.0", "data.packs_per_step", r"it must be a whole number"),
+        ("data.packs_per_step=", "data.packs_per_step", r"it must be a whole number"),
+        ("data.packs_per_step=0", "data.packs_per_step", r"it must be at least 1.*data.packs_per_step=1 or more"),
+        ("data.tokens_per_pack=-1", "data.tokens_per_pack", r"it must be at least 1"),
+        ("data.tokens_per_pack=[1, 2]", "data.tokens_per_pack", r"it must be a whole number"),
+        ("data.prefetch=0", "data.prefetch", r"it must be at least 1.*data.prefetch=1 or more"),
         ("data.sources.general.weight=2", "data.sources.general.weight", r"no effect with data.mixture=natural"),
-        ("run.seed=-1", "run.seed", r"at least 0 "),
-        ("parallel.ep=0", "parallel.ep", r"at least 1 "),
+        ("run.seed=-1", "run.seed", r"it must be at least 0"),
+        ("parallel.ep=0", "parallel.ep", r"it must be at least 1"),
         ("data.sourcez=[]", "data.sourcez", r"no such key.*Did you mean `data.sources`"),
-        ("data.sources=[a]", "data.sources", r"entries by name are wanted.*data.sources.<name>.<key>"),
+        ("data.sources=[a]", "data.sources", r"it must hold entries by name.*data.sources.<name>.<key>"),
         ("data.sources.a b.path=x", "data.sources.a b", r"letters, digits"),
         ("data.sources.new.weight=1", "data.sources.new.path", r"it must be set. Add data.sources.new.path=..."),
         ("data.sources.general.weight=0", "data.sources.general.weight", r"a finite number above 0"),
-        ("data.sources.general=x", "data.sources.general", r"a section is wanted here, with the keys: path, weight"),
-        ("data=5", "data", r"a section is wanted here, with the keys: packs_per_step"),
+        ("data.sources.general=x", "data.sources.general", r"it must be a section, with the keys: path, weight"),
+        ("data=5", "data", r"it must be a section, with the keys: packs_per_step"),
         ("dat.packs_per_step=4", "dat", r"no such key.*Did you mean `data`"),
         ("objective.kind=sft", "objective.kind", r"no such key. Remove it: objective has no keys yet"),
         ("base=tiny-cpu", "base", r"no such key"),
@@ -102,7 +102,7 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("optim.lr=${data.sources}", "optim.lr", r"cannot be resolved"),
         ("run.seed=???", "run.seed", r"it must be set"),
         ("model.family=qwen3-vl-30b-a3x", "model.family", r"Did you mean `qwen3-vl-30b-a3b`"),
-        ("model.family=", "model.family", r"text is wanted"),
+        ("model.family=", "model.family", r"it must be text"),
         ("model.family=''", "model.path", r"shape of the base model is not known.*Set model.family \(.*tiny-moe"),
         ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the context of tiny-moe, 4,096"),
     ],
@@ -205,7 +205,7 @@ def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
 
 
 def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"sections with keys are wanted, found a list"):
+    with pytest.raises(ValueError, match=r"it must hold sections with keys, found a list"):
         load_recipe(_write(tmp_path, "bad.yaml", "- 1\n"))
 
 
@@ -243,8 +243,8 @@ def test_leaves_flatten_what_effective_gives() -> None:
     ("override", "message"),
     [
         ("data.sources.general.path=${oc.env:NOPE}", r"it cannot be resolved: .*'NOPE' not found"),
-        ("track.tags=wandb", "track.tags = 'wandb' .*a list, each text is wanted"),
-        (f"optim.lr={'9' * 400}", "optim.lr = 9+.* a number is wanted"),
+        ("track.tags=wandb", "track.tags = 'wandb' .*it must be a list, each text"),
+        (f"optim.lr={'9' * 400}", "optim.lr = 9+.* it must be a number"),
     ],
 )
 def test_values_that_cannot_be_read_are_problems(override: str, message: str) -> None:

@@ -222,11 +222,11 @@ def test_what_the_section_asks_of_a_base() -> None:
         return [f"{p.level}: {p}" for p in context_problems(config, BIG, longest_row=row)]
 
     assert problems(context()) == problems(context(factor=3), 700_000) == problems(context(1_000_000, 3)) == []
-    assert "above 1 is wanted" in problems(context(factor=0.5))[0]
+    assert "it must be a factor above 1" in problems(context(factor=0.5))[0]
     (four,) = problems(context(factor=4))
     assert four.startswith("warning: context.yarn.factor = 4")
     assert "Set 2 or 3" in four
-    assert "at least 1 is wanted" in problems(context(0))[0]
+    assert "it must be at least 1" in problems(context(0))[0]
     assert "Set context.yarn.factor=3, or leave context.length out" in problems(context(700_000))[0]
     assert "serves 262,144 positions already" in problems(context(4096))[0]
     assert problems(context(), 300_000)[0].startswith("warning: data.tokens_per_pack = 300000")

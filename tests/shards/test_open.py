@@ -109,7 +109,7 @@ def test_problems_of_the_section_are_raised_together(tmp_path):
         "data.sources.b.weight",
     ]
     with pytest.raises(
-        ValueError, match="(?s)data.packs_per_step = 0: at least 1 is wanted.*no effect with data.mixture=natural"
+        ValueError, match="(?s)data.packs_per_step = 0: it must be at least 1.*no effect with data.mixture=natural"
     ):
         open_corpus(config, renderer())
     with pytest.raises(ValueError, match="data.sources = {}: there is nothing to train on. Add data.sources"):

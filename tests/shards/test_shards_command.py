@@ -267,5 +267,5 @@ def test_arguments_are_checked(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["shards", "build", "x.jsonl", "--out", "y", "--jobs", "0"])
     assert caught.value.code == 2
-    assert "a whole number from 1 is wanted, found '0'" in capsys.readouterr().err
+    assert "it must be a whole number from 1, found '0'" in capsys.readouterr().err
     assert "PATH names 'nowhere', which does not exist" in refused(capsys, "index", "nowhere")

@@ -342,7 +342,7 @@ def test_what_is_no_video_is_refused_by_name(data, message):
 
 
 def test_a_frame_beyond_the_end_is_refused():
-    with pytest.raises(ValueError, match="0.mp4: frame 9 is wanted, but the file has 6"):
+    with pytest.raises(ValueError, match="0.mp4: frame 9 is asked for, but the file has 6"):
         decoded(clip(moving(6)), [2, 9])
 
 

@@ -100,21 +100,27 @@ def _parallel(**changes: Any) -> RunConfig:
 
 GUARDED: dict[str, Any] = {"guard": "flag", "max_kl": 1.0}
 WRONG: dict[str, tuple[RunConfig, str]] = {
-    "steps": (_run(_config(every_steps=-1)), r"eval.every_steps = -1: at least 0"),
+    "steps": (_run(_config(every_steps=-1)), r"eval.every_steps = -1: it must be at least 0"),
     "patience": (_run(_config(patience=2)), r"eval.patience = 2: it waits for a better eval.metric. Set eval.metric="),
-    "source": (_run(_config(metric="b/loss")), r"eval.metric = 'b/loss': a source and .*One of a/loss, a/accuracy"),
+    "source": (
+        _run(_config(metric="b/loss")),
+        r"eval.metric = 'b/loss': it must be a source and .*One of a/loss, a/accuracy",
+    ),
     "quantity": (_run(_config(metric="a/los")), r"eval.metric = 'a/los': .*One of a/loss"),
     "none": (_run(EvalConfig(metric="a/loss")), r"Add eval.sources.<name>.path=..., or drop eval.metric"),
     "kl": (_run(_config(metric="a/kl"), lora=False), r"eval.metric = 'a/kl': no family trains as lora, so.*a/loss"),
     "bound": (_run(_config(guard="stop")), r"eval.sources.a.guard = 'stop': it has no bound to .* Set .*a.max_kl or"),
     "guard": (_run(_config(max_kl=1.0)), r"eval.sources.a.max_kl = 1.0: no guard reads it. Set .*guard to flag"),
-    "range": (_run(_config(guard="flag", max_loss_rise=-1.0)), r"max_loss_rise = -1.0: a finite number of 0 or more"),
+    "range": (
+        _run(_config(guard="flag", max_loss_rise=-1.0)),
+        r"max_loss_rise = -1.0: it must be a finite number of 0 or more",
+    ),
     "no lora": (_run(_config(**GUARDED), lora=False), r"max_kl = 1.0: no family .*Bound .*max_loss_rise"),
     "answers": (
         _run(EvalConfig(answers=1)),
         r"eval.answers = 1: there is no held-out source to ask about. Add eval.sou",
     ),
-    "cap": (_run(_config(answer_tokens=0)), r"eval.answer_tokens = 0: at least 1 is wanted"),
+    "cap": (_run(_config(answer_tokens=0)), r"eval.answer_tokens = 0: it must be at least 1"),
     "partitioned": (_parallel(resident="none"), r"eval.answers = 2: partitioned weights would be .*resident=frozen"),
     "shared rows": (_parallel(sp=2), r"eval.answers = 2: ranks that share a row .*or set sp=1"),
     "name": (_run(EvalConfig(sources={"a/b": EvalSourceConfig(path="x")})), r"eval.sources.a/b = .*without /"),
