@@ -131,8 +131,11 @@ def test_usual_settings_have_no_problem(moe):
 @pytest.mark.parametrize(
     ("moe", "text"),
     [
-        ({"balance": "global", "balance_coefficient": -0.1}, "moe.balance_coefficient = -0.1: a finite number"),
-        ({"z_coefficient": float("inf")}, "moe.z_coefficient = inf: a finite number of 0 or more"),
+        (
+            {"balance": "global", "balance_coefficient": -0.1},
+            "moe.balance_coefficient = -0.1: it must be a finite number",
+        ),
+        ({"z_coefficient": float("inf")}, "moe.z_coefficient = inf: it must be a finite number of 0 or more"),
         ({"balance": "micro", "balance_coefficient": 0.0}, "moe.balance=micro does nothing without a coefficient"),
         ({"balance_coefficient": 0.01}, "moe.balance_coefficient = 0.01: moe.balance is off, so nothing reads it"),
         ({"balance": "global", "family": "qwen3-vl-2b"}, "moe.balance = 'global': qwen3-vl-2b is dense"),
