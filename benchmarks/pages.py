@@ -1,0 +1,140 @@
+"""Writes what README and llms.txt take from elsewhere: `python -m benchmarks.pages` (`--check` only compares).
+
+The status box and the feature table come from docs/status.yaml, the table of GPUs from the planner, and llms.txt from
+the tables of docs/index.md.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.planner.fit import fit
+from finetune.planner.gpus import cluster
+from finetune.planner.time import Assumed
+from finetune.settings.checks import base_family, require
+from finetune.settings.recipes import load_recipe
+
+ROOT = Path(__file__).parents[1]
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of GPUs that are tried for the table, the smallest first."""
+FREE = ("ep", "sp", "resident", "recompute")
+"""What the planner may choose for the table; the length of a row is given."""
+PACKS = 64
+"""Packs per step in the table, so that each number of GPUs divides them."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the pages, or with `--check` say which are not current."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 3 if a page is not current")
+    args = parser.parse_args(argv)
+    stale = []
+    for path, text in pages(ROOT).items():
+        if path.read_text() == text:
+            continue
+        stale.append(path.name)
+        if not args.check:
+            path.write_text(text)
+    print(f"{'not current' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return 3 if args.check and stale else 0
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Return the text that each page should have."""
+    status = yaml.safe_load((root / "docs" / "status.yaml").read_text())
+    readme = (root / "README.md").read_text()
+    for name, lines in (
+        ("status", status_box(status["status"])),
+        ("gpus", gpu_table(**status["gpus"])),
+        ("features", feature_table(status["peers"], status["features"])),
+    ):
+        readme = filled(readme, name, lines)
+    index = (root / "docs" / "index.md").read_text()
+    return {root / "README.md": readme, root / "llms.txt": llms_text(index)}
+
+
+def filled(page: str, name: str, lines: Sequence[str]) -> str:
+    """Return the page with these lines between the two comments of that name."""
+    begin, end = f"<!-- {name}: python -m benchmarks.pages -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"README.md must hold the comments {begin!r} and {end!r}, in this order")
+    block = "\n".join([begin, *lines, end])
+    return pattern.sub(lambda match: block, page)
+
+
+def status_box(status: dict[str, str]) -> list[str]:
+    """Return the quoted list of what is proved, measured and only computed."""
+    return [f"> - **{name[0].upper()}{name[1:]}:** {text}." for name, text in status.items()]
+
+
+def feature_table(peers: dict[str, Any], features: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a row for each feature, with a column for each kit."""
+    columns = ["moetune", *peers]
+    titles = ["moetune", *(f"{name} {version}" for name, version in peers.items())]
+    rows = [[row["row"], *(_word(row[column]) for column in columns)] for row in features]
+    return _table(["", *titles], rows)
+
+
+def gpu_table(kinds: Sequence[str], rows: Sequence[int], models: Sequence[str]) -> list[str]:
+    """Return the smallest number of GPUs for each model, kind of GPU and length of a row."""
+    titles = ["LoRA of", "GPU", *(f"{tokens // 1024}K rows" for tokens in rows)]
+    return _table(
+        titles, [[model, kind, *(_cell(model, kind, tokens) for tokens in rows)] for model in models for kind in kinds]
+    )
+
+
+def _cell(model: str, kind: str, tokens: int) -> str:
+    overrides = [
+        f"model.family={model}",
+        f"data.tokens_per_pack={tokens}",
+        f"data.packs_per_step={PACKS}",
+        "parallel.ep=1",
+    ]
+    if "-a" not in model.removeprefix("qwen3-vl"):
+        overrides += [
+            "adapters.experts.mode=frozen",
+            "adapters.mlp.mode=lora",
+            "adapters.mlp.r=8",
+            "adapters.mlp.alpha=16",
+        ]
+    config, problems = load_recipe("qwen3-vl-30b-a3b-lora", overrides)
+    require(config, problems, ranks=1)
+    base = base_family(config)
+    for count in COUNTS:
+        machines = cluster(kind, gpus=count, per_node=None, price=None)
+        best = fit(config, base, machines, assumed=Assumed(), free=FREE).best
+        if best:
+            rate = best.plan.time.tokens_per_second
+            return f"{count} ({rate / 1000:.1f}K tok/s each)"
+    return f"more than {COUNTS[-1]}"
+
+
+def llms_text(index: str) -> str:
+    """Return the list of pages for language models, from the tables of the index."""
+    title, summary = index.split("\n\n")[:2]
+    lines = [title, "", "> " + " ".join(summary.split()), ""]
+    for line in index.splitlines():
+        if line.startswith("## "):
+            lines += [line, ""] if lines[-1] == "" else ["", line, ""]
+        row = re.fullmatch(r"\| \[(.+?)\]\((.+?)\) \| (.+) \|", line)
+        if row:
+            lines.append(f"- [{row[1]}](docs/{row[2]}): {row[3]}")
+    return "\n".join(lines) + "\n"
+
+
+def _word(value: bool | str) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
