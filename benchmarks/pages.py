@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from finetune.planner.fit import fit
+from finetune.planner.fit import fitting
 from finetune.planner.gpus import cluster
 from finetune.planner.time import Assumed
 from finetune.settings.checks import base_family, require
@@ -108,9 +108,9 @@ def _cell(model: str, kind: str, tokens: int) -> str:
     base = base_family(config)
     for count in COUNTS:
         machines = cluster(kind, gpus=count, per_node=None, price=None)
-        best = fit(config, base, machines, assumed=Assumed(), free=FREE).best
-        if best:
-            rate = best.plan.time.tokens_per_second
+        proposals = fitting(config, base, machines, assumed=Assumed(), free=FREE)
+        if proposals:
+            rate = proposals[0].plan.time.tokens_per_second
             return f"{count} ({rate / 1000:.1f}K tok/s each)"
     return f"more than {COUNTS[-1]}"
 

@@ -58,14 +58,22 @@ class Fit:
 
 def fit(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed, free: Sequence[str] = FREE) -> Fit:
     """Search the layouts; `free` names what may change."""
-    fitting = [proposal for proposal in _proposals(config, base, cluster, assumed, free) if proposal.plan.fits]
-    if not fitting:
+    proposals = fitting(config, base, cluster, assumed=assumed, free=free)
+    if not proposals:
         return Fit(best=None, others=[], advice=_advice(config, base, cluster, assumed, free))
     by_kind: dict[tuple[int, int, bool, str], Proposal] = {}
-    for proposal in sorted(fitting, key=_order):
+    for proposal in proposals:
         by_kind.setdefault(proposal.kind, proposal)
     best, *others = by_kind.values()
     return Fit(best=best, others=others[:3])
+
+
+def fitting(
+    config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed, free: Sequence[str] = FREE
+) -> list[Proposal]:
+    """Return the layouts that fit, the best first; without the advice that `fit` searches for when there is none."""
+    proposals = _proposals(config, base, cluster, assumed, free)
+    return sorted((proposal for proposal in proposals if proposal.plan.fits), key=_order)
 
 
 def resolve_auto(

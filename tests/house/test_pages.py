@@ -1,0 +1,87 @@
+"""README's generated blocks, llms.txt and the links of all pages are current."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from places import ROOT
+
+from benchmarks import pages
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "llms.txt")] + DOCS
+
+
+def _block(name: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(
+        f"<!-- {name}: python -m benchmarks.pages -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL
+    )
+    return block.splitlines()
+
+
+def _status() -> dict:
+    return yaml.safe_load((ROOT / "docs" / "status.yaml").read_text())
+
+
+def test_readme_has_the_status_and_the_features_of_the_status_file() -> None:
+    status = _status()
+    assert _block("status") == pages.status_box(status["status"])
+    assert _block("features") == pages.feature_table(status["peers"], status["features"])
+
+
+def test_readme_has_the_gpus_that_the_planner_finds_for_one_model() -> None:
+    table = {**_status()["gpus"], "models": ["qwen3-vl-30b-a3b"]}
+    rows = pages.gpu_table(**table)
+    assert len(rows) == 2 + len(table["kinds"])
+    assert set(rows) <= set(_block("gpus"))
+
+
+@pytest.mark.slow
+def test_readme_has_the_gpus_that_the_planner_finds() -> None:
+    assert _block("gpus") == pages.gpu_table(**_status()["gpus"])
+
+
+def test_llms_txt_lists_the_pages_of_the_index() -> None:
+    assert (ROOT / "llms.txt").read_text() == pages.llms_text((ROOT / "docs" / "index.md").read_text())
+
+
+def test_every_page_is_in_the_index_and_in_the_menu_of_the_site() -> None:
+    names = {path.name for path in DOCS}
+    index = (ROOT / "docs" / "index.md").read_text()
+    menu = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
+    assert set(re.findall(r"\]\((\S+?\.md)\)", index)) == names - {"index.md"}
+    assert set(re.findall(r"[\w-]+\.md", menu)) == names
+
+
+def test_a_page_without_its_comments_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"README.md must hold the comments '<!-- gpus"):
+        pages.filled("# A page", "gpus", [])
+
+
+def _anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    named = set(re.findall(r'<a id="([^"]+)">', path.read_text()))
+    return named | {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_pages_and_headings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name) if name else page
+        if not path.exists() or (anchor and anchor not in _anchors(path)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 1600
