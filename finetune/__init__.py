@@ -3,10 +3,10 @@
 A room imports only from rooms below it; rooms on one line do not know each other:
 
                               train.py                      the story of a run
-      training/                 ask/              verify/   the loop's parts | questions | proofs
+      training/      ask/      verify/      preflight/      the loop's parts | questions | proofs | before a start
       checkpoint/                                           the state of a run on disk
       adapters/                                             adapter files, merge, export
-      model/                          planner/              the network | before the run
+      model/                          planner/              the network | what a run will take
       settings/                                             recipes, checks, stages
       files/                                                a model folder on disk
       architecture/                   ranks/                the model in numbers | one process

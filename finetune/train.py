@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.stream.batch import keys_of
+from finetune.checkpoint.run_lock import take_run
 from finetune.config import RunConfig
 from finetune.ranks.collectives import Preempted, barrier, rank_and_world
 from finetune.ranks.engine import end_distributed, start_distributed, take_device
@@ -28,7 +29,6 @@ from finetune.training.optimiser_groups import enter, set_rates
 from finetune.training.replay import replay
 from finetune.training.results import hand_over, write_learned
 from finetune.training.run_folder import make_run_folder, read_run
-from finetune.training.run_lock import take_run
 from finetune.training.setup import Run, assemble
 from finetune.training.state import RunState
 from finetune.training.steps import take_together

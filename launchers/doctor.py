@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _machine(args: argparse.Namespace) -> int:
-    from finetune.planner.doctor import machine_findings, run_findings
+    from finetune.preflight.doctor import machine_findings, run_findings
     from finetune.settings.checks import require
     from finetune.settings.recipes import load_recipe
 
@@ -59,7 +59,7 @@ def _machine(args: argparse.Namespace) -> int:
 
 
 def _smi() -> str | None:
-    from finetune.planner.doctor import QUERY
+    from finetune.preflight.doctor import QUERY
 
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
@@ -80,5 +80,5 @@ def _cluster(args: argparse.Namespace) -> int:
         command += [f"--nnodes={args.nnodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={args.rdzv_endpoint}"]
         command += ["--rdzv_id=moetune-doctor"]
     environment = os.environ | {"PYTHONSAFEPATH": "1"} | ({"MOETUNE_JSON": "1"} if args.json else {})
-    done = subprocess.run([*command, "-m", "finetune.planner.cluster_check"], env=environment)
+    done = subprocess.run([*command, "-m", "finetune.preflight.cluster_check"], env=environment)
     return 0 if done.returncode == 0 else 3

@@ -41,11 +41,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hand over to torchrun, pass signals on, and say which rank failed first."""
     from finetune.checkpoint.folder import starting_point
+    from finetune.checkpoint.run_lock import take_run_for_ranks
     from finetune.ranks.log import print_line, remove_logs
     from finetune.ranks.versions import torch_problem
     from finetune.settings.checks import require
     from finetune.settings.recipes import load_recipe
-    from finetune.training.run_lock import take_run_for_ranks
 
     if torch_problem():
         raise ValueError(torch_problem())

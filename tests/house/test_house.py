@@ -20,7 +20,7 @@ COLLECTIVES_LIVE_IN = {
         "model/sequence",
         "checkpoint/checkpoints",
         "checkpoint/pieces",
-        "planner/cluster_check",
+        "preflight/cluster_check",
     )
 }
 ENGINE_LIVES_IN = {

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data.prepare.folder_lock import Holder, process_start, read_holder, release, take, this_process
+from finetune.checkpoint.run_lock import LOCK, launch_id, take_run, take_run_for_ranks
 from finetune.ranks.failures import meeting
-from finetune.training.run_lock import LOCK, launch_id, take_run, take_run_for_ranks
 
 ELSEWHERE = {"host": "another-machine"}
 
@@ -141,7 +141,7 @@ def test_a_launch_is_known_by_its_job_its_run_or_the_process_that_started_the_ra
 
 
 def test_the_other_ranks_write_nothing_before_rank_0_holds_the_folder(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("finetune.training.run_lock.WAIT_S", 0.2)
+    monkeypatch.setattr("finetune.checkpoint.run_lock.WAIT_S", 0.2)
     settings = {"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1", "TORCHELASTIC_RESTART_COUNT": "0"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)

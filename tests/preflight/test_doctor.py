@@ -20,8 +20,8 @@ from torch.distributed.flight_recorder.components.builder import build_db
 from torch.distributed.flight_recorder.components.config_manager import JobConfig
 from torch.distributed.flight_recorder.components.loader import read_dir
 
-from finetune.planner.cluster_check import RankFacts, findings
-from finetune.planner.doctor import (
+from finetune.preflight.cluster_check import RankFacts, findings
+from finetune.preflight.doctor import (
     LEAST,
     base_findings,
     descriptor_findings,

@@ -1,6 +1,6 @@
 """Checks all nodes together before a run: whether all ranks reach each other, how fast, and over which links.
 
-`torchrun ... -m finetune.planner.cluster_check` on the very nodes of the run. Every rank must take part; rank 0 prints.
+`torchrun ... -m finetune.preflight.cluster_check` on the nodes of the run. Every rank must take part; rank 0 prints.
 """
 
 import datetime
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 
-from finetune.planner.doctor import Finding
+from finetune.preflight.doctor import Finding
 from finetune.ranks.collectives import gather_lists
 
 MEGABYTES = 64
