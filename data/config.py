@@ -1,4 +1,8 @@
-"""The `data:` section. Loads no torch."""
+"""The `data:` section. Loads no torch.
+
+The text below a key explains it to users: docs/configuration.md and `moetune explain` are made from it
+(`finetune/settings/reference.py` says how it is read).
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,65 +12,238 @@ from typing import Literal
 class SourceConfig:
     """One named source of samples: `data.sources.<name>`."""
 
-    path: str  # shards (a tar, a folder, a pattern), or a .jsonl / .json file, which is converted once
-    weight: float = 1.0  # share beside the other sources, in the unit of data.mixture
+    path: str
+    """Where the samples are: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or a
+    `.jsonl` / `.json` file. A file of rows is converted into shards when it is first read, and again when it changes.
+
+    Change: always; it is the one key of a source that has no default. Convert large files with `moetune shards build`.
+    With: `data.cache_dir` (where a converted file goes), `data.media_root` (where its relative paths of media begin).
+    """
+    weight: float = 1.0
+    """This source's share of an epoch beside the other sources; only the ratios of the weights count.
+
+    Change: to see a source more or less often than its size says. A source is repeated, or read in part, to fit.
+    With: `data.mixture` (the unit of the share; with `natural` any weight but 1 is an error),
+    `stages.<name>.data.weights` (other shares in a stage).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """How large an image may be, in tokens: `data.image`. One token is 32 x 32 pixels in every model of the family."""
 
-    min_tokens: int | None = None  # None: the base's own limit (preprocessor_config.json), 64 as released
-    max_tokens: int | None = None  # None: the base's own limit, 16384 as released
+    min_tokens: int | None = None
+    """The fewest tokens of an image; smaller images are enlarged. `null`: the limit of the base's
+    preprocessor_config.json, 64 as released.
+
+    Change: lower it when many images are small icons or crops, to save tokens.
+    With: `data.image.max_tokens` (must not be smaller).
+    """
+    max_tokens: int | None = None
+    """The most tokens of an image; larger images are reduced, and keep their shape. `null`: the limit of the base's
+    preprocessor_config.json, 16384 as released.
+
+    Change: lower it to fit more images into a row; keep it high for small print, as in documents and screenshots. Serve
+    the model with the same limit.
+    With: `data.tokens_per_pack` (a sample must fit a row), `data.vision_tokens_per_pack`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
     """Which frames of a video are seen, how large, and how they are written into the text: `data.video`."""
 
-    fps: float = 2.0  # frames sampled per second, unless the record says otherwise
+    fps: float = 2.0
+    """Frames that are taken from each second of a video. 2 is the rate of the base's own processor.
+
+    Change: raise it for fast motion, lower it for long videos. A record's own `fps` or `num_frames` wins.
+    With: `data.video.min_frames`, `data.video.max_frames` (bounds of the number of frames that follows).
+    """
     min_frames: int = 4
+    """The fewest frames that are taken at `fps`, as far as the video has them.
+
+    Change: raise it when your videos last one or two seconds.
+    With: `data.video.max_frames` (must not be smaller).
+    """
     max_frames: int = 768
-    min_tokens: int | None = None  # of a whole video; None: the base's own limit, 2 as released
-    max_tokens: int | None = None  # of a whole video; None: the base's own limit, 12288 as released
-    frame_cap: bool = True  # the reference's rule; transformers leaves it off unless `cap_pixels_per_frame` is passed
-    max_tokens_per_frame: int = 768  # of one frame, where frame_cap is on; a frame pair becomes one such grid
-    timestamps: Literal["seconds", "hms", "mixed"] = "seconds"  # <3.0 seconds>, <00:00:03>, or either by sample
-    layout: Literal["nested", "flat"] = "nested"  # transformers >= 5 or 4.57; the server must use the same
-    single_frame: Literal["double", "refuse"] = "double"  # a video needs two frames
-    timeout_seconds: float = 60.0  # for decoding one video
+    """The most frames that are taken from one video. Where `fps` asks for more, they are spread over the whole video.
+
+    Change: lower it to bound the tokens of long videos; raise it to see more of them. A record's own `max_frames` wins.
+    With: `data.video.max_tokens` (more frames make each frame smaller).
+    """
+    min_tokens: int | None = None
+    """The fewest tokens of a whole video; smaller ones are enlarged. `null`: the base's own limit, 2 as released.
+
+    Change: hardly ever; raise it when small videos lose detail.
+    With: `data.video.max_tokens` (must not be smaller).
+    """
+    max_tokens: int | None = None
+    """The most tokens of a whole video; the frames of a larger one are reduced. `null`: the base's own limit, 12288 as
+    released.
+
+    Change: lower it to fit more videos into a row, raise it for long videos with small detail.
+    With: `data.tokens_per_pack` (a sample must fit a row), `data.video.max_tokens_per_frame`.
+    """
+    frame_cap: bool = True
+    """Whether `max_tokens_per_frame` limits each frame, as the authors' reference does.
+
+    Change: to false when your server prepares videos with transformers, which sets no such limit unless
+    `cap_pixels_per_frame` is passed.
+    With: `data.video.max_tokens_per_frame`.
+    """
+    max_tokens_per_frame: int = 768
+    """The most tokens of one frame where `frame_cap` is on. Two frames become one grid of this many tokens.
+
+    Change: lower it to spend the tokens of a video on more frames, raise it for text and other detail in few frames.
+    With: `data.video.frame_cap` (nothing reads this key when it is false), `data.video.max_tokens`.
+    """
+    timestamps: Literal["seconds", "hms", "mixed"] = "seconds"
+    """How the time before each pair of frames is written. `seconds`: `<3.0 seconds>`, as the base's processor does.
+    `hms`: `<00:00:03>`. `mixed`: one or the other, fixed for each sample.
+
+    Change: to `hms` when your answers use clock times; to `mixed` so that the model understands both.
+    """
+    layout: Literal["nested", "flat"] = "nested"
+    """Whether the pairs of frames of a video stand inside a further pair of vision marks. `nested`: as transformers 5
+    writes them. `flat`: without, as transformers 4.57 does.
+
+    Change: to what your server writes; training and serving must agree. `moetune serve-check` compares them.
+    """
+    single_frame: Literal["double", "refuse"] = "double"
+    """What happens when only one frame is taken, as the model needs two. `double`: it is shown twice. `refuse`: the
+    sample cannot be used.
+
+    Change: to `refuse` to find pictures among your videos; make them images.
+    With: `data.max_bad_samples` (counts what is refused).
+    """
+    timeout_seconds: float = 60.0
+    """Seconds that the decoding of one video may take; after that the sample counts as unreadable.
+
+    Change: raise it for long videos or slow disks.
+    With: `data.max_bad_samples` (counts those samples), `data.stall_seconds` (should stay longer).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """How conversations become text: `data.chat`. The template itself is the base's own."""
 
-    thinking: Literal["train", "mask", "drop"] = "train"  # mask: in the text, but without loss
-    keep_control_tokens: tuple[str, ...] = ()  # spelled in an assistant's text, they stay control tokens: <|box_start|>
+    thinking: Literal["train", "mask", "drop"] = "train"
+    """What happens to the thinking of an assistant's turn (`<think>...</think>`, or a record's `thinking`). `train`: it
+    is in the text and learned. `mask`: it is in the text, without loss. `drop`: it is taken out.
+
+    Change: to `mask` when only the answers are of good quality, to `drop` to train answers without thinking.
+    """
+    keep_control_tokens: tuple[str, ...] = ()
+    """Special tokens of the base's tokenizer that stay special where an assistant's text spells them. All others are
+    read as plain text, so that no text can open or close a turn.
+
+    Change: when your answers are meant to write such a token: `["<|box_start|>", "<|box_end|>"]`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read and how it is packed. Every quantity is global: none changes with the number of ranks."""
 
-    packs_per_step: int = 32  # LoRA bears large batches badly (LoRA Without Regret); the authors have 16 on each GPU
+    packs_per_step: int = 32
+    """Packed rows of one optimiser step, over all ranks together: the global batch. A micro-batch is one row, so
+    gradients are accumulated over `packs_per_step / (ranks / sp)` rows on each rank.
+
+    Change: this is the batch size. Published batches are 4 to 512 rows; LoRA bears large batches less well than full
+    tuning does ("LoRA Without Regret").
+    With: the ranks divided by `parallel.sp` (must divide it), `data.tokens_per_pack` (times this: tokens of a step),
+    `optim.lr`.
+    """
     tokens_per_pack: int = 8192
-    vision_tokens_per_pack: int | None = None  # of images and videos; None: only tokens_per_pack limits them
-    mixture: Literal["natural", "tokens", "samples"] = "natural"  # natural: each sample once an epoch, no weights
-    overlong: Literal["error", "skip", "split-turns"] = "error"  # a sample that does not fit a pack
-    remainder: Literal["drop", "keep"] = "drop"  # packs left over by the last step of an epoch
-    balance_steps: int = 32  # steps among which packs of similar cost are put together; 0: packs are only shuffled
-    pad_multiple: int = 1  # rows are padded to a multiple of this many tokens
-    workers: int = 2  # processes that read for each rank; 0: the rank reads by itself
-    prefetch: int = 2  # packs that each worker holds ready
-    max_bad_samples: int = 100  # unusable ones and those that fail while they are read; more stop the run
-    # a pack that takes longer stops the run with the names of its shards; 0: wait forever
+    """The most tokens of a packed row. Samples are put together into rows, and attend only to themselves.
+
+    Change: raise it when samples are longer, lower it when memory is short. Keep `packs_per_step` times it constant to
+    keep the tokens of a step.
+    With: `data.overlong` (samples longer than a row), `parallel.sp` (shares a row over ranks), `parallel.recompute`.
+    """
+    vision_tokens_per_pack: int | None = None
+    """The most tokens of images and videos in a row. `null`: only `tokens_per_pack` limits them.
+
+    Change: set it when rows full of images need more memory in the vision tower than rows of text need elsewhere.
+    With: `data.tokens_per_pack`, `data.overlong` (a sample above this limit does not fit either).
+    """
+    mixture: Literal["natural", "tokens", "samples"] = "natural"
+    """How often each source is read. `natural`: every sample once an epoch. `tokens`: the sources' weights are shares
+    of the tokens of an epoch. `samples`: they are shares of its samples.
+
+    Change: to `tokens` or `samples` when one source is much larger than another that matters as much. Choose `tokens`
+    when samples differ in length.
+    With: `data.sources.<name>.weight` (read by `tokens` and `samples` only).
+    """
+    overlong: Literal["error", "skip", "split-turns"] = "error"
+    """What happens to a sample that does not fit a row. `error`: the run ends before the first step, and names it.
+    `skip`: it is left out, and counted. `split-turns`: the conversation is cut between turns into parts that fit.
+
+    Change: to `skip` when a few samples are too long, to `split-turns` for long conversations.
+    With: `data.tokens_per_pack`, `data.vision_tokens_per_pack` (the limits).
+    """
+    remainder: Literal["drop", "keep"] = "drop"
+    """What happens to rows at the end of an epoch that do not fill a step. `drop`: they are left out of this epoch;
+    each epoch has another order. `keep`: the last step of the epoch is smaller.
+
+    Change: to `keep` when the data fill only a few steps, or when every sample must be seen in every epoch.
+    With: `data.packs_per_step` (with `drop`, at least that many rows are needed).
+    """
+    balance_steps: int = 32
+    """Steps among which rows of similar cost are put into the same step, so that ranks wait less for each other. 0:
+    rows are only shuffled.
+
+    Change: raise it when rows differ much in cost and there are many steps; set 0 for a plain random order.
+    """
+    pad_multiple: int = 1
+    """Rows are padded to a multiple of this many tokens. 1: no padding.
+
+    Change: only for a kernel that needs a certain multiple. Padding costs time and is never counted as useful.
+    """
+    workers: int = 2
+    """Processes of each rank that read and prepare rows. 0: the rank does it by itself, between steps.
+
+    Change: raise it when ranks wait for data (`seconds_data` in `metrics.jsonl`), as with video; ranks of a node add
+    up.
+    With: `data.prefetch` (rows that each worker holds).
+    """
+    prefetch: int = 2
+    """Rows that each worker holds ready.
+
+    Change: raise it when reading times vary much; lower it when host memory is short.
+    With: `data.workers` (0: nothing is prefetched).
+    """
+    max_bad_samples: int = 100
+    """Samples that may be left out because they cannot be used or read; each is named. One more ends the run.
+
+    Change: to 0 for data that must be whole; raise it for scraped data. `moetune shards check` lists them before.
+    """
     stall_seconds: float = 420.0
-    # where relative paths of media start, and what none leaves; empty: at the shards' folder, and anywhere
+    """Seconds after which a rank that waits for a row ends, with the samples that were being read. 0: never. Seven
+    minutes let a shared disk recover.
+
+    Change: raise it for media behind slow servers.
+    With: `run.stall_seconds` (should stay longer, so that the rank without data is named before those that wait for
+    it), `data.workers` (without workers only `run.stall_seconds` counts).
+    """
     media_root: str = ""
-    # urls of media may name addresses that are not public: whoever writes a row chooses what this machine asks
+    """The folder where relative paths of media begin, and which no path may leave. Empty: paths begin at the folder of
+    the shards, or of the file of rows, and may lead anywhere.
+
+    Change: when media lie apart from the rows, and for rows of others, so that they cannot name any file you can read.
+    """
     allow_private_addresses: bool = False
-    cache_dir: str = ""  # where indexes and converted files go when not beside the data
+    """Whether urls of media may name addresses that are not public. Whoever writes a row chooses what this machine
+    asks, so the default is false.
+
+    Change: to true when media are served inside your own network, and you trust the rows.
+    """
+    cache_dir: str = ""
+    """The folder for indexes of shards and for converted files. Empty: beside the data.
+
+    Change: when the data's folder cannot be written. On several nodes it should be a disk that all of them share.
+    """
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)
     video: VideoConfig = field(default_factory=VideoConfig)

@@ -2,6 +2,8 @@
 
 A key enters here in the commit that makes it work; a section without keys is a frame that refuses every key.
 `finetune.settings.recipes` fills it from YAML and the command line, `finetune.settings.checks` looks across sections.
+The text below a key explains it to users: docs/configuration.md and `moetune explain` are made from it
+(`finetune/settings/reference.py` says how it is read).
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from moe.config import MoeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learned from a sample."""
+    """What is learned from a sample. It has no keys yet: every run learns to predict the supervised tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,42 @@ class ModelConfig:
     """The base model: a family from our table, a local folder with a config.json, or both (then they must agree)."""
 
     family: str = ""
-    path: str = ""  # a local folder or a hub id; training needs it
-    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"  # of the experts in its files; auto: read from them
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and activations; masters are always float32
-    # how packed rows attend within their samples; auto is the fastest that the machine has
+    """The name of a base in our table, such as `qwen3-vl-30b-a3b`. Empty: the shape is read from `model.path`.
+
+    Change: set it to check and plan without a base on this machine, or when `model.path` is a hub id. Leave it out when
+    `model.path` is a folder.
+    With: `model.path` (a folder's config.json must describe the same model).
+    """
+    path: str = ""
+    """The base's weights and tokenizer: a local folder, or a hub id, which is downloaded at the start. Training needs
+    it; `check` and `plan` do not.
+
+    Change: always, before training. A resumed run may name another place, as long as the weights are the same.
+    With: `model.family`, `model.layout`.
+    """
+    layout: Literal["auto", "hub", "memory", "per_expert"] = "auto"
+    """How the base's files hold the experts. `auto`: read from the files' metadata and shapes. `hub`: stacks as
+    published, and as transformers 4 writes them. `memory`: stacks as transformers 5 holds them. `per_expert`: one
+    matrix for each expert.
+
+    Change: only when the start says that the files could be either.
+    With: `model.path`.
+    """
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The type of weights and activations. What trains has a float32 master copy in either case.
+
+    Change: to `float32` to compare with a reference, on a CPU or in small models; it doubles the memory.
+    With: `model.attention` (float32 leaves `segments` and `sdpa`), `moe.router_float32`.
+    """
     attention: Literal["auto", "flash_attention_2", "varlen", "segments", "sdpa"] = "auto"
+    """How packed rows attend within their samples. `auto`: the first of these that the machine has.
+    `flash_attention_2`: the package flash-attn. `varlen`: torch's own kernel for variable lengths. Both need bfloat16
+    and compute capability 8.0. `segments`: torch's sdpa, sample by sample, works everywhere. `sdpa`: sdpa with a mask
+    of the whole row.
+
+    Change: to compare kernels, or to avoid one that fails.
+    With: `data.tokens_per_pack` (`sdpa` takes rows of up to 8192 tokens), `model.dtype`.
+    """
 
 
 Mode = Literal["frozen", "lora", "full"]
@@ -36,84 +69,196 @@ class PartConfig:
     """Parameters without a low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
 
     mode: Mode = "frozen"
-    lr: float = 0.0  # 0: optim.lr
+    """Whether this part trains. `frozen`: it stays as in the base. `lora`: its matrices get low-rank factors, and the
+    adapter holds only those. `full`: its weights train themselves. A run in which only `lora` trains writes an adapter;
+    what is `full` takes memory for gradients, a float32 copy and two moments.
+
+    Change: to choose what learns. Attention alone is a good start; add experts for new knowledge, the mergers and the
+    tower for images unlike any that the base has seen.
+    With: `adapters.<part>.lr`, `stages.<name>.train` (which of these parts train in a stage), `optim.lr`.
+    """
+    lr: float = 0.0
+    """The highest learning rate of this part. 0: that of `optim.lr`.
+
+    Change: when parts need different rates: 1e-5 for a merger and 1e-6 for the tower in full, beside 1e-4 for LoRA.
+    With: `stages.<name>.lr` (wins in its stage), `schedule.shape` (moves it), `adapters.<part>.mode` (`frozen`: nothing
+    reads it, with a warning).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterPartConfig:
+class RouterPartConfig(PartConfig):
     """The routers' score matrices."""
 
-    mode: Mode = "frozen"
-    lr: float = 0.0  # 0: optim.lr
-    r: int = 8  # as an expert's; nobody has published a router's
+    r: int = 8
+    """The rank of the low-rank factors of each router in mode `lora`. 8 is an expert's; nobody has published a
+    router's.
+
+    Change: hardly ever; a router is small, and `full` costs little.
+    With: `adapters.router.alpha` (twice `r` is usual).
+    """
     alpha: float = 16.0
+    """What scales the low-rank part of each router in mode `lora`: it is multiplied by `alpha / r`.
+
+    Change: together with `r`, so that their ratio stays.
+    With: `adapters.router.r`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensePartConfig:
+class DensePartConfig(PartConfig):
     """Matrices that every token passes through. The low-rank part is scaled by alpha / r, with rslora by its root."""
 
-    mode: Mode = "frozen"
-    lr: float = 0.0  # 0: optim.lr
-    r: int = 16  # ms-swift has 8 for this model, its authors 64
-    alpha: float = 32.0  # ms-swift's; LoRA Without Regret keeps 32 at every r
+    r: int = 16
+    """The rank of the low-rank factors in mode `lora`: how much can be learned, and how large the adapter is. ms-swift
+    uses 8 for this model, its authors 64.
+
+    Change: raise it for large data sets or new skills, lower it for small ones. 8 to 64 are usual.
+    With: `adapters.<part>.alpha` (twice `r` is usual), `adapters.start_from` (must have the same `r`).
+    """
+    alpha: float = 32.0
+    """What scales the low-rank part in mode `lora`: it is multiplied by `alpha / r`, or by `alpha / sqrt(r)` with
+    `rslora`. ms-swift uses 32; "LoRA Without Regret" keeps 32 at every `r`.
+
+    Change: together with `r`, or instead of the learning rate.
+    With: `adapters.<part>.r`, `adapters.<part>.rslora`.
+    """
     rslora: bool = False
+    """Whether the low-rank part is scaled by `alpha / sqrt(r)` instead of `alpha / r`.
+
+    Change: to true for high ranks (64 and more), whose changes are otherwise scaled down too far.
+    With: `adapters.<part>.alpha`, `adapters.<part>.r`.
+    """
     dropout: float = 0.0
+    """The share of the low-rank part's inputs that is set to zero in training, from 0 to below 1.
+
+    Change: to 0.05 when a small data set is read for several epochs and the held-out loss rises.
+    With: `eval.sources` (measured without dropout).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertPartConfig:
+class ExpertPartConfig(DensePartConfig):
     """The experts; r is that of each expert."""
 
-    mode: Mode = "frozen"
-    lr: float = 0.0  # 0: optim.lr
-    r: int = 8  # each expert sees a part of the tokens only, so it gets less than attention does
+    r: int = 8
+    """The rank of the low-rank factors of each expert in mode `lora`. It is lower than that of attention, as each
+    expert sees a part of the tokens only. A multiple of 8, or of 4 with `model.dtype=float32`, as the kernels need it.
+
+    Change: raise it for new knowledge from much data. The adapter grows with the number of experts times `r`.
+    With: `adapters.experts.alpha` (twice `r` is usual), `model.dtype`, `adapters.start_from` (must have the same `r`).
+    """
     alpha: float = 16.0
-    rslora: bool = False
-    dropout: float = 0.0
+    """What scales the low-rank part of each expert in mode `lora`: it is multiplied by `alpha / r`, or by `alpha /
+    sqrt(r)` with `rslora`.
+
+    Change: together with `r`, so that their ratio stays.
+    With: `adapters.experts.r`, `adapters.experts.rslora`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptersConfig:
-    """What is frozen, adapted or trained in full, by family of parameters."""
+    """What is frozen, adapted or trained in full, by part of the model. At least one part must train."""
 
-    # mode full includes the norms of queries and keys; the only family that trains by default
     attention: DensePartConfig = field(default_factory=lambda: DensePartConfig(mode="lora"))
+    """Queries, keys, values and output of the decoder's attention, the only part that trains by default. Mode `full`
+    includes the norms of queries and keys.
+    """
     experts: ExpertPartConfig = field(default_factory=ExpertPartConfig)
+    """The experts of mixture-of-experts layers: most of the model's parameters."""
     router: RouterPartConfig = field(default_factory=RouterPartConfig)
-    mlp: DensePartConfig = field(default_factory=DensePartConfig)  # of dense decoder layers
+    """The routers, which choose the experts of each token. Train them with `moe.balance=global`."""
+    mlp: DensePartConfig = field(default_factory=DensePartConfig)
+    """The feed-forward matrices of dense decoder layers. A mixture-of-experts base may have none."""
     vision_blocks: DensePartConfig = field(default_factory=DensePartConfig)
+    """The blocks of the vision tower."""
     merger: DensePartConfig = field(default_factory=DensePartConfig)
+    """The merger, which turns the tower's patches into tokens of the decoder."""
     deepstack_mergers: DensePartConfig = field(default_factory=DensePartConfig)
+    """The mergers that carry features of the tower's middle blocks into the first decoder layers."""
     patch_embed: PartConfig = field(default_factory=PartConfig)
+    """The tower's embedding of pixels. It has no mode `lora`."""
     pos_embed: PartConfig = field(default_factory=PartConfig)
-    norms: PartConfig = field(default_factory=PartConfig)  # of the decoder
+    """The tower's table of positions. It has no mode `lora`."""
+    norms: PartConfig = field(default_factory=PartConfig)
+    """The norms of the decoder. They have no mode `lora`."""
     embeddings: PartConfig = field(default_factory=PartConfig)
+    """The table of token embeddings. It has no mode `lora`, and cannot train where the base ties it to the head."""
     head: PartConfig = field(default_factory=PartConfig)
-    start_from: str = ""  # a folder with an adapter of ours, whose values training begins with
+    """The matrix that scores the next token. It has no mode `lora`, and cannot train where the base ties it to the
+    embeddings.
+    """
+    start_from: str = ""
+    """The folder of an adapter that moetune wrote, whose values training begins with. Empty: low-rank factors begin so
+    that the model is the base. The optimiser, the schedule and the data begin anew.
+
+    Change: to train an adapter longer, or on other data. To go on with an interrupted run use `checkpoint.resume`.
+    With: `adapters.<part>.mode`, `adapters.<part>.r` (must be those of the adapter), `model.path` (the same base).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How ranks share the model and the rows."""
+    """How ranks share the model and the rows. All of it may change when a run is resumed."""
 
-    # ranks over which a layer's experts are spread; auto: the fastest that fits by the planner
     ep: int = field(default=1, metadata={"auto": 0})
-    sp: int = 1  # ranks that hold slices of one packed row; with it a row may be longer than one rank can hold
-    offload_activations: bool = False  # what recomputed layers keep for backward is held in host memory
-    # tokens that norms and experts take at a time, the experts once more in backward; 0: all of them at once
+    """Expert parallelism: the ranks over which the experts of a layer are spread. 1: every rank has all of them.
+    `auto`: the fastest that fits, by the planner, when the run starts.
+
+    Change: raise it until frozen weights leave half of the GPU free; `moetune plan --fit` proposes a value. Stay within
+    a node, as tokens travel to the experts in every layer. 1 for a dense base.
+    With: the ranks and the number of experts (it must divide both), `parallel.resident`, `moe.dispatch`.
+    """
+    sp: int = 1
+    """Sequence parallelism: neighbouring ranks that hold slices of one packed row. 1: each rank has whole rows.
+
+    Change: raise it when a row is too long for one GPU, until a rank holds about 32,000 tokens.
+    With: the ranks and the attention heads (it must divide both), `data.packs_per_step` (divided among `ranks / sp`),
+    `stages.<name>.sp` (another value in a stage), `eval.answers` (needs 1).
+    """
+    offload_activations: bool = False
+    """Whether what recomputed layers keep for the backward pass waits in host memory.
+
+    Change: to true for rows of 100,000 tokens and more that do not fit otherwise; ranks of a node share its memory.
+    With: `parallel.recompute` (not `none`), `parallel.tile_tokens`.
+    """
     tile_tokens: int = 0
-    # frozen weights complete on each rank, or partitioned by ZeRO-3; auto: complete if the planner finds room for them
+    """Tokens that norms and experts take at a time; the experts are computed once more in the backward pass. 0: all
+    tokens of a row at once.
+
+    Change: to 8192 for long rows that do not fit. The result is the same to rounding.
+    With: `moe.dispatch` (`deepep` cannot take tiles), `data.tokens_per_pack`.
+    """
     resident: Literal["auto", "frozen", "none"] = "auto"
-    recompute: Literal["none", "layer", "selective", "auto"] = "selective"  # auto: the fastest that fits
+    """Where frozen weights are kept. `frozen`: complete on each rank (experts: its own), so that nothing is gathered.
+    `none`: partitioned over the ranks by ZeRO-3 and gathered layer by layer. `auto`: `frozen` if the planner finds room
+    for them and 5 % stay free.
+
+    Change: to `none` when memory is short, to `frozen` when you know that they fit.
+    With: `parallel.ep` (fewer experts on each rank), `eval.answers` (refused with `none`).
+    """
+    recompute: Literal["none", "layer", "selective", "auto"] = "selective"
+    """What decoder layers compute again in the backward pass to save memory. `none`: nothing. `selective`: all but what
+    crossed between ranks and the wide products of the experts. `layer`: the whole layer but the router's choice; it
+    keeps the least. `auto`: the fastest that fits, by the planner, when the run starts.
+
+    Change: to `layer` for long rows or short memory, to `none` when memory is plenty.
+    With: `moe.dispatch` (`deepep` cannot take `selective`), `parallel.offload_activations`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """How token losses become one number."""
 
-    # every token weighs the same, every sample does, or (the authors' choice) a sample weighs the root of its tokens
     normalise: Literal["token", "sample", "sqrt"] = "token"
+    """What weighs the same in a step. `token`: every supervised token does, so long answers count more. `sample`: every
+    sample does, whatever its length. `sqrt`: a sample weighs the root of its supervised tokens, the authors' choice.
+
+    Change: to `sample` when short answers matter as much as long ones, to `sqrt` for a mixture of both.
+    With: a record's own loss weights (multiplied in), `data.mixture` (how often a source is read).
+    """
 
 
 LOSS_TILE_BYTES = 160 * 2**20
@@ -124,25 +269,75 @@ LOSS_SLICES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser. Published ranges, with their sources, are in `finetune.settings.published`."""
+    """The optimiser, AdamW. Published ranges, with their sources, are in `finetune.settings.published`."""
 
-    lr: float = 1e-4  # for LoRA, as in ms-swift's best practice for Qwen3-VL; full tuning needs 1e-5 or less
+    lr: float = 1e-4
+    """The highest learning rate, of every part that has none of its own. 1e-4 is for LoRA, as in ms-swift's best
+    practice for Qwen3-VL.
+
+    Change: to 1e-5 or less for full tuning; to 2e-5 to 5e-4 for LoRA. `moetune check` warns outside of what was
+    published.
+    With: `adapters.<part>.lr`, `stages.<name>.lr` (these win), `schedule.shape` (moves it), `data.packs_per_step`.
+    """
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the mean gradient and of its square, each from 0 to below 1.
+
+    Change: the second to 0.999 when gradients are noisy, as with very small batches.
+    """
     eps: float = 1e-8
-    weight_decay: float = 0.0  # vectors are never decayed
-    clip_norm: float = 1.0  # of all gradients together; 0: no clipping
+    """AdamW's least divisor: keeps updates finite where gradients are nearly zero.
+
+    Change: hardly ever.
+    """
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices towards zero in each step, times the learning rate. Vectors (norms, biases) are never
+    decayed.
+
+    Change: to 0.01 to 0.1 for full tuning over several epochs. LoRA seldom needs it.
+    With: `optim.lr` (multiplies it).
+    """
+    clip_norm: float = 1.0
+    """The greatest norm of all gradients together; larger ones are scaled down to it. 0: no clipping.
+
+    Change: lower it when the loss has spikes, raise it when every step is clipped (`grad_norm` in `metrics.jsonl`).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves."""
+    """How long the run is, and how the learning rate moves."""
 
     steps: int = 1000
+    """Optimiser steps of the whole run, of all stages together. Data begin anew when an epoch is over.
+
+    Change: always. `moetune shards stats` counts what an epoch holds: divide its tokens by those of a step.
+    With: `data.packs_per_step`, `schedule.shape` (falls over all of them), `stages.<name>.from_step`.
+    """
     warmup_steps: int = 0
-    # wsd: warm up, stay constant, and decay linearly over the last decay_steps
+    """Steps in which the learning rate rises in a line to its highest value, from the first step of the run.
+
+    Change: to about 3 % of `schedule.steps` for full tuning or high rates.
+    With: `schedule.steps` (it must not be more), `stages.<name>.warmup_steps` (of a stage, on top).
+    """
     shape: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    decay_steps: int = 0  # wsd only
-    final_share: float = 0.0  # the share of the rate at which linear, cosine and wsd end
+    """How the learning rate moves after the warm-up. `constant`: it stays. `linear`, `cosine`: it falls until the last
+    step, in a line or as a cosine. `wsd`: it stays, and falls in a line over the last `decay_steps`.
+
+    Change: to `wsd` or `constant` when the run may become longer than you know now.
+    With: `schedule.final_share` (where it ends), `schedule.decay_steps` (`wsd` only).
+    """
+    decay_steps: int = 0
+    """Steps at the end of the run over which `wsd` falls.
+
+    Change: set it with `wsd`, which needs at least 1; 10 % of the run is usual.
+    With: `schedule.shape` (another shape does not read it, which is an error).
+    """
+    final_share: float = 0.0
+    """The share of the highest learning rate at which `linear`, `cosine` and `wsd` end, from 0 to 1.
+
+    Change: to 0.1 to keep learning until the end.
+    With: `schedule.shape` (`constant` does not read it).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +345,43 @@ class StageDataConfig:
     """Where a stage's data differ from `data:`; keys that are left out stay as they are."""
 
     packs_per_step: int | None = None
+    """Packed rows of a step in this stage. `null`: `data.packs_per_step`.
+
+    Change: together with the stage's `tokens_per_pack`, to keep the tokens of a step.
+    With: `stages.<name>.sp` (the ranks divided by it must divide this).
+    """
     tokens_per_pack: int | None = None
+    """The most tokens of a packed row in this stage. `null`: `data.tokens_per_pack`.
+
+    Change: to begin with short rows and end with long ones.
+    With: `stages.<name>.sp`, `stages.<name>.data.overlong`.
+    """
     vision_tokens_per_pack: int | None = None
+    """The most tokens of images and videos in a row in this stage. `null`: `data.vision_tokens_per_pack`.
+
+    Change: as `data.vision_tokens_per_pack`.
+    With: `stages.<name>.data.tokens_per_pack`.
+    """
     mixture: Literal["natural", "tokens", "samples"] | None = None
+    """How often each source is read in this stage. `null`: `data.mixture`, which explains the other values.
+
+    Change: when a stage needs shares of its own.
+    With: `stages.<name>.data.weights`.
+    """
     overlong: Literal["error", "skip", "split-turns"] | None = None
-    weights: dict[str, float] = field(default_factory=dict)  # of some of data.sources, by name
+    """What happens to a sample that does not fit a row of this stage. `null`: `data.overlong`, which explains the other
+    values.
+
+    Change: to `skip` in a stage of short rows whose long samples come later.
+    With: `stages.<name>.data.tokens_per_pack`.
+    """
+    weights: dict[str, float] = field(default_factory=dict)
+    """Shares of some of `data.sources` in this stage, by name: `{charts: 3, everyday: 1}`. A source that is not named
+    keeps its own.
+
+    Change: to see a source more often at the end of a run.
+    With: `data.mixture` or `stages.<name>.data.mixture` (`natural` allows no weight but 1).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +389,36 @@ class StageConfig:
     """What changes at a given step: `stages.<name>`. Every stage builds on the rest of the configuration."""
 
     from_step: int = 0
-    train: list[str] = field(default_factory=list)  # families of `adapters:` that train in it; empty: all that may
-    lr: float = 0.0  # of every family that trains in it; 0: that of each family
-    warmup_steps: int = 0  # of this stage, on top of the schedule
-    sp: int = 0  # instead of parallel.sp; 0: the same. Longer rows need more ranks for each
+    """The first step of this stage; it ends where the next one begins. Steps before the first stage go by the rest of
+    the configuration.
+
+    Change: for every stage but the one that begins at 0; no two stages may begin together.
+    With: `schedule.steps` (must be greater).
+    """
+    train: list[str] = field(default_factory=list)
+    """The parts of `adapters:` that train in this stage; the others keep every bit. Empty: all that are not frozen.
+
+    Change: to `[merger]` in a first stage that aligns images with text, for example.
+    With: `adapters.<part>.mode` (must not be `frozen`; each part that may train needs a stage that trains it).
+    """
+    lr: float = 0.0
+    """The highest learning rate of every part that trains in this stage. 0: that of each part.
+
+    Change: when one rate suits the few parts of a stage better.
+    With: `adapters.<part>.lr`, `optim.lr` (it wins over both), `schedule.shape` (goes on over all stages).
+    """
+    warmup_steps: int = 0
+    """Steps in which the learning rate of this stage rises in a line, from its first step.
+
+    Change: to 20 to 50 when a stage changes the data or what trains.
+    With: `schedule.warmup_steps` (both count where they meet).
+    """
+    sp: int = 0
+    """Ranks that share a row in this stage, instead of `parallel.sp`. 0: as there.
+
+    Change: raise it in a stage of longer rows.
+    With: `stages.<name>.data.tokens_per_pack`, `eval.answers` (needs 1 in every stage).
+    """
     data: StageDataConfig = field(default_factory=StageDataConfig)
 
 
@@ -173,43 +426,111 @@ class StageConfig:
 class YarnConfig:
     """Stretched rotary positions: `context.yarn`."""
 
-    factor: float | None = None  # 2 or 3; None: positions are the base's own
+    factor: float | None = None
+    """How far rotary positions are stretched, above 1. `null`: positions are the base's own. The trained model must be
+    served with the same factor; `moetune check` prints how.
+
+    Change: to 2 or 3 when the positions in your data go beyond the base's context, as the start of a run says. Images
+    and video use far fewer positions than tokens.
+    With: `context.length`, `data.tokens_per_pack`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig:
     """Length of context and its extension."""
 
-    length: int | None = None  # tokens that the trained model claims to serve; None: as far as its positions reach
+    length: int | None = None
+    """The tokens that the trained model's config.json says it serves. `null`: the base's own, or with YaRN the base's
+    times its factor.
+
+    Change: with YaRN, when the model shall serve more tokens than its positions reach, as with video.
+    With: `context.yarn.factor` (without it the length stays the base's; another one is an error).
+    """
     yarn: YarnConfig = field(default_factory=YarnConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Settings of the engine beyond the typed fields."""
+    """Settings of the engine beyond the typed keys."""
 
-    extra: dict[str, Any] = field(default_factory=dict)  # keys of DeepSpeed's config, except those that are made here
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Keys of DeepSpeed's configuration, nested as there. Keys that moetune sets, and those that do not work with it
+    (other ZeRO stages, offload, fp16, ...), are refused with the reason when the run starts.
+
+    Change: for DeepSpeed's own diagnostics: `{comms_logger: {enabled: true}}`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSourceConfig:
     """One set of held-out samples: `eval.sources.<name>`. A guard watches it, by the bounds below."""
 
-    path: str  # as data.sources.<name>.path
-    guard: Literal["none", "flag", "stop"] = "none"  # beyond a bound: warn, or end the run
-    max_kl: float | None = None  # of KL(base || tuned), in nats per supervised token
-    max_loss_rise: float | None = None  # of the loss above what it was before the first step
+    path: str
+    """Where the held-out samples are, as `data.sources.<name>.path`. They are read whole, each sample once.
+
+    Change: always; it has no default. `moetune shards split` makes held-out samples.
+    With: `data.sources` (a warning says when one trains on the same path), `data.image`, `data.video`, `data.chat`
+    (samples are prepared as in training).
+    """
+    guard: Literal["none", "flag", "stop"] = "none"
+    """What happens when this source passes one of its bounds. `none`: it has none. `flag`: the log says so. `stop`: the
+    run saves and ends.
+
+    Change: to `stop` for samples of what the model must not forget.
+    With: `eval.sources.<name>.max_kl`, `eval.sources.<name>.max_loss_rise` (at least one is needed).
+    """
+    max_kl: float | None = None
+    """The bound of KL(base || tuned): how far answers may move from the base's, in nats per supervised token. `null`:
+    no bound.
+
+    Change: set it for sources whose answers should stay the base's; 0.05 is a start.
+    With: `eval.sources.<name>.guard` (must be `flag` or `stop`), `adapters.<part>.mode` (one part must be `lora`, so
+    that the base can be had by switching it off).
+    """
+    max_loss_rise: float | None = None
+    """How far the loss may rise above what it was before the first step. `null`: no bound.
+
+    Change: set it for sources that must not become worse; 0.1 is a start.
+    With: `eval.sources.<name>.guard` (must be `flag` or `stop`).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation during training: before the first step, every `every_steps`, and when the run ends."""
 
-    every_steps: int = 200  # 0: only before the first step and at the end
-    metric: str = ""  # <source>/loss, <source>/accuracy or <source>/kl: its best checkpoint is kept too
-    answers: int = 0  # questions of each source that are answered too, into predictions.jsonl; 0: none
-    answer_tokens: int = 32  # at most in an answer; each costs a forward, so frozen weights must be resident
-    patience: int = 0  # evaluations without a better metric before the run ends; 0: no limit
+    every_steps: int = 200
+    """Steps between two evaluations. 0: only before the first step and at the end.
+
+    Change: so that evaluations take a few percent of the time.
+    With: `eval.sources` (without any, nothing is evaluated), `eval.patience` (counts evaluations).
+    """
+    metric: str = ""
+    """What decides which checkpoint is the best, which is then kept: `<source>/loss`, `<source>/accuracy` or
+    `<source>/kl`. Empty: none is.
+
+    Change: set it when the run may become worse towards its end.
+    With: `eval.sources` (holds the source), `checkpoint.keep` (the best is kept besides), `eval.patience`.
+    """
+    answers: int = 0
+    """Questions of each source that are answered at each evaluation, into `predictions.jsonl`. 0: none.
+
+    Change: to 4 or 8 to read what the model says while it trains. `moetune eval` scores many answers afterwards.
+    With: `eval.answer_tokens`, `parallel.resident` (not `none`: each token costs a forward), `parallel.sp` (must be 1).
+    """
+    answer_tokens: int = 32
+    """The most tokens of such an answer.
+
+    Change: to the length of your answers; the time grows with it.
+    With: `eval.answers`, `data.tokens_per_pack` (question and answer must fit a row).
+    """
+    patience: int = 0
+    """Evaluations in a row without a better metric that end the run. 0: no limit.
+
+    Change: to 3 to 5 to end a run that has begun to overfit.
+    With: `eval.metric` (needed), `eval.every_steps`.
+    """
     sources: dict[str, EvalSourceConfig] = field(default_factory=dict)
 
 
@@ -217,38 +538,118 @@ class EvalConfig:
 class CheckpointConfig:
     """When the run is saved, and from where it resumes."""
 
-    every_steps: int = 200  # 0: only when the run ends
-    keep: int = 3  # newest checkpoints, besides the best by eval.metric
-    asynchronous: bool = False  # copy to host memory and write during the next steps: it needs the size of one save
-    resume: str = "auto"  # the newest checkpoint of this run, if any; never; or the folder of a checkpoint
+    every_steps: int = 200
+    """Steps between two checkpoints. 0: only when the run ends, or is stopped by a signal.
+
+    Change: to what you can afford to lose when a machine fails.
+    With: `checkpoint.asynchronous`, `checkpoint.keep`.
+    """
+    keep: int = 3
+    """How many of the newest checkpoints are kept, at least 1. The best by `eval.metric` is kept besides.
+
+    Change: lower it when the disk is small; `moetune plan` says how large one is.
+    With: `eval.metric`.
+    """
+    asynchronous: bool = False
+    """Whether a checkpoint is copied to host memory and written during the next steps.
+
+    Change: to true when saving takes long. Host memory needs the size of one checkpoint, spread over the ranks.
+    With: `checkpoint.every_steps`.
+    """
+    resume: str = "auto"
+    """Where the run begins. `auto`: at the newest checkpoint of its own folder, if there is one. `never`: at step 0. A
+    path: at that checkpoint, or the newest of a folder of checkpoints.
+
+    Change: to `never` to start anew under the same name, to a path to branch off from another run.
+    With: all keys that decide the training (they must be those of the checkpoint), `run.name` (its folder).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where metrics go. metrics.jsonl in the run folder is always written."""
+    """Where metrics go. `metrics.jsonl` in the run's folder is always written."""
 
-    wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases; its failures never stop a run
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases. `off`: not used. `offline`: written to the run's folder, for `wandb sync` later. `online`: sent
+    as the run goes. Its failures never stop a run.
+
+    Change: to `online` to follow runs in a browser; it needs the extra `wandb` and an API key.
+    With: `track.project`, `track.entity`, `track.group`, `track.tags`, `track.media`.
+    """
     project: str = "moetune"
-    entity: str = ""  # the team; empty: the account's default
+    """The project at Weights & Biases.
+
+    Change: to keep the runs of a task together.
+    With: `track.wandb`.
+    """
+    entity: str = ""
+    """The team or user at Weights & Biases. Empty: the account's default.
+
+    Change: to log to a team.
+    With: `track.wandb`.
+    """
     group: str = ""
+    """The group of this run at Weights & Biases. Empty: none.
+
+    Change: to compare runs that belong together, as those of a sweep.
+    With: `track.wandb`.
+    """
     tags: tuple[str, ...] = ()
-    load_every: int = 20  # steps between two records of each layer's expert load; 0: none
-    media: Literal["local", "wandb"] = "local"  # pictures of the data stay in the run folder, or go to W&B as well
-    media_samples: int = 4  # pictures of the first step that are kept, as the model sees them
+    """Tags of this run at Weights & Biases.
+
+    Change: to find runs again.
+    With: `track.wandb`.
+    """
+    load_every: int = 20
+    """Steps between two records of the load of each expert of each layer, in `expert_load.jsonl`. 0: none.
+
+    Change: lower it to watch the router closely. A record of 235B has about 12,000 numbers.
+    With: `moe.balance`.
+    """
+    media: Literal["local", "wandb"] = "local"
+    """Where the pictures of the first step go. `local`: they stay in the run's folder. `wandb`: to Weights & Biases as
+    well.
+
+    Change: to `wandb` only when your data may leave your machines.
+    With: `track.media_samples`, `track.wandb`.
+    """
+    media_samples: int = 4
+    """Pictures of the first step that are kept, as the model sees them. 0: none.
+
+    Change: raise it to look at more of the data, as after a change of sizes.
+    With: `track.media`.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSectionConfig:
     """The run itself, and when it is stopped because something is wrong."""
 
-    name: str = ""  # its folder is runs/<name>; empty: the name of the recipe file, so two recipes never share one
+    name: str = ""
+    """The name of the run; its folder is `runs/<name>`. Empty: the name of the recipe's file, so that two recipes never
+    share a folder.
+
+    Change: for a second run of the same recipe.
+    With: `checkpoint.resume` (`auto` goes on with what is in the folder).
+    """
     seed: int = 0
-    idle_steps: int = 10  # steps in a row with a loss of exactly zero, or with nothing supervised, that end the run
-    # seconds after which a rank that stands still in a step ends; 0: never. Longer than the slowest pass over a row,
-    # and than data.stall_seconds, so that a rank without data is found before those that wait for it. At the start the
-    # ranks must meet within this time, and outside of steps each must write a heartbeat within it; a save may take
-    # eight times as long without a new byte
+    """What all random choices follow from: the order of the data, the first values of low-rank factors, dropout.
+
+    Change: to see how much a result depends on chance.
+    """
+    idle_steps: int = 10
+    """Steps in a row with a loss of exactly zero, or with nothing supervised, that end the run.
+
+    Change: raise it when many samples are meant to carry no loss.
+    """
     stall_seconds: float = 540.0
+    """Seconds after which a rank that stands still in a step ends, and names what it waited for. 0: never. Ranks must
+    also meet within this time at the start; a save may take eight times as long without a new byte.
+
+    Change: raise it when one pass over a row takes minutes, as with a million tokens.
+    With: `data.stall_seconds` (should stay shorter, so that a rank without data is named before those that wait for
+    it).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,40 @@ class MoeConfig:
     """Routing, dispatch and balance of the mixture-of-experts layers."""
 
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
-    router_float32: bool = False  # score in float32 whatever model.dtype is
-    # the load is balanced within each rank's micro-batch, or within the micro-batches of all ranks together
+    """How tokens travel to experts on other ranks. `all_to_all`: torch's collective, works everywhere. `deepep`: the
+    kernels of the package DeepEP, which you have to build.
+
+    Change: to `deepep` when traffic between nodes decides the time of a step, in bfloat16 on GPUs.
+    With: `parallel.ep` (1: nothing travels; `deepep` is refused), `parallel.recompute` (`deepep` cannot take
+    `selective`), `parallel.tile_tokens` (`deepep` cannot take tiles).
+    """
+    router_float32: bool = False
+    """Whether the router scores tokens in float32, whatever `model.dtype` is. False scores as the base was trained and
+    as servers do.
+
+    Change: to true when the router trains and its choices flicker; compare with your server, which may round.
+    With: `model.dtype`, `adapters.router.mode`.
+    """
     balance: BalanceMode = "off"
-    balance_coefficient: float = 1e-3  # times the balance value, which is 1 for an even load at any top-k
-    z_coefficient: float = 0.0  # times the mean squared logsumexp of the router logits; works in every balance mode
+    """Whether a loss pulls the router towards an even load of the experts. `off`: the load is only logged. `micro`: the
+    load is balanced within each rank's row. `global`: within the rows of all ranks together, so that experts may
+    specialise by topic.
+
+    Change: to `global` when the router trains. Small learning rates and few steps seldom need it.
+    With: `adapters.router.mode` (while the router is frozen a warning says what little it does),
+    `moe.balance_coefficient`.
+    """
+    balance_coefficient: float = 1e-3
+    """What the balance value is multiplied by; the value is 1 for an even load, whatever the number of experts that a
+    token is sent to.
+
+    Change: raise it when `loss_balance` in `metrics.jsonl` keeps growing, lower it when the loss suffers.
+    With: `moe.balance` (`off`: nothing reads it, and another value is an error).
+    """
+    z_coefficient: float = 0.0
+    """What the z loss is multiplied by: the mean squared logsumexp of the router's scores, which keeps them small. 0:
+    no z loss.
+
+    Change: to about 1e-3 when the router trains and its scores grow.
+    With: `moe.balance` (independent: this works in every mode), `adapters.router.mode`.
+    """
