@@ -1,6 +1,5 @@
 """Prose stays plain: no phrases of the old dialect, no long sentences, docstrings that begin with a verb or a noun."""
 
-import ast
 import re
 import subprocess
 from pathlib import Path
@@ -53,7 +52,7 @@ def _sentences(page: str) -> list[str]:
     """Return the sentences of a page, without code, comments, addresses and the rules of tables."""
     page = re.sub(r"```.*?```|<!--.*?-->|^---$.*?^---$", "\n\n", page, flags=re.DOTALL | re.MULTILINE)
     page = re.sub(r"\]\([^)]*\)", "]", page)
-    page = re.sub(r"`[^`\n]*`", "code", page)
+    page = re.sub(r"`(?:[^`\n]|\n(?!\n))*`", "code", page)
     blocks: list[str] = []
     for block in re.split(r"\n\s*\n", page):
         lines = block.splitlines()
