@@ -108,11 +108,7 @@ class Attention(nn.Module):
         this: Any = self  # with the attributes of transformers' class
         norms = (this.q_norm, this.k_norm)
         attend = ALL_ATTENTION_FUNCTIONS.get(this.config._attn_implementation)
-        if (
-            attend is None
-            or any(others.get(name) is not None for name in CACHES)
-            or any(norm._forward_pre_hooks for norm in norms)
-        ):
+        if attend is None or any(others.get(name) is not None for name in CACHES) or any(map(_is_hooked, norms)):
             return this.plain.forward(this, hidden_states, position_embeddings, attention_mask, **others)
         shape = (*hidden_states.shape[:-1], -1, this.head_dim)
         q, k, v = (project(hidden_states).view(shape) for project in (this.q_proj, this.k_proj, this.v_proj))
@@ -129,6 +125,11 @@ class Attention(nn.Module):
             **others,
         )
         return this.o_proj(out.reshape(*shape[:-2], -1).contiguous()), scores
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Say whether somebody wants this module called: the engine, or a replay that looks at what each module returns."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 class _Turned(torch.autograd.Function):
@@ -177,7 +178,7 @@ class DenseLora(LoraLinear):  # type: ignore[misc]  # peft is untyped
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return x W^T + b + scale (x A^T) B^T."""
         base, a, b = self.parts
-        hooked = base._forward_pre_hooks or a._forward_pre_hooks or b._forward_pre_hooks
+        hooked = _is_hooked(base) or _is_hooked(a) or _is_hooked(b)
         if hooked or self._disable_adapters or self.merged_adapters or (self.drops and self.training):
             y: Tensor = super().forward(x, *args, **kwargs)
         else:

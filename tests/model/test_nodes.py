@@ -106,11 +106,18 @@ def test_where_more_is_wanted_transformers_and_peft_run_themselves() -> None:
         assert torch.equal(mine, theirs)
     lengths = [cache.get_seq_length() for cache in caches]
     assert lengths == [3, 3]
-    plain, called = _run(layer, rotary, torch.float32), []
+
+
+@pytest.mark.parametrize("kind_of_hook", ["register_forward_pre_hook", "register_forward_hook"])
+def test_modules_with_hooks_are_called_as_the_engine_and_a_replay_need(kind_of_hook: str) -> None:
+    layer, rotary = _layer(vl_model, torch.float32)
+    joined = copy.deepcopy(layer)
+    join_nodes(joined)
+    called = []
     for module in joined.modules():
         if isinstance(module, DenseLora):
-            module.lora_B["default"].register_forward_pre_hook(lambda *_: called.append("factor"))
-    joined.self_attn.q_norm.register_forward_pre_hook(lambda *_: called.append("norm"))
-    _same(_run(joined, rotary, torch.float32), plain)
+            getattr(module.lora_B["default"], kind_of_hook)(lambda *_: called.append("factor"))
+    getattr(joined.self_attn.q_norm, kind_of_hook)(lambda *_: called.append("norm"))
+    _same(_run(joined, rotary, torch.float32), _run(layer, rotary, torch.float32))
     assert called.count("factor") == 5
     assert called.count("norm") == 1
