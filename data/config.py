@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One named source of samples: `data.sources.<name>`."""
+    """One source of samples, by a name that you choose."""
 
     path: str
     """Where the samples are: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or a
@@ -30,7 +30,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How large an image may be, in tokens: `data.image`. One token is 32 x 32 pixels in every model of the family."""
+    """How large an image may be, in tokens. One token is 32 x 32 pixels in every model of the family."""
 
     min_tokens: int | None = None
     """The fewest tokens of an image; smaller images are enlarged. `null`: the limit of the base's
@@ -51,7 +51,7 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """Which frames of a video are seen, how large, and how they are written into the text: `data.video`."""
+    """Which frames of a video are seen, how large, and how they are written into the text."""
 
     fps: float = 2.0
     """Frames that are taken from each second of a video. 2 is the rate of the base's own processor.
@@ -126,7 +126,7 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """How conversations become text: `data.chat`. The template itself is the base's own."""
+    """How conversations become text. The template itself is the base's own."""
 
     thinking: Literal["train", "mask", "drop"] = "train"
     """What happens to the thinking of an assistant's turn (`<think>...</think>`, or a record's `thinking`). `train`: it

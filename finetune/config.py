@@ -69,9 +69,9 @@ class PartConfig:
     """Parameters without a low-rank form here: frozen, or trained in full. `lora` is refused with the reason."""
 
     mode: Mode = "frozen"
-    """Whether this part trains. `frozen`: it stays as in the base. `lora`: its matrices get low-rank factors, and the
-    adapter holds only those. `full`: its weights train themselves. A run in which only `lora` trains writes an adapter;
-    what is `full` takes memory for gradients, a float32 copy and two moments.
+    """Whether this part trains. `frozen`: it stays as in the base. `lora`: its matrices get low-rank factors. `full`:
+    its weights train themselves, which takes memory for gradients, a float32 copy and two moments. A run with a part in
+    mode `lora` writes an adapter, and what trains in full goes into it; a run without writes a complete model.
 
     Change: to choose what learns. Attention alone is a good start; add experts for new knowledge, the mergers and the
     tower for images unlike any that the base has seen.
@@ -269,7 +269,7 @@ LOSS_SLICES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser, AdamW. Published ranges, with their sources, are in `finetune.settings.published`."""
+    """The optimiser, AdamW. `moetune check` warns of values outside of those that others have published."""
 
     lr: float = 1e-4
     """The highest learning rate, of every part that has none of its own. 1e-4 is for LoRA, as in ms-swift's best
@@ -386,7 +386,7 @@ class StageDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What changes at a given step: `stages.<name>`. Every stage builds on the rest of the configuration."""
+    """What changes from a given step on. Every stage builds on the rest of the configuration."""
 
     from_step: int = 0
     """The first step of this stage; it ends where the next one begins. Steps before the first stage go by the rest of
@@ -424,7 +424,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """Stretched rotary positions: `context.yarn`."""
+    """Rotary positions that are stretched, as YaRN does it."""
 
     factor: float | None = None
     """How far rotary positions are stretched, above 1. `null`: positions are the base's own. The trained model must be
@@ -464,7 +464,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSourceConfig:
-    """One set of held-out samples: `eval.sources.<name>`. A guard watches it, by the bounds below."""
+    """One set of held-out samples, with bounds that a guard may watch."""
 
     path: str
     """Where the held-out samples are, as `data.sources.<name>.path`. They are read whole, each sample once.

@@ -1,8 +1,7 @@
 """The command `moetune`. Each command is a module of this package, loaded only when called.
 
 argparse, because a command's name, its few flags and `key=value` are all there is, and it costs no start time.
-Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 3 a check found problems, 75 preempted (run it again),
-130 interrupted by Ctrl-C.
+docs/commands.md is made from the parsers (`launchers/reference.py`).
 """
 
 import argparse
@@ -14,24 +13,36 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-COMMANDS = {
-    "serve-check": "does a live server compute what we compute, from pixels to log-probabilities?",
-    "shards": "build, index, check, show, count and split webdataset shards",
+COMMANDS = {  # in the order in which people meet them
     "check": "read a recipe, print the effective config and every derived number, name every problem",
+    "explain": "what a configuration key means, when to change it, and what it interacts with",
     "plan": "what a run takes before it runs: memory, traffic, time, cost; --fit proposes a layout",
-    "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
     "doctor": "known traps before GPUs are taken; the nodes together; why a run hung or died",
+    "tiny": "write a small base model, in the hub's own layout, with random weights",
+    "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
+    "shards": "build, index, check, show, count and split webdataset shards",
+    "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
     "launch": "the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, from one profile a cluster",
+    "eval": "ask a model or a server held-out questions, and score the answers by source",
+    "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
+    "probe": "needles in long contexts, of text and of video: base against adapted, as a heatmap and JSON",
     "merge": "a base and an adapter into one model folder in the hub's layout, and the proof of it",
     "export": "an adapter in the form that a server reads: PEFT's packed one, or 2-D keys expert by expert",
     "combine": "a weighted sum of adapters, experts included: exact, or of a smaller rank with its error stated",
-    "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
+    "serve-check": "does a live server compute what we compute, from pixels to log-probabilities?",
+    "env": "what an issue report needs: versions, GPUs, memory, disks and variables of this machine",
     "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",
-    "probe": "needles in long contexts, of text and of video: base against adapted, as a heatmap and JSON",
-    "eval": "ask a model or a server held-out questions, and score the answers by source",
-    "tiny": "write a small base model, in the hub's own layout, with random weights",
-    "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
 }
+
+EXIT_CODES = {
+    0: "done",
+    1: "the run failed",
+    2: "the input is wrong: a key, a file, an argument",
+    3: "a check found problems",
+    75: "preempted: the same command goes on",
+    130: "interrupted by Ctrl-C",
+}
+"""What the exit codes of all commands mean; a command's own EXIT_CODES say what one means there."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,18 +57,7 @@ def main(argv: Sequence[str]) -> int:
         if name != called:
             commands.add_parser(name, help=summary)
             continue
-        module = import_module(f"launchers.{name.replace('-', '_')}")
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"example:\n{module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.add_argument("--debug", action="store_true", help="show the traceback of an input error")
-        module.arguments(command)
-        command.set_defaults(run=module.run)
+        add_command(commands, name)
     args, rest = parser.parse_known_args(argv)
     # argparse takes positional words only where they stand together; a key=value behind an option is one as well
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
@@ -84,6 +84,24 @@ def main(argv: Sequence[str]) -> int:
             print(f"moetune {args.command}: {error}", file=sys.stderr)
         return 1
     return code
+
+
+def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> argparse.ArgumentParser:
+    """Add the whole parser of one command, from its module."""
+    module, summary = import_module(f"launchers.{name.replace('-', '_')}"), COMMANDS[name]
+    own = [f"exit code {code}: {meaning}" for code, meaning in getattr(module, "EXIT_CODES", {}).items()]
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="\n".join([f"example:\n{module.EXAMPLE}", *(["", *own] if own else [])]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an input error")
+    module.arguments(command)
+    command.set_defaults(run=module.run)
+    return command
 
 
 def _reader_is_gone() -> bool:

@@ -17,6 +17,8 @@ EXAMPLE = """\
   moetune doctor runs/tiny-cpu                                # why did it hang or die?
   srun --ntasks-per-node=1 moetune doctor --cluster --nnodes 8 --rdzv-endpoint node-a:29501   # the nodes together"""
 
+EXIT_CODES = {3: "something was found"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""

@@ -19,6 +19,8 @@ EXAMPLE = """\
   moetune eval shards/held-out --model merged --media shuffled --at-most exact=0.25     # does it look at all?
   moetune eval held-out.jsonl --model merged --metric my_metrics:close_enough"""
 
+EXIT_CODES = {3: "a score missed the bound of --at-least or --at-most"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""

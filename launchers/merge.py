@@ -17,6 +17,8 @@ EXAMPLE = """\
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify held-out.jsonl
   moetune merge base runs/mine/adapter merged --plan        # what would be written, and the room it takes"""
 
+EXIT_CODES = {3: "a change was lost in rounding, or the proof failed"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""

@@ -20,7 +20,12 @@ EXAMPLE = """\
   moetune plan qwen3-vl-30b-a3b-lora --gpus 16 --gpu a100-80gb --fit
   moetune plan qwen3-vl-235b-a22b-lora --gpus 64 --gpu h100-80gb --json"""
 
-_SHARES = ("vision_share", "supervised_share")
+EXIT_CODES = {3: "the run does not fit the GPUs"}
+
+_SHARES = {
+    "vision_share": "share of tokens that images have, from 0 to 1 (default %(default)g)",
+    "supervised_share": "share of tokens that carry loss, from 0 to 1 (default %(default)g)",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,18 +34,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
     parser.add_argument("--gpus", type=positive, metavar="N", required=True, help="GPUs of the run")
-    parser.add_argument("--gpu", metavar="NAME", required=True, help=f"which: {', '.join(gpu_names())}")
+    parser.add_argument("--gpu", metavar="NAME", required=True, help=f"their kind: {', '.join(gpu_names())}")
     parser.add_argument("--per-node", type=positive, metavar="N", help="GPUs of a node (default 8)")
-    parser.add_argument("--price", type=float, metavar="P", help="of one GPU for an hour, in any currency")
-    parser.add_argument("--fit", action="store_true", help="propose ep, sp, resident, recompute and tokens a row")
-    parser.add_argument("--sample-tokens", type=positive, metavar="N", default=assumed.sample_tokens)
-    parser.add_argument("--image-tokens", type=positive, metavar="N", default=assumed.image_tokens)
-    for name in _SHARES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=_share, metavar="S", default=getattr(assumed, name))
-    parser.add_argument("--skew", type=_skew, metavar="X", default=assumed.skew, help="busiest rank over the mean")
-    parser.add_argument(
-        "--launch-us", type=_above_zero, metavar="U", default=assumed.launch_us, help="of the host, an operation"
-    )
+    parser.add_argument("--price", type=float, metavar="P", help="price of a GPU for an hour, in any currency")
+    parser.add_argument("--fit", action="store_true", help="propose parallel.* and data.tokens_per_pack")
+    for flag, text in (("sample_tokens", "tokens of a sample"), ("image_tokens", "tokens of an image")):
+        words = {"metavar": "N", "default": getattr(assumed, flag), "help": f"{text} (default %(default)d)"}
+        parser.add_argument(f"--{flag.replace('_', '-')}", type=positive, **words)
+    for flag, text in _SHARES.items():
+        default = getattr(assumed, flag)
+        parser.add_argument(f"--{flag.replace('_', '-')}", type=_share, metavar="S", default=default, help=text)
+    text = "rows of the busiest of eight ranks' experts over the mean (default %(default)g)"
+    parser.add_argument("--skew", type=_skew, metavar="X", default=assumed.skew, help=text)
+    text = "microseconds that the host needs to hand out an operation (default %(default)g)"
+    parser.add_argument("--launch-us", type=_above_zero, metavar="U", default=assumed.launch_us, help=text)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 

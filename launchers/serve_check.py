@@ -18,6 +18,8 @@ EXAMPLE = """\
   moetune serve-check http://localhost:8000/v1 shards/held-out --model merged --samples 16
   moetune serve-check http://localhost:8000/v1 held-out.jsonl --model base --adapter runs/mine/adapter --name mine"""
 
+EXIT_CODES = {3: "the server computes something else, or nothing could be compared"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""

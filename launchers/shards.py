@@ -24,6 +24,8 @@ EXAMPLE = """\
   moetune shards stats shards/train --base Qwen3-VL-30B-A3B --context 8192
   moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by group"""
 
+EXIT_CODES = {3: "`build` refused more rows than --max-rejects, or `index` or `check` found problems"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of every subcommand."""

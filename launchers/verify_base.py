@@ -13,6 +13,8 @@ EXAMPLE = """\
   moetune verify-base Qwen/Qwen3-VL-235B-A22B-Instruct --family qwen3-vl-235b-a22b --device cuda:0 --dtype bfloat16
   moetune verify-base /models/my-base --no-compute --json"""
 
+EXIT_CODES = {3: "a line of the card failed"}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""

@@ -76,8 +76,8 @@ class TypedTree(Generic[Schema]):
                 self._report_unknown(str(key), value, dotted, list(hints), source)
             elif is_dataclass(hints[key]):
                 self._take_section({} if value is None else value, hints[key], dotted, source)
-            elif _element(hints[key]) is not None:
-                self._take_entries({} if value is None else value, _element(hints[key]), dotted, source)
+            elif element_of(hints[key]) is not None:
+                self._take_entries({} if value is None else value, element_of(hints[key]), dotted, source)
             else:
                 self._take_value(key, value, hints[key], schema, dotted, source)
 
@@ -144,6 +144,13 @@ def related(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
+def element_of(hint: Any) -> Any:
+    """Return the dataclass of a dict of dataclasses, else None."""
+    if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+        return get_args(hint)[1]
+    return None
+
+
 def describe(hint: Any) -> str:
     """Return a type in the words of a user."""
     origin, args = get_origin(hint), get_args(hint)
@@ -161,13 +168,6 @@ def describe(hint: Any) -> str:
         return "a mapping"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
     return words[hint]
-
-
-def _element(hint: Any) -> Any:
-    """Return the dataclass of a dict of dataclasses, else None."""
-    if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
-        return get_args(hint)[1]
-    return None
 
 
 def _fits(key: str, value: Any, hint: Any, schema: Any) -> bool:
