@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from finetune.architecture.families import Family
 from finetune.architecture.parts import VISION
+from finetune.architecture.trained import Tensor, frozen_tensors, trained_tensors
 from finetune.config import RunConfig
 from finetune.planner.activations import WIDE
 from finetune.planner.moments import Moment, moments
 from finetune.planner.rank_layout import RankLayout, bucket, slices, small
-from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 
 RESERVE_BYTES = 1.5e9
 """Bytes of a GPU that are no tensors': context, kernels and communicators."""

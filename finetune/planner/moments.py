@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from finetune.architecture.families import Family
 from finetune.architecture.parts import DECODER, VISION
+from finetune.architecture.trained import Tensor
 from finetune.config import RunConfig
 from finetune.planner.activations import WIDE, Layer, Reach, Rows, embedded, head, layer, row
 from finetune.planner.rank_layout import RankLayout, bucket, gathered, largest_layer, slices
-from finetune.planner.tensors import Tensor
 from finetune.planner.vision import Tower, pixels, tower
 from finetune.ranks.engine_sizes import LEAST_PREFETCH, MOST_BUCKET, PREFETCHED_LAYERS
 

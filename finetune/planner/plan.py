@@ -13,12 +13,12 @@ from finetune.architecture.families import Family
 from finetune.architecture.parts import PARTS
 from finetune.architecture.rank_shares import ResidentChoice, choose_resident, has_room
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.architecture.trained import trained_tensors
 from finetune.config import RunConfig
 from finetune.planner.gpus import GB, Cluster
 from finetune.planner.memory import Memory, memory
 from finetune.planner.moments import waiting
 from finetune.planner.rank_layout import RankLayout
-from finetune.planner.tensors import trained_tensors
 from finetune.planner.time import Assumed, Time, step_time
 from finetune.planner.wire import Traffic, traffic
 from finetune.settings.stages import run_stages

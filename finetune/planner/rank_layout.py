@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.architecture.parts import DECODER
+from finetune.architecture.trained import Tensor
 from finetune.planner.activations import Recompute
-from finetune.planner.tensors import Tensor
 from finetune.ranks.engine_sizes import PERSISTENCE, REUSE, SUB_GROUP, bucket_elements
 
 

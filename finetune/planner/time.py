@@ -12,13 +12,13 @@ from math import log2
 
 from finetune.architecture.families import Family
 from finetune.architecture.flops import FlopMeter, Work, trainings
+from finetune.architecture.trained import Tensor, frozen_tensors, trained_tensors
 from finetune.config import AdaptersConfig, RunConfig
 from finetune.planner.activations import Reach, Recompute, Rows
 from finetune.planner.gpus import MEMORY_SHARE, Cluster
 from finetune.planner.layer import around, decoder_layer, head
 from finetune.planner.operations import Op, spent
 from finetune.planner.rank_layout import RankLayout, slices
-from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 from finetune.planner.tower import tower
 from finetune.planner.wire import LINK_SHARE, Traffic
 

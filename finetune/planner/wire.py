@@ -10,12 +10,12 @@ from math import gcd
 
 from finetune.architecture.families import Family
 from finetune.architecture.parts import DECODER
+from finetune.architecture.trained import Tensor, frozen_tensors, trained_tensors
 from finetune.config import RunConfig
 from finetune.planner.activations import INDEX, WIDE, Reach
 from finetune.planner.gpus import Cluster
 from finetune.planner.moments import micro_batch
 from finetune.planner.rank_layout import RankLayout, gathered, small
-from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 
 LINK_SHARE = 0.8
 """Share of a link's data-sheet rate that collectives reach."""

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from data.open import find_sources
 from finetune.architecture.shapes import parameter_shapes
+from finetune.architecture.trained import trained_tensors
 from finetune.config import RunConfig
 from finetune.files.basefiles import open_base
 from finetune.files.hub import model_folder
 from finetune.planner.plan import STATE_BYTES
-from finetune.planner.tensors import trained_tensors
 from finetune.ranks.versions import TESTED, command, demand, installed_versions, numbers, untested
 from finetune.settings.checks import base_family
 

@@ -1,10 +1,13 @@
 """Numbers that follow from a configuration, each with its derivation. Loads no torch."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
 from finetune.architecture.rank_shares import rank_shares
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
+from finetune.architecture.trained import trained_tensors
 from finetune.architecture.yarn import extended_rope, extension, rotary, serving_lines
 from finetune.config import RunConfig
 from finetune.settings.checks import base_family, fewest_ranks
@@ -28,6 +31,7 @@ def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list
         *_step(config, count),
         *_stages(config),
         *_model(config),
+        *_trained(config),
         *_context(config),
         *_mixture(config),
         *(_reads(config, count) if reads and config.parallel.ep else ()),
@@ -102,6 +106,26 @@ def _model(config: RunConfig) -> list[Derived]:
         text = f"experts per rank = {number} / ep {ep} = {local} in each of {len(base.moe_layers)} layers"
         lines.append(Derived(name="experts_per_rank", value=local, text=text))
     return lines
+
+
+def _trained(config: RunConfig) -> list[Derived]:
+    """Return what trains, its share of the base, and without stages the highest learning rate of each part."""
+    base, by_part = base_family(config), Counter[str]()
+    for tensor in trained_tensors(base, config.adapters, ep=1):
+        by_part[tensor.part] += tensor.elements
+    total, of = by_part.total(), parameter_counts(base).total
+    parts = " + ".join(f"{part} {count:,}" for part, count in by_part.items())
+    text = f"trained parameters = {parts} = {total:,}, {total / of:.2%} beside the base's {of:,}"
+    return [Derived(name="trained", value=total, text=text), *(() if config.stages else _rates(config))]
+
+
+def _rates(config: RunConfig) -> Iterator[Derived]:
+    for part, peak in run_stages(config)[0].peaks.items():
+        section = getattr(config.adapters, part)
+        form = f"lora with r {section.r}" if section.mode == "lora" else "in full"
+        key = f"adapters.{part}.lr" if section.lr else "optim.lr"
+        text = f"learning rate of {part}, {form}: {peak:g} at its highest ({key})"
+        yield Derived(name=f"lr.{part}", value=peak, text=text)
 
 
 def _context(config: RunConfig) -> list[Derived]:

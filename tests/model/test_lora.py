@@ -14,6 +14,7 @@ from tiny_moe import media_batch, vl_model
 from finetune.architecture.families import family
 from finetune.architecture.parts import NO_LORA, PARTS
 from finetune.architecture.shapes import part_of
+from finetune.architecture.trained import trained_tensors
 from finetune.config import (
     AdaptersConfig,
     DensePartConfig,
@@ -24,6 +25,7 @@ from finetune.config import (
     RunConfig,
 )
 from finetune.files.basefiles import open_base
+from finetune.files.hubconfig import read_family
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.lora import inject, pattern, table_lines, trainable_table, with_adapters
@@ -74,8 +76,11 @@ def test_only_the_family_asked_for_trains(folders: dict[str, Path], chosen: str)
     modes = ["full"] if chosen in NO_LORA else ["full", "lora"]
     for mode in modes:
         kind = type(getattr(OFF, chosen))
-        empty = made(folders["moe"], replace(OFF, **{chosen: kind(mode=mode)}))
+        config = replace(OFF, **{chosen: kind(mode=mode)})
+        empty = made(folders["moe"], config)
         rows = {row.part: row for row in trainable_table(empty)}
+        foreseen = trained_tensors(read_family(folders["moe"]), config, ep=1)  # what `check` and `plan` say
+        assert sum(tensor.elements for tensor in foreseen) == rows[chosen].trained
         assert {name: row.mode for name, row in rows.items() if row.mode != "frozen"} == {chosen: mode}
         assert sum(row.trained for row in rows.values()) == rows[chosen].trained > 0
         assert (rows[chosen].trained == rows[chosen].total) == (mode == "full")

@@ -11,11 +11,11 @@ from places import ROOT
 
 from finetune.architecture.families import family
 from finetune.architecture.flops import FlopMeter, Training, Work
+from finetune.architecture.trained import trained_tensors
 from finetune.planner.fit import resolve_auto
 from finetune.planner.foresight import resident_here
 from finetune.planner.gpus import cluster, gpu_names, peak_flops
 from finetune.planner.plan import plan
-from finetune.planner.tensors import trained_tensors
 from finetune.planner.time import Assumed
 from finetune.planner.wire import traffic
 from finetune.settings.checks import base_family

@@ -16,11 +16,11 @@ from limits import LIMIT_S
 from starts import environment
 
 from finetune.architecture.families import Family, family
+from finetune.architecture.trained import Tensor, frozen_tensors, trained_tensors
 from finetune.files.hubconfig import hub_config
 from finetune.planner.gpus import cluster
 from finetune.planner.plan import STATE_BYTES, Plan, plan
 from finetune.planner.rank_layout import slices
-from finetune.planner.tensors import Tensor, frozen_tensors, trained_tensors
 from finetune.settings.checks import base_family
 from finetune.settings.recipes import load_recipe
 
