@@ -45,7 +45,7 @@ class ModelConfig:
     With: `model.path`.
     """
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """The type of weights and activations. What trains has a float32 master copy in either case.
+    """The type of weights and activations, `bfloat16` or `float32`. What trains has a float32 copy in either case.
 
     Change: to `float32` to compare with a reference, on a CPU or in small models; it doubles the memory.
     With: `model.attention` (float32 leaves `segments` and `sdpa`), `moe.router_float32`.

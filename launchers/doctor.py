@@ -17,6 +17,10 @@ EXAMPLE = """\
   moetune doctor runs/tiny-cpu                                # why did it hang or die?
   srun --ntasks-per-node=1 moetune doctor --cluster --nnodes 8 --rdzv-endpoint node-a:29501   # the nodes together"""
 
+MACHINE = "versions, kernels, driver, GPUs, shared memory, open files"
+"""What is looked at of a machine."""
+RUN = "disk, base, shards, Weights & Biases"
+"""What is looked at of a run, too."""
 EXIT_CODES = {3: "something was found"}
 
 
@@ -56,7 +60,10 @@ def _machine(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
     else:
-        print("\n".join(map(str, findings)) or "nothing found")
+        print(
+            "\n".join(map(str, findings))
+            or f"nothing is wrong with {MACHINE if config is None else f'{MACHINE}, {RUN}'}"
+        )
     return 3 if findings else 0
 
 

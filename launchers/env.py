@@ -62,18 +62,11 @@ def run(args: argparse.Namespace) -> int:
 
 def environment() -> dict[str, Any]:
     """Return everything by name, as JSON can hold it. Nothing of it is imported."""
-    packages = installed_versions(PACKAGES)
-    outside = dict(untested(packages))
     return {
         "moetune": _ours(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.platform()}, {_glibc()}",
-        "packages": {
-            name: packages.get(name, "not installed")
-            + (f", outside of the tested {TESTED[name]}" if name in outside else "")
-            for name in PACKAGES
-            if name in packages or name in TESTED
-        },
+        "packages": packages(installed_versions(PACKAGES)),
         "cuda_home": os.environ.get("CUDA_HOME") or shutil.which("nvcc") or "none",
         "gpus": _gpus(),
         "cpus": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
@@ -82,6 +75,14 @@ def environment() -> dict[str, Any]:
         "disk": f"{Path.cwd()}: {_disk(Path.cwd())}",
         "variables": variables(os.environ),
     }
+
+
+def packages(installed: Mapping[str, str]) -> dict[str, str]:
+    """Return the release of each package, with what is wrong with it; those that may be missing are left out."""
+    outside = dict(untested(installed))
+    ranges = {name: f", outside of the tested {TESTED[name]}" for name in outside}
+    named = [name for name in PACKAGES if name in installed or name in TESTED]
+    return {name: installed.get(name, "not installed") + ranges.get(name, "") for name in named}
 
 
 def variables(values: Mapping[str, str]) -> dict[str, str]:
