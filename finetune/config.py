@@ -191,7 +191,7 @@ class AdaptersConfig:
     """
     start_from: str = ""
     """The folder of an adapter that moetune wrote, whose values training begins with. Empty: low-rank factors begin so
-    that the model is the base. The optimiser, the schedule and the data begin anew.
+    that the model is the base. The optimiser, the schedule and the data start from the beginning.
 
     Change: to train an adapter longer, or on other data. To go on with an interrupted run use `checkpoint.resume`.
     With: `adapters.<part>.mode`, `adapters.<part>.r` (must be those of the adapter), `model.path` (the same base).
@@ -308,7 +308,7 @@ class ScheduleConfig:
     """How long the run is, and how the learning rate moves."""
 
     steps: int = 1000
-    """Optimiser steps of the whole run, of all stages together. Data begin anew when an epoch is over.
+    """Optimiser steps of the whole run, of all stages together. When an epoch is over, the next one begins.
 
     Change: always. `moetune shards stats` counts what an epoch holds: divide its tokens by those of a step.
     With: `data.packs_per_step`, `schedule.shape` (falls over all of them), `stages.<name>.from_step`.
@@ -560,7 +560,7 @@ class CheckpointConfig:
     """Where the run begins. `auto`: at the newest checkpoint of its own folder, if there is one. `never`: at step 0. A
     path: at that checkpoint, or the newest of a folder of checkpoints.
 
-    Change: to `never` to start anew under the same name, to a path to branch off from another run.
+    Change: to `never` to start again at step 0 under the same name, to a path to branch off from another run.
     With: all keys that decide the training (they must be those of the checkpoint), `run.name` (its folder).
     """
 
