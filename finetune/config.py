@@ -7,6 +7,7 @@ The text below a key explains it to users: docs/configuration.md and `moetune ex
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataConfig
@@ -626,11 +627,17 @@ class RunSectionConfig:
     """The run itself, and when it is stopped because something is wrong."""
 
     name: str = ""
-    """The name of the run; its folder is `runs/<name>`. Empty: the name of the recipe's file, so that two recipes never
-    share a folder.
+    """The name of the run; its folder is `run.folder/run.name`. Empty: the name of the recipe's file, so that two
+    recipes never share a folder.
 
     Change: for a second run of the same recipe.
-    With: `checkpoint.resume` (`auto` goes on with what is in the folder).
+    With: `run.folder`, `checkpoint.resume` (`auto` goes on with what is in the folder).
+    """
+    folder: str = "runs"
+    """The folder in which each run gets a folder of its own, `run.folder/run.name`.
+
+    Change: to keep runs on another disk, or to start from any working directory.
+    With: `run.name`; a relative path begins in the working directory of the ranks, which must share the disk.
     """
     seed: int = 0
     """What all random choices follow from: the order of the data, the first values of low-rank factors, dropout.
@@ -650,6 +657,11 @@ class RunSectionConfig:
     With: `data.stall_seconds` (should stay shorter, so that a rank without data is named before those that wait for
     it).
     """
+
+    @property
+    def path(self) -> Path:
+        """Return the folder of this run."""
+        return Path(self.folder).expanduser() / self.name
 
 
 @dataclass(frozen=True, kw_only=True)

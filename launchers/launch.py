@@ -22,7 +22,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that win over the file's")
     parser.add_argument("--on", type=Path, required=True, metavar="PROFILE", help="the YAML file of a cluster")
     parser.add_argument("--run", action="store_true", dest="start", help="start it, not only show it")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the files (default runs/<name>/launch)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for the files (default: launch/ in the run's folder)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object, and no files")
 
 
@@ -31,8 +33,8 @@ def run(args: argparse.Namespace) -> int:
     profile = read_profile(args.on)
     config, problems = load_recipe(args.config, args.overrides)
     require(config, problems, ranks=profile.ranks)
-    folder = args.out or Path("runs") / config.run.name / "launch"
-    job = Job(recipe=args.config, overrides=args.overrides, run=config.run.name)
+    folder = args.out or config.run.path / "launch"
+    job = Job(recipe=args.config, overrides=args.overrides, run=config.run.name, folder=str(config.run.path.parent))
     rendered = render(job, profile, folder=str(folder))
     if args.json:
         print(as_json(rendered))

@@ -33,6 +33,8 @@ class Job:
     recipe: str
     overrides: Sequence[str]
     run: str
+    folder: str = "runs"
+    """Where the folder of the run is: `run.folder`."""
     mark: str = field(default_factory=lambda: uuid4().hex[:8])
     """What tells two jobs of one run apart: torchrun's ranks meet under it, and a run's lock is handed on by it."""
 
@@ -140,7 +142,7 @@ def _slurm(job: Job, profile: Profile, folder: str) -> Rendered:
     inner = " ".join(shlex.quote(word) for word in words)
     inner = inner.replace("@HEAD@", f'"$head":{profile.port}').replace("@ID@", '"$SLURM_JOB_ID"')
     step = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *_container(profile)]
-    outcome = shlex.quote(f"runs/{job.run}/logs/outcome.json")
+    outcome = shlex.quote(f"{job.folder}/{job.run}/logs/outcome.json")
     lines += [
         "started=$(mktemp)",
         f"{' '.join(shlex.quote(word) for word in step)} {inner} &",

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if torch_problem():
         raise ValueError(torch_problem())
     config, problems = load_recipe(args.config, args.overrides)
-    folder, run_id = Path("runs") / config.run.name, uuid4().hex
+    folder, run_id = config.run.path, uuid4().hex
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
     require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start
     if args.dry_run or args.replay:

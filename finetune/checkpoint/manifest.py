@@ -29,6 +29,7 @@ FREE = (
     "parallel.*",
     "stages.*.sp",
     "run.name",
+    "run.folder",
     "run.idle_steps",
     "run.stall_seconds",
     "model.path",  # the base's values are compared instead

@@ -31,8 +31,8 @@ def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) 
             raise ValueError("the launcher that started this rank is gone")
         if time.monotonic() > deadline:
             raise ValueError(
-                f"rank 0 of this start did not take {folder / LOCK} within {WAIT_S:g} s. Every rank must see the same "
-                f"runs/ folder: start all of them in one shared working folder"
+                f"rank 0 of this start did not take {folder / LOCK} within {WAIT_S:g} s. Every rank must see that "
+                f"folder: set run.folder to one on a disk that all nodes share"
             )
         time.sleep(LOOK_S)  # another machine holds or takes it: nothing here can be waited on
     return lambda: None

@@ -231,7 +231,7 @@ def run_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
     """Yield everything about one run."""
     trained = sum(tensor.elements for tensor in trained_tensors(base_family(config), config.adapters, ep=1))
     state_bytes = STATE_BYTES * trained * (config.checkpoint.keep + 1)
-    yield from disk_findings(Path("runs") / config.run.name, wanted=state_bytes)
+    yield from disk_findings(config.run.path, wanted=state_bytes)
     yield from base_findings(config)
     yield from shard_findings(config, ranks=ranks)
     yield from wandb_findings(config, url=os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))

@@ -1,4 +1,4 @@
-"""Says why a run hung or died: one page from what its ranks left in runs/<name>/logs. Loads no torch.
+"""Says why a run hung or died: one page from what its ranks left in its logs. Loads no torch.
 
 A rank leaves: rank-0007.log, its log; rank-0007.json, where it last was; rank-0007.stack, its stacks when it stood
 still; failure-0007.json, why it ended; flight-7 and flight-gloo-7, the last collectives of NCCL and of gloo, when it

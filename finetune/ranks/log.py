@@ -1,4 +1,4 @@
-"""One rank's log, runs/<name>/logs/rank-0007.log: its messages, its stages, and what it writes to its streams.
+"""One rank's log, logs/rank-0007.log in the run's folder: its messages, its stages, and what it writes to its streams.
 
 Only rank 0 writes to the terminal: the standard streams of all others go into their logs.
 """

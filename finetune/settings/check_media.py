@@ -31,13 +31,17 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield a name that leaves the folder of runs, and a seed that no generator takes."""
+    """Yield names that no folder of a run can have, and a seed that no generator takes."""
     name = PurePosixPath(config.run.name)
     if not config.run.name.isprintable():
-        allowed = "it is one line of printable characters"
-        yield problem("run.name", config.run.name, allowed, "Choose a name, as charts-2")
+        allowed = "it must be one line of printable characters"
+        yield problem("run.name", config.run.name, allowed, "Choose a name, such as charts-2")
     if name.is_absolute() or ".." in name.parts or not name.parts:
-        yield problem("run.name", config.run.name, "it names a folder below runs/", "Choose a name, as charts-2")
+        allowed = f"it must name a folder below run.folder, {config.run.folder}"
+        yield problem("run.name", config.run.name, allowed, "Choose a name, such as charts-2")
+    if not config.run.folder.isprintable():
+        allowed = "it must be one line of printable characters"
+        yield problem("run.folder", config.run.folder, allowed, "Name a folder, such as /scratch/runs")
     if config.run.seed >= _SEEDS:
         allowed = f"random generators take seeds below {_SEEDS}"
         yield problem("run.seed", config.run.seed, allowed, "Set a smaller one")

@@ -12,13 +12,19 @@ def sequence_problems(config: RunConfig, base: Family | None, *, ranks: int) -> 
     sizes |= {f"stages.{name}.sp": stage.sp for name, stage in config.stages.items() if stage.sp}
     for key, sp in sizes.items():
         if sp > 1 and ranks % sp:
-            allowed = f"it must divide the {ranks} ranks, as each group of so many holds one row"
-            problems.append(problem(key, sp, allowed, f"One of {divisors(ranks)} does"))
+            problems.append(problem(key, sp, *divides_the_ranks(key, sp, ranks)))
         if sp > 1 and base is not None and base.text.num_attention_heads % sp:
             heads = base.text.num_attention_heads
             allowed = f"it must divide the {heads} attention heads of {base.name}, of which each rank takes its share"
             problems.append(problem(key, sp, allowed, f"One of {divisors(heads)} does"))
     return problems
+
+
+def divides_the_ranks(key: str, size: int, ranks: int) -> tuple[str, str]:
+    """Say that groups of `size` ranks do not come out even, and which size or which number of ranks does."""
+    nearest = -(-ranks // size) * size
+    remedy = f"Set {key} to one of {divisors(ranks)}" if ranks > 1 else f"Set {key}=1"
+    return f"it must divide the number of ranks, {ranks}", f"{remedy}, or start {nearest} ranks (--ranks {nearest})"
 
 
 def memory_problems(config: RunConfig) -> list[Problem]:

@@ -14,7 +14,7 @@ from finetune.settings.check_adapters import adapter_problems
 from finetune.settings.check_context import context_problems
 from finetune.settings.check_evaluation import eval_problems
 from finetune.settings.check_media import media_problems, run_problems
-from finetune.settings.check_rows import memory_problems, sequence_problems
+from finetune.settings.check_rows import divides_the_ranks, memory_problems, sequence_problems
 from finetune.settings.check_schedule import schedule_problems, stage_problems
 from finetune.settings.problems import ConfigError, Problem, did_you_mean, divisors, problem
 from finetune.settings.published import published_problems
@@ -84,7 +84,7 @@ def _model(config: RunConfig) -> list[Problem]:
         unlike = [key for key in in_folder | in_table if in_folder.get(key) != in_table.get(key)]
         if unlike:
             listed = "; ".join(f"{key} is {in_folder.get(key)}, not {in_table.get(key)}" for key in unlike)
-            return [problem("model.family", name, f"{path}/config.json differs: {listed}", "Drop model.family")]
+            return [problem("model.family", name, f"{path}/config.json differs: {listed}", "Set model.family=null")]
     elif named is None:
         remedy = f"Set model.family ({', '.join(family_names())}) or model.path to a folder with a config.json"
         return [problem("model.path", path, "the shape of the base model is not known from it", remedy)]
@@ -162,8 +162,7 @@ def _expert_ranks(run: CheckInput) -> list[Problem]:
         return []
     problems = []
     if run.ranks % ep:
-        remedy = f"One of {divisors(run.ranks)} does"
-        problems.append(problem("parallel.ep", ep, f"it must divide the {run.ranks} ranks", remedy))
+        problems.append(problem("parallel.ep", ep, *divides_the_ranks("parallel.ep", ep, run.ranks)))
     if base is None:
         return problems
     if base.text.experts is None:

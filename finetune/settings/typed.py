@@ -99,7 +99,10 @@ class TypedTree(Generic[Schema]):
             return
         if value is False and "off" in get_args(hint):
             value = "off"  # YAML 1.1 reads a bare off as false
-        auto = next((field.metadata.get("auto") for field in fields(schema) if field.name == key), None)
+        field = next(field for field in fields(schema) if field.name == key)
+        if value is None and field.default == "":
+            value = ""  # null unsets a text, such as the model.family of a recipe below
+        auto = field.metadata.get("auto")
         if auto is not None:  # the number that stands for auto inside; users must write auto
             if value == auto:
                 self.report(dotted, value, f"it must be at least {auto + 1}, or auto", f"Set {dotted}=auto", source)

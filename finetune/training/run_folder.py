@@ -1,4 +1,4 @@
-"""What a start finds: the configuration of its run, and the folder runs/<run.name>, new or of an earlier start."""
+"""What a start finds: the configuration of its run, and its folder, new or of an earlier start."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from finetune.settings.recipes import effective, load_recipe
 def read_run(name: str, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, Path, Sequence[Problem]]:
     """Return a run's configuration, without any `auto` for this machine, its folder, and warnings; raise on errors."""
     config, problems = load_recipe(name, overrides)
-    folder = Path("runs") / config.run.name
+    folder = config.run.path
     config = config if any(problem.level == "error" for problem in problems) else resolve_auto_here(config, ranks=ranks)
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
     return config, folder, require(config, problems, ranks=ranks, resuming=resuming)

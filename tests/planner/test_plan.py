@@ -226,7 +226,7 @@ def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> Non
         (["--gpus", "8", "--gpu", "h100"], "Did you mean `h100-80gb`"),
         (["--gpus", "12", "--gpu", "h100-80gb"], "12 do not fill nodes of 8; take 8 or 16"),
         (["--gpus", "8", "--gpu", "h100-80gb", "--price", "-1"], "is below 0"),
-        (["--gpus", "3", "--gpu", "h100-80gb"], "it must divide the 3 ranks"),
+        (["--gpus", "3", "--gpu", "h100-80gb"], "it must divide the number of ranks, 3"),
     ],
 )
 def test_wrong_input_is_named(words, message, capsys) -> None:

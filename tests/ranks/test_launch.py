@@ -205,7 +205,7 @@ def test_the_command_checks_the_recipe_for_the_profile_s_ranks(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(yaml.safe_dump({"nodes": 1, "gpus_per_node": 3}))
     assert main(["launch", "tiny-cpu", "--on", "c.yaml"]) == 2
-    assert "it must divide the 3 ranks" in capsys.readouterr().err
+    assert "it must divide the number of ranks, 3" in capsys.readouterr().err
     Path("c.yaml").write_text(yaml.safe_dump({"kind": "slurm", "gpus_per_node": 2}))
     assert main(["launch", "tiny-cpu", "--on", "c.yaml"]) == 0
     assert "sbatch runs/tiny-cpu/launch/job.sbatch" in capsys.readouterr().out
@@ -286,8 +286,18 @@ def test_no_name_of_a_run_becomes_shell_code(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "slurm.yaml").write_text("kind: slurm\nnodes: 1\ngpus_per_node: 2\n")
     words = ["launch", "tiny-cpu", "--on", str(tmp_path / "slurm.yaml"), 'run.name="x\\ntouch PWNED #"']
     assert main([*words, "--out", str(tmp_path / "job")]) == 2
-    assert "run.name = 'x\\ntouch PWNED #': it is one line of printable characters" in capsys.readouterr().err
+    assert "run.name = 'x\\ntouch PWNED #': it must be one line of printable characters" in capsys.readouterr().err
     assert not (tmp_path / "job").exists()
+
+
+def test_the_folder_of_runs_is_where_a_job_looks_for_its_outcome(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slurm.yaml").write_text("kind: slurm\nnodes: 1\ngpus_per_node: 2\n")
+    words = ["launch", "tiny-cpu", "--on", str(tmp_path / "slurm.yaml"), f"run.folder={tmp_path}/our runs"]
+    assert main(words) == 0
+    script = (tmp_path / "our runs" / "tiny-cpu" / "launch" / "job.sbatch").read_text()
+    assert f"outcome='{tmp_path}/our runs/tiny-cpu/logs/outcome.json'" in script
 
 
 def test_deepspeed_s_remote_shells_change_no_word_and_no_value(tmp_path: Path) -> None:

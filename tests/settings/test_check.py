@@ -144,9 +144,9 @@ def test_effective_config_is_complete() -> None:
         ("data.video.min_frames=900", "data.video.min_frames = 900: it is above data.video.max_frames, 768"),
         ("data.video.fps=0", "data.video.fps = 0.0: it must be a finite number above 0"),
         ("data.video.timeout_seconds=.nan", "data.video.timeout_seconds = nan: it must be a finite number above 0"),
-        ("run.name=../elsewhere", "run.name = '../elsewhere': it names a folder below runs/"),
-        ("run.name=/tmp/x", "run.name = '/tmp/x': it names a folder below runs/"),
-        ("run.name=.", "run.name = '.': it names a folder below runs/"),
+        ("run.name=../elsewhere", "run.name = '../elsewhere': it must name a folder below run.folder, runs"),
+        ("run.name=/tmp/x", "run.name = '/tmp/x': it must name a folder below run.folder, runs"),
+        ("run.name=.", "run.name = '.': it must name a folder below run.folder, runs"),
         ("run.seed=9223372036854775808", "random generators take seeds below 9223372036854775808"),
     ],
 )

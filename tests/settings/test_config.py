@@ -102,7 +102,7 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("optim.lr=${data.sources}", "optim.lr", r"cannot be resolved"),
         ("run.seed=???", "run.seed", r"it must be set"),
         ("model.family=qwen3-vl-30b-a3x", "model.family", r"Did you mean `qwen3-vl-30b-a3b`"),
-        ("model.family=", "model.family", r"it must be text"),
+        ("checkpoint.resume=", "checkpoint.resume", r"it must be text"),
         ("model.family=''", "model.path", r"shape of the base model is not known.*Set model.family \(.*tiny-moe"),
         ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the context of tiny-moe, 4,096"),
     ],
@@ -141,9 +141,13 @@ def test_packs_must_divide_by_the_ranks_and_the_nearest_that_do_are_named() -> N
 
 
 def test_expert_groups_must_divide_the_ranks() -> None:
-    assert "it must divide the 6 ranks. One of 1, 2, 3, 6 does" in str(
-        _problems("tiny-cpu", "parallel.ep=4", "data.packs_per_step=6", ranks=6)["parallel.ep"]
+    six = _problems("tiny-cpu", "parallel.ep=4", "data.packs_per_step=6", ranks=6)["parallel.ep"]
+    assert (six.allowed, six.remedy) == (
+        "it must divide the number of ranks, 6",
+        "Set parallel.ep to one of 1, 2, 3, 6, or start 8 ranks (--ranks 8)",
     )
+    alone = _problems("tiny-cpu", "parallel.ep=2", ranks=1)["parallel.ep"]
+    assert str(alone).endswith("ranks, 1. Set parallel.ep=1, or start 2 ranks (--ranks 2).")
     experts = _problems("tiny-cpu", "parallel.ep=5", "data.packs_per_step=5")["parallel.ep"]
     assert re.search(r"must divide the \d+ experts of tiny-moe. One of 1, 2, ", str(experts))
     dense = _problems("tiny-cpu", "model.family=qwen3-vl-8b", ranks=4)["parallel.ep"]
@@ -158,6 +162,19 @@ def test_no_sources_is_a_problem(tmp_path: Path) -> None:
 def test_a_key_written_with_dots_in_yaml_is_explained(tmp_path: Path) -> None:
     mine = _write(tmp_path, "mine.yaml", "base: tiny-cpu\noptim.lr: 3\n")
     assert "a dot separates sections only on the command line" in str(_problems(mine)["optim.lr"])
+
+
+def test_null_unsets_a_text_and_nothing_else() -> None:
+    config, problems = load_recipe("tiny-cpu", ["model.family=null", "optim.lr=null", "checkpoint.resume=null"])
+    assert config.model.family == ""
+    assert [problem.key for problem in problems] == ["optim.lr", "checkpoint.resume"]
+
+
+def test_a_run_has_its_folder_below_the_folder_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_recipe("tiny-cpu")[0].run.path == Path("runs/tiny-cpu")
+    assert load_recipe("tiny-cpu", ["run.folder=~/a", "run.name=b"])[0].run.path == Path("/home/me/a/b")
+    assert "one line of printable" in _problems("tiny-cpu", 'run.folder="a\\nb"')["run.folder"].allowed
 
 
 def test_a_folder_and_a_family_must_agree(tmp_path: Path) -> None:
