@@ -1,4 +1,5 @@
 """Shards to batches. Knows no process group and no engine: rank and world size arrive as plain integers.
 
-Rooms, lowest first: format < render < shards < stream | prepare. `open` puts them together for a run.
+Rooms, lowest first: format < render < shards < stream | prepare. `open` puts them together for a
+run, `peek` looks at the first samples before one.
 """

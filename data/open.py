@@ -8,30 +8,12 @@ from data.checks import data_problems
 from data.config import DataConfig
 from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
-from data.shards.bytes import Places
+from data.shards.bytes import places_of
 from data.stream.corpus import Corpus, Limits, find_shards, load_corpus
-from data.stream.plan import PlanSettings
+from data.stream.plan import plan_settings
 from data.stream.stream import DataStream, StreamSettings
 
-# a token of an image or a video is merge x merge = 4 patches in every model of the family
-PATCHES_PER_TOKEN = 4
-
 log = logging.getLogger(__name__)
-
-
-def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
-    """What shapes the plan of a run."""
-    vision = config.vision_tokens_per_pack or config.tokens_per_pack
-    return PlanSettings(
-        seed=seed,
-        packs_per_step=config.packs_per_step,
-        tokens_per_pack=config.tokens_per_pack,
-        patches_per_pack=vision * PATCHES_PER_TOKEN,
-        mixture=config.mixture,
-        weights=tuple(source.weight for source in config.sources.values()),
-        balance_steps=config.balance_steps,
-        remainder=config.remainder,
-    )
 
 
 def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") -> Mapping[str, Sequence[Path]]:
@@ -92,12 +74,6 @@ def open_stream(
         cache_dir=_cache(config),
     )
     return DataStream(corpus, renderer, plan_settings(config, seed=seed), settings, data_rank=rank, data_size=size)
-
-
-def places_of(config: DataConfig) -> Places:
-    """Where media outside of the shards may be."""
-    root = Path(config.media_root) if config.media_root else None
-    return Places(root=root, allow_private=config.allow_private_addresses)
 
 
 def _cache(config: DataConfig) -> Path | None:

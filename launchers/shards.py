@@ -101,7 +101,8 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data.prepare.build import REJECTS, BuildOptions, build_shards
+    from data.prepare.build import BuildOptions, build_shards
+    from data.prepare.convert import REJECTS
     from data.prepare.progress import Progress, count_rows
 
     options = BuildOptions(

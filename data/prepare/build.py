@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from data.format.record import RecordError
 from data.format.tar import TarWriter
-from data.prepare.convert import read_rows
+from data.prepare.convert import REJECTS, read_rows, stamp_of_rows
 from data.prepare.folder_lock import FolderInUse, modified, release, take, this_process
 from data.prepare.rows import RowOptions, build_sample
 from data.shards.bytes import Places
@@ -26,7 +25,6 @@ from data.shards.reader import load_index
 from data.shards.sidecar import note_of, read_note, sidecar, write_note, write_whole
 
 VERSION = 1
-REJECTS = "rejects.jsonl"
 CLAIM = "build.json"  # what a folder of shards was built from
 LOCK = ".build.lock"
 LOOK_S = 0.5
@@ -187,15 +185,6 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
         raise ValueError(f"{folder} holds shards already; build into an empty folder")
     else:
         write_note(note, claim)
-
-
-def stamp_of_rows(source: Path) -> str:
-    """Changes when the content of the file does."""
-    digest = blake2b(digest_size=8)
-    with source.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _chunks(rows: Iterator[tuple[int, Any]], folder: Path, options: BuildOptions) -> Iterator[tuple[Path, Rows]]:

@@ -4,12 +4,16 @@ A converted row may hold images and videos as text (path, url or data: url) or a
 """
 
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from data.format.fields import BadField
 from data.format.record import load_json
+from data.shards.bytes import Places
 
+REJECTS = "rejects.jsonl"
+"""What a build writes last: the rows that it refused, with reasons."""
 _FROM = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _FROM |= {"observation": "tool", "tool": "tool", "tool_response": "tool"}
 _FROM |= {"developer": "system"}  # OpenAI's newer word
@@ -29,6 +33,20 @@ _READ = (
     "videos",
 )
 _ALPACA = ("instruction", "input", "output", "history")
+
+
+def stamp_of_rows(source: Path) -> str:
+    """Changes when the content of the file does."""
+    digest = blake2b(digest_size=8)
+    with source.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_of_shards(source: Path, cache_dir: Path | None, places: Places) -> Path:
+    """Where the shards of a file of rows go: beside it or in the cache, under a name made from its content."""
+    return (cache_dir or source.parent) / f"{source.stem}-{stamp_of_rows(source)}{places.suffix}"
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:

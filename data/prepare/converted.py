@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from data.prepare.build import CLAIM, REJECTS, BuildOptions, build_held, building, stamp_of_rows
+from data.prepare.build import CLAIM, BuildOptions, build_held, building
+from data.prepare.convert import REJECTS, folder_of_shards
 from data.prepare.progress import Progress, count_rows
 from data.shards.bytes import Places
 from data.shards.sidecar import read_note
@@ -26,8 +27,7 @@ def shards_of_rows(
     if not source.is_file():
         raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
     places = places or Places()
-    stamp = stamp_of_rows(source) + places.suffix
-    place = (cache_dir or source.parent) / f"{source.stem}-{stamp}"
+    place = folder_of_shards(source, cache_dir, places)
     with building(place, waits=True):
         shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
         # an earlier run may have converted it under another source's name: the shards are the same

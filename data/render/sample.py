@@ -22,6 +22,7 @@ from data.format.fields import redact
 from data.format.media import Place
 from data.format.record import Record
 from data.render.chat import render_record
+from data.render.fingerprint import RULES, files_fingerprint
 from data.render.frames import decode_images, open_video, video_patches
 from data.render.image import decode_image, probe_image
 from data.render.positions import sample_positions
@@ -37,7 +38,6 @@ from data.render.vision import (
     read_spec,
 )
 
-_RULES = 1  # raised whenever the same record would become other tokens or patches
 _IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -78,10 +78,11 @@ class Renderer:
         )
         area = 3 * self._spec.patch**2
         self.patch_widths = (area, area * self._spec.temporal)  # values in one patch of an image, of a video
-        words = [_RULES, self._tokenizer.backend_tokenizer.to_str(), self._template.source, asdict(chat)]
+        words = [RULES, self._tokenizer.backend_tokenizer.to_str(), self._template.source, asdict(chat)]
         seen = {name: value for name, value in asdict(video).items() if name != "timeout_seconds"}
         self.text_fingerprint = _digest([*words, seen])
         self.fingerprint = _digest([*words, seen, asdict(image), asdict(self._spec)])
+        self.files_fingerprint = files_fingerprint(folder, image=image, video=video, chat=chat)
 
     def _token_id(self, folder: Path, token: str) -> int:
         number = self._tokenizer.get_added_vocab().get(token)

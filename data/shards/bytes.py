@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from data.config import DataConfig
 from data.format.media import Place, VideoRef
 from data.format.record import Record
 from data.shards.fetch import fetch_url
@@ -43,6 +44,12 @@ class Places:
         if not place.is_relative_to(os.path.realpath(self.root)):
             raise ValueError(f"{path} leads out of data.media_root={self.root}; move the file there, or the root up")
         return place
+
+
+def places_of(config: DataConfig) -> Places:
+    """Where media outside of the shards may be."""
+    root = Path(config.media_root) if config.media_root else None
+    return Places(root=root, allow_private=config.allow_private_addresses)
 
 
 class ByteReader:

@@ -10,6 +10,7 @@ import numpy as np
 
 from data.format.facts import ImageFacts, VideoFacts, VisionCount
 from data.format.record import Record
+from data.shards.bytes import Places
 from data.shards.index import stamp_of
 from data.shards.reader import SampleReader
 from data.shards.sidecar import read_arrays, sidecar, write_arrays
@@ -20,6 +21,7 @@ class Measure(Protocol):
 
     fingerprint: str
     text_fingerprint: str
+    files_fingerprint: str
 
     def count_text(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> int: ...  # noqa: D102
 
@@ -45,14 +47,24 @@ class Lengths:
         return total
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Lengths with the fingerprints of what counted them; those of older versions have none of its files."""
+
+    text: str
+    full: str
+    files: str
+    lengths: Lengths
+
+
 def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_dir: Path | None) -> Lengths:
     """Stored lengths where they fit index and settings; else counted (text only if its settings changed) and stored."""
     stamp = stamp_of(shard)
     path = sidecar(shard, ".len", cache_dir)
     stored = _read(path, stamp, reader.bytes.places.name)
-    if stored is not None and stored[1] == measure.fingerprint:
-        return stored[2]
-    text = stored[2].text if stored is not None and stored[0] == measure.text_fingerprint else None
+    if stored is not None and stored.full == measure.fingerprint:
+        return stored.lengths
+    text = stored.lengths.text if stored is not None and stored.text == measure.text_fingerprint else None
     lengths = _count(shard, measure, reader, text)
     places = reader.index(shard).places
     head = [
@@ -62,6 +74,7 @@ def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_d
         measure.text_fingerprint,
         measure.fingerprint,
         sorted(lengths.problems.items()),
+        measure.files_fingerprint,
     ]
     write_arrays(
         path,
@@ -75,14 +88,21 @@ def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_d
     return lengths
 
 
-def _read(path: Path, stamp: str, places: str) -> tuple[str, str, Lengths] | None:
+def known_lengths(shard: Path, files_fingerprint: str, *, places: Places, cache_dir: Path | None) -> Lengths | None:
+    """Stored lengths of a shard where they were counted with these files and settings; None where they were not."""
+    stored = _read(sidecar(shard, ".len", cache_dir), stamp_of(shard), places.name)
+    return stored.lengths if stored is not None and stored.files == files_fingerprint else None
+
+
+def _read(path: Path, stamp: str, places: str) -> _Stored | None:
     arrays = read_arrays(path)
     if arrays is None or set(arrays) != {"head", "text", "vision", "patches"}:
         return None
-    stored, of_places, digest, text, full, problems = json.loads(arrays.pop("head").tobytes())
+    stored, of_places, digest, text, full, problems, *files = json.loads(arrays.pop("head").tobytes())
     if stored != stamp or of_places not in ("", places):
         return None
-    return text, full, Lengths(digest=digest, problems={number: why for number, why in problems}, **arrays)
+    lengths = Lengths(digest=digest, problems={number: why for number, why in problems}, **arrays)
+    return _Stored(text=text, full=full, files="".join(files), lengths=lengths)
 
 
 def _count(shard: Path, measure: Measure, reader: SampleReader, known: np.ndarray[Any, Any] | None) -> Lengths:

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.config import DataConfig
 from data.stream.pack import Ints, Packs, best_fit, deal, group_steps
 
+PATCHES_PER_TOKEN = 4
+"""A token of an image or a video is merge x merge patches, 2 x 2 in every model of the family."""
 _SHARD_WINDOW = 8  # shards whose samples are mixed: reads stay near each other
 
 
@@ -86,6 +89,21 @@ class Plan:
         """Units of one pack, in the order they lie in its row."""
         units: list[int] = self.packs.members[self.packs.starts[pack] : self.packs.starts[pack + 1]].tolist()
         return units
+
+
+def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
+    """What shapes the plan of a run."""
+    vision = config.vision_tokens_per_pack or config.tokens_per_pack
+    return PlanSettings(
+        seed=seed,
+        packs_per_step=config.packs_per_step,
+        tokens_per_pack=config.tokens_per_pack,
+        patches_per_pack=vision * PATCHES_PER_TOKEN,
+        mixture=config.mixture,
+        weights=tuple(source.weight for source in config.sources.values()),
+        balance_steps=config.balance_steps,
+        remainder=config.remainder,
+    )
 
 
 def rng_for(*key: object) -> np.random.Generator:

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from data.format.record import RecordError
-from data.open import find_sources, places_of
+from data.open import find_sources
 from data.prepare.audit import AuditOptions, Finding, audit_shards
+from data.shards.bytes import places_of
 from data.shards.reader import SampleReader
 from finetune.config import CheckpointConfig, EvalConfig, RunConfig, TrackConfig
 from finetune.ranks.collectives import barrier, gather_lists, rank_and_world

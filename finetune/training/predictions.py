@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from data.open import find_sources, places_of
+from data.open import find_sources
 from data.render.sample import Renderer, Sample
+from data.shards.bytes import places_of
 from data.shards.questions import Question, read_questions
 from data.shards.reader import SampleReader
 from data.stream.batch import collate

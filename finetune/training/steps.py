@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from data.config import DataConfig
-from data.open import PATCHES_PER_TOKEN, open_corpus, open_stream
+from data.open import open_corpus, open_stream
 from data.render.sample import Renderer
 from data.stream.batch import Step, keys_of
 from data.stream.corpus import Corpus
+from data.stream.plan import PATCHES_PER_TOKEN
 from data.stream.stats import corpus_lines
 from data.stream.stream import DataStream, WaitIsOver
 from finetune.model.sequence import SequenceGroup, counted_once

@@ -15,11 +15,12 @@ from data.config import DataConfig, SourceConfig
 from data.format.record import parse_record
 from data.format.tar import TarWriter
 from data.format.turns import cut_record, split_turns
-from data.open import open_corpus, open_stream, plan_settings
+from data.open import open_corpus, open_stream
 from data.prepare.build import BuildOptions, build_shards
 from data.shards.lengths import load_lengths
 from data.shards.reader import SampleReader, load_index
 from data.stream.corpus import Limits, decode_part, encode_part, find_shards
+from data.stream.plan import plan_settings
 from data.stream.stats import corpus_lines
 
 
@@ -266,6 +267,7 @@ def test_lengths_are_exact_and_kept(tmp_path):
     class Counting:
         def __init__(self, text, full):
             self.text_fingerprint, self.fingerprint, self.counted = text, full, []
+            self.files_fingerprint = "files"
 
         def count_text(self, *args):
             self.counted.append("text")

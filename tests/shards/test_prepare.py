@@ -16,9 +16,9 @@ from media_files import clip, encode, moving, picture
 from PIL import Image
 
 from data.format.record import parse_record
-from data.prepare.build import LOCK, BuildOptions, build_held, build_shards, building, stamp_of_rows
+from data.prepare.build import LOCK, BuildOptions, build_held, build_shards, building
 from data.prepare.clean import clean_image, clean_video
-from data.prepare.convert import convert_row, read_rows
+from data.prepare.convert import convert_row, read_rows, stamp_of_rows
 from data.prepare.converted import shards_of_rows
 from data.prepare.progress import Progress, count_rows
 from data.render.image import decode_image

@@ -1,0 +1,65 @@
+"""Where a row of another tool says that its images and videos are. No decoder, no torch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from data.format.fields import BadField, redact
+
+Put = Callable[[dict[str, Any], str], dict[str, Any]]
+"""Gets the place of a medium and its name for messages; returns what the record says in its stead."""
+
+
+def media_entries(raw: Mapping[str, Any], *, image: Put, video: Put) -> dict[str, list[dict[str, Any]]]:
+    """The `images` and `videos` of a record, from those of a converted row; what a row has none of is left out."""
+    images = [_entry(item, f"images[{n}]", image) for n, item in enumerate(raw.get("images", ()))]
+    videos = [_video(item, f"videos[{n}]", image, video) for n, item in enumerate(raw.get("videos", ()))]
+    return {name: entries for name, entries in (("images", images), ("videos", videos)) if entries}
+
+
+def _entry(item: Any, where: str, put: Put) -> dict[str, Any]:
+    place, more = place_of(item, where)
+    return {**put(place, where), **more}
+
+
+def _video(item: Any, where: str, image: Put, video: Put) -> dict[str, Any]:
+    if isinstance(item, list):  # ms-swift: a list of frames, two a second
+        item = {"frames": item, "rate": 2.0}
+    if isinstance(item, Mapping) and "frames" in item:
+        frames = item["frames"] if isinstance(item["frames"], list) else []
+        return {**item, "frames": [_entry(frame, f"{where}.frames[{n}]", image) for n, frame in enumerate(frames)]}
+    return _entry(item, where, video)
+
+
+def place_of(item: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(path, url or bytes with a range; the rest of the entry). Text is a path, a url or a data: url."""
+    if isinstance(item, str):
+        item = {"path": item}
+    if not isinstance(item, Mapping):
+        raise BadField(where, f"is {item!r:.80}; write a path, a url, or an object with one of path, url, bytes")
+    more = {name: value for name, value in item.items() if value is not None}
+    place = {name: more.pop(name) for name in ("path", "url", "bytes", "range") if name in more}
+    for name in ("image", "video"):  # Qwen's spelling of a place inside an object
+        if name in more and not place:
+            place["path"] = more.pop(name)
+    text = place.get("path", place.get("url"))
+    if "bytes" not in place:
+        if not isinstance(text, str) or not text:
+            raise BadField(where, f"is {item!r:.80}; write a path, a url, or an object with one of path, url, bytes")
+        place = {**_spelled(text, where), **({"range": place["range"]} if "range" in place else {})}
+    span = place.get("range")
+    if span is not None and (not isinstance(span, list) or len(span) != 2 or not all(type(n) is int for n in span)):
+        raise BadField(f"{where}.range", f"is {span!r:.80}; write [offset, length]")
+    return place, more
+
+
+def _spelled(text: str, where: str) -> dict[str, Any]:
+    if text.startswith("data:"):
+        head, comma, body = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise BadField(where, f"is {text[:40]!r}; a data: url must be base64")
+        return {"bytes": body}
+    if text.startswith(("http://", "https://")):
+        return {"url": text}
+    if "://" in text and not text.startswith("file://"):
+        raise BadField(where, f"is {redact(text)!r:.80}; only paths, http:// and https:// are read")
+    return {"path": text.removeprefix("file://")}
