@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 COMMANDS = {  # in the order in which people meet them
+    "recipes": "the shipped recipes, each with its hardware and a line; or the text of one, to copy from",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "explain": "what a configuration key means, when to change it, and what it interacts with",
     "plan": "what a run takes before it runs: memory, traffic, time, cost; --fit proposes a layout",

@@ -71,7 +71,11 @@ def _source(name: str, source: EvalSourceConfig, *, has_lora: bool) -> list[Prob
     bounds = {"max_kl": source.max_kl, "max_loss_rise": source.max_loss_rise}
     for bound, value in bounds.items():
         if value is not None and not (isfinite(value) and value >= 0):
-            problems.append(problem(f"{key}.{bound}", value, "it must be a finite number of 0 or more", "Set one"))
+            problems.append(
+                problem(
+                    f"{key}.{bound}", value, "it must be a finite number of 0 or more", f"Set another {key}.{bound}"
+                )
+            )
         elif value is not None and source.guard == "none":
             remedy = f"Set {key}.guard to flag or stop, or drop the bound"
             problems.append(problem(f"{key}.{bound}", value, "no guard reads it", remedy))

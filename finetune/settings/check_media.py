@@ -27,7 +27,9 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem(key, value, "it must be at least 1", f"Set {key}=1 or more")
     for key, value in {"fps": video.fps, "timeout_seconds": video.timeout_seconds}.items():
         if not (isfinite(value) and value > 0):
-            yield problem(f"data.video.{key}", value, "it must be a finite number above 0", "Set one")
+            yield problem(
+                f"data.video.{key}", value, "it must be a finite number above 0", f"Set another data.video.{key}"
+            )
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:

@@ -22,7 +22,9 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         allowed = f"it must be 0 to the {schedule.steps} steps of the run"
         yield problem("schedule.warmup_steps", schedule.warmup_steps, allowed, "3 % of the steps are usual")
     if not 0 <= schedule.final_share <= 1:
-        yield problem("schedule.final_share", schedule.final_share, "it must be a share from 0 to 1", "Set one")
+        yield problem(
+            "schedule.final_share", schedule.final_share, "it must be a share from 0 to 1", "0 and 0.1 are usual"
+        )
     left = schedule.steps - max(0, schedule.warmup_steps)
     if schedule.shape == "wsd" and not 1 <= schedule.decay_steps <= left:
         allowed = f"wsd comes down over 1 to {left} steps: those of the run without warm-up"
@@ -37,7 +39,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem("optim.betas", beta, f"the {name} must be from 0 to below 1", "[0.9, 0.95] are usual")
     for key, value in {"eps": optim.eps, "weight_decay": optim.weight_decay, "clip_norm": optim.clip_norm}.items():
         if not (isfinite(value) and value >= 0):
-            yield problem(f"optim.{key}", value, "it must be a finite number of 0 or more", "Set one")
+            yield problem(f"optim.{key}", value, "it must be a finite number of 0 or more", f"Set another optim.{key}")
 
 
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
@@ -49,7 +51,7 @@ def stage_problems(config: RunConfig) -> Iterator[Problem]:
         key = f"stages.{name}.from_step"
         if not 0 <= stage.from_step < config.schedule.steps:
             allowed = f"the run has the steps 0 to {config.schedule.steps - 1}"
-            yield problem(key, stage.from_step, allowed, "Set one of them, or schedule.steps higher")
+            yield problem(key, stage.from_step, allowed, "Begin at one of them, or set schedule.steps higher")
         elif firsts[stage.from_step] > 1:
             yield problem(key, stage.from_step, "two stages begin there", "Give each its own first step")
         yield from _stage(config, name, stage)
@@ -70,7 +72,9 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> Iterator[Problem
             remedy = f"Set adapters.{part}.mode to lora or full, or take it out"
             yield problem(f"{key}.train", part, f"adapters.{part}.mode is frozen", remedy)
     if not (isfinite(stage.lr) and stage.lr >= 0):
-        yield problem(f"{key}.lr", stage.lr, "it must be a finite number above 0, or 0 for optim.lr", "Set one")
+        yield problem(
+            f"{key}.lr", stage.lr, "it must be a finite number above 0, or 0 for optim.lr", f"Set another {key}.lr"
+        )
     if stage.warmup_steps < 0:
         yield problem(f"{key}.warmup_steps", stage.warmup_steps, "it must be at least 0", "Set 0 or more")
     for source in stage.data.weights:

@@ -193,7 +193,9 @@ def _balance(run: CheckInput) -> list[Problem]:
     problems = []
     for key, value in {"balance_coefficient": moe.balance_coefficient, "z_coefficient": moe.z_coefficient}.items():
         if not (isfinite(value) and value >= 0):
-            problems.append(problem(f"moe.{key}", value, "it must be a finite number of 0 or more", "Set one"))
+            problems.append(
+                problem(f"moe.{key}", value, "it must be a finite number of 0 or more", f"Set another moe.{key}")
+            )
     if moe.balance != "off" and moe.balance_coefficient == 0:
         allowed = f"moe.balance={moe.balance} does nothing without a coefficient"
         remedy = "Set a number above 0 (1e-3 is usual), or moe.balance=off"

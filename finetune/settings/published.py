@@ -33,6 +33,7 @@ class Range:
 
 
 LORA_LR = Range(low=2e-5, high=5e-4)  # authors' LoRA; ten times the full rates that LoRA Without Regret sweeps
+LORA_LR_OF = {"vision_blocks": Range(low=1e-5, high=5e-4)}  # ten times the authors' full rate for the tower, 1e-6
 FULL_LR = Range(low=2e-7, high=2e-5)  # authors; LLaVA-1.5's second stage
 FULL_LR_OF = {
     "merger": Range(low=1e-6, high=1e-3),  # authors 1e-5; LLaVA-1.5's first stage 1e-3
@@ -56,7 +57,7 @@ def published_problems(config: RunConfig, base: Family | None) -> Iterator[Probl
     for part in parts:
         for key, rate in _rates(config, part):
             is_lora = getattr(config.adapters, part).mode == "lora"
-            published = LORA_LR if is_lora else FULL_LR_OF.get(part, FULL_LR)
+            published = LORA_LR_OF.get(part, LORA_LR) if is_lora else FULL_LR_OF.get(part, FULL_LR)
             if not published.holds(rate):
                 kind = f"LoRA on {part}" if is_lora else f"full tuning of {part}"
                 rates.setdefault((key, rate), []).append(f"{kind} {published.low:g} to {published.high:g}")

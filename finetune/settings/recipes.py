@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from finetune.architecture.parts import PARTS
 from finetune.config import RunConfig
 from finetune.settings.problems import Problem, did_you_mean
 from finetune.settings.typed import TypedTree
@@ -69,10 +70,12 @@ def load_recipe(
     typed = TypedTree(RunConfig)
     if below is not None:
         typed.take(*below)
-    for tree, source in _layers(name, typed) if name else ():
+    layers = _layers(name, typed) if name else []
+    for tree, source in layers:
         typed.take(tree, source)
     for override in overrides:
         _take_override(override, typed)
+    _drop_inherited(typed, [source for _, source in layers])
     config = typed.finish()
     if not config.run.name:
         config = replace(config, run=replace(config.run, name=find_recipe(name).stem if name else "run"))
@@ -102,7 +105,7 @@ def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any]
         try:
             path = find_recipe(str(base), beside=path.parent)
         except ValueError as error:
-            typed.report("base", base, str(error).rstrip("."), "Mend the base: line", path.name)
+            typed.report("base", base, str(error).rstrip("."), "Correct the base: line", path.name)
             return layers
         chain.append(path.resolve())
         if chain[-1] in chain[:-1]:
@@ -111,11 +114,27 @@ def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any]
             return layers
 
 
+def _drop_inherited(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
+    """Drop the numbers of LoRA that a recipe inherits for a part of the model which it freezes or trains in full.
+
+    Those that it sets itself, or that are set above it, stay, so that they draw a warning.
+    """
+    for part in PARTS:
+        key = f"adapters.{part}"
+        section = typed.values.get("adapters", {}).get(part, {})
+        mode = section.get("mode", "lora")
+        read = {"lora": set(section), "full": {"mode", "lr"}}.get(mode, {"mode"})
+        above = order[order.index(typed.sources[f"{key}.mode"]) :] if typed.sources.get(f"{key}.mode") in order else []
+        for name in set(section) - read:
+            if typed.sources[f"{key}.{name}"] not in (*above, COMMAND_LINE):
+                typed.drop(f"{key}.{name}")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"recipe {path}: not readable as YAML: {error}. Mend the file there.") from error
+        raise ValueError(f"recipe {path}: not readable as YAML: {error}. Correct it there.") from error
     if not isinstance(tree, dict):
         raise ValueError(
             f"recipe {path}: it must hold sections with keys, found a {type(tree).__name__}. Write `optim:` ..."

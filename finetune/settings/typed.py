@@ -43,14 +43,14 @@ class TypedTree(Generic[Schema]):
             if value == MUST_BE_SET:
                 if not any(related(problem.key, key) for problem in self.problems):
                     self.report(key, None, "it must be set", f"Add {key}=...", "")
-                self._drop(key.rpartition(".")[0])  # the entry is useless without it
+                self.drop(key.rpartition(".")[0])  # the entry is useless without it
             elif "${" in str(value):
                 try:
                     OmegaConf.select(merged, key)
                 except OmegaConfBaseException as error:
                     reason = str(error).splitlines()[0]
                     self.report(key, value, f"it cannot be resolved: {reason}", "Fix the ${...}", self.sources[key])
-                    self._drop(key)
+                    self.drop(key)
         self._drop_entries_that_lack_a_value()
         filled = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(self.schema), self.values))
         assert isinstance(filled, self.schema)
@@ -62,7 +62,7 @@ class TypedTree(Generic[Schema]):
         assert isinstance(merged, dict)
         for key, value in leaves(merged).items():
             if value == MUST_BE_SET:
-                self._drop(key.rpartition(".")[0])
+                self.drop(key.rpartition(".")[0])
 
     def _take_section(self, tree: Any, schema: Any, path: str, source: str) -> None:
         if not isinstance(tree, Mapping):
@@ -111,7 +111,7 @@ class TypedTree(Generic[Schema]):
         if not _fits(key, value, hint, schema):
             self.report(dotted, value, f"it must be {describe(hint)}", f"Set another {dotted}", source)
             return
-        self.problems = [problem for problem in self.problems if problem.key != dotted]  # a later layer mended it
+        self.problems = [problem for problem in self.problems if problem.key != dotted]  # a later layer has replaced it
         _place(self.values, dotted, value)
         self.sources[dotted] = source
 
@@ -123,7 +123,8 @@ class TypedTree(Generic[Schema]):
             remedy = did_you_mean(dotted, [f"{parent}{name}" for name in known])
         self.report(dotted, value, "no such key", remedy or f"Remove it: {parent.rstrip('.')} has no keys yet", source)
 
-    def _drop(self, dotted: str) -> None:
+    def drop(self, dotted: str) -> None:
+        """Take a value back, so that the default stands in."""
         *parents, last = dotted.split(".")
         place = self.values
         for parent in parents:

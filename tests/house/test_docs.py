@@ -26,7 +26,7 @@ def _shell_lines() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), _shell_lines())
 def test_shell_lines_hold(page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line, comments=True)
-    if words[0] == "moetune" and words[1] == "check":
+    if words[0] == "moetune" and words[1] in {"check", "plan", "recipes"} and ">" not in words:
         monkeypatch.chdir(ROOT)
         assert main(words[1:]) == 0, f"{page}: {line}"
     elif words[0] == "make":
@@ -75,15 +75,21 @@ def test_errors_in_docs_are_what_the_command_says(
     assert message in capsys.readouterr().err
 
 
-def _recipes() -> list[tuple[str, str, str]]:
-    blocks = [(page, re.findall(r"```yaml\n# recipe: (\S+)\n(.*?)```", page.read_text(), re.DOTALL)) for page in PAGES]
-    return [(page.name, name, text) for page, found in blocks for name, text in found]
+def _recipes() -> list[tuple[str, str, str, str, str]]:
+    pattern = r"```yaml\n# recipe: (\S+) \[(\d+) x (\S+)\]\n(.*?)```"
+    blocks = [(page, re.findall(pattern, page.read_text(), re.DOTALL)) for page in PAGES]
+    return [(page.name, *recipe) for page, recipes in blocks for recipe in recipes]
 
 
-@pytest.mark.parametrize(("page", "name", "text"), _recipes())
-def test_recipes_in_docs_are_sound(
-    page: str, name: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("page", "name", "gpus", "gpu", "text"), _recipes())
+def test_recipes_in_docs_fit_the_hardware_that_they_name(
+    page: str, name: str, gpus: str, gpu: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert main(["check", name]) == 0, f"{page}: {name}"
+    assert main(["plan", name, "--gpus", gpus, "--gpu", gpu]) == 0, f"{page}: {name}"
+
+
+def test_every_recipe_in_docs_names_its_hardware() -> None:
+    named = sum(page.read_text().count("```yaml\n# recipe:") for page in PAGES)
+    assert named == len(_recipes()) > 0

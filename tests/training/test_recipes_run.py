@@ -1,6 +1,7 @@
 """The shipped recipes as they are, on tiny bases and small rows: they train, evaluate, and go on from a checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ SHORT = (
 """A short run over few samples: the last packs of an epoch are all that there are."""
 TINY = {"tiny-cpu": ("model.path=tiny", *SHORT)}
 LONG = "qwen3-vl-30b-a3b-long"
+FULL = "qwen3-vl-30b-a3b-full"
 BASE = ('model.family=""', "model.path=base", *SHORT)
 BIG = {
     "qwen3-vl-30b-a3b-lora": BASE,
@@ -42,6 +44,16 @@ BIG = {
 HALVED = {name: (*words, "parallel.ep=2") for name, words in BIG.items()}
 HALVED[LONG] += ("stages.middle.sp=2", "stages.long.sp=2")
 """For two ranks: the eight that the recipes are for take minutes on a small machine."""
+SMALL = (*BASE, "data.image.min_tokens=4", "data.image.max_tokens=16")
+DOMAINS = {
+    "documents": SMALL,
+    "screenshots": (*SMALL, "parallel.ep=2"),
+    "medical": (*SMALL, "parallel.ep=2"),
+    "long-video": (*SMALL, "parallel.ep=2", "parallel.sp=2"),
+    FULL: (*BASE, "parallel.ep=2", "checkpoint.keep=3"),
+    "qwen3-vl-30b-a3b-router": (*BASE, "parallel.ep=2"),
+    "qwen3-vl-30b-a3b-one-gpu": BASE,
+}
 
 
 @pytest.fixture
@@ -50,8 +62,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_tiny(tmp_path / "tiny", TinyModel(image_min_tokens=4))
     big = TinyModel(layers=2, vision_depth=2, heads=8, kv_heads=4, max_positions=262_144, image_min_tokens=4)
     write_tiny(tmp_path / "base", big)
-    for name in ("general", "long"):
-        write_shards(tmp_path / "shards" / name, count=12, per_shard=12)
+    write_shards(tmp_path / "shards" / "general", count=12, per_shard=12)
+    for name in ("long", "documents", "screens", "reports", "questions", "videos"):
+        shutil.copytree(tmp_path / "shards" / "general", tmp_path / "shards" / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -60,6 +73,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("ranks", "jobs"),
     [
         pytest.param(2, TINY | HALVED, id="2 ranks"),
+        pytest.param(2, DOMAINS, id="2 ranks, domains", marks=pytest.mark.slow),
         pytest.param(8, BIG, id="8 ranks", marks=pytest.mark.slow),
     ],
 )
@@ -75,7 +89,8 @@ def test_a_shipped_recipe_trains_evaluates_and_goes_on(place: Path, ranks: int, 
         assert evaluations[-1]["held/loss"] != evaluations[0]["held/loss"]
         for actual, wanted in ((resumed, steps[SAVED_AT:]), (later, evaluations[SAVED_AT + 1 :])):
             assert [exact(line) for line in actual] == [exact(line) for line in wanted]
-        for folder in ("adapter", "checkpoints/step-000003/adapter"):
+        assert (whole / ("model" if recipe == FULL else "adapter")).is_dir()
+        for folder in () if recipe == FULL else ("adapter", "checkpoints/step-000003/adapter"):
             one, other = (load_file(run / folder / "adapter_model.safetensors") for run in (whole, again))
             assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
         one, other = (whole_tensors(run / "checkpoints/step-000003") for run in (whole, again))
@@ -84,7 +99,7 @@ def test_a_shipped_recipe_trains_evaluates_and_goes_on(place: Path, ranks: int, 
 
 def test_every_shipped_recipe_is_run_here() -> None:
     shipped = {path.stem for path in Path(configs.__file__).parent.glob("*.yaml")}
-    assert shipped == {*TINY, *BIG}
+    assert shipped == {*TINY, *BIG, *DOMAINS}
 
 
 def lines(path: Path) -> list[dict]:
