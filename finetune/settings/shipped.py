@@ -1,11 +1,12 @@
-"""What the shipped recipes are for, and on which hardware: the first line of each says both. Loads no torch."""
+"""What the shipped recipes are for, and on which hardware: the second line of each says both. Loads no torch."""
 
 import re
 from dataclasses import dataclass
 
 from finetune.settings.recipes import find_recipe, recipe_names
+from finetune.settings.schema import editor_line, schema_file
 
-_FIRST = re.compile(r"# (?P<purpose>.+) \[(?P<devices>\d+) x (?P<device>\S+)\]")
+_SECOND = re.compile(r"# (?P<purpose>.+) \[(?P<devices>\d+) x (?P<device>\S+)\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +31,12 @@ def shipped_recipes() -> list[Shipped]:
 
 
 def recipe_text(name: str) -> str:
-    """Return the file of a recipe as it is."""
-    return find_recipe(name).read_text(encoding="utf-8")
+    """Return the file of a recipe, with a first line by which editors find the schema from any folder."""
+    lines = find_recipe(name).read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join([f"{editor_line(str(schema_file()))}\n", *lines[1:]])
 
 
 def _shipped(name: str) -> Shipped:
-    lines = recipe_text(name).splitlines()
-    first = next(line for line in lines if not line.startswith("# yaml-language-server:"))
-    match = _FIRST.fullmatch(first)
-    assert match is not None, f"{name}: its first line is not `# PURPOSE [N x DEVICE]`"
+    match = _SECOND.fullmatch(recipe_text(name).splitlines()[1])
+    assert match is not None, f"{name}: its second line is not `# PURPOSE [N x DEVICE]`"
     return Shipped(name=name, purpose=match["purpose"], devices=int(match["devices"]), device=match["device"])
