@@ -37,11 +37,12 @@ COMMANDS = {  # in the order in which people meet them
 
 EXIT_CODES = {
     0: "done",
-    1: "the run failed",
-    2: "the input is wrong: a key, a file, an argument",
+    1: "failed",
+    2: "the input is wrong",
     3: "a check found problems",
-    75: "preempted: the same command goes on",
-    130: "interrupted by Ctrl-C",
+    75: "preempted: run the same command again",
+    76: "a guard stopped the run",
+    130: "Ctrl-C",
 }
 """What the exit codes of all commands mean; a command's own EXIT_CODES say what one means there."""
 
@@ -49,7 +50,10 @@ EXIT_CODES = {
 def main(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     parser = argparse.ArgumentParser(
-        prog="moetune", description="Fine-tune Qwen3-VL mixture-of-experts models.", allow_abbrev=False
+        prog="moetune",
+        description="Fine-tune Qwen3-VL mixture-of-experts models.",
+        epilog=f"exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"moetune {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
