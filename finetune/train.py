@@ -18,9 +18,9 @@ from finetune.checkpoint.run_lock import take_run
 from finetune.config import RunConfig
 from finetune.ranks.collectives import Preempted, barrier, rank_and_world
 from finetune.ranks.engine import end_distributed, start_distributed, take_device
-from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_failure
+from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_early, report_failure
 from finetune.ranks.log import RankLog
-from finetune.ranks.signals import PREEMPTED, exit_code
+from finetune.ranks.signals import GUARDED, PREEMPTED, exit_code
 from finetune.ranks.watch import Watch
 from finetune.settings.recipes import decoded_words
 from finetune.training.bad_steps import IdleSteps, saved_if_not_finite
@@ -43,7 +43,7 @@ USAGE = "torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...] [-
 def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, replayed: Path | None = None) -> int:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this.
 
-    Returns the signal that ended it before its last step, 0 for none. `replayed` is a saved step to replay instead.
+    Returns its exit code. `replayed` is a saved step to replay instead.
     """
     # 1. Put the run together: base, data, weights, engine
     run = assemble(config, folder, say, watch)
@@ -64,16 +64,17 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, replay
         signal = 0 if is_over else _take_steps(run, state, tracker)
         if signal:
             say(tracker.preempted(signal, done=state.done))
-            return signal
+            return exit_code(signal)
 
         # 5. Write what was learned
         watch.stage("writing what was learned")
         run.checkpoints.wait()
         write_learned(run.empty, folder, state.provenance, range(state.first, state.done), say)
         hand_over(folder, state.done, tracker, say)
+    is_guarded = bool(run.evaluation.judge.tripped())
     if rank_and_world()[0] == 0:
-        keep_outcome(say, "done", state.done)
-    return 0
+        keep_outcome(say, "guarded" if is_guarded else "done", state.done)
+    return GUARDED if is_guarded else 0
 
 
 def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
@@ -150,8 +151,7 @@ def main(argv: Sequence[str]) -> int:
         log = RankLog(folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs", rank)
         forget_failure(log)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"moetune train, rank {rank}: {error}\n")
-        return 2 if isinstance(error, ValueError) else 1
+        return report_early(rank, error)
     watch = Watch(log, data_stall=config.data.stall_seconds, step_stall=config.run.stall_seconds, release=release)
     before, sys.excepthook = sys.excepthook, end_at_failure(log)
     try:
@@ -208,7 +208,7 @@ def _run_with_others(args: argparse.Namespace, config: RunConfig, folder: Path, 
         if args.dry_run:
             code = rehearse(config, folder, train, log, watch)
         else:
-            code = exit_code(train(config, folder, log, watch, replayed=args.replay))
+            code = train(config, folder, log, watch, replayed=args.replay)
         if is_ours:
             barrier()  # rank 0 may still hand things over, for as long as it takes
             watch.together("end")
@@ -220,6 +220,6 @@ if __name__ == "__main__":
     require_fit(program=True)  # a foreign finetune/__init__.py did not ask
     ended = main(sys.argv[1:])
     sys.stdout.flush()
-    if ended in (0, PREEMPTED):
+    if ended in (0, PREEMPTED, GUARDED):
         sys.exit(ended)
     os._exit(ended)  # no library's clean-up waits for ranks that are gone

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
-from finetune.ranks.signals import PREEMPTED
+from finetune.ranks.log import LAUNCHER_LOGS
+from finetune.ranks.signals import GUARDED, PREEMPTED
 from launchers.arguments import positive
 from launchers.render import SHUTDOWN
 
@@ -21,6 +22,8 @@ EXAMPLE = """\
 
 GRACE_S = 30
 """Seconds that torchrun waits after SIGTERM: a checkpoint takes at most 25, or it is not the last one."""
+LOG = "launcher.log"
+"""What torchrun and its ranks write to their standard error, in the run's logs."""
 ROOM_BYTES = 64 * 2**10
 """Bytes that a disk must take to count as one with room."""
 STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -55,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
     require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start
     if args.dry_run or args.replay:
         logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
-        code = verdict(*_torchrun(args, run_id), logs=logs, run_id=run_id, leaves_outcome=False)
-        if args.dry_run:
+        code = verdict(*_torchrun(args, run_id, logs), logs=logs, run_id=run_id, leaves_outcome=False)
+        if args.dry_run and code != 1:  # the traceback of a failure is there
             remove_logs(logs)
         return code
     release = take_run_for_ranks(folder, run_id=run_id, stall_seconds=config.run.stall_seconds, say=print_line)
     try:
-        code, signals = _torchrun(args, run_id)
+        code, signals = _torchrun(args, run_id, folder / "logs")
     finally:
         release()
     return verdict(code, signals, logs=folder / "logs", run_id=run_id, leaves_outcome=True)
@@ -76,8 +79,10 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
         return 0
     if outcome == "preempted":
         return _end("preempted; run the same command again to go on", PREEMPTED)
+    if outcome == "guarded":
+        return _end("a guard stopped the run. Raise its bound, and the same command goes on", GUARDED)
     if signals and signals[0] == signal.SIGINT:
-        return _end("interrupted", 128 + signal.SIGINT)
+        return _end("interrupted; the same command goes on from the last save", 128 + signal.SIGINT)
     if signals or code == 0:
         return _end("ended by a signal before it could save; the same command goes on from the last save", PREEMPTED)
     if code < 0:
@@ -85,13 +90,15 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
         return _end(
             f"torchrun was ended by {name}, and its ranks with it; the same command goes on from the last save", 1
         )
+    if first is not None and first.kind == "input":
+        return _end(first.message, first.code)
     if first is not None and first.kind != "lost":
         log = logs / f"rank-{first.rank:04d}.log"
-        return _end(f"rank {first.rank} failed first: {first.message} ({log})", first.code)
+        return _end(f"rank {first.rank} failed first: {first.message}\nIts log: {log}", first.code)
     if reason := _why_unwritable(logs):
         return _end(f"a rank ended, and could not write why: {reason}. Make room there, and run the same command", 1)
-    text = "a rank ended without a word, as a process that is killed does (out of memory?)"
-    return _end(f"{text}. torchrun names it above; {logs} has each rank's last stage", 1)
+    text = f"a rank ended without a word; {logs / LOG} has what it and torchrun wrote"
+    return _end(f"{text}, and `moetune doctor {logs.parent}` says where each rank was", 1)
 
 
 def _why_unwritable(logs: Path) -> str:
@@ -126,19 +133,28 @@ def rank_environment(ours: Mapping[str, str]) -> dict[str, str]:
     return {**ours, **added}
 
 
-def _torchrun(args: argparse.Namespace, run_id: str) -> tuple[int, list[int]]:
-    """Run torchrun to its end; return its exit code, and the signals that came in the meantime."""
+def _torchrun(args: argparse.Namespace, run_id: str, logs: Path) -> tuple[int, list[int]]:
+    """Run torchrun to its end; return its exit code, and the signals that came in the meantime.
+
+    Its standard error, which is that of its ranks, goes into a log: it is tracebacks and words of libraries.
+    """
     signals: list[int] = []
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}"]
+    command = [sys.executable, "-m", "finetune.ranks.torchrun", f"--nproc_per_node={args.ranks}"]
     # as --standalone, but with a name by which we know what this start wrote
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", f"--rdzv_id={run_id}"]
     command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}"]
     command += ["-m", "finetune.train", args.config, *args.overrides]
     command += ["--dry-run"] if args.dry_run else []
     command += ["--replay", args.replay] if args.replay else []
-    environment = rank_environment(os.environ)
-    # in a group of its own: Ctrl-C comes to us alone, and is passed on once
-    with subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent) as process:
+    environment = rank_environment(os.environ) | {LAUNCHER_LOGS: str(logs)}
+    logs.mkdir(parents=True, exist_ok=True)
+    with (
+        (logs / LOG).open("a") as errors,
+        # in a group of its own: Ctrl-C comes to us alone, and is passed on once
+        subprocess.Popen(
+            command, env=environment, stderr=errors, process_group=0, preexec_fn=_end_with_parent
+        ) as process,
+    ):
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             signals.append(number)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.ranks.flight_reading import Flight, flight_lines, missed, read_flight
+from finetune.ranks.heartbeats import is_dead
 from finetune.ranks.log import listed
 
 OLD_S = 60.0
@@ -134,8 +135,15 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
         lost = [t.rank for t in failed[1:]]
         if lost:
             yield f"rank(s) {listed(lost)} ended after it: look at rank {first.rank} first"
-    if outcome.get("outcome") in ("done", "preempted"):
+    if outcome.get("outcome") in ("done", "preempted", "guarded"):
         return
+    dead = _dead(traces) if not failed or failed[0].failure.get("kind") == "lost" else []
+    for trace in dead:
+        yield (
+            f"rank {trace.rank} is dead: its process {trace.beat['pid']} on {trace.beat['host']} ended without a word, "
+            f"as one does that is killed (out of memory? look at the kernel's log)"
+        )
+    traces = [trace for trace in traces if trace not in dead]
     silent = [t for t in traces if not t.failure and t.beat and now - float(t.beat.get("time", now)) > OLD_S]
     if silent and failed:
         yield (
@@ -147,6 +155,11 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
     yield from missed({trace.rank: trace.flight for trace in traces})
     if silent and not failed and len(silent) == sum(bool(trace.beat) for trace in traces):
         yield "no rank has been heard for a minute and none said why: the machine or the job was stopped from outside"
+
+
+def _dead(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """Return the ranks of this machine whose processes ended and left no reason."""
+    return [trace for trace in traces if not trace.failure and is_dead(trace.beat)]
 
 
 def _behind(traces: list[RankTrace]) -> Iterator[str]:

@@ -18,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from finetune.ranks.log import RankLog
+from finetune.ranks.causes import told
+from finetune.ranks.log import LAUNCHER_LOGS, RankLog
 
-Kind = Literal["input", "failed", "lost", "stall", "interrupted"]
-Outcome = Literal["done", "preempted"]
+Kind = Literal["input", "failed", "killed", "lost", "stall", "interrupted"]
+Outcome = Literal["done", "preempted", "guarded"]
 LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -73,30 +74,40 @@ def keep_failure(log: RankLog, kind: Kind, message: str) -> Failure:
         start=meeting(os.environ),
     )
     log.note(f"failed ({kind}): {message}")
-    with suppress(OSError):  # a full disk must not hide the message itself, which the rank shows too
-        log.folder.mkdir(parents=True, exist_ok=True)
-        (log.folder / f"failure-{log.rank:04d}.json").write_text(json.dumps(asdict(failure)))
+    write_failure(log.folder, failure)
     return failure
+
+
+def write_failure(logs: Path, failure: Failure) -> None:
+    """Write a failure where the other ranks and the launcher look; on a full disk the launcher finds that out."""
+    with suppress(OSError):
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / f"failure-{failure.rank:04d}.json").write_text(json.dumps(asdict(failure)))
 
 
 def forget_failure(log: RankLog) -> None:
     """Remove what ended the start before; rank 0 forgets for ranks that this start has not."""
     for path in log.folder.glob("failure-*.json" if log.rank == 0 else f"failure-{log.rank:04d}.json"):
-        path.unlink(missing_ok=True)
+        failure = _read(path)
+        if failure is None or failure.start != meeting(os.environ):
+            path.unlink(missing_ok=True)
     if log.rank == 0:
         (log.folder / "outcome.json").unlink(missing_ok=True)
 
 
 def first_failure(folder: Path, *, start: str) -> Failure | None:
     """Return the earliest failure of a start, named by its meeting or a part of that; a lost rank's comes last."""
-    failures = []
-    for path in folder.glob("failure-*.json"):
-        try:
-            failures.append(Failure(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):  # being written, or cut off by a full disk
-            continue
+    failures = [failure for path in folder.glob("failure-*.json") if (failure := _read(path)) is not None]
     ours = [failure for failure in failures if start in failure.start]
     return min(ours, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
+
+
+def _read(path: Path) -> Failure | None:
+    """Read a failure; None where it is being written, or was cut off by a full disk."""
+    try:
+        return Failure(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def keep_outcome(log: RankLog, outcome: Outcome, step: int | None) -> None:
@@ -118,20 +129,44 @@ def outcome_of(folder: Path, start: str) -> str:
 
 
 def report_failure(log: RankLog, error: BaseException) -> Failure:
-    """Write a failure down, and print it unless another rank failed before: then that rank's message is the cause."""
+    """Write a failure down, with its traceback in the log, and tell of it."""
     log.note("".join(traceback.format_exception(error)).rstrip())
     text = str(error) or type(error).__name__
     is_lost = isinstance(error, RuntimeError) and any(words in text for words in LOST)
     kind: Kind = "input" if isinstance(error, ValueError) else "lost" if is_lost else "failed"
+    if kind == "failed":
+        text = told(text, place=f"GPU {os.environ.get('LOCAL_RANK', '0')} of {socket.gethostname()}")
     failure = keep_failure(log, kind, text)
-    time.sleep(LOST_S if is_lost else FAILED_S)
-    first = first_failure(log.folder, start=failure.start) or failure
-    if first.rank == log.rank:
-        words = f"another rank is gone: {text.splitlines()[0]}" if is_lost else text
-        log.shout(f"moetune train, rank {log.rank}: {words}")
-        if kind == "failed":
-            log.shout(f"the traceback is in {log.path}")
+    words = f"another rank is gone: {text.splitlines()[0]}" if is_lost else text
+    tell(log, failure, words + (f"\nthe traceback is in {log.path}" if kind == "failed" else ""))
     return failure
+
+
+def tell(log: RankLog, failure: Failure, text: str) -> None:
+    """Print why this rank ends, unless another rank failed before, whose message is the cause.
+
+    Ranks of `moetune train` print nothing: it shows the message of the first when all have ended.
+    """
+    time.sleep(LOST_S if failure.kind == "lost" else FAILED_S)
+    first = first_failure(log.folder, start=failure.start) or failure
+    if first.rank == log.rank and LAUNCHER_LOGS not in os.environ:
+        log.shout(f"moetune train, rank {log.rank}: {text}")
+
+
+def report_early(rank: int, error: Exception) -> int:
+    """Report what ends a rank before it has a log of its own, and return its exit code.
+
+    It mostly is the same on all ranks. So the first of a host speaks at once: then the launcher ends the others.
+    """
+    if logs := os.environ.get(LAUNCHER_LOGS):
+        log = RankLog(Path(logs), rank)
+        code = report_failure(log, error).code
+        log.close()
+        return code
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(LOST_S)
+    sys.stderr.write(f"moetune train, rank {rank}: {error}\n")
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def end_at_failure(log: RankLog) -> Callable[..., None]:

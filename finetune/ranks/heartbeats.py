@@ -105,11 +105,7 @@ class Heartbeats:
         local, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         first = self._rank - local
         beats = [read_beat(self._path_of(rank)) for rank in range(first, first + size)]
-        return [
-            beat["rank"]
-            for beat in beats
-            if beat and beat["host"] == socket.gethostname() and beat["stage"] != "ended" and not _is_alive(beat["pid"])
-        ]
+        return [beat["rank"] for beat in beats if beat and is_dead(beat)]
 
     def _others(self) -> list[dict[str, Any]]:
         """Read the last heartbeat of every other rank that has left one."""
@@ -129,6 +125,12 @@ def read_beat(path: Path) -> dict[str, Any] | None:
 def _described(beat: Mapping[str, Any]) -> str:
     ago = time.time() - beat["time"]
     return f"rank {beat['rank']}, {beat['host']}: step {beat['step']}, {beat['stage']}, {ago:.0f} s ago"
+
+
+def is_dead(beat: Mapping[str, Any]) -> bool:
+    """Whether the rank that left this heartbeat has ended without saying so; false where it ran on another machine."""
+    is_here = beat.get("host") == socket.gethostname() and "pid" in beat
+    return is_here and beat.get("stage") != "ended" and not _is_alive(beat["pid"])
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 Only rank 0 writes to the terminal: the standard streams of all others go into their logs.
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+
+LAUNCHER_LOGS = "MOETUNE_LAUNCHER_LOGS"
+"""The variable by which `moetune train` tells its ranks where it looks for why they ended: it tells the user itself."""
 
 
 def listed(items: Sequence[object], most: int = 8, between: str = ", ") -> str:
@@ -75,14 +79,35 @@ class RankLog:
             self._file.close()
 
     def take_streams(self) -> None:
-        """Send what this process, and the libraries in it, write to its streams into the log; not on rank 0."""
+        """Send what this process, and the libraries in it, write to its streams into the log; not on rank 0.
+
+        Python's warnings go into the log on every rank. Where `moetune train` keeps the ranks' standard error, rank 0
+        shows on standard output what is for people.
+        """
+        warned = logging.getLogger("py.warnings")
+        warned.addHandler(_Noted(self))
+        warned.propagate = False
+        logging.captureWarnings(True)
         if self.rank == 0:
+            if LAUNCHER_LOGS in os.environ:
+                sys.stderr = self.terminal = sys.stdout
             return
         sys.stdout.flush()
         self._streams = [os.dup(1), os.dup(2)]
         self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
         for number in (1, 2):
             os.dup2(self._file.fileno(), number)
+
+
+class _Noted(logging.Handler):
+    """Writes records into a rank's log."""
+
+    def __init__(self, log: RankLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.note(record.getMessage().rstrip())
 
 
 def remove_logs(logs: Path) -> None:

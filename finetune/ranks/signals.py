@@ -21,6 +21,8 @@ WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals that ask for an end."""
 PREEMPTED = 75
 """The exit code of a run that should be started again."""
+GUARDED = 76
+"""The exit code of a run that a guard of its evaluation stopped: starting it again changes nothing."""
 _PR_SET_PDEATHSIG = 1
 _cares_for_children = False
 

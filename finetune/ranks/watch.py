@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.ranks.failures import Kind, first_failure, keep_failure, meeting
+from finetune.ranks.failures import Kind, first_failure, keep_failure, meeting, tell
 from finetune.ranks.flight import forget_flight, record_flight, write_flight
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
@@ -194,7 +194,7 @@ class Watch:
             faulthandler.dump_traceback(file)
         failure = keep_failure(self._log, kind, message)
         if kind == "stall":
-            self._log.shout(f"moetune train, rank {self._log.rank}: {message}")
+            tell(self._log, failure, message)
         recording = threading.Thread(target=write_flight, args=(self._log.folder, self._log.rank), daemon=True)
         recording.start()  # what it reads may be held by the collective that never returns
         recording.join(RECORD_S)

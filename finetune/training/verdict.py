@@ -56,15 +56,18 @@ class Judge:
             sentences.append(f"best {self.config.metric} so far: {self.best['value']:.4f}")
         return Verdict(is_best=is_best, sentences=tuple(sentences), stop=self.stop())
 
-    def stop(self) -> str | None:
-        """Return why the run ends, judged by the present configuration; None if it goes on."""
-        tripped = [
+    def tripped(self) -> list[str]:
+        """Return a sentence for each bound passed of a guard that ends the run, judged by the present configuration."""
+        return [
             text
             for name, source in self.config.sources.items()
             if source.guard == "stop"
             for text in self._passed_bounds(name)
         ]
-        if tripped:
+
+    def stop(self) -> str | None:
+        """Return why the run ends, judged by the present configuration; None if it goes on."""
+        if tripped := self.tripped():
             return "; ".join(tripped)
         if self.config.patience and self.stale >= self.config.patience:
             return (

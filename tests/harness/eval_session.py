@@ -28,7 +28,7 @@ SETTING = (
 
 
 def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """By name of the run: what this rank's log says, every evaluation's numbers, and the metrics of its steps."""
+    """By name of the run: what this rank's log says, every evaluation's numbers, its steps' metrics, its exit code."""
     start_distributed()
     found: dict[str, dict[str, Any]] = {}
     for name, words in jobs.items():
@@ -38,11 +38,11 @@ def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, 
         require(config, problems, ranks=world)
         torch.manual_seed(rank)  # the runs before this one have drawn from it
         log = RankLog(folder / "logs" / name, rank)
-        train(config, folder, log, Watch(log, data_stall=0, step_stall=0))
+        code = train(config, folder, log, Watch(log, data_stall=0, step_stall=0))
         dist.barrier()  # rank 0 writes what all read
         lines = {kind: folder / f"{kind}.jsonl" for kind in ("evaluations", "metrics", "predictions")}
         found[name] = {
             kind: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             for kind, path in lines.items()
-        } | {"said": log.path.read_text()}
+        } | {"said": log.path.read_text(), "code": code}
     return found

@@ -9,7 +9,8 @@ import pytest
 from places import ROOT
 
 from benchmarks.gpu.__main__ import main as measure
-from launchers.cli import main
+from finetune.ranks.signals import GUARDED, PREEMPTED
+from launchers.cli import EXIT_CODES, main
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -73,6 +74,12 @@ def test_errors_in_docs_are_what_the_command_says(
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[1:]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_exit_codes_are_the_same_in_help_docs_and_code() -> None:
+    table = re.findall(r"^\| (\d+) \| ", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert table == [str(code) for code in EXIT_CODES]
+    assert {str(PREEMPTED), str(GUARDED)} < set(table)
 
 
 def _recipes() -> list[tuple[str, str, str, str, str]]:

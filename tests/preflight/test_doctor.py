@@ -311,6 +311,19 @@ def test_the_rank_that_failed_first_leads_the_page(tmp_path: Path) -> None:
     assert "rank 2 says" in page
 
 
+def test_a_rank_whose_process_is_gone_is_dead_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    run, gone = _run(tmp_path / "r"), subprocess.Popen(["true"])
+    gone.wait()
+    beat = {"rank": 1, "host": socket.gethostname(), "pid": gone.pid, "time": 1000.0}
+    _put(run, "rank-0001.json", **beat, step=None, stage="evaluation")
+    _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="lost", message="Connection closed by peer")
+    page = _page(run)
+    assert f"rank 1 is dead: its process {gone.pid} on {socket.gethostname()} ended without a word" in page
+    assert "wait for it" not in page
+    _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="stall", message="step 7 stands")
+    assert "is dead" not in _page(run)  # the launcher has ended it since
+
+
 def test_a_rank_that_others_wait_for_is_named_with_its_samples_and_stack(tmp_path: Path) -> None:
     run = _run(tmp_path / "r")
     _put(run, "rank-0001.json", rank=1, host="node-1", time=1000.0, step=7, stage="data", samples=["s/bad.mp4"])

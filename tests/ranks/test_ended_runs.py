@@ -22,7 +22,7 @@ from user_runs import TORCHRUN, TRAIN, beat, metrics, start
 
 from data.stream.batch import LossSums, Step
 from finetune.config import RunConfig
-from finetune.ranks.failures import Failure, Kind, first_failure, keep_outcome, outcome_of, report_failure
+from finetune.ranks.failures import Failure, Kind, Outcome, first_failure, keep_outcome, outcome_of, report_failure
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
 from finetune.training.bad_steps import IdleSteps, require_finite, saved_rows
@@ -150,7 +150,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
     assert cut.returncode == 75, cut.stderr[-3000:]
     done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
     assert done in (1, 2, 3)
-    assert "moetune train: preempted; run the same command again to go on" in cut.stderr
+    assert cut.stderr == "moetune train: preempted; run the same command again to go on\n"
     assert [path.name for path in (place / "runs" / "cut" / "checkpoints").glob("step-*")][-1:] == [f"step-{done:06d}"]
     again = start(place, [*TRAIN, "--ranks", "2"], "cut", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -182,7 +182,8 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
         assert "no step was begun since the start: ends now" in (logs / f"rank-{rank:04d}.log").read_text()
     if command[: len(TRAIN)] == TRAIN:
         assert done.returncode == 75, done.stderr[-3000:]
-        assert "ended by a signal before it could save; the same command goes on from the last save" in done.stderr
+        words = "ended by a signal before it could save; the same command goes on from the last save"
+        assert done.stderr == f"moetune train: {words}\n"
     else:  # torchrun has one exit code for all: the job looks here whether it is to be queued again
         assert json.loads((logs / "outcome.json").read_text())["outcome"] == "preempted"
 
@@ -461,7 +462,7 @@ def test_ctrl_c_ends_every_process(place: Path) -> None:
     assert not (place / "runs" / "interrupted" / "lock.json").exists()
     for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
         assert "Ctrl-C: ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
-    assert "moetune train: interrupted" in done.stderr
+    assert done.stderr == "moetune train: interrupted; the same command goes on from the last save\n"
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -559,7 +560,7 @@ def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path: Path, ca
     assert failure.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert sum("rank-0000.log cannot be written: [Errno 28]" in line for line in lines) == 1
-    assert "moetune train, rank 0: [Errno 28] No space left on device: 'shard-00000.safetensors'" in lines
+    assert "moetune train, rank 0: [Errno 28] No space left on device: 'shard-00000.safetensors'." in lines
 
 
 @pytest.mark.parametrize(
@@ -567,7 +568,9 @@ def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path: Path, ca
     [
         (-9, {0: "lost"}, "torchrun was ended by SIGKILL, and its ranks with it", 1),
         (1, {0: "interrupted", 1: "lost"}, "rank 0 failed first: of 0", 130),
-        (1, {0: "lost"}, "a rank ended without a word", 1),
+        (1, {0: "lost"}, "a rank ended without a word; {logs}/launcher.log has what it and torchrun wrote", 1),
+        (1, {0: "input"}, "moetune train: of 0\n", 2),
+        (1, {0: "lost", 1: "killed"}, "rank 1 failed first: of 1\nIts log: {logs}/rank-0001.log\n", 1),
         (0, {}, "ended by a signal before it could save", 75),
     ],
 )
@@ -578,7 +581,26 @@ def test_the_last_sentence_is_the_reason(
         failure = Failure(rank=rank, host="h", time=1.0 - rank, kind=kind, message=f"of {rank}", start="- now 0")
         (tmp_path / f"failure-{rank:04d}.json").write_text(json.dumps(vars(failure)))
     assert verdict(code, [], logs=tmp_path, run_id="now", leaves_outcome=True) == wanted
-    assert says in capsys.readouterr().err
+    assert says.format(logs=tmp_path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "wanted", "says"),
+    [
+        ("guarded", 1, 76, "a guard stopped the run. Raise its bound, and the same command goes on\n"),
+        ("preempted", 1, 75, "preempted; run the same command again to go on\n"),
+        ("done", 0, 0, ""),
+    ],
+)
+def test_torchrun_s_one_code_becomes_that_of_the_outcome(
+    tmp_path: Path, outcome: Outcome, code: int, wanted: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "now")
+    log = RankLog(tmp_path, 0)
+    keep_outcome(log, outcome, 3)
+    log.close()
+    assert verdict(code, [], logs=tmp_path, run_id="now", leaves_outcome=True) == wanted
+    assert capsys.readouterr().err.removeprefix("moetune train: ") == says
 
 
 def test_a_disk_that_takes_nothing_is_the_reason_where_no_rank_could_write_one(tmp_path: Path, capsys) -> None:

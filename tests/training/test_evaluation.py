@@ -23,6 +23,7 @@ from finetune.ask.speaker import Sampling
 from finetune.config import RunConfig
 from finetune.files.tiny import write_tiny
 from finetune.model.lora import PartRow
+from finetune.ranks.failures import outcome_of
 from finetune.ranks.log import RankLog
 from finetune.ranks.watch import Watch
 from finetune.settings.recipes import load_recipe
@@ -221,6 +222,8 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
         assert "best checkpoint: runs/stale/checkpoints/step-000001" in two[name]["said"]
     assert "resumed: runs/stale/checkpoints/step-000002" in two["stale+again"]["said"], "it is over, and stays so"
     assert "adapter: runs/stale/adapter, of an earlier start" in two["stale+again"]["said"]
+    assert {name: run["code"] for name, run in two.items() if run["code"]} == {"guarded": 76}
+    assert outcome_of(place / "runs/guarded/logs/guarded", "") == "guarded"
     output = two["guarded"]["said"]
     assert re.search(
         r"stopped: guard words: KL\(base \|\| tuned\) is 0.0\d+, above eval.sources.words.max_kl=1e-07", output
