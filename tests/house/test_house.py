@@ -15,6 +15,7 @@ COLLECTIVES_LIVE_IN = {
     for name in (
         "ranks/collectives",
         "ranks/flight",
+        "ranks/torchrun",
         "model/weights",
         "model/gather",
         "model/sequence",
