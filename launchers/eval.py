@@ -112,8 +112,8 @@ def _collect(answers: Iterable["Scored"], total: int, out: Path | None) -> list[
 
     from data.prepare.progress import Progress
 
-    progress, scored = Progress("asked", total, rows="questions"), []
-    with out.open("w") if out else nullcontext() as file:
+    scored = []
+    with Progress("asked", total, unit="questions") as progress, out.open("w") if out else nullcontext() as file:
         for item in answers:
             scored.append(item)
             if file is not None:

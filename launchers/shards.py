@@ -12,8 +12,10 @@ from launchers.arguments import media_places, place_arguments, positive
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from data.prepare.audit import Finding
     from data.render.sample import Renderer
     from data.shards.lengths import Lengths
+    from data.shards.reader import SampleReader
     from data.stream.stats import Histogram
 
 EXAMPLE = """\
@@ -22,7 +24,13 @@ EXAMPLE = """\
   moetune shards check shards/train --base Qwen3-VL-30B-A3B --tokens-per-pack 8192
   moetune shards show shards/train/train-000000.tar --key 000000007 --base Qwen3-VL-30B-A3B --sheet seen.png
   moetune shards stats shards/train --base Qwen3-VL-30B-A3B --context 8192
-  moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by group"""
+  moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by document_id"""
+
+EMBEDDED_TWICE = 1_000_000
+"""Bytes of repeated media from which `build` points to --media reference."""
+
+SHOWN = 3
+"""Samples that `check` names of each kind of finding, without --all."""
 
 EXIT_CODES = {3: "`build` refused more rows than --max-rejects, or `index` or `check` found problems"}
 
@@ -43,17 +51,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--name", default="part", help="what shard names begin with (default: part)")
     build.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
-    build.add_argument("--media", choices=("embed", "reference"), default="embed", help="into the shards, or by path")
-    build.add_argument("--max-rejects", type=int, default=0, metavar="N", help="more refused rows give exit code 3")
+    build.add_argument(
+        "--media",
+        choices=("embed", "reference"),
+        default="embed",
+        help="copy images and videos into the shards (default), or refer to the files by path",
+    )
+    build.add_argument(
+        "--group", default="", metavar="COLUMN", help="column that names what must stay together in a split"
+    )
+    build.add_argument(
+        "--max-rejects", type=int, default=0, metavar="N", help="exit code 3 above N refused rows (default 0)"
+    )
     index = action("index", "write the index beside each shard")
     index.add_argument("--base", type=Path, metavar="DIR", help="base model: tokens are counted and kept too")
     index.add_argument("--force", action="store_true", help="even where there is one already")
-    check = action("check", "find everything that is wrong with shards; exit code 3 when there is something")
+    check = action("check", "find everything that is wrong with shards; exit code 3 if there is an error")
     check.add_argument("--base", type=Path, metavar="DIR", help="base model: samples are rendered as in training")
     check.add_argument("--tokens-per-pack", type=positive, metavar="N", help="report longer samples; needs --base")
-    check.add_argument("--fast", action="store_true", help="headers of media only, no pixels")
+    check.add_argument("--fast", action="store_true", help="read only the headers of media, no pixels")
+    check.add_argument("--all", action="store_true", help="print every finding, not a few samples of each kind")
     show = action("show", "print a sample with its supervised part marked", "a shard")
-    show.add_argument("--key", help="key of the sample (default: the shard's first)")
+    show.add_argument("--key", help="key or id of the sample (default: the shard's first)")
     show.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model")
     show.add_argument("--sheet", type=Path, metavar="PNG", help="write images, boxes and frames as the model sees them")
     stats = action("stats", "histograms of tokens, images and videos")
@@ -61,9 +80,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("--context", type=positive, default=8192, metavar="N", help="share of samples above (8192)")
     split = action("split", "copy into parts that share no group")
     split.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the parts")
-    split.add_argument("--part", action="append", required=True, metavar="NAME=SHARE", help="give it for every part")
-    split.add_argument("--by", default="group", help="group (default), or key for samples that stand alone")
-    split.add_argument("--seed", type=int, default=0, help="another seed, another split (default 0)")
+    split.add_argument(
+        "--part", action="append", required=True, metavar="NAME=SHARE", help="a part and its share; once for each part"
+    )
+    split.add_argument(
+        "--by",
+        default="group",
+        metavar="COLUMN",
+        help="samples with one value of it stay together: any column of the rows; key for samples that stand alone "
+        "(default: group)",
+    )
+    split.add_argument("--seed", type=int, default=0, help="another seed gives another split (default 0)")
     for sub in (build, index):
         sub.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (default 1)")
 
@@ -101,7 +128,10 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data.prepare.build import BuildOptions, build_shards
+    from contextlib import nullcontext
+
+    from data.format.printable import count_of, size_of
+    from data.prepare.build import BuildOptions, build_shards, repeated_bytes
     from data.prepare.convert import REJECTS
     from data.prepare.progress import Progress, count_rows
 
@@ -111,32 +141,45 @@ def _build(args: argparse.Namespace) -> int:
         media=args.media,
         media_root=str(args.media_root or ""),
         allow_private=args.allow_private_addresses,
+        group=args.group,
     )
     source = Path(args.path)
-    progress = Progress(source.name, count_rows(source)) if source.is_file() else None
-    report = build_shards(source, args.out, options, jobs=args.jobs, progress=progress)
-    lines = [f"{report.written} samples in {len(report.shards)} shards under {args.out}, {report.reused} of them kept"]
+    with Progress(source.name, count_rows(source)) if source.is_file() else nullcontext() as progress:
+        report = build_shards(source, args.out, options, jobs=args.jobs, progress=progress)
+    lines = [f"{count_of(report.written, 'sample')} in {count_of(len(report.shards), 'shard')} under {args.out}"]
+    if report.reused:
+        lines.append(f"kept from an earlier build of this file: {count_of(report.reused, 'shard')}")
     if report.rejected:
-        lines.append(f"{report.rejected} rows refused, reasons in {args.out / REJECTS}")
-    lines += [f"column {name!r} of {rows} rows is not read" for name, rows in sorted(report.ignored.items())]
-    _print(args, asdict(report), *lines)
+        lines.append(f"{count_of(report.rejected, 'row')} refused; the reasons are in {args.out / REJECTS}")
+    lines += [
+        f"column {name!r} of {count_of(rows, 'row')} is not read" for name, rows in sorted(report.ignored.items())
+    ]
+    repeated = repeated_bytes(report.shards) if args.media == "embed" else 0
+    if repeated >= EMBEDDED_TWICE:
+        lines.append(
+            f"{size_of(repeated)} are copies of media that other samples hold too; with --media reference, samples "
+            f"share the files"
+        )
+    _print(args, asdict(report) | {"repeated_bytes": repeated}, *lines)
     return 3 if report.rejected > args.max_rejects else 0
 
 
 def _index(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from data.format.printable import one_line
+    from data.format.printable import count_of, one_line
+    from data.prepare.progress import Progress
     from data.shards.pool import worker_pool
     from data.shards.reader import load_index
 
     shards = _shards(args)
     make = partial(load_index, cache_dir=args.cache_dir, force=args.force, places=media_places(args))
-    if args.jobs > 1:
-        with worker_pool(args.jobs) as pool:
-            indexes = list(pool.map(make, shards))
-    else:
-        indexes = [make(shard) for shard in shards]
+    with Progress("indexed", len(shards), unit="shards") as progress:
+        if args.jobs > 1:
+            with worker_pool(args.jobs) as pool:
+                indexes = list(progress.over(pool.map(make, shards)))
+        else:
+            indexes = list(progress.over(map(make, shards)))
     problems = [
         f"shard {shard}, sample {index.keys[number]}: {reason}"
         for shard, index in zip(shards, indexes, strict=True)
@@ -151,7 +194,7 @@ def _index(args: argparse.Namespace) -> int:
         ]
     samples = sum(map(len, indexes))
     lines = [
-        f"{samples} samples in {len(shards)} shards indexed, {len(problems)} of them cannot be used",
+        f"{count_of(samples, 'sample')} in {count_of(len(shards), 'shard')} indexed, {len(problems)} cannot be used",
         *map(one_line, problems),
     ]
     _print(args, {"shards": len(shards), "samples": samples, "problems": problems}, *lines)
@@ -165,8 +208,9 @@ def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Length
 
 
 def _check(args: argparse.Namespace) -> int:
-    from data.format.printable import one_line
-    from data.prepare.audit import AuditOptions, audit_shards
+    from data.format.printable import count_of, one_line
+    from data.prepare.audit import AuditOptions, audit_shards, by_kind
+    from data.prepare.progress import Progress
 
     if args.tokens_per_pack and not args.base:
         raise ValueError("--tokens-per-pack needs --base: without its tokenizer no length is known")
@@ -178,21 +222,45 @@ def _check(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         places=media_places(args),
     )
-    findings = []
-    for finding in audit_shards(shards, options):
-        findings.append(finding)
-        if not args.json:
-            print(one_line(str(finding)))
-    _print(
-        args,
-        {"findings": [asdict(finding) for finding in findings]},
-        f"{len(findings)} problems in {len(shards)} shards",
+    with Progress("checked", len(shards), unit="shards") as progress:
+        note = lambda done, samples: progress(done, count_of(samples, "sample"))  # noqa: E731
+        findings = list(audit_shards(shards, options, note))
+    errors = [finding for finding in findings if finding.level == "error"]
+    if args.all:
+        lines = [f"{finding.level}: {one_line(str(finding))}" for finding in findings]
+    else:
+        lines = [line for group in by_kind(findings) for line in _group_lines(group)]
+    warnings = len(findings) - len(errors)
+    lines.append(
+        f"{count_of(len(errors), 'error')} and {count_of(warnings, 'warning')} in {count_of(len(shards), 'shard')}"
     )
-    return 3 if findings else 0
+    if not args.base:
+        lines.append(
+            "not checked without --base: the chat template, numbers of tokens, the frames that a video's range holds"
+        )
+    _print(args, {"findings": [asdict(finding) for finding in findings]}, *lines)
+    return 3 if errors else 0
+
+
+def _group_lines(group: "Sequence[Finding]") -> list[str]:
+    """Return one kind of finding: alone on one line, or the reason of the first with a few of the samples."""
+    from data.format.printable import count_of, one_line
+    from finetune.ranks.log import listed
+
+    first = group[0]
+    if len(group) == 1:
+        return [f"{first.level}: {one_line(str(first))}"]
+    noun = "sample" if first.key else "shard"
+    places = [one_line(f"{Path(item.shard).name} {item.key}".strip()) for item in group]
+    return [
+        f"{first.level}: {count_of(len(group), noun)}, the first: {one_line(first.reason)}",
+        f"    {listed(places, SHOWN)}" + (" (--all lists them)" if len(group) > SHOWN else ""),
+    ]
 
 
 def _show(args: argparse.Namespace) -> int:
     from data.config import VideoConfig
+    from data.format.printable import count_of
     from data.prepare.show import contact_sheet, marked_text, sample_tiles
     from data.shards.reader import SampleReader
 
@@ -202,17 +270,14 @@ def _show(args: argparse.Namespace) -> int:
     if not len(index):
         raise ValueError(f"shard {shard} holds no sample")
     key = args.key if args.key is not None else index.keys[0]
-    if key not in index.keys:
-        raise ValueError(
-            f"shard {shard} has no sample {key!r}; its keys run from {index.keys[0]!r} to {index.keys[-1]!r}"
-        )
-    number = index.keys.index(key)
+    number = _number_of(key, shard, reader)
     record, members = reader.sample(shard, number)
+    key = index.keys[number]
     sample = _renderer(args.base).build(record, *reader.media(record, members, shard.parent), key=key)
     text = marked_text(sample, args.base)
     supervised = int((sample.loss_weights > 0).sum())
-    counts = f"{len(sample.input_ids)} tokens, {supervised} supervised, {len(record.images)} images, "
-    counts += f"{len(record.videos)} videos"
+    counts = f"{count_of(len(sample.input_ids), 'token')}, {supervised:,} supervised, "
+    counts += f"{count_of(len(record.images), 'image')}, {count_of(len(record.videos), 'video')}"
     if args.sheet:
         tiles = list(sample_tiles(sample, record, index, number, base=args.base, video=VideoConfig()))
         contact_sheet(tiles).save(args.sheet)
@@ -221,21 +286,43 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _number_of(word: str, shard: Path, reader: "SampleReader") -> int:
+    """Return the number of the sample with this key, or else of the one with this id."""
+    index = reader.index(shard)
+    if word in index.keys:
+        return index.keys.index(word)
+    for number in range(len(index)):
+        if number not in index.problems and reader.record(shard, number).id == word:
+            return number
+    raise ValueError(
+        f"shard {shard} has no sample with the key or id {word!r}; its keys run from {index.keys[0]!r} to "
+        f"{index.keys[-1]!r}"
+    )
+
+
 def _stats(args: argparse.Namespace) -> int:
+    from data.format.printable import count_of
+    from data.prepare.progress import Progress
     from data.stream.stats import shard_stats
 
-    stats = shard_stats(
-        _shards(args),
-        _renderer(args.base),
-        context=args.context,
-        cache_dir=args.cache_dir,
-        places=media_places(args),
-    )
-    lines = [f"{stats.samples} samples ({stats.unusable} unusable), {stats.images} images, {stats.videos} videos"]
+    shards = _shards(args)
+    with Progress("measured", len(shards), unit="shards") as progress:
+        stats = shard_stats(
+            shards,
+            _renderer(args.base),
+            context=args.context,
+            cache_dir=args.cache_dir,
+            places=media_places(args),
+            progress=lambda done, samples: progress(done, count_of(samples, "sample")),
+        )
+    lines = [
+        f"{count_of(stats.samples, 'sample')} ({stats.unusable:,} unusable), {count_of(stats.images, 'image')}, "
+        f"{count_of(stats.videos, 'video')}"
+    ]
     for histogram in stats.histograms:
-        lines += _bars(histogram) if sum(histogram.counts) else []
+        lines += _bars(histogram) if histogram.total else []
     lines.append(
-        f"above {stats.context} tokens: {stats.above_context:.2%} of samples, "
+        f"above {count_of(stats.context, 'token')}: {stats.above_context:.2%} of samples, "
         f"{stats.tokens_above_context:.2%} of tokens"
     )
     _print(args, asdict(stats), *lines)
@@ -243,15 +330,21 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _bars(histogram: "Histogram") -> list[str]:
-    head = f"{histogram.name}: {histogram.total:,.0f} {histogram.unit} in all, median {histogram.median:,.1f}, "
-    lines = ["", head + f"99 % below {histogram.p99:,.1f}, largest {histogram.largest:,.1f}"]
+    head = f"{histogram.name}: {_figure(histogram.total)} {histogram.unit} in all, median {_figure(histogram.median)}, "
+    lines = ["", head + f"99 % below {_figure(histogram.p99)}, largest {_figure(histogram.largest)}"]
     most = max(histogram.counts)
     for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
         lines.append(f"{low:>10g} to {high:<10g} {count:>9} {'#' * round(40 * count / most)}")
     return [*lines, ""]
 
 
+def _figure(value: float) -> str:
+    """Return whole numbers from 100 on, and three digits below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _split(args: argparse.Namespace) -> int:
+    from data.format.printable import count_of
     from data.prepare.split import split_shards
 
     shares = {}
@@ -269,8 +362,16 @@ def _split(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         places=media_places(args),
     )
-    lines = [f"{name}: {report.samples[name]} samples, {report.groups[name]} groups" for name in shares]
-    lines += [f"left out as unusable: {report.left_out}"] if report.left_out else []
+    lines = [
+        f"{name}: {count_of(report.samples[name], 'sample')}, {count_of(report.groups[name], 'group')}"
+        for name in shares
+    ]
+    if report.alone:
+        lines.append(
+            f"{count_of(report.alone, 'sample')} without a value of {args.by!r}, each a group of its own; the first: "
+            f"{report.first_alone}"
+        )
+    lines += [f"{count_of(report.left_out, 'unusable sample')} left out"] if report.left_out else []
     _print(args, asdict(report), *lines)
     return 0
 

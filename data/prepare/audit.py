@@ -1,10 +1,11 @@
-"""All the ways shards can be wrong, each found by name: for `moetune shards check`. Loads the decoders."""
+"""Finds everything that is wrong with shards, for `moetune shards check`. Loads the decoders."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from data.format.facts import ImageFacts, VideoFacts
 from data.format.record import RecordError
@@ -19,15 +20,23 @@ from data.shards.reader import SampleReader, store_index
 from data.shards.scan import scan_shard
 
 _KEY = re.compile(r"[a-z0-9_/-]+")
+_DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|[\[(][^\[\]()]*[\])]|\S*/\S*|\S*\d\S*")
+"""What tells apart two reasons of one kind: quoted text, lists, paths, numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something wrong with a shard, or with one sample of it."""
+    """Something wrong with a shard, or with one sample of it; a warning where training takes it as it is."""
 
     shard: str
     key: str  # empty: the shard as a whole
     reason: str
+    level: Literal["error", "warning"] = "error"
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """Equal for findings that differ in names and numbers only."""
+        return self.level, _DETAIL.sub("...", self.reason)
 
     def __str__(self) -> str:
         return (
@@ -48,14 +57,26 @@ class AuditOptions:
     places: Places = field(default_factory=Places)
 
 
-def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Finding]:
-    """Everything wrong with these shards, in order; keys must be unique across them."""
+def by_kind(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Group findings of one kind, errors before warnings."""
+    kinds: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.kind, []).append(finding)
+    return sorted(kinds.values(), key=lambda group: group[0].level)
+
+
+def audit_shards(
+    shards: Sequence[Path], options: AuditOptions, progress: Callable[[int, int], object] = lambda *_: None
+) -> Iterator[Finding]:
+    """Yield everything wrong with these shards, in order. `progress` gets the shards and samples done."""
     seen: dict[str, str] = {}
-    for shard in shards:
+    samples = 0
+    for done, shard in enumerate(shards):
         try:
             index = scan_shard(shard, stamp_of(shard), options.places)
         except ShardError as error:
             yield Finding(shard=str(shard), key="", reason=error.reason)
+            progress(done + 1, samples)
             continue
         with suppress(ShardError):  # a folder that cannot be written is nothing of its shards
             store_index(index, shard, cache_dir=options.cache_dir)
@@ -63,29 +84,45 @@ def audit_shards(shards: Sequence[Path], options: AuditOptions) -> Iterator[Find
             yield Finding(shard=str(shard), key="", reason="holds no sample")
         for key in index.keys:
             if key in seen:
-                yield Finding(shard=str(shard), key=key, reason=f"the key is used in {seen[key]} too")
+                reason = f"the key is used in {seen[key]} too: training tells such samples apart, other tools may not"
+                yield Finding(shard=str(shard), key=key, reason=reason, level="warning")
             seen[key] = str(shard)
-        yield from _audit_samples(shard, index, options)
+        for number, findings in enumerate(_audit_samples(shard, index, options), 1):
+            yield from findings
+            progress(done, samples + number)
+        samples += len(index)
+        progress(done + 1, samples)
 
 
-def _audit_samples(shard: Path, index: ShardIndex, options: AuditOptions) -> Iterator[Finding]:
+def _audit_samples(shard: Path, index: ShardIndex, options: AuditOptions) -> Iterator[list[Finding]]:
+    """Yield the findings of each sample."""
     reader = SampleReader(cache_dir=options.cache_dir, places=options.places)
     reader.keep(shard, index)
     for number, key in enumerate(index.keys):
-        reasons = [*_key_reasons(key)]
+        warnings = [*_key_warnings(key)]
+        reasons = []
         if number in index.problems:
             reasons.append(index.problems[number])
         else:
+            warnings += _single_frames(index.videos(number))
             reasons += _fact_reasons(index.images(number), index.videos(number))
             reasons += _deep_reasons(shard, number, reader, options)
-        for reason in reasons:
-            yield Finding(shard=str(shard), key=key, reason=reason)
+        yield [
+            *(Finding(shard=str(shard), key=key, reason=reason, level="warning") for reason in warnings),
+            *(Finding(shard=str(shard), key=key, reason=reason) for reason in reasons),
+        ]
     reader.bytes.close()
 
 
-def _key_reasons(key: str) -> Iterator[str]:
+def _key_warnings(key: str) -> Iterator[str]:
     if not _KEY.fullmatch(key):
-        yield "the key should match [a-z0-9_/-]+: other tools cut or change such keys"
+        yield "the key does not match [a-z0-9_/-]+: training takes it, other tools may cut or change it"
+
+
+def _single_frames(videos: Sequence[VideoFacts]) -> Iterator[str]:
+    for at, clip in enumerate(videos):
+        if clip.frames == 1:
+            yield f"videos[{at}] has a single frame: make it an image, or rely on data.video.single_frame=double"
 
 
 def _fact_reasons(images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> Iterator[str]:
@@ -94,13 +131,10 @@ def _fact_reasons(images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) ->
     for name, height, width in sizes:
         if max(height, width) > MAX_ASPECT * min(height, width):
             yield f"{name} is {width}x{height}: sides differ by more than a factor of {MAX_ASPECT}"
-    for at, clip in enumerate(videos):
-        if clip.frames == 1:
-            yield f"videos[{at}] has a single frame: make it an image, or rely on data.video.single_frame=double"
 
 
 def _deep_reasons(shard: Path, number: int, reader: SampleReader, options: AuditOptions) -> Iterator[str]:
-    """What only shows when the sample is decoded, and rendered where there is a renderer."""
+    """Yield what shows only when the sample is decoded, or rendered where there is a renderer."""
     try:
         record, members = reader.sample(shard, number)
         if not options.decode and options.renderer is None:

@@ -6,13 +6,15 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from data.format.record import RecordError
 from data.format.tar import TarWriter
@@ -45,6 +47,7 @@ class BuildOptions:
     media: Literal["embed", "reference"] = "embed"
     media_root: str = ""  # where relative paths of media start, and what none leaves; empty: the input file's folder
     allow_private: bool = False  # urls may name addresses that are not public
+    group: str = ""  # the column that becomes the record's group; empty: `group` itself
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
@@ -60,7 +63,7 @@ class BuildReport:
     shards: tuple[Path, ...]
     written: int
     rejected: int
-    reused: int  # shards that an earlier, interrupted build had finished
+    reused: int  # shards that an earlier build of the same file had finished
     ignored: dict[str, int]  # columns nothing here reads, and in how many rows
 
 
@@ -111,9 +114,9 @@ def build_shards(
     options: BuildOptions,
     *,
     jobs: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, str], None] | None = None,
 ) -> BuildReport:
-    """Converts a JSONL or JSON file. Run again after an interruption, it goes on; `progress` gets (rows, rejected)."""
+    """Convert a JSONL or JSON file. Run again after an interruption, it goes on; `progress` gets the rows done."""
     if not source.is_file():
         raise ValueError(f"{source} does not exist or is not a file; give a .jsonl or .json file of rows")
     with building(folder, waits=False):
@@ -126,19 +129,20 @@ def build_held(
     options: BuildOptions,
     *,
     jobs: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, str], None] | None,
 ) -> BuildReport:
     """What build_shards does, for who holds the folder."""
     _claim(folder, source, options)
     places = Places(root=Path(options.media_root) if options.media_root else None, allow_private=options.allow_private)
-    of_rows = RowOptions(folder=folder, origin=source.parent, media=options.media, places=places)
+    of_rows = RowOptions(folder=folder, origin=source.parent, media=options.media, places=places, group=options.group)
     shards: list[_Shard] = []
     reused = 0
 
     def finish(shard: _Shard) -> None:
         shards.append(shard)
         if progress:
-            progress(sum(each.written + each.rejected for each in shards), sum(each.rejected for each in shards))
+            refused = sum(each.rejected for each in shards)
+            progress(sum(each.written for each in shards) + refused, f"{refused:,} refused")
 
     tasks = _chunks(read_rows(source), folder, options)
     if jobs <= 1:
@@ -175,16 +179,26 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
         earlier = read_note(note)
         if earlier is None:
             raise ValueError(f"{note} is damaged, or of an older moetune; remove {folder} and build it again")
-        differs = sorted(name for name in claim if earlier.get(name) != claim[name])
+        # an option that is not set and one that an older moetune did not have are the same
+        differs = [name for name in claim if (earlier.get(name) or "") != (claim[name] or "")]
         if differs:
             raise ValueError(
-                f"{folder} holds shards that were built otherwise ({', '.join(differs)} differ); "
-                "build into another folder or remove this one"
+                f"{folder} holds shards of another build: {_differences(earlier, claim, differs)}. "
+                "Build into another folder, or remove this one"
             )
     elif list(folder.glob("*.tar")):
         raise ValueError(f"{folder} holds shards already; build into an empty folder")
     else:
         write_note(note, claim)
+
+
+def _differences(earlier: dict[str, Any], claim: dict[str, Any], names: list[str]) -> str:
+    if "source" in names:
+        return f"they were built from {earlier.get('source')}, not {claim['source']}"
+    if "stamp" in names:
+        return "the source file changed since the build"
+    flags = {name: "--" + name.replace("_", "-") for name in names} | {"allow_private": "--allow-private-addresses"}
+    return ", ".join(f"{flags[name]} was {earlier.get(name)!r}, now it is {claim[name]!r}" for name in names)
 
 
 def _chunks(rows: Iterator[tuple[int, Any]], folder: Path, options: BuildOptions) -> Iterator[tuple[Path, Rows]]:
@@ -199,6 +213,11 @@ def _finished(path: Path) -> _Shard | None:
     return None if note is None else _Shard(path, note["written"], len(note["rejects"]), note["ignored"])
 
 
+def key_of_row(number: int) -> str:
+    """The key of the sample that a row becomes; rows count from 1."""
+    return f"{number:09d}"
+
+
 def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
     """One shard and its index; its rejects are noted beside it before it gets its name."""
     rejects: list[dict[str, Any]] = []
@@ -207,14 +226,14 @@ def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
     with TarWriter(path) as tar:
         for number, row in rows:
             try:
-                members, unused = build_sample(row, options, key=f"{number:09d}", shard=path.name)
+                members, unused = build_sample(row, options, key=key_of_row(number), shard=path.name)
             except ValueError as error:
                 reason = error.reason if isinstance(error, RecordError) else str(error)
                 rejects.append({"row": number, "reason": reason})
                 continue
             ignored.update(unused)
             for name, data in members:
-                tar.add(f"{number:09d}.{name}", data)
+                tar.add(f"{key_of_row(number)}.{name}", data)
             written += 1
         write_note(note_of(path), {"written": written, "rejects": rejects, "ignored": ignored})
     load_index(path, places=options.places)
@@ -239,3 +258,14 @@ def _close(folder: Path, shards: list[_Shard], reused: int) -> BuildReport:
         reused=reused,
         ignored=dict(ignored),
     )
+
+
+def repeated_bytes(shards: Sequence[Path]) -> int:
+    """Sum the sizes of members that repeat a medium of an earlier sample, by size and checksum."""
+    media = [np.zeros((0, 2), dtype=np.int64)]
+    for shard in shards:
+        index = load_index(shard)
+        is_medium = np.array([name != "json" for name in index.names], dtype=bool)
+        media.append(np.stack([index.sizes[is_medium], index.crcs[is_medium].astype(np.int64)], axis=1))
+    different, copies = np.unique(np.concatenate(media), axis=0, return_counts=True)
+    return int((different[:, 0] * (copies - 1)).sum())

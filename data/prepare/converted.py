@@ -1,12 +1,26 @@
-"""Rows that a recipe names as a source: converted into shards of the cache once, and reused while they are the same."""
+"""Shards of the rows that a recipe names as a source: converted once, and reused while the file is the same."""
 
+import atexit
+import logging
+import os
+from contextlib import nullcontext, suppress
+from glob import escape
 from pathlib import Path
+from shutil import rmtree
+from uuid import uuid4
 
+from data.format.printable import count_of
 from data.prepare.build import CLAIM, BuildOptions, build_held, building
 from data.prepare.convert import REJECTS, folder_of_shards
+from data.prepare.folder_lock import is_held, release, take, this_process
 from data.prepare.progress import Progress, count_rows
 from data.shards.bytes import Places
 from data.shards.sidecar import read_note
+
+READERS = ".readers"
+"""Folder inside a converted copy, with a lock for each process that reads it."""
+
+log = logging.getLogger(__name__)
 
 
 def shards_of_rows(
@@ -19,27 +33,62 @@ def shards_of_rows(
     section: str = "data",
     places: Places | None = None,
 ) -> list[Path]:
-    """Shards of a JSONL or JSON file, converted the first time and reused afterwards. ValueError above `limit` rejects.
+    """Return the shards of a JSONL or JSON file, which is converted the first time. ValueError above `limit` rejects.
 
     They lie beside the file, or in the cache folder, under a name made from the file's content: a changed file is
-    converted anew.
+    converted again, and copies of its earlier versions go when no process reads them any more.
     """
     if not source.is_file():
         raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
     places = places or Places()
     place = folder_of_shards(source, cache_dir, places)
     with building(place, waits=True):
-        shown = None if (place / REJECTS).exists() else Progress(f"converting {source.name}", count_rows(source))
+        is_new = not (place / REJECTS).exists()
         # an earlier run may have converted it under another source's name: the shards are the same
         options = BuildOptions(
             name=(read_note(place / CLAIM) or {"name": "part"})["name"],
             media_root=str(places.root or ""),
             allow_private=places.allow_private,
         )
-        report = build_held(source, place, options, jobs=jobs, progress=shown)
+        with Progress(f"converting {source.name}", count_rows(source)) if is_new else nullcontext() as shown:
+            report = build_held(source, place, options, jobs=jobs, progress=shown)
+        _register_reader(place)
     if report.rejected > limit:
         raise ValueError(
-            f"{section}.sources.{name}.path: {report.rejected} of {report.written + report.rejected} rows of {source} "
-            f"were refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
+            f"{section}.sources.{name}.path: {report.rejected} of {count_of(report.written + report.rejected, 'row')} "
+            f"of {source} were refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
         )
+    if report.rejected:
+        refused = count_of(report.rejected, "row")
+        log.warning("%s of %s refused and left out; the reasons are in %s", refused, source, place / REJECTS)
+    if is_new:
+        _remove_earlier(source, place)
     return list(report.shards)
+
+
+def _register_reader(place: Path) -> None:
+    """Mark the copy as read by this process until it ends."""
+    mine = this_process()
+    path = place / READERS / f"{mine.host}-{mine.pid}-{mine.started}.json"
+    if not path.exists():
+        take(path, mine, limit=0.0, last_sign=lambda: 0.0, say=log.warning, cure="remove the file")
+        atexit.register(release, path, mine)
+
+
+def _remove_earlier(source: Path, place: Path) -> None:
+    """Remove copies of earlier versions of the file, but none that a living process may read."""
+    current = read_note(place / CLAIM)
+    for other in sorted(place.parent.glob(f"{escape(source.stem)}-*")):
+        note = read_note(other / CLAIM)
+        # without a folder of readers, it is of a moetune that did not say who reads
+        if note is None or current is None or note["stamp"] == current["stamp"] or not (other / READERS).is_dir():
+            continue
+        if os.path.normpath(other.absolute() / note["source"]) != os.path.normpath(source.absolute()):
+            continue
+        aside = other.with_name(f".{other.name}.{uuid4().hex}.removed")
+        with suppress(ValueError), building(other, waits=False):  # in use, or a lock that is not ours: it stays
+            if any(map(is_held, (other / READERS).iterdir())):
+                continue
+            other.rename(aside)
+            log.warning("removed %s, the converted copy of an earlier version of %s", other, source)
+        rmtree(aside, ignore_errors=True)

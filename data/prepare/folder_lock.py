@@ -113,6 +113,12 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
+def is_held(path: Path) -> bool:
+    """Return whether the holder of a lock may still be at work; one on another host counts as such."""
+    holder = read_holder(path)
+    return holder is not None and _why_dead(holder, this_process(), silence=0.0, limit=0.0) is None
+
+
 def _create(path: Path, mine: Holder) -> float | None:
     """Create the lock, complete or not at all; or return the time by the file system where one exists."""
     beside = path.with_name(f"{path.name}.{uuid4().hex}")

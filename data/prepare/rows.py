@@ -27,6 +27,7 @@ class RowOptions:
     origin: Path  # of relative paths in rows, unless `places` has a root
     media: Literal["embed", "reference"]
     places: Places
+    group: str = ""  # the column that becomes the record's group; empty: `group` itself
 
 
 def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tuple[list[tuple[str, bytes]], list[str]]:
@@ -34,6 +35,9 @@ def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tupl
     if isinstance(row, ValueError):
         raise row
     raw, ignored = convert_row(row)
+    if options.group and (group := text_of(row, options.group)) is not None:
+        raw["group"] = group
+    ignored = [name for name in ignored if name != options.group]
     with closing(ByteReader(options.places)) as reader:
         media = _RowMedia(options, reader)
         raw |= media_entries(raw, image=media.image, video=media.video)
@@ -43,6 +47,14 @@ def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tupl
         probe_media(record, *read_media(record, media.members, options.folder, reader))
     text = json.dumps(record_to_json(record), ensure_ascii=False).encode()
     return [("json", text), *media.members.items()], ignored
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str | None:
+    """A column's value as the name of a group; None where the row has none."""
+    value = row.get(column)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise BadField(column, f"is {value!r:.80}; a group is named by text or a number")
+    return None if value is None else str(value)
 
 
 class _RowMedia:

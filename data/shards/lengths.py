@@ -1,7 +1,7 @@
 """How long each sample is: counted once for a tokenizer and its settings, kept beside the index."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,15 +57,25 @@ class _Stored:
     lengths: Lengths
 
 
-def load_lengths(shard: Path, measure: Measure, *, reader: SampleReader, cache_dir: Path | None) -> Lengths:
-    """Stored lengths where they fit index and settings; else counted (text only if its settings changed) and stored."""
+def load_lengths(
+    shard: Path,
+    measure: Measure,
+    *,
+    reader: SampleReader,
+    cache_dir: Path | None,
+    tick: Callable[[int], object] = lambda number: None,
+) -> Lengths:
+    """Load stored lengths where they fit index and settings; else count (text only if its settings changed) and store.
+
+    `tick` gets the number of samples counted, after each.
+    """
     stamp = stamp_of(shard)
     path = sidecar(shard, ".len", cache_dir)
     stored = _read(path, stamp, reader.bytes.places.name)
     if stored is not None and stored.full == measure.fingerprint:
         return stored.lengths
     text = stored.lengths.text if stored is not None and stored.text == measure.text_fingerprint else None
-    lengths = _count(shard, measure, reader, text)
+    lengths = _count(shard, measure, reader, text, tick)
     places = reader.index(shard).places
     head = [
         stamp,
@@ -105,11 +115,18 @@ def _read(path: Path, stamp: str, places: str) -> _Stored | None:
     return _Stored(text=text, full=full, files="".join(files), lengths=lengths)
 
 
-def _count(shard: Path, measure: Measure, reader: SampleReader, known: np.ndarray[Any, Any] | None) -> Lengths:
+def _count(
+    shard: Path,
+    measure: Measure,
+    reader: SampleReader,
+    known: np.ndarray[Any, Any] | None,
+    tick: Callable[[int], object],
+) -> Lengths:
     index = reader.index(shard)
     text, vision, patches = (np.zeros(len(index), dtype=np.int64) for _ in range(3))
     problems = dict(index.problems)
     for number in range(len(index)):
+        tick(number)
         if number in index.problems:
             continue
         images, videos = index.images(number), index.videos(number)

@@ -1,6 +1,6 @@
 """Histograms of a corpus from its indexes alone: tokens, sizes of images, lengths of videos."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,24 @@ def shard_stats(
     context: int,
     cache_dir: Path | None = None,
     places: Places | None = None,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Stats:
-    """Stats of these shards; they are indexed and measured if they are not yet."""
+    """Return the stats of these shards; `progress` gets the shards and samples done.
+
+    They are indexed and measured if they are not yet.
+    """
     reader = SampleReader(cache_dir=cache_dir, places=places)
     tokens: list[np.ndarray[Any, Any]] = []
     vision: list[np.ndarray[Any, Any]] = []
     pixels: list[np.ndarray[Any, Any]] = []
     seconds: list[np.ndarray[Any, Any]] = []
     samples = unusable = images = videos = 0
-    for shard in shards:
-        lengths = load_lengths(shard, measure, reader=reader, cache_dir=cache_dir)
+    for done, shard in enumerate(shards):
+
+        def tick(number: int, done: int = done, before: int = samples) -> None:
+            progress(done, before + number)
+
+        lengths = load_lengths(shard, measure, reader=reader, cache_dir=cache_dir, tick=tick)
         index = reader.index(shard)
         usable = np.ones(len(index), dtype=bool)
         usable[list(lengths.problems)] = False
@@ -107,6 +115,7 @@ def shard_stats(
         unusable += len(lengths.problems)
         images += len(index.image_sizes)
         videos += len(index.video_table)
+        progress(done + 1, samples)
     all_tokens = np.concatenate([np.zeros(0), *tokens])
     above = all_tokens > context
     return Stats(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data.format.printable import count_of
 from data.format.record import RecordError
 from data.open import find_sources
 from data.prepare.audit import AuditOptions, Finding, audit_shards
@@ -116,10 +117,14 @@ def _read_one(name: str, shards: Sequence[Path], reader: SampleReader) -> None:
 
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
-    if not findings:
+    errors = [finding for finding in findings if finding.level == "error"]
+    if warnings := len(findings) - len(errors):
+        yield f"shards: {count_of(warnings, 'warning')} on samples that training takes; see `moetune shards check`"
+    if not errors:
         yield "shards: every header is sound; `moetune shards check` looks at every pixel too"
         return
-    yield f"shards: {len(findings)} problems; training goes on with up to data.max_bad_samples unusable samples"
-    yield from (f"  {finding}" for finding in findings[:SHOWN])
-    if len(findings) > SHOWN:
+    problems = count_of(len(errors), "problem")
+    yield f"shards: {problems}; training goes on with up to data.max_bad_samples unusable samples"
+    yield from (f"  {finding}" for finding in errors[:SHOWN])
+    if len(errors) > SHOWN:
         yield "  ..."

@@ -153,10 +153,10 @@ def open_data(
 
 def open_together(config: DataConfig, renderer: Renderer, *, section: str) -> Corpus:
     """Open a corpus on every rank, rank 0 first: it indexes and converts what is new. Every rank must call this."""
-    if rank_and_world()[0] == 0:
-        open_corpus(config, renderer, section=section)
+    is_first = rank_and_world()[0] == 0
+    corpus = open_corpus(config, renderer, section=section) if is_first else None
     barrier()
-    return open_corpus(config, renderer, section=section)
+    return corpus or open_corpus(config, renderer, section=section)
 
 
 def data_share(sequence: SequenceGroup | None) -> tuple[int, int]:

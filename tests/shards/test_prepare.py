@@ -6,8 +6,11 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from data.format.record import parse_record
 from data.prepare.build import LOCK, BuildOptions, build_held, build_shards, building
 from data.prepare.clean import clean_image, clean_video
 from data.prepare.convert import convert_row, read_rows, stamp_of_rows
-from data.prepare.converted import shards_of_rows
+from data.prepare.converted import READERS, shards_of_rows
+from data.prepare.folder_lock import this_process
 from data.prepare.progress import Progress, count_rows
 from data.render.image import decode_image
 from data.shards.reader import SampleReader, load_index
+from data.shards.sidecar import read_note, write_note
 from launchers.cli import main
 
 PNG = encode(Image.fromarray(picture(40, 60)))
@@ -318,8 +323,16 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(1)])
     build_shards(source, tmp_path / "out", BuildOptions(name="t"))
     write_rows(source, [text_row(2)])
-    with pytest.raises(ValueError, match="out holds shards that were built otherwise .stamp differ"):
+    with pytest.raises(ValueError, match="out holds shards of another build: the source file changed since the build"):
         build_shards(source, tmp_path / "out", BuildOptions(name="t"))
+    write_rows(source, [text_row(1)])
+    with pytest.raises(
+        ValueError, match="--media was 'embed', now it is 'reference', --allow-private-addresses was Fa"
+    ):
+        build_shards(source, tmp_path / "out", BuildOptions(name="t", media="reference", allow_private=True))
+    write_rows(tmp_path / "other.jsonl", [text_row(1)])
+    with pytest.raises(ValueError, match=r"they were built from \.\./rows.jsonl, not \.\./other.jsonl"):
+        build_shards(tmp_path / "other.jsonl", tmp_path / "out", BuildOptions(name="t"))
     (tmp_path / "out/build.json").unlink()
     with pytest.raises(ValueError, match="out holds shards already; build into an empty folder"):
         build_shards(source, tmp_path / "out", BuildOptions(name="t"))
@@ -333,7 +346,43 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         build_shards(tmp_path / "none.jsonl", tmp_path / "out2", BuildOptions(name="t"))
 
 
-def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path):
+def test_copies_of_earlier_versions_go_when_nobody_reads_them(tmp_path, caplog):
+    source = tmp_path / "rows.jsonl"
+
+    def convert(number):
+        write_rows(source, [text_row(number)])
+        words = f"""from pathlib import Path; from data.prepare.converted import shards_of_rows
+shards_of_rows(Path({str(source)!r}), "s", cache_dir=None, jobs=1, limit=0)"""
+        subprocess.run([sys.executable, "-c", words], check=True)
+        return tmp_path / f"rows-{stamp_of_rows(source)}"
+
+    def convert_here(number):
+        write_rows(source, [text_row(number)])
+        return shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent
+
+    read_by_us = convert_here(1)
+    ended = convert(2)
+    assert list((ended / READERS).iterdir()) == []
+    assert ended.is_dir()
+    killed, stranger, older = (tmp_path / f"rows-{name}" for name in ("killed", "other", "older"))
+    for copy in (killed, stranger, older):
+        shutil.copytree(ended, copy)
+    write_note(stranger / "build.json", read_note(stranger / "build.json") | {"source": "../other/rows.jsonl"})
+    (older / READERS).rmdir()
+    holder = replace(this_process(), started=1)  # a process of that number, but not this one
+    (killed / READERS / "x.json").write_text(json.dumps(asdict(holder)))
+    newest = convert_here(3)
+    left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {path.name for path in (read_by_us, stranger, older, newest)}
+    assert f"removed {killed}, the converted copy of an earlier version of {source}" in caplog.text
+    holder = replace(this_process(), host="elsewhere")
+    for reader in (read_by_us / READERS).iterdir():
+        reader.write_text(json.dumps(asdict(holder)))
+    convert(4)
+    assert read_by_us.is_dir()
+
+
+def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path, caplog):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(3)] + [{"text": "bad"}])
     cache = tmp_path / "cache"
     first = shards_of_rows(source, "s", cache_dir=cache, jobs=1, limit=1)
@@ -353,6 +402,8 @@ def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path):
     assert kept == [moved / path.relative_to(tmp_path) for path in first]
     write_rows(source, [text_row(9)])
     assert shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
+    assert caplog.text.count(f"1 row of {source} refused and left out; the reasons are in") == 3
+    assert f"are in {first[0].parent / 'rejects.jsonl'}" in caplog.text
     with pytest.raises(ValueError, match="data.sources.s.path is .*, which does not exist"):
         shards_of_rows(tmp_path / "no.jsonl", "s", cache_dir=None, jobs=1, limit=0)
 
@@ -431,15 +482,26 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_in_a_file(tmp_path):
     assert (count_rows(source), count_rows(tmp_path / "x.json")) == (4, 0)
     screen, file = Terminal(), io.StringIO()
     for out in (screen, file):
-        show = Progress("rows", count_rows(source), out=out)
-        show(2, 1)
-        show(4, 1)
-    half = "rows: [" + "#" * 15 + " " * 15 + "] 2/4 rows, 1 refused"
-    assert screen.getvalue().split("\r")[1] == half
-    assert screen.getvalue().endswith("] 4/4 rows, 1 refused\n")
-    assert file.getvalue() == "rows: [" + "#" * 30 + "] 4/4 rows, 1 refused\n"
-    Progress("rows", 0, out=screen)(7, 0)
-    assert screen.getvalue().endswith("rows: 7 rows, 0 refused")
+        with Progress("rows", count_rows(source), out=out) as show:
+            show(2, "1 refused, at the second")
+            show(3, "1 refused")
+            show(4, "1 refused")
+    half = "rows: [" + "#" * 15 + " " * 15 + "] 2/4 rows, 1 refused, at the second"
+    end = "rows: [" + "#" * 30 + "] 4/4 rows, 1 refused"
+    assert screen.getvalue().replace(" " * len(", at the second") + "\n", "\n") == f"\r{half}\r{end}\n"
+    assert file.getvalue() == f"{end}\n"
+
+
+def test_progress_of_no_known_end_leaves_no_half_line():
+    screen, file = Terminal(), io.StringIO()
+    for out in (screen, file):
+        with Progress("rows", 0, out=out) as show:
+            show(7_000)
+        with Progress("rows", 3, out=out):
+            pass
+        assert list(Progress("rows", 0, out=out).over("ab")) == ["a", "b"]
+    assert screen.getvalue().startswith("\rrows: 7,000 rows\n")
+    assert file.getvalue() == "rows: 7,000 rows\n"
 
 
 def test_converting_a_source_shows_progress_once(tmp_path, capsys):

@@ -43,10 +43,16 @@ def test_build_then_index_then_build_again(tmp_path, capsys):
     words = ("build", rows, "--out", out, "--samples-per-shard", 5, "--name", "x", "--jobs", 2)
     report = shards(capsys, *words, code=3)  # one refused row, none allowed
     assert (report["written"], report["rejected"], report["ignored"]) == (12, 1, {"channel": 12})
+    assert report["repeated_bytes"] == 0
     again = shards(capsys, *words, "--max-rejects", 1)
     assert again["reused"] == 3
     assert main(["shards", *map(str, words)]) == 3
-    assert "1 rows refused, reasons in" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "12 samples in 3 shards under" in captured.out
+    assert "kept from an earlier build of this file: 3 shards" in captured.out
+    assert "1 row refused; the reasons are in" in captured.out
+    assert "column 'channel' of 12 rows is not read" in captured.out
+    assert captured.err.endswith("] 13/13 rows, 1 refused\n")
     answer = shards(capsys, "index", out, "--force", "--jobs", 2)
     assert answer == {"shards": 3, "samples": 12, "problems": []}
     assert shards(capsys, "index", out, "--base", base("tiny", None)) == answer
@@ -85,7 +91,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
     (tmp_path / "cut.tar").write_bytes(whole[:3000])
     expected = {
         "00001": "the key is used in",
-        "Upper": "the key should match",
+        "Upper": "the key does not match",
         "dot": "a dot in the key?",
         "half": "half a sample?",
         "marks": "images has 0 entries but the messages hold 1",
@@ -102,13 +108,51 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
     for key, reason in expected.items():
         assert any(word in why for word in reason.split("|") for why in reasons[key]), (key, reasons[key])
     assert sorted(why.split(":")[0] for why in reasons[""]) == ["holds no sample", "truncated"]
+    warned = {finding["key"] for finding in found if finding["level"] == "warning"}
+    assert warned == {"00001", "Upper", "still"}, "training takes these"
     fast = shards(capsys, "check", tmp_path, "--fast", code=3)["findings"]
     assert "cut" not in {finding["key"] for finding in fast}
     deep = shards(capsys, "check", tmp_path, "--base", base("tiny", None), "--tokens-per-pack", 700, code=3)["findings"]
     assert any(finding["key"] == "long" and "more than the 700 of a pack" in finding["reason"] for finding in deep)
     assert "--tokens-per-pack needs --base" in refused(capsys, "check", tmp_path, "--tokens-per-pack", 5)
     assert main(["shards", "check", str(tmp_path / "cut.tar")]) == 3
-    assert "1 problems in 1 shards" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "error: shard" in captured.out
+    assert "1 error and 0 warnings in 1 shard\nnot checked without --base: the chat template" in captured.out
+    assert captured.err.endswith("] 1/1 shards, 0 samples\n")
+
+
+def test_findings_of_one_kind_are_one_line_and_warnings_no_error(tmp_path, capsys):
+    text = {"v": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with TarWriter(tmp_path / "a.tar") as tar:
+        for number in range(40):
+            tar.add(f"Upper{number}.json", json.dumps(text).encode())
+    with TarWriter(tmp_path / "b.tar") as tar:
+        tar.add("Upper0.json", json.dumps(text).encode())
+    assert main(["shards", "check", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("warning: 41 samples, the first: the key does not match [a-z0-9_/-]+: training takes it")
+    assert shown[1] == "    a.tar Upper0, a.tar Upper1, a.tar Upper2 and 38 more (--all lists them)"
+    assert shown[2].startswith(
+        f"warning: shard {tmp_path}/b.tar, sample Upper0: the key is used in {tmp_path}/a.tar too"
+    )
+    assert shown[3] == "0 errors and 42 warnings in 2 shards"
+    with TarWriter(tmp_path / "b.tar") as tar:
+        for number in range(4):
+            tar.add(f"{number}.json", json.dumps({**text, "images": [f"{number}.png"]}).encode())
+    assert main(["shards", "check", str(tmp_path), "--all", "--base", str(base("tiny", None))]) == 3
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 45
+    assert shown[-1] == "4 errors and 40 warnings in 2 shards"
+    assert main(["shards", "check", str(tmp_path)]) == 3
+    assert capsys.readouterr().out.startswith(
+        "error: 4 samples, the first: images has 1 entries but the messages hold 0"
+    )
+
+
+def sample_text(number, **more):
+    messages = [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "yes"}]
+    return {"v": 1, "messages": messages, **more}
 
 
 def test_show_marks_what_is_supervised_and_draws_what_the_model_sees(tmp_path, capsys):
@@ -128,7 +172,14 @@ def test_show_marks_what_is_supervised_and_draws_what_the_model_sees(tmp_path, c
         assert sheet.size[1] >= 238
     assert main(["shards", "show", str(shard), "--base", str(base("tiny", None))]) == 0
     assert "part-000.tar 00000: " in capsys.readouterr().out
-    assert "has no sample 'x'; its keys run from '00000'" in refused(
+    with TarWriter(tmp_path / "named.tar") as tar:
+        for number in range(3):
+            tar.add(f"{number}.json", json.dumps(sample_text(number, id=f"doc-{2 - number}")).encode())
+        tar.add("doc-0.json", json.dumps(sample_text(9)).encode())
+    for word, key in (("doc-1", "1"), ("doc-0", "doc-0")):  # a key goes before an id
+        answer = shards(capsys, "show", tmp_path / "named.tar", "--key", word, "--base", base("tiny", None))
+        assert answer["key"] == key
+    assert "has no sample with the key or id 'x'; its keys run from '00000'" in refused(
         capsys, "show", shard, "--key", "x", "--base", base("tiny", None)
     )
     with TarWriter(tmp_path / "none.tar"):
@@ -185,6 +236,15 @@ def test_stats_count_tokens_sizes_and_what_is_too_long(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "60 samples (0 unusable), 30 images, 10 videos" in printed
     assert "####" in printed
+    assert "size of an image: 0.184 megapixels in all, median 0.00614" in printed
+    with TarWriter(tmp_path / "text.tar") as tar:
+        tar.add("0.json", json.dumps(sample_text(0)).encode())
+    assert main(["shards", "stats", str(tmp_path / "text.tar"), "--base", str(base("tiny", None))]) == 0
+    captured = capsys.readouterr()
+    assert "1 sample (0 unusable), 0 images, 0 videos" in captured.out
+    assert "image:" not in captured.out
+    assert "images and videos" not in captured.out
+    assert captured.err.endswith("] 1/1 shards, 1 sample\n")
 
 
 def grouped(folder, count=60):
@@ -249,6 +309,64 @@ def test_split_moves_paths_of_shared_media_along(tmp_path, capsys):
     assert not any(index.problems for index in found)
 
 
+def test_a_column_that_only_the_rows_have_names_groups_of_a_split(tmp_path, capsys):
+    rows = [{**sample_text(n), "document_id": n // 3} for n in range(30)] + [sample_text(30), sample_text(31)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = ("--part", "a=0.5", "--part", "b=0.5", "--by")
+
+    def split(shards_folder, out, by):
+        report = shards(capsys, "split", tmp_path / shards_folder, "--out", tmp_path / out, *parts, by)
+        reader, sides = SampleReader(), {}
+        for side in "ab":
+            for shard in (tmp_path / out / side).glob("*.tar"):
+                for number in range(len(load_index(shard))):
+                    text = reader.record(shard, number).messages[0].contents[0].text
+                    sides[int(text.removesuffix("?"))] = side
+        reader.bytes.close()
+        return report, [sides[n] for n in range(32)]
+
+    shards(capsys, "build", source, "--out", tmp_path / "plain")
+    report, sides = split("plain", "parts", "document_id")
+    assert all(len(set(sides[n : n + 3])) == 1 for n in range(0, 30, 3))
+    assert (sum(report["groups"].values()), report["alone"]) == (12, 2)
+    assert report["first_alone"] == "shard part-000000.tar, sample 000000031"
+    assert shards(capsys, "build", source, "--out", tmp_path / "kept", "--group", "document_id")["ignored"] == {}
+    again, same_sides = split("kept", "again", "group")
+    assert (again, same_sides) == (report, sides)
+    words = ["shards", "split", str(tmp_path / "kept"), "--out", str(tmp_path / "third"), *parts, "group"]
+    assert main(words) == 0
+    assert "2 samples without a value of 'group', each a group of its own; the first: " in capsys.readouterr().out
+    source.write_text(source.read_text() + "\n")
+    message = refused(capsys, "split", tmp_path / "plain", "--out", tmp_path / "x", *parts, "document_id")
+    assert f"which is read from {source}, and that file is gone or has changed since the build. Build the" in message
+    message = refused(capsys, "build", source, "--out", tmp_path / "plain", "--group", "page")
+    assert "the source file changed since the build" in message
+
+
+def test_two_samples_of_one_key_survive_a_split(tmp_path, capsys):
+    for name in "abc":
+        with TarWriter(tmp_path / f"{name}.tar") as tar:
+            for number in range(8):
+                tar.add(f"{number}.json", json.dumps(sample_text(number)).encode())
+    shards(capsys, "split", tmp_path, "--out", tmp_path / "out", "--part", "x=0.5", "--part", "y=0.5", "--by", "key")
+    indexes = [load_index(shard) for side in "xy" for shard in (tmp_path / "out" / side).glob("*.tar")]
+    assert sum(map(len, indexes)) == 24
+    assert not any(index.problems for index in indexes)
+
+
+def test_a_build_says_what_it_holds_twice(tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    (tmp_path / "film.png").write_bytes(encode(Image.fromarray(noise)))
+    rows = [{**sample_text(n), "images": ["film.png"]} for n in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["shards", "build", str(tmp_path / "rows.jsonl"), "--samples-per-shard", "1", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert "1.5 MB are copies of media that other samples hold too; with --media reference" in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "light"), "--media", "reference"]) == 0
+    assert "copies" not in capsys.readouterr().out
+
+
 def test_split_refuses_what_cannot_be_split(tmp_path, capsys):
     grouped(tmp_path / "all", 8)
     write_shards(tmp_path / "plain", 4)
@@ -256,9 +374,12 @@ def test_split_refuses_what_cannot_be_split(tmp_path, capsys):
     assert "--part is 'train'; write NAME=SHARE" in refused(capsys, *split, "train")
     assert "write two or more parts that sum to 1" in refused(capsys, *split, "train=0.9")
     both = ("--part", "a=0.5", "--part", "b=0.5")
-    assert "--by is 'id'; split by group or by key" in refused(capsys, *split[:-1], *both, "--by", "id")
+    assert "--by is 'page'; records keep group, key, id, source, license, and" in refused(
+        capsys, *split[:-1], *both, "--by", "page"
+    )
     plain = ("split", tmp_path / "plain", "--out", tmp_path / "parts", *both)
-    assert "sample 00000: has no group; add one, or split with --by key" in refused(capsys, *plain)
+    assert "--by is 'group', which none of the 4 samples has" in (message := refused(capsys, *plain))
+    assert "or --by key for samples that stand alone" in message
     tiny = ("--part", "a=0.999999", "--part", "b=0.000001")
     assert "part b gets none of the 2 groups; change --seed" in refused(capsys, *split[:-1], *tiny)
 
