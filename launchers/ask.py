@@ -60,16 +60,28 @@ def question(
     text: str, images: list[str], videos: list[str], *, system: str = ""
 ) -> tuple["Record", list[bytes], list["VideoBytes"]]:
     """Return the record of one question, and the bytes of its media; those without a mark stand before the text."""
-    from data.format.record import parse_record
+    from data.format.printable import count_of
+    from data.format.record import RecordError, parse_record
     from data.prepare.convert import convert_row
     from data.shards.bytes import Places
     from data.shards.reader import SampleReader
 
+    for name, words in (("image", images), ("video", videos)):
+        marks = text.count(f"<{name}>")
+        if marks and marks != len(words):
+            has, given = count_of(marks, f"<{name}> mark"), count_of(len(words), "time")
+            raise ValueError(
+                f"the question has {has}, and --{name} is given {given}. Give --{name} once for each mark, in their "
+                f"order; without marks, all stand before the text"
+            )
     row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
     if system:
         row["system"] = system
     row |= {name: [_place(word) for word in words] for name, words in (("images", images), ("videos", videos)) if words}
-    record = parse_record(convert_row(row)[0], shard="command line", key="question")
+    try:
+        record = parse_record(convert_row(row)[0], shard="command line", key="question")
+    except RecordError as error:
+        raise ValueError(f"the question cannot be asked: {error.reason}") from error
     return record, *SampleReader(places=Places(allow_private=True)).media(record, {}, Path())
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,10 @@ EXAMPLE = """\
 EXIT_CODES = {3: "a score missed the bound of --at-least or --at-most"}
 
 
+SHOWN = 5
+"""Samples left out that are named; --json names all."""
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument(
@@ -32,25 +36,52 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--url", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
     model_arguments(parser)
     parser.add_argument(
-        "--metric", action="append", default=[], metavar="METRIC", help="or SOURCE=METRIC; more than one"
+        "--metric",
+        action="append",
+        default=[],
+        metavar="METRIC",
+        help="a metric of all sources, or SOURCE=METRIC of one; may be given more than once (default exact)",
     )
-    parser.add_argument("--media", choices=("kept", "shuffled", "blank"), default="kept", help="controls of looking")
-    parser.add_argument("--limit", type=positive, metavar="N", help="so many drawn samples of each source")
-    parser.add_argument("--seed", type=int, default=0, help="of drawing, shuffling and sampling (default 0)")
-    parser.add_argument("--max-tokens", type=positive, default=256, help="of an answer (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--batch", type=positive, default=8, help="prompts side by side in a local model (default 8)")
+    parser.add_argument(
+        "--skip-unfit",
+        action="store_true",
+        help="leave out samples whose reference a metric cannot read, and count them",
+    )
+    parser.add_argument(
+        "--media",
+        choices=("kept", "shuffled", "blank"),
+        default="kept",
+        help="shuffled or blank: show other media or grey pictures, to see whether the model looks (default kept)",
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="ask only N samples of each source, drawn by --seed"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of drawing, shuffling and sampling (default 0)")
+    parser.add_argument("--max-tokens", type=positive, default=256, help="longest answer, in tokens (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
+    parser.add_argument(
+        "--batch", type=positive, default=8, help="prompts that a local model takes at once (default 8)"
+    )
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time to a server (default 8)")
     parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
     parser.add_argument(
-        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the server's key (default OPENAI_API_KEY)",
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
-    parser.add_argument("--attempts", type=positive, default=5, help="when a server is busy or away (default 5)")
+    parser.add_argument(
+        "--attempts", type=positive, default=5, help="attempts while a server is busy or away (default 5)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every answer with its scores, one JSON a line")
-    for name, about in (("least", "fewer"), ("most", "more")):
+    for name, about in (("least", "below"), ("most", "above")):
         parser.add_argument(
-            f"--at-{name}", action="append", default=[], metavar="METRIC=X", help=f"{about} over all gives exit code 3"
+            f"--at-{name}",
+            action="append",
+            default=[],
+            metavar="METRIC=X",
+            help=f"exit code 3 if the metric's mean over all samples is {about} X",
         )
     place_arguments(parser)
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where DATA cannot be written")
@@ -72,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     )
     metrics = answers.metrics_of(args.metric, sorted({question.source for question in questions}))
     bounds = _bounds(args, {name for named in metrics.values() for name in named})
-    answers.check_references(questions, metrics)
+    questions, unfit = answers.require_fit(questions, metrics, skip=args.skip_unfit)
     respond = _respond(args, [question.record for question in questions])
     shown = answers.with_media(questions, reader, control=args.media, seed=args.seed)
     try:
@@ -84,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     rows = answers.table(scored)
     missed = [text for text in (bound(rows[-1]) for bound in bounds) if text]
-    _print(args, rows, missed, answers.table_lines(rows))
+    _print(args, rows, missed, answers.table_lines(rows), unfit)
     return 3 if missed else 0
 
 
@@ -150,15 +181,32 @@ def _bound(name: str, limit: float, option: str) -> Any:
     return check
 
 
-def _print(args: argparse.Namespace, rows: Sequence["Row"], missed: Sequence[str], lines: Sequence[str]) -> None:
+def _print(
+    args: argparse.Namespace,
+    rows: Sequence["Row"],
+    missed: Sequence[str],
+    lines: Sequence[str],
+    unfit: Mapping[tuple[Path, str], str],
+) -> None:
+    from data.format.printable import count_of
+    from finetune.ranks.log import listed
+
     if args.json:
+        left_out = [{"shard": str(shard), "key": key, "reason": reason} for (shard, key), reason in unfit.items()]
         table = [
             {"source": row.source, "samples": row.samples, "cut": row.cut, "scores": dict(row.scores)} for row in rows
         ]
-        print(json.dumps({"media": args.media, "rows": table, "missed": list(missed)}, indent=2))
+        answer = {"media": args.media, "rows": table, "missed": list(missed), "left_out": left_out}
+        print(json.dumps(answer, indent=2))
         return
     print("\n".join(lines))
+    if unfit:
+        names = listed([f"{shard.name} {key}" for shard, key in unfit], SHOWN)
+        print(
+            f"left out, as a metric cannot read the reference: {count_of(len(unfit), 'sample')} ({names}). The first:"
+        )
+        print(f"    {next(iter(unfit.values()))}")
     if cut := rows[-1].cut:
-        print(f"{cut} of {rows[-1].samples} answers were cut at --max-tokens {args.max_tokens}")
+        print(f"answers cut at --max-tokens {args.max_tokens}: {cut:,} of {rows[-1].samples:,}")
     for text in missed:
         print(f"missed: {text}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data.format.printable import count_of
 from data.format.record import Record
 from data.shards.bytes import Places, VideoBytes
 from data.shards.questions import Question, read_questions
@@ -173,14 +174,39 @@ def _grey(data: bytes) -> bytes:
     return png.getvalue()
 
 
-def check_references(questions: Sequence[Question], metrics: Mapping[str, Mapping[str, Metric]]) -> None:
-    """Measure each reference against itself, so that a model is not asked before every metric can read its own."""
+def unfit_questions(
+    questions: Sequence[Question], metrics: Mapping[str, Mapping[str, Metric]]
+) -> dict[tuple[Path, str], str]:
+    """Find the samples, by shard and key, whose reference a metric of their source cannot read, and why.
+
+    Each reference is measured against itself, so that this is known before a model is asked.
+    """
+    unfit = {}
     for question in questions:
         for metric in metrics[question.source].values():
             try:
                 metric(question.references[0], question.references)
             except ValueError as error:
-                raise ValueError(f"{question.shard}, sample {question.key}: {error}") from error
+                unfit[question.shard, question.key] = str(error)
+    return unfit
+
+
+def require_fit(
+    questions: Sequence[Question], metrics: Mapping[str, Mapping[str, Metric]], *, skip: bool
+) -> tuple[list[Question], dict[tuple[Path, str], str]]:
+    """Return the questions that all metrics can score, and those that are left out; ValueError unless `skip`."""
+    unfit = unfit_questions(questions, metrics)
+    fit = [question for question in questions if (question.shard, question.key) not in unfit]
+    lost = sorted({question.source for question in questions} - {question.source for question in fit})
+    if unfit and (not skip or lost):
+        (shard, key), reason = next(iter(unfit.items()))
+        how_many = f"{len(unfit)} of {count_of(len(questions), 'sample')}"
+        cure = f"No sample of {', '.join(lost)} is left. Give" if skip else "Leave them out with --skip-unfit, or give"
+        raise ValueError(
+            f"{how_many} cannot be scored; the first is {shard}, sample {key}: {reason}. {cure} "
+            f"the source another metric: --metric SOURCE=METRIC"
+        )
+    return fit, unfit
 
 
 def ask_all(

@@ -118,8 +118,35 @@ def test_bounds_decide_the_exit_code(rows, capsys):
     assert main([*words, "--at-least", "f1=0.5"]) == 3
     shown = capsys.readouterr().out
     assert "missed: f1 is 0.0000 over all, --at-least 0.5" in shown
-    assert "2 of 2 answers were cut at --max-tokens 1" in shown
+    assert "answers cut at --max-tokens 1: 2 of 2" in shown
     assert main([*words, "--at-most", "f1=0.5"]) == 0
+
+
+def test_samples_that_a_metric_cannot_read_are_left_out_and_named(tmp_path, capsys):
+    asked = {"role": "user", "content": "When does it rain?"}
+    answers = ["from 1.0 to 2.5", "never", "00:10 to 00:20", "never"]
+    rows = [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers]
+    (tmp_path / "rain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(tmp_path / "rain.jsonl"), "--model", str(base()), "--max-tokens", "1", "--metric", "time-iou"]
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert "2 of 4 samples cannot be scored; the first is " in message
+    assert "sample 000000002: --metric time-iou: the reference ['never'] holds no pair of times" in message
+    assert "Leave them out with --skip-unfit, or give the source another metric" in message
+    assert main([*words, "--skip-unfit", "--out", str(tmp_path / "out.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^rain +2 ", shown, re.MULTILINE)
+    assert (
+        "2 samples (part-000000.tar 000000002, part-000000.tar 000000004). The first:\n    --metric time-iou" in shown
+    )
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    assert main([*words, "--skip-unfit", "--json"]) == 0
+    answer = report(capsys)
+    assert [item["key"] for item in answer["left_out"]] == ["000000002", "000000004"]
+    assert answer["rows"][0]["samples"] == 2
+    assert main([*words[:-1], "iou@0.5", "--skip-unfit"]) == 2
+    assert "4 of 4 samples cannot be scored" in (message := capsys.readouterr().err)
+    assert "No sample of rain is left. Give the source another metric" in message
 
 
 def test_controls_show_other_media_or_none(rows):
@@ -493,6 +520,17 @@ def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
     assert capsys.readouterr().out != text
     assert main([*words, "--compare"]) == 2
     assert "--compare sets an adapter beside its base: give --adapter" in capsys.readouterr().err
+    for question, flags, message in (
+        (
+            "<image> or <image>?",
+            ["--image", image],
+            "has 2 <image> marks, and --image is given 1 time. Give --image once",
+        ),
+        ("<video>?", [], "has 1 <video> mark, and --video is given 0 times"),
+        ("<bbox>?", ["--image", image], "the question cannot be asked: objects.bbox has 0 "),
+    ):
+        assert main(["ask", str(base()), question, *flags]) == 2
+        assert message in capsys.readouterr().err
     assert main(["ask", str(base()), "<image>?", "--image", "nowhere.png"]) == 2
     assert "nowhere.png" in capsys.readouterr().err
 
