@@ -1,8 +1,8 @@
-"""What must hold before anything of moetune is imported: a Python that it runs on, and packages that are all its own.
+"""Checks made before any package of moetune is imported: a recent Python, and packages that are all our own.
 
-Our packages have common names. Another `data` that Python finds first is imported in place of ours, and another
-distribution may write into our folders: half of each would run, often silently. This module's name is nobody else's.
-Nothing in it is newer than Python 3.7, for it is what says that a Python is too old.
+Our packages have common names. Python imports another `data` in place of ours if it finds that first, and another
+distribution may write into our folders. Then half of each would run, often silently. No other package has this module's
+name. It uses nothing newer than Python 3.7, so that it can report that a Python is too old.
 """
 
 import os
@@ -20,7 +20,7 @@ OWN = "install moetune into an environment of its own (python3 -m venv moetune-e
 
 
 def require_fit(program: bool) -> None:
-    """Stop unless moetune can run here: a program with one sentence and exit code 2, an import with an ImportError."""
+    """Stop unless moetune can run here: exit with one sentence and code 2 in a program, else raise ImportError."""
     wrong = misfit()
     if wrong and program:
         stop(wrong)
@@ -29,14 +29,14 @@ def require_fit(program: bool) -> None:
 
 
 def stop(sentence: str) -> None:
-    """End this program as one whose input is wrong."""
+    """Print the sentence and exit with code 2, as for wrong input."""
     sys.stderr.write(f"moetune: {sentence}\n")
     sys.exit(2)
 
 
 @lru_cache(maxsize=None)  # noqa: UP033  functools.cache came with Python 3.9
 def misfit() -> str:
-    """Say what is wrong, what is wanted and what to do, in one sentence; nothing when all is well."""
+    """Return what is wrong, what is needed and what to do, in one sentence; "" if all is well."""
     return _old_python() or _shadowed() or _mixed()
 
 
@@ -45,26 +45,26 @@ def _old_python() -> str:
         return ""
     found, wanted = (".".join(map(str, version)) for version in (sys.version_info[:3], PYTHON))
     command = f"python{wanted} -m venv .venv && .venv/bin/pip install -e {HOME}"
-    return f"{sys.executable} is Python {found}, and moetune needs Python {wanted} or newer: {command}"
+    return f"{sys.executable} is Python {found}, but moetune needs Python {wanted} or newer: {command}"
 
 
 def _shadowed() -> str:
-    """Whether Python finds another package, or a module of that name, before ours."""
+    """Describe a package or module of the same name that Python finds before ours; return "" if there is none."""
     for name in PACKAGES:
         spec, ours = find_spec(name), HOME / name / "__init__.py"
         if spec is None or not spec.origin:
-            return f"moetune's package `{name}` is not whole, {ours} is missing: install moetune again"
+            return f"moetune's package `{name}` is incomplete, {ours} is missing: install moetune again"
         found = Path(spec.origin).resolve()
         if found != ours:
             root = found.parent if spec.submodule_search_locations is None else found.parent.parent
             owner = _owner(found, root)
             cure = OWN if owner else _way_around(root)
-            return f"Python imports `{name}` from {found}{owner} in place of moetune's in {ours.parent}: {cure}"
+            return f"Python imports `{name}` from {found}{owner} instead of moetune's from {ours.parent}: {cure}"
     return ""
 
 
 def _mixed() -> str:
-    """Whether a folder of ours, installed from a wheel, holds modules that the wheel did not bring."""
+    """Describe a module in our installed folders that is not from our wheel; return "" if there is none."""
     records = list(HOME.glob("moetune-*.dist-info/RECORD"))
     if len(records) != 1:  # a clone has none
         return ""
@@ -83,19 +83,19 @@ def _mixed() -> str:
         if strange:
             found = HOME / strange[0]
             owner = _owner(found, HOME)
-            cure = OWN if owner else "take it away, and install moetune again"
-            return f"{found}{owner} is in moetune's package `{package}` and is not moetune's: {cure}"
+            cure = OWN if owner else "remove it, and install moetune again"
+            return f"{found}{owner} is in moetune's package `{package}` but does not belong to moetune: {cure}"
     return ""
 
 
 def _digest(path: Path) -> str:
-    """As RECORD writes it."""
+    """Return the SHA-256 of a file in the form that RECORD uses."""
     return "sha256=" + urlsafe_b64encode(sha256(path.read_bytes()).digest()).decode().rstrip("=")
 
 
 def _owner(found: Path, root: Path) -> str:
-    """The other distribution that brought a file, in brackets; nothing when none did."""
-    from importlib.metadata import distributions  # slow, and only wanted when something is wrong
+    """Return the other distribution that installed a file, in brackets; "" if none did."""
+    from importlib.metadata import distributions  # slow, and only needed if something is wrong
 
     wanted = found.relative_to(root).as_posix()
     for one in distributions():
@@ -106,10 +106,10 @@ def _owner(found: Path, root: Path) -> str:
 
 
 def _way_around(root: Path) -> str:
-    """What to do about a folder that no distribution brought."""
+    """Return what to do about a folder that no distribution installed."""
     path = os.environ.get("PYTHONPATH")
     if path and any(Path(entry).resolve() == root for entry in path.split(os.pathsep)):
-        return f"take {root} out of PYTHONPATH"
+        return f"remove {root} from PYTHONPATH"
     if root == Path.cwd():
         return "set PYTHONSAFEPATH=1, or start from another folder"
-    return f"take {root} off Python's path, or {OWN}"
+    return f"remove {root} from Python's path, or {OWN}"

@@ -1,1 +1,1 @@
-"""Experts: layout arithmetic, grouped experts with LoRA, the expert-parallel layer, balance. Knows no data."""
+"""Mixture-of-experts layers: routing, grouped experts with LoRA, expert parallelism, load balancing. Knows no data."""

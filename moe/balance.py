@@ -1,22 +1,23 @@
-"""Load balancing of the router, without keeping a logit: the loss exists only as the gradient it leaves in backward.
+"""Load balancing of the router without keeping any logits: the loss exists only as the gradient it adds in backward.
 
 For layer l and micro-batch m, over its valid tokens t: f_e is the share of the top-k choices that fell on expert e,
-P_e the mean probability of e, and the balance value is E * sum_e f_e P_e: 1 for an even load, E / top-k at the worst.
-An optimiser step has the mean over the layers of the mean over the micro-batches, weighted by their valid tokens N_m:
+P_e the mean probability of e, and the balance value is E * sum_e f_e P_e: 1 for an even load, E / top-k at worst.
+The value of an optimiser step is the mean over the layers of the mean over the micro-batches, weighted by their valid
+tokens N_m:
 
     value = 1/L sum_l sum_m N_m / N_step * E sum_e f_e P_e        z = 1/L sum_l 1/N_step sum_t logsumexp(logits_t)^2
 
-In mode `global` a micro-batch is the m-th of every rank together, and its counts are summed over the ranks. In `micro`
-every rank's micro-batch stands alone, with the f of its own tokens (a row in slices: of all its slices); the mean over
-m then runs over those of all ranks.
-f has no gradient, so N_m cancels, and every valid token gets the same:
+In mode `global` the m-th micro-batches of all ranks count as one, and their counts are summed over the ranks. In
+`micro` each rank's micro-batch stands alone, with the f of its own tokens (for a row in slices: of all its slices);
+the mean over m then runs over the micro-batches of all ranks.
+f has no gradient, so N_m cancels, and every valid token gets the same gradient:
 
     d value / d p_te = E f_e / (N_step L)                          d z / d logit_te = 2 logsumexp_t p_te / (N_step L)
 
-and all that must wait for other ranks is E counts a layer, on their way from the forward until the backward needs them.
+so only E counts per layer come from other ranks; they are under way from the forward until the backward needs them.
 Each rank injects its tokens' gradient times the number of ranks (`local_sum * world / N_step`): the engine's mean over
 the ranks then gives the exact gradient, whatever the engine's accumulation count or the split of the tokens.
-The engine never sees these terms, so it cannot scale them: not for a float16 loss scale either.
+The engine never sees these terms, so it cannot scale them, not even by a float16 loss scale.
 """
 
 import math
@@ -50,18 +51,18 @@ def _check_active(totals: StepTotals, *, value_needed: bool) -> None:
     for layer, value in enumerate(totals.balance_L.tolist()):
         if value_needed and not (math.isfinite(value) and value > 0):
             raise ValueError(
-                f"The balance value of layer {layer} is {value}, and can only be a finite number above 0: the router's "
+                f"The balance value of layer {layer} must be a finite number above 0, got {value}: the router's "
                 f"probabilities are not finite. Look for the first layer with an output that is not finite."
             )
 
 
 class _MicroBatch:
-    """What one micro-batch's layers counted, and the all-reduces that are still on their way."""
+    """The counts of one micro-batch's layers, and the all-reduces that are still under way."""
 
     def __init__(self, *, valid_T: Tensor | None, layers: int, experts: int, device: torch.device) -> None:
         self.given_valid_T = valid_T
         self.counts_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
-        self.all_counts_LE = self.counts_LE  # those of all ranks, where they are asked
+        self.all_counts_LE = self.counts_LE  # becomes a tensor of its own where counts are summed over ranks
         self.probs_sum_LE = torch.zeros(layers, experts, device=device)
         self.z_L = torch.zeros(layers, device=device)
         self.seen: set[int] = set()
@@ -72,20 +73,20 @@ class _MicroBatch:
             return torch.ones(probs_TE.shape[0], dtype=torch.bool, device=probs_TE.device)
         if len(self.given_valid_T) != len(probs_TE):
             raise ValueError(
-                f"The router scored {len(probs_TE)} tokens, but start_micro_batch was told which of "
-                f"{len(self.given_valid_T)} are valid. Give one entry for each token that this rank's router sees."
+                f"The router scored {len(probs_TE)} tokens, but the mask given to start_micro_batch has "
+                f"{len(self.given_valid_T)} entries. Give one entry for each token that this rank's router sees."
             )
         return self.given_valid_T
 
     def share_E(self, layer: int) -> Tensor:
-        """Each expert's share of the layer's choices; waits for the other ranks' counts."""
+        """Return each expert's share of the layer's choices; waits for the other ranks' counts."""
         if layer in self.under_way:
             self.under_way.pop(layer).wait()
         counts_E = self.all_counts_LE[layer].double()
         return counts_E / counts_E.sum().clamp(min=1)
 
     def values_L(self) -> Tensor:
-        """E * sum_e f_e * (sum of p_e over this rank's valid tokens), a layer."""
+        """Return E * sum_e f_e * (sum of p_e over this rank's valid tokens) for each layer."""
         while self.under_way:
             self.under_way.popitem()[1].wait()
         counts_LE = self.all_counts_LE.double()
@@ -94,7 +95,7 @@ class _MicroBatch:
 
 
 class _Inject(torch.autograd.Function):
-    """The probabilities as they are; in backward, the gradients of the balance and z values on top."""
+    """Passes the probabilities through; adds the gradients of the balance and z values in backward."""
 
     @staticmethod
     def forward(
@@ -131,9 +132,9 @@ class Balance:
     """The balance and z losses of one model, and the load of its experts; made once and called by each MoE layer.
 
     For each optimiser step: `start_step`; for each micro-batch `start_micro_batch`, forward, backward; `finish_step`.
-    Outside of that, and where no gradient is recorded, a call does nothing. The ranks of `group` (None: all) hold
-    different tokens and must go through the same micro-batches and layers in the same order: every micro-batch and
-    layer is a collective in mode `global`, every `finish_step` in all modes. Recompute must be non-reentrant.
+    Outside a step, and where no gradient is recorded, a call does nothing. The ranks of `group` (None: all) hold
+    different tokens and must go through the same micro-batches and layers in the same order: `finish_step` is
+    collective in all modes, and in mode `global` so is each layer of each micro-batch. Recompute must be non-reentrant.
     """
 
     def __init__(
@@ -162,28 +163,28 @@ class Balance:
 
     @property
     def gradient_scale(self) -> float:
-        """What every token's gradient is multiplied by: the scale contract, and the mean over the layers."""
+        """The factor of every token's gradient: the number of ranks over the step's tokens and the layers."""
         assert self._step_tokens is not None, "backward after finish_step"
         return self._world / (self._step_tokens * self.layers)
 
     def share_rows(self, group: dist.ProcessGroup | None) -> None:
-        """From now on these ranks hold slices of one row: their micro-batches are one in mode `micro` too."""
+        """Treat these ranks' micro-batches as one in mode `micro` too: from now on they hold slices of one row."""
         self._row_group = group
 
     def start_step(self, step_tokens: int) -> None:
-        """Begin a step with so many valid tokens, all micro-batches of all ranks counted; drops an unfinished step."""
+        """Begin a step with `step_tokens` valid tokens over all micro-batches and ranks; drop an unfinished step."""
         if step_tokens < 1:
             raise ValueError(
                 f"A step has {step_tokens} valid tokens over all ranks: nothing to train on. Skip the step."
             )
         self._step_tokens = step_tokens
         self._micro = None
-        # how often each layer's forward recorded a gradient, and its backward added one
+        # per layer, how many forwards recorded a gradient and how many backwards added one
         self.called, self.injected = [0] * self.layers, [0] * self.layers
         self.totals = StepTotals.zeros(layers=self.layers, experts=self.experts, device=self._device)
 
     def start_micro_batch(self, valid_T: Tensor | None) -> None:
-        """Begin a micro-batch; `valid_T` tells this rank's tokens from padding, in the order the routers see them."""
+        """Begin a micro-batch; `valid_T` is False for padding, in the order in which this rank's routers see tokens."""
         if self._step_tokens is None:
             raise ValueError("start_micro_batch outside of a step: call start_step with the step's valid tokens first.")
         self.end_micro_batch()
@@ -199,7 +200,7 @@ class Balance:
         topk_TK: Tensor,
         base_topk_TK: Tensor | None = None,
     ) -> Tensor:
-        """The same probabilities, with the losses behind them; counts the choices and compares them with the base's."""
+        """Return the probabilities with the losses attached; count the choices and compare them with the base's."""
         if self._step_tokens is None or not torch.is_grad_enabled():
             return probs_TE
         micro = self._micro
@@ -233,8 +234,8 @@ class Balance:
         base_topk_TK: Tensor | None,
     ) -> None:
         micro.seen.add(layer)
-        # Selective recompute pairs the kept results with the operations by their order. These run in forward only:
-        # seen by its mode, they would shift the pairs of the layer's own operations.
+        # Selective recompute pairs the kept results with the operations by their order. These operations run in forward
+        # only: if its mode saw them, they would shift the pairs of the layer's own operations.
         with _disable_current_modes():
             valid_T = micro.valid_T(probs_TE)
             chosen_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(
@@ -259,7 +260,7 @@ class Balance:
             micro.under_way[layer] = work
 
     def end_micro_batch(self) -> None:
-        """Add what the micro-batch counted to the totals; the next one, and the end of the step, do so too."""
+        """Add the micro-batch's counts to the totals; the next micro-batch and the end of the step call this too."""
         if self._micro is not None:
             self.totals.counts_LE += self._micro.counts_LE
             self.totals.z_L += self._micro.z_L
@@ -267,9 +268,12 @@ class Balance:
         self._micro = None
 
     def finish_step(self) -> StepLoad:
-        """After the last backward, before the update: the load, and a check that the losses act. All ranks call it."""
+        """Return the step's load, and check that the losses act; every rank must call this.
+
+        Call it after the last backward and before the update.
+        """
         if self._step_tokens is None:
-            raise ValueError("finish_step without start_step.")
+            raise ValueError("finish_step was called without start_step. Call start_step first.")
         self.end_micro_batch()
         self.totals.called_L += torch.tensor(self.called, device=self._device)
         self.totals.injected_L += torch.tensor(self.injected, device=self._device)

@@ -6,11 +6,11 @@ from typing import Literal
 BalanceMode = Literal["off", "micro", "global"]
 
 CHUNK_BYTES = 1 << 30
-"""Bytes that a call of the experts allocates for intermediates at a time; more rows are computed chunk by chunk."""
+"""Bytes that a call of the experts allocates for intermediates at a time; further rows are computed in more chunks."""
 KEEP_BYTES = 4 << 30
-"""Bytes of the gate_up output that a call keeps at most; with more rows it is computed again in backward."""
+"""Most bytes of the gate_up output that a call keeps; with more rows, backward computes it again."""
 LEAST_HOST_BYTES = 1 << 20
-"""Smaller tensors stay on the device when others go to the host: the way there costs more than they take."""
+"""Bytes below which a tensor stays on the device when others go to the host: moving it costs more than it frees."""
 
 
 @dataclass(frozen=True, kw_only=True)

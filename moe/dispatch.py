@@ -1,10 +1,10 @@
-"""Rows to their experts and back: one exchange of counts, then rows, by functional differentiable collectives.
+"""Sends rows to their experts and back: one exchange of counts, then of rows, by functional differentiable collectives.
 
 Suffixes: T tokens, K top-k, D hidden, E experts, L local experts, R received rows, S sources (ranks of the group).
 Every function that takes a process group must be called by every rank of it, in the same order.
 
-DeepSpeed's own all-to-all fills a buffer in place; kept by a recompute policy it hands back a buffer that a later call
-has overwritten, and gradients are silently wrong. Functional collectives return fresh tensors.
+DeepSpeed's own all-to-all fills a buffer in place. If a recompute policy kept that buffer, a later call would have
+overwritten it, and gradients would be silently wrong. Functional collectives return fresh tensors.
 """
 
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ class Route:
     send: list[int]
     receive: list[int]
     counts_L: Tensor
-    """How many of the R rows each local expert gets."""
+    """How many of the R rows each local expert receives."""
     by_expert: Tensor | None
-    """[R]: which received row comes i-th in expert order; None where they arrive so (one source)."""
+    """[R]: which received row comes i-th in expert order; None if the rows arrive in that order (one source)."""
     by_source: Tensor | None
 
 
 def route(topk_TK: Tensor, *, num_experts: int, group: dist.ProcessGroup | None, ep_size: int) -> Route:
-    """Plan the exchange of one layer; with ep_size > 1 the only point where the host waits for the device."""
+    """Plan the exchange of one layer. With ep_size > 1 this is the only point where the host waits for the device."""
     experts, slots = topk_TK.reshape(-1).sort(stable=True)
     rows = torch.empty_like(slots).scatter_(0, slots, torch.arange(slots.numel(), device=slots.device))
     if ep_size == 1:
@@ -81,7 +81,7 @@ def dispatch(x_TD: Tensor, route: Route) -> Tensor:
 
 
 def combine(y_RD: Tensor, scores_TK: Tensor, route: Route) -> Tensor:
-    """Return y_TD: each token's expert outputs, brought home and summed with its scores."""
+    """Return y_TD: each token's expert outputs, sent back to its rank and summed with its scores."""
     y = _permute(y_RD, route.by_source, route.by_expert)
     y = kept("combined", lambda: y if route.group is None else exchange(y, route.send, route.receive, route.group))
     y_TKD = _permute(y, route.rows, route.slots).view(*scores_TK.shape, y.shape[1])
@@ -90,20 +90,20 @@ def combine(y_RD: Tensor, scores_TK: Tensor, route: Route) -> Tensor:
 
 
 def exchange(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup | None) -> Tensor:
-    """All-to-all of rows with uneven splits, differentiable."""
+    """Exchange rows with uneven splits, all to all; differentiable."""
     assert group is not None
     out = funcol.all_to_all_single_autograd(x.contiguous(), receive, send, group)
     return out.wait() if isinstance(out, funcol.AsyncCollectiveTensor) else out
 
 
 def _counts(sorted_experts: Tensor, num_experts: int) -> Tensor:
-    """Count per expert without atomics and without asking the device for a size."""
+    """Count rows per expert, without atomics and without waiting for the device."""
     bounds = torch.arange(num_experts + 1, device=sorted_experts.device)
     return torch.searchsorted(sorted_experts, bounds).diff()
 
 
 def _exchange_counts(counts_E: Tensor, group: Any, ep_size: int) -> tuple[Tensor, list[int], list[int]]:
-    """Tell every rank of the group how many rows it gets for each of its experts."""
+    """Return the number of rows per source and local expert, and per rank of rows to send and to receive."""
     counts_SL = exchange(
         counts_E, [counts_E.numel() // ep_size] * ep_size, [counts_E.numel() // ep_size] * ep_size, group
     )
@@ -135,7 +135,7 @@ def _permute(x: Tensor, index: Tensor | None, inverse: Tensor | None) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is a gather too, where autograd's own would add with atomics."""
+    """Puts rows into another order; its gradient is a gather too, where autograd's own would add with atomics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Expand(torch.autograd.Function):
-    """One row per assignment, in expert order; the gradient is gathered and summed over K in a fixed order."""
+    """Copies one row per assignment, in expert order; the gradient is gathered and summed over K in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, slots: Tensor, rows: Tensor, top_k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Load statistics: what the experts of each layer were given in one optimiser step."""
+"""Load statistics: how many tokens the experts of each layer received in one optimiser step."""
 
 import math
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ def _normalised_entropy(counts: Sequence[int]) -> float:
 
 
 def step_load(totals: "StepTotals", *, top_k: int, step_tokens: int) -> "StepLoad":
-    """The load of a step from its totals over all ranks; refuses totals that are not those of the step's tokens."""
+    """Return a step's load from its totals over all ranks; raise ValueError if they do not add up to `step_tokens`."""
     for layer, choices in enumerate(totals.counts_LE.sum(1).tolist()):
         if choices != top_k * step_tokens:
             raise ValueError(
                 f"Layer {layer} routed {choices / top_k:g} valid tokens in this step, over all ranks, but start_step "
-                f"was told {step_tokens}. With fewer, a part of the model ran in eval mode or under no_grad, or not "
-                f"at all; else the masks given to start_micro_batch are not what start_step counted."
+                f"was given {step_tokens}. If there are fewer, a part of the model ran in eval mode or under no_grad, "
+                f"or not at all; otherwise the masks given to start_micro_batch differ from what start_step counted."
             )
     compared = bool(totals.compared_L.all())
     return StepLoad(
@@ -37,29 +37,29 @@ def step_load(totals: "StepTotals", *, top_k: int, step_tokens: int) -> "StepLoa
 
 @dataclass(frozen=True, kw_only=True)
 class StepLoad:
-    """One optimiser step over all ranks and valid tokens; every tuple has one entry a layer."""
+    """One optimiser step over all ranks and valid tokens; every tuple has one entry per layer."""
 
     counts: tuple[tuple[int, ...], ...]  # [layers][experts]: how many tokens chose the expert
-    balance: tuple[float, ...]  # E * sum f P, weighted by tokens over the micro-batches; 1 is even, E / top-k the worst
+    balance: tuple[float, ...]  # E * sum f P, weighted by tokens over the micro-batches; 1 is even, E / top-k is worst
     z: tuple[float, ...]  # mean squared logsumexp of the router logits
     agreement: tuple[float, ...] | None  # share of the top-k choices that the base router makes too
 
     @property
     def max_over_mean(self) -> tuple[float, ...]:
-        """How many times its even share the busiest expert got."""
+        """Load of the busiest expert, as a multiple of the mean."""
         return tuple(max(counts) * len(counts) / sum(counts) for counts in self.counts)
 
     @property
     def entropy(self) -> tuple[float, ...]:
-        """Entropy of the load: 1 is even, log(top-k) / log(E) is the same experts for every token."""
+        """Entropy of the load: 1 if even, log(top-k) / log(E) if every token goes to the same experts."""
         return tuple(_normalised_entropy(counts) for counts in self.counts)
 
     @property
     def dead(self) -> tuple[int, ...]:
-        """How many experts got no token."""
+        """Number of experts that received no token."""
         return tuple(sum(count == 0 for count in counts) for counts in self.counts)
 
-    # The figures of a line of metrics, under their names there.
+    # The figures of a metrics line, under the names they have there.
 
     @property
     def loss_balance(self) -> float:
@@ -73,39 +73,39 @@ class StepLoad:
 
     @property
     def expert_load_max_over_mean(self) -> float:
-        """The worst layer's."""
+        """Load of the busiest expert over the mean, in the worst layer."""
         return max(self.max_over_mean)
 
     @property
     def expert_load_entropy(self) -> float:
-        """The worst layer's."""
+        """Entropy of the load in the worst layer."""
         return min(self.entropy)
 
     @property
     def experts_dead(self) -> int:
-        """Over all layers."""
+        """Number of experts without a token, over all layers."""
         return sum(self.dead)
 
     @property
     def router_agreement(self) -> float | None:
-        """Mean over the layers; None where no base router was asked."""
+        """Agreement with the base router, mean over the layers; None if no base router was run."""
         return None if self.agreement is None else _mean(self.agreement)
 
 
 class StepTotals:
-    """What the layers of one step add up: views of one tensor, so that one all-reduce and one copy move all of it."""
+    """Sums over the layers of one step: views of one tensor, so that one all-reduce and one copy move all of them."""
 
     SUMS = 6
 
     def __init__(self, packed_LX: Tensor) -> None:
         self.packed_LX = packed_LX
         self.counts_LE = packed_LX[:, : -self.SUMS]
-        # The balance and z values are sums over valid tokens. `agreed` of the `compared` choices are the base router's
-        # too. `called` counts the forwards that record a gradient, `injected` the backwards that added one.
+        # The balance and z values are sums over valid tokens. The base router makes `agreed` of the `compared` choices
+        # too. `called` counts the forwards that recorded a gradient, `injected` the backwards that added one.
         sums_L6 = packed_LX[:, -self.SUMS :]
         self.balance_L, self.z_L, self.agreed_L, self.compared_L, self.called_L, self.injected_L = sums_L6.unbind(1)
 
     @classmethod
     def zeros(cls, *, layers: int, experts: int, device: torch.device) -> "StepTotals":
-        """The totals before the first layer; float64 holds every count exactly."""
+        """Return the totals before the first layer; float64 holds every count exactly."""
         return cls(torch.zeros(layers, experts + cls.SUMS, dtype=torch.float64, device=device))

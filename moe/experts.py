@@ -1,4 +1,4 @@
-"""The experts one rank owns: frozen, adapted by LoRA, or fully trained; one grouped GEMM per projection."""
+"""The experts that one rank owns: frozen, adapted by LoRA, or fully trained; one grouped GEMM per projection."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class ExpertLora:
 
 
 def lora_shapes(*, experts: int, hidden: int, intermediate: int, r: int) -> dict[str, tuple[int, int, int]]:
-    """Return the adapter tensors of `experts` experts; gate and up share one A, as PEFT's fused layout has it."""
+    """Return the shapes of the adapter tensors of `experts` experts; gate and up share one A, as in PEFT's layout."""
     return {
         "gate_up_lora_A": (experts, r, hidden),
         "gate_up_lora_B": (experts, 2 * intermediate, r),
@@ -44,9 +44,9 @@ def lora_shapes(*, experts: int, hidden: int, intermediate: int, r: int) -> dict
 def initial_lora(
     name: str, tensor: str, expert: int, shape: tuple[int, int], *, seed: int, b_std: float = 0.0
 ) -> Tensor:
-    """Return the float32 start value of one expert's factor; equal on any rank of any layout.
+    """Return the float32 start value of one expert's factor, which is the same on every rank of every layout.
 
-    A is uniform in +-1/sqrt(in), as PEFT starts it. B is zero, or normal with b_std (tests and benchmarks: with a zero
+    A is uniform in +-1/sqrt(in), as in PEFT. B is zero, or normal with b_std (for tests and benchmarks: with a zero
     B half of the gradients vanish).
     """
     if tensor.endswith("_B") and b_std == 0.0:
@@ -58,11 +58,11 @@ def initial_lora(
 
 
 class GroupedExperts(nn.Module):
-    """Experts `local_experts` of a layer of `num_experts`, over rows sorted by local expert.
+    """The experts `local_experts` of a layer of `num_experts`, applied to rows sorted by local expert.
 
-    mode "frozen" trains nothing, "lora" the factors beside the frozen weights, "full" the weights. Frozen weights are
-    buffers when `resident`, so that an engine that partitions parameters leaves them alone. On the meta device the
-    shapes are made and nothing else: fill the weights, then call init_lora.
+    Mode "frozen" trains nothing, "lora" the factors next to the frozen weights, "full" the weights. Frozen weights are
+    buffers when `resident`, so that an engine that partitions parameters leaves them alone. On the meta device only
+    the shapes exist: fill the weights, then call init_lora.
     """
 
     gate_up: Tensor
@@ -96,7 +96,7 @@ class GroupedExperts(nn.Module):
         self.lora = lora
         self.resident = resident
         self.seed = seed
-        self.is_adapted = True  # False leaves the factors out: the base's own answer, for comparison
+        self.is_adapted = True  # False leaves the factors out: the output of the base, for comparison
         row_bytes = (6 * intermediate + 2 * hidden) * dtype.itemsize
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
         self.keep_rows = keep_bytes // (2 * intermediate * dtype.itemsize)
@@ -118,10 +118,10 @@ class GroupedExperts(nn.Module):
 
     @torch.no_grad()
     def make_room(self) -> None:
-        """Give resident weights of mode "lora" room for the adapter (r more rows or columns), unless they have it.
+        """Give resident weights in mode "lora" room for the adapter (r more rows or columns), unless they have it.
 
-        forward calls it too, so whoever replaces a buffer need not know. A loader that assigns buffers does well to
-        call it after each: forward would copy layer by layer, and leave a freed block a little too small for the next.
+        forward calls it too, so code that replaces a buffer need not. A loader that assigns buffers should call it
+        after each: forward would copy layer by layer, and each freed block would be slightly too small for the next.
         """
         if self.lora is None or not self.resident:
             return
@@ -141,7 +141,7 @@ class GroupedExperts(nn.Module):
 
     @torch.no_grad()
     def init_lora(self, *, b_std: float = 0.0) -> None:
-        """Fill the factors from (seed, name, global expert id): the same adapter whatever ep is."""
+        """Fill the factors from (seed, name, global expert id), so that the adapter is the same at any ep."""
         for key in self._factors:
             factor = self.get_parameter(key)
             for local, expert in enumerate(self.local_experts):
@@ -149,11 +149,11 @@ class GroupedExperts(nn.Module):
                 factor[local].copy_(initial_lora(self.name, key, expert, shape, seed=self.seed, b_std=b_std))
 
     def forward(self, x_RD: Tensor, counts_L: Tensor) -> Tensor:
-        """Return y_RD for rows sorted by local expert; counts_L [L] says how many each has and sums to R."""
+        """Return y_RD for rows sorted by local expert; counts_L [L] holds the rows of each expert and sums to R."""
         assert counts_L.shape == (len(self.local_experts),)
         lora = self.lora if self.is_adapted else None
         dropout = lora.dropout if lora is not None and self.training else 0.0
-        # the mask of dropout falls on x before A only, so that A cannot share a GEMM with the frozen weight
+        # dropout masks the x in front of A only, so A cannot share a GEMM with the frozen weight
         inside = lora is not None and self.resident and not dropout
         if inside:
             self.make_room()
@@ -174,7 +174,7 @@ class GroupedExperts(nn.Module):
         return grouped_experts(x_RD, counts_L, gate_up, down, factors, options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GroupedExperts":
-        """Move or cast as any module, and let go of weights that this replaced."""
+        """Move or cast like any module, and release the weights that this replaced."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch does not annotate it
         if any(self._buffers[key] is not view for key, (_, view) in self._roomy.items()):
             self._roomy.clear()
@@ -182,7 +182,7 @@ class GroupedExperts(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Say what is here and how it is trained."""
+        """Describe the experts and how they are trained."""
         ids = f"{self.local_experts.start}..{self.local_experts.stop - 1} of {self.num_experts}"
         return f"{self.name}, experts {ids}, mode={self.mode}, lora={self.lora}"
 
@@ -191,29 +191,29 @@ def _check(name: str, mode: str, lora: ExpertLora | None, hidden: int, intermedi
     if dtype not in _DTYPES:
         raise ValueError(f"{name}: experts compute in bfloat16 or float32, not {dtype}")
     if mode not in ("frozen", "lora", "full"):
-        raise ValueError(f"{name}: mode {mode!r} is not one of frozen, lora, full")
+        raise ValueError(f"{name}: mode must be one of frozen, lora, full, got {mode!r}")
     if (mode == "lora") != (lora is not None):
-        raise ValueError(f"{name}: mode {mode!r} with lora={lora}: give LoRA options in mode 'lora', and only there")
+        raise ValueError(f"{name}: mode is {mode!r} and lora={lora}: give LoRA options in mode 'lora', and only there")
     unit = 16 // dtype.itemsize
     sizes = {"hidden size": hidden, "expert hidden size": intermediate} | ({"LoRA r": lora.r} if lora else {})
     for what, size in sizes.items():
         if size < 1 or size % unit:
             allowed = f"{unit}, {2 * unit}, {3 * unit}, ..."
             raise ValueError(
-                f"{name}: {what} {size} cannot be used by the grouped GEMM in {_DTYPES[dtype]}: "
-                f"rows must be a multiple of 16 bytes, so use a multiple of {unit} ({allowed})"
+                f"{name}: {what} {size} cannot be used by the grouped GEMM in {_DTYPES[dtype]}: the length of a row "
+                f"must be a multiple of 16 bytes, so use a multiple of {unit} ({allowed})"
             )
     if lora is not None and not 0.0 <= lora.dropout < 1.0:
-        raise ValueError(f"{name}: LoRA dropout {lora.dropout} is not in [0, 1)")
+        raise ValueError(f"{name}: LoRA dropout must be at least 0 and below 1, got {lora.dropout}")
 
 
 def check_aligned(name: str, weights: Mapping[str, Tensor]) -> None:
-    """Raise unless the grouped GEMM can read these: on a GPU it wants them to begin at a multiple of 16 bytes."""
+    """Raise ValueError unless each tensor begins at a multiple of 16 bytes, as the grouped GEMM of a GPU requires."""
     for key, weight in weights.items():
         past = weight.data_ptr() & 15
         if past:
             raise ValueError(
-                f"{name}: {key} {tuple(weight.shape)} begins {past} bytes behind a multiple of 16, where the grouped "
-                f"GEMM cannot read it. One rank alone holds what trains end to end, and a tensor before this one has a "
-                f"size that is no multiple of {16 // weight.element_size()}: freeze its family, or take 2 ranks"
+                f"{name}: {key} {tuple(weight.shape)} begins {past} bytes past a multiple of 16, where the grouped "
+                f"GEMM cannot read it. On a single rank the trainable parameters lie end to end, and the size of one "
+                f"before this is not a multiple of {16 // weight.element_size()}: freeze its family, or use 2 ranks"
             )

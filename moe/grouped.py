@@ -1,14 +1,14 @@
-"""The expert block as one node of the autograd graph: little is kept, and only the gradients asked for are computed.
+"""The expert block as one node of the autograd graph, which keeps little and computes only the gradients it needs.
 
 Suffixes: R routed rows, D hidden, F expert hidden, L local experts, r LoRA rank.
 
 Autograd would keep the SwiGLU's inputs, its product and a transposed view of each weight, and add frozen and low-rank
-gradients in fresh tensors. Here a call keeps x, the gate_up output and two thin [R, r] activations; with all weights
-frozen not even x.
+gradients in fresh tensors. Here a call keeps x, the gate_up output and two thin [R, r] activations; if all weights are
+frozen, it does not keep x either.
 
-A rank whose experts are the favourites gets many times its share of rows. Intermediates are made chunk by chunk of
-rows, and with still more rows x alone is kept and each chunk's gate_up output computed again in backward: memory beyond
-x and y stops growing with the skew.
+A rank with popular experts receives many times its share of rows. So intermediates are computed for one chunk of rows
+at a time. With still more rows only x is kept, and backward computes each chunk's gate_up output again: memory beyond
+x and y stops growing with the imbalance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -50,7 +50,7 @@ class _GroupedExperts(torch.autograd.Function):
             )
         needs_x = bool(lora) or ctx.needs_input_grad[3] or saved[0] is None
         ctx.save_for_backward(offs_L, x_RD if needs_x else None, *saved)
-        ctx.weights = gate_up, down, *lora  # not among the saved, of which each costs the host of a recompute time
+        ctx.weights = gate_up, down, *lora  # not saved for backward: each saved tensor costs a recompute host time
         return y_RD
 
     @staticmethod
@@ -114,7 +114,7 @@ def _forward(
 
 
 def _end(experts: SeparateLora | PackedLora, middle: Middle, chunk: Chunk, x: Tensor) -> Tensor:
-    """Return y, or any memory of its shape where a recompute knows that nobody reads it."""
+    """Return y, or an uninitialised tensor of its shape in a second pass that does not read it."""
     return unread("down", lambda: experts.end(middle, chunk), lambda: torch.empty_like(x))
 
 
@@ -129,7 +129,7 @@ def _forward_by_chunks(
 
 
 def _add(totals: list[Tensor | None], grads: Sequence[Tensor | None], *, several: bool) -> None:
-    """Add a chunk's gradients; in float32 when there are several, as an expert may have rows in all of them."""
+    """Add a chunk's gradients; in float32 if there are several chunks, as an expert may have rows in each of them."""
     for index, grad in enumerate(grads):
         total = totals[index]
         if total is not None and grad is not None:
@@ -141,7 +141,7 @@ def _add(totals: list[Tensor | None], grads: Sequence[Tensor | None], *, several
 def _finished(
     totals: Sequence[Tensor | None], weights: Sequence[Tensor], needed: Sequence[bool]
 ) -> Iterator[Tensor | None]:
-    """Yield the wanted gradients; zeros where no row came by, or this rank's graph would differ from the others'."""
+    """Yield the needed gradients; zeros without any row, so that the graph is the same on all ranks."""
     for total, weight, is_needed in zip(totals, weights, needed, strict=True):
         if not is_needed:
             yield None

@@ -1,7 +1,7 @@
-"""A tensor's values in host memory while nobody computes with them.
+"""Tensors in host memory for as long as nothing computes with them.
 
-Copies are in order with the work around them, so the values are the same. Where the device is the host itself (tests),
-they are made all the same.
+Copies run in order with the work around them, so the values are exact. If the device is the host itself (in tests),
+the copies are made regardless.
 """
 
 import weakref
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 BLOCK_BYTES = 1 << 30
-"""Of activations: some layers' inputs each, so that little is left over at its end."""
+"""Bytes of a block of activations: it holds the inputs of several layers, so that little is wasted at its end."""
 ALIGNED = 512
-"""Where a piece begins; more than any type asks for."""
+"""Bytes to which the start of a piece is aligned; more than any type needs."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HostCopy:
-    """A tensor's values, and where they are wanted. They are whole as long as the copy lives."""
+    """A copy of a tensor in host memory, and the device to bring it back to; valid for as long as this object lives."""
 
     values: Tensor
     device: torch.device
@@ -38,11 +38,11 @@ class _Block:
 
 
 class HostMemory:
-    """Host memory in large blocks, handed out piece by piece; a block is used again when none of its copies lives.
+    """Host memory in large blocks, handed out in pieces; a block is reused when none of its copies is alive.
 
-    Page-locked memory is made at 1 to 2 GB a second, and in sizes that are powers of two: tensor by tensor, a step's
-    activations would take up to twice their bytes. A block is written again while the device may still read it, so all
-    copies of one memory, there and back, must be made on one stream; autograd runs backward on that of forward.
+    Page-locked memory is allocated at 1 to 2 GB per second, in sizes that are powers of two: allocated per tensor, a
+    step's activations would take up to twice their bytes. A block may be overwritten while the device still reads it,
+    so all copies to and from one memory must be on one stream; autograd runs backward on the stream of forward.
     """
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
@@ -50,8 +50,8 @@ class HostMemory:
         self._blocks: list[_Block] = []
 
     def copy(self, tensor: Tensor) -> HostCopy:
-        """Copy it, in order with the work around; the tensor itself can then go."""
-        with _disable_current_modes():  # host memory is none of what a counter of the device's should see
+        """Copy `tensor`, in order with the work around it; the tensor itself may then be freed."""
+        with _disable_current_modes():  # a mode that counts device memory must not see host memory
             block = self._with_room(tensor.nbytes, pinned=tensor.is_cuda)
             piece = block.memory[block.used : block.used + tensor.nbytes]
             values = piece.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
@@ -75,10 +75,10 @@ _activations = HostMemory()
 
 
 def to_host(tensor: Tensor) -> HostCopy:
-    """Copy an activation, into page-locked memory; the tensor itself can then go."""
+    """Copy an activation to page-locked memory; the tensor itself may then be freed."""
     return _activations.copy(tensor)
 
 
 def worth_moving(tensor: Tensor, least_bytes: int) -> bool:
-    """Say whether it is large enough, and no index that its owner looks at on the host."""
+    """Return whether it is large enough, and not an index that its owner reads on the host."""
     return tensor.is_floating_point() and tensor.numel() * tensor.element_size() >= least_bytes

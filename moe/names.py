@@ -1,9 +1,9 @@
-"""From the names of our parameters to canonical names. No torch.
+"""Canonical names of our parameters. Loads no torch.
 
-The canonical name of a base weight is its key in a transformers 5 state dict, that of an adapter tensor its key in a
+The canonical name of a base weight is its key in a transformers 5 state dict; that of an adapter tensor is its key in a
 PEFT file. Checkpoints, loaders and exporters all use canonical names; only this file knows both.
 
-With L = a decoder layer and P = base_model.model., ours on the left:
+With L = a decoder layer and P = base_model.model., our names are on the left:
 
     L.mlp.experts.gate_up               L.mlp.experts.gate_up_proj
     L.mlp.experts.down                  L.mlp.experts.down_proj
@@ -20,10 +20,10 @@ PEFT wraps gate_up_proj first and down_proj around it: the inner one is `base_la
 import re
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before a module's name in an adapter file."""
+"""The prefix that PEFT puts before a module's name in an adapter file."""
 
 LAYERS = {"qwen3_vl_moe": "model.language_model.layers.", "qwen3_moe": "model.layers."}
-"""Where the decoder layers are, by the config's `model_type`."""
+"""The prefix of the decoder layers' names, by the config's `model_type`."""
 
 _OURS_TO_CANONICAL = {
     "experts.gate_up": "experts.gate_up_proj",
@@ -46,7 +46,7 @@ def canonical_name(model_type: str, name: str, *, adapter: str = "default") -> s
     if block:
         if tensor not in _OURS_TO_CANONICAL:
             raise ValueError(
-                f"{name}: a sparse block of {model_type} has no tensor {tensor!r} here; "
+                f"{name}: a sparse block of {model_type} has no tensor {tensor!r}; "
                 f"it has {', '.join(_OURS_TO_CANONICAL)}"
             )
         canonical = block + _OURS_TO_CANONICAL[tensor]
@@ -55,18 +55,18 @@ def canonical_name(model_type: str, name: str, *, adapter: str = "default") -> s
 
 
 def dense_name(name: str, *, adapter: str = "default") -> str:
-    """Return the canonical name of a parameter outside sparse blocks: what PEFT wrapped is named as it was before."""
+    """Return the canonical name of a parameter outside sparse blocks: a module that PEFT wrapped keeps its old name."""
     match = _PEFT_TENSOR.search(name)
     if match is None:
         return name.replace(".base_layer.", ".")
     if match[2] != adapter:
-        raise ValueError(f"{name}: a tensor of adapter {match[2]!r}, but {adapter!r} is the one that is trained")
+        raise ValueError(f"{name}: a tensor of adapter {match[2]!r}, but adapter {adapter!r} is the one being trained")
     return f"{PEFT_PREFIX}{name[: match.start()]}.{match[1]}{match[3] or ''}"
 
 
 def _split(model_type: str, name: str) -> tuple[str, str]:
     """Return ('<layer>.mlp.', rest) of a tensor in a sparse block, else ('', name)."""
     if model_type not in LAYERS:
-        raise ValueError(f"model type {model_type!r} has no experts known here; known: {', '.join(LAYERS)}")
+        raise ValueError(f"model type {model_type!r} is not supported here; it must be one of {', '.join(LAYERS)}")
     match = re.match(re.escape(LAYERS[model_type]) + r"\d+\.mlp\.(?=experts\.|gate\.)", name)
     return (match[0], name[match.end() :]) if match else ("", name)

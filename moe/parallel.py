@@ -1,8 +1,8 @@
-"""The expert-parallel MoE layer, and its place in a transformers model: before the engine starts, even on meta.
+"""The expert-parallel MoE layer, and how it is put into a transformers model: before the engine starts, even on meta.
 
-The layer subclasses DeepSpeed's so that the engine recognises it, but shares none of its constructor: router, experts
-and the exchange of rows are ours. Its experts' parameters are tagged for the expert-data group, over which ZeRO-3 then
-partitions them and reduces their gradients.
+The layer subclasses DeepSpeed's so that the engine recognises it, but does not use its constructor: the router, the
+experts and the exchange of rows are ours. The parameters of its experts are tagged for the expert-data group, over
+which ZeRO-3 then partitions them and reduces their gradients.
 """
 
 import importlib.util
@@ -40,17 +40,17 @@ class LayerOptions:
     resident: bool = True
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
     deepep_max_tokens: int = 0
-    """Most tokens a rank may bring in one micro-batch; DeepEP sizes its buffer by it."""
+    """Most tokens that a rank may have in one micro-batch; DeepEP sizes its buffer by it."""
     tiles: int = 1
-    """So many parts of a row's tokens go through the experts one after the other, and are computed again in backward.
+    """Number of parts of a row's tokens that go through the experts one by one; backward computes each again.
 
-    The same number on every rank of an expert-parallel group, however many tokens each has: they exchange rows.
+    It must be equal on all ranks of an expert-parallel group, however many tokens each has, because they exchange rows.
     """
     seed: int = 0
 
 
 class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is untyped
-    """One sparse block whose experts are spread over the ranks of an expert-parallel group.
+    """A sparse block whose experts are spread over the ranks of an expert-parallel group.
 
     Every rank of the group must call it equally often and in the same order. It takes and returns [..., D].
     """
@@ -67,14 +67,14 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        nn.Module.__init__(self)  # not the parent's: it would build router and experts of its own
+        nn.Module.__init__(self)  # not the parent's, which would build a router and experts of its own
         self.name = name
         self.index = index
         self.options = options
         self.balance = balance
         self.num_experts, self.hidden_size = config.num_experts, config.hidden_size
         self.top_k = config.num_experts_per_tok
-        self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always does, and has no such key
+        self.normalise = getattr(config, "norm_topk_prob", True)  # Qwen3-VL-MoE always normalises and has no such key
         self._place(ep_size)
         common: dict[str, Any] = {"resident": options.resident, "seed": options.seed, "dtype": dtype, "device": device}
         self.gate = Router(
@@ -101,7 +101,7 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         _tag(self.gate, ds_zero_placement_family="replicated")
 
     def _place(self, ep_size: int) -> None:
-        """Find this rank's experts and groups, and set what the engine and the parent's DeepEP route read."""
+        """Find this rank's experts and groups, and set the attributes that the engine and the DeepEP route read."""
         self.ep_size, self.ep_group_name = ep_size, f"ep_size_{ep_size}"
         self.ep_rank = dist.get_rank() % ep_size if dist.is_initialized() else 0
         self.local_experts = expert_range(num_experts=self.num_experts, ep=ep_size, ep_rank=self.ep_rank)
@@ -118,10 +118,10 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         self._deepep_exchange = None
 
     def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
-        """Do nothing when the engine asks: the groups were made before the layer was."""
+        """Do nothing: the groups existed before the layer, so the engine need not make any."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Route, bring rows to their experts, compute, bring them home, and sum with the router's scores."""
+        """Route the tokens, send rows to their experts, compute, send them back, and sum with the router's scores."""
         x_TD = hidden_states.reshape(-1, self.hidden_size)
         logits_TE, base_topk_TK = self.gate(x_TD, self.top_k)
         probs_TE = logits_TE.softmax(-1, dtype=torch.float32)
@@ -155,7 +155,7 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
 
     @torch.no_grad()
     def load(self, block: Any) -> None:
-        """Copy a transformers block's weights: its fused tensors have our orientation, of which we take our experts."""
+        """Copy our experts from a transformers block, whose fused tensors have our orientation, and its router."""
         mine = slice(self.local_experts.start, self.local_experts.stop)
         self.experts.gate_up.copy_(block.experts.gate_up_proj[mine])
         self.experts.down.copy_(block.experts.down_proj[mine])
@@ -164,7 +164,7 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
 
 
 def _tag(module: nn.Module, **tags: Any) -> None:
-    """Tell the engine over which ranks the parameters are copies of each other."""
+    """Set attributes on the parameters from which the engine learns which ranks hold copies of them."""
     for parameter in module.parameters():
         for key, value in tags.items():
             setattr(parameter, key, value)
@@ -175,17 +175,17 @@ def replace_moe_blocks(
 ) -> list[ExpertParallelMoe]:
     """Replace each sparse block of a Qwen3-VL-MoE or Qwen3-MoE model, on meta or not; every rank must call this.
 
-    The layers come back in order; their names are unchanged (`...layers.N.mlp`). On meta, shapes and tags are made and
-    the weights are left to whoever loads them (then `layer.experts.init_lora()`, `layer.gate.init_lora()` and
-    `layer.gate.keep_base()`); otherwise weights are copied, adapters initialised.
+    Return the layers in order; their names are unchanged (`...layers.N.mlp`). On meta only shapes and tags are made:
+    the caller loads the weights, then calls `layer.experts.init_lora()`, `layer.gate.init_lora()` and
+    `layer.gate.keep_base()`. Otherwise the weights are copied and the adapters initialised.
     """
     blocks = _find_blocks(model)
     config = model.config.get_text_config()
     _check_layout(config, ep_size, options, dtype=next(iter(blocks.values())).gate.weight.dtype)
     if dist.is_initialized():
-        assert deepspeed.comm.is_initialized(), "the engine must know the process group: call start_distributed before"
+        assert deepspeed.comm.is_initialized(), "the engine must know the process group: call start_distributed first"
         groups._create_expert_and_data_parallel(ep_size)
-    scope = auto_ep_comm.new_exchange_scope()  # the layers of one model share a DeepEP buffer, models do not
+    scope = auto_ep_comm.new_exchange_scope()  # the layers of one model share a DeepEP buffer; two models do not
     layers = []
     for index, (name, block) in enumerate(blocks.items()):
         weight = block.gate.weight
@@ -208,12 +208,12 @@ def replace_moe_blocks(
 
 
 def describe(layers: Sequence[ExpertParallelMoe]) -> str:
-    """Say in one line what was chosen for the replaced blocks, by the user and by us."""
+    """Describe the replaced blocks in one line: their size, and how they compute and train."""
     layer = layers[0]
     lora = f" r {layer.options.lora.r}" if layer.options.lora is not None else ""
     frozen = "resident" if layer.options.resident else "partitioned by ZeRO-3"
     return (
-        f"{len(layers)} sparse blocks: {layer.num_experts} experts, {layer.num_local_experts} a rank "
+        f"{len(layers)} sparse blocks: {layer.num_experts} experts, {layer.num_local_experts} per rank "
         f"(ep {layer.ep_size}), {layer.options.experts}{lora}, router {layer.options.router.mode}, "
         f"frozen weights {frozen}, rows by {layer.options.dispatch}, grouped_mm"
     )
@@ -224,8 +224,8 @@ def _find_blocks(model: Any) -> dict[str, Any]:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in LAYERS:
         raise ValueError(
-            f"model type {kind!r} has no expert-parallel layer here; known: {', '.join(sorted(LAYERS))}. "
-            f"A model without experts needs none: leave its blocks alone"
+            f"model type {kind!r} has no expert-parallel layer here; it must be one of {', '.join(sorted(LAYERS))}. "
+            f"A model without experts needs none: leave its blocks as they are"
         )
     config = model.config.get_text_config()
     expected = [f"{LAYERS[kind]}{number}.mlp" for number in sparse_layers(config)]
@@ -235,14 +235,14 @@ def _find_blocks(model: Any) -> dict[str, Any]:
         replaced = [name for name, module in sparse.items() if isinstance(module, ExpertParallelMoe)]
         raise ValueError(
             f"a {kind} model with this config has {len(expected)} sparse blocks ({_some(expected)}), but "
-            f"{len(present)} were found ({_some(present)}), {len(replaced)} are replaced already; "
+            f"{len(present)} were found ({_some(present)}), and {len(replaced)} are already replaced; "
             f"check num_experts, decoder_sparse_step and mlp_only_layers"
         )
     return {name: sparse[name] for name in expected}
 
 
 def sparse_layers(config: Any) -> list[int]:
-    """Return the numbers of the decoder layers that have experts, by the text config."""
+    """Return the numbers of the decoder layers that have experts according to the text config."""
     step, dense = config.decoder_sparse_step, set(config.mlp_only_layers or ())
     numbers = range(config.num_hidden_layers) if config.num_experts > 0 else ()
     return [number for number in numbers if number not in dense and (number + 1) % step == 0]
@@ -255,17 +255,17 @@ def _check_layout(config: Any, ep_size: int, options: LayerOptions, *, dtype: to
         raise ValueError(f"experts compute SwiGLU, but the config's hidden_act is {config.hidden_act!r}, not 'silu'")
     if options.tiles > 1 and options.dispatch == "deepep":
         raise ValueError(
-            "parallel.tile_tokens exchanges rows tile by tile, but moe.dispatch: deepep exchanges all at once. "
+            "parallel.tile_tokens exchanges rows tile by tile, but moe.dispatch: deepep exchanges all rows at once. "
             "Use moe.dispatch: all_to_all, or parallel.tile_tokens: 0"
         )
     if options.dispatch not in ("all_to_all", "deepep"):
-        raise ValueError(f"moe.dispatch: {options.dispatch!r} is not one of all_to_all, deepep")
+        raise ValueError(f"moe.dispatch must be one of all_to_all, deepep, got {options.dispatch!r}")
     if options.dispatch == "deepep":
         _check_deepep(ep_size, options.deepep_max_tokens, dtype)
 
 
 def _check_deepep(ep_size: int, max_tokens: int, dtype: torch.dtype) -> None:
-    """Refuse DeepEP at start, in one sentence, where it cannot work."""
+    """Raise ValueError with every reason why DeepEP cannot work here."""
     missing = []
     if importlib.util.find_spec("deep_ep") is None:
         missing.append("the package deep_ep is not installed")
@@ -274,9 +274,9 @@ def _check_deepep(ep_size: int, max_tokens: int, dtype: torch.dtype) -> None:
     if ep_size == 1:
         missing.append("parallel.ep is 1, so there is nothing to exchange")
     if dtype != torch.bfloat16:
-        missing.append(f"the model is {str(dtype).removeprefix('torch.')}, DeepEP moves bfloat16 only")
+        missing.append(f"the model is {str(dtype).removeprefix('torch.')}, but DeepEP moves bfloat16 only")
     if max_tokens < 1:
-        missing.append("the most tokens of a micro-batch are not known (data.tokens_per_pack)")
+        missing.append("the largest number of tokens in a micro-batch is not known (data.tokens_per_pack)")
     if missing:
         raise ValueError(f"moe.dispatch: deepep cannot be used: {'; '.join(missing)}. Use moe.dispatch: all_to_all")
 

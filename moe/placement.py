@@ -1,7 +1,8 @@
 """Which rank owns which expert. Plain arithmetic, no torch.
 
-Experts lie in contiguous blocks. The ranks of an expert-parallel group are neighbours, so that its all-to-all stays
-inside a node. The ranks that hold the same experts form an expert-data group: adapters are reduced over it.
+Each rank owns a contiguous block of experts. The ranks of an expert-parallel group are neighbours, so that its
+all-to-all stays inside a node. The ranks that hold the same experts form an expert-data group, over which the
+gradients of adapters are reduced.
 """
 
 
@@ -14,7 +15,7 @@ def check_ep(*, num_experts: int, world_size: int, ep: int) -> None:
     ]
     raise ValueError(
         f"parallel.ep: {ep} must divide both the {world_size} ranks and the {num_experts} experts; "
-        f"one of {', '.join(map(str, allowed))} does"
+        f"use one of {', '.join(map(str, allowed))}"
     )
 
 

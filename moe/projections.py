@@ -1,11 +1,11 @@
-"""The arithmetic of one expert block on rows sorted by expert: two projections, SwiGLU between them, LoRA.
+"""The arithmetic of one expert block on rows sorted by expert: two projections with SwiGLU between them, and LoRA.
 
 Suffixes: R routed rows, D hidden, F expert hidden, L local experts, r LoRA rank. `both` [R, 2F] has the gate first.
 
-Two blocks compute the same. `SeparateLora` works on any weights: each low-rank part is a thin GEMM into a tensor as
+Two classes compute the same. `SeparateLora` works on any weights: each low-rank part is a thin GEMM into a tensor as
 wide as the frozen one's, then an addition. `PackedLora` needs weights with room for r more rows (gate_up) or columns
 (down), which it fills with A and B: then one GEMM gives gate_up x and A x, one gives down h + B (A h), and backward
-saves the same passes over [R, D] tensors. Those passes, not the multiplications, are what LoRA on experts costs.
+saves the same passes over [R, D] tensors. Those passes, not the multiplications, are the cost of LoRA on experts.
 """
 
 from collections.abc import Sequence
@@ -23,31 +23,31 @@ class CallOptions:
     """How one call computes."""
 
     scale: float
-    """The factor of the low-rank part, over the share that dropout leaves: 1 / 0.9 in bfloat16 would be 1.109."""
+    """The factor of the low-rank part, divided by the share that dropout keeps: 1 / 0.9 in bfloat16 would be 1.109."""
     dropout: float
     dropout_seed: int
     inside: bool
-    """gate_up is [L, 2F + r, D] and down [L, D, F + r], with room for A and B."""
+    """Whether gate_up is [L, 2F + r, D] and down [L, D, F + r], with room for A and B."""
     chunk_rows: int
-    """How many rows are worked on at a time."""
+    """How many rows are computed at a time."""
     keep_rows: int
     """With more rows than this, backward computes the gate_up output again instead of keeping it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some of the rows, and where each expert's part of them ends (counted from the chunk's first row)."""
+    """Some of the rows, and where each expert's rows end (counted from the chunk's first row)."""
 
     index: int
     rows: slice
     offs: Tensor
     keep: bool
-    """Whether a recompute may keep the gate_up output: not when there are too many rows."""
+    """Whether a recompute may keep the gate_up output; it may not if there are too many rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Middle:
-    """What lies between the projections: the gate_up output, the SwiGLU's, and the two thin activations s A x."""
+    """The tensors between the projections: outputs of gate_up and SwiGLU, and the thin activations s A x and s A h."""
 
     both: Tensor
     thin_x: Tensor | None
@@ -56,12 +56,12 @@ class Middle:
 
 
 Thins = tuple[Tensor | None, Tensor | None]
-"""s A x and s A h with LoRA, else nothing."""
+"""s A x and s A h with LoRA, else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wants:
-    """Which gradients backward must give; those of the LoRA factors come in any case."""
+    """Which gradients backward must return; it always returns those of the LoRA factors."""
 
     rows: bool
     gate_up: bool
@@ -70,14 +70,14 @@ class Wants:
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """The gradient of a chunk's rows, and those of gate_up, down and the factors in the order they were given."""
+    """The gradient of a chunk's rows, and those of gate_up, down and the factors, in the order of the arguments."""
 
     rows: Tensor | None
     weights: list[Tensor | None]
 
 
 class SeparateLora:
-    """Low-rank parts computed beside the frozen ones, or no LoRA at all; weights may train."""
+    """Low-rank parts computed separately from the frozen ones, or no LoRA at all; weights may train."""
 
     def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
         self.options, self.lora = options, tuple(lora)
@@ -134,9 +134,9 @@ class SeparateLora:
         return Gradients(rows=grad_x, weights=grads)
 
     def _dropped(self, x: Tensor, chunk: Chunk, side: int) -> Tensor:
-        """Apply the dropout mask of one projection: the same in forward, backward and recompute, never kept.
+        """Apply the dropout mask of one projection, which is drawn again in backward and recompute, never kept.
 
-        What is left is not made larger here: `CallOptions.scale` does it, where it is a number of full precision.
+        The remaining values are not scaled up here but by `CallOptions.scale`, a number of full precision.
         """
         if self.options.dropout == 0.0:
             return x
@@ -146,15 +146,15 @@ class SeparateLora:
 
 
 class PackedLora:
-    """LoRA in the spare rows and columns of frozen weights; without dropout, which would differ between x and A x."""
+    """LoRA in the spare rows and columns of frozen weights; without dropout, which would apply to A x but not W x."""
 
     def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
         self.options, self.lora = options, tuple(lora)
         self.gate_up, self.down = gate_up, down
         up_a, up_b, down_a, down_b = lora
         self.two_f, self.f = up_b.shape[1], down_a.shape[2]
-        # Filled at each use, as the factors change with every optimizer step; through .data, as autograd would take it
-        # for a change of a saved tensor. A few megabytes.
+        # Filled at each use, because the factors change with every optimizer step; through .data, because autograd
+        # would see a change of a saved tensor. It copies a few megabytes.
         gate_up.data[:, self.two_f :].copy_(up_a)
         down.data[:, :, self.f :].copy_(down_b)
 
@@ -213,7 +213,7 @@ def clear_empty(grad: Tensor, offs: Tensor) -> Tensor:
 
 
 def _kept_gate_up(x: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
-    """Return the wide GEMM before SwiGLU, or what a recompute kept of it. Never write into it."""
+    """Return the output of the wide GEMM before SwiGLU, or the one that a recompute kept. Never write into it."""
     return kept("gate_up", lambda: _out(x, weight, chunk)) if chunk.keep else _out(x, weight, chunk)
 
 
@@ -227,14 +227,14 @@ def _out(x: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _in(grad: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
-    """Return g W per expert: the way back through W."""
+    """Return g W per expert, the gradient of W's input."""
     return F.grouped_mm(grad, weight, offs=chunk.offs)
 
 
 def _outer(grad: Tensor, x: Tensor, chunk: Chunk) -> Tensor:
-    """Return g^T x per expert, the gradient of its weight; zeros where it has no rows."""
+    """Return g^T x per expert, the gradient of its weight; zeros for an expert without rows."""
     weight_grad = F.grouped_mm(grad.t(), x, offs=chunk.offs)
-    # the CPU writes those zeros; CUDA kernels leave what was in memory on some devices (pytorch issue 172439)
+    # the CPU writes those zeros; on some devices CUDA kernels leave uninitialised memory (pytorch issue 172439)
     return weight_grad if weight_grad.is_cpu else clear_empty(weight_grad, chunk.offs)
 
 
@@ -248,7 +248,7 @@ def _factor_gradients(
     """Return the gradients of A and B of gate_up, then of A and B of down."""
     gradients: list[Tensor | None] = []
     for x, grad, thin, grad_thin in zip(inputs, grads, thins, grad_thins, strict=True):
-        # B as [r, out] and transposed after: the other order is a GEMM with r columns, several times slower on CPU
+        # B is computed as [r, out], then transposed: the other order is a GEMM with r columns, far slower on CPU
         gradients += [_outer(grad_thin, x, chunk), _outer(_needed(thin), grad, chunk).transpose(1, 2)]
     return gradients
 

@@ -1,13 +1,13 @@
-"""What a recomputed decoder layer keeps from its first pass, so that the second pass cannot differ and need not talk.
+"""Recomputes decoder layers, keeping the results that a second pass must not change or need not communicate again.
 
-Activation checkpointing runs a layer twice. Whatever the layer wraps in `kept(name, compute)` is computed in the first
-pass and handed back in the second, when the mode lists `name` below. The mechanism is explicit on purpose: a
+Activation checkpointing runs a layer twice. A result that the layer wraps in `kept(name, compute)` is computed in the
+first pass and returned again in the second, if the mode lists `name` below. The mechanism is explicit on purpose: a
 dispatch-mode policy costs host time on *every* operation of the layer, and sees a collective's buffer rather than its
 meaning.
 
-Everything else is computed again: in `layer` the whole decoder layer except the router's choice; in `selective` norms,
+Everything else is computed again: in `layer` the entire decoder layer except the router's choice; in `selective` norms,
 attention, dense projections, permutations, SwiGLU and the thin LoRA GEMMs, but neither the all-to-alls (4 payload units
-a layer instead of 6) nor the wide expert GEMMs.
+per layer instead of 6) nor the wide expert GEMMs.
 """
 
 import threading
@@ -29,14 +29,14 @@ Recompute = Literal["none", "layer", "selective"]
 ContextFn = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
 
 KEPT: dict[str, frozenset[str]] = {
-    # the choice of experts and how many rows go where: a second pass with other rounding could route differently
+    # the choice of experts and the numbers of rows: a second pass that rounds differently could route differently
     "layer": frozenset({"topk", "counts"}),
-    # and every row that crossed ranks, and the wide GEMM in front of SwiGLU
+    # also every row that crossed ranks, and the output of the wide GEMM before SwiGLU
     "selective": frozenset({"topk", "counts", "dispatched", "gate_up", "combined"}),
 }
 UNREAD: dict[str, frozenset[str]] = {
     "layer": frozenset(),
-    # the experts' output only feeds `combined`, which is kept: the second pass needs its shape, never its values
+    # the experts' output feeds only `combined`, which is kept: the second pass needs its shape, never its values
     "selective": frozenset({"down"}),
 }
 
@@ -46,7 +46,7 @@ _current = threading.local()
 def contexts(mode: Recompute, *, host_from_bytes: int | None = None) -> ContextFn:
     """Return the `context_fn` of torch's non-reentrant checkpoint for `layer` or `selective`.
 
-    What is kept and has at least `host_from_bytes` waits in host memory; None: nothing does.
+    Kept tensors of at least `host_from_bytes` wait in host memory; with None, none do.
     """
     names, unread = KEPT[mode], UNREAD[mode]
 
@@ -61,10 +61,11 @@ def contexts(mode: Recompute, *, host_from_bytes: int | None = None) -> ContextF
 
 
 def kept(name: str, compute: Callable[[], T]) -> T:
-    """Return compute(), or in the second pass the first pass's result when the mode keeps `name`.
+    """Return compute(), or in the second pass the first pass's result if the mode keeps `name`.
 
-    The result comes back without its graph: the second pass only refills what the first pass's graph saved. So
-    `compute` must not save tensors for backward itself; a functional collective, and anything without gradient, do not.
+    The result comes back without its graph: the second pass only restores the tensors that the first pass's graph
+    saved. So `compute` must not save tensors for backward itself; functional collectives and anything without gradient
+    do not.
     """
     here = getattr(_current, "value", None)
     if here is None or name not in here.names:
@@ -74,16 +75,16 @@ def kept(name: str, compute: Callable[[], T]) -> T:
 
 
 def unread(name: str, compute: Callable[[], Tensor], shape_of: Callable[[], Tensor]) -> Tensor:
-    """Return compute(), or in the second pass `shape_of()` (uninitialised) where the mode says nobody reads `name`."""
+    """Return compute(), or in the second pass `shape_of()` (uninitialised) if the mode does not read `name` there."""
     here = getattr(_current, "value", None)
     return shape_of() if here is not None and here.again and name in here.unread else compute()
 
 
 def checkpointed(run: Callable[..., T], *inputs: Any, context_fn: ContextFn, draws: bool) -> T:
-    """Return run(*inputs), of which backward computes again what it needs; `draws`: random numbers, torch's own.
+    """Return run(*inputs) and let backward compute again what it needs; `draws`: it uses torch's own random numbers.
 
-    It does what torch's non-reentrant checkpoint does, for one backward a forward and without autocasting. torch's is
-    ready for more, and the host pays for it at each tensor that an operation saves.
+    This does the same as torch's non-reentrant checkpoint, for one backward per forward and without autocasting.
+    torch's handles more cases, at a cost in host time for each tensor that an operation saves.
     """
     first, second = context_fn()
     region = _Region(run, inputs, second, draws=draws)
@@ -92,11 +93,11 @@ def checkpointed(run: Callable[..., T], *inputs: Any, context_fn: ContextFn, dra
 
 
 class _EnoughError(Exception):
-    """Ends the second pass, where all that the first one saved is there again."""
+    """Ends the second pass once all tensors that the first one saved are restored."""
 
 
 class _Inputs(torch.autograd.Function):
-    """A node that only keeps tensors, by the hooks around the region: they may send them to host memory."""
+    """A node that only saves tensors, through the hooks around the region, which may move them to host memory."""
 
     @staticmethod
     def forward(ctx: Any, here: Tensor, *tensors: Tensor) -> Tensor:
@@ -105,11 +106,11 @@ class _Inputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise AssertionError("nothing follows from this node")
+        raise AssertionError("nothing depends on this node")
 
 
 class _Region:
-    """What is run twice. A tensor that the first pass saves is a number in its graph: its place among the second's."""
+    """The code that runs twice. The graph of the first pass holds, for each saved tensor, its index in the second."""
 
     def __init__(
         self, run: Callable[..., Any], inputs: Sequence[Any], second: AbstractContextManager[None], *, draws: bool
@@ -118,31 +119,31 @@ class _Region:
         self.inputs = [None if isinstance(each, Tensor) else each for each in inputs]
         self.places = [place for place, each in enumerate(inputs) if isinstance(each, Tensor)]
         tensors = (inputs[place] for place in self.places)
-        # the output is held as well: with torch 2.11 a node frees what it saves when its output goes
+        # the output is kept as well: in torch 2.11 a node frees its saved tensors when its output is freed
         self.saver: Any = _Inputs.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
         self.random = (torch.get_rng_state(), *get_device_states(*inputs)) if draws else None
         self.saved: list[tuple[torch.Size, torch.dtype]] = []
         self.found: list[Tensor | None] | None = None
 
     def save(self, tensor: Tensor) -> int:
-        """Note what the first pass saves, and keep nothing of it."""
+        """Note the shape and dtype of a tensor that the first pass saves, without keeping the tensor."""
         self.saved.append((tensor.shape, tensor.dtype))
         return len(self.saved) - 1
 
     def find(self, place: int) -> Tensor:
-        """Return what was saved there; for the first that is asked for, all of it is computed again."""
+        """Return the saved tensor at `place`; the first call computes all of them again."""
         if self.found is None:
             self.found = []
             with suppress(_EnoughError):
                 self._run_again(self.found)
             assert len(self.found) == len(self.saved), "the second pass saves fewer tensors than the first"
         tensor, self.found[place] = self.found[place], None
-        assert tensor is not None, "one backward a forward"
+        assert tensor is not None, "a saved tensor can be used by one backward only"
         return tensor
 
     def _run_again(self, found: list[Tensor | None]) -> None:
         def keep(tensor: Tensor) -> None:
-            assert (tensor.shape, tensor.dtype) == self.saved[len(found)], "the second pass is not like the first"
+            assert (tensor.shape, tensor.dtype) == self.saved[len(found)], "the second pass differs from the first"
             found.append(tensor.detach() if tensor.requires_grad else tensor)
             if len(found) == len(self.saved):
                 raise _EnoughError
@@ -163,7 +164,7 @@ class _Region:
 
 
 def _not_asked_for(_: None) -> Tensor:
-    raise AssertionError("no backward is run inside a recomputed region")
+    raise AssertionError("no backward may run inside a recomputed region")
 
 
 class _Pass(AbstractContextManager[None]):
@@ -199,7 +200,7 @@ class _Pass(AbstractContextManager[None]):
         assert self.store.get(name), f"the second pass asks for {name!r} more often than the first pass made it"
         is_tensor, (value, requires_grad) = self.store[name].popleft()
         value = value.back() if isinstance(value, HostCopy) else value
-        # a tensor that took part in the graph must do so again, or other operations would save other tensors
+        # a tensor that was part of the graph must be so again, or operations would save different tensors
         return value.requires_grad_(requires_grad) if is_tensor and requires_grad and torch.is_grad_enabled() else value
 
     def __enter__(self) -> None:

@@ -1,6 +1,6 @@
-"""What a sparse block computes, written for reading: one rank, one expert at a time, plain autograd.
+"""The reference for a sparse block, written to be read: one rank, one expert at a time, plain autograd.
 
-Every faster path is tested against this file, and nothing that trains uses it. Suffixes: T tokens, K top-k, D hidden,
+Every faster path is tested against this file; training does not use it. Suffixes: T tokens, K top-k, D hidden,
 F expert hidden, E experts, N a step's valid tokens.
 """
 
@@ -33,7 +33,7 @@ class Routing:
 
 
 def route(x_TD: Tensor, gate_ED: Tensor, *, top_k: int, normalise: bool = True) -> Routing:
-    """Softmax over all experts in float32, the k largest, which sum to 1 when `normalise`."""
+    """Take the softmax over all experts in float32 and its k largest values, which sum to 1 if `normalise`."""
     logits_TE = x_TD @ gate_ED.T
     probs_TE = logits_TE.float().softmax(-1)
     topk_TK = probs_TE.topk(top_k, dim=-1).indices
@@ -54,7 +54,7 @@ def expert(x_RD: Tensor, index: int, gate_up: Tensor, down: Tensor, factors: Fac
 
 
 def experts(x_RD: Tensor, counts: list[int], gate_up: Tensor, down: Tensor, factors: Factors | None = None) -> Tensor:
-    """Return y_RD of rows sorted by expert, `counts` of them for each."""
+    """Return y_RD of rows sorted by expert; `counts` holds the number of rows of each."""
     ends = [sum(counts[: index + 1]) for index in range(len(counts))]
     parts = [x_RD[end - count : end] for end, count in zip(ends, counts, strict=True)]
     return torch.cat([expert(part, index, gate_up, down, factors) for index, part in enumerate(parts)])
@@ -77,7 +77,7 @@ def load_E(topk_TK: Tensor, valid_T: Tensor, *, num_experts: int) -> Tensor:
 
 
 def balance_loss(probs_TE: Tensor, topk_TK: Tensor, valid_T: Tensor) -> Tensor:
-    """Return E sum_e f_e P_e of one layer: 1 when even, E / K when all tokens choose the same K experts surely.
+    """Return E sum_e f_e P_e of one layer: 1 if even, E / K if all tokens choose the same K experts with certainty.
 
     f_e = c_e / (K N) is the share of choices that fell on e and has no gradient; P_e is the mean probability of e.
     """
@@ -103,7 +103,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts_E: Tensor) -> LoadStatistics:
-    """Return the fullest expert's load over the mean, the entropy of f over log E, and how many experts are unused."""
+    """Return the busiest expert's load over the mean, the entropy of f over log E, and the number of unused experts."""
     f_E = counts_E.double() / counts_E.sum()
     entropy = -(f_E * f_E.clamp_min(1e-300).log()).sum() / torch.tensor(float(len(f_E))).double().log()
     return LoadStatistics(
@@ -112,6 +112,6 @@ def load_statistics(counts_E: Tensor) -> LoadStatistics:
 
 
 def agreement(topk_TK: Tensor, base_topk_TK: Tensor, valid_T: Tensor) -> float:
-    """Return the mean share of the base router's k experts that the router chose too, over valid tokens."""
+    """Return the share of the base router's k experts that the router also chose, as a mean over valid tokens."""
     same_T = (topk_TK[:, :, None] == base_topk_TK[:, None, :]).any(-1).float().mean(-1)
     return float((same_T * valid_T).sum() / valid_T.sum())

@@ -1,4 +1,4 @@
-"""The router of one layer: a linear score per expert, frozen, adapted by LoRA or trained, in float32 on request."""
+"""The router of one layer: a linear score per expert, frozen, adapted by LoRA or trained; in float32 on request."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +14,7 @@ RouterMode = Literal["frozen", "lora", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
-    """How the router trains and in which precision it scores; r and alpha count in mode "lora" only."""
+    """How the router trains and in which precision it scores; r and alpha are used in mode "lora" only."""
 
     mode: RouterMode = "frozen"
     r: int = 8
@@ -23,17 +23,17 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         if self.mode not in ("frozen", "lora", "full"):
-            raise ValueError(f"moe.router.mode: {self.mode!r} is not one of frozen, lora, full")
+            raise ValueError(f"moe.router.mode must be one of frozen, lora, full, got {self.mode!r}")
         if self.mode == "lora" and self.r < 1:
-            raise ValueError(f"moe.router.r: {self.r} must be at least 1 in mode lora")
+            raise ValueError(f"moe.router.r must be at least 1 in mode lora, got {self.r}")
 
 
 class Router(nn.Module):
     """Scores tokens: logits_TE = x W^T, plus (alpha / r) (x A^T) B^T in mode "lora".
 
-    With `float32` the product is taken in float32 whatever the model's dtype; a frozen weight is then *held* in float32
-    too. A weight that trains is held in the engine's dtype beside its float32 master, as every other trained weight is.
-    While the router trains, `base_weight` keeps the choice it started from, for the agreement statistic.
+    With `float32` the product is computed in float32 whatever the model's dtype; a frozen weight is then *stored* in
+    float32 too. A trained weight is stored in the engine's dtype with a float32 master copy, like every other trained
+    weight. While the router trains, `base_weight` keeps the weight it started from, for the agreement statistic.
     """
 
     weight: Tensor
@@ -55,7 +55,7 @@ class Router(nn.Module):
         self.name = name
         self.options = options
         self.seed = seed
-        self.is_adapted = True  # False scores as the base does, for comparison
+        self.is_adapted = True  # False scores like the base, for comparison
         trained = options.mode == "full"
         weight_dtype = torch.float32 if options.float32 and not trained else dtype
         weight = torch.empty(num_experts, hidden, dtype=weight_dtype, device=device)
@@ -73,7 +73,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def init_lora(self, *, b_std: float = 0.0) -> None:
-        """Fill the factors from (seed, name), equal on every rank; B is zero unless b_std says otherwise (tests)."""
+        """Fill the factors from (seed, name), equal on every rank; B is zero unless b_std is set (in tests)."""
         if self.options.mode != "lora":
             return
         generator = generator_of(self.seed, self.name)
@@ -82,7 +82,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def keep_base(self) -> None:
-        """Remember the present weight as the base that agreement is measured against; call after loading."""
+        """Store the current weight as the base that agreement is measured against; call this after loading."""
         if self.base_weight is not None:
             self.base_weight.copy_(self.weight)
 
@@ -106,5 +106,5 @@ class Router(nn.Module):
             return logits_TE, base_TE.topk(top_k).indices
 
     def extra_repr(self) -> str:
-        """Say how it trains."""
+        """Describe the router and how it trains."""
         return f"{self.name}, {self.options}"

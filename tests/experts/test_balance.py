@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def step(rank: int, world: int, mode: str, recompute: str, micro_batches: int, z_coefficient: float = Z_COEFFICIENT):
-    """One step as an engine runs it: gradients summed over micro-batches, then their mean over the ranks."""
+    """Run one step as an engine does: sum gradients over micro-batches, then take their mean over the ranks."""
     model = Stack()
     balance = make_balance(mode, z_coefficient)
     step_tokens = sum(sum(valid[:micro_batches]) for valid in VALID[:world])
@@ -46,7 +46,7 @@ def step(rank: int, world: int, mode: str, recompute: str, micro_batches: int, z
 
 
 def reference(world: int, mode: str, micro_batches: int, z_coefficient: float = Z_COEFFICIENT):
-    """Gradients and values from the definition: all logits of all ranks in one graph, in float64."""
+    """Return gradients and values by the definition: all logits of all ranks in one graph, in float64."""
     model = Stack().double()
     step_tokens = sum(sum(valid[:micro_batches]) for valid in VALID[:world])
     loss = torch.zeros((), dtype=torch.float64)
@@ -108,7 +108,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("world", [1, 2])
-def test_gradients_and_values_are_those_of_the_global_definition(world, case):
+def test_gradients_and_values_match_the_global_definition(world, case):
     mode, _, micro_batches, z_coefficient = case
     gradients, load = results_of_rank_0(world)[CASES.index(case)]
     expected, balance, z, counts = cached_reference(world, mode, micro_batches, z_coefficient)
@@ -122,14 +122,14 @@ def test_gradients_and_values_are_those_of_the_global_definition(world, case):
 
 
 def test_the_terms_are_large_enough_to_be_missed():
-    """The control of the test above: each term moves the router's gradient by far more than its tolerance."""
+    """Check the test above: each term moves the router's gradient by far more than its tolerance."""
     with_all = reference(2, "global", 4)[0]["layers.1.router.weight"]
     for other in (reference(2, "off", 4), reference(2, "micro", 4), reference(2, "global", 4, 0.0)):
         assert relative_error(other[0]["layers.1.router.weight"], with_all) > 1e-2
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what reaches the process group."""
+    """Counts the calls that reach the process group."""
 
     count = 0
 
@@ -139,7 +139,7 @@ class Collectives(TorchDispatchMode):
 
 
 def count_collectives(rank: int, world: int):
-    """All-reduces of [forward, no_grad forward, backward] for each micro-batch, and of finish_step."""
+    """Count collectives of [forward, no_grad forward, backward] for each micro-batch, and of finish_step."""
     found = {}
     for mode, recompute in itertools.product(["off", "micro", "global"], ["none", "layer", "kept all"]):
         model, balance = Stack(), make_balance(mode)
@@ -161,7 +161,7 @@ def count_collectives(rank: int, world: int):
     return found
 
 
-def test_one_collective_a_layer_and_micro_batch_and_one_a_step():
+def test_one_collective_per_layer_and_micro_batch_and_one_per_step():
     for found in run_ranks(count_collectives, 2):
         for (mode, recompute), counts in found.items():
             forward = LAYERS if mode == "global" else 0
@@ -169,7 +169,7 @@ def test_one_collective_a_layer_and_micro_batch_and_one_a_step():
 
 
 def act_on_nothing(rank: int, world: int):
-    """Only rank 1 loses its gradient; both must hear of it, or one would wait for ever."""
+    """Lose the gradient on rank 1 only; both ranks must raise, or one would wait forever."""
     model, balance = Stack(), make_balance()
     balance.start_step(2 * TOKENS[1][0])
     balance.start_micro_batch(None)
@@ -180,5 +180,5 @@ def act_on_nothing(rank: int, world: int):
         balance.finish_step()
 
 
-def test_every_rank_hears_of_a_loss_that_does_not_act_on_one():
+def test_every_rank_raises_if_a_loss_does_not_act_on_one():
     run_ranks(act_on_nothing, 2)

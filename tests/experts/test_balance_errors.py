@@ -1,4 +1,4 @@
-"""What is refused: calls that could not be exact, losses that do not act, settings that cannot be meant."""
+"""Balance errors: calls whose result would not be exact, losses that do not act, settings that make no sense."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_reentrant_checkpointing_is_refused():
         output.sum().backward()
 
 
-def test_a_backward_after_the_next_micro_batch_began_is_refused_under_recompute():
+def test_with_recompute_a_backward_after_the_next_micro_batch_began_is_refused():
     balance = begun()
     output = Stack()(torch.randn(5, HIDDEN), balance, "layer")
     balance.start_micro_batch(None)
@@ -45,7 +45,7 @@ def test_calls_out_of_order_are_refused():
     balance = make_balance()
     with pytest.raises(ValueError, match="start_micro_batch outside of a step"):
         balance.start_micro_batch(None)
-    with pytest.raises(ValueError, match="finish_step without start_step"):
+    with pytest.raises(ValueError, match="finish_step was called without start_step"):
         balance.finish_step()
     balance.start_step(5)
     with pytest.raises(ValueError, match="before start_micro_batch"):
@@ -61,7 +61,7 @@ def test_a_mask_of_another_length_is_refused():
     balance = make_balance()
     balance.start_step(5)
     balance.start_micro_batch(torch.ones(2, 3))
-    with pytest.raises(ValueError, match="scored 5 tokens, but start_micro_batch was told which of 6"):
+    with pytest.raises(ValueError, match="scored 5 tokens, but the mask given to start_micro_batch has 6 entries"):
         route(balance, 0, torch.randn(5, EXPERTS, requires_grad=True))
 
 
@@ -69,7 +69,7 @@ def test_a_wrong_number_of_step_tokens_is_refused():
     balance = begun(step_tokens=8)
     for layer in range(LAYERS):
         route(balance, layer, torch.randn(5, EXPERTS, requires_grad=True)).sum().backward()
-    with pytest.raises(ValueError, match="Layer 0 routed 5 valid tokens in this step.*start_step was told 8"):
+    with pytest.raises(ValueError, match="Layer 0 routed 5 valid tokens in this step.*start_step was given 8"):
         balance.finish_step()
 
 
@@ -91,7 +91,7 @@ def test_a_frozen_router_with_nothing_before_it_is_refused():
 
 def test_a_frozen_first_router_with_nothing_before_it_is_no_error():
     balance = begun()
-    route(balance, 0, torch.randn(5, EXPERTS))  # the first adapter sits behind it
+    route(balance, 0, torch.randn(5, EXPERTS))  # the first adapter comes after it
     for layer in range(1, LAYERS):
         route(balance, layer, torch.randn(5, EXPERTS, requires_grad=True)).sum().backward()
     assert balance.finish_step().loss_balance > 0
@@ -113,7 +113,7 @@ def test_probabilities_that_are_not_finite_are_refused():
         logits_TE = torch.randn(5, EXPERTS)
         logits_TE[3] = float("nan") if layer == 2 else 0.0
         route(balance, layer, logits_TE.requires_grad_()).sum().backward()
-    with pytest.raises(ValueError, match="balance value of layer 2 is nan"):
+    with pytest.raises(ValueError, match="balance value of layer 2 must be a finite number above 0, got nan"):
         balance.finish_step()
 
 
@@ -143,7 +143,7 @@ def test_usual_settings_have_no_problem(moe):
     ],
     ids=str,
 )
-def test_settings_that_cannot_be_meant(moe, text):
+def test_settings_that_make_no_sense_are_errors(moe, text):
     (problem,) = moe_problems(**moe)
     assert text in str(problem)
     assert problem.level == "error"
@@ -161,7 +161,7 @@ def test_a_frozen_router_with_a_balance_or_z_loss_warns():
     assert "the router is frozen, so its gradient can only move the hidden states" in str(warnings[0])
 
 
-def test_off_may_be_written_bare_although_yaml_reads_it_as_false():
+def test_off_needs_no_quotes_although_yaml_reads_it_as_false():
     tree = TypedTree(RunConfig)
     tree.take({"moe": {"balance": "global"}}, "recipe")
     tree.take({"moe": {"balance": False}}, "command line")

@@ -1,4 +1,4 @@
-"""moe.dispatch: deepep, through DeepSpeed's transport and an interface double of the deep_ep package (see there)."""
+"""moe.dispatch: deepep, through DeepSpeed's transport and a stand-in for the package deep_ep (see gloo_deep_ep)."""
 
 import sys
 from typing import Any
@@ -42,7 +42,7 @@ def step(layer: ExpertParallelMoe, rank: int, recompute: bool) -> dict[str, Tens
 def both(rank: int, world: int) -> Any:
     start_distributed()
     wanted = step(layer_of("all_to_all"), rank, False)
-    # only the check at construction is told of a device; the layer's own barrier in front of the first buffer needs one
+    # only the check at construction sees a device; the layer's barrier before its first buffer would need a real one
     with (
         patch.dict(sys.modules, {"deep_ep": gloo_deep_ep}),
         patch("torch.cuda.is_available", return_value=True),

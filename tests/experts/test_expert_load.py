@@ -1,4 +1,4 @@
-"""Load statistics of known loads, and what observing them does not cost: no logits kept, no wait for the device."""
+"""Load statistics of known loads, and that observing them keeps no logits and never waits for the device."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def forced_logits(chosen: list[tuple[int, ...]], experts: int, strength: float =
     return logits_TE.requires_grad_()
 
 
-def test_collapse_on_other_experts_in_each_layer_is_seen():
+def test_a_collapse_on_different_experts_in_each_layer_shows():
     balance = make_balance(layers=4, experts=8, top_k=2)
     balance.start_step(6)
     balance.start_micro_batch(None)
@@ -32,7 +32,7 @@ def test_collapse_on_other_experts_in_each_layer_is_seen():
 def test_statistics_of_a_known_load():
     balance = make_balance("off", 0.0, layers=2, experts=4, top_k=2)
     balance.start_step(5)
-    even = [(0, 1), (2, 3), (0, 1), (2, 3), (0, 1), (1, 2)]  # the last one is padding
+    even = [(0, 1), (2, 3), (0, 1), (2, 3), (0, 1), (1, 2)]  # the last token is padding
     skewed = [(0, 1), (0, 1), (0, 2), (0, 1), (0, 1), (3, 2)]
     for rows in (slice(0, 2), slice(2, 6)):  # two micro-batches
         padded = torch.arange(6)[rows] < 5
@@ -50,7 +50,7 @@ def test_statistics_of_a_known_load():
     assert load.loss_z == pytest.approx(sum(load.z) / 2)
 
 
-def test_nothing_happens_outside_of_a_step_and_without_gradients():
+def test_nothing_happens_outside_a_step_or_without_gradients():
     balance = make_balance()
     logits_TE = torch.randn(5, EXPERTS, requires_grad=True)
     probs_TE = logits_TE.softmax(-1)
@@ -76,11 +76,11 @@ def test_the_second_step_starts_from_nothing():
             route(balance, layer, torch.eye(5, EXPERTS, requires_grad=True)).sum().backward()
         loads.append(balance.finish_step())
     assert loads[0] == loads[1]
-    assert (loads[0].agreement, loads[0].router_agreement) == (None, None)  # no base router was asked
+    assert (loads[0].agreement, loads[0].router_agreement) == (None, None)  # no base router was run
 
 
 def kept_bytes(balance: Balance, logits_TE: Tensor) -> int:
-    """Storage that autograd keeps for the call beyond the probabilities, which softmax keeps anyway."""
+    """Return the bytes that autograd keeps for the call beyond the probabilities, which softmax keeps anyway."""
     probs_TE = logits_TE.softmax(-1)
     topk_TK = probs_TE.topk(TOP_K).indices
     kept = {}
@@ -95,7 +95,7 @@ def kept_bytes(balance: Balance, logits_TE: Tensor) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("z_coefficient", "expected"), [(0.0, 0), (0.1, 40 * 4)])  # one float32 a token, with z only
+@pytest.mark.parametrize(("z_coefficient", "expected"), [(0.0, 0), (0.1, 40 * 4)])  # with z, one float32 per token
 def test_no_logits_are_kept(z_coefficient, expected):
     balance = make_balance("global", z_coefficient)
     balance.start_step(40)
@@ -119,7 +119,7 @@ def test_bfloat16_logits_get_bfloat16_gradients_of_the_right_size():
 
 
 def test_forward_and_backward_never_wait_for_the_device():
-    """The meta device has no values: whatever would read one raises."""
+    """Use the meta device, where reading a value raises."""
     balance = make_balance(device=torch.device("meta"))
     balance.start_step(100)
     for _ in range(2):

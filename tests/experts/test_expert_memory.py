@@ -1,4 +1,4 @@
-"""What grouped experts keep, allocate and compute again, and the room for the adapter inside frozen weights."""
+"""Memory of grouped experts: kept, allocated and recomputed tensors, and the room for the adapter in frozen weights."""
 
 import copy
 import weakref
@@ -31,11 +31,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from moe import projections, recompute
 from moe.experts import GroupedExperts
 
-# ---- what is kept, allocated and computed again
+# ---- tensors kept, allocated and computed again
 
 
 class Allocations(TorchDispatchMode):
-    """Counts bytes of new storages: the largest, and the most alive at a time."""
+    """Measures new storages in bytes: the largest one, and the most that are alive at a time."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Allocations(TorchDispatchMode):
 
 
 def kept_bytes(module: GroupedExperts, x: Tensor, counts: Tensor) -> int:
-    """Bytes that the graph holds on to, weights aside."""
+    """Return the bytes that the graph keeps alive, except weights."""
     weights = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
     seen: dict[int, int] = {}
 
@@ -79,7 +79,7 @@ def kept_bytes(module: GroupedExperts, x: Tensor, counts: Tensor) -> int:
     return sum(seen.values())
 
 
-def test_the_graph_keeps_what_it_must_and_no_more() -> None:
+def test_the_graph_keeps_no_more_than_it_needs() -> None:
     rows, offs = sum(COUNTS["mixed"]), 4 * L
     for (mode, resident), numbers in {
         ("frozen", True): 2 * F_,
@@ -126,7 +126,7 @@ def test_intermediates_of_chunks_do_not_grow_with_rows() -> None:
     assert peaks[0] == peaks[1] > 0
 
 
-def test_gradients_of_experts_without_rows_are_zero_whatever_the_kernel_left() -> None:
+def test_gradients_of_experts_without_rows_are_zero_whatever_the_kernel_wrote() -> None:
     grad = projections.clear_empty(torch.full((4, 3, 2), float("nan")), torch.tensor([0, 2, 2, 5], dtype=torch.int32))
     assert grad.isnan().flatten(1).all(1).tolist() == [False, True, False, True]
     assert not grad[::2].any()
@@ -170,7 +170,7 @@ def test_selective_recompute_repeats_no_wide_gemm() -> None:
             y.backward(grad)
         shapes = [shape for name, shape in seen.calls if "grouped_mm" in name and shape[0] == x.shape[0]]
         widths[mode] = sum(shape[1] > R_LORA for shape in shapes)
-    # backward itself: two frozen GEMMs and A of down; thin into wide: B of gate_up in the second pass
+    # backward itself has three: two frozen GEMMs and A of down; the second pass of selective adds B of gate_up
     assert widths == {"none": 3, "layer": 3 + 3, "selective": 3 + 1}
 
 
@@ -197,11 +197,11 @@ def test_weights_may_be_moved_copied_or_replaced() -> None:
         same(run(other, x, counts, grad), expected, 0)
         for key, weight in weights.items():
             assert torch.equal(getattr(other, key), weight)
-    assert (larger["gate_up"][:, 2 * F_ :] == 7).all(), "somebody else's memory was written"
+    assert (larger["gate_up"][:, 2 * F_ :] == 7).all(), "memory of another tensor was overwritten"
     assert (larger["down"][:, :, F_:] == 7).all()
 
 
-def test_a_changed_adapter_is_seen_by_the_next_call() -> None:
+def test_the_next_call_uses_a_changed_adapter() -> None:
     module = made()
     x, counts, grad = rows_for(module, COUNTS["mixed"])
     before = run(module, x, counts, grad)
@@ -214,12 +214,12 @@ def test_a_changed_adapter_is_seen_by_the_next_call() -> None:
 
 
 @pytest.mark.parametrize(("mode", "resident"), KINDS)
-def test_built_on_meta_and_filled_later(mode: str, resident: bool) -> None:
+def test_experts_may_be_built_on_meta_and_filled_later(mode: str, resident: bool) -> None:
     direct = made(mode, resident)
     late = made(mode, resident, device="meta")
     assert all(t.is_meta for t in [*late.parameters(), *late.buffers()])
     late.to_empty(device="cpu")
-    for key in ("gate_up", "down"):  # as a loader does: a new tensor in place of the one on meta
+    for key in ("gate_up", "down"):  # as a loader does: a new tensor instead of the one on meta
         filled = getattr(direct, key).detach().clone(memory_format=torch.contiguous_format)
         setattr(late, key, filled if resident else nn.Parameter(filled, requires_grad=mode == "full"))
         late.make_room()
@@ -227,7 +227,7 @@ def test_built_on_meta_and_filled_later(mode: str, resident: bool) -> None:
     settled = dict(late.named_buffers())
     arguments = rows_for(direct, COUNTS["gaps"])
     same(run(late, *arguments), run(direct, *arguments), 0)
-    assert all(getattr(late, name) is buffer for name, buffer in settled.items()), "forward made room once more"
+    assert all(getattr(late, name) is buffer for name, buffer in settled.items()), "forward made room again"
     names = {"gate_up", "down"} | (set(FACTORS) if mode == "lora" else set())
     assert set(late.state_dict()) == names
     frozen = {name for name, _ in late.named_buffers()}

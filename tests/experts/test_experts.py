@@ -1,4 +1,4 @@
-"""Grouped experts against the reference and against PEFT, their adapter's start values, and what they refuse."""
+"""Grouped experts against the reference and against PEFT, their adapter's start values, and their errors."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from moe.experts import ExpertLora, GroupedExperts, initial_lora
 @pytest.mark.parametrize("chunks", CHUNKED.values(), ids=CHUNKED.keys())
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize(("mode", "resident"), KINDS)
-def test_outputs_and_gradients_are_those_of_the_reference(
+def test_outputs_and_gradients_match_the_reference(
     mode: str, resident: bool, counts: list[int], chunks: dict[str, int]
 ) -> None:
     module = made(mode, resident, **chunks)
@@ -50,7 +50,7 @@ def test_bfloat16_stays_within_two_percent(mode: str, resident: bool, chunks: di
 @pytest.mark.parametrize("chunks", CHUNKED.values(), ids=CHUNKED.keys())
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize(("mode", "resident"), KINDS)
-def test_cuda_is_the_reference_too(mode: str, resident: bool, counts: list[int], chunks: dict[str, int]) -> None:
+def test_cuda_matches_the_reference_too(mode: str, resident: bool, counts: list[int], chunks: dict[str, int]) -> None:
     module = made(mode, resident, dtype=torch.bfloat16, **chunks).cuda()
     x, counts_L, grad = rows_for(module, counts)
     found = run(module, x, counts_L, grad)
@@ -62,7 +62,7 @@ def test_cuda_is_the_reference_too(mode: str, resident: bool, counts: list[int],
 def test_a_sum_as_loss_gives_gradients() -> None:
     module = made()
     x, counts, _ = rows_for(module, COUNTS["mixed"])
-    module(x, counts).sum().backward()  # its gradient is expanded, with stride 0
+    module(x, counts).sum().backward()  # the gradient of a sum is expanded, with stride 0
     found = {"x": x.grad.clone(), **{name: p.grad.clone() for name, p in module.named_parameters()}}
     same(found, {key: run(module, x, counts, torch.ones_like(x))[key] for key in found}, 1e-6)
 
@@ -88,7 +88,7 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
         same(run(module, *arguments), run(module, *arguments), 0)
 
 
-# ---- the adapter: start values, strength, dropout
+# ---- the adapter: start values, scale, dropout
 
 
 def test_start_values_do_not_depend_on_ep() -> None:
@@ -101,7 +101,7 @@ def test_start_values_do_not_depend_on_ep() -> None:
     assert len({tuple(value.flatten()[:4].tolist()) for value in values}) == len(values)
 
 
-def test_start_values_are_pefts_distribution_and_depend_on_seed_and_name() -> None:
+def test_start_values_have_pefts_distribution_and_depend_on_seed_and_name() -> None:
     shape = (64, 300)
     a = initial_lora("layers.0", "gate_up_lora_A", 3, shape, seed=1)
     peft = nn.init.kaiming_uniform_(torch.empty(8 * 64, 300), a=5**0.5)
@@ -127,13 +127,13 @@ def test_scale() -> None:
 
 
 @pytest.mark.parametrize("chunks", CHUNKED.values(), ids=CHUNKED.keys())
-def test_dropout_falls_on_the_input_of_a_only(chunks: dict[str, int]) -> None:
+def test_dropout_masks_only_the_input_of_a(chunks: dict[str, int]) -> None:
     dropout = 0.4
     module = made(lora=ExpertLora(r=R_LORA, alpha=6.0, dropout=dropout), **chunks)
     with torch.no_grad():
         module.down_lora_B.zero_()
     x, counts, grad = rows_for(module, [100, 0, 80, 0, 20])
-    x = (torch.eye(D)[3] * 1.5).repeat(200, 1).requires_grad_()  # one feature: it is dropped or it is scaled
+    x = (torch.eye(D)[3] * 1.5).repeat(200, 1).requires_grad_()  # one feature, which is either dropped or scaled
     off, on = copy.deepcopy(module), copy.deepcopy(module)
     off.lora, on.lora = (ExpertLora(r=R_LORA, alpha=alpha) for alpha in (0.0, 6.0 / (1 - dropout)))
     dropped, scaled = off(x, counts), on(x, counts)
@@ -151,7 +151,7 @@ def test_dropout_is_unbiased_in_bfloat16() -> None:
     with torch.no_grad():
         for tensor in (module.gate_up_lora_B, module.down, module.down_lora_A, module.down_lora_B):
             tensor.zero_()
-        for factor in (module.down_lora_A, module.down_lora_B):  # y is the scale times some features of h
+        for factor in (module.down_lora_A, module.down_lora_B):  # then y is the scale times some features of h
             factor.diagonal(dim1=1, dim2=2).fill_(1.0)
     x = torch.randn(4000, module.hidden, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     counts = torch.tensor([4000, *[0] * (len(module.local_experts) - 1)])
@@ -264,7 +264,7 @@ def test_parity_with_peft_through_a_whole_model() -> None:
     assert len(results[0]) == 2 + 2 * 4
 
 
-# ---- what is refused
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -276,12 +276,14 @@ def test_parity_with_peft_through_a_whole_model() -> None:
         (dict(hidden=26), "layers.0.mlp.experts: hidden size 26 cannot be used"),
         (dict(intermediate=22), "expert hidden size 22 cannot be used"),
         (dict(dtype=torch.float16), "experts compute in bfloat16 or float32, not torch.float16"),
-        (dict(lora=None), "mode 'lora' with lora=None"),
+        (dict(lora=None), "mode is 'lora' and lora=None"),
         (dict(mode="full", lora=ExpertLora(r=4, alpha=1.0)), "give LoRA options in mode 'lora', and only there"),
-        (dict(mode="half", lora=None), "mode 'half' is not one of frozen, lora, full"),
-        (dict(lora=ExpertLora(r=4, alpha=1.0, dropout=1.0)), r"LoRA dropout 1.0 is not in \[0, 1\)"),
+        (dict(mode="half", lora=None), "mode must be one of frozen, lora, full, got 'half'"),
+        (dict(lora=ExpertLora(r=4, alpha=1.0, dropout=1.0)), "dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
-def test_what_the_grouped_gemm_or_the_mode_cannot_take_is_refused(options: dict[str, Any], message: str) -> None:
+def test_options_that_the_grouped_gemm_or_the_mode_does_not_allow_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         made(**{"mode": "lora", **options})

@@ -1,4 +1,4 @@
-"""Host memory for what waits: few blocks, the same values, and memory that comes back."""
+"""Host memory for waiting tensors: few blocks, exact values, and reuse of memory."""
 
 import gc
 
@@ -30,9 +30,9 @@ def test_copies_share_blocks_and_keep_their_values_shapes_and_types() -> None:
         assert copy.back().data_ptr() != copy.values.data_ptr() or not tensor.numel()
 
 
-def test_a_block_is_written_again_when_none_of_its_copies_lives() -> None:
+def test_a_block_is_reused_when_none_of_its_copies_is_alive() -> None:
     memory = HostMemory(block_bytes=10 * KIB)
-    ones = torch.ones(KIB)  # 4 KiB: two in a block
+    ones = torch.ones(KIB)  # 4 KiB: two fit in a block
     first, second, third = (memory.copy(ones * n) for n in (1, 2, 3))
     assert _blocks(first, second) == 1
     assert _blocks(first, third) == 2
@@ -40,7 +40,7 @@ def test_a_block_is_written_again_when_none_of_its_copies_lives() -> None:
     del first
     gc.collect()
     fourth = memory.copy(ones * 4)
-    assert _blocks(third, fourth) == 1, "the second copy still lives in the first block"
+    assert _blocks(third, fourth) == 1, "the second copy still uses the first block"
     del second
     gc.collect()
     fifth = memory.copy(ones * 5)
@@ -48,7 +48,7 @@ def test_a_block_is_written_again_when_none_of_its_copies_lives() -> None:
     assert [copy.values[0].item() for copy in (third, fourth, fifth)] == [3, 4, 5]
 
 
-def test_what_is_larger_than_a_block_has_one_of_its_own() -> None:
+def test_a_tensor_larger_than_a_block_has_a_block_of_its_own() -> None:
     memory = HostMemory(block_bytes=4 * KIB)
     large = memory.copy(torch.arange(5000.0))
     small = memory.copy(torch.ones(8))

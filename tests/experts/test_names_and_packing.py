@@ -1,4 +1,4 @@
-"""Ownership, groups, orientations, names and PEFT's packing, each against the code they must agree with."""
+"""Ownership, groups, names and PEFT's packing, each against the code it must agree with."""
 
 import json
 from functools import partial
@@ -22,13 +22,13 @@ def test_every_expert_has_one_owner_and_blocks_are_contiguous(local: int, ep: in
     assert {len(block) for block in owned} == {local}
 
 
-@pytest.mark.parametrize("options", [{}, {"mp_size": 2, "mp_mode": "sp"}], ids=["plain", "beside sequence groups"])
+@pytest.mark.parametrize("options", [{}, {"mp_size": 2, "mp_mode": "sp"}], ids=["plain", "with sequence groups"])
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (4, 1), (4, 2), (4, 4), (12, 3), (16, 8)])
-def test_groups_are_those_the_engine_builds(monkeypatch, world: int, ep: int, options: dict[str, Any]) -> None:
+def test_groups_are_the_ones_that_the_engine_builds(monkeypatch, world: int, ep: int, options: dict[str, Any]) -> None:
     from deepspeed.utils import groups
 
     for rank in range(world):
-        # the engine's own arithmetic, without the processes: a group is its ranks
+        # the engine's own arithmetic without processes: a group is the list of its ranks
         answers = {"get_world_size": world, "get_rank": rank, "is_initialized": True}
         fake = SimpleNamespace(**{name: partial(int, value) for name, value in answers.items()}, new_group=list)
         monkeypatch.setattr(groups, "dist", fake)
@@ -39,8 +39,8 @@ def test_groups_are_those_the_engine_builds(monkeypatch, world: int, ep: int, op
         (experts,) = groups._EXPERT_PARALLEL_GROUP.values()
         (data,) = groups._EXPERT_DATA_PARALLEL_GROUP.values()
         first = rank // ep * ep
-        assert list(experts) == list(range(first, first + ep)), "neighbours, which exchange tokens"
-        assert list(data) == list(range(rank % ep, world, ep)), "equal places, which hold the same experts"
+        assert list(experts) == list(range(first, first + ep)), "neighbours exchange tokens"
+        assert list(data) == list(range(rank % ep, world, ep)), "ranks at equal places hold the same experts"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_groups_are_those_the_engine_builds(monkeypatch, world: int, ep: int, op
 )
 def test_ep_must_divide_ranks_and_experts(experts: int, world: int, ep: int, allowed: str) -> None:
     with pytest.raises(
-        ValueError, match=f"parallel.ep: {ep} must .* {world} ranks .* {experts} experts; one of {allowed} does"
+        ValueError, match=f"parallel.ep: {ep} must .* {world} ranks .* {experts} experts; use one of {allowed}"
     ):
         placement.check_ep(num_experts=experts, world_size=world, ep=ep)
 
@@ -64,7 +64,7 @@ OURS += ["gate.lora_A", "gate.lora_B"]
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_moe"])
-def test_names_are_those_of_transformers_and_peft(kind: str) -> None:
+def test_names_match_transformers_and_peft(kind: str) -> None:
     model = vl_model(experts=8) if kind == "qwen3_vl_moe" else text_model(num_experts=8)
     prefix = names.LAYERS[kind]
     blocks = [f"{prefix}{number}.mlp." for number in range(model.config.get_text_config().num_hidden_layers)]
@@ -82,15 +82,15 @@ def test_names_are_those_of_transformers_and_peft(kind: str) -> None:
     assert set(canonical) == base_keys | set(get_peft_model_state_dict(peft_model))
 
 
-def test_names_refuse_what_they_do_not_know() -> None:
+def test_unknown_names_are_refused() -> None:
     block = "model.language_model.layers.1.mlp."
     with pytest.raises(
-        ValueError, match="model type 'mixtral' has no experts known here; known: qwen3_vl_moe, qwen3_moe"
+        ValueError, match="model type 'mixtral' is not supported here; it must be one of qwen3_vl_moe, qwen3_moe"
     ):
         names.canonical_name("mixtral", "model.layers.0.mlp.experts.gate_up")
-    with pytest.raises(ValueError, match=r"a sparse block of qwen3_vl_moe has no tensor 'gate\.base_weight' here"):
+    with pytest.raises(ValueError, match=r"a sparse block of qwen3_vl_moe has no tensor 'gate\.base_weight'; it has"):
         names.canonical_name("qwen3_vl_moe", f"{block}gate.base_weight")
-    with pytest.raises(ValueError, match="adapter 'other', but 'default' is the one that is trained"):
+    with pytest.raises(ValueError, match="adapter 'other', but adapter 'default' is the one being trained"):
         names.canonical_name("qwen3_vl_moe", "model.language_model.layers.0.self_attn.q_proj.lora_A.other.weight")
 
 
@@ -123,7 +123,7 @@ def test_lora_of_another_number_of_experts_is_refused() -> None:
             packing.unpack_lora("layer", bad[0], bad[1], experts=bad[2])
 
 
-def test_no_torch_is_needed_for_plans() -> None:
+def test_placement_and_names_load_no_torch() -> None:
     import subprocess
     import sys
 

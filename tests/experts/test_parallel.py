@@ -1,4 +1,4 @@
-"""The expert-parallel layer in a real ZeRO-3 engine, against one process that computes every expert with autograd."""
+"""The expert-parallel layer in a real ZeRO-3 engine, against one process that computes all experts with autograd."""
 
 import functools
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from benchmarks.harness.collectives import Kind
 from moe.router import RouterOptions
 
-SKEWED = (9.0, 8.0) + (0.0,) * 10  # experts 0 and 1, both on the first rank of any group
+SKEWED = (9.0, 8.0) + (0.0,) * 10  # favours experts 0 and 1, both on the first rank of any group
 WIDE = {"experts": 264, "hidden": 400, "intermediate": 8, "top_k": 3}  # a router of 105,600 elements
 
 PARITY = {
     (1, "default"): Plan(ep=1, steps=5),
     (1, "selective"): Plan(ep=1, recompute="selective", accumulation=2),
-    (2, "one expert group a rank"): Plan(ep=1, steps=5),
+    (2, "one expert group per rank"): Plan(ep=1, steps=5),
     (2, "default"): Plan(ep=2, steps=5),
     (2, "partitioned"): Plan(ep=2, resident=False),
     (2, "four micro-batches"): Plan(ep=2, accumulation=4),
@@ -39,7 +39,7 @@ BF16 = Plan(ep=2, dtype="bfloat16", balance=False)
 
 @functools.cache
 def others() -> dict[str, Plan]:
-    """Plans that are compared with each other, or not to float32's last digits; all at (2, 2)."""
+    """Return the plans that are compared with each other or with a wider tolerance; all on 2 ranks with ep 2."""
     topk = tuple(reference_of(BF16).topk)
     gate = RouterOptions(mode="full", float32=True)
     return {
@@ -56,7 +56,7 @@ def others() -> dict[str, Plan]:
 
 @functools.cache
 def outcomes(world: int) -> dict[str, list[Outcome]]:
-    """One start of `world` ranks for all its plans."""
+    """Run all plans for `world` ranks in one start."""
     plans = {name: plan for (size, name), plan in PARITY.items() if size == world} | (others() if world == 2 else {})
     results = run_ranks(session, world, list(plans.values()))
     return {name: [result[i] for result in results] for i, name in enumerate(plans)}
@@ -66,7 +66,7 @@ _EXPECTED: dict[str, Outcome] = {}
 
 
 def reference_of(plan: Plan, world: int = 1) -> Outcome:
-    """What all rows on one process give; of the layout, only the micro-batches matter, and to the balance alone."""
+    """Return the outcome of all rows on one process; the layout matters only for micro-batches, and only to balance."""
     groups = plan.micro_rows(world) if plan.accumulation > 1 else []
     key = repr((plan.model, plan.bias, plan.router, plan.experts, plan.steps, plan.dtype, plan.balance, groups))
     if key not in _EXPECTED:
@@ -75,7 +75,7 @@ def reference_of(plan: Plan, world: int = 1) -> Outcome:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference over the largest value of the tensor."""
+    """Return the largest difference over the largest value of the tensor."""
     assert ours.shape == theirs.shape
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
@@ -95,7 +95,7 @@ def test_every_layout_computes_what_one_process_computes(world: int, name: str) 
     assert set(grads) == set(wanted.grads)
     for key, grad in wanted.grads.items():
         assert relative(grads[key], grad) < 1e-5, key
-        assert grad.abs().max() > 0, f"{key}: a gradient that is zero compares nothing"
+        assert grad.abs().max() > 0, f"{key}: comparing a zero gradient proves nothing"
     for outcome in found:
         assert outcome.norms == pytest.approx(wanted.norms, rel=1e-5)
         assert outcome.losses == pytest.approx(wanted.losses, rel=1e-5)
@@ -111,7 +111,7 @@ def test_forced_skew_sends_every_row_to_one_rank() -> None:
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16, float32 gate"])
-def test_bfloat16_stays_within_two_percent_under_the_same_routing(name: str) -> None:
+def test_bfloat16_stays_within_two_percent_with_the_same_routing(name: str) -> None:
     found, wanted = outcomes(2)[name], reference_of(BF16)
     pairs = {"logits": (logits_of(found), wanted.logits)}
     pairs |= {key: (grad.float(), wanted.grads[key]) for key, grad in whole(found, 2).items()}
@@ -123,18 +123,20 @@ def test_bfloat16_stays_within_two_percent_under_the_same_routing(name: str) -> 
 
 
 @pytest.mark.parametrize(("mode", "units"), [("none again", 4), ("layer", 6), ("selective", 4)])
-def test_recompute_changes_no_digit_and_selective_sends_no_row_twice(mode: str, units: int) -> None:
+def test_recompute_is_exact_and_selective_sends_no_row_twice(mode: str, units: int) -> None:
     none, found = outcomes(2)["default"], outcomes(2)[mode]
     for one, other in zip(none, found, strict=True):
         assert other.losses == one.losses
         assert other.norms == one.norms
         assert all(torch.equal(other.grads[key], one.grads[key]) for key in one.grads)
     sent = sum(count for o in found for kind, count in o.bytes.items() if _rows(kind))
-    payload = 8 * 24 * 2 * 48 * 4  # tokens, top-k, hidden, float32: all rows of one layer, once
+    payload = 8 * 24 * 2 * 48 * 4  # rows, tokens, top-k, hidden, float32: all routed rows of one layer, once
     assert sent == units * payload * 2
     for outcome in found:
         calls = {kind.dtype: n for kind, n in outcome.calls.items() if kind.collective == "all_to_all_single"}
-        assert calls == {"int64": 2, "float32": units * 2}, "one exchange of counts a layer, recompute or not"
+        assert calls == {"int64": 2, "float32": units * 2}, (
+            "one exchange of counts per layer, with or without recompute"
+        )
 
 
 def _rows(kind: Kind) -> bool:
@@ -143,11 +145,11 @@ def _rows(kind: Kind) -> bool:
 
 def test_memory_is_flat_over_fifty_steps() -> None:
     for outcome in outcomes(2)["fifty steps"]:
-        assert len(outcome.live) == 5, "the tensors alive, number and bytes, after every tenth step"
+        assert len(outcome.live) == 5, "number and bytes of the live tensors, after every tenth step"
         assert len(set(outcome.live)) == 1
 
 
 @pytest.mark.parametrize(("world", "name"), PARITY)
 def test_the_engines_fetch_trace_completes(world: int, name: str) -> None:
-    """Until it does, weights that are meant to stay are gathered in every micro-batch, and ranks may drift apart."""
+    """Until it is complete, persistent weights are gathered in every micro-batch, and ranks may drift apart."""
     assert all(outcome.trace_complete for outcome in outcomes(world)[name])

@@ -1,4 +1,4 @@
-"""Recomputed regions: gradients are those of torch's checkpoint to the bit; little is kept between the passes."""
+"""Recomputed regions: gradients equal those of torch's checkpoint bit for bit; little is kept between the passes."""
 
 import weakref
 from functools import partial
@@ -16,22 +16,22 @@ OURS = partial(checkpointed, context_fn=contexts("layer"), draws=False)
 def _gradients(around, module: nn.Module, x):
     torch.manual_seed(5)
     y = around(module, x)
-    torch.rand(7)  # what is drawn in between is none of the region's
+    torch.rand(7)  # numbers drawn in between do not belong to the region
     return [y.detach(), *torch.autograd.grad(y.square().sum(), list(module.parameters())), torch.rand(3)]
 
 
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("drops", [0.0, 0.4])
-def test_a_region_gives_what_torchs_checkpoint_does(needs: bool, drops: float) -> None:
+def test_a_region_computes_the_same_as_torchs_checkpoint(needs: bool, drops: float) -> None:
     torch.manual_seed(2)
     module = nn.Sequential(nn.Linear(6, 9), nn.Dropout(drops), nn.GELU(), nn.Linear(9, 5), nn.Dropout(drops), nn.Tanh())
-    x = torch.randn(4, 6, requires_grad=needs)  # the first layer's input needs no gradient, and its weights train
+    x = torch.randn(4, 6, requires_grad=needs)  # without: the first layer's weights train, but its input does not
     theirs = _gradients(partial(checkpoint, use_reentrant=False), module, x)
     for mine, other in zip(_gradients(partial(OURS, draws=drops > 0), module, x), theirs, strict=True):
         assert torch.equal(mine, other)
 
 
-def test_a_region_may_hold_another_and_keeps_nothing_but_its_input() -> None:
+def test_a_region_may_contain_another_and_keeps_only_its_input() -> None:
     weight, saved = torch.randn(5, 5, requires_grad=True), []
 
     def inner(x):
@@ -50,14 +50,14 @@ def test_a_region_may_hold_another_and_keeps_nothing_but_its_input() -> None:
     del saved[:]
     for mine, theirs in zip(gradients(partial(OURS, outer)), plain, strict=True):
         assert torch.equal(mine, theirs)
-    assert [tuple(tensor.shape) for tensor in saved] == [(2, 5)], "what enters the region"
+    assert [tuple(tensor.shape) for tensor in saved] == [(2, 5)], "the input of the region"
 
 
-def test_the_second_pass_ends_where_all_is_there_again() -> None:
+def test_the_second_pass_ends_once_all_tensors_are_restored() -> None:
     passes, activations = [], []
 
     def run(x):
-        y = kept("topk", lambda: passes.append("choice") or x.detach().argmax())  # what a mode keeps is made once
+        y = kept("topk", lambda: passes.append("choice") or x.detach().argmax())  # a kept result is computed once
         passes.append("first")
         x = x.exp()
         activations.append(weakref.ref(x))
@@ -66,14 +66,14 @@ def test_the_second_pass_ends_where_all_is_there_again() -> None:
         return x * 2
 
     out = OURS(run, torch.arange(4.0).requires_grad_())
-    assert activations[0]() is None, "exp saves its result, and the region does not"
+    assert activations[0]() is None, "exp saves its result, but the region does not keep it"
     out.sum().backward()
     assert passes == ["choice", "first", "second", "first"]
 
 
-def test_a_second_pass_that_computes_otherwise_is_noticed() -> None:
+def test_a_second_pass_that_differs_is_noticed() -> None:
     factors = iter((torch.ones(3), torch.ones(1)))
     x = torch.ones(3, requires_grad=True)
     y = OURS(lambda x: x * next(factors), x)
-    with pytest.raises(AssertionError, match="the second pass is not like the first"):
+    with pytest.raises(AssertionError, match="the second pass differs from the first"):
         y.sum().backward()

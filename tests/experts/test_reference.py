@@ -57,7 +57,7 @@ def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize(("kind", "normalise"), [("qwen3_vl_moe", True), ("qwen3_moe", True), ("qwen3_moe", False)])
-def test_block_is_that_of_transformers(kind: str, normalise: bool, with_lora: bool) -> None:
+def test_block_computes_the_same_as_transformers(kind: str, normalise: bool, with_lora: bool) -> None:
     theirs = block_of(kind, normalise=normalise)
     generator = torch.Generator().manual_seed(5)
     x, grad = torch.randn(1, T, D, generator=generator), torch.randn(1, T, D, generator=generator)
@@ -98,7 +98,7 @@ def test_rows_sorted_by_expert_give_the_same_as_the_block() -> None:
     close(rows[order.argsort()], reference.block(x, routing, gate_up, down, factors))
 
 
-def test_balance_loss_is_transformers_divided_by_k() -> None:
+def test_balance_loss_is_that_of_transformers_divided_by_k() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2 * T, E, generator=generator).requires_grad_()
     mask = torch.ones(2, T, dtype=torch.long)

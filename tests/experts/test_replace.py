@@ -1,4 +1,4 @@
-"""Replacing a model's sparse blocks, on one rank: the same function, exactly the expected blocks, errors by name."""
+"""Replacing a model's sparse blocks on one rank: the same function, exactly the expected blocks, clear errors."""
 
 import copy
 import re
@@ -47,7 +47,7 @@ def test_a_replaced_text_model_is_the_same_function(config: dict[str, Any]) -> N
         torch.testing.assert_close(ours(ids).logits, model(ids).logits)
 
 
-def test_bfloat16_scores_are_cast_as_transformers_casts_them() -> None:
+def test_bfloat16_scores_are_cast_as_in_transformers() -> None:
     model = vl_model().bfloat16()
     block = model.model.language_model.layers[0].mlp
     ours = replaced(model).model.language_model.layers[0].mlp
@@ -71,14 +71,14 @@ def test_on_meta_only_shapes_are_made() -> None:
     layers = replace_moe_blocks(model, ep_size=1, options=LayerOptions(experts="lora", lora=LORA))
     assert [layer.name for layer in layers] == VL_LAYERS
     assert describe(layers) == (
-        "2 sparse blocks: 12 experts, 12 a rank (ep 1), lora r 8, router frozen, frozen weights resident, "
+        "2 sparse blocks: 12 experts, 12 per rank (ep 1), lora r 8, router frozen, frozen weights resident, "
         "rows by all_to_all, grouped_mm"
     )
     assert all(tensor.is_meta for layer in layers for tensor in [*layer.parameters(), *layer.buffers()])
     assert [tuple(p.shape) for p in layers[0].parameters()] == [(12, 8, 48), (12, 80, 8), (12, 8, 40), (12, 48, 8)]
 
 
-def test_no_token_at_all_is_no_special_case() -> None:
+def test_a_layer_works_without_any_token() -> None:
     layer = replaced(vl_model(), experts="lora", lora=LORA, router=RouterOptions(mode="full")).model.language_model
     layer = layer.layers[0].mlp
     x = torch.empty(0, 48, requires_grad=True)
@@ -117,19 +117,19 @@ def dense() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Other, "model type 'Other' has no expert-parallel layer here; known: qwen3_moe, qwen3_vl_moe. A model with"),
-        (dense, "model type 'qwen3' has no expert-parallel layer here; known: qwen3_moe, qwen3_vl_moe"),
+        (Other, "model type 'Other' has no expert-parallel layer here; it must be one of qwen3_moe, qwen3_vl_moe. A "),
+        (dense, "model type 'qwen3' has no expert-parallel layer here; it must be one of qwen3_moe, qwen3_vl_moe"),
         (
             lambda: broken(decoder_sparse_step=2),
             "has 1 sparse blocks (model.layers.1.mlp), but 3 were found (model.layers.0.mlp, model.layers.1.mlp,",
         ),
         (lambda: broken(num_hidden_layers=5), "has 5 sparse blocks (model.layers.0.mlp, model.layers.1.mlp, ..., "),
         (lambda: broken(num_experts=0), "has 0 sparse blocks (none), but 3 were found"),
-        (twice, "model.layers.1.mlp, model.layers.2.mlp), but 0 were found (none), 3 are replaced already"),
+        (twice, "model.layers.1.mlp, model.layers.2.mlp), but 0 were found (none), and 3 are already replaced"),
         (lambda: broken(hidden_act="gelu"), "experts compute SwiGLU, but the config's hidden_act is 'gelu'"),
     ],
 )
-def test_a_model_that_is_not_as_expected_is_refused(make: Any, message: str) -> None:
+def test_a_model_other_than_expected_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         replace_moe_blocks(make(), ep_size=1, options=LayerOptions())
 
@@ -138,29 +138,29 @@ def test_a_model_that_is_not_as_expected_is_refused(make: Any, message: str) -> 
     ("ep", "options", "message"),
     [
         (5, {}, "parallel.ep: 5 must divide both the 1 ranks and the 12 experts"),
-        (1, {"dispatch": "pigeon"}, "moe.dispatch: 'pigeon' is not one of all_to_all, deepep"),
+        (1, {"dispatch": "pigeon"}, "moe.dispatch must be one of all_to_all, deepep, got 'pigeon'"),
         (
             1,
             {"dispatch": "deepep"},
             "moe.dispatch: deepep cannot be used: the package deep_ep is not installed; no CUDA device is visible; "
-            "parallel.ep is 1, so there is nothing to exchange; the model is float32, DeepEP moves bfloat16 only; "
-            "the most tokens of a micro-batch are not known",
+            "parallel.ep is 1, so there is nothing to exchange; the model is float32, but DeepEP moves bfloat16 only; "
+            "the largest number of tokens in a micro-batch is not known",
         ),
     ],
 )
-def test_options_that_cannot_be_are_refused(ep: int, options: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_refused(ep: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         replace_moe_blocks(text_model(), ep_size=ep, options=LayerOptions(**options))
 
 
 def test_router_options_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"moe\.router\.mode: 'some' is not one of frozen, lora, full"):
+    with pytest.raises(ValueError, match=r"moe\.router\.mode must be one of frozen, lora, full, got 'some'"):
         RouterOptions(mode="some")  # type: ignore[arg-type]  # what a user may write
-    with pytest.raises(ValueError, match=r"moe\.router\.r: 0 must be at least 1 in mode lora"):
+    with pytest.raises(ValueError, match=r"moe\.router\.r must be at least 1 in mode lora, got 0"):
         RouterOptions(mode="lora", r=0)
 
 
-def test_recompute_is_switched_in_layers_but_not_in_a_frozen_tower() -> None:
+def test_recompute_is_set_in_layers_but_not_in_a_frozen_tower() -> None:
     model = replaced(vl_model())
     layers = [model.model.language_model.layers[0], model.model.visual.blocks[0]]
     set_recompute(model, "layer")
@@ -173,7 +173,7 @@ def test_recompute_is_switched_in_layers_but_not_in_a_frozen_tower() -> None:
     assert [layer.gradient_checkpointing for layer in layers] == [False, False]
 
 
-def test_recompute_modes_that_cannot_be_are_refused() -> None:
+def test_impossible_recompute_modes_are_refused() -> None:
     model = replaced(vl_model())
     with pytest.raises(ValueError, match=r"parallel\.recompute: 'all' is not one of none, layer, selective"):
         set_recompute(model, "all")  # type: ignore[arg-type]  # what a user may write
@@ -183,7 +183,7 @@ def test_recompute_modes_that_cannot_be_are_refused() -> None:
         set_recompute(model, "selective")
 
 
-def test_resident_weights_are_buffers_with_the_same_names_and_the_model_the_same_function() -> None:
+def test_resident_weights_become_buffers_and_names_and_function_stay_the_same() -> None:
     model, data = vl_model().eval(), rows_of(batch(), slice(None))
     model.requires_grad_(False)
     model.model.language_model.norm.weight.requires_grad_(True)
@@ -211,7 +211,7 @@ def test_tied_weights_stay_tied_when_resident() -> None:
     ("choice", "needed", "resident"),
     [("auto", 95, True), ("auto", 96, False), ("frozen", 1000, True), ("none", 1, False)],
 )
-def test_resident_is_chosen_by_what_fits(choice: Any, needed: int, resident: bool) -> None:
+def test_resident_is_chosen_if_the_weights_fit(choice: Any, needed: int, resident: bool) -> None:
     chosen = choose_resident(choice, needed_bytes=lambda: needed * 10**9, room_bytes=100 * 10**9)
     assert chosen.resident is resident
     assert choice in chosen.reason

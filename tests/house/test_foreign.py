@@ -156,8 +156,8 @@ def test_another_distribution_s_package_is_named_with_its_owner(way, start, here
     foreign = _site(folder) / "data" / "__init__.py"
     loader, ours = foreign.with_name("loader.py"), ROOT / "data"
     said = {
-        "wheel": f"{loader} (of toolbox 1.0) is in moetune's package `data` and is not moetune's: ",
-        "editable": f"Python imports `data` from {foreign} (of toolbox 1.0) in place of moetune's in {ours}: ",
+        "wheel": f"{loader} (of toolbox 1.0) is in moetune's package `data` but does not belong to moetune: ",
+        "editable": f"Python imports `data` from {foreign} (of toolbox 1.0) instead of moetune's from {ours}: ",
     }
     _refused(_run(folder, start, tmp_path / "place"), f"{said[way]}install moetune into an environment of its own")
 
@@ -179,21 +179,21 @@ def test_any_of_our_packages_may_be_the_one(way, foreign, start, here, tmp_path)
     _refused(done, str(_site(folder) / path), "(of toolbox 1.0)", "install moetune into an environment of its own")
 
 
-def test_a_module_that_no_distribution_brought_is_to_be_taken_away(here, tmp_path) -> None:
+def test_a_module_that_no_distribution_installed_must_be_removed(here, tmp_path) -> None:
     folder = here("wheel", {})
     (_site(folder) / "moe" / "mine.py").write_text("")
-    said = f"{_site(folder)}/moe/mine.py is in moetune's package `moe` and is not moetune's: take it away"
+    said = f"{_site(folder)}/moe/mine.py is in moetune's package `moe` but does not belong to moetune: remove it"
     _refused(_run(folder, CONSOLE, tmp_path / "place"), said)
 
 
-def test_a_package_that_went_with_another_one_is_missed(here, tmp_path) -> None:
+def test_a_package_removed_together_with_another_distribution_is_reported(here, tmp_path) -> None:
     folder = here("wheel", {})
     gone = _site(folder) / "data" / "__init__.py"
     gone.unlink()
     _refused(_run(folder, CONSOLE, tmp_path / "place"), f"{gone} is missing: install moetune again")
 
 
-def test_a_folder_where_the_user_stands_is_foreign_only_to_who_looks_there(here, tmp_path) -> None:
+def test_a_package_in_the_current_folder_matters_only_to_starts_that_look_there(here, tmp_path) -> None:
     folder, place = here("editable", {}), tmp_path / "place"
     (place / "data").mkdir(parents=True)
     assert _run(folder, CLI, place).returncode == 0  # no package: Python goes on to ours
@@ -202,19 +202,19 @@ def test_a_folder_where_the_user_stands_is_foreign_only_to_who_looks_there(here,
     for start in (CLI, TRAIN):
         _refused(_run(folder, start, place), f"from {place}/data/__init__.py", ": set PYTHONSAFEPATH=1, or start from")
     assert _run(folder, CLI, place, PYTHONSAFEPATH="1").returncode == 0
-    _refused(_run(folder, CONSOLE, tmp_path, PYTHONPATH=str(place)), f": take {place} out of PYTHONPATH")
+    _refused(_run(folder, CONSOLE, tmp_path, PYTHONPATH=str(place)), f": remove {place} from PYTHONPATH")
     shutil.rmtree(place / "data")
     (place / "moe.py").write_text("")
     _refused(
         _run(folder, TRAIN, place), f"Python imports `moe` from {place}/moe.py", ": set PYTHONSAFEPATH=1, or start"
     )
-    (_site(folder) / "a.pth").write_text(str(place))  # as another clone's editable install
+    (_site(folder) / "a.pth").write_text(str(place))  # like another clone's editable install
     _refused(
-        _run(folder, CONSOLE, tmp_path), f"from {place}/moe.py in place of", f": take {place} off Python's path, or"
+        _run(folder, CONSOLE, tmp_path), f"from {place}/moe.py instead of", f": remove {place} from Python's path, or"
     )
 
 
-def test_who_imports_it_gets_an_import_error(here, tmp_path) -> None:
+def test_an_import_raises_an_import_error(here, tmp_path) -> None:
     folder = here("editable", TOOLBOX)
     done = _run(folder, ["-c", "import finetune"], tmp_path / "place")
     assert done.returncode == 1
@@ -273,8 +273,8 @@ def test_what_every_start_runs_first_compiles_on_an_old_python() -> None:
 
 
 @pytest.mark.parametrize("module", ["launchers.cli", "finetune.train"])
-def test_an_old_python_is_told_which_is_wanted(module: str) -> None:
-    """By this Python, which says that it is an older one; that an older one reads the first files is tested above."""
+def test_an_old_python_is_refused_with_the_version_that_is_needed(module: str) -> None:
+    """Use this Python with a changed version_info; the test above covers that an older one can read the first files."""
     script = f"import runpy, sys; sys.version_info = (3, 10, 13); sys.argv = ['-m']; runpy.run_module({module!r})"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
-    _refused(done, "is Python 3.10.13, and moetune needs Python 3.11 or newer: python3.11 -m venv .venv && ")
+    _refused(done, "is Python 3.10.13, but moetune needs Python 3.11 or newer: python3.11 -m venv .venv && ")
