@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import os
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path

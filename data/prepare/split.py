@@ -15,8 +15,8 @@ from typing import Any
 from data.format.media import Place
 from data.format.record import Record, record_to_json
 from data.format.tar import TarWriter
-from data.prepare.build import CLAIM, key_of_row, stamp_of_rows
-from data.prepare.convert import read_rows
+from data.prepare.build import CLAIM, key_of_row
+from data.prepare.convert import read_rows, stamp_of_rows
 from data.prepare.rows import text_of
 from data.shards.bytes import Places
 from data.shards.reader import SampleReader
