@@ -9,9 +9,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import yaml
+from omegaconf import OmegaConf
 
 from finetune.planner.fit import fitting
 from finetune.planner.gpus import cluster
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 def pages(root: Path) -> dict[Path, str]:
     """Return the text that each page should have."""
-    status = yaml.safe_load((root / "docs" / "status.yaml").read_text())
+    status = read_status(root)
     readme = (root / "README.md").read_text()
     for name, lines in (
         ("status", status_box(status["status"])),
@@ -56,6 +56,11 @@ def pages(root: Path) -> dict[Path, str]:
         readme = filled(readme, name, lines)
     index = (root / "docs" / "index.md").read_text()
     return {root / "README.md": readme, root / "llms.txt": llms_text(index)}
+
+
+def read_status(root: Path) -> dict[str, Any]:
+    """Return the content of docs/status.yaml."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(root / "docs" / "status.yaml")))
 
 
 def filled(page: str, name: str, lines: Sequence[str]) -> str:

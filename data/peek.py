@@ -98,7 +98,8 @@ def _require_media(record: Record, folder: Path, places: Places) -> None:
 
 
 def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
-    refused, looked_at, counted = list[str](), 0, 0
+    refused = list[str]()
+    looked_at, counted = 0, 0
     for shard, sample in islice(_samples(shards), max(enough, LOOKED_AT)):
         counted += 1
         if looked_at < LOOKED_AT:

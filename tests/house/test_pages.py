@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from places import ROOT
 
 from benchmarks import pages
@@ -21,18 +20,14 @@ def _block(name: str) -> list[str]:
     return block.splitlines()
 
 
-def _status() -> dict:
-    return yaml.safe_load((ROOT / "docs" / "status.yaml").read_text())
-
-
 def test_readme_has_the_status_and_the_features_of_the_status_file() -> None:
-    status = _status()
+    status = pages.read_status(ROOT)
     assert _block("status") == pages.status_box(status["status"])
     assert _block("features") == pages.feature_table(status["peers"], status["features"])
 
 
 def test_readme_has_the_gpus_that_the_planner_finds_for_one_model() -> None:
-    table = {**_status()["gpus"], "models": ["qwen3-vl-30b-a3b"]}
+    table = {**pages.read_status(ROOT)["gpus"], "models": ["qwen3-vl-30b-a3b"]}
     rows = pages.gpu_table(**table)
     assert len(rows) == 2 + len(table["kinds"])
     assert set(rows) <= set(_block("gpus"))
@@ -40,7 +35,7 @@ def test_readme_has_the_gpus_that_the_planner_finds_for_one_model() -> None:
 
 @pytest.mark.slow
 def test_readme_has_the_gpus_that_the_planner_finds() -> None:
-    assert _block("gpus") == pages.gpu_table(**_status()["gpus"])
+    assert _block("gpus") == pages.gpu_table(**pages.read_status(ROOT)["gpus"])
 
 
 def test_llms_txt_lists_the_pages_of_the_index() -> None:

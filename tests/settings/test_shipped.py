@@ -9,6 +9,7 @@ from finetune.planner.gpus import cluster
 from finetune.planner.plan import plan
 from finetune.settings.checks import base_family, cross_check
 from finetune.settings.recipes import find_recipe, load_recipe, recipe_names
+from finetune.settings.schema import editor_line, schema_file
 from finetune.settings.shipped import Shipped, shipped_recipes
 from launchers.cli import main
 
@@ -46,7 +47,9 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert re.match("documents +8 x h100-80gb +Documents, forms, tables", lines[IDS.index("documents")])
     assert " 16 x h100-80gb  " in lines[IDS.index("qwen3-vl-30b-a3b-full")]
     assert main(["recipes", "documents"]) == 0
-    assert capsys.readouterr().out == find_recipe("documents").read_text()
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == editor_line(str(schema_file())), "a copy in any folder finds the schema"
+    assert rest == find_recipe("documents").read_text().splitlines()[1:]
     assert main(["recipes", "document"]) == 2
     assert "'document' is not a shipped recipe. Shipped: documents, " in capsys.readouterr().err
 
