@@ -23,11 +23,11 @@ def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") ->
     """
 
     def find(name: str, path: str) -> Sequence[Path]:
+        key = f"{section}.sources.{name}.path"
         if not path.endswith((".jsonl", ".json")):
-            return find_shards(path, f"{section}.sources.{name}.path")
+            return find_shards(path, key)
         cache, limit = _cache(config), config.max_bad_samples
-        places = places_of(config)
-        return shards_of_rows(Path(path), name, cache_dir=cache, jobs=jobs, limit=limit, section=section, places=places)
+        return shards_of_rows(Path(path), key, cache_dir=cache, jobs=jobs, limit=limit, places=places_of(config))
 
     return {name: find(name, source.path) for name, source in config.sources.items()}
 

@@ -98,7 +98,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     command = commands.add_parser(
         name,
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
+        description=f"{summary[0].upper()}{summary[1:]}{'' if summary.endswith('?') else '.'}",
         epilog="\n".join([f"example:\n{module.EXAMPLE}", *(["", *own] if own else [])]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

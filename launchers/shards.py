@@ -71,7 +71,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--tokens-per-pack", type=positive, metavar="N", help="report longer samples; needs --base")
     check.add_argument("--fast", action="store_true", help="read only the headers of media, no pixels")
     check.add_argument("--all", action="store_true", help="print every finding, not a few samples of each kind")
-    show = action("show", "print a sample with its supervised part marked", "a shard")
+    show = action("show", "print a sample with its supervised part marked")
     show.add_argument("--key", help="key or id of the sample (default: the shard's first)")
     show.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model")
     show.add_argument("--sheet", type=Path, metavar="PNG", help="write images, boxes and frames as the model sees them")
@@ -264,13 +264,9 @@ def _show(args: argparse.Namespace) -> int:
     from data.prepare.show import contact_sheet, marked_text, sample_tiles
     from data.shards.reader import SampleReader
 
-    shard = _shards(args)[0]
     reader = SampleReader(cache_dir=args.cache_dir, places=media_places(args))
+    shard, number = _find_sample(args.key, _shards(args), reader)
     index = reader.index(shard)
-    if not len(index):
-        raise ValueError(f"shard {shard} holds no sample")
-    key = args.key if args.key is not None else index.keys[0]
-    number = _number_of(key, shard, reader)
     record, members = reader.sample(shard, number)
     key = index.keys[number]
     sample = _renderer(args.base).build(record, *reader.media(record, members, shard.parent), key=key)
@@ -286,18 +282,24 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _number_of(word: str, shard: Path, reader: "SampleReader") -> int:
-    """Return the number of the sample with this key, or else of the one with this id."""
-    index = reader.index(shard)
-    if word in index.keys:
-        return index.keys.index(word)
-    for number in range(len(index)):
-        if number not in index.problems and reader.record(shard, number).id == word:
-            return number
-    raise ValueError(
-        f"shard {shard} has no sample with the key or id {word!r}; its keys run from {index.keys[0]!r} to "
-        f"{index.keys[-1]!r}"
-    )
+def _find_sample(word: str | None, shards: "Sequence[Path]", reader: "SampleReader") -> tuple[Path, int]:
+    """Return the shard and number of the sample with this key, else of that with this id; without a word, the first."""
+    from finetune.ranks.log import listed
+
+    if word is None:
+        if not len(reader.index(shards[0])):
+            raise ValueError(f"shard {shards[0]} holds no sample")
+        return shards[0], 0
+    for shard in shards:
+        if word in (keys := reader.index(shard).keys):
+            return shard, keys.index(word)
+    for shard in shards:
+        index = reader.index(shard)
+        for number in range(len(index)):
+            if number not in index.problems and reader.record(shard, number).id == word:
+                return shard, number
+    keys = reader.index(shards[0]).keys or ("no key",)
+    raise ValueError(f"no sample has the key or id {word!r}; {shards[0]} has {listed(keys, SHOWN)}")
 
 
 def _stats(args: argparse.Namespace) -> int:
@@ -321,6 +323,7 @@ def _stats(args: argparse.Namespace) -> int:
     ]
     for histogram in stats.histograms:
         lines += _bars(histogram) if histogram.total else []
+    lines.append("")
     lines.append(
         f"above {count_of(stats.context, 'token')}: {stats.above_context:.2%} of samples, "
         f"{stats.tokens_above_context:.2%} of tokens"
@@ -335,7 +338,7 @@ def _bars(histogram: "Histogram") -> list[str]:
     most = max(histogram.counts)
     for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=False):
         lines.append(f"{low:>10g} to {high:<10g} {count:>9} {'#' * round(40 * count / most)}")
-    return [*lines, ""]
+    return lines
 
 
 def _figure(value: float) -> str:

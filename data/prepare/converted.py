@@ -25,21 +25,21 @@ log = logging.getLogger(__name__)
 
 def shards_of_rows(
     source: Path,
-    name: str,
+    key: str,
     *,
     cache_dir: Path | None,
     jobs: int,
-    limit: int,
-    section: str = "data",
+    limit: int | None = None,
     places: Places | None = None,
 ) -> list[Path]:
-    """Return the shards of a JSONL or JSON file, which is converted the first time. ValueError above `limit` rejects.
+    """Return the shards of a JSONL or JSON file, which is converted the first time; errors say that `key` names it.
 
-    They lie beside the file, or in the cache folder, under a name made from the file's content: a changed file is
-    converted again, and copies of its earlier versions go when no process reads them any more.
+    `limit` is data.max_bad_samples; without it, no row may be refused. The shards lie beside the file, or in the cache
+    folder, under a name made from the file's content: a changed file is converted again, and copies of its earlier
+    versions go when no process reads them any more.
     """
     if not source.is_file():
-        raise ValueError(f"{section}.sources.{name}.path is {str(source)!r}, which does not exist")
+        raise ValueError(f"{key} is {str(source)!r}, which does not exist")
     places = places or Places()
     place = folder_of_shards(source, cache_dir, places)
     with building(place, waits=True):
@@ -53,10 +53,12 @@ def shards_of_rows(
         with Progress(f"converting {source.name}", count_rows(source)) if is_new else nullcontext() as shown:
             report = build_held(source, place, options, jobs=jobs, progress=shown)
         _register_reader(place)
-    if report.rejected > limit:
+    if report.rejected > (limit or 0):
+        rows = count_of(report.written + report.rejected, "row")
+        bound = "" if limit is None else f", and data.max_bad_samples is {limit}"
         raise ValueError(
-            f"{section}.sources.{name}.path: {report.rejected} of {count_of(report.written + report.rejected, 'row')} "
-            f"of {source} were refused, data.max_bad_samples={limit}; the reasons are in {place / REJECTS}"
+            f"{key}: refused {report.rejected} of {rows} of {source}{bound}; the reasons are in {place / REJECTS}. "
+            f"Correct these rows, or build shards of the others: moetune shards build {source} --out DIR"
         )
     if report.rejected:
         refused = count_of(report.rejected, "row")

@@ -138,8 +138,19 @@ def column_of_rows(folder: Path, column: str) -> dict[str, str]:
             f"--by is {column!r}, which is read from {source}, and that file is gone or has changed since the build. "
             f"Build the shards again, with --group {column} to keep the column in them"
         )
-    rows = ((number, row) for number, row in read_rows(source) if isinstance(row, Mapping))
-    return {key_of_row(number): value for number, row in rows if (value := text_of(row, column)) is not None}
+    values = {}
+    known: set[str] = set()
+    for number, row in read_rows(source):
+        if not isinstance(row, Mapping):
+            continue
+        known.update(row)
+        if (value := text_of(row, column)) is not None:
+            values[key_of_row(number)] = value
+    if not values:
+        raise ValueError(
+            f"--by is {column!r}, a column that no row of {source} has; there are {', '.join(sorted(known))}"
+        )
+    return values
 
 
 class _Side:

@@ -86,9 +86,7 @@ def find_questions(
         if path.endswith((".jsonl", ".json")):
             from data.prepare.converted import shards_of_rows  # its decoders take a second to load
 
-            if not Path(path).is_file():
-                raise ValueError(f"DATA is {path!r}, which does not exist")
-            shards = shards_of_rows(Path(path), Path(path).stem, cache_dir=cache_dir, jobs=jobs, limit=0, places=places)
+            shards = shards_of_rows(Path(path), "DATA", cache_dir=cache_dir, jobs=jobs, places=places)
         else:
             shards = find_shards(path, "DATA")
         questions += read_questions(shards, reader, source=name)

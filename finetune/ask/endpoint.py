@@ -20,6 +20,7 @@ from functools import partial
 from threading import Event, Semaphore
 from typing import Any
 
+from data.format.printable import count_of
 from data.format.record import Message, Record
 from data.shards.bytes import VideoBytes
 from finetune.ask.answers import Reply, Respond, ShownQuestion
@@ -89,7 +90,9 @@ class Endpoint:
             if answer.status < _FIRST_ERROR:
                 return understood(answer.body, parse, address=address)
             problem, pause = self._temporary(answer, path), answer.retry_after
-        raise EndpointError(f"{address}: no answer after {self.attempts} attempt(s), the last said: {problem}")
+        raise EndpointError(
+            f"{address}: no answer after {count_of(self.attempts, 'attempt')}, the last said: {problem}"
+        )
 
     def _temporary(self, answer: Answer, path: str) -> str:
         """Describe an error after which the request is repeated; raise any other."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
+from data.format.printable import size_of
 from finetune.architecture.rank_shares import rank_shares
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
 from finetune.architecture.trained import trained_tensors
@@ -97,7 +98,7 @@ def _model(config: RunConfig) -> list[Derived]:
         Derived(
             name="bf16_bytes",
             value=2 * total,
-            text=f"weights in bfloat16 = 2 bytes x {total:,} = {2 * total / 2**30:.1f} GiB",
+            text=f"weights in bfloat16 = 2 bytes x {total:,} = {size_of(2 * total)}",
         ),
     ]
     if base.text.experts is not None and config.parallel.ep:

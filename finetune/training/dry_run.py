@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.format.printable import count_of
+from data.format.printable import count_of, size_of
 from data.format.record import RecordError
 from data.open import find_sources
 from data.prepare.audit import AuditOptions, Finding, audit_shards
@@ -70,8 +70,8 @@ def memory_lines() -> list[str]:
         peak *= 1 if sys.platform == "darwin" else 1024
         owner = "of the process"
     return [
-        f"memory of rank {number}: at most {peak_bytes / 2**30:.2f} GiB {owner}"
-        + (f" {total_bytes / 2**30:.2f} GiB" if total_bytes else "")
+        f"memory of rank {number}: at most {size_of(peak_bytes)} {owner}"
+        + (f" {size_of(total_bytes)}" if total_bytes else "")
         for number, peak_bytes, total_bytes in sorted(gather_lists([(rank, peak, total)]))
     ]
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from data.format.printable import count_of
 from finetune.checkpoint.adapter import reached
 from finetune.checkpoint.folder import starting_point
 from finetune.settings.recipes import effective
@@ -40,7 +41,7 @@ class RunState:
         run.evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
         self.provenance = reached(self.provenance, resumed.state)
         steps_left = run.config.schedule.steps - self.done
-        run.say(f"resumed: {path}, saved by {resumed.ranks} ranks; {steps_left} steps to go")
+        run.say(f"resumed: {path}, saved by {count_of(resumed.ranks, 'rank')}; {count_of(steps_left, 'step')} to go")
 
     def is_due(self) -> bool:
         """Whether checkpoint.every_steps asks for a checkpoint now."""

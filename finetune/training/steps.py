@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.config import DataConfig
+from data.format.printable import count_of
 from data.open import open_corpus, open_stream
 from data.render.sample import Renderer
 from data.stream.batch import Step, keys_of
@@ -62,7 +63,9 @@ class RunData:
             described.add(id(stream))
             name = f", stage {stage.name}" if stage.name else ""
             epoch_steps = stream.plan.steps
-            epochs = f"; {stage.steps} steps are {stage.steps / epoch_steps:.3g} epochs" if epoch_steps else ""
+            epochs = (
+                f"; {stage.steps / epoch_steps:.3g} epochs in {count_of(stage.steps, 'step')}" if epoch_steps else ""
+            )
             yield f"data{name}: {epoch_steps} steps an epoch of {stage.data.packs_per_step} packs{epochs}"
 
     def take(self, number: int, *, is_over: Callable[[], bool] = lambda: False) -> Step:

@@ -112,7 +112,7 @@ def proof_samples(folder: Path, given: str, count: int, *, data: DataConfig | No
     if not given:
         return trials(folder)
     if given.endswith((".jsonl", ".json")):
-        shards = shards_of_rows(Path(given), "verify", cache_dir=None, jobs=1, limit=0, section="verify")
+        shards = shards_of_rows(Path(given), "--verify", cache_dir=None, jobs=1)
     else:
         shards = find_shards(given, "--verify")
     reader = SampleReader()

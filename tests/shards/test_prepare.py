@@ -30,6 +30,7 @@ from data.shards.reader import SampleReader, load_index
 from data.shards.sidecar import read_note, write_note
 from launchers.cli import main
 
+KEY = "data.sources.s.path"
 PNG = encode(Image.fromarray(picture(40, 60)))
 
 
@@ -352,13 +353,13 @@ def test_copies_of_earlier_versions_go_when_nobody_reads_them(tmp_path, caplog):
     def convert(number):
         write_rows(source, [text_row(number)])
         words = f"""from pathlib import Path; from data.prepare.converted import shards_of_rows
-shards_of_rows(Path({str(source)!r}), "s", cache_dir=None, jobs=1, limit=0)"""
+shards_of_rows(Path({str(source)!r}), "{KEY}", cache_dir=None, jobs=1, limit=0)"""
         subprocess.run([sys.executable, "-c", words], check=True)
         return tmp_path / f"rows-{stamp_of_rows(source)}"
 
     def convert_here(number):
         write_rows(source, [text_row(number)])
-        return shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent
+        return shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)[0].parent
 
     read_by_us = convert_here(1)
     ended = convert(2)
@@ -385,27 +386,28 @@ shards_of_rows(Path({str(source)!r}), "s", cache_dir=None, jobs=1, limit=0)"""
 def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path, caplog):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(3)] + [{"text": "bad"}])
     cache = tmp_path / "cache"
-    first = shards_of_rows(source, "s", cache_dir=cache, jobs=1, limit=1)
+    first = shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=1)
     times = [path.stat().st_mtime_ns for path in first]
-    again = shards_of_rows(source, "s", cache_dir=cache, jobs=1, limit=1)
+    again = shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=1)
     assert again == first
     assert [path.stat().st_mtime_ns for path in again] == times
     with pytest.raises(
-        ValueError, match=r"data.sources.s.path: 1 of 4 rows of .* were refused, .*max_bad_samples=0; .*rejects"
+        ValueError,
+        match=r"data.sources.s.path: refused 1 of 4 rows of .*, and data.max_bad_samples is 0; .*rejects.*shards build",
     ):
-        shards_of_rows(source, "s", cache_dir=cache, jobs=1, limit=0)
+        shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=0)
     other = shards_of_rows(source, "another name", cache_dir=cache, jobs=1, limit=1)
     assert other == first, "what a recipe calls its source is nothing of the shards"
     moved = tmp_path.with_name(tmp_path.name + " moved")
     shutil.copytree(tmp_path, moved)
-    kept = shards_of_rows(moved / "rows.jsonl", "s", cache_dir=moved / "cache", jobs=1, limit=1)
+    kept = shards_of_rows(moved / "rows.jsonl", KEY, cache_dir=moved / "cache", jobs=1, limit=1)
     assert kept == [moved / path.relative_to(tmp_path) for path in first]
     write_rows(source, [text_row(9)])
-    assert shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
+    assert shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
     assert caplog.text.count(f"1 row of {source} refused and left out; the reasons are in") == 3
     assert f"are in {first[0].parent / 'rejects.jsonl'}" in caplog.text
     with pytest.raises(ValueError, match="data.sources.s.path is .*, which does not exist"):
-        shards_of_rows(tmp_path / "no.jsonl", "s", cache_dir=None, jobs=1, limit=0)
+        shards_of_rows(tmp_path / "no.jsonl", KEY, cache_dir=None, jobs=1, limit=0)
 
 
 def test_two_builds_of_one_folder_do_not_meet(tmp_path, capsys):
@@ -424,7 +426,7 @@ def test_a_second_run_waits_for_the_conversion_of_the_first_and_uses_it(tmp_path
     place = tmp_path / f"rows-{stamp_of_rows(source)}"
     with ThreadPoolExecutor(1) as pool:
         with building(place, waits=False):
-            second = pool.submit(shards_of_rows, source, "s", cache_dir=None, jobs=1, limit=0)
+            second = pool.submit(shards_of_rows, source, KEY, cache_dir=None, jobs=1, limit=0)
             while "waiting for another run, whose shards will be used" not in caplog.text:
                 assert not second.done(), second.result()
             first = build_held(source, place, BuildOptions(name="part"), jobs=1, progress=None)
@@ -506,7 +508,7 @@ def test_progress_of_no_known_end_leaves_no_half_line():
 
 def test_converting_a_source_shows_progress_once(tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(4)])
-    shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)
+    shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)
     assert "converting rows.jsonl: [" in capsys.readouterr().err
-    shards_of_rows(source, "s", cache_dir=None, jobs=1, limit=0)
+    shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)
     assert capsys.readouterr().err == ""
