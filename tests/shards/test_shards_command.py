@@ -1,7 +1,6 @@
 """`moetune shards`: each action on real shards, its exit codes, its messages."""
 
 import json
-import re
 import resource
 
 import numpy as np
@@ -238,7 +237,7 @@ def test_stats_count_tokens_sizes_and_what_is_too_long(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "60 samples (0 unusable), 30 images, 10 videos" in printed
     assert "####" in printed
-    assert re.search(r"size of an image: 0\.0[1-9]\d* megapixels in all, median 0\.00[1-9]", printed)
+    assert "size of an image: 0.214 megapixels in all, median 0.00614" in printed
     with TarWriter(tmp_path / "text.tar") as tar:
         tar.add("0.json", json.dumps(sample_text(0)).encode())
     assert main(["shards", "stats", str(tmp_path / "text.tar"), "--base", str(base("tiny", None))]) == 0
