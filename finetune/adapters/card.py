@@ -1,4 +1,4 @@
-"""The README.md of an adapter folder: what it changes, what it came from, how it is read. Written from its metadata."""
+"""The README.md of an adapter folder, written from its metadata: what it changes, its origin and how to read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ tags:
 
 @dataclass(frozen=True, kw_only=True)
 class PartLine:
-    """One part of the model in the card's table."""
+    """A row of the card's table: one part of the model."""
 
     part: str
     how: str
@@ -33,13 +33,13 @@ class PartLine:
 def card(
     base: str, metadata: Mapping[str, str], lines: Sequence[PartLine], *, title: str = "Adapter", notes: str = ""
 ) -> bytes:
-    """Return the text of the card, without what is not known."""
+    """Return the text of the card; unknown facts are left out."""
     total = sum(line.parameters for line in lines)
     parts = [
         _HEAD.format(base=json.dumps(base)),
         f"# {title} for {base}\n",
         f"{total:,} parameters, written by moetune in PEFT's own format.\n",
-        "| family | trained as | tensors | parameters |\n| --- | --- | ---: | ---: |",
+        "| part | trained as | tensors | parameters |\n| --- | --- | ---: | ---: |",
         *(f"| {line.part} | {line.how} | {line.tensors:,} | {line.parameters:,} |" for line in lines),
         "",
         *_origin(metadata),
@@ -50,7 +50,7 @@ def card(
 
 
 def _origin(metadata: Mapping[str, str]) -> list[str]:
-    """The card's section on what the adapter came from, as far as its metadata say."""
+    """The card's section on the adapter's origin, as far as the metadata records it."""
     lines: list[tuple[str, str]] = []
     base = base_of(metadata)
     if base is not None:
@@ -64,7 +64,7 @@ def _origin(metadata: Mapping[str, str]) -> list[str]:
         parents = json.loads(metadata[PARENT])
         for parent in parents if isinstance(parents, list) else [parents]:
             weight = f", weight {parent['weight']:g}" if "weight" in parent else ""
-            lines.append(("grew out of", f"{parent['folder']} (sha256 `{parent['sha256'][:16]}`){weight}"))
+            lines.append(("derived from", f"{parent['folder']} (sha256 `{parent['sha256'][:16]}`){weight}"))
     if "moetune.versions" in metadata:
         versions = json.loads(metadata["moetune.versions"])
         lines.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
@@ -72,15 +72,15 @@ def _origin(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _media(metadata: Mapping[str, str]) -> list[str]:
-    """The card's section on how images and videos were prepared, where training did that in a way of its own."""
+    """The card's section on image and video preparation, if training did not use the defaults."""
     seen = seen_settings(metadata)
     return [section] if (section := media_section(trained_data(seen, "the adapter's configuration"))) else []
 
 
 _READ = """\
-## How it is read
+## How to read it
 
-PEFT 0.19.1 or newer reads it on transformers 5:
+Load it with PEFT 0.19.1 or newer on transformers 5:
 
 ```python
 from peft import PeftModel
@@ -93,7 +93,7 @@ model = PeftModel.from_pretrained(model, THIS_FOLDER)
 For servers, merge it or export it:
 
 ```bash
-moetune merge BASE THIS_FOLDER MERGED --verify     # a model folder that every reader of the base reads
+moetune merge BASE THIS_FOLDER MERGED --verify     # a model folder for every program that loads the base
 moetune export THIS_FOLDER OUT --format peft       # vLLM
 moetune export THIS_FOLDER OUT --format per-expert # sglang
 ```

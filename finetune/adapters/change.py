@@ -1,4 +1,4 @@
-"""One change that an adapter makes: the factors of a base tensor, read from any of the forms that files have."""
+"""A low-rank change to one base tensor, with factors read from any form of adapter file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Form = Literal["dense", "packed", "packed, turned", "single"]
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """scale x B x A, to be added to the base tensor `target`; `shape` is that tensor's as it lies in memory."""
+    """The product scale x B x A, which is added to the base tensor `target`; `shape` is its shape in memory."""
 
     target: str
     shape: Shape
@@ -25,18 +25,18 @@ class Change:
     scale: float
     form: Form
     parts: tuple[tuple[Stored, Stored], ...]
-    """The stored (A, B), for form `single` of every expert: gate and up, or down."""
+    """The stored pairs (A, B): one pair, or for form `single` those of every expert (gate and up, or down)."""
     shares_a: bool = True
-    """Whether gate and up of every expert have one A."""
+    """Whether the gate and up projections of each expert share one A."""
 
     @property
     def experts(self) -> int:
-        """How many matrices the tensor has; 1 for a dense one."""
+        """Number of matrices in the tensor; 1 for a dense tensor."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
     def dtype(self) -> str:
-        """The factors' type, by its name in safetensors files."""
+        """The data type of the factors, as safetensors files name it."""
         return self.parts[0][0].dtype
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class Change:
             a, b = read_tensor(stored_a), read_tensor(stored_b)
             expert, half = divmod(at, halves)
             top = half * b.shape[0]
-            # with an A for each, gate and up lie in a block-diagonal B: the rank is the sum of both
+            # if gate and up have separate A factors, B is block-diagonal and the two ranks add up
             left = 0 if half == 0 or self.shares_a else self.parts[at - 1][0].shape[0]
             a_Eri[expert, left : left + a.shape[0]] = a
             b_Eor[expert, top : top + b.shape[0], left : left + b.shape[1]] = b

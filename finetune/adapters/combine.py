@@ -1,4 +1,4 @@
-"""A weighted sum of adapters, experts included: exact by laying factors side by side, or of a smaller rank by SVD."""
+"""Sum adapters with weights, experts included: exactly, by concatenating factors, or at a smaller rank, by SVD."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from moe.experts import ExpertLora as Lora
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """An adapter and the weight it has in the sum."""
+    """An adapter and its weight in the sum."""
 
     source: AdapterSource
     weight: float
@@ -41,33 +41,33 @@ class Term:
 
 @dataclass(kw_only=True)
 class Combined:
-    """What was written. `errors`: how far a change of reduced rank is from the sum, relative to it, by tensor."""
+    """The result of a sum. `errors` is the relative error of each tensor whose rank was reduced."""
 
     folder: Path
     bytes: int = 0
     exact: bool = True
     alike: bool = True
-    """Whether all were trained with the same settings of images, videos and conversations, which the sum then keeps."""
+    """Whether all adapters have the same settings for images, videos and conversations; if so, the sum keeps them."""
     ranks: dict[str, int] = field(default_factory=dict)
     squares: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def errors(self) -> dict[str, float]:
-        """Relative error of each tensor's change."""
+        """Relative error of each tensor's change, by tensor name."""
         return {name: math.sqrt(lost / total) if total else 0.0 for name, (lost, total) in self.squares.items()}
 
     @property
     def error(self) -> float:
-        """Relative error over all."""
+        """Relative error over all tensors."""
         lost, total = (sum(pair[at] for pair in self.squares.values()) for at in (0, 1))
         return math.sqrt(lost / total) if total else 0.0
 
 
 def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combined:
-    """Write the sum of weight times adapter; `rank` is the most that a change may have, 0 for as much as it takes."""
+    """Write the weighted sum of adapters. `rank` limits the rank of each change; 0 keeps the sum exact."""
     terms = [Term(source=open_source(folder), weight=weight) for folder, weight in weights.items()]
     if len(terms) < 2:
-        raise ValueError("a sum needs two adapters or more: OUT A=0.7 B=0.3")
+        raise ValueError("a sum needs at least two adapters, such as OUT A=0.7 B=0.3")
     for term in terms:
         if not math.isfinite(term.weight) or not term.weight:
             raise ValueError(
@@ -97,7 +97,7 @@ def combine(weights: Mapping[Path, float], out: Path, *, rank: int = 0) -> Combi
 
 
 def _same_base(terms: Sequence[Term]) -> tuple[str, str]:
-    """The base's name and its metadata; raises where two adapters name different bases."""
+    """Return the base's name and metadata; raise if two adapters name different bases."""
     known = [(term.source, base) for term in terms if (base := base_of(term.source.metadata)) is not None]
     if not known:
         return str(terms[0].source.config.get("base_model_name_or_path") or "unknown"), ""
@@ -112,7 +112,7 @@ def _same_base(terms: Sequence[Term]) -> tuple[str, str]:
 
 
 def _names(terms: Sequence[Term]) -> list[str]:
-    """The base tensors that any of the adapters changes by low rank."""
+    """The base tensors with a low-rank change in at least one adapter."""
     shapes: dict[str, tuple[Shape, Path]] = {}
     for term in terms:
         for name, change in term.source.changes.items():
@@ -120,7 +120,7 @@ def _names(terms: Sequence[Term]) -> list[str]:
             if shape != change.shape:
                 raise ValueError(
                     f"{name} is {list(shape)} in {folder} and {list(change.shape)} in {term.source.folder}: the "
-                    f"adapters are of different bases"
+                    f"adapters belong to different bases"
                 )
     return list(shapes)
 
@@ -145,16 +145,16 @@ def _sum(name: str, terms: Sequence[Term], rank: int, combined: Combined) -> Out
 
 
 def side_by_side(weighted: Sequence[tuple[Change, float]]) -> tuple[Tensor, Tensor]:
-    """Return A and B whose product is the weighted sum: factors one after the other, scales and weights in B."""
+    """Return A and B whose product is the weighted sum: factors concatenated, with scales and weights folded into B."""
     pairs = [(change.read(), change.scale * weight) for change, weight in weighted]
     a_Eri = torch.cat([a.float() for (a, _), _ in pairs], dim=1)
     return a_Eri, torch.cat([b.float() * factor for (_, b), factor in pairs], dim=2)
 
 
 def reduced(a_Eri: Tensor, b_Eor: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return the best factors of rank r, and the squared norms of what they lose and of the full product.
+    """Return the best factors of rank r, the squared norm of their error, and that of the full product.
 
-    The singular values of B A are those of a matrix of the factors' rank, so that B A itself is never made.
+    B A itself is never formed: its singular values are those of a small matrix, whose size is the factors' rank.
     """
     left, left_r = torch.linalg.qr(b_Eor.double())
     right, right_r = torch.linalg.qr(a_Eri.double().transpose(1, 2))
@@ -166,21 +166,21 @@ def reduced(a_Eri: Tensor, b_Eor: Tensor, r: int) -> tuple[Tensor, Tensor, float
 
 
 def _full(terms: Sequence[Term]) -> list[OutFull]:
-    """Tensors in full: without the base, their sum is known only where all hold them and the weights make one."""
+    """The sums of full tensors, which need no base only if every adapter has the tensor and the weights add up to 1."""
     names = {name for term in terms for name in term.source.full}
     total = sum(term.weight for term in terms)
     sums = []
     for name in sorted(names):
         lacking = [str(term.source.folder) for term in terms if name not in term.source.full]
         if lacking or not math.isclose(total, 1.0, rel_tol=1e-9):
-            why = f"{', '.join(lacking)} does not hold it" if lacking else f"the weights make {total:g}, not 1"
+            why = f"{', '.join(lacking)} does not have it" if lacking else f"the weights add up to {total:g}, not 1"
             raise ValueError(
-                f"{name} is held in full, and {why}: such a sum needs the base's own values. Merge one adapter into "
-                f"the base first, or leave that family out"
+                f"{name} is stored in full, and {why}: such a sum needs the base's own values. Merge one adapter into "
+                f"the base first, or leave that part out"
             )
         stored = [term.source.full[name] for term in terms]
         if len({tensor.shape for tensor in stored}) > 1:
-            raise ValueError(f"{name} has different shapes in these adapters: they are of different bases")
+            raise ValueError(f"{name} has different shapes in these adapters: they belong to different bases")
         sums.append(OutFull(target=name, shape=stored[0].shape, dtype="F32", read=partial(_mean, name, terms)))
     return sums
 
@@ -197,7 +197,7 @@ def _parents(terms: Sequence[Term]) -> str:
 
 
 def _families(changes: Sequence[OutChange], full: Sequence[OutFull], terms: Sequence[Term]) -> dict[str, str]:
-    """The metadata that training needs to go on from here, where every part has one rank."""
+    """The metadata that training needs to continue from the sum; empty if the ranks within a part differ."""
     ranks: dict[str, set[int]] = {}
     for change in changes:
         ranks.setdefault(part_of(change.target), set()).add(change.r)

@@ -1,4 +1,4 @@
-"""What an adapter file holds of a model, and what PEFT's config says of it: by parts, in canonical names."""
+"""The contents of an adapter file and its PEFT config for a model, by part and in canonical names."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from moe.names import PEFT_PREFIX
 
 _SPARSE = ("experts", "router")
 _FILE_WORDS = {"embeddings": "embed_tokens", "head": "lm_head"}
-"""Older names of two parts, which the metadata of adapter files keeps."""
+"""The names of two parts in the metadata of adapter files, which predate the current ones."""
 _NO_MODULES = "dummy-target-modules"
-"""PEFT's name for the targets of an adapter that holds full modules only."""
+"""PEFT's placeholder for the targets of an adapter that has full modules only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedTensor:
-    """A tensor that training changes: its canonical name, where it lives, and its shape in the file."""
+    """A trainable tensor: its canonical name, the module that owns it, and its shape in the file."""
 
     name: str
     parameter: Tensor
@@ -33,57 +33,57 @@ class TrainedTensor:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the factors of all experts lie in the file side by side in two dims."""
+        """Whether the file stores the factors of all experts side by side in one 2-D tensor."""
         return isinstance(self.owner, GroupedExperts) and ".lora_" in self.name
 
     @property
     def experts(self) -> int:
-        """How many experts a stack has; 1 for a dense tensor, which comes in one piece."""
+        """Number of experts in a stack; 1 for a dense tensor, which comes in one piece."""
         return self.owner.num_experts if isinstance(self.owner, GroupedExperts) else 1
 
     @property
     def file_name(self) -> str:
-        """Its name in PEFT's file, where the names of full tensors have a prefix too."""
+        """The tensor's name in PEFT's file, where full tensors have the prefix too."""
         return self.name if self.name.startswith(PEFT_PREFIX) else PEFT_PREFIX + self.name
 
 
 def lora_by_part(empty: EmptyModel) -> dict[str, Lora | None]:
-    """Return the parts that a model trains, with their LoRA, or None for those trained in full."""
+    """Return the trainable parts of a model with their LoRA options, or None for a part trained in full."""
     lora = {**empty.lora, **sparse_lora(empty.module)}
     parts = dict.fromkeys(adapted_part(empty.canonical(name)) for name in empty.trained)
     return {part: lora.get(part) for part in PARTS if part in parts}
 
 
 def families_text(parts: Mapping[str, Lora | None]) -> str:
-    """Return the metadata that says how each part was trained."""
+    """Return the metadata that records how each part was trained."""
     return json.dumps({_FILE_WORDS.get(part, part): asdict(lora) if lora else {} for part, lora in parts.items()})
 
 
 def read_families(text: str) -> dict[str, Lora | None]:
-    """Return what `families_text` wrote: the parts that train, with their LoRA, or None for those trained in full."""
+    """Parse the text of `families_text`: the trained parts with their LoRA options, or None for full training."""
     parts = {word: part for part, word in _FILE_WORDS.items()}
     try:
         families = {parts.get(word, word): values for word, values in json.loads(text).items()}
         lora = {part: Lora(**values) if values else None for part, values in families.items()}
         if not lora.keys() <= set(PARTS) or not all(each is None or _is_sound(each) for each in lora.values()):
-            raise ValueError("a part or a number that no training has")
+            raise ValueError("unknown part, or a value out of range")
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
-            f"the adapter's metadata moetune.families is {text[:80]!r}, not what moetune writes ({error}): another "
-            f"program changed it, or it is damaged; get the adapter again"
+            f"the adapter's metadata moetune.families is {text[:80]!r}, not what moetune writes ({error}). Another "
+            f"program changed it, or the file is damaged: get the adapter again"
         ) from error
     return lora
 
 
 def _is_sound(lora: Lora) -> bool:
-    """Whether all of its values are what they should be; they come from a file."""
+    """Whether all values, which come from a file, have the right type and range."""
     numbers = (lora.r, lora.alpha, lora.dropout)
     plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
     return plain and lora.r >= 1 and lora.r == int(lora.r) and isinstance(lora.rslora, bool)
 
 
 def file_config(empty: EmptyModel, base: str) -> LoraConfig:
-    """Return PEFT's config of everything that the model trains; targets by full path, in the model's own names."""
+    """Return PEFT's config for all trainable tensors; targets are full paths in the model's own names."""
     trained = lora_by_part(empty)
     lora = {part: options for part, options in trained.items() if options is not None}
     names: dict[str, list[str]] = {part: [] for part in trained}
@@ -99,7 +99,7 @@ def file_config(empty: EmptyModel, base: str) -> LoraConfig:
 
 
 def trained_tensors(empty: EmptyModel) -> Iterator[TrainedTensor]:
-    """Yield everything that trains, in the model's order."""
+    """Yield the trainable tensors, in the model's order."""
     for name in empty.trained:
         parameter, owner = empty.module.get_parameter(name), empty.module.get_submodule(name.rpartition(".")[0])
         canonical = empty.canonical(name)
@@ -116,7 +116,7 @@ def trained_tensors(empty: EmptyModel) -> Iterator[TrainedTensor]:
 
 
 def mode_text(lora: Lora | None, trains: bool) -> str:
-    """Say how a part of the model trains."""
+    """Describe how a part of the model is trained."""
     if lora is None:
         return "full" if trains else "frozen"
     return f"lora of r {lora.r}, scale {lora.scale:g}"

@@ -1,7 +1,7 @@
-"""An adapter in the form that a server reads, with one rank and one scale for all of it, and a page that says how.
+"""Export an adapter in a form that servers read, with one rank, one scale and a page on how to serve it.
 
-Servers take rank and alpha from two numbers of the config and ignore PEFT's patterns by module; so smaller ranks are
-filled up with zeros and other scales go into B. What was written is read back and compared before the folder counts.
+Servers read one rank and one alpha from the config and ignore PEFT's patterns by module. Therefore smaller ranks are
+padded with zeros, and other scales are folded into B. The files are read back and compared before the folder is named.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from finetune.files.tensorfile import torch_type
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What a finished export holds. `exact`: it means the same changes to the last bit."""
+    """A finished export; `exact` says whether its changes equal the adapter's to the last bit."""
 
     folder: Path
     changes: int
@@ -49,14 +49,14 @@ class Exported:
 
 
 def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shape] | None = None) -> Exported:
-    """Write the adapter in another form; `shapes` of its base decide what its own shapes leave open."""
+    """Write the adapter in another form; the base's `shapes` settle what the adapter's own shapes leave ambiguous."""
     if form not in FORMS:
-        raise ValueError(f"--format {form!r} is unknown; there are {', '.join(FORMS)}")
+        raise ValueError(f"--format {form!r} is unknown; allowed are {', '.join(FORMS)}")
     source = open_source(adapter, shapes)
     if source.full and form == "per-expert":
         raise ValueError(
-            f"{adapter} holds {len(source.full)} tensors in full, first {next(iter(source.full))}; no reader of 2-D "
-            f"keys takes those. Merge it instead: moetune merge BASE {adapter} OUT"
+            f"{adapter} stores tensors in full ({len(source.full)}, first {next(iter(source.full))}), which no reader "
+            f"of 2-D keys takes. Merge it instead: moetune merge BASE {adapter} OUT"
         )
     r = max((change.r for change in source.changes.values()), default=1)
     scale = _common_scale(source)
@@ -64,7 +64,7 @@ def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shap
     named = base_of(source.metadata)
     base = named.name if named is not None else str(source.config.get("base_model_name_or_path") or "unknown")
     metadata = {key: text for key, text in source.metadata.items() if key.startswith("moetune.")}
-    metadata.pop(FAMILIES_KEY, None)  # ranks and scales are others now: training does not go on from here
+    metadata.pop(FAMILIES_KEY, None)  # ranks and scales have changed, so training cannot continue from an export
     metadata |= {
         ORIENTATION_KEY: f"form {form}, experts [out, in]",
         CHANGES_KEY: str(len(changes)),
@@ -92,21 +92,23 @@ def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shap
 
 
 def compare(written: AdapterSource, changes: Sequence[OutChange]) -> None:
-    """Raise unless a file means exactly these changes."""
+    """Raise unless a file gives exactly these changes."""
     for change in changes:
         reread = written.changes.get(change.target)
         if reread is None or not _alike(reread, change) or not _equal(reread.read(), change.read()):
             raise ValueError(
-                f"{written.folder}: {change.target} reads back otherwise than it was written; nothing kept"
+                f"{written.folder}: {change.target} reads back with other values than were written; nothing was kept"
             )
 
 
 def compare_settings(written: AdapterSource, changes: Sequence[OutChange]) -> None:
-    """Raise unless a file and its config give exactly these changes, with their ranks and scales."""
+    """Raise unless a file and its config give these changes the right shapes, ranks and scales."""
     for change in changes:
         reread = written.changes.get(change.target)
         if reread is None or not _alike(reread, change):
-            raise ValueError(f"{written.folder}: {change.target} reads back with another rank or scale; nothing kept")
+            raise ValueError(
+                f"{written.folder}: {change.target} reads back with another rank or scale; nothing was kept"
+            )
 
 
 def _alike(reread: Change, change: OutChange) -> bool:
@@ -119,7 +121,7 @@ def _equal(reread: tuple[Tensor, Tensor], factors: tuple[Tensor, Tensor]) -> boo
 
 
 def _common_scale(source: AdapterSource) -> float:
-    """The experts' scale, as they hold most of the parameters; else the one that most changes have."""
+    """The scale of the experts, which have most parameters; without experts, the most frequent scale."""
     changes = source.changes.values()
     scales = Counter(change.scale for change in changes if is_expert_stack(change.target))
     scales = scales or Counter(change.scale for change in changes)
@@ -127,7 +129,7 @@ def _common_scale(source: AdapterSource) -> float:
 
 
 def _uniform(change: Change, r: int, scale: float) -> OutChange:
-    """The same change with this rank and scale; in float32 where the scale cannot be moved without rounding."""
+    """The same change with this rank and scale, in float32 if folding the scale into B would round."""
     ratio = change.scale / scale
     dtype = change.dtype if _ratio_is_exact(ratio) else "F32"
     return OutChange(
@@ -155,7 +157,7 @@ def _reader(change: Change, r: int, ratio: float, dtype: str) -> Callable[[], tu
 
 
 def _ratio_is_exact(ratio: float) -> bool:
-    """A power of two moves the exponent only."""
+    """Whether the ratio is a power of two, which changes exponents only."""
     return abs(math.frexp(ratio)[0]) == 0.5
 
 
@@ -164,29 +166,29 @@ def _warnings(source: AdapterSource, exact: bool) -> list[str]:
     parts = {part_of(name) for name in source.changes}
     if source.full:
         warnings.append(
-            f"it holds {len(source.full)} tensors in full (modules_to_save): PEFT reads them, vLLM refuses them"
+            f"it stores tensors in full (modules_to_save, {len(source.full)}): PEFT reads them, vLLM refuses them"
         )
     if source.copies:
-        warnings.append(f"its copy of the base's {', '.join(source.copies)} was left out: readers take the base's own")
+        warnings.append(f"its copy of the base's {', '.join(source.copies)} was left out: readers use the base's own")
     if "router" in parts:
-        warnings.append("it adapts routers: PEFT reads that, servers do not; merge it to serve it")
+        warnings.append("it adapts routers, which PEFT supports and servers do not; merge it to serve it")
     if parts & {"vision_blocks", "merger", "deepstack_mergers"}:
-        warnings.append("it adapts the vision side, which few servers do; compare before you rely on it, or merge it")
+        warnings.append("it adapts the vision side, which few servers support; compare the answers, or merge it")
     if not exact:
         warnings.append(
-            "its families have several scales: B was multiplied to one, rounded to float32 (6e-8 of each value)"
+            "its parts have several scales: B was multiplied to a common one, rounded to float32 (6e-8 of each value)"
         )
     return warnings
 
 
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM's --max-lora-rank accepts
 
 _PEFT = """\
 ## What reads it
 
-Experts lie packed in PEFT's fused form (PEFT 0.19.1 and newer on transformers 5).
+Experts are packed in PEFT's fused form (PEFT 0.19.1 and newer on transformers 5).
 
-- **vLLM**, whose Qwen3-VL-MoE takes this form by itself:
+- **vLLM**, whose Qwen3-VL-MoE recognises this form:
 
 ```bash
 vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=THIS_FOLDER
@@ -197,7 +199,7 @@ vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules mine=THIS_
 _SINGLE = """\
 ## What reads it
 
-Every expert has keys of its own (`experts.N.gate_proj`, `up_proj`, `down_proj`), each a plain 2-D pair.
+Every expert has its own keys (`experts.N.gate_proj`, `up_proj`, `down_proj`), each a plain 2-D pair.
 
 - **sglang**:
 
@@ -205,18 +207,18 @@ Every expert has keys of its own (`experts.N.gate_proj`, `up_proj`, `down_proj`)
 python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths mine=THIS_FOLDER --max-lora-rank {r}
 ```
 
-- **vLLM** takes this form only where it is told so (`enable_mixed_moe_lora_format`, and for this adapter
-  `is_3d_lora_weight` false); a wrong declaration loads garbage without a word. Export with `--format peft` for it.
+- **vLLM** takes this form only with `enable_mixed_moe_lora_format`, and `is_3d_lora_weight` false for this adapter.
+  A wrong setting loads garbage without an error. Prefer an export with `--format peft`.
 - Trainers and converters that name experts one by one. PEFT on transformers 5 does not: its experts are fused.
 """
 _END = """\
-A server that does not know an adapter's keys may drop them without an error. After starting it, compare its answers
-with those of the merged model: `moetune serve-check` does that. The surest form to serve is a merged folder.
+A server that does not know an adapter's keys may drop them without an error. Therefore compare its answers with those
+of the merged model: `moetune serve-check` does that. The safest form to serve is a merged folder.
 """
 
 
 def notes(form: str, base: str, r: int, warnings: Sequence[str]) -> str:
-    """Return the page's last part."""
+    """Return the last part of the page: which programs read the export, and the warnings."""
     rank = next((size for size in _RANKS if size >= r), r)
     text = (_PEFT if form == "peft" else _SINGLE).format(base=base, rank=rank, r=r)
     items = "".join(f"- {line}.\n" for line in warnings)

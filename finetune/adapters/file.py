@@ -1,4 +1,4 @@
-"""Reading an adapter of ours to begin training with: the metadata of its file say how each family was trained."""
+"""Read an adapter that moetune wrote, to start training from it; its metadata records how each part was trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from moe.packing import unpack_lora
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
-    """An adapter of ours on disk, to begin training with. Canonical names; `shapes` has the tensors kept in full."""
+    """An adapter of ours on disk, to start training from. All names are canonical."""
 
     folder: Path
     stored: Mapping[str, Stored]
@@ -30,7 +30,7 @@ class AdapterFile:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Shapes of the base's tensors that the adapter replaces."""
+        """Shapes of the base's tensors that the adapter replaces in full."""
         return {name: stored.shape for name, stored in self.stored.items() if ".lora_" not in name}
 
     @property
@@ -39,15 +39,15 @@ class AdapterFile:
         return {name for name in self.stored if ".lora_" in name}
 
     def size(self, name: str, rows: range | None = None) -> int:
-        """Bytes to read from the disk for rows of a tensor, or for all of it."""
+        """Bytes to read from the disk for the given rows of a tensor, or for all of it."""
         return self.stored[name].row_size * (self.stored[name].shape[0] if rows is None else len(rows))
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
-        """Return rows of a tensor as it is stored, or all of it."""
+        """Return the given rows of a tensor as it is stored, or all of it."""
         return read_tensor(self.stored[name], rows)
 
     def factor(self, name: str, owner: nn.Module) -> Tensor:
-        """Return a factor as its owner holds it: of experts [L, r, in] or [L, out, r], those of this rank."""
+        """Return a factor in its owner's shape; for experts [L, r, in] or [L, out, r] with those of this rank."""
         if not isinstance(owner, GroupedExperts):
             return self.read(name)
         experts = owner.local_experts
@@ -57,16 +57,16 @@ class AdapterFile:
         return pair[kind == "lora_B"][experts.start : experts.stop]
 
     def check_fits(self, empty: EmptyModel) -> None:
-        """Raise unless each tensor has its place in the model, adapted with the same rank and scale."""
+        """Raise unless each tensor has a place in the model, which must use the same ranks and scales."""
         if self.model_type != empty.model_type:
-            raise ValueError(f"{self.folder} adapts a {self.model_type}, this base is a {empty.model_type}")
+            raise ValueError(f"{self.folder} adapts a {self.model_type}, but this base is a {empty.model_type}")
         trained = lora_by_part(empty)
         for part, lora in self.families.items():
             stored, now = mode_text(lora, True), mode_text(trained.get(part), part in trained)
             if stored != now:
                 raise ValueError(
-                    f"{self.folder} holds {part} as {stored}; adapters.{part} says {now}. Set adapters.{part} to "
-                    f"what the adapter has"
+                    f"{self.folder} has {part} as {stored}, but adapters.{part} is {now}. Set adapters.{part} to match "
+                    f"the adapter"
                 )
         shapes = {
             tensor.name: tensor.shape for tensor in trained_tensors(empty) if adapted_part(tensor.name) in self.families
@@ -76,7 +76,7 @@ class AdapterFile:
             if shape != shapes.get(name):
                 raise ValueError(
                     f"{self.folder}: {name} is {_shape_text(shape)} in the adapter, {_shape_text(shapes.get(name))} in "
-                    f"this model: it was trained on another base, or the file is not whole"
+                    f"this model: the adapter was trained on another base, or the file is incomplete"
                 )
 
 
@@ -85,20 +85,20 @@ def _shape_text(shape: Shape | None) -> str:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds an adapter that was written here; another tool's says less of itself."""
+    """Whether moetune wrote the adapter in a folder; adapters of other tools lack its metadata."""
     return (folder / WEIGHTS).is_file() and FAMILIES_KEY in read_header(folder / WEIGHTS)[1]
 
 
 def open_adapter(folder: Path) -> AdapterFile:
-    """Open the adapter that `write_adapter` wrote into a folder; each tensor is read when it is needed."""
+    """Open an adapter that `write_adapter` wrote; tensors are read only when needed."""
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no adapter: {name} is missing")
     tensors, metadata = read_header(folder / WEIGHTS)
     if FAMILIES_KEY not in metadata:
         raise ValueError(
-            f"{folder} holds an adapter of another tool: its metadata lacks {FAMILIES_KEY}, which says how each family "
-            f"was trained. Only adapters written here can be continued"
+            f"{folder} holds an adapter of another tool: its metadata lacks {FAMILIES_KEY}, which records how each "
+            f"part was trained. Training can continue only from an adapter that moetune wrote"
         )
     families = read_families(metadata[FAMILIES_KEY])
     stored = {name if ".lora_" in name else name.removeprefix(PEFT_PREFIX): entry for name, entry in tensors.items()}
@@ -106,6 +106,6 @@ def open_adapter(folder: Path) -> AdapterFile:
         folder=folder,
         stored=stored,
         families=families,
-        model_type=metadata.get(MODEL_TYPE_KEY, "model that it does not name"),
+        model_type=metadata.get(MODEL_TYPE_KEY, "model of unknown type"),
         metadata=metadata,
     )

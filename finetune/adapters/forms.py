@@ -1,8 +1,8 @@
-"""From the pairs (A, B) of an adapter file to changes of a base's tensors; what is ambiguous or misfits is refused.
+"""Turn the pairs (A, B) of an adapter file into changes of base tensors; refuse ambiguous or misfitting files.
 
-PEFT below 0.19.1 took transformers 5's [E, out, in] for [E, in, out], so that its A and B are swapped and turned. Which
-way a file has it is decided by its metadata, else by its shapes, else the file is refused: a wrong guess gives a change
-of the right size and no meaning.
+PEFT before 0.19.1 mistook transformers 5's [E, out, in] for [E, in, out], so its A and B are swapped and transposed.
+The metadata decides which orientation a file has, or else the shapes do. If neither does, the file is refused: a wrong
+guess would give a change of the right size but without meaning.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from finetune.architecture.shapes import EMBEDDING, HEAD, Shape, is_expert_stack
 from finetune.files.tensorfile import FLOAT_TYPES, Stored, read_tensor
 
 Pair = tuple[Stored, Stored]
-"""The stored A and B of one change, or of one expert's projection."""
+"""The stored A and B of one change, or of one projection of one expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileContext:
-    """What decides how a file's pairs are read: its config and metadata, and its base's shapes where they are known."""
+    """The facts that decide how to read a file's pairs: its config, its metadata and, if known, the base's shapes."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -42,7 +42,7 @@ class FileContext:
 
 
 def changes_of(context: FileContext, pairs: Mapping[Key, Pair]) -> dict[str, Change]:
-    """Return the changes by the base tensor that each is added to."""
+    """Return the changes, keyed by the base tensor to which each is added."""
     changes: dict[str, Change] = {}
     packed: dict[str, Pair] = {}
     singles: dict[str, dict[tuple[int, str], tuple[Key, Pair]]] = {}
@@ -60,34 +60,34 @@ def changes_of(context: FileContext, pairs: Mapping[Key, Pair]) -> dict[str, Cha
             changes[target] = _dense(context, target, pair)
     twice = sorted(packed.keys() & singles.keys())
     if twice:
-        raise ValueError(f"{context.folder}: {twice[0]} is given twice, in two forms")
+        raise ValueError(f"{context.folder}: {twice[0]} is changed twice, in two forms")
     turned = _are_turned(context, packed)
     changes |= {name: _packed(context, name, pair, turned) for name, pair in packed.items()}
     return changes | {name: _single(context, name, pairs_of_stack) for name, pairs_of_stack in singles.items()}
 
 
 def check_full(context: FileContext, name: str, tensor: Stored) -> None:
-    """A tensor in full must be the base's, in its shape; a stack of experts in a known orientation."""
+    """Raise unless a full tensor has a base tensor's name and shape; expert stacks need a known orientation."""
     shape = tuple(tensor.shape)
     _check_fits(context, name, shape, tensor)
     if name == EMBEDDING and context.shapes is not None and HEAD not in context.shapes:
         raise ValueError(
-            f"{context.folder} replaces {name} alone, and this base ties its head to it: PEFT left the head as it was "
-            f"and one tensor cannot be both. Merge it with PEFT, which writes a head of its own"
+            f"{context.folder} replaces {name} alone, but this base ties its head to it: PEFT left the head unchanged, "
+            f"and one tensor cannot be both. Merge it with PEFT, which writes a separate head"
         )
     if is_expert_stack(name) and shape[1] == shape[2] and ORIENTATION_KEY not in context.metadata:
         raise ValueError(
-            f"{context.folder}: {name} {list(shape)} has the same shape turned, and no metadata says which way it lies"
+            f"{context.folder}: {name} {list(shape)} has the same shape transposed, and no metadata says which it is"
         )
 
 
 def _only_stack(context: FileContext, module: str) -> str:
-    """The only adapted stack of a layer, whose factors lie where down_proj's do when there are two."""
+    """The only adapted stack of a layer; its factors have the names that down_proj's have when there are two."""
     stack = only_stack(context.config)
     if stack is None:
         raise ValueError(
-            f"{context.folder}: {module} has factors of one stack only, and target_parameters in {CONFIG} do not say "
-            f"whether they are gate_up_proj's or down_proj's"
+            f"{context.folder}: {module} has factors of one stack only, and target_parameters in {CONFIG} does not say "
+            f"whether they belong to gate_up_proj or down_proj"
         )
     return f"{module}.{stack}"
 
@@ -95,7 +95,7 @@ def _only_stack(context: FileContext, module: str) -> str:
 def _dense(context: FileContext, target: str, pair: Pair) -> Change:
     a, b = pair
     module = target.removesuffix(".weight")
-    # the router is a parameter to PEFT
+    # PEFT treats the router as a parameter
     r, scale = rank_and_scale(context.config, target if module.endswith(".mlp.gate") else module)
     _check_rank(context, target, a.shape[0], r)
     shape = (b.shape[0], a.shape[1])
@@ -112,7 +112,7 @@ def _packed(context: FileContext, target: str, pair: Pair, turned: bool) -> Chan
         rest = a.shape[0] - r * experts
     if rest or not experts:
         raise ValueError(
-            f"{context.folder}: {target} has {a.shape[0]} rows in lora_A; with r {r} by {CONFIG} that is not "
+            f"{context.folder}: {target} has {a.shape[0]} rows in lora_A; with r {r} from {CONFIG} that is not "
             f"{'a whole number of' if context.shapes is None else experts} experts"
         )
     out, into = (a.shape[1], b.shape[0]) if turned else (b.shape[0], a.shape[1])
@@ -122,7 +122,7 @@ def _packed(context: FileContext, target: str, pair: Pair, turned: bool) -> Chan
 
 
 def _are_turned(context: FileContext, packed: Mapping[str, Pair]) -> bool:
-    """Whether A and B of experts are swapped, as PEFT below 0.19.1 has them; one file is of one kind."""
+    """Whether A and B of experts are swapped, as PEFT before 0.19.1 wrote them; a file must not mix both kinds."""
     if ORIENTATION_KEY in context.metadata or not packed:
         return False
     straight, turned = "", ""
@@ -135,24 +135,24 @@ def _are_turned(context: FileContext, packed: Mapping[str, Pair]) -> bool:
     if straight and turned:
         raise ValueError(
             f"{context.folder} mixes two orientations: {straight} is [out, in] as PEFT 0.19.1 and newer write it, "
-            f"{turned} is turned as older ones do. It was put together from two sources"
+            f"{turned} is transposed as older versions write it. The file was assembled from two sources"
         )
     if straight or turned:
         return bool(turned)
     name, (a, b) = next(iter(packed.items()))
     if not any(_orientations(context, name, packed)):
-        return False  # fits neither way: the comparison with the base says so
+        return False  # fits in neither orientation: the comparison with the base reports it
     if turns_parameters(context.config):
         return False
     raise ValueError(
         f"{context.folder}: {name} has factors {list(a.shape)} and {list(b.shape)}, which fit this base both as PEFT "
-        f"0.19.1 and newer write them and turned, as older ones do; nothing in the file says which. Save it again "
-        f"with PEFT 0.19.1 or newer, or merge it with the PEFT that wrote it"
+        f"0.19.1 and newer write them and transposed, as older versions do; nothing in the file says which. Save it "
+        f"again with PEFT 0.19.1 or newer, or merge it with the version of PEFT that wrote it"
     )
 
 
 def _orientations(context: FileContext, name: str, packed: Mapping[str, Pair]) -> tuple[bool, bool]:
-    """Whether (out, in) of a stack fit as they are, and turned: by the base, or else the layer's other stack."""
+    """Whether (out, in) of a stack fit as stored, and transposed: the base or the layer's other stack decides."""
     out_in = _out_in(packed[name])
     if context.shapes is not None:
         _, out, into = context.shapes.get(name, (0, 0, 0))
@@ -172,7 +172,7 @@ def _out_in(pair: Pair) -> tuple[int, int]:
 
 
 def _single(context: FileContext, target: str, parts: Mapping[tuple[int, str], tuple[Key, Pair]]) -> Change:
-    """Put together a stack whose experts have keys of their own; `parts` are by expert and projection."""
+    """Assemble a stack from separate keys for each expert; `parts` is keyed by expert and projection."""
     projections = ("down",) if target.endswith("down_proj") else ("gate", "up")
     experts = max(expert for expert, _ in parts) + 1
     if context.shapes is not None and target in context.shapes:
@@ -193,7 +193,7 @@ def _single(context: FileContext, target: str, parts: Mapping[tuple[int, str], t
     shape = (experts, sum(b.shape[0] for _, b in pairs[:halves]), pairs[0][0].shape[1])
     if any((a.shape[1], b.shape[0] * halves) != (shape[2], shape[1]) for a, b in pairs):
         raise ValueError(
-            f"{context.folder}: experts of {target} differ in their dimensions; the file is not of one model"
+            f"{context.folder}: experts of {target} differ in their dimensions; the file mixes several models"
         )
     _check_fits(context, target, shape, pairs[0][0])
     r = max(ranks) // (2 if shares_a else 1)
@@ -201,10 +201,10 @@ def _single(context: FileContext, target: str, parts: Mapping[tuple[int, str], t
 
 
 def _common_scale(context: FileContext, target: str, parts: Sequence[tuple[Key, Pair]]) -> float:
-    """The scale of all experts of a stack, whose ranks must be those that the config gives them."""
+    """Return the common scale of a stack's experts; raise if their ranks differ from those in the config."""
     settings = [rank_and_scale(context.config, key.module) for key, _ in parts]
     if len({scale for _, scale in settings}) > 1 or len({a.dtype for _, (a, _) in parts}) > 1:
-        raise ValueError(f"{context.folder}: experts of {target} have several scales or types; one for all is read")
+        raise ValueError(f"{context.folder}: experts of {target} have several scales or types; they must share one")
     for (key, (a, _)), (r, _) in zip(parts, settings, strict=True):
         _check_rank(context, key.module, a.shape[0], r)
     return settings[0][1]
@@ -217,14 +217,14 @@ def _equal(first: Stored, second: Stored) -> bool:
 def _check_rank(context: FileContext, name: str, stored: int, configured: int) -> None:
     if stored != configured:
         raise ValueError(
-            f"{context.folder}: {name} has rank {stored}, {CONFIG} says {configured}; its scale would be wrong"
+            f"{context.folder}: {name} has rank {stored}, but {CONFIG} says {configured}; its scale would be wrong"
         )
 
 
 def _check_fits(context: FileContext, target: str, shape: Shape, tensor: Stored) -> None:
     if tensor.dtype not in FLOAT_TYPES:
         raise ValueError(
-            f"{context.folder}: {tensor.name} is stored as {tensor.dtype}; {', '.join(FLOAT_TYPES)} are read"
+            f"{context.folder}: {tensor.name} is stored as {tensor.dtype}; allowed are {', '.join(FLOAT_TYPES)}"
         )
     if context.shapes is None or context.shapes.get(target) == shape:
         return
@@ -235,6 +235,6 @@ def _check_fits(context: FileContext, target: str, shape: Shape, tensor: Stored)
             f"for another model"
         )
     raise ValueError(
-        f"{context.folder}: {tensor.name} is for {target} of shape {list(shape)}, this base has "
-        f"{list(context.shapes[target])}. The adapter is for another size, or its experts are turned"
+        f"{context.folder}: {tensor.name} is for {target} of shape {list(shape)}, but this base has "
+        f"{list(context.shapes[target])}. The adapter is for another size, or its experts are transposed"
     )

@@ -1,4 +1,4 @@
-"""The names and settings of adapter files, ours and other tools': what a key changes, by how much. Loads no torch."""
+"""Parse the tensor names and configs of adapter files, ours and other tools'. Loads no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CONFIG = "adapter_config.json"
 CARD = "README.md"
 
 FAMILIES_KEY = "moetune.families"
-"""Metadata of a file of ours: how each part was trained."""
+"""Metadata of our own files: how each part was trained."""
 MODEL_TYPE_KEY = "moetune.model_type"
 ORIENTATION_KEY = "moetune.orientation"
 CHANGES_KEY = "moetune.changes"
-"""Metadata of an exported file: how many tensors of a base it changes."""
+"""Metadata of an exported file: the number of base tensors that it changes."""
 SINGLE_FORM = "form per-expert"
 ORIENTATION = "experts [out, in], lora_A expert by expert, lora_B rank by rank"
 
@@ -53,7 +53,7 @@ Projection = Literal["gate", "up", "down"]
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One factor: the module that PEFT says it belongs to, and for experts one by one which expert and projection."""
+    """One factor: its module by PEFT's name and, for experts stored one by one, the expert and the projection."""
 
     module: str
     factor: Literal["A", "B"]
@@ -63,23 +63,23 @@ class Key:
 
     @property
     def is_inner(self) -> bool:
-        """PEFT wraps gate_up_proj first: its factors lie inside the wrapper of down_proj."""
+        """Whether the factor lies inside down_proj's wrapper: gate_up_proj's factors do, as PEFT wraps it first."""
         return self.module.endswith(".mlp.experts.base_layer")
 
     @property
     def is_outer(self) -> bool:
-        """Here down_proj's factors lie, or those of the only adapted stack, whichever it is."""
+        """Whether the factor lies in the outer wrapper: that of down_proj, or of the only adapted stack."""
         return self.module.endswith(".mlp.experts")
 
 
 def parse_key(name: str, where: Path) -> Key | str:
-    """Return what a tensor of an adapter file is: a factor, or the canonical name of a tensor that is kept in full."""
+    """Parse the name of a tensor in an adapter file: return a factor, or the canonical name of a full tensor."""
     bare = name.removeprefix(PEFT_PREFIX)
     parsed = _FACTOR.match(bare)
     if parsed is None:
         if any(word in bare for word in _NOT_LOW_RANK) or ".lora_" in bare:
             raise ValueError(
-                f"{where}: {name} is no plain low-rank factor (DoRA, embeddings and biases of LoRA are not read here). "
+                f"{where}: {name} is not a plain low-rank factor (DoRA, LoRA embeddings and biases are not supported). "
                 f"Merge that adapter with the tool that made it"
             )
         return re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", bare)
@@ -93,18 +93,18 @@ def parse_key(name: str, where: Path) -> Key | str:
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
-    """Raise unless the config describes plain LoRA on the base as it is."""
+    """Raise unless the config describes plain LoRA on the unchanged base."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise ValueError(f"{where}: peft_type is {kind}; only LORA is read")
+        raise ValueError(f"{where}: peft_type is {kind}; only LORA is supported")
     used = [key for key in _OTHER_FORMS if config.get(key)]
     if used:
-        raise ValueError(f"{where}: {used[0]} is {config[used[0]]!r}; only plain LoRA, B times A, is read")
+        raise ValueError(f"{where}: {used[0]} is {config[used[0]]!r}; only plain LoRA, B times A, is supported")
     bias = config.get("bias") or "none"
     if bias != "none":
         raise ValueError(
-            f"{where}: bias is {bias!r}; only plain LoRA, B times A, is read, and biases that were trained too would "
-            f"be lost. Merge that adapter with the tool that made it"
+            f"{where}: bias is {bias!r}; only plain LoRA, B times A, is supported, and the trained biases would be "
+            f"lost. Merge that adapter with the tool that made it"
         )
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
@@ -125,7 +125,7 @@ def check_numbers(config: Mapping[str, Any], where: Path) -> None:
         for name, value in {key: config.get(key), **by_pattern}.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or (key == "r" and (value < 1 or value != int(value))):
-                allowed = "a whole number from 1 on" if key == "r" else "a finite number"
+                allowed = "a whole number of at least 1" if key == "r" else "a finite number"
                 raise ValueError(
                     f"{where}: {name} is {value!r}; it must be {allowed}. The adapter's config belongs to another "
                     f"file, or is damaged: get it again"
@@ -140,26 +140,26 @@ def rank_and_scale(config: Mapping[str, Any], key: str) -> tuple[int, float]:
 
 
 def only_stack(config: Mapping[str, Any]) -> str | None:
-    """Return gate_up_proj or down_proj where a config's target_parameters name one of the two only."""
+    """Return gate_up_proj or down_proj if a config's target_parameters name only one of the two, else None."""
     targets = config.get("target_parameters") or []
     stacks = {stack for stack in ("gate_up_proj", "down_proj") if any(str(name).endswith(stack) for name in targets)}
     return stacks.pop() if len(stacks) == 1 else None
 
 
 def packed_module(stack: str) -> str:
-    """Return the module that holds the factors of an expert stack, as PEFT wraps gate_up_proj first."""
+    """Return the module that holds the factors of an expert stack; PEFT wraps gate_up_proj first."""
     experts, _, kind = stack.rpartition(".")
     return experts if kind == "down_proj" else f"{experts}.base_layer"
 
 
 def packed_stack(module: str) -> str:
-    """Return the expert stack whose factors a module holds where both stacks of its layer are adapted."""
+    """Return the expert stack whose factors a module holds, given that both stacks of its layer are adapted."""
     inner = module.removesuffix(".base_layer")
     return f"{inner}.{'down_proj' if inner == module else 'gate_up_proj'}"
 
 
 def turns_parameters(config: Mapping[str, Any]) -> bool | None:
-    """Whether a PEFT of this version takes [E, out, in] for what it is, as 0.19.1 and newer do; None if not said."""
+    """Whether the config's version of PEFT reads [E, out, in] correctly (0.19.1 and newer); None if unknown."""
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
     return None if version is None else tuple(map(int, version.groups())) >= (0, 19, 1)
 

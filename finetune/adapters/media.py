@@ -1,7 +1,7 @@
-"""How images and videos become grids: as a model folder's processor files say it, and as an adapter was trained.
+"""Compare and rewrite the processor files that decide how images and videos become grids.
 
-transformers and the servers read those files. A merged model that keeps its base's files sees larger or smaller images,
-or other frames, than the adapter was trained on.
+transformers and the servers read these files. If a merged model kept its base's files, it could see larger or smaller
+images, or other frames, than the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _READ = ("image", "video", "chat")
 _FRAME_RULES = {"fps": "fps", "min_frames": "min_frames", "max_frames": "max_frames"}
 _CAP = {"frame_cap": "cap_pixels_per_frame", "max_tokens_per_frame": "max_video_tokens"}
 _UNSAID = {
-    "frame_cap": "a reader that does not know `cap_pixels_per_frame` has rules of its own",
-    "max_tokens_per_frame": "a reader that does not know `max_video_tokens` has rules of its own",
-    "timestamps": "no file says it; servers write `<3.0 seconds>`, so write the prompt yourself",
-    "layout": "no file says it; transformers 5 writes nested, 4.57 flat",
-    "single_frame": "no file says it; keep videos of one frame from the model",
+    "frame_cap": "a reader that does not know `cap_pixels_per_frame` follows its own rules",
+    "max_tokens_per_frame": "a reader that does not know `max_video_tokens` follows its own rules",
+    "timestamps": "no file can say this; servers write `<3.0 seconds>`, so write the prompt yourself",
+    "layout": "no file can say this; transformers 5 writes nested, 4.57 flat",
+    "single_frame": "no file can say this; keep videos of one frame away from the model",
 }
-"""What processor files cannot express, or what only some readers obey."""
+"""Settings that processor files cannot express, or that only some readers obey."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaRules:
-    """What processor files can express. `image_pixels` are of one image, `video_pixels` of all frames: (min, max)."""
+    """Settings that processor files can express; pixels are (min, max), of one image or of all frames of a video."""
 
     image_pixels: tuple[int, int]
     video_pixels: tuple[int, int]
@@ -48,7 +48,7 @@ class MediaRules:
     max_tokens_per_frame: int
 
     def differences(self, other: MediaRules) -> list[str]:
-        """Return a clause for each rule that is another one in `other`."""
+        """Return a clause for each rule that differs in `other`."""
         pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return [f"{name} {_text(mine)}, not {_text(theirs)}" for name, mine, theirs in pairs if mine != theirs]
 
@@ -58,7 +58,7 @@ def _text(value: Any) -> str:
 
 
 def trained_data(config: Mapping[str, Any], where: str) -> DataConfig:
-    """Return how a recorded configuration prepares images, videos and conversations; defaults where it is silent."""
+    """Return the media and chat settings of a recorded configuration, with defaults for missing keys."""
     data = config.get("data", {})
     read = {key: data[key] for key in _READ if key in data} if isinstance(data, dict) else data
     settings, problems = load_recipe("", below=({"data": read}, where))
@@ -68,7 +68,7 @@ def trained_data(config: Mapping[str, Any], where: str) -> DataConfig:
 
 
 def rules_of(folder: Path) -> MediaRules:
-    """Return what a model folder's processor files say; where they say nothing of frames, the reference's rules."""
+    """Return the rules in a model folder's processor files, with the reference's rules for missing frame settings."""
     spec, video = read_spec(folder), processor_settings(folder, "video_processor", VIDEO_FILE)
     default = VideoConfig()
     values = {
@@ -85,7 +85,7 @@ def rules_of(folder: Path) -> MediaRules:
 
 
 def trained_rules(base: Path, data: DataConfig) -> MediaRules:
-    """Return how training prepared images and videos on this base."""
+    """Return the rules by which training prepared images and videos on this base."""
     spec, video = read_spec(base), data.video
     return _comparable(
         MediaRules(
@@ -97,14 +97,14 @@ def trained_rules(base: Path, data: DataConfig) -> MediaRules:
 
 
 def _comparable(rules: MediaRules) -> MediaRules:
-    """The same rules; how many tokens a frame may have counts only where frames are capped."""
+    """The same rules, without the limit of tokens per frame if frames are not capped."""
     return rules if rules.frame_cap else replace(rules, max_tokens_per_frame=VideoConfig().max_tokens_per_frame)
 
 
 def media_files(base: Path, data: DataConfig, *, title: str) -> dict[str, bytes]:
-    """Return the base's small files as a model that was trained with `data` needs them: processor's, and README.
+    """Return the small files of the base that a model trained with `data` needs changed: processor files and README.
 
-    Files that need no change are not among them. `title` begins a README where the base has none.
+    Files that need no change are left out. `title` starts the README if the base has none.
     """
     files = processor_files(base, data)
     before = (base / CARD).read_bytes() if (base / CARD).is_file() else b""
@@ -116,7 +116,7 @@ def media_files(base: Path, data: DataConfig, *, title: str) -> dict[str, bytes]
 
 
 def processor_files(base: Path, data: DataConfig) -> dict[str, bytes]:
-    """Return those of a base's processor files that must change for readers to prepare media as training did."""
+    """Return the base's processor files that must change so that readers prepare media as training did."""
     now, trained = rules_of(base), trained_rules(base, data)
     changes: dict[str, dict[str, Any]] = {}
     if now.image_pixels != trained.image_pixels:
@@ -127,7 +127,7 @@ def processor_files(base: Path, data: DataConfig) -> dict[str, bytes]:
         changes["video_processor"] = _size(trained.video_pixels) | rules
     files: dict[str, dict[str, Any]] = {}
     for section, values in changes.items():
-        for name in (_SECTIONS[section], _NESTED):  # of the two, each version of a reader takes another
+        for name in (_SECTIONS[section], _NESTED):  # which of the two is read depends on the reader's version
             content = files.get(name) or (load_json(base / name) if (base / name).is_file() else {})
             settings = content.get(section) if name == _NESTED else content
             if settings:
@@ -147,7 +147,7 @@ def _size(pixels: tuple[int, int]) -> dict[str, Any]:
 
 
 def _lay_over(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Put values into a processor's settings; older spellings of its limits, where it has them, follow."""
+    """Put values into a processor's settings, and into the older spellings of its limits if present."""
     for older, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if settings.get(older) is not None:
             settings[older] = values["size"][edge]
@@ -155,7 +155,7 @@ def _lay_over(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def media_section(data: DataConfig) -> str:
-    """Return a README's section on what training did otherwise than the published models; empty where nothing."""
+    """Return the README section on the settings that differ from the published models; empty if none do."""
     lines = []
     for name, config in (("image", data.image), ("video", data.video)):
         for field in fields(config):
@@ -169,8 +169,8 @@ def media_section(data: DataConfig) -> str:
 
 
 _MEANING = f"""\
-A token is 32 x 32 pixels; of a video, of two frames. Whoever serves this must prepare media in the same way, or the
-model sees other grids than it was trained on. Servers read sizes and frame rules from `{IMAGE_FILE}` and
-`{VIDEO_FILE}` of the folder that they load: a merged folder has them as in training (`moetune merge`), the
-base of an adapter has its own. `moetune serve-check` compares a server with training.
+A token covers 32 x 32 pixels of an image, or of two frames of a video. A server must prepare media in the same way, or
+the model sees other grids than in training. Servers read sizes and frame rules from `{IMAGE_FILE}` and
+`{VIDEO_FILE}` in the folder that they load. A merged folder (`moetune merge`) has the values of training, but
+the base of an adapter has its own. `moetune serve-check` compares a server with training.
 """

@@ -1,6 +1,6 @@
-"""Merges a base and an adapter into one model folder: file by file, a block at a time, without building the model.
+"""Merge a base and an adapter into one model folder: file by file, a block at a time, without building the model.
 
-Nothing under the destination looks finished before everything is: the folder is made beside it and renamed at the end.
+An unfinished merge never looks finished: the folder is written next to its destination and renamed at the end.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from finetune.files.writer import CHECKSUMS, INDEX, REPORT, index_text
 
 
 class _Stopped(Exception):
-    """Another file failed; its error is the one to show."""
+    """Another file failed, and its error is the one to report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """What a finished merge did."""
+    """The result of a finished merge."""
 
     folder: Path
     intended: int
@@ -46,32 +46,32 @@ class Merged:
 
     @property
     def lost(self) -> list[str]:
-        """Tensors whose change was lost entirely to rounding."""
+        """Tensors whose change was lost completely in rounding."""
         return [name for name, change in self.changes.items() if change.lost]
 
     def lines(self, worst: int = 5) -> list[str]:
-        """Say it for people, the tensors whose change suffered most first."""
+        """Return the result as lines for people; the tensors whose changes lost most come first."""
         lines = [f"applied  {self.applied} of {self.intended} intended changes; {len(self.full)} tensors replaced"]
         order = sorted(self.changes.items(), key=lambda item: -item[1].error)
         total = sum(change.intended_square for change in self.changes.values())
         if total:
             error = (sum(change.error_square for change in self.changes.values()) / total) ** 0.5
-            lines.append(f"rounding the realised change is {error:.2%} off the intended one over all; most in:")
+            lines.append(f"rounding the realised change is {error:.2%} off the intended one overall; most in:")
         lines += [
             f"  {name}: {change.error:.2%} off, {change.unchanged / change.values:.1%} of the weights unchanged"
             for name, change in order[:worst]
         ]
         zero = [name for name, change in self.changes.items() if not change.intended_square]
         if zero:
-            lines.append(f"zero     {len(zero)} changes are zero in the adapter itself, first {zero[0]}")
+            lines.append(f"zero     {len(zero)} of the changes are zero in the adapter itself, first {zero[0]}")
         if self.lost:
-            lines.append(f"LOST     the stored type swallowed {len(self.lost)} changes whole, first {self.lost[0]}")
+            lines.append(f"LOST     {len(self.lost)} of the changes were lost in rounding, first {self.lost[0]}")
         return lines
 
 
 @dataclass(kw_only=True)
 class _Work:
-    """What the threads share. Each writes entries of its own tensors and files only."""
+    """State that the threads share. Each thread writes only the entries of its own tensors and files."""
 
     plan: MergePlan
     beside: Path
@@ -82,12 +82,12 @@ class _Work:
 
 
 def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], None] = lambda text: None) -> Merged:
-    """Write the merged folder; raises, and leaves nothing, unless every intended change went in."""
+    """Write the merged folder. Raise, and leave nothing behind, unless every intended change was applied."""
     check_room(plan, out)
     threads = torch.get_num_threads()
     with whole_folder(out) as beside:
         work = _Work(plan=plan, beside=beside)
-        torch.set_num_threads(1)  # the files are what runs in parallel
+        torch.set_num_threads(1)  # files already run in parallel
         try:
             _write_files(work, jobs_for(len(plan.files), jobs), say)
         finally:
@@ -103,7 +103,7 @@ def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], Non
         small = dict(plan.side_files) | {REPORT: _report(plan, merged)}
         if len(plan.files) > 1:
             small[INDEX] = index_text({file.name: file.tensors for file in plan.files})
-        # The config comes last: without it no reader takes a folder for a model.
+        # The config comes last: without it, no program takes the folder for a model.
         config = extended_config(load_json(plan.base.folder / "config.json"), plan.context)
         small["config.json"] = config_text(both_spellings(to_hub_spelling(config))).encode()
         for name, content in small.items():
@@ -117,7 +117,7 @@ def merge(plan: MergePlan, out: Path, *, jobs: int = 0, say: Callable[[str], Non
 
 
 def require_all(plan: MergePlan, merged: Merged) -> None:
-    """Raise unless each intended change was applied, to every value of its tensor."""
+    """Raise unless each intended change was applied to every value of its tensor."""
     skipped = [name for name in plan.source.full if name not in merged.full]
     for name, change in plan.source.changes.items():
         realised = merged.changes.get(name)
@@ -131,10 +131,10 @@ def require_all(plan: MergePlan, merged: Merged) -> None:
 
 
 def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
-    """Write the largest files first, so that no thread waits long for the last."""
+    """Write all files, the largest first, so that no thread waits long for the last one."""
     order = sorted(work.plan.files, key=lambda file: -file.size)
     with ExitStack() as stack:
-        # all at once: a disk too small, or a quota, is known before anything is computed
+        # reserve everything first: a full disk or a quota shows up before anything is computed
         reserved = [stack.enter_context(reserve(work.beside / file.name, file.tensors, HUB_METADATA)) for file in order]
         pool = stack.enter_context(ThreadPoolExecutor(jobs))
         running = {pool.submit(_write_file, work, *pair): pair[0] for pair in zip(order, reserved, strict=True)}
@@ -149,7 +149,7 @@ def _write_files(work: _Work, jobs: int, say: Callable[[str], None]) -> None:
 
 
 def _write_file(work: _Work, file: OutFile, out: ReservedFile) -> None:
-    """Write one weight file from its first byte to its last, and hash it on the way."""
+    """Write one weight file from start to end, and hash it while writing."""
     widest = max(prod(shape[2:] if is_expert_stack(name) else shape[1:]) for name, (_, shape) in file.tensors.items())
     lane, digest = Lane(widest), hashlib.sha256(out.header)
     with out:
@@ -168,7 +168,7 @@ def _write_file(work: _Work, file: OutFile, out: ReservedFile) -> None:
 
 
 def _sum(work: _Work, name: str, stored: Shape, lane: Lane) -> Iterator[memoryview]:
-    """Yield a tensor of the base plus the adapter's change to it, as it is stored, block by block."""
+    """Yield the sum of a base tensor and the adapter's change in the stored type, block by block."""
     plan = work.plan
     change = plan.source.changes.get(name)
     left, right = factors(change) if change is not None else (None, None)
@@ -187,13 +187,13 @@ def _sum(work: _Work, name: str, stored: Shape, lane: Lane) -> Iterator[memoryvi
     if not isfinite(realised.intended_square + realised.error_square):
         raise ValueError(
             f"{name}: base plus adapter is not finite; one of the two holds NaN or infinity, or the sum is too large "
-            f"for the type it is stored in. Nothing was written"
+            f"for its stored type. Nothing was written"
         )
     work.changes[name] = realised
 
 
 def _replacement(plan: MergePlan, name: str, kind: str) -> Iterator[memoryview]:
-    """Yield a tensor that the adapter holds in full, in the base's type; of expert stacks one matrix at a time."""
+    """Yield a tensor that the adapter stores in full, in the base's type; expert stacks come one matrix at a time."""
     tensor = plan.source.read_full(name)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the adapter holds NaN or infinity for it. Nothing was written")

@@ -1,7 +1,7 @@
-"""The arithmetic of a merge: blocks of a base tensor plus their share of the change, in float32, rounded once.
+"""The arithmetic of a merge: blocks of a base tensor plus their part of the change, in float32, rounded once.
 
-A block is small enough to stay in the processor's cache while it is computed. Everything is computed in the orientation
-of the file that is written, so that the hub's transposed expert stacks are never turned.
+A block is small enough to stay in the processor's cache during the computation. All arithmetic uses the orientation of
+the output file, so that the hub's transposed expert stacks need no transposition.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from finetune.files.basefiles import BaseFiles
 from finetune.files.tensorfile import read_bytes, torch_type
 
 BLOCK = 1 << 18
-"""Values of a block: two float32 buffers of 1 MiB and the block twice in its own type. Smaller ones make threads wait
-for the interpreter, larger ones leave the cache."""
+"""Values per block: two float32 buffers of 1 MiB, and the block twice in its own type.
+
+With smaller blocks, threads wait for the interpreter; larger blocks exceed the cache.
+"""
 
 
 @dataclass(kw_only=True)
 class Realised:
-    """What became of one tensor's change: sums of squares over all its values."""
+    """How well one tensor's change survived rounding: counts and sums of squares over all its values."""
 
     values: int = 0
     unchanged: int = 0
@@ -36,26 +38,26 @@ class Realised:
 
     @property
     def intended(self) -> float:
-        """The norm of the change as the adapter means it."""
+        """The norm of the change that the adapter specifies."""
         return math.sqrt(self.intended_square)
 
     @property
     def error(self) -> float:
-        """How far the change in the file is from the intended one, relative to it: 0 is exact, 1 is lost."""
+        """The relative error of the change in the file: 0 is exact, 1 is lost."""
         return math.sqrt(self.error_square / self.intended_square) if self.intended_square else 0.0
 
     @property
     def lost(self) -> bool:
-        """Whether rounding swallowed all of it."""
+        """Whether rounding removed the change completely."""
         return self.intended_square > 0 and self.unchanged == self.values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A lane's buffers as one block: made once for each shape, as making views costs as much as the arithmetic."""
+    """A lane's buffers as one block: made once per shape, because creating views costs as much as the arithmetic."""
 
     values: Tensor
-    """The base's [rows, columns], and what `raw` fills."""
+    """The base's values [rows, columns], read through `raw`."""
     raw: Any
     flat: Tensor
     out: Tensor
@@ -69,7 +71,7 @@ class Block:
     differs: Any
 
     def add(self, left: Tensor, right: Tensor, realised: Realised) -> None:
-        """Let `out` be values + left @ right in the values' type, and count what became of it."""
+        """Set `out` to values + left @ right in the values' type, and record the rounding in `realised`."""
         total, other = self.total, self.other
         if self.flat.dtype == torch.float32:  # the addition itself is the only rounding
             torch.mm(left, right, out=self.other_rc)
@@ -123,13 +125,13 @@ class Lane:
 
 
 def intended_square(left_Eor: Tensor, right_Eri: Tensor) -> float:
-    """Return the square of the norm of left @ right over all matrices, from products of size r alone."""
+    """Return the squared norm of left @ right over all matrices, computed from r x r products only."""
     grams = (left_Eor.transpose(1, 2) @ left_Eor).double() * (right_Eri @ right_Eri.transpose(1, 2)).double()
     return max(float(grams.sum()), 0.0)
 
 
 def factors(change: Change) -> tuple[Tensor, Tensor]:
-    """Return (left [E, rows, r], right [E, r, columns]) in float32, scale included, for matrices as files have them."""
+    """Return (left [E, rows, r], right [E, r, columns]) in float32, scale included, in the files' orientation."""
     a_Eri, b_Eor = change.read()
     b_Eor = b_Eor.float().mul_(change.scale) if b_Eor.dtype != torch.float32 else b_Eor * change.scale
     if is_expert_stack(change.target):  # the hub has [E, in, out]
@@ -138,7 +140,7 @@ def factors(change: Change) -> tuple[Tensor, Tensor]:
 
 
 def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tuple[int, range, Block]]:
-    """Yield every block of a tensor in the order and orientation of the written file, with its matrix and rows there.
+    """Yield the blocks of a tensor in the order and orientation of the output file, with their matrix and rows.
 
     Each block overwrites the one before.
     """

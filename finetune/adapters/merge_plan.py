@@ -1,4 +1,4 @@
-"""What a merge will read and write, known before anything is written: files, tensors, bytes, room on the disk."""
+"""Plan a merge before anything is written: files, tensors, bytes and disk space."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from finetune.files.writer import REPORT, links_outside, plan_shards, side_files
 
 @dataclass(frozen=True, kw_only=True)
 class OutFile:
-    """A weight file to be written: its tensors in order, (dtype, shape) by name."""
+    """A weight file to write: its tensors in order, as (dtype, shape) by name."""
 
     name: str
     tensors: Mapping[str, tuple[str, Shape]]
 
     @property
     def size(self) -> int:
-        """Bytes of the file, its header included."""
+        """Size of the file in bytes, header included."""
         return file_size(self.tensors, HUB_METADATA)
 
 
@@ -47,17 +47,17 @@ class MergePlan:
     files: tuple[OutFile, ...]
     side_files: Mapping[str, bytes | Path]
     origin: str
-    """What is known of the adapter's base, in a sentence."""
+    """What the adapter's metadata says about its base, in a sentence."""
     context: Extension | None = None
-    """How the adapter was trained to read longer contexts; the merged config.json says so."""
+    """The context extension of the training, which the merged config.json records."""
     seen: Mapping[str, Any] = field(default_factory=dict)
-    """What of the adapter's configuration decides an answer, but for its context; empty where it does not say."""
+    """The settings of the adapter's configuration that affect answers, without its context; empty if unknown."""
     data: DataConfig | None = None
-    """How images, videos and conversations were prepared in training; None where the adapter does not say."""
+    """How training prepared images, videos and conversations; None if unknown."""
 
     @property
     def need_bytes(self) -> int:
-        """Room that the merged folder takes."""
+        """Bytes that the merged folder will take."""
         small = [
             len(content) if isinstance(content, bytes) else content.stat().st_size
             for content in self.side_files.values()
@@ -66,30 +66,30 @@ class MergePlan:
 
     @property
     def intended(self) -> int:
-        """How many tensors of the base the adapter changes."""
+        """Number of base tensors that the adapter changes."""
         return len(self.source.changes) + len(self.source.full)
 
     def lines(self, out: Path) -> list[str]:
-        """Say it for people."""
+        """Return the plan as lines for people."""
         experts = sum(len(change.shape) == 3 for change in self.source.changes.values())
         kinds = ", ".join(sorted({kind for file in self.files for kind, _ in file.tensors.values()}))
         total = len(self.base.shapes)
         media = [name for name, content in self.side_files.items() if isinstance(content, bytes)]
         outside = [name for name in links_outside(self.base.folder) if not name.endswith(".safetensors")]
-        longer = f"; config.json says {self.context.length:,} tokens, yarn" if self.context is not None else ""
+        longer = f"; config.json has {self.context.length:,} tokens, yarn" if self.context is not None else ""
         return [
             f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
             f"adapter  {self.source.folder}: {len(self.source.changes)} low-rank changes ({experts} of expert stacks), "
-            f"{len(self.source.full)} tensors in full; {self.origin}",
+            f"{len(self.source.full)} full tensors; {self.origin}",
             f"out      {out}: {len(self.files)} weight file(s) and {len(self.side_files) + 1} others in the hub's "
             f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
-            *([f"left out {', '.join(outside)}: links to files outside of {self.base.folder}"] if outside else []),
-            *([f"media    {', '.join(media)}: with the sizes and frames of training"] if media else []),
+            *([f"left out {', '.join(outside)}: links to files outside {self.base.folder}"] if outside else []),
+            *([f"media    {', '.join(media)}: with the sizes and frame settings of training"] if media else []),
         ]
 
 
 def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> MergePlan:
-    """Return the plan; raises where the adapter was trained on another base, unless `other_base` allows that."""
+    """Return the plan. Raise if the adapter was trained on another base, unless `other_base` allows that."""
     source = open_source(adapter, base.shapes)
     origin = "merged into another base on purpose" if other_base else require_same_base(adapter, source.metadata, base)
     source.check_copies(base)
@@ -113,11 +113,11 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
 
 
 def merge_settings(folder: Path) -> dict[str, Any]:
-    """Return what a merged folder says of the settings that its adapter was trained with, empty where nothing."""
+    """Return the training settings that a merged folder records for its adapter; empty if there are none."""
     seen = load_json(folder / REPORT).get("trained_with", {}) if (folder / REPORT).is_file() else {}
     if not isinstance(seen, dict):
         raise ValueError(
-            f"{folder / REPORT}: trained_with is {str(seen)[:80]!r}, it must be an object. The file is damaged: merge "
+            f"{folder / REPORT}: trained_with is {str(seen)[:80]!r}; it must be an object. The file is damaged: merge "
             f"again, or remove it and pass the settings with --config"
         )
     return seen
@@ -129,30 +129,30 @@ def _seen(source: AdapterSource, base: Path) -> dict[str, Any]:
 
 
 def _context(source: AdapterSource, base: Path) -> Extension | None:
-    """The extension of context that the adapter's own configuration records."""
+    """The context extension that the adapter's configuration records."""
     context = recorded(source.metadata, CONFIGURATION).get("context") or {}
     yarn = YarnConfig(factor=(context.get("yarn") or {}).get("factor"))
     return extension(ContextConfig(length=context.get("length"), yarn=yarn), read_family(base))
 
 
 def check_room(plan: MergePlan, out: Path) -> None:
-    """Raise when the disk cannot hold the merged folder, or it would become a part of the base."""
+    """Raise if the disk cannot hold the merged folder, or if it would lie inside the base."""
     if out.resolve().is_relative_to(plan.base.folder.resolve()):
         raise ValueError(
-            f"{out} lies inside the base {plan.base.folder}, and would be copied with the base's files from now on. "
-            f"Name a folder outside it"
+            f"{out} lies inside the base {plan.base.folder}, so every later copy of the base would include it. Name a "
+            f"folder outside the base"
         )
     free = free_bytes(out)
     if free < plan.need_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"the merged folder needs {plan.need_bytes:,} bytes and the disk that holds {out.parent} has {free:,} "
-            f"free; nothing was written. Free room, or write to another disk",
+            f"the merged folder needs {plan.need_bytes:,} bytes, but the disk of {out.parent} has only {free:,} "
+            f"free; nothing was written. Free some space, or write to another disk",
         )
 
 
 def free_bytes(out: Path) -> int:
-    """Return the bytes that a user may still write where `out` will lie."""
+    """Return the free bytes on the disk that will hold `out`."""
     place = out.resolve()
     while not place.exists():
         place = place.parent
@@ -160,7 +160,7 @@ def free_bytes(out: Path) -> int:
 
 
 def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
-    """The base's own division into files where each tensor lies in one; else one by size."""
+    """The base's own division into files if each tensor lies in one file; else a division by size."""
     kinds = base.dtypes
     stored = {name: (kinds[name], stored_shape(name, shape, "hub")) for name, shape in base.shapes.items()}
     if all(name in base.stored for name in stored):
@@ -173,5 +173,5 @@ def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
 
 
 def jobs_for(files: int, jobs: int = 0) -> int:
-    """Return how many files to work on at once: `jobs`, or one more than there are cores, as one waits for the disk."""
+    """Return the number of files to work on at once: `jobs`, or one more than the cores, as one waits for the disk."""
     return max(1, min(jobs or len(os.sched_getaffinity(0)) + 1, files))

@@ -1,6 +1,6 @@
-"""Where an adapter comes from: base, data, configuration, scores and parent, as the metadata of its file.
+"""The origin of an adapter in the metadata of its file: base, data, configuration, scores and parent.
 
-Nothing in it depends on the number of ranks, so that any layout writes the same file.
+Nothing in it depends on the number of ranks, so that every layout writes the same file.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from finetune.files.fingerprint import fingerprint
 BASE = "moetune.base"
 PARENT = "moetune.parent"
 CONFIGURATION = "moetune.config"
-_AGAIN = "another program changed it, or it is damaged; get the adapter again"
+_AGAIN = "another program changed it, or the file is damaged; get the adapter again"
 _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
-"""Parts of a configuration that decide how a run was carried out, not what it trained."""
+"""Parts of a configuration that decide how a run was executed, but not its result."""
 
 
 SEEN = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
-"""What of a configuration decides an answer, by section."""
+"""Configuration keys that affect a model's answers, by section."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What a run knows of the adapter that it writes.
+    """The facts that a run records in the adapter that it writes.
 
-    `data` names what decided the samples and their order; `parent` is a `parent_line`.
+    `data` identifies the samples and their order; `parent` is a `parent_line`.
     """
 
     base: BaseFiles
@@ -44,7 +44,7 @@ class Provenance:
     parent: str = ""
 
     def metadata(self) -> dict[str, str]:
-        """Return it as strings; the first time, reads a few bytes of each of the base's tensors."""
+        """Return the metadata as strings. The first call reads a few bytes of each base tensor."""
         metadata = {BASE: _json({"name": self.base_name, "fingerprint": fingerprint(self.base)})}
         if self.data:
             metadata["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
@@ -59,14 +59,14 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseName:
-    """The base that an adapter says it was trained on."""
+    """The base that an adapter's metadata names."""
 
     name: str
     fingerprint: str
 
 
 def base_of(metadata: Mapping[str, str]) -> BaseName | None:
-    """Return the base that an adapter's metadata names; None in files of other tools."""
+    """Return the base that an adapter's metadata names; None for files of other tools."""
     if BASE not in metadata:
         return None
     base = recorded(metadata, BASE)
@@ -76,18 +76,18 @@ def base_of(metadata: Mapping[str, str]) -> BaseName | None:
 
 
 def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """Return the object that an adapter's metadata hold under a key, empty without one."""
+    """Return the object under a key of an adapter's metadata; empty if the key is missing."""
     try:
         value = json.loads(metadata.get(key, "{}"))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"the adapter's metadata {key} is no JSON ({error}): {_AGAIN}") from error
+        raise ValueError(f"the adapter's metadata {key} is not valid JSON ({error}): {_AGAIN}") from error
     if not isinstance(value, dict):
         raise ValueError(f"the adapter's metadata {key} is {metadata[key][:80]!r}, not an object: {_AGAIN}")
     return value
 
 
 def seen_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return what decides an answer of the configuration that an adapter's metadata hold, empty without one."""
+    """Return the settings in an adapter's metadata that affect answers (`SEEN`); empty if it has none."""
     config = recorded(metadata, CONFIGURATION)
     return {
         section: {key: config[section][key] for key in keys if key in config[section]}
@@ -97,29 +97,29 @@ def seen_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFiles) -> str:
-    """Raise unless the adapter was trained on this base; return what is known of it, in a sentence."""
+    """Raise if the adapter was trained on another base; return what is known about its base, in a sentence."""
     named = base_of(metadata)
     if named is None:
-        return f"{adapter} does not say which base it was trained on; only its shapes were compared with {base.folder}"
+        return f"{adapter} does not say which base it was trained on; only shapes were compared with {base.folder}"
     ours = fingerprint(base)
     if ours != named.fingerprint:
         raise ValueError(
             f"{adapter} was trained on {named.name} (fingerprint {named.fingerprint}), but {base.folder} is another "
-            f"base (fingerprint {ours}): same shapes, other values. Give the base it was trained on, or --other-base "
-            f"if the two are meant to differ"
+            f"base (fingerprint {ours}) with the same shapes and other values. Give the base it was trained on, or "
+            f"--other-base if you mean to use another one"
         )
     return f"{adapter} was trained on this base (fingerprint {ours})"
 
 
 def parent_line(folder: Path) -> str:
-    """Return an adapter's folder and the hash of its weights, as the metadata of what grew out of it has them."""
+    """Return an adapter's folder and the hash of its weights, for the metadata of adapters derived from it."""
     with (folder / WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return _json({"folder": str(folder), "sha256": digest})
 
 
 def versions() -> str:
-    """Return the versions that an adapter's meaning may depend on."""
+    """Return the versions of the packages that may affect what an adapter means."""
     names = ("moetune", "peft", "torch", "transformers")
     return _json({name: installed for name in names if (installed := _version(name))})
 
@@ -127,12 +127,12 @@ def versions() -> str:
 def _version(name: str) -> str:
     try:
         return version(name)
-    except PackageNotFoundError:  # ours, where it runs from its source
+    except PackageNotFoundError:  # moetune itself, when it runs from its source tree
         return ""
 
 
 def _without(config: Mapping[str, Any], dropped: tuple[str, ...]) -> dict[str, Any]:
-    """A configuration without some of its sections and keys, by their path."""
+    """A configuration without the sections and keys at the given paths."""
     rest = {section: values for section, values in config.items() if section not in dropped}
     for path in dropped:
         section, _, key = path.partition(".")

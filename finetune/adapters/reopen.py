@@ -1,4 +1,4 @@
-"""Opens an adapter file again before it counts as written: what is in it, and whether it learned anything."""
+"""Reopen an adapter file before it counts as written: check its content, and whether it learned anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune.ranks.log import listed
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What a tensor of the file must be; `experts` is how many lie side by side in it, 1 for a dense one."""
+    """The expected type and shape of a tensor; `experts` is the number packed into it, 1 for a dense tensor."""
 
     dtype: str
     shape: Shape
@@ -23,10 +23,10 @@ class Expected:
 
 
 def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> list[str]:
-    """Return warnings about a file that was just written; raise if it is not what was to be written.
+    """Return warnings about a file that was just written; raise if its content is not the expected one.
 
-    Every tensor is read, one at a time. A factor A that is zero for some expert was never filled, since none begins at
-    zero. A factor B that is zero after training learned nothing, and is named in a warning.
+    Tensors are read one at a time. A factor A that is zero for some expert was never filled, since A never starts at
+    zero. A factor B that is still zero after training learned nothing, and a warning names it.
     """
     stored, _ = read_header(file)
     wrong = [name for name, entry in expected.items() if name not in stored or _unlike(stored[name], entry)]
@@ -38,10 +38,10 @@ def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> 
     for name, entry in expected.items():
         tensor = read_tensor(stored[name])
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{file}: {name} holds NaN or infinity; nothing was kept. The run diverged before it")
+            raise ValueError(f"{file}: {name} holds NaN or infinity; nothing was kept. The run diverged earlier")
         empty = _empty_experts(name, tensor, entry.experts)
         if ".lora_A." in name and empty:
-            raise ValueError(f"{file}: {name} is zero for experts {empty[:8]}: they never came; nothing was kept")
+            raise ValueError(f"{file}: {name} is zero for experts {empty[:8]}: they never arrived; nothing was kept")
         if ".lora_B." in name and len(empty) == entry.experts:
             zero.append(name)
         elif ".lora_B." in name and empty:
@@ -50,7 +50,7 @@ def reopened(file: Path, expected: Mapping[str, Expected], *, trained: bool) -> 
         return []
     warnings = []
     if zero:
-        warnings.append(f"{len(zero)} tensors learned nothing, their lora_B is still zero: {listed(zero)}")
+        warnings.append(f"tensors that learned nothing, with a lora_B of zero ({len(zero)}): {listed(zero)}")
     if unused:
         warnings.append(f"experts that no token reached have a lora_B of zero in {listed(unused)}")
     return warnings
@@ -61,7 +61,7 @@ def _unlike(stored: Stored, entry: Expected) -> bool:
 
 
 def _empty_experts(name: str, tensor: torch.Tensor, experts: int) -> Sequence[int]:
-    """Experts for which a factor is zero; A lies expert by expert, B rank by rank."""
+    """Experts for which a factor is zero; A is stored expert by expert, B rank by rank."""
     if ".lora_" not in name:
         return []
     parts = tensor.view(experts, -1) if ".lora_A." in name else tensor.view(-1, experts).t()

@@ -1,4 +1,4 @@
-"""Reads any tool's adapter as changes of a base's tensors: ours, PEFT's, or 2-D keys expert by expert."""
+"""Read the adapter of any tool as changes to a base's tensors: ours, PEFT's, or 2-D keys for each expert."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ _COPY = ".base_layer."
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSource:
-    """Everything that an adapter changes, by canonical names of the base: low-rank changes, and tensors in full."""
+    """All changes of an adapter, by canonical base name: low-rank changes and full tensors."""
 
     folder: Path
     changes: Mapping[str, Change]
     full: Mapping[str, Stored]
     copies: Mapping[str, Stored]
-    """Tensors of the base itself, which PEFT writes down beside the factors of a head."""
+    """Tensors of the base itself, which PEFT saves along with the factors of a head."""
     metadata: Mapping[str, str]
     config: Mapping[str, Any]
 
     def read_full(self, name: str) -> Tensor:
-        """Return a tensor that replaces the base's, as it lies in memory."""
+        """Return a tensor that replaces the base's, in the in-memory layout."""
         return read_tensor(self.full[name])
 
     def check_copies(self, base: BaseFiles) -> None:
-        """Raise unless what the file repeats of the base is what the base has."""
+        """Raise unless the copies of base tensors in the file equal those of the base."""
         for name, stored in self.copies.items():
             if not torch.equal(read_tensor(stored).float(), base.read(name).float()):
                 raise ValueError(
-                    f"{self.folder} holds a copy of {name} (PEFT saves one beside a head's factors) with other values "
-                    f"than {base.folder} has: it was trained on another base, or the copy was trained too. Give that "
-                    f"base, or merge it with the tool that made it"
+                    f"{self.folder} holds a copy of {name} (PEFT saves one with a head's factors) with other values "
+                    f"than {base.folder} has: the adapter was trained on another base, or the copy was trained too. "
+                    f"Give that base, or merge the adapter with the tool that made it"
                 )
 
 
 def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> AdapterSource:
-    """Return an adapter of any known form, from headers alone, checked against a base's `shapes` where they are given.
+    """Open an adapter of any known form by its headers alone, and check it against a base's `shapes` if given.
 
-    Raises one error about what is not understood or does not fit; nothing in a file is ignored.
+    Raise one error if anything is unknown or does not fit; nothing in the file is ignored.
     """
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
@@ -86,20 +86,20 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
         raise ValueError(f"{folder} changes nothing: {WEIGHTS} holds no tensor")
     for name, tensor in [*full.items(), *copies.items()]:
         check_full(context, name, tensor)
-    if metadata.get(ORIENTATION_KEY, "").startswith(SINGLE_FORM):  # its targets are last words, of other modules too
+    if metadata.get(ORIENTATION_KEY, "").startswith(SINGLE_FORM):  # its targets also match modules that it lacks
         missing: list[str] = []
         if metadata.get(CHANGES_KEY, count := str(len(changes))) != count:
             raise ValueError(
-                f"{folder} is not whole: it was exported with {metadata[CHANGES_KEY]} changes and has {count}. "
+                f"{folder} is incomplete: it was exported with {metadata[CHANGES_KEY]} changes and has {count}. "
                 f"Export it again"
             )
     else:
         missing = missing_targets(config, shapes or {}, {*changes, *full})
     if missing:
         raise ValueError(
-            f"{folder} is not whole: {CONFIG} says that {missing[0]} is adapted, and {WEIGHTS} has no factors for it"
-            f"{f', nor for {len(missing) - 1} more' if len(missing) > 1 else ''}. Some tools save one rank's or one "
-            f"stage's part: save it again, or name what it lacks in exclude_modules"
+            f"{folder} is incomplete: {CONFIG} says that {missing[0]} is adapted, but {WEIGHTS} has no factors for it"
+            f"{f', nor for {len(missing) - 1} more' if len(missing) > 1 else ''}. Some tools save only the part of one "
+            f"rank or stage: save it again, or list the missing modules in exclude_modules"
         )
     order = {name: at for at, name in enumerate(shapes or {})}
     ordered = dict(sorted(changes.items(), key=lambda item: order.get(item[0], 0)))
@@ -114,7 +114,7 @@ def open_source(folder: Path, shapes: Mapping[str, Shape] | None = None) -> Adap
 
 
 def require_finite(folder: Path) -> None:
-    """Raise where an adapter holds NaN or infinity: attention on a CPU hides it, and the answers are meaningless."""
+    """Raise if an adapter holds NaN or infinity: attention on a CPU hides them, and answers become meaningless."""
     for name, stored in read_header(folder / WEIGHTS)[0].items():
         if not bool(torch.isfinite(read_tensor(stored)).all()):
             raise ValueError(f"{folder}: {name} holds NaN or infinity; the run diverged before it was saved")
@@ -122,9 +122,9 @@ def require_finite(folder: Path) -> None:
 
 def _hint(folder: Path) -> str:
     if (folder / "adapter" / CONFIG).is_file():
-        return f"; {folder / 'adapter'} is one"
+        return f"; {folder / 'adapter'} has one"
     if (folder / "adapter_model.bin").is_file():
-        return "; adapter_model.bin is not read, convert it to safetensors"
+        return "; adapter_model.bin is not supported, convert it to safetensors"
     return ""
 
 
@@ -137,11 +137,11 @@ def _pairs(factors: Mapping[Key, Stored], folder: Path) -> dict[Key, Pair]:
         keys[key.module] = key
     for module, pair in by_module.items():
         if len(pair) != 2:
-            raise ValueError(f"{folder}: {module} has lora_{next(iter(pair))} only; the file is not whole")
+            raise ValueError(f"{folder}: {module} has only lora_{next(iter(pair))}; the file is incomplete")
         a, b = pair["A"], pair["B"]
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.dtype != b.dtype:
             raise ValueError(
-                f"{folder}: {module} has lora_A {a.dtype} {list(a.shape)} and lora_B {b.dtype} {list(b.shape)}; wanted "
-                f"are [r, in] and [out, r] of one type"
+                f"{folder}: {module} has lora_A {a.dtype} {list(a.shape)} and lora_B {b.dtype} {list(b.shape)}; they "
+                f"must be [r, in] and [out, r] of one type"
             )
     return {keys[module]: (pair["A"], pair["B"]) for module, pair in by_module.items()}

@@ -1,4 +1,4 @@
-"""What an adapter's config says is adapted, by PEFT's own rules, compared with what its file has. Loads no torch."""
+"""Compare the targets in an adapter's config, by PEFT's own rules, with the tensors in its file. Loads no torch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ for pattern in patterns:
 
 
 def check_targets(config: Mapping[str, Any], names: Iterable[str], where: Path) -> None:
-    """Raise unless the config's targets are names, or expressions that are soon compared with `names`."""
+    """Raise unless the config's targets are names, or expressions that quickly match against `names`."""
     for key in (*_EXPRESSIONS, "modules_to_save"):
         value = config.get(key)
         is_text = key in _EXPRESSIONS and isinstance(value, str)
         if not (value is None or is_text or (isinstance(value, list) and _all(value, str))):
             raise ValueError(
-                f"{where}: {key} is {str(value)[:80]}; it must be a list of names, or for targets one expression. "
-                f"The file is damaged: get it again"
+                f"{where}: {key} is {str(value)[:80]}; it must be a list of names, or for targets one regular "
+                f"expression. The file is damaged: get it again"
             )
     layers = config.get("layers_to_transform")
     if not (layers is None or _all(layers if isinstance(layers, list) else [layers], int)):
@@ -42,13 +42,13 @@ def check_targets(config: Mapping[str, Any], names: Iterable[str], where: Path) 
             f"file is damaged: get it again"
         )
     texts = [value for key in _EXPRESSIONS if isinstance(value := config.get(key), str)]
-    kinds = ("rank_pattern", "alpha_pattern", "modules_to_save")  # their names are expressions, whatever they look like
+    kinds = ("rank_pattern", "alpha_pattern", "modules_to_save")  # PEFT reads all their names as expressions
     patterns = [*texts, *(pattern for kind in kinds for pattern in config.get(kind) or ())]
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{where}: {pattern!r} is no pattern that names can match: {error}") from error
+            raise ValueError(f"{where}: {pattern!r} is not a valid regular expression: {error}") from error
     _require_quick(patterns, names, where)
 
 
@@ -57,7 +57,7 @@ def _all(values: Iterable[Any], kind: type) -> bool:
 
 
 def _require_quick(patterns: Iterable[str], names: Iterable[str], where: Path) -> None:
-    """Raise where an expression takes too long, tried by another process, as matching cannot be broken off."""
+    """Raise if matching takes too long. It runs in another process, since a running match cannot be interrupted."""
     doubtful = [each for each in patterns if _REPEATED_GROUP.search(each) or len(_UNBOUNDED.findall(each)) > 2]
     if not doubtful:
         return
@@ -72,15 +72,15 @@ def _require_quick(patterns: Iterable[str], names: Iterable[str], where: Path) -
         )
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         raise ValueError(
-            f"{where}: {', '.join(map(repr, doubtful))[:200]} cannot be compared with the names of a model's tensors "
-            f"in {_SECONDS:g} s. Write plain names, or an expression that repeats no group"
+            f"{where}: {', '.join(map(repr, doubtful))[:200]} cannot be matched against the names of a model's tensors "
+            f"in {_SECONDS:g} s. Use plain names, or an expression that repeats no group"
         ) from error
 
 
 def missing_targets(config: Mapping[str, Any], shapes: Mapping[str, Shape], changed: Collection[str]) -> list[str]:
-    """Return tensors of a base that the config adapts and the file does not change: one rank or stage saved its part.
+    """Return base tensors that the config adapts but the file does not change, as if only one rank had saved its part.
 
-    Modules that are kept in full are not among PEFT's targets. With `layers_pattern`, nothing is reported.
+    Modules that are saved in full are not among PEFT's targets. With `layers_pattern`, nothing is reported.
     """
     if config.get("layers_pattern"):
         return []
@@ -93,7 +93,7 @@ def missing_targets(config: Mapping[str, Any], shapes: Mapping[str, Shape], chan
     saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in config.get("modules_to_save") or ()]
     full = {name.rpartition(".")[0] for name in changed}
     stacks = {name.rpartition(".")[2] for name in changed if is_expert_stack(name)}
-    by_expert = not bare and not layers  # then no name of a target is that of a stack
+    by_expert = not bare and not layers  # then no target names a stack
     missing = []
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
@@ -113,7 +113,7 @@ def _within(layers: Collection[int], module: str) -> bool:
 
 
 def _named(targets: str | frozenset[str], name: str) -> bool:
-    """A string is a regular expression of full names; a list has names and ends of names."""
+    """Whether targets match a name: a string is a regular expression for it, a list has names or their endings."""
     if isinstance(targets, str):
         return targets != "all-linear" and re.fullmatch(targets, name) is not None
     words = name.split(".")

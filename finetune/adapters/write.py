@@ -1,4 +1,4 @@
-"""Writing adapters from changes, whoever trained them: PEFT's packed form, or 2-D keys expert by expert."""
+"""Write adapters from changes of any origin: in PEFT's packed form, or with 2-D keys for each expert."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FORMS: tuple[OutForm, ...] = ("peft", "per-expert")
 
 @dataclass(frozen=True, kw_only=True)
 class OutChange:
-    """A low-rank change to be written; `read` gives A [E, r, in] and B [E, out, r] in `dtype`, E 1 for a matrix."""
+    """A low-rank change to write. `read` returns A [E, r, in] and B [E, out, r] in `dtype`; E is 1 for a matrix."""
 
     target: str
     shape: Shape
@@ -40,13 +40,13 @@ class OutChange:
 
     @property
     def experts(self) -> int:
-        """How many matrices the base tensor has."""
+        """Number of matrices in the base tensor."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutFull:
-    """A tensor of the base to be written in full."""
+    """A base tensor to write in full."""
 
     target: str
     shape: Shape
@@ -56,7 +56,7 @@ class OutFull:
 
 @dataclass(frozen=True, kw_only=True)
 class OutAdapter:
-    """Everything that a folder is to hold."""
+    """The complete content of an adapter folder."""
 
     changes: Sequence[OutChange]
     full: Sequence[OutFull]
@@ -69,9 +69,9 @@ class OutAdapter:
 def write_adapter_folder(
     adapter: OutAdapter, folder: Path, *, check: Callable[[Path], None] = lambda path: None
 ) -> int:
-    """Write the folder and return the bytes of its tensors; one base tensor's factors are in memory at a time.
+    """Write the folder and return the bytes of its tensors; only one base tensor's factors are in memory at a time.
 
-    `check` looks at the finished files before the folder gets its name.
+    `check` is called on the finished files before the folder gets its name.
     """
     kinds = {name: entry for change in adapter.changes for name, entry in _names(change, adapter.form).items()}
     kinds |= {PEFT_PREFIX + full.target: (full.dtype, full.shape) for full in adapter.full}
@@ -87,7 +87,7 @@ def write_adapter_folder(
 
 
 def with_both_stacks(changes: Sequence[OutChange]) -> list[OutChange]:
-    """Add a change of zero where a layer has one of its two expert stacks only: readers want both."""
+    """Add a zero change where a layer adapts only one of its two expert stacks: readers require both."""
     targets = {change.target for change in changes}
     zeros = [
         _zero(other_stack(change.target), change)
@@ -98,7 +98,7 @@ def with_both_stacks(changes: Sequence[OutChange]) -> list[OutChange]:
 
 
 def card_lines(changes: Sequence[OutChange], full: Sequence[OutFull]) -> list[PartLine]:
-    """What the folder's card says of each part of the model."""
+    """Return the rows of the card's table, one per part and way of training."""
     sizes: dict[tuple[str, str], list[int]] = {}
     for change in changes:
         key = (part_of(change.target), f"lora of r {change.r}, scale {change.scale:g}")
@@ -112,7 +112,7 @@ def card_lines(changes: Sequence[OutChange], full: Sequence[OutFull]) -> list[Pa
 
 
 def _zero(target: str, other: OutChange) -> OutChange:
-    """A change of zero to one stack of a layer, with the rank and scale of the change to the other."""
+    """A zero change to one stack of a layer, with the rank and scale of the other stack's change."""
     experts, out, into = other.shape
     shape = (experts, into, out // 2) if target.endswith("down_proj") else (experts, 2 * into, out)
     dtype = torch_type(other.dtype)
@@ -125,7 +125,7 @@ def _zero(target: str, other: OutChange) -> OutChange:
 
 
 def _names(change: OutChange, form: OutForm) -> dict[str, tuple[str, Shape]]:
-    """Key -> (dtype, shape) of a change's tensors in the file."""
+    """The (dtype, shape) of a change's tensors in the file, by key."""
     out, into = change.shape[-2:]
     if not is_expert_stack(change.target):
         return _pair(change.target.removesuffix(".weight"), change.dtype, change.r, into, out)
@@ -145,7 +145,7 @@ def _pair(module: str, dtype: str, r: int, into: int, out: int) -> dict[str, tup
 
 
 def _single_modules(change: OutChange, expert: int) -> list[tuple[str, int]]:
-    """The modules of one expert of a stack, each with its output rows."""
+    """The modules of one expert in a stack, each with the number of its output rows."""
     experts, _, kind = change.target.rpartition(".")
     out = change.shape[1]
     projections = [("down_proj", out)] if kind == "down_proj" else [("gate_proj", out // 2), ("up_proj", out // 2)]
@@ -174,7 +174,7 @@ def _two(module: str, a: Tensor, b: Tensor) -> Iterable[tuple[str, Tensor]]:
 
 
 def _config(adapter: OutAdapter) -> bytes:
-    """PEFT's config: modules and parameters by full path, those of one rank and scale under one pattern."""
+    """PEFT's config: modules and parameters by full path, with one pattern per rank and scale."""
     targets: dict[str, list[str]] = {}
     parameters: dict[str, list[str]] = {}
     lora: dict[str, Lora] = {}
@@ -191,13 +191,13 @@ def _config(adapter: OutAdapter) -> bytes:
     config = peft_config(targets, lora, parameters=parameters)
     config.base_model_name_or_path, config.inference_mode = adapter.base, True
     config.modules_to_save = sorted({full.target.rpartition(".")[0] for full in adapter.full}) or None
-    if adapter.form == "per-expert":  # servers compare the last word of a module's name
+    if adapter.form == "per-expert":  # servers compare only the last component of a module's name
         config.target_modules = {name.rpartition(".")[2] for names in targets.values() for name in names}
     return config_bytes(config)
 
 
 def config_bytes(config: LoraConfig) -> bytes:
-    """Return the text of adapter_config.json, with sets in order."""
+    """Return the text of adapter_config.json, with sets sorted."""
     values: dict[str, Any] = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }

@@ -1,8 +1,8 @@
-"""Writing what a model trains as PEFT's own adapter file, from ranks that each hold a part of it.
+"""Write the trained tensors of a model as a PEFT adapter, from ranks that each hold a part of them.
 
-LoRA of dense matrices, of experts and of routers lies under PEFT's names; what was trained in full is in PEFT's words
-`modules_to_save`. PEFT has one dropout and one rsLoRA switch for a whole adapter and refuses both on experts, so its
-config says neither and gives the scale itself; what training used is in the metadata of the tensors' file.
+LoRA factors of dense matrices, experts and routers have PEFT's names; tensors trained in full are `modules_to_save` in
+PEFT's terms. PEFT has one dropout and one rsLoRA switch per adapter and refuses both on experts. Therefore the config
+sets neither and gives the final scale; the file's metadata records the values used in training.
 """
 
 import math
@@ -48,12 +48,12 @@ def write_adapter(
     trained: bool = True,
     replace: bool = False,
 ) -> list[str]:
-    """Write everything that trains to an adapter folder. Rank 0 writes the files; every rank must call this.
+    """Write all trainable tensors to an adapter folder. Rank 0 writes the files; every rank must call this.
 
-    Each rank gathers one tensor at a time; experts come to rank 0 under their global ids, and the folder is not
-    finished while one is missing, or before its file was opened again and checked. `base` is what PEFT shall load it
-    onto; `extra` goes into the metadata; `replace` allows an earlier adapter there. Returns warnings, at rank 0:
-    factors that `trained`, yet are zero.
+    Each rank gathers one tensor at a time; experts reach rank 0 under their global ids. The folder gets its name only
+    when no expert is missing and its file was reopened and checked. `base` is the model for PEFT to load; `extra` is
+    added to the metadata; `replace` allows overwriting an earlier adapter. If `trained`, rank 0 returns warnings about
+    factors that are still zero.
     """
     tensors = list(trained_tensors(empty))
     pieces = gathered_pieces(tensors)
@@ -74,14 +74,14 @@ def write_adapter(
             )
         except (OSError, ValueError) as failure:
             error = failure
-    for _ in pieces:  # the other ranks' part; and rank 0's after an error, so that no rank waits for it
+    for _ in pieces:  # the part of the other ranks, and of rank 0 after an error, so that no rank waits for it
         pass
     raise_together(f"writing {folder}", error)
     return warnings
 
 
 def gathered_pieces(tensors: Iterable[TrainedTensor]) -> Iterator[Piece]:
-    """Each tensor whole, or its rows from rank after rank, at rank 0; every rank must exhaust this."""
+    """Yield, on rank 0, each complete tensor or its rows from one rank after another; every rank must exhaust this."""
     for tensor in tensors:
         with gathered(tensor.parameter):
             for first, rows in at_rank_zero(tensor.parameter, tensor.owner):
@@ -100,7 +100,7 @@ def write_pieces(
     trained: bool = True,
     replace: bool = False,
 ) -> list[str]:
-    """Write the folder from pieces, wherever they come from; no other rank has a part in it."""
+    """Write the folder from pieces of any origin, on this rank alone."""
     metadata = _metadata(empty) | (provenance.metadata() if provenance is not None else {})
     metadata |= {f"moetune.{key}": text for key, text in (extra or {}).items()}
     expected = {tensor.file_name: _expected(tensor) for tensor in tensors}
@@ -127,7 +127,7 @@ def _write_tensors(
     expected: Mapping[str, Expected],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the tensors' file; raises unless every row of each tensor came."""
+    """Write the file of tensors; raise unless every row of each tensor arrived."""
     missing = {tensor.name: set(range(tensor.experts)) for tensor in tensors}
     kinds = {name: (entry.dtype, entry.shape) for name, entry in expected.items()}
     with reserve(file, kinds, metadata) as reserved:
@@ -137,15 +137,15 @@ def _write_tensors(
         if incomplete:
             name, absent = next(iter(incomplete.items()))
             raise ValueError(
-                f"{len(incomplete)} of {len(tensors)} tensors came to rank 0 only in part, first {name} without "
+                f"{len(incomplete)} of {len(tensors)} tensors reached rank 0 incomplete, first {name} without "
                 f"experts or rows {absent[:8]}; nothing was written to {file.parent}"
             )
 
 
 def _packed(pieces: Iterable[Piece], missing: Mapping[str, set[int]]) -> Iterator[tuple[TrainedTensor, int, Tensor]]:
-    """Tensors as the file has them, with their first byte there; of experts' factors, A waits for its B.
+    """Yield tensors as the file stores them, with their first byte there; a factor A of experts waits for its B.
 
-    What has come is taken out of `missing`.
+    Rows that arrived are removed from `missing`.
     """
     parts: dict[str, list[Tensor]] = {}
     waiting: dict[str, TrainedTensor] = {}
@@ -169,7 +169,7 @@ def _packed(pieces: Iterable[Piece], missing: Mapping[str, set[int]]) -> Iterato
 
 
 def _metadata(empty: EmptyModel) -> dict[str, str]:
-    """How it was trained and by what; nothing of the ranks, so that any layout writes the same file."""
+    """How and with which versions it was trained; nothing about ranks, so that every layout writes the same file."""
     return {
         "format": "pt",
         FAMILIES_KEY: families_text(lora_by_part(empty)),

@@ -1,4 +1,4 @@
-"""Sums of adapters: the changes are the weighted sum, exactly or as near as the rank allows."""
+"""Sums of adapters: the changes are the weighted sum, exactly or as closely as the rank allows."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """a: experts and more, r 4; b: as a, r 6 and other values; c: attention alone."""
+    """Three adapters. a: experts and more, r 4; b: like a, with r 6 and other values; c: attention only."""
     folder = tmp_path_factory.mktemp("three")
     cases.adapt(base(), folder / "a")
     cases.adapt(base(), folder / "b", r=6, size=0.08)
@@ -56,9 +56,9 @@ def summed(parts: dict[Path, float]) -> dict[str, torch.Tensor]:
     return sums
 
 
-# a warning of PEFT about patterns for parameters, which it applies all the same
+# PEFT warns about patterns for parameters, but applies them
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-def test_side_by_side_is_the_sum(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_concatenated_factors_give_the_sum(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {three / "a": 0.7, three / "b": -0.3, three / "c": 1.5}
     assert main(["combine", str(tmp_path / "out"), *(f"{folder}={weight}" for folder, weight in parts.items())]) == 0
     assert "exact: factors lie side by side" in capsys.readouterr().out
@@ -73,14 +73,16 @@ def test_side_by_side_is_the_sum(three: Path, tmp_path: Path, capsys: pytest.Cap
     assert (cases.logits(cases.stock(tmp_path / "merged")) - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
-def test_a_smaller_rank_is_the_nearest_and_says_how_near(three: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_smaller_rank_is_the_best_approximation_and_reports_its_error(
+    three: Path, tmp_path: Path, capsys: Any
+) -> None:
     parts = {three / "a": 0.5, three / "b": 0.5}
     expected, combined = summed(parts), combine(parts, tmp_path / "out", rank=5)
     assert not combined.exact
     got = deltas(tmp_path / "out")
     lost = total = 0.0
     for name, value in expected.items():
-        singular = torch.linalg.svdvals(value)  # of the changes themselves, not of their factors
+        singular = torch.linalg.svdvals(value)  # of the full changes, not of their factors
         best = float((singular[..., 5:] ** 2).sum())
         apart = float(((got[name] - value) ** 2).sum())
         assert apart == pytest.approx(best, rel=1e-4)
@@ -110,7 +112,7 @@ def test_parents_base_and_families_are_in_the_file(three: Path, tmp_path: Path) 
     assert [(parent["folder"], parent["weight"]) for parent in parents] == [(str(a), 0.75), (str(b), 0.25)]
     ranks = {part: (lora.r, lora.scale) for part, lora in adapter.families.items() if lora}
     assert ranks == dict.fromkeys(("attention", "experts", "vision_blocks"), (10, 1.0))
-    assert f"grew out of: {a} (sha256 `" in (tmp_path / "out" / "README.md").read_text()
+    assert f"derived from: {a} (sha256 `" in (tmp_path / "out" / "README.md").read_text()
     write_tiny(tmp_path / "other", TinyModel(seed=1))
     elsewhere = metadata | Provenance(base=open_base(tmp_path / "other"), base_name="hub/other").metadata()
     other = with_metadata(three / "b", tmp_path / "b2", elsewhere)
@@ -118,12 +120,12 @@ def test_parents_base_and_families_are_in_the_file(three: Path, tmp_path: Path) 
         combine({a: 0.5, other: 0.5}, tmp_path / "no")
 
 
-def test_what_cannot_be_summed_is_refused(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_sums_are_refused(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = three / "a"
     for words, text in {
         (f"{a}",): "is no ADAPTER=WEIGHT",
         (f"{a}=x",): "is no ADAPTER=WEIGHT",
-        (f"{a}=1",): "a sum needs two adapters or more",
+        (f"{a}=1",): "a sum needs at least two adapters",
         (f"{a}=1", f"{a}=2"): "is named twice",
         (f"{a}=0", f"{three / 'b'}=1"): "its weight is 0.0; it must be a finite number other than 0",
         (f"{a}=1", f"{three / 'b'}=1", "--rank=-1"): "--rank -1: it must be a number from 1 on",
@@ -137,7 +139,7 @@ def test_what_cannot_be_summed_is_refused(three: Path, tmp_path: Path, capsys: p
     assert not (tmp_path / "out").exists()
 
 
-def test_full_tensors_are_summed_where_that_needs_no_base(
+def test_full_tensors_are_summed_if_that_needs_no_base(
     three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases.adapt(base(), tmp_path / "full", full=True)
@@ -148,7 +150,7 @@ def test_full_tensors_are_summed_where_that_needs_no_base(
     save_file(tensors | {name: 3 * first}, tmp_path / "twice" / WEIGHTS)
     combine({tmp_path / "full": 0.75, tmp_path / "twice": 0.25}, tmp_path / "out")
     assert torch.allclose(load_file(tmp_path / "out" / WEIGHTS)[name], 1.5 * first)
-    for folder, factor in (("full", 1.0), ("twice", 1.01)):  # bfloat16, as runs of large models save them
+    for folder, factor in (("full", 1.0), ("twice", 1.01)):  # bfloat16, as in runs of large models
         narrow = {
             key: (factor * t).bfloat16() if key == name else t
             for key, t in load_file(tmp_path / "full" / WEIGHTS).items()
@@ -161,9 +163,11 @@ def test_full_tensors_are_summed_where_that_needs_no_base(
     total = load_file(tmp_path / "narrow" / WEIGHTS)[name]
     assert total.dtype == torch.float32
     assert torch.allclose(total.double(), 0.7 * both[0] + 0.3 * both[1], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"merger.norm.* is held in full, and .*a does not hold it: such a sum needs"):
+    with pytest.raises(
+        ValueError, match=r"merger.norm.* is stored in full, and .*a does not have it: such a sum needs"
+    ):
         combine({tmp_path / "full": 0.5, three / "a": 0.5}, tmp_path / "no")
-    with pytest.raises(ValueError, match=r"is held in full, and the weights make 2, not 1"):
+    with pytest.raises(ValueError, match=r"is stored in full, and the weights add up to 2, not 1"):
         combine({tmp_path / "full": 1.0, tmp_path / "twice": 1.0}, tmp_path / "no")
     save_file(tensors | {name: first[:5].clone()}, tmp_path / "twice" / WEIGHTS)
     with pytest.raises(ValueError, match=r"merger.norm.weight has different shapes in these adapters"):

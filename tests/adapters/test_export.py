@@ -1,4 +1,4 @@
-"""Adapters exported to what servers read: read back they mean the same, and stock PEFT computes the same with them."""
+"""Adapters exported for servers: they read back as the same changes, and stock PEFT computes the same with them."""
 
 import json
 import re
@@ -22,7 +22,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:
-    """What an adapter adds, in float64 from its factors; rank by rank, so that zeros added change no digit."""
+    """An adapter's changes in float64, summed rank by rank so that padding with zeros changes no digit."""
     changes = {}
     for name, change in open_source(folder, open_base(base()).shapes).changes.items():
         a, b = (factor.double() for factor in change.read())
@@ -38,7 +38,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]
 
 @pytest.fixture
 def mixed(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> Path:
-    """Other ranks and scales for attention, only one stack in one layer."""
+    """An adapter with another rank and scale for q_proj, and with only one expert stack in one layer."""
     shutil.copytree(plain[0], tmp_path / "mixed")
     tensors = load_file(tmp_path / "mixed" / WEIGHTS)
     for name in list(tensors):
@@ -78,7 +78,7 @@ def test_stock_peft_reads_the_packed_form(plain: tuple[Path, torch.Tensor], tmp_
 
 
 @pytest.mark.parametrize("form", ["peft", "per-expert"])
-def test_servers_read_one_rank_and_one_scale_so_there_is_one(form: Any, mixed: Path, tmp_path: Path) -> None:
+def test_an_export_has_one_rank_and_one_scale_for_servers(form: Any, mixed: Path, tmp_path: Path) -> None:
     done = export(mixed, tmp_path / "out", form=form, shapes=open_base(base()).shapes)
     assert (done.r, done.scale, done.exact) == (4, 1.5, False)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -86,7 +86,7 @@ def test_servers_read_one_rank_and_one_scale_so_there_is_one(form: Any, mixed: P
     exported, expected = deltas(tmp_path / "out"), deltas(mixed)
     missing = "model.language_model.layers.2.mlp.experts.gate_up_proj"
     assert exported.keys() - expected.keys() == {missing}
-    assert not exported[missing].any(), "both stacks are there, one of them changes nothing"
+    assert not exported[missing].any(), "both stacks are present, and the added one changes nothing"
     for name, value in expected.items():
         assert (exported[name] - value).abs().max() <= 1e-6 * value.abs().max()
     experts = {name for name in expected if "experts" in name}
@@ -94,7 +94,7 @@ def test_servers_read_one_rank_and_one_scale_so_there_is_one(form: Any, mixed: P
     assert "several scales" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_keys_expert_by_expert_are_plain_pairs(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
+def test_per_expert_keys_are_plain_pairs(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     export(plain[0], tmp_path / "out", form="per-expert")
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     assert all(tensor.ndim == 2 for tensor in tensors.values())
@@ -109,7 +109,9 @@ def test_keys_expert_by_expert_are_plain_pairs(plain: tuple[Path, torch.Tensor],
     assert not config["target_parameters"]
 
 
-def test_the_page_says_what_reads_it(plain: tuple[Path, torch.Tensor], tmp_path: Path, capsys: Any) -> None:
+def test_the_page_names_the_programs_that_read_it(
+    plain: tuple[Path, torch.Tensor], tmp_path: Path, capsys: Any
+) -> None:
     assert main(["export", str(plain[0]), str(tmp_path / "a"), "--format", "peft", "--base", str(base())]) == 0
     assert "read back, they are the same changes to the last bit" in capsys.readouterr().out
     assert main(["export", str(plain[0]), str(tmp_path / "b"), "--format", "per-expert"]) == 0
@@ -121,9 +123,9 @@ def test_the_page_says_what_reads_it(plain: tuple[Path, torch.Tensor], tmp_path:
     assert "--max-lora-rank 600" in notes("peft", "base", 600, [])
 
 
-def test_full_tensors_go_where_they_are_read(tmp_path: Path) -> None:
+def test_full_tensors_are_exported_only_for_peft(tmp_path: Path) -> None:
     model = cases.adapt(base(), tmp_path / "full", full=True)
-    with pytest.raises(ValueError, match="holds 2 tensors in full, first .*merger.norm.*Merge it instead"):
+    with pytest.raises(ValueError, match=r"stores tensors in full \(2, first .*merger.norm.*Merge it instead"):
         export(tmp_path / "full", tmp_path / "out", form="per-expert")
     done = export(tmp_path / "full", tmp_path / "out", form="peft")
     assert any("PEFT reads them, vLLM refuses them" in line for line in done.warnings)
@@ -137,8 +139,10 @@ def test_full_tensors_go_where_they_are_read(tmp_path: Path) -> None:
     assert any("adapts routers" in line for line in export(tmp_path / "full", tmp_path / "r", form="peft").warnings)
 
 
-def test_a_wrong_word_and_a_file_that_reads_back_otherwise(plain: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--format 'gguf' is unknown; there are peft, per-expert"):
+def test_an_unknown_format_and_a_file_that_reads_back_differently(
+    plain: tuple[Path, torch.Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--format 'gguf' is unknown; allowed are peft, per-expert"):
         export(plain[0], tmp_path / "out", form="gguf")
     from finetune.adapters.write import OutChange
 
@@ -152,5 +156,5 @@ def test_a_wrong_word_and_a_file_that_reads_back_otherwise(plain: tuple[Path, to
         dtype="F32",
         read=lambda: tuple(1.5 * factor for factor in change.read()),
     )
-    with pytest.raises(ValueError, match="reads back otherwise than it was written"):
+    with pytest.raises(ValueError, match="reads back with other values than were written"):
         compare(source, [other])

@@ -1,4 +1,4 @@
-"""Adapters out and in: PEFT's own file, from any layout, read by stock PEFT and by us."""
+"""Adapters written in PEFT's format from any layout, and read by stock PEFT and by moetune."""
 
 import json
 import re
@@ -39,16 +39,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def frozen_sums(empty: EmptyModel) -> dict[str, float]:
-    """A number for each tensor that must not change: buffers, and this rank's slice of frozen parameters."""
+    """A sum for each tensor that must not change: buffers, and this rank's slice of frozen parameters."""
     frozen = dict(empty.module.named_buffers())
     frozen |= {name: p.ds_tensor for name, p in empty.module.named_parameters() if name not in empty.trained}
     return {name: float(tensor.double().abs().sum()) for name, tensor in frozen.items()}
 
 
 def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per case: load (from an adapter), write the file before training, two steps on the same global rows, again.
+    """For each case: load (from an adapter), write the file, train two steps on the same global rows, write it again.
 
-    eps is above the noise of the smallest gradients: Adam would make a whole step of it.
+    eps is above the noise of the smallest gradients, from which Adam would otherwise make full steps.
     """
     from finetune.ranks.engine import EngineOptions, backward, engine_config, initialize, start_distributed
 
@@ -80,7 +80,7 @@ def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> li
         trainable = {name for name, parameter in empty.module.named_parameters() if parameter.requires_grad}
         results.append({"first": first, "logits": logits(engine), "changed": changed, "warned": warned})
         assert trainable == set(empty.trained)
-        table = trainable_table(empty)  # ZeRO and ep change nothing in it
+        table = trainable_table(empty)  # does not depend on ZeRO and ep
         assert sum(row.trained for row in table) == sum(load_sizes(out / case["name"] / "after").values())
     return results
 
@@ -102,7 +102,7 @@ def case(name: str, base: Path, config: AdaptersConfig, ep: int, **more: Any) ->
 
 
 def stock(base: Path, adapter: Path | None = None) -> Tensor:
-    """Logits of transformers' own model, with stock PEFT's own reading of the adapter."""
+    """Logits of transformers' own model, with the adapter loaded by stock PEFT."""
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
@@ -112,7 +112,7 @@ def stock(base: Path, adapter: Path | None = None) -> Tensor:
 
 @pytest.fixture(scope="module")
 def trained(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Everything that needs ranks, in three starts; the later ones continue what the first wrote."""
+    """All cases that need ranks, in three starts; later starts continue the adapters of the first."""
     out = tmp_path_factory.mktemp("adapters")
     moe, dense = folders["moe"], folders["dense"]
     (out / "taken" / "before").mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_stock_peft_on_the_stock_model_computes_what_we_do(
 
 
 @pytest.mark.parametrize("name", ["w2", "full", "dense", "full-only"])
-def test_merged_the_stock_model_computes_what_we_do(
+def test_the_stock_model_computes_what_we_do_after_a_merge(
     folders: dict[str, Path], trained: tuple[Path, dict[str, Any]], name: str, tmp_path: Path
 ) -> None:
     out, results = trained
@@ -162,7 +162,7 @@ def apart(first_folder: Path, second_folder: Path) -> float:
     return max(float((first[name] - second[name]).abs().max() / scale[name]) for name in first)
 
 
-def test_one_seed_is_one_adapter_at_any_ep(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_one_seed_gives_the_same_adapter_at_any_ep(trained: tuple[Path, dict[str, Any]]) -> None:
     out, _ = trained
     written = [(out / name / "before" / "adapter_model.safetensors").read_bytes() for name in ("w1", "w2", "w4")]
     assert written[0] == written[1] == written[2]
@@ -173,17 +173,17 @@ def test_one_seed_is_one_adapter_at_any_ep(trained: tuple[Path, dict[str, Any]])
     assert len(configs) == 1
 
 
-def test_a_file_is_opened_again_and_what_learned_nothing_is_named(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_file_is_reopened_and_tensors_that_learned_nothing_are_named(trained: tuple[Path, dict[str, Any]]) -> None:
     _, results = trained
     first, second = (rank["warned"] for rank in results["w2"])
     assert len(first) == 1
     assert re.search(
-        r"^\d+ tensors learned nothing, their lora_B is still zero: .*lora_B.weight.* and \d+ more", first[0]
+        r"^tensors that learned nothing, with a lora_B of zero \(\d+\): .*lora_B.weight.* and \d+ more", first[0]
     )
     assert second == [], "only rank 0 writes"
 
 
-def test_the_file_knows_its_base_and_says_so(folders: dict[str, Path], trained: tuple[Path, dict[str, Any]]) -> None:
+def test_the_file_names_its_base(folders: dict[str, Path], trained: tuple[Path, dict[str, Any]]) -> None:
     folder = trained[0] / "w2/before"
     adapter = open_adapter(folder)
     named = base_of(adapter.metadata)
@@ -196,7 +196,7 @@ def test_the_file_knows_its_base_and_says_so(folders: dict[str, Path], trained: 
         assert line in text
 
 
-def test_everything_asked_for_changed(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_every_trained_tensor_changed(trained: tuple[Path, dict[str, Any]]) -> None:
     out, _ = trained
     for name in ("w2", "full"):
         before, after = tensors(out / name / "before"), tensors(out / name / "after")
@@ -207,7 +207,7 @@ def test_everything_asked_for_changed(trained: tuple[Path, dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize(("again", "first"), [("again", "w2"), ("full-again", "full")])
-def test_training_goes_on_from_a_file_at_another_layout(
+def test_training_continues_from_a_file_at_another_layout(
     trained: tuple[Path, dict[str, Any]], again: str, first: str
 ) -> None:
     out, results = trained
@@ -215,7 +215,7 @@ def test_training_goes_on_from_a_file_at_another_layout(
     assert close(results[again][0]["first"], results[first][0]["logits"], 1e-5)
 
 
-def test_the_config_is_one_that_peft_and_servers_read(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_peft_and_servers_can_read_the_config(trained: tuple[Path, dict[str, Any]]) -> None:
     out, _ = trained
     config = json.loads((out / "w2/after/adapter_config.json").read_text())
     assert (config["lora_dropout"], config["use_rslora"], config["r"], config["lora_alpha"]) == (0.0, False, 4, 12.0)
@@ -235,22 +235,22 @@ def test_the_config_is_one_that_peft_and_servers_read(trained: tuple[Path, dict[
     assert adapter.metadata["moetune.step"] == "2"
 
 
-def test_what_cannot_be_continued_is_refused(
+def test_adapters_that_cannot_be_continued_are_refused(
     folders: dict[str, Path], trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     adapter = open_adapter(trained[0] / "w2/after")
-    with pytest.raises(ValueError, match=r"adapts a qwen3_vl_moe, this base is a qwen3_vl"):
+    with pytest.raises(ValueError, match=r"adapts a qwen3_vl_moe, but this base is a qwen3_vl"):
         adapter.check_fits(made(folders["dense"], DENSE))
     for other, text in {
         replace(WIDE, attention=DensePartConfig(mode="lora", r=6, alpha=12.0)): (
-            r"holds attention as lora of r 5, scale 2.4; adapters.attention says lora of r 6, scale 2. Set"
+            r"has attention as lora of r 5, scale 2.4, but adapters.attention is lora of r 6, scale 2. Set"
         ),
-        replace(WIDE, router=RouterPartConfig()): "holds router as full; adapters.router says frozen",
+        replace(WIDE, router=RouterPartConfig()): "has router as full, but adapters.router is frozen",
     }.items():
         with pytest.raises(ValueError, match=text):
             adapter.check_fits(made(folders["moe"], other))
     more = made(folders["moe"], replace(WIDE, norms=PartConfig(mode="full")))
-    adapter.check_fits(more)  # a family that the adapter lacks begins afresh
+    adapter.check_fits(more)  # a part that the adapter lacks starts from its initial values
     taller = write_base(vl_model(layers=4), tmp_path / "taller")
     with pytest.raises(
         ValueError, match=r"layers.3.self_attn.q_proj.lora_A.weight is absent in the adapter, \[5, 48\] in"
@@ -264,8 +264,8 @@ def test_what_cannot_be_continued_is_refused(
         open_adapter(tmp_path)
 
 
-def test_an_error_of_the_writing_rank_ends_all(trained: tuple[Path, dict[str, Any]]) -> None:
-    """No rank waits for one that cannot write."""
+def test_an_error_on_the_writing_rank_ends_all_ranks(trained: tuple[Path, dict[str, Any]]) -> None:
+    """No rank waits for a rank that cannot write."""
     first, second = (rank["error"] for rank in trained[1]["taken"])
     assert first.startswith("ValueError: ")
     assert "exists and is not empty" in first
@@ -273,7 +273,7 @@ def test_an_error_of_the_writing_rank_ends_all(trained: tuple[Path, dict[str, An
     assert "failed on rank 0: ValueError" in second
 
 
-def test_metadata_keeps_the_names_of_parts_that_older_files_have() -> None:
+def test_metadata_keeps_the_part_names_of_older_files() -> None:
     parts = {"attention": ExpertLora(r=4, alpha=6.0), "embeddings": None, "head": None}
     written = families_text(parts)
     assert {name: bool(values) for name, values in json.loads(written).items()} == {

@@ -1,4 +1,4 @@
-"""Adapter files of other models and types, and what keeps a file from being half written; without ranks."""
+"""Adapter files of other models and data types, and guards against half-written files; without ranks."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(vl_model(layers=3), tmp_path_factory.mktemp("base") / "moe")
 
 
-def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) -> None:
+def test_an_incomplete_stack_is_not_written(base: Path, tmp_path: Path) -> None:
     empty = made(base, WIDE)
     load_weights(empty, open_base(base, empty.expected))
     trained = list(trained_tensors(empty))
@@ -36,9 +36,7 @@ def test_a_stack_that_is_not_whole_is_not_written(base: Path, tmp_path: Path) ->
         (tensor, first, rows[: len(rows) // 2] if tensor.is_packed else rows)
         for tensor, first, rows in gathered_pieces(trained)
     ]
-    with pytest.raises(
-        ValueError, match=r"12 of \d+ tensors came to rank 0 only in part, .*experts or rows \[6, 7, 8,"
-    ):
+    with pytest.raises(ValueError, match=r"12 of \d+ tensors reached rank 0 incomplete, .*experts or rows \[6, 7, 8,"):
         write_pieces(empty, tmp_path / "out", trained, pieces, base="", trained=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -53,7 +51,7 @@ TEXT = AdaptersConfig(
 @pytest.mark.parametrize("config", [TEXT, replace(TEXT, experts=ExpertPartConfig(mode="full"))], ids=["lora", "full"])
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_a_text_only_moe(tmp_path: Path, config: AdaptersConfig) -> None:
-    """Its layers have another prefix, and PEFT has rules of its own for it."""
+    """Its layers have another prefix, and PEFT has special rules for it."""
     model = text_model().eval()
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(tmp_path)
@@ -83,7 +81,7 @@ def test_bfloat16_stays_bfloat16(base: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors(tmp_path / "adapter").values()} == {torch.bfloat16}
 
 
-def test_a_full_disk_is_known_before_the_first_tensor(
+def test_a_full_disk_is_noticed_before_the_first_tensor(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(handle: int, begin: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""A merged folder prepares images and videos as its adapter was trained, judged by transformers' own processors."""
+"""A merged folder prepares images and videos as in training; transformers' own processors are the reference."""
 
 import argparse
 import json
@@ -54,7 +54,7 @@ def video() -> bytes:
 
 
 def ours(folder: Path, data: DataConfig) -> tuple[list[Any], list[Any]]:
-    """Our grids of a picture and of the video."""
+    """Our grids for a picture and the video."""
     record = parse_record(
         {
             "v": 1,
@@ -78,7 +78,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(plain: Path, folder: Path, data: DataConfig) -> Path:
-    """The adapter as if it had been trained with this `data:`."""
+    """A copy of the adapter as if it had been trained with this `data:`."""
     shutil.copytree(plain, folder)
     settings = {"data": asdict(data) | {"workers": 7}, "optim": {"lr": 1.0}}
     save_file(load_file(plain / WEIGHTS), folder / WEIGHTS, metadata={"moetune.config": json.dumps(settings)})
@@ -98,7 +98,7 @@ def nested(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "files"), [*((name, "own") for name in CASES), ("small", "nested")])
-def test_transformers_makes_the_grids_of_training_from_a_merged_folder(
+def test_transformers_computes_the_grids_of_training_from_a_merged_folder(
     name: str, files: str, plain: Path, tmp_path: Path
 ) -> None:
     data = CASES[name]
@@ -118,7 +118,7 @@ def test_transformers_makes_the_grids_of_training_from_a_merged_folder(
     assert (again.folder / "README.md").read_text() == (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_bases_own_limits_change_no_file(plain: Path, tmp_path: Path) -> None:
+def test_default_limits_change_no_file(plain: Path, tmp_path: Path) -> None:
     for number, adapter in enumerate([plain, trained(plain, tmp_path / "default", DataConfig())]):
         out = tmp_path / f"{number}"
         merge(plan_merge(open_base(base()), adapter), out)
@@ -135,7 +135,7 @@ def test_only_the_file_that_must_change_changes(plain: Path, tmp_path: Path) -> 
     assert after == before
 
 
-def test_what_no_file_can_say_stands_in_the_readme(plain: Path, tmp_path: Path) -> None:
+def test_settings_that_no_file_can_express_are_in_the_readme(plain: Path, tmp_path: Path) -> None:
     data = DataConfig(video=VideoConfig(timestamps="hms", single_frame="refuse", frame_cap=False))
     adapter = trained(plain, tmp_path / "adapter", data)
     start = tmp_path / "base"
@@ -145,7 +145,7 @@ def test_what_no_file_can_say_stands_in_the_readme(plain: Path, tmp_path: Path) 
     text = (tmp_path / "out" / "README.md").read_text()
     assert text.startswith(f"# The base\n\nIts own words.\n\n{HEADING}")
     for line in (
-        "`data.video.timestamps`: hms (no file says it",
+        "`data.video.timestamps`: hms (no file can say this",
         "single_frame`: refuse (no file",
         "frame_cap`: False",
     ):
@@ -156,7 +156,7 @@ def test_what_no_file_can_say_stands_in_the_readme(plain: Path, tmp_path: Path) 
     assert "## What reads it" in card
 
 
-def test_verify_and_ask_go_by_what_the_adapter_saw(
+def test_verify_and_ask_use_the_media_settings_of_training(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = trained(plain, tmp_path / "adapter", replace(SMALL, video=replace(SMALL.video, timestamps="hms")))
@@ -181,7 +181,9 @@ def test_verify_and_ask_go_by_what_the_adapter_saw(
     assert "the processor files say image_pixels 65,536 to 16,777,216, not 6,144 to 20,480" in proof.line()
 
 
-def test_a_sum_keeps_what_its_adapters_share(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sum_keeps_the_settings_that_its_adapters_share(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     a, b, c = (
         trained(plain, tmp_path / name, data) for name, data in zip("abc", [SMALL, SMALL, DataConfig()], strict=True)
     )
@@ -196,7 +198,7 @@ def test_a_sum_keeps_what_its_adapters_share(plain: Path, tmp_path: Path, capsys
     )
 
 
-def test_a_damaged_report_of_a_merge_is_named(tmp_path: Path) -> None:
+def test_a_damaged_merge_report_is_named(tmp_path: Path) -> None:
     (tmp_path / "moetune-merge.json").write_text('{"trained_with": [1]}')
-    with pytest.raises(ValueError, match=r"moetune-merge.json: trained_with is '\[1\]', it must be an object"):
+    with pytest.raises(ValueError, match=r"moetune-merge.json: trained_with is '\[1\]'; it must be an object"):
         merge_settings(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapter files opened again after writing, and bases told apart by their values."""
+"""Adapter files are reopened after writing, and bases are distinguished by their values."""
 
 import shutil
 from dataclasses import replace
@@ -27,13 +27,13 @@ def made(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Expec
     return tmp_path / "adapter_model.safetensors", tensors, kinds
 
 
-def test_a_sound_file_passes_without_a_word(made):
+def test_a_valid_file_passes_without_warnings(made):
     file, tensors, kinds = made
     save_file(tensors, file)
     assert reopened(file, kinds, trained=True) == []
 
 
-def test_a_file_that_is_not_what_was_to_be_written_is_refused(made):
+def test_a_file_with_unexpected_content_is_refused(made):
     file, tensors, kinds = made
     save_file(tensors, file)
     for other in (
@@ -50,7 +50,7 @@ def test_a_file_that_is_not_what_was_to_be_written_is_refused(made):
     tensors["norm.weight"][2] = 0
     tensors[A][2:4] = 0
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"lora_A.weight is zero for experts \[1\]: they never came"):
+    with pytest.raises(ValueError, match=r"lora_A.weight is zero for experts \[1\]: they never arrived"):
         reopened(file, kinds, trained=True)
 
 
@@ -64,7 +64,7 @@ def test_experts_that_no_token_reached_are_counted(made):
     tensors[B].zero_()
     save_file(tensors, file)
     assert reopened(file, kinds, trained=True) == [
-        f"1 tensors learned nothing, their lora_B is still zero: {B}",
+        f"tensors that learned nothing, with a lora_B of zero (1): {B}",
     ]
     assert reopened(file, kinds, trained=False) == []
 

@@ -1,4 +1,4 @@
-"""Adapters of every form read as changes of the base; stock PEFT says what each form means."""
+"""Adapters of every form are read as changes to the base; stock PEFT defines what each form means."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def wrapped(*, parameters: tuple[str, ...] = STACKS, old: bool = False, r: int = 4, **dims: int) -> Any:
-    """Stock PEFT around the stock model, with random factors; `old` makes PEFT take experts as 0.18 did."""
+    """Stock PEFT around the stock model, with random factors; `old` makes PEFT treat experts as 0.18 did."""
     model = vl_model(layers=2, **dims)
     if old:
         for layer in model.model.language_model.layers:
@@ -64,7 +64,7 @@ def rewrite(folder: Path, change: Any, metadata: dict[str, str] | None = None) -
 
 
 def meant(model: Any) -> dict[str, Tensor]:
-    """What PEFT itself adds to each tensor of the base."""
+    """The change that PEFT itself makes to each tensor of the base."""
     changes = {}
     for name, module in model.base_model.model.named_modules():
         if not hasattr(module, "get_delta_weight"):
@@ -102,7 +102,7 @@ def check(source: AdapterSource, expected: dict[str, Tensor]) -> None:
     ids=["plain", "H=2F", "H=F", "E=r", "H=2F,E=r"],
 )
 @pytest.mark.parametrize("known", [True, False], ids=["base", "no base"])
-def test_each_way_of_peft_is_read_as_peft_means_it(
+def test_both_orientations_of_peft_are_read_correctly(
     old: bool, dims: dict[str, int], known: bool, tmp_path: Path
 ) -> None:
     model = wrapped(old=old, **dims)
@@ -111,7 +111,7 @@ def test_each_way_of_peft_is_read_as_peft_means_it(
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_one_stack_alone_is_the_one_that_the_config_names(stack: str, tmp_path: Path) -> None:
+def test_a_single_stack_is_the_one_that_the_config_names(stack: str, tmp_path: Path) -> None:
     for old in (False, True):
         model = wrapped(parameters=(stack,), old=old)
         folder = saved(model, tmp_path / str(old))
@@ -121,7 +121,7 @@ def test_one_stack_alone_is_the_one_that_the_config_names(stack: str, tmp_path: 
         open_source(folder)
 
 
-def test_what_fits_both_ways_is_refused_unless_the_file_says_which(tmp_path: Path) -> None:
+def test_ambiguous_orientations_are_refused_unless_the_file_names_one(tmp_path: Path) -> None:
     model = wrapped(parameters=STACKS[:1], hidden=80)
     folder = saved(model, tmp_path, version="0.18.1")
     with pytest.raises(ValueError, match=r"experts.gate_up_proj has factors \[48, 80\] and \[80, 48\], which fit this"):
@@ -142,7 +142,7 @@ def test_two_orientations_in_one_file_are_refused(tmp_path: Path) -> None:
 
 
 def singles(folder: Path, model: Any, *, shared: bool, names: tuple[str, str, str]) -> dict[str, Tensor]:
-    """Write 2-D keys expert by expert; return what they mean, computed here."""
+    """Write 2-D keys for each expert; return the changes that they mean, computed here."""
     torch.manual_seed(3)
     tensors, changes = {}, {}
     for name, shape in shapes_of(model).items():
@@ -186,32 +186,32 @@ def refused(folder: Path, text: str, shapes: Any = None) -> None:
         open_source(folder, shapes)
 
 
-def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_content_is_refused_by_name(tmp_path: Path) -> None:
     model = wrapped()
     q = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
     experts = "base_model.model.model.language_model.layers.0.mlp.experts"
     refused(tmp_path, "holds no adapter: adapter_model.safetensors is missing$")
     (tmp_path / "adapter_model.bin").touch()
-    refused(tmp_path, "adapter_model.bin is not read, convert it")
+    refused(tmp_path, "adapter_model.bin is not supported, convert it")
     saved(model, tmp_path / "adapter")
-    refused(tmp_path, "; .*adapter is one")
+    refused(tmp_path, "; .*adapter has one")
     for number, (text, change) in enumerate(
         {
-            "q_proj has lora_A only; the file is not whole": lambda t: t.pop(f"{q}.lora_B.weight"),
-            "is no plain low-rank factor": lambda t: t.update({f"{q}.lora_magnitude_vector": torch.ones(3)}),
-            r"q_proj has lora_A F32 \[4, 48\] and lora_B F32 \[128, 3\]; wanted": lambda t: t.update(
+            "q_proj has only lora_A; the file is incomplete": lambda t: t.pop(f"{q}.lora_B.weight"),
+            "is not a plain low-rank factor": lambda t: t.update({f"{q}.lora_magnitude_vector": torch.ones(3)}),
+            r"q_proj has lora_A F32 \[4, 48\] and lora_B F32 \[128, 3\]; they": lambda t: t.update(
                 {f"{q}.lora_B.weight": torch.ones(128, 3)}
             ),
-            "q_proj.weight has rank 5, adapter_config.json says 4": lambda t: t.update(
+            "q_proj.weight has rank 5, but adapter_config.json says 4": lambda t: t.update(
                 {f"{q}.lora_A.weight": torch.ones(5, 48), f"{q}.lora_B.weight": torch.ones(128, 5)}
             ),
-            r"q_proj.weight of shape \[128, 40\], this base has \[128, 48\]": lambda t: t.update(
+            r"q_proj.weight of shape \[128, 40\], but this base has \[128, 48\]": lambda t: t.update(
                 {f"{q}.lora_A.weight": torch.ones(4, 40)}
             ),
             "changes nowhere.weight, which this base does not have. The": lambda t: t.update(
                 {"nowhere.weight": torch.ones(3)}
             ),
-            "F64; F32, BF16, F16 are read": lambda t: t.update(
+            "F64; allowed are F32, BF16, F16": lambda t: t.update(
                 {f"{q}.lora_A.weight": torch.ones(4, 48).double(), f"{q}.lora_B.weight": torch.ones(128, 4).double()}
             ),
             "gate_up_proj has 47 rows in lora_A; with r 4 .* not 12 experts": lambda t: t.update(
@@ -220,7 +220,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
                     f"{experts}.base_layer.lora_B.weight": torch.ones(80, 47),
                 }
             ),
-            "gate_up_proj is given twice, in two forms": lambda t: t.update(
+            "gate_up_proj is changed twice, in two forms": lambda t: t.update(
                 {f"{experts}.0.gate_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
             ),
         }.items()
@@ -229,7 +229,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
         refused(tmp_path / str(number), text, shapes_of(model))
     for number, (text, values) in enumerate(
         {
-            "peft_type is LOHA; only LORA is read": {"peft_type": "LOHA"},
+            "peft_type is LOHA; only LORA is supported": {"peft_type": "LOHA"},
             "use_dora is True; only plain LoRA": {"use_dora": True},
             "init_lora_weights is 'pissa_niter_4', which changed the base": {"init_lora_weights": "pissa_niter_4"},
         }.items()
@@ -240,7 +240,7 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
     refused(tmp_path / "empty", "changes nothing: adapter_model.safetensors holds no tensor")
 
 
-def test_a_head_of_its_own_does_not_fit_a_tied_base(tmp_path: Path) -> None:
+def test_a_separate_head_does_not_fit_a_tied_base(tmp_path: Path) -> None:
     model = wrapped()
     rewrite(saved(model, tmp_path), lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(176, 48)}))
     shapes = shapes_of(model)
@@ -266,7 +266,7 @@ def test_experts_of_several_kinds_and_a_square_stack(tmp_path: Path) -> None:
     name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
     folder = saved(wrapped(hidden=80), tmp_path / "square")
     rewrite(folder, lambda tensors: tensors.update({f"base_model.model.{name}": torch.ones(12, 80, 80)}))
-    refused(folder, r"gate_up_proj \[12, 80, 80\] has the same shape turned, and no metadata says", shapes_of(square))
+    refused(folder, r"gate_up_proj \[12, 80, 80\] has the same shape transposed, and no metadata", shapes_of(square))
 
 
 def test_full_modules_have_peft_s_names_and_values(tmp_path: Path) -> None:

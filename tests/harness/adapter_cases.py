@@ -1,4 +1,4 @@
-"""What the tests of adapter files adapt, and how they build and compare it."""
+"""Configurations for the tests of adapter files, and functions to build models and compare adapters."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ WIDE = AdaptersConfig(
     vision_blocks=DensePartConfig(mode="lora", r=3, alpha=7.0),
     router=RouterPartConfig(mode="full"),
 )
-FULL = AdaptersConfig(  # everything that can be kept in full, and a router's LoRA
+FULL = AdaptersConfig(  # every part that can be trained in full, and LoRA on the router
     attention=DensePartConfig(mode="full"),
     experts=ExpertPartConfig(mode="full"),
     router=RouterPartConfig(mode="lora", r=7, alpha=9.0),

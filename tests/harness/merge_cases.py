@@ -1,4 +1,4 @@
-"""What the tests of merging merge: tiny bases, adapters that stock PEFT made, and raw files read with numpy alone."""
+"""Inputs and references for the tests of merging: adapters by stock PEFT, and raw files read with numpy alone."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def stock(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def adapt(base: Path, out: Path, *, size: float = 0.05, dense: bool = False, full: bool = False, r: int = 4) -> Any:
-    """Save an adapter with random factors that stock PEFT made of this base; return PEFT's model."""
+    """Let stock PEFT save an adapter of this base with random factors; return PEFT's model."""
     config = LoraConfig(
         r=r,
         lora_alpha=6,
@@ -47,7 +47,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def raw(folder: Path) -> Arrays:
-    """Every tensor of a folder's weight files as float32, by numpy from the bytes; bfloat16 under NAME.bits too."""
+    """Read all tensors of a folder's weight files as float32 with numpy; the bits of bfloat16 are under NAME.bits."""
     arrays: Arrays = {}
     for file in sorted(folder.glob("*.safetensors")):
         data = file.read_bytes()
@@ -68,13 +68,13 @@ def raw(folder: Path) -> Arrays:
 
 
 def rounded(values: Any) -> Any:
-    """float32 to the bits of bfloat16, to the nearest and of two equally near to the even."""
+    """Round float32 to the bits of bfloat16: to the nearest value, with ties to even."""
     bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def expected(base: Arrays, adapter: Arrays, *, scale: float, experts: int) -> Arrays:
-    """Base plus adapter in the hub's layout, in float64; `base` has its experts as the hub has them."""
+    """Compute base plus adapter in the hub's layout, in float64; `base` has its experts in the hub's layout."""
     sums = {name: values.astype(np.float64) for name, values in base.items() if not name.endswith(".bits")}
     prefix = "base_model.model."
     for name, a in adapter.items():
