@@ -1,6 +1,6 @@
-"""The state of a run on disk, and back on any number of ranks.
+"""Save the state of a run to disk, and restore it on any number of ranks.
 
-Reading order: slices (what a rank holds), pieces (who writes what), manifest and stored (what a checkpoint records and
-holds), folder (the newest, and which are removed), adapter (written beside it), checkpoints (saving and restoring);
+Reading order: slices (what a rank has), pieces (who writes what), manifest and stored (what a checkpoint records and
+contains), folder (which to resume and which to remove), adapter (written with it), checkpoints (saving and restoring);
 run_lock (one start at a time in the folder of a run).
 """

@@ -1,6 +1,6 @@
-"""The adapter beside each checkpoint: written by rank 0 from the files that all ranks have just written.
+"""Write an adapter into each checkpoint, on rank 0, from the files that all ranks have just written.
 
-Nothing is gathered for it and no rank waits, so that it also comes with a checkpoint that is written behind the run.
+Nothing is gathered and no rank waits for it, so that an asynchronous checkpoint gets one as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,11 +19,11 @@ from moe.experts import GroupedExperts
 FOLDER = "adapter"
 
 AdapterWriter = Callable[[Path, Manifest], None]
-"""Writes an adapter into an unfinished checkpoint that has all its tensors, and is going to have this manifest."""
+"""Writes an adapter into an unfinished checkpoint that has all its tensors and will get this manifest."""
 
 
 def adapter_writer(empty: EmptyModel, *, base: str, provenance: Provenance) -> AdapterWriter | None:
-    """Return what writes `adapter/` into a checkpoint; None where nothing is adapted, and the model itself trains."""
+    """Return the function that writes `adapter/` into a checkpoint; None if no part is trained with LoRA."""
     if all(lora is None for lora in lora_by_part(empty).values()):
         return None
     trained = list(trained_tensors(empty))
@@ -45,13 +45,13 @@ def adapter_writer(empty: EmptyModel, *, base: str, provenance: Provenance) -> A
 
 
 def reached(provenance: Provenance, state: Mapping[str, Any]) -> Provenance:
-    """Return where an adapter comes from with the data and the scores of a run's state."""
+    """Return the provenance with the data and the scores of a run's state."""
     data = state.get("data", {}).get("identity", {})
     return replace(provenance, data=data, scores=state.get("scores", {}))
 
 
 def _pieces(trained: Iterable[TrainedTensor], tensors: Tensors) -> Iterator[Piece]:
-    """Each tensor complete, as the engine would hand it out: its float32 master in the type of the weights."""
+    """Yield each complete tensor as the engine would return it: its float32 master, cast to the weights' type."""
     for tensor in trained:
         shape = tuple(getattr(tensor.parameter, "ds_shape", tensor.parameter.shape))
         if isinstance(tensor.owner, GroupedExperts):

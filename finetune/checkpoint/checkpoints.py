@@ -1,11 +1,11 @@
-"""Checkpoints: each rank writes the slices it keeps, nothing is gathered, any number of ranks reads them back.
+"""Save and restore checkpoints: each rank writes its own slices without a gather; any number of ranks reads them back.
 
-Tensors go through torch.distributed.checkpoint into safetensors files, everything else into a JSON manifest. A save is
-written beside its folder, through to the disk, then renamed, and LATEST names it last: an interrupted save is never
-resumed. Only what trains is in it; the frozen base is known by name and fingerprint.
+torch.distributed.checkpoint writes tensors to safetensors files; everything else goes to a JSON manifest. A save is
+written and synced in a temporary folder, then renamed, and LATEST is updated last: an interrupted save is never
+resumed. It contains trainable tensors only; the frozen base is identified by name and fingerprint.
 
-An asynchronous save copies the slices to the host and returns; a thread of each rank writes the copies while training
-goes on. The threads talk in a process group of their own, so that their collectives never meet those of the engine.
+An asynchronous save copies the slices to the host and returns; a thread on each rank writes the copies while training
+continues. The threads have their own process group, so that their collectives never mix with those of the engine.
 """
 
 from collections.abc import Callable, Mapping
@@ -46,12 +46,12 @@ from moe.host import HostCopy, HostMemory
 
 T = TypeVar("T")
 BLOCK_BYTES = 1 << 28
-"""Size of the blocks of host memory that take copies of slices, which are megabytes each."""
+"""Bytes per block of host memory for the copies of slices, each of which takes megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """Where a restored run continues; `state` is what was handed to `save`."""
+    """Where a restored run continues; `state` is the one that was passed to `save`."""
 
     path: Path
     step: int
@@ -61,7 +61,7 @@ class Resumed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Save:
-    """Everything that a save writes; none of it changes while it is written."""
+    """Everything that a save writes; nothing in it changes during the write."""
 
     final: Path
     slices: list[Slice]
@@ -71,10 +71,10 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`: `step-000120` and so on, the newest `keep` and the best, and LATEST.
+    """The checkpoints of one run in `folder` (`step-000120`, ...): the newest `keep`, the best one, and LATEST.
 
-    Every rank must make one and call its methods, at the same points. Errors are the same on all ranks.
-    `adapter_writer` adds an adapter to each, on rank 0, made of its tensors.
+    Every rank must create one and call its methods at the same points. Errors are the same on all ranks.
+    `adapter_writer` runs on rank 0 and adds an adapter, made from the checkpoint's tensors.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Checkpoints:
         adapter_writer: AdapterWriter | None = None,
         busy: Callable[[bool], None] = lambda _: None,
     ) -> None:
-        """`busy` is called when this rank begins to work on a file, and when it is done and may wait for others."""
+        """`busy` is called with True when this rank starts file work, and with False when it may wait for others."""
         assert keep >= 1
         self._busy = busy
         self.engine = engine
@@ -98,7 +98,7 @@ class Checkpoints:
         self.base = base
         self.keep = keep
         self._adapter_writer = adapter_writer
-        # a group of its own: no collective of the engine waits for a disk
+        # a separate group: no collective of the engine ever waits for a disk
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._fingerprint = self._first(lambda: fingerprint(base))
         self._meshes = Meshes()
@@ -115,11 +115,11 @@ class Checkpoints:
         is_best: bool = False,
         wait: bool = False,
     ) -> Path:
-        """Save masters, moments, random state, and what is handed in (JSON); returns the folder that it will have.
+        """Save masters, moments, random states and the given values (JSON); return the final folder.
 
-        A save that fails on any rank is a RuntimeError on all, and leaves the checkpoints of before. When the
-        checkpoints are asynchronous, the error is raised by the next call of `save`, `poll` or `wait`; with `wait`
-        even an asynchronous save is written before this returns.
+        If a save fails on any rank, all ranks raise RuntimeError, and earlier checkpoints stay. For asynchronous
+        checkpoints, the next call of `save`, `poll` or `wait` raises the error; with `wait=True`, even an
+        asynchronous save is written before this returns.
         """
         self.wait()
         own_slices = slices(self.engine, self.empty)
@@ -138,18 +138,18 @@ class Checkpoints:
         return save.final
 
     def wait(self) -> None:
-        """Wait until nothing is being written any more, and raise the error of a save that failed."""
+        """Wait until no save is being written, and raise the error of a save that failed."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.result()
 
     def poll(self) -> None:
-        """Raise the error of an asynchronous save that has failed, without waiting for one."""
+        """Raise the error of an asynchronous save that has failed, without waiting for a running one."""
         if self._under_way is not None and self._under_way.done():
             self.wait()
 
     def _write(self, save: _Save) -> None:
-        """Write one save and name it in LATEST; in the thread when asynchronous."""
+        """Write one save and name it in LATEST; runs in the thread if asynchronous."""
         try:
             with ExitStack() as stack:
                 partial = self._first(lambda: self._open(stack, save.final))
@@ -161,7 +161,7 @@ class Checkpoints:
             last = find_latest(self.folder)
             raise RuntimeError(
                 f"step {save.manifest.step}: the checkpoint was not saved: {error}. "
-                + (f"The last good one is {last}" if last else "There is none yet")
+                + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
             ) from error
 
     def _write_own(self, save: _Save, partial: Path) -> dict[str, File]:
@@ -169,7 +169,7 @@ class Checkpoints:
         return {path.name: checked(path) for path in partial.glob(f"{prefix}*")}
 
     def _close(self, stack: ExitStack, partial: Path, manifest: Manifest) -> None:
-        """Write the adapter, then the manifest, which makes the checkpoint complete, and give the folder its name."""
+        """Write the adapter and then the manifest, which completes the checkpoint, and rename the folder."""
         assert {path.name for path in partial.glob("*.safetensors")} == set(manifest.files), "a rank's file is missing"
         if self._adapter_writer is not None:
             self._adapter_writer(partial, manifest)
@@ -177,7 +177,7 @@ class Checkpoints:
         stack.close()
 
     def _copied(self, own_slices: list[Slice]) -> list[Slice]:
-        """Copy the slices to the host's memory, which is reused, as one save is written at a time."""
+        """Copy the slices to host memory, which is reused, since only one save is written at a time."""
         self._copies.clear()
         copied = []
         for slice_ in own_slices:
@@ -189,9 +189,9 @@ class Checkpoints:
         return copied
 
     def restore(self, path: Path, *, config: Mapping[str, Any]) -> Resumed:
-        """Continue at a checkpoint saved under the same config, on any number of ranks and any ep.
+        """Restore a checkpoint saved under the same config, on any number of ranks and any ep.
 
-        A checkpoint of another run, or a damaged one, is a ValueError before anything is changed.
+        A checkpoint of another run or a damaged one raises ValueError before anything is changed.
         """
         self.wait()
         own_slices = slices(self.engine, self.empty)
@@ -221,7 +221,7 @@ class Checkpoints:
         return {}
 
     def _resumable(self, path: Path, own_slices: list[Slice], config: Mapping[str, Any]) -> Manifest:
-        """Read a checkpoint's manifest; raises unless this run can continue there."""
+        """Read a checkpoint's manifest; raise unless this run can continue from it."""
         saved = read_manifest(path)
         require_same_run(
             path,
@@ -255,7 +255,7 @@ class Checkpoints:
         )
 
     def _first(self, do: Callable[[], T]) -> T:
-        """Do it on rank 0 alone, and return its result, or raise its error, on every rank."""
+        """Call `do` on rank 0 only, and return its result or raise its error on every rank."""
         outcome: list[Any] = [None, None]  # a result, an error
         if dist.get_rank() == 0:
             try:
@@ -276,7 +276,7 @@ class Checkpoints:
             self._busy(False)
 
     def _all(self, do: Callable[[], dict[str, T]]) -> dict[str, T]:
-        """Do it on every rank, and return all results together, or raise the ranks' errors, the same on all."""
+        """Call `do` on every rank, and return all results together or raise the same errors on every rank."""
         own: tuple[dict[str, T], Exception | None]
         try:
             own = self._worked(do), None
@@ -294,7 +294,7 @@ class Checkpoints:
 
 
 def _random_states() -> dict[str, Tensor]:
-    """This rank's random states, one for each kind of device that it computes on."""
+    """This rank's random states, one for each kind of device in use."""
     rank = f"{dist.get_rank():05d}"
     states = {f"random/cpu/{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which is the newest, which the best, and which are removed. No torch."""
+"""Manage the folder of a run's checkpoints: find the newest and the best, and remove old ones. No torch."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ _STEP = re.compile(r"step-(\d+)(?:\.replaced)?")
 
 
 def find_latest(folder: Path) -> Path | None:
-    """Return the checkpoint to go on from: the one that LATEST names, else the complete one of most steps, or None."""
+    """Return the checkpoint to continue from: the one in LATEST, else the complete one with most steps, else None."""
     return _named_by(folder / LATEST) or max(_finished(folder), key=_step, default=None)
 
 
@@ -24,14 +24,14 @@ def starting_point(folder: Path, resume: str) -> Path | None:
     checkpoint = path if (path / MANIFEST).is_file() else find_latest(path)
     if checkpoint is None:
         raise ValueError(
-            f"checkpoint.resume: {resume} is neither a checkpoint nor a folder of checkpoints; auto, never and a path "
-            f"are allowed"
+            f"checkpoint.resume: {resume} is neither a checkpoint nor a folder of checkpoints; it must be auto, never "
+            f"or a path"
         )
     return checkpoint
 
 
 def make_room(final: Path) -> None:
-    """Move aside a checkpoint of the same step; it counts until the new one is complete."""
+    """Move aside an existing checkpoint of the same step; it stays valid until the new one is complete."""
     if final.exists():
         aside = final.with_name(f"{final.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)
@@ -39,10 +39,11 @@ def make_room(final: Path) -> None:
 
 
 def point_and_prune(final: Path, keep: int, *, is_best: bool = False) -> None:
-    """Name `final` in LATEST, and in BEST if it is the best; then remove all but it, the best, and `keep` in all.
+    """Name `final` in LATEST, and in BEST if it is the best; then remove old checkpoints.
 
-    Steps decide, not times, which a clock may set back. Those behind `final` are of an earlier start that was given up,
-    and go first. Remains of interrupted saves are removed too.
+    `keep` checkpoints stay, `final` among them, and the best one as well. Age is counted in steps, because clocks can
+    be set back. Checkpoints of later steps than `final` belong to an abandoned start and are removed first. Remains of
+    interrupted saves are removed too.
     """
     folder = final.parent
     for name in [BEST, LATEST] if is_best else [LATEST]:
@@ -56,17 +57,17 @@ def point_and_prune(final: Path, keep: int, *, is_best: bool = False) -> None:
     old = [path for path in others[keep - 1 :] if path != best]
     unfinished = [path for path in folder.glob("step-*.partial") if is_marked(path, UNFINISHED)]
     for path in [*unfinished, *old, *([replaced] if replaced.is_dir() else [])]:
-        (path / MANIFEST).unlink(missing_ok=True)  # first: what is half removed must not look complete
+        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed checkpoint never looks complete
         shutil.rmtree(path)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint where eval.metric was best; None where none was judged."""
+    """Return the checkpoint with the best eval.metric; None if none was evaluated."""
     return _named_by(folder / BEST)
 
 
 def _named_by(pointer: Path) -> Path | None:
-    """The checkpoint whose name a file holds, if both are there."""
+    """The checkpoint that a pointer file names, if both exist."""
     if not pointer.is_file():
         return None
     try:
@@ -74,7 +75,7 @@ def _named_by(pointer: Path) -> Path | None:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{pointer} is damaged: it is not UTF-8, and must name a checkpoint (step-000120). Remove it, or name the "
-            f"checkpoint to go on from: checkpoint.resume=PATH"
+            f"checkpoint to continue from: checkpoint.resume=PATH"
         ) from error
     if not _STEP.fullmatch(name):
         return None
@@ -89,7 +90,7 @@ def _finished(folder: Path) -> Iterator[Path]:
 
 
 def _step(path: Path) -> tuple[int, bool]:
-    """The step of a checkpoint; one that was moved aside comes before the one in its place."""
+    """The sort key of a checkpoint: its step; one that was moved aside comes before its replacement."""
     name = _STEP.fullmatch(path.name)
     assert name is not None, path
     return int(name[1]), not path.name.endswith(".replaced")

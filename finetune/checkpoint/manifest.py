@@ -1,6 +1,6 @@
-"""A checkpoint's manifest, in JSON: its files, what trained, on which base, under which configuration.
+"""The JSON manifest of a checkpoint: its files, trained tensors, base and configuration.
 
-No torch: a checkpoint is read and compared with the run here, before any of its tensors is touched.
+No torch: the manifest is read and compared with the run before any tensor is touched.
 """
 
 import hashlib
@@ -32,10 +32,10 @@ FREE = (
     "run.folder",
     "run.idle_steps",
     "run.stall_seconds",
-    "model.path",  # the base's values are compared instead
-    "model.attention",  # as parallel.*: the same sums in another order
+    "model.path",  # the base's fingerprint is compared instead
+    "model.attention",  # like parallel.*: the same sums in another order
     "moe.dispatch",
-    "data.sources.*.path",  # the data's own state knows what it read
+    "data.sources.*.path",  # the state of the data identifies its content
     "data.media_root",
     "data.allow_private_addresses",
     "data.cache_dir",
@@ -45,7 +45,7 @@ FREE = (
     "data.max_bad_samples",
     "data.video.timeout_seconds",
 )
-"""Keys that may change between save and resume: they do not change what is computed."""
+"""Keys that may change between save and resume, because they do not affect the training result."""
 _KINDS: Mapping[str, type] = {
     "step": int,
     "ranks": int,
@@ -62,7 +62,7 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """One tensor that trains: its full shape, and how often the optimiser has updated it."""
+    """A trained tensor: its full shape, and its number of optimiser updates."""
 
     shape: tuple[int, ...]
     updates: int
@@ -70,7 +70,7 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """One file of tensors: its size, and the checksum of what was written."""
+    """A file of tensors: its size and its checksum."""
 
     bytes: int
     crc32: int
@@ -87,7 +87,7 @@ class Manifest:
     base_fingerprint: str
     trained: Mapping[str, Trained]
     random: tuple[str, ...]
-    """Kinds of devices whose random state each rank saved."""
+    """Kinds of devices whose random states each rank saved."""
     files: Mapping[str, File]
     state: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -95,19 +95,19 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write it through to the disk."""
+    """Write the manifest and sync it to the disk."""
     content = {"version": VERSION, **asdict(manifest)}
     content["digest"] = _digest(content)
     write_file(folder / MANIFEST, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """A hash of a manifest's content, as JSON gives it back."""
+    """A hash of a manifest's content as it reads back from JSON."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest and check the sizes of its files; one ValueError names all that are damaged."""
+    """Read a checkpoint's manifest and check the sizes of its files; one ValueError names all damaged files."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(
             f"{folder} is not a finished checkpoint: it has no {MANIFEST}. Name a step-* folder that has one in "
@@ -131,21 +131,21 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """A manifest's content, which must be what was written under its digest."""
+    """Return a manifest's content; raise unless it matches its digest."""
     try:
         content = load_json(file)
     except ValueError as error:
         raise ValueError(f"{error}. {ANOTHER}") from error
     version = content.pop("version", None)
     if version != VERSION:
-        raise ValueError(f"{file} has version {version}; this moetune reads {VERSION}")
+        raise ValueError(f"{file} has version {version}; this moetune reads version {VERSION}")
     if content.pop("digest", None) != _digest({"version": version, **content}):
-        raise ValueError(f"{file} is not as it was written. {ANOTHER}")
+        raise ValueError(f"{file} was changed after it was written. {ANOTHER}")
     return content
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
-    """The manifest in this content; one of four errors where it is of another form."""
+    """Convert the content to a manifest; raises one of four error types if its form is wrong."""
     for key, kind in _KINDS.items():
         if not isinstance(content[key], kind):
             raise TypeError(f"{key} is {str(content[key])[:40]!r}")
@@ -166,12 +166,13 @@ def require_same_run(
     fingerprint: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise one ValueError that says what differs, unless a run with this config and model can continue exactly."""
+    """Raise one ValueError with all differences, unless a run with this config and model can continue exactly."""
     different = config_difference(saved.config, config)
     if different:
         raise ValueError(
             f"{folder} was saved under another configuration:\n  {listed(different, between=chr(10) + '  ')}\n"
-            f"Restore these values to continue it; or start anew with another run.name or checkpoint.resume=never"
+            f"Restore these values to continue it, or start again with another run.name or "
+            f"checkpoint.resume=never"
         )
     if not _is_trained_on(saved, base, fingerprint):
         raise ValueError(
@@ -187,17 +188,17 @@ def require_same_run(
     if lines:
         raise ValueError(
             f"{folder} trained other parameters:\n  {listed(lines, between=chr(10) + '  ')}\n"
-            f"Adapt and train what it did (adapters.*), or start anew with another run.name"
+            f"Set adapters.* as in that run, or start again with another run.name"
         )
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return a hash of the keys that decide the training, which are all but those of `FREE`."""
+    """Return a hash of the keys that affect the training, which are all except those in `FREE`."""
     return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
 
 
 def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key that decides the training and differs."""
+    """Return a line for each key that affects the training and differs."""
     old, new = _binding(saved), _binding(now)
     absent = object()
     keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
@@ -224,9 +225,9 @@ def _is_trained_on(saved: Manifest, base: BaseFiles, fingerprint: str) -> bool:
 
 
 def file_fingerprint(stored: Iterable[Stored]) -> str:
-    """Return the hash by which older manifests name a base: of its files' headers and of some of their bytes.
+    """Return the hash by which older manifests identify a base, made from its files' headers and some of their bytes.
 
-    Unlike the fingerprint of today's, it differs between layouts and shardings of one base.
+    Unlike today's fingerprint, it differs between the layouts and shardings of one base.
     """
     files: dict[Path, list[Stored]] = {}
     for tensor in stored:

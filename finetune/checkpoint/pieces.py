@@ -1,8 +1,8 @@
-"""What a rank writes and reads of a checkpoint: planned by each rank alone, as all slices follow from one rule.
+"""Write and read a rank's part of a checkpoint; each rank plans alone, since one rule determines all slices.
 
-torch's own way of saving gathers the lists of all ranks on rank 0, compares them and sends them back at every save:
-866,000 entries for 235B over 256 ranks, while every rank waits. Here a rank plans its own 3,400 in half a second, and
-one sum over the ranks tells whether the slices add up to the tensors.
+At every save, torch's own planner gathers the lists of all ranks on rank 0, compares them and sends them back: 866,000
+entries for 235B on 256 ranks, while every rank waits. Here a rank plans its own 3,400 entries in half a second, and one
+sum over the ranks shows whether the slices add up to the tensors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,17 +25,17 @@ from finetune.checkpoint.slices import Slice
 
 
 class Meshes:
-    """How slices are spread over the ranks: a mesh for each way of spreading, made once."""
+    """The device meshes over which slices are spread, each created once."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int | None, str], DeviceMesh] = {}
 
     def of(self, ep: int | None, device: str) -> DeviceMesh:
-        """Return all ranks in a row; for experts first the ranks of a group, then those that hold the same experts."""
+        """Return a mesh of all ranks; for experts a 2-D mesh: ranks of an ep group by ranks with the same experts."""
         if (ep, device) not in self._made:
             ranks = torch.arange(dist.get_world_size())
-            # A mesh only says where slices lie; nothing is sent over it. With a backend torch would make groups, on
-            # GPUs by splitting the world's communicator, which the engine may be using while a thread saves.
+            # The mesh only describes where slices are; nothing is sent over it. With a backend, torch would create
+            # groups, on GPUs by splitting the world's communicator, which the engine may use while a thread saves.
             self._made[ep, device] = DeviceMesh(
                 device, ranks if ep is None else ranks.view(-1, ep).T, _init_backend=False
             )
@@ -43,7 +43,7 @@ class Meshes:
 
 
 def flat_tensors(own_slices: Iterable[Slice], meshes: Meshes) -> dict[str, DTensor]:
-    """Return the slices as flat tensors that are spread over the ranks; the memory stays the engine's own."""
+    """Return the slices as flat distributed tensors that share the engine's memory."""
     return {
         f"{kind}/{slice_.canonical}": _spread(slice_, view, meshes)
         for slice_ in own_slices
@@ -60,7 +60,7 @@ def _spread(slice_: Slice, view: Tensor, meshes: Meshes) -> DTensor:
 
 
 def planned(tensors: Mapping[str, Any]) -> tuple[DefaultSavePlanner, SavePlan]:
-    """Return what this rank writes of them: where each piece begins, and how long it is."""
+    """Return the planner and plan of this rank's writes: the offset and length of each piece."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(dict(tensors), is_coordinator=True)
     return planner, planner.create_local_plan()
@@ -76,7 +76,7 @@ def require_whole(own_slices: Iterable[Slice], group: dist.ProcessGroup) -> None
 
 
 def write(tensors: Mapping[str, Any], folder: Path) -> str:
-    """Write this rank's pieces through to the disk, into files of its own; returns how their names begin."""
+    """Write this rank's pieces to its own files, synced to the disk; return the prefix of the file names."""
     planner, plan = planned(tensors)
     number = dist.get_rank() + 1
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -87,5 +87,5 @@ def write(tensors: Mapping[str, Any], folder: Path) -> str:
 
 
 def read(tensors: Mapping[str, Any], folder: Path) -> None:
-    """Fill the tensors from a checkpoint's files, however they were cut when they were saved."""
+    """Fill the tensors from a checkpoint's files, regardless of how they were cut at the save."""
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)

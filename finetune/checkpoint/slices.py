@@ -1,8 +1,8 @@
-"""The engine's own slices of what trains: views of masters and moments, by canonical name; and back into service.
+"""Access the engine's slices of trainable tensors (views of masters and moments), and put restored ones into use.
 
-ZeRO-3 cuts each tensor, flattened, into equal slices over its group: the world, or for experts the ranks that hold the
-same experts. The optimiser's memory is one flat tensor per group of tensors, in which a slice has a place. This file
-alone knows the engine's inside. `cuts` gives the same for a model that has no engine yet.
+ZeRO-3 flattens each tensor and cuts it into equal slices over its group: the world, or for experts the ranks that hold
+the same experts. The optimiser keeps one flat tensor per group of tensors, and each slice has a place in it. Only this
+file depends on the engine's internals. `cuts` computes the same slices for a model that has no engine yet.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ KINDS = ("master", *MOMENTS)
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How one tensor that trains is cut over the ranks, and what one rank has of it, in elements."""
+    """How one trainable tensor is cut over the ranks, and the part of one rank, in elements."""
 
     canonical: str
     shape: tuple[int, ...]
@@ -36,12 +36,12 @@ class Cut:
     padded: int
     """A slice's length, padding included."""
     filled: int
-    """How much of this rank's slice is the tensor; the last slices are partly or entirely padding."""
+    """Number of real values in this rank's slice; the last slices may be partly or entirely padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """What this rank keeps of one tensor: a view of its elements by kind, without the padding at the end."""
+    """This rank's part of one tensor: a view of its elements for each kind, without the padding at the end."""
 
     canonical: str
     shape: tuple[int, ...]
@@ -52,12 +52,12 @@ class Slice:
 
     @property
     def updates(self) -> int:
-        """How often the optimiser has updated it."""
+        """Number of optimiser updates of the tensor."""
         return int(self.steps.item())
 
 
 def cuts(empty: EmptyModel, rank: int, world: int) -> Iterator[Cut]:
-    """Yield the cut of every tensor that trains, in the model's order; also of those that a stage pauses."""
+    """Yield the cut of every trainable tensor, in the model's order, including those that a stage pauses."""
     spread = {
         id(parameter): owner.num_experts // len(owner.local_experts)
         for owner in empty.module.modules()
@@ -83,7 +83,7 @@ def cuts(empty: EmptyModel, rank: int, world: int) -> Iterator[Cut]:
 
 
 def slices(engine: Any, empty: EmptyModel) -> list[Slice]:
-    """Return what this rank keeps of every tensor that trains, in the model's order."""
+    """Return this rank's slices of all trainable tensors, in the model's order."""
     return list(_slices(engine.optimizer, empty))
 
 
@@ -108,7 +108,7 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
 
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of one flat tensor; before the first step it is made here as that step would make it."""
+    """The optimiser's state of one flat tensor; before the first step, it is created here as that step would do."""
     state: dict[str, Tensor] = optimizer.state[flat]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -117,9 +117,10 @@ def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor
 
 
 def put_in_service(engine: Any) -> None:
-    """Bring restored masters into the slices that weights are gathered from; every rank must call this.
+    """Copy restored masters into the slices from which weights are gathered; every rank must call this.
 
-    Gathered copies are dropped, or the next forward would see the values of before; persistent ones must be made again.
+    Gathered copies are dropped, because the next forward would see their old values. Persistent copies must be created
+    again.
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()

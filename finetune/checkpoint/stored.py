@@ -1,4 +1,4 @@
-"""A checkpoint's files of tensors: their sizes and checksums, and a tensor put together from its slices."""
+"""Check the tensor files of a checkpoint by size and checksum, and join a tensor from its slices."""
 
 import json
 import zlib
@@ -16,11 +16,11 @@ from finetune.ranks.log import listed
 
 BLOCK = 1 << 22
 PLACES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
-"""Keys in a file's metadata under which torch's writer tells where each slice lies in its tensor."""
+"""Keys in a file's metadata under which torch's writer records the place of each slice in its tensor."""
 
 
 def checked(path: Path) -> File:
-    """Return a file's size and checksum: 4 GB/s on one core, and any flipped bit changes it."""
+    """Return a file's size and checksum; any flipped bit changes it. It takes one core 1 s per 4 GB."""
     crc = size = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -33,13 +33,13 @@ def require_intact(folder: Path, files: Mapping[str, File], names: Sequence[str]
     changed = [name for name in names if checked(folder / name) != files[name]]
     if changed:
         raise ValueError(
-            f"{folder} is damaged: {listed(changed)}: some bits are not those that were written (checksum). {ANOTHER}"
+            f"{folder} is damaged: {listed(changed)}: the checksum differs from the one at the save. {ANOTHER}"
         )
     return {name: files[name] for name in names}
 
 
 class Tensors:
-    """The tensors in a folder's files, by name; each lies there in slices of its flattened form."""
+    """The tensors in a folder's files, by name; the files store slices of the flattened tensors."""
 
     def __init__(self, files: Sequence[Any]) -> None:
         self._slices: dict[str, list[tuple[int, Any]]] = {}
@@ -49,13 +49,13 @@ class Tensors:
                 self._slices.setdefault(name, []).append((offsets[name][OFFSETS][0], file))
 
     def joined(self, name: str) -> Tensor:
-        """Return a tensor of all its slices, flat."""
+        """Join all slices of a tensor, and return it flat."""
         pieces = sorted(self._slices[name], key=lambda piece: piece[0])
         return torch.cat([file.get_tensor(name) for _, file in pieces])
 
 
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[Tensors]:
-    """Open a checkpoint's files, without any process group."""
+    """Open a checkpoint's files; no process group is needed."""
     with ExitStack() as stack:
         yield Tensors([stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))])

@@ -1,4 +1,4 @@
-"""What ranks do for the checkpoint tests: train a tiny model, save, restore, tell losses and what failed."""
+"""The ranks of the checkpoint tests: they train a tiny model, save, restore, and return losses and errors."""
 
 import json
 import os
@@ -50,10 +50,10 @@ STATE = {"data": {"epoch": 1, "step": 4, "quarantine": [[0, {"unit": 7}]]}, "not
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One engine: where it starts from, where it saves, and for how many steps it trains."""
+    """One engine: its starting point, its folder for saves, and the number of training steps."""
 
     folder: Path
-    """Of the checkpoints that it writes."""
+    """The folder for the checkpoints that it writes."""
     ep: int
     dtype: str = "float32"
     resume: Path | None = None
@@ -79,7 +79,7 @@ class Run:
 
     def train(self, steps: int) -> None:
         everything = batch(8 * ROWS)
-        begin, end = (rank * ROWS // self.world for rank in (self.rank, self.rank + 1))  # of 3 ranks one takes 2 rows
+        begin, end = (rank * ROWS // self.world for rank in (self.rank, self.rank + 1))  # with 3 ranks, one has 2 rows
         for step in range(self.step, self.step + steps):
             total = token_count(everything["input_ids"][step * ROWS : (step + 1) * ROWS])
             mine = rows_of(everything, slice(step * ROWS + begin, step * ROWS + end))
@@ -137,7 +137,7 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
 
 
 def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str, list[float]]]:
-    """Run one engine after the other; the losses and norms of the steps after the save, or after the resume."""
+    """Run the engines in turn; return the losses and norms of the steps after the save or the resume."""
     results = []
     for job in jobs:
         run = start(rank, world, base, job)
@@ -147,7 +147,7 @@ def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str
         else:
             run.train(SAVED_AT)
         if job.save:
-            run.save()  # an asynchronous one is written while the run trains on
+            run.save()  # an asynchronous save is written while training continues
             write_adapter(run.empty, job.folder / "as-gathered", base="base")
         run.losses.clear()
         run.norms.clear()
@@ -159,7 +159,7 @@ def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[dict[str
 
 
 def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, full: Path | None) -> dict[str, str]:
-    """What this rank is told about checkpoints that it cannot continue from, and about a full disk."""
+    """Return this rank's error messages for checkpoints that it cannot resume, and for a full disk."""
     run = start(rank, world, base, Job(folder=folder, ep=2))
     run.train(SAVED_AT)
     good = run.save()
@@ -179,7 +179,7 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
             (full / "others").write_bytes(b"x" * (shutil.disk_usage(full).free - size // 2))
         dist.barrier()
         messages["full"] = message(lambda: run.save(step=3))
-        dist.barrier()  # rank 0 tidies up after it has told the others
+        dist.barrier()  # rank 0 cleans up after it has sent the error to the other ranks
         behind = Checkpoints(run.engine, run.empty, full, base=run.checkpoints.base, keep=2, asynchronous=True)
         for name, ask in {"poll": behind.poll, "wait": behind.wait, "save": partial(run.save_with, behind)}.items():
             run.save_with(behind)
@@ -187,7 +187,7 @@ def troubles(rank: int, world: int, base: Path, other_base: Path, folder: Path, 
                 messages["full, poll"] = message(ask)
             messages[f"full, {name}"] = messages.get(f"full, {name}") or message(ask)
             dist.barrier()
-            behind.wait()  # what failed once is told once
+            behind.wait()  # each error is raised only once
         messages["after full"] = f"{sorted(path.name for path in full.iterdir())} {find_latest(full) == first}"
         run.checkpoints.folder = folder
     unchanged = all(torch.equal(before[name], now) for name, now in masters(run).items())
@@ -211,7 +211,7 @@ def _cut(folder: Path) -> None:
 
 
 def _header(folder: Path) -> None:
-    """A file that was written wrong: its checksum is that of the wrong bytes."""
+    """Write wrong bytes into a file, with a checksum that matches them."""
     path, manifest = min(folder.glob("*.safetensors")), read_manifest(folder)
     with path.open("r+b") as file:
         file.seek(8)
@@ -232,7 +232,7 @@ def _edit(folder: Path) -> None:
 
 
 def _old_fingerprint(folder: Path) -> None:
-    """As manifests named their base before they had the fingerprint of adapter files."""
+    """Name the base by the hash that manifests had before they used the fingerprint of adapter files."""
     manifest = read_manifest(folder)
     base = open_base(Path(manifest.base))
     write_manifest(folder, replace(manifest, base_fingerprint=file_fingerprint(base.stored.values())))
@@ -256,7 +256,7 @@ CHANGES: dict[str, Callable[[Path], None]] = {
 
 
 def killed(rank: int, world: int, base: Path, folder: Path, victim: int, event: str, ending: str) -> None:
-    """Save once, then again with a SIGKILL to `victim` at the moment when it opens or renames to such a path."""
+    """Save once, then again, and SIGKILL `victim` when it opens or renames a path with this ending."""
     run = start(rank, world, base, Job(folder=folder, ep=2))
     run.train(1)
     run.save()
@@ -272,7 +272,7 @@ def killed(rank: int, world: int, base: Path, folder: Path, victim: int, event: 
 
 
 def saves_again(rank: int, world: int, base: Path, folder: Path, at: int) -> list[str]:
-    """Continue where the killed run can, save the same steps, and tell what is in the folder."""
+    """Resume the killed run, save the same steps again, and return the folder's entries."""
     run = start(rank, world, base, Job(folder=folder, ep=2))
     latest = find_latest(folder)
     assert latest is not None
@@ -281,12 +281,12 @@ def saves_again(rank: int, world: int, base: Path, folder: Path, at: int) -> lis
     for _ in range(3):
         run.train(1)
         run.save()
-    run.save()  # the same step once more takes its place
+    run.save()  # a second save of the same step replaces the first
     return sorted(path.name for path in folder.iterdir())
 
 
 def with_dropout(rank: int, world: int, base: Path, folder: Path) -> list[list[float]]:
-    """Losses of two steps after a save, and again after a resume."""
+    """Return the losses of two steps after a save, and of two steps after a resume."""
     losses = []
     for resume in (None, folder / "step-000001"):
         run = start(rank, world, base, Job(folder=folder, ep=2, dropout=0.5))
@@ -303,7 +303,7 @@ def with_dropout(rank: int, world: int, base: Path, folder: Path) -> list[list[f
 
 
 def whole_tensors(folder: Path) -> dict[str, Tensor]:
-    """Put a checkpoint's tensors together by the offsets that its files give, without torch.distributed."""
+    """Join a checkpoint's tensors by the offsets in its files, without torch.distributed."""
     pieces: dict[str, list[tuple[int, Tensor]]] = {}
     for key, offset, tensor in _pieces(folder):
         pieces.setdefault(key, []).append((offset, tensor))
@@ -319,7 +319,7 @@ def _pieces(folder: Path) -> Iterator[tuple[str, int, Tensor]]:
 
 
 def message(do: Callable[[], Any]) -> str:
-    """What it says when it fails."""
+    """Return the error that `do` raises, as text."""
     try:
         do()
     except (ValueError, RuntimeError) as error:

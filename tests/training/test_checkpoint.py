@@ -1,4 +1,4 @@
-"""Checkpoints: resumed runs equal uninterrupted ones, at the same layout bit for bit; what is broken is refused."""
+"""Checkpoints: resumed runs equal uninterrupted ones, bit for bit at the same layout; damaged ones are refused."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ def test_any_layout_continues_exactly(
         jobs += [Job(folder=tmp_path / "x", ep=2, dtype=dtype, resume=step[world, dtype]) for dtype in DTYPES]
         results = run_ranks(session, world, base, jobs)
         assert all(rank == results[0] for rank in results)
-        assert results[0][:2] == results[0][2:], "the same layout, bit for bit"
+        assert results[0][:2] == results[0][2:], "bit for bit at the same layout"
         expected |= {(world, dtype): run for dtype, run in zip(DTYPES, results[0], strict=False)}
     for saved in step.values():
         beside, gathered = (
@@ -56,7 +56,7 @@ def test_any_layout_continues_exactly(
             for folder in (saved / "adapter", saved.parent / "as-gathered")
         )
         assert list(beside) == list(gathered)
-        assert all(torch.equal(beside[name], gathered[name]) for name in gathered), "from the files, from the engine"
+        assert all(torch.equal(beside[name], gathered[name]) for name in gathered), "from files and from the engine"
     for world, ep in others:
         again = {key: tmp_path / f"{world}-{ep}-of-{key}" for key in expected}
         jobs = [
@@ -64,20 +64,20 @@ def test_any_layout_continues_exactly(
             for key in expected
         ]
         for key, run in zip(expected, run_ranks(session, world, base, jobs)[0], strict=True):
-            # bfloat16 rounds by the shape of a product, and a token in a hundred may then take another expert:
-            # 1.4e-3 was seen. What says that nothing was lost is the state, compared bit for bit below.
+            # Rounding in bfloat16 depends on the shape of a product, and one token in a hundred may then take another
+            # expert: 1.4e-3 was seen. The comparison of the state below, bit for bit, shows that nothing was lost.
             close = 1e-5 if key[1] == "float32" else 5e-3
             for what in ("losses", "norms"):
                 assert len(run[what]) == AFTER
                 assert run[what] == pytest.approx(expected[key][what], rel=close)
             before, after = (whole_tensors(folder) for folder in (step[key], again[key] / "step-000002"))
             names = [name for name in before if not name.startswith("random/")]
-            assert all(torch.equal(before[name], after[name]) for name in names), "not a bit of the state changed"
+            assert all(torch.equal(before[name], after[name]) for name in names), "no bit of the state changed"
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path | None]:
-    """A disk with room for one checkpoint and a half; None where mounting is not allowed."""
+    """A disk with space for one and a half checkpoints; None where mounting is not allowed."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", place], capture_output=True)
@@ -93,9 +93,9 @@ MESSAGES = {
     "missing": r"^ValueError: .*/missing is damaged: shard-00002-\S+ is missing. Resume",
     "header": r"^RuntimeError: .*/header could not be read: rank 0: .*; rank 1: .*Resume from another checkpoint",
     "unfinished": r"^ValueError: .*/unfinished is not a finished checkpoint: it has no manifest.json",
-    "flip": r"^ValueError: .*/flip is damaged: \S+: some bits are not those that were written \(checksum\)",
-    "edit": r"^ValueError: .*/edit/manifest.json is not as it was written. Resume from another checkpoint",
-    "version": r"^ValueError: .*manifest.json has version 99; this moetune reads 2",
+    "flip": r"^ValueError: .*/flip is damaged: \S+: the checksum differs from the one at the save",
+    "edit": r"^ValueError: .*/edit/manifest.json was changed after it was written. Resume from another checkpoint",
+    "version": r"^ValueError: .*manifest.json has version 99; this moetune reads version 2",
     "old": "^nothing was raised$",
     "base, old": r"^ValueError: .*/old was trained on another base: .*/base \(",
     "base": r"^ValueError: .*step-000002 was trained on another base: .*/base \(.*, but model.path is .*/other \(",
@@ -103,7 +103,7 @@ MESSAGES = {
 }
 
 
-def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_same_message_on_all_ranks(
     base: Path, tmp_path: Path, small_disk: Path | None
 ) -> None:
     other = write_base(vl_model(seed=1), tmp_path / "other")
@@ -112,14 +112,16 @@ def test_what_cannot_be_continued_is_refused_in_one_message_on_all_ranks(
         for name, words in MESSAGES.items():
             assert re.search(words, messages[name]), messages[name]
         assert messages["kept"] == "True True"
-    assert ranks[0] == ranks[1], "every rank is told the same"
+    assert ranks[0] == ranks[1], "every rank gets the same messages"
     if small_disk is not None:
-        words = r"^RuntimeError: step 3: the checkpoint was not saved: .*[Nn]o space left.*good one is .*step-000002$"
+        words = (
+            r"^RuntimeError: step 3: the checkpoint was not saved: .*[Nn]o space left.*good checkpoint is .*-000002$"
+        )
         for name in ("full", "full, poll", "full, wait", "full, save"):
             assert re.search(words, ranks[0][name]), ranks[0][name]
         assert ranks[0]["after full"] == "['LATEST', 'others', 'step-000002'] True"
     else:
-        pytest.skip("all else held; the full disk was not tried: mounting a small one is not permitted here")
+        pytest.skip("all other checks passed; the full disk was not tested: mounting a small disk is not allowed here")
 
 
 MOMENTS = {
@@ -142,12 +144,12 @@ def test_a_save_that_is_killed_leaves_the_last_good_checkpoint(base: Path, tmp_p
         assert names == ["LATEST", f"step-{at + 2:06d}", f"step-{at + 3:06d}"]
 
 
-def test_dropout_goes_on_as_it_would_have(base: Path, tmp_path: Path) -> None:
+def test_dropout_continues_as_without_a_restart(base: Path, tmp_path: Path) -> None:
     for before, after in run_ranks(with_dropout, 2, base, tmp_path):
         assert before == after
 
 
-def test_the_hash_in_old_manifests_is_still_the_same(tmp_path: Path) -> None:
+def test_the_hash_in_old_manifests_is_unchanged(tmp_path: Path) -> None:
     stored = []
     for number, shape in enumerate([(40, 50), (3, 7)]):
         path = tmp_path / f"model-{number}.safetensors"
@@ -161,7 +163,7 @@ def _data(**source: object) -> dict[str, object]:
     return {"data": {"sources": {"a": source}}}
 
 
-def test_only_what_decides_the_training_must_be_equal() -> None:
+def test_only_keys_that_affect_the_training_must_be_equal() -> None:
     config = {
         "optim": {"lr": 1.0, "betas": (0.9, 0.95)},
         "parallel": {"ep": 2},
@@ -172,7 +174,7 @@ def test_only_what_decides_the_training_must_be_equal() -> None:
         "parallel": {"ep": 4},
         "data": {"sources": {"a": {"path": "y"}}},
     }
-    moved["data"] |= {"media_root": "/media", "allow_private_addresses": True}  # which older checkpoints do not have
+    moved["data"] |= {"media_root": "/media", "allow_private_addresses": True}  # older checkpoints lack these keys
     assert config_hash(config) == config_hash(moved)
     assert config_difference(config, moved) == []
     more = moved | _data(path="y", weight=2.0)
@@ -180,7 +182,7 @@ def test_only_what_decides_the_training_must_be_equal() -> None:
     assert config_difference(config, more) == ["data.sources.a.weight: absent in the checkpoint, 2.0 now"]
 
 
-def test_slices_that_are_not_the_whole_tensor_are_never_written(tmp_path: Path) -> None:
+def test_slices_that_do_not_add_up_to_the_tensor_are_never_written(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         group, steps = dist.distributed_c10d._get_default_group(), torch.zeros(())

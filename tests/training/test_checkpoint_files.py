@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints and their manifests: what is kept, where a run starts, what is refused."""
+"""The folder of a run's checkpoints and their manifests: which are kept, where a run starts, errors."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def _finished(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_with_the_newest(tmp_path: Path) -> None:
     for step in range(1, 7):
         point_and_prune(_finished(tmp_path, f"step-00000{step}"), 2, is_best=step in (1, 3))
     steps = [f"step-00000{step}" for step in (3, 5, 6)]
@@ -34,7 +34,7 @@ def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
     assert find_latest(tmp_path) == tmp_path / "step-000006"
 
 
-def test_the_checkpoint_just_written_stays_whatever_the_clock_says(tmp_path: Path) -> None:
+def test_the_checkpoint_just_written_is_kept_even_if_the_clock_is_wrong(tmp_path: Path) -> None:
     ahead = time.time() + 3600
     for step in (1, 2, 3):
         os.utime(_finished(tmp_path, f"step-00000{step}") / "manifest.json", (ahead, ahead))
@@ -44,13 +44,13 @@ def test_the_checkpoint_just_written_stays_whatever_the_clock_says(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-00000{step}" for step in (2, 3, 4)]
     (tmp_path / "LATEST").unlink()
     assert find_latest(tmp_path) == new
-    again = _finished(tmp_path, "step-000001")  # a start from an earlier checkpoint: the others are of one given up
+    again = _finished(tmp_path, "step-000001")  # a start from an earlier step: the later ones were abandoned
     point_and_prune(again, 2)
     point_and_prune(_finished(tmp_path, "step-000002"), 2)
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000002"]
 
 
-def test_a_damaged_file_is_named_with_the_cure(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:
     folder = _finished(tmp_path, "step-000001")
     (tmp_path / "LATEST").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"LATEST is damaged: it is not UTF-8, .* Remove it, or name the checkpoint"):
@@ -76,7 +76,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("key", [*ODD, "absent"])
-def test_an_odd_manifest_with_a_right_digest_is_refused(key: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_with_a_correct_digest_is_refused(key: str, tmp_path: Path) -> None:
     manifest = Manifest(
         step=1,
         ranks=1,
@@ -123,12 +123,12 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     users = ["step-linked.partial", "step-mine.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-000001", *users]
     second = _finished(tmp_path, "step-000002")
-    assert find_latest(tmp_path) == first, "LATEST has the word"
+    assert find_latest(tmp_path) == first, "LATEST decides"
     assert best_checkpoint(tmp_path) is None
     (tmp_path / "LATEST").write_text("step-000007\n")
-    assert find_latest(tmp_path) == second, "what it names is gone"
+    assert find_latest(tmp_path) == second, "LATEST names a missing checkpoint"
     second.rename(tmp_path / "step-000002.replaced")
-    assert find_latest(tmp_path) == tmp_path / "step-000002.replaced", "moved aside, and the new one was never finished"
+    assert find_latest(tmp_path) == tmp_path / "step-000002.replaced", "moved aside, but never replaced"
     assert starting_point(tmp_path, "auto") == tmp_path / "step-000002.replaced"
     assert starting_point(tmp_path, "never") is None
     assert starting_point(tmp_path / "x", str(first)) == first
