@@ -4,6 +4,7 @@ A room imports only from rooms below it; rooms on one line do not know each othe
 
                               train.py                      the story of a run
       training/      ask/      verify/      preflight/      the loop's parts | questions | proofs | before a start
+      tracking/                                             what a run reports
       checkpoint/                                           the state of a run on disk
       adapters/                                             adapter files, merge, export
       model/                          planner/              the network | what a run will take

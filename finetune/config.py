@@ -614,6 +614,12 @@ class TrackConfig:
     Change: to `wandb` only when your data may leave your machines.
     With: `track.media_samples`, `track.wandb`.
     """
+    tensorboard: bool = False
+    """Whether the metrics of steps and evaluations also go to TensorBoard's files, in the run's folder `tensorboard/`.
+
+    Change: to see curves without an account. It needs the extra `tensorboard`.
+    With: `track.wandb` (both may be on).
+    """
     media_samples: int = 4
     """Pictures of the first step that are kept, as the model sees them. 0: none.
 

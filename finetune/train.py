@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from data.stream.batch import keys_of
@@ -23,6 +24,8 @@ from finetune.ranks.log import RankLog
 from finetune.ranks.signals import GUARDED, PREEMPTED, exit_code
 from finetune.ranks.watch import Watch
 from finetune.settings.recipes import decoded_words
+from finetune.tracking.summary import summary
+from finetune.tracking.track import Tracker
 from finetune.training.bad_steps import IdleSteps, saved_if_not_finite
 from finetune.training.dry_run import rehearse
 from finetune.training.optimiser_groups import enter, set_rates
@@ -32,7 +35,6 @@ from finetune.training.run_folder import make_run_folder, read_run
 from finetune.training.setup import Run, assemble
 from finetune.training.state import RunState
 from finetune.training.steps import take_together
-from finetune.training.track import Tracker
 from finetune.training.update import take_step
 from finetune.training.verdict import Verdict
 from moetune_guard import require_fit
@@ -40,10 +42,18 @@ from moetune_guard import require_fit
 USAGE = "torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...] [--dry-run | --replay FOLDER]"
 
 
-def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, replayed: Path | None = None) -> int:
+def train(
+    config: RunConfig,
+    folder: Path,
+    say: RankLog,
+    watch: Watch,
+    *,
+    replayed: Path | None = None,
+    rehearses: bool = False,
+) -> int:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this.
 
-    Returns its exit code. `replayed` is a saved step to replay instead.
+    Returns its exit code. `replayed` is a saved step to replay instead; a run that rehearses has no last words.
     """
     # 1. Put the run together: base, data, weights, engine
     run = assemble(config, folder, say, watch)
@@ -71,9 +81,16 @@ def train(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, replay
         run.checkpoints.wait()
         write_learned(run.empty, folder, state.provenance, range(state.first, state.done), say)
         hand_over(folder, state.done, tracker, say)
-    is_guarded = bool(run.evaluation.judge.tripped())
+
+    # 6. Sum up
+    judge = run.evaluation.judge
+    is_guarded = bool(judge.tripped())
     if rank_and_world()[0] == 0:
         keep_outcome(say, "guarded" if is_guarded else "done", state.done)
+        if not rehearses:
+            reason = judge.stop()
+            ending = f"stopped ({reason})" if reason else "done"
+            say("\n".join(summary(config, folder, done=state.done, best=judge.best, ending=ending)))
     return GUARDED if is_guarded else 0
 
 
@@ -103,14 +120,15 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
         tracker.look(at, step.batches, run.model.spec)
         rates = set_rates(run.engine, at, stage, config)
         with saved_if_not_finite(run, at, step.batches):
-            losses, load = take_step(run.engine, step, config, run.balance, at, run.device, watch.work)
+            losses, load, by_sample = take_step(run.engine, step, config, run.balance, at, run.device, watch.work)
         idle_steps.see(at, losses["loss"], keys_of(step.batches))
         run.data.leave_out_bad_samples(step, run.say)
         state.done = at + 1
 
         # 4.4 Record what the step was
         seconds = time.perf_counter() - began + step.wait_seconds
-        signal = tracker.step(at, step, {**losses, **rates}, load=load, seconds=seconds, stop=watch.stop)
+        figures = {**losses, **rates}
+        signal = tracker.step(at, step, figures, load=load, by_sample=by_sample, seconds=seconds, stop=watch.stop)
         run.foresight.after(at - state.first, seconds, step.batches, sp=stage.sp)
 
         # 4.5 Evaluate; a run that a signal stops has no time for it, and does it when it goes on
@@ -206,7 +224,7 @@ def _run_with_others(args: argparse.Namespace, config: RunConfig, folder: Path, 
         barrier()
         watch.stage("start", quiet=True)
         if args.dry_run:
-            code = rehearse(config, folder, train, log, watch)
+            code = rehearse(config, folder, partial(train, rehearses=True), log, watch)
         else:
             code = train(config, folder, log, watch, replayed=args.replay)
         if is_ours:

@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     config, problems = load_recipe(args.config, args.overrides)
     folder, run_id = config.run.path, uuid4().hex
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
-    require(config, problems, ranks=args.ranks, resuming=resuming)  # within a second, not after every rank's start
+    require(
+        config, problems, ranks=args.ranks, resuming=resuming, starts=True
+    )  # within a second, not after every rank's start
     if args.dry_run or args.replay:
         logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
         code = verdict(*_torchrun(args, run_id, logs), logs=logs, run_id=run_id, leaves_outcome=False)

@@ -57,7 +57,7 @@ def ours(base: Path, config: RunConfig, *, start: Path | None = None) -> Trainer
 
     def step(rows: Sequence[Batch]) -> dict[str, float]:
         nonlocal done
-        figures, _ = take_step(engine, step_of(rows, done), config, balance, done, device, lambda *_: None)
+        figures, *_ = take_step(engine, step_of(rows, done), config, balance, done, device, lambda *_: None)
         done += 1
         return {name: figures[name] for name in ("loss", "grad_norm")}
 

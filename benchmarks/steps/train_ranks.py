@@ -90,7 +90,7 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
     def step(rows: list[Tensor]) -> float:
         nonlocal done
         batches = [text_row([row], [torch.ones(len(row))]) for row in rows]
-        figures, _ = take_step(engine, step_of(batches, done), config, balance, done, device, lambda *_: None)
+        figures, *_ = take_step(engine, step_of(batches, done), config, balance, done, device, lambda *_: None)
         done += 1
         return figures["loss"]
 

@@ -57,6 +57,8 @@ def _origin(metadata: Mapping[str, str]) -> list[str]:
         lines.append(("base", f"{base.name}, fingerprint `{base.fingerprint}`"))
     titles = {"moetune.data": "data plan", "moetune.step": "step", "moetune.seed": "seed"}
     lines += [(title, f"`{metadata[key]}`") for key, title in titles.items() if key in metadata]
+    if "moetune.which" in metadata:
+        lines.append(("which of the run's adapters", metadata["moetune.which"]))
     if "moetune.scores" in metadata:
         scores = json.loads(metadata["moetune.scores"])
         lines.append(("scores", ", ".join(f"{name} {value:.4g}" for name, value in scores.items())))

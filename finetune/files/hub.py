@@ -30,6 +30,12 @@ def model_folder(
     return require_files(_fetch(model, revision, cache, endpoint))
 
 
+def lasting_name(model: str) -> str:
+    """Return a name of a model that means the same in any folder: a hub id as it is, a local folder's absolute path."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if path.is_dir() else model
+
+
 def require_files(folder: Path) -> Path:
     """Return `folder` after checking that the files which every model folder needs are there; one error names all."""
     missing = [name for name in _NEEDED if not (folder / name).is_file()]

@@ -11,7 +11,7 @@ Normalisation, with n_i the loss weights of sample i summed, over all samples of
     sqrt    sum_i sqrt(n_i) mean_i / sum_i sqrt(n_i)  in between: a token of sample i weighs 1 / sqrt(n_i)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ from data.stream.batch import LossSums
 from finetune.config import LOSS_SLICES, LOSS_TILE_BYTES
 from finetune.model.row import Row
 from finetune.ranks.collectives import sum_over_ranks
-from moe.expert_load import StepLoad
 
 Normalise = Literal["token", "sample", "sqrt"]
 Compare = Callable[[Tensor, Tensor, int], Any]
@@ -78,16 +77,14 @@ def row_losses(head: nn.Module, hidden_TD: Tensor, row: Row, how: Normalise) -> 
     return Losses(objective=objective, ce_S=ce_S, weights_S=mine_S)
 
 
-def report(objectives: Sequence[Tensor], total: float, load: StepLoad | None) -> Mapping[str, float]:
-    """Return a step's losses, each apart: cross entropy, balance value and z value, the last two without coefficient.
+def step_loss(rows: Sequence[Losses], total: float) -> tuple[float, list[float]]:
+    """Return a step's loss over all ranks, and this rank's part of each of its samples', in their order.
 
-    `objectives` are this rank's, `total` is the step's; every rank must call this. `load` is None without experts.
+    `rows` are this rank's, `total` is the step's; every rank must call this. The device is waited for once.
     """
-    local = torch.stack([objective.detach().double() for objective in objectives]).sum()
-    values = {"loss": sum_over_ranks([local.item()], local.device)[0] / total}
-    if load is not None:
-        values |= {"loss_balance": load.loss_balance, "loss_z": load.loss_z}
-    return values
+    objective = torch.stack([row.objective.double() for row in rows]).sum()
+    mine, *by_sample = torch.cat([objective[None], *(row.ce_S.double() for row in rows)]).tolist()
+    return sum_over_ranks([mine], objective.device)[0] / total, by_sample
 
 
 def _known(how: str) -> str:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data.format.printable import count_of
 from finetune.ranks.failures import Kind, first_failure, keep_failure, meeting, tell
 from finetune.ranks.flight import forget_flight, record_flight, write_flight
 from finetune.ranks.heartbeats import Heartbeats
@@ -80,7 +81,7 @@ class Watch:
     def save(self, step: int, folder: Path) -> None:
         """From here the rank writes a checkpoint into `folder`, together with all others."""
         self._save.begin(folder)
-        self._log.note(f"--- checkpoint after {step} steps")
+        self._log.note(f"--- checkpoint after {count_of(step, 'step')}")
         self._enter("save", step=step, stage=SAVING, samples=[], collective=SAVING)
 
     def busy(self, is_busy: bool) -> None:

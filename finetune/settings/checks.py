@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import isfinite, lcm
 from pathlib import Path
 
@@ -59,13 +60,27 @@ def cross_check(
     return [wrong for wrong in problems if not any(related(wrong.key, key) for key in known)]
 
 
-def require(config: RunConfig, problems: list[Problem], *, ranks: int | None, resuming: bool = False) -> list[Problem]:
-    """Raise one ConfigError with every problem, those of reading and those across sections; return mere warnings."""
+def require(
+    config: RunConfig, problems: list[Problem], *, ranks: int | None, resuming: bool = False, starts: bool = False
+) -> list[Problem]:
+    """Raise one ConfigError with every problem, those of reading and those across sections; return mere warnings.
+
+    `starts`: the run begins here and now, so that what it asks for must be installed.
+    """
     known = [wrong.key for wrong in problems]
     problems = problems + cross_check(config, ranks=ranks, known=known, resuming=resuming)
+    problems += _missing(config) if starts else []
     if any(wrong.level == "error" for wrong in problems):
         raise ConfigError(problems)
     return problems
+
+
+def _missing(config: RunConfig) -> list[Problem]:
+    """Return the keys whose packages are missing here."""
+    if not config.track.tensorboard or find_spec("tensorboard") is not None:
+        return []
+    remedy = "Run `pip install 'moetune[tensorboard]'`, or set track.tensorboard=false: metrics.jsonl has everything"
+    return [problem("track.tensorboard", True, "the package tensorboard is not installed", remedy)]
 
 
 def _model(config: RunConfig) -> list[Problem]:

@@ -28,9 +28,9 @@ from finetune.ranks.engine import engine_device
 from finetune.ranks.hooks import forget_order
 from finetune.ranks.watch import Watch
 from finetune.settings.stages import longest_pack, run_stages
+from finetune.tracking.track import Tracker
 from finetune.training.predictions import Predictions
 from finetune.training.steps import data_share, open_together
-from finetune.training.track import Tracker
 from finetune.training.verdict import Judge, Measured, Verdict
 
 FULL_SHARE = 0.05
@@ -58,7 +58,7 @@ class EvaluationResult:
         """Return a line a source, for people."""
         return [
             f"evaluation at step {self.step}, {name}: loss {m.loss:.4f}"
-            + (f" (base {m.loss_base:.4f})" if m.loss_base is not None else "")
+            + (f" ({m.loss_base:.4f} with adapters off)" if m.loss_base is not None else "")
             + f", accuracy {m.accuracy:.4f}"
             + (f", KL {m.kl:.4g}" if m.kl is not None else "")
             + f", {m.samples:,} samples, {m.tokens:,} tokens"
@@ -225,7 +225,10 @@ def _scope(rows: Sequence[PartRow]) -> str:
         return "no KL: nothing trains as lora, and what trains in full has no copy of its base"
     covered = lora + [row.part for row in rows if row.mode == "full" and row.part == "router"]
     text = f"KL(base || tuned) is that of {', '.join(covered)}"
-    return f"{text}; not of {', '.join(full)}, whose base values are not kept" if full else text
+    if not full:
+        return text
+    moves = "moves" if len(full) == 1 else "move"
+    return f"{text}; not of {', '.join(full)}, which also {moves} the loss with adapters off: base values are not kept"
 
 
 @contextmanager

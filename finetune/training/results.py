@@ -14,7 +14,7 @@ from finetune.model.empty import EmptyModel
 from finetune.model.gather import save_model
 from finetune.model.lora import trainable_table
 from finetune.ranks.collectives import barrier
-from finetune.training.track import Tracker
+from finetune.tracking.track import Tracker
 
 
 def hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], None]) -> None:
@@ -26,6 +26,17 @@ def hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], N
         say(f"best checkpoint: {best}")
         if (best / FOLDER).exists():
             tracker.adapter(read_manifest(best).step, best / FOLDER, aliases=["best"])
+
+
+def _which(folder: Path, step: int) -> str:
+    """Say which of a run's adapters that of its last step is, and where the best one is."""
+    best = best_checkpoint(folder / "checkpoints")
+    if best is None:
+        return "the last step's"
+    at = read_manifest(best).step
+    if at == step:
+        return "the last step's, and the best by eval.metric"
+    return f"the last step's; the best by eval.metric, of step {at}, is {best.relative_to(folder) / FOLDER}"
 
 
 def write_learned(
@@ -49,7 +60,7 @@ def write_learned(
             result,
             base=provenance.base_name,
             provenance=provenance,
-            extra={"step": str(steps.stop)},
+            extra={"step": str(steps.stop), "which": _which(folder, steps.stop)},
             replace=True,
         )
         for line in warnings:

@@ -23,7 +23,7 @@ def read_run(name: str, overrides: Sequence[str], *, ranks: int) -> tuple[RunCon
     folder = config.run.path
     config = config if any(problem.level == "error" for problem in problems) else resolve_auto_here(config, ranks=ranks)
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
-    return config, folder, require(config, problems, ranks=ranks, resuming=resuming)
+    return config, folder, require(config, problems, ranks=ranks, resuming=resuming, starts=True)
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:

@@ -20,7 +20,7 @@ from finetune.checkpoint.adapter import adapter_writer
 from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.config import RunConfig
 from finetune.files.basefiles import BaseFiles, open_base
-from finetune.files.hub import model_folder
+from finetune.files.hub import lasting_name, model_folder
 from finetune.files.hubconfig import read_family
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
@@ -135,7 +135,7 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run
     torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
     provenance = Provenance(
         base=base_files,
-        base_name=config.model.path,
+        base_name=lasting_name(config.model.path),
         config=effective(config),
         # the ranks that write adapters need it while the file is there for certain: now
         parent=parent_line(start.folder) if start is not None and rank_and_world()[0] == 0 else "",
@@ -147,7 +147,7 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run
         base=base_files,
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
-        adapter_writer=adapter_writer(empty, base=config.model.path, provenance=provenance),
+        adapter_writer=adapter_writer(empty, base=provenance.base_name, provenance=provenance),
         busy=watch.busy,
     )
     return Run(

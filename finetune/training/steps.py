@@ -63,10 +63,10 @@ class RunData:
             described.add(id(stream))
             name = f", stage {stage.name}" if stage.name else ""
             epoch_steps = stream.plan.steps
-            epochs = (
-                f"; {stage.steps / epoch_steps:.3g} epochs in {count_of(stage.steps, 'step')}" if epoch_steps else ""
-            )
-            yield f"data{name}: {epoch_steps} steps an epoch of {stage.data.packs_per_step} packs{epochs}"
+            steps = f"{count_of(stage.steps, 'step')} {'is' if stage.steps == 1 else 'are'}"
+            epochs = f"; {steps} {stage.steps / epoch_steps:.3g} epochs" if epoch_steps else ""
+            packs = count_of(stage.data.packs_per_step, "pack")
+            yield f"data{name}: {count_of(epoch_steps, 'step')} per epoch of {packs}{epochs}"
 
     def take(self, number: int, *, is_over: Callable[[], bool] = lambda: False) -> Step:
         """Return this rank's share of step `number` of the run; steps must be taken in their order.

@@ -7,7 +7,7 @@ import torch
 
 from data.stream.batch import Step, keys_of
 from finetune.config import RunConfig
-from finetune.model.loss import normaliser, report, step_sums
+from finetune.model.loss import Losses, normaliser, step_loss, step_sums
 from finetune.ranks.collectives import sum_over_ranks
 from finetune.ranks.engine import backward, require_step_applied
 from finetune.training.bad_steps import require_finite
@@ -23,22 +23,22 @@ def take_step(
     number: int,
     device: torch.device,
     announce: Callable[..., None],
-) -> tuple[dict[str, float], StepLoad | None]:
+) -> tuple[dict[str, float], StepLoad | None, list[float]]:
     """Update the weights once; every rank must call this with its share of the same step.
 
     Calls `announce(step, what, samples)` before anything that waits for other ranks. Without one supervised token in
-    the step nothing is computed, and the loss is zero. Returns the losses and the gradient's norm, and the experts'
-    load.
+    the step nothing is computed, and the loss is zero. Returns the losses and the gradient's norm, the experts' load,
+    and this rank's part of the loss of each of its samples, in their order.
     """
     announce(number, "the sums before the first forward", keys_of(step.batches))
     sums = step_sums(step.sums, device)
     total = normaliser(sums, config.loss.normalise)
     if not total:
-        return {"loss": 0.0, "grad_norm": 0.0}, None
+        return {"loss": 0.0, "grad_norm": 0.0}, None, []
     tokens = int(sum_over_ranks([step.tokens], device)[0])
     if balance is not None:
         balance.start_step(tokens)
-    objectives: list[torch.Tensor] = []
+    rows: list[Losses] = []
     next_row = engine.module.send(step.batches[0], device)
     for at, batch in enumerate(step.batches):
         engine.set_gradient_accumulation_boundary(at == len(step.batches) - 1)
@@ -51,9 +51,10 @@ def take_step(
         if at + 1 < len(step.batches):
             next_row = engine.module.send(step.batches[at + 1], device)
         backward(engine, row_losses.objective, total)
-        objectives.append(row_losses.objective.detach())
+        rows.append(Losses(*(losses.detach() for losses in row_losses)))
     announce(number, "the sums after the last backward")
-    losses = dict(report(objectives, total, None))
+    loss, by_sample = step_loss(rows, total)
+    losses = {"loss": loss}
     require_finite(losses, number)
     load = balance.finish_step() if balance is not None else None
     if load is not None:
@@ -62,4 +63,4 @@ def take_step(
     announce(number, "the update")
     engine.step()
     require_step_applied(engine, number)
-    return {**losses, "grad_norm": float(engine.get_global_grad_norm())}, load
+    return {**losses, "grad_norm": float(engine.get_global_grad_norm())}, load, by_sample

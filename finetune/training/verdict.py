@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data.format.printable import count_of
 from finetune.config import EvalConfig
 from finetune.settings.check_evaluation import HIGHER_IS_BETTER
 
@@ -72,7 +73,7 @@ class Judge:
         if self.config.patience and self.stale >= self.config.patience:
             return (
                 f"eval.patience={self.config.patience}: {self.config.metric} has not been better than "
-                f"{self.best['value']:.4f} at step {self.best['step']} for {self.stale} evaluations"
+                f"{self.best['value']:.4f} at step {self.best['step']} for {count_of(self.stale, 'evaluation')}"
             )
         return None
 

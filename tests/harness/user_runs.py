@@ -17,8 +17,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PATIENT = f"""
 import os
 if os.environ.get("RANK") == "0":  # what gives W&B's client seconds to start and to end; a busy machine takes longer
-    import finetune.training.wandb_link
-    finetune.training.wandb_link.START_S = finetune.training.wandb_link.FINISH_S = {LIMIT_S}
+    import finetune.tracking.wandb_link
+    finetune.tracking.wandb_link.START_S = finetune.tracking.wandb_link.FINISH_S = {LIMIT_S}
 """
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from benchmarks.harness.memory import Allocations
 from data.stream.batch import Batch, LossSums, loss_sums
-from finetune.model.loss import TiledHead, factors, normaliser, report, row_losses, step_sums, tile_head
+from finetune.model.loss import Losses, TiledHead, factors, normaliser, row_losses, step_loss, step_sums, tile_head
 from finetune.model.row import lay_out
 
 VOCAB, HIDDEN = 61, 14
@@ -87,7 +87,9 @@ def step(model, rows, how):
     losses = [row_losses(model.lm_head, model.embed(batch.input_ids[0]), lay_out(batch), how) for batch in rows]
     for each in losses:
         (each.objective / total).backward()
-    return losses, report([each.objective for each in losses], total, None)["loss"]
+    loss, by_sample = step_loss([Losses(*(part.detach() for part in each)) for each in losses], total)
+    assert by_sample == pytest.approx([float(ce) for each in losses for ce in each.ce_S])
+    return losses, loss
 
 
 SAMPLES = [sample(n, length, s) for n, (length, s) in enumerate([(9, 3), (5, 4), (12, 1), (7, 0), (20, 19), (6, 2)])]
@@ -216,10 +218,12 @@ def test_refusals():
 
 def _sums(rank, world_size):
     mine = LossSums(tokens=10.0 * (rank + 1), samples=rank, sqrt=0.5)
-    return step_sums(mine, torch.device("cpu")), report([torch.tensor(2.0), torch.tensor(float(rank))], 4.0, None)
+    rows = [Losses(torch.tensor(2.0), torch.tensor([1.0, 3.0]), torch.ones(2))]
+    rows += [Losses(torch.tensor(float(rank)), torch.tensor([]), torch.tensor([]))]
+    return step_sums(mine, torch.device("cpu")), step_loss(rows, 4.0)
 
 
 def test_sums_of_a_step_are_those_of_all_ranks():
     for sums, losses in run_ranks(_sums, 2):
         assert sums == LossSums(tokens=30.0, samples=1.0, sqrt=1.0)
-        assert losses == {"loss": 1.25}
+        assert losses == (1.25, [1.0, 3.0])

@@ -55,6 +55,7 @@ EVERY_FIGURE = {
     "expert_load_entropy",
     "experts_dead",
     "router_agreement",
+    "sources",
 }
 CLOCKS = ("seconds", "seconds_data", "tokens_per_second", "tflops_model", "memory_gb")
 
@@ -115,6 +116,8 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
     (run,) = folder.glob("wandb/offline-run-*")
     rows = wandb_file.history(run)
     assert [row["loss"] for row in rows if "loss" in row] == [step["loss"] for step in steps]
+    by_source = [step["sources"]["general"]["loss"] for step in steps]
+    assert [row["source/general/loss"] for row in rows if "loss" in row] == by_source
     assert [row["step"] for row in rows if "expert_load._type" in row] == [0, 2, 4]
     kinds = [record.WhichOneof("record_type") for record in wandb_file.records(run)]
     assert "artifact" in kinds
@@ -148,8 +151,9 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
     words = [*RUN, "track.wandb=offline", "track.load_every=2"]
     cut = start(place, [*TRAIN, "--ranks", "2"], "cut", *words, at="step 0:", then=_stop(signal.SIGTERM))
     assert cut.returncode == 75, cut.stderr[-3000:]
-    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command goes on from there", cut.stdout)[1])
     assert done in (1, 2, 3)
+    assert re.search(rf"^so far: {done} steps? in 0:0\d:\d\d; [\d,]+ useful tokens$", cut.stdout, re.M)
     assert cut.stderr == "moetune train: preempted; run the same command again to go on\n"
     assert [path.name for path in (place / "runs" / "cut" / "checkpoints").glob("step-*")][-1:] == [f"step-{done:06d}"]
     again = start(place, [*TRAIN, "--ranks", "2"], "cut", *words)
@@ -158,6 +162,13 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
     (run,) = (place / "runs" / "cut").glob("wandb/offline-run-*")
     losses = [row["loss"] for row in wandb_file.history(run) if "loss" in row]
     assert losses == [step["loss"] for step in metrics(place, "whole")]
+    assert _last_words(again.stdout, "cut") == _last_words(whole, "whole")
+
+
+def _last_words(said: str, name: str) -> list[str]:
+    """The closing summary without its times; it tells of all starts."""
+    words = said[said.index("\ndone: 5 steps in ") :].replace(f"runs/{name}/", "")
+    return re.sub(r"\d+:\d\d:\d\d", "", words).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ def test_a_signal_breaks_off_an_evaluation_also_the_last_and_the_next_start_make
     cut = start(place, [*TRAIN, "--ranks", "2"], "judged", *words, at="step 0:", then=_stop(signal.SIGTERM))
     assert cut.returncode == 75, cut.stderr[-3000:]
     assert "the evaluation at step 1 is left for the next start" in cut.stdout
-    assert "stopped by SIGTERM after 1 steps" in cut.stdout
+    assert "stopped by SIGTERM after 1 step" in cut.stdout
     assert (folder / "checkpoints" / "step-000001").exists()
     assert not (folder / "adapter").exists()
     again = start(place, [*TRAIN, "--ranks", "2"], "judged", *words)
@@ -247,7 +258,7 @@ def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, 
         site=HANGS,
     )
     assert cut.returncode == 75, cut.stderr[-3000:]
-    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command goes on from there", cut.stdout)[1])
     assert done == 2
     again = start(place, [*TRAIN, "--ranks", "2"], "waits", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -262,7 +273,7 @@ def test_a_signal_waits_for_the_save_behind_the_run_and_writes_one_more(place: P
     words += ["track.load_every=2"]
     cut = start(place, [*TRAIN, "--ranks", "2"], "behind", *words, at="step 0:", then=_stop(signal.SIGTERM), site=slow)
     assert cut.returncode == 75, cut.stderr[-3000:]
-    done = int(re.search(r"stopped by SIGTERM after (\d) steps; the same command goes on from there", cut.stdout)[1])
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command goes on from there", cut.stdout)[1])
     assert (place / "runs" / "behind" / "checkpoints" / f"step-{done:06d}").exists()
     again = start(place, [*TRAIN, "--ranks", "2"], "behind", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -642,5 +653,5 @@ def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
     result = take_step(
         None, step, RunConfig(), None, 3, torch.device("cpu"), lambda _, what, __: announced.append(what)
     )
-    assert result == ({"loss": 0.0, "grad_norm": 0.0}, None)
+    assert result == ({"loss": 0.0, "grad_norm": 0.0}, None, [])
     assert announced == ["the sums before the first forward"]

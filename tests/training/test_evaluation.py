@@ -215,12 +215,28 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
     saved = place / "runs" / "stale" / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == ["BEST", "LATEST", "step-000001", "step-000002"]
     assert (saved / "BEST").read_text() == "step-000001\n"
-    stopped = r"stopped: eval.patience=1: words/accuracy has not been better than \S+ at step 1 for 1 evaluations"
+    stopped = r"stopped: eval.patience=1: words/accuracy has not been better than \S+ at step 1 for 1 evaluation"
     for name in ("stale", "stale+again"):
         assert re.search(stopped, two[name]["said"])
         assert [step["step"] for step in two[name]["metrics"]] == [0, 1]
         assert "best checkpoint: runs/stale/checkpoints/step-000001" in two[name]["said"]
+        last_words = two[name]["said"].rpartition("stopped (eval.patience=1: words/accuracy")[2].splitlines()
+        best = "runs/stale/checkpoints/step-000001/adapter"
+        assert re.search(
+            r"\): 2 steps in 0:00:\d\d, and 0:00:\d\d of evaluations; [\d,]+ useful tokens$", last_words[0]
+        )
+        assert last_words[-5:] == [
+            "adapter, last: runs/stale/adapter, after 2 steps",
+            f"adapter, best: {best}, after 1 step",
+            "next:",
+            f"  moetune merge base {best} runs/stale/merged --verify",
+            "  moetune eval words=words.jsonl seen=seen.jsonl --model runs/stale/merged",
+        ]
     assert "resumed: runs/stale/checkpoints/step-000002" in two["stale+again"]["said"], "it is over, and stays so"
+    readme = (place / "runs/stale/adapter/README.md").read_text()
+    assert "the last step's; the best by eval.metric, of step 1, is checkpoints/step-000001/adapter" in readme
+    config = json.loads((place / "runs/stale/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(place / "base"), "in any folder"
     assert "adapter: runs/stale/adapter, of an earlier start" in two["stale+again"]["said"]
     assert {name: run["code"] for name, run in two.items() if run["code"]} == {"guarded": 76}
     assert outcome_of(place / "runs/guarded/logs/guarded", "") == "guarded"
@@ -228,7 +244,8 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
     assert re.search(
         r"stopped: guard words: KL\(base \|\| tuned\) is 0.0\d+, above eval.sources.words.max_kl=1e-07", output
     )
-    assert "KL(base || tuned) is that of attention, experts, router; not of merger, whose base values are not" in output
+    scope = "KL(base || tuned) is that of attention, experts, router; not of merger, which also moves the loss with"
+    assert f"{scope} adapters off: base values are not kept" in output
     assert "step-000001 is being written" in output
     beside, last = (
         load_file(place / "runs" / "guarded" / part / "adapter_model.safetensors")
@@ -239,6 +256,15 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
         scores = json.loads(file.metadata()["moetune.scores"])
         assert file.metadata()["moetune.step"] == "1"
     assert scores["words/kl"] == two["guarded"]["evaluations"][-1]["words/kl"]
+
+
+def test_a_step_is_told_by_source_also_where_ranks_share_its_rows(two: dict) -> None:
+    for whole, halves in zip(two["learns"]["metrics"], two["halves"]["metrics"], strict=True):
+        (figures,) = whole["sources"].values()
+        assert figures == pytest.approx(halves["sources"]["general"], rel=1e-4)
+        assert (figures["tokens"], figures["weight"]) == (whole["tokens_nonpad"], whole["tokens_supervised"])
+        assert figures["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert figures["samples"] > 1
 
 
 def test_another_layout_finds_the_same(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:

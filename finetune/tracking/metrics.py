@@ -1,19 +1,42 @@
 """The figures of a step: each rank's share of it, exchanged once a step, and what is computed from all shares."""
 
 import resource
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from data.stream.batch import Step
+from data.stream.batch import Step, keys_of
 from finetune.architecture.flops import FlopMeter, Work, batch_work
 from finetune.ranks.collectives import gather_numbers
 from moe.expert_load import StepLoad
 
 WORK = ("tokens", "supervised", "squares", "patches", "frame_squares")
 OWN = ("row_tokens", "images", "video_seconds", "seconds", "seconds_data", "memory_gb", "stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSums:
+    """What one source adds to a step."""
+
+    samples: int = 0
+    tokens: int = 0
+    weight: float = 0.0
+    """The sum of the loss weights of its tokens: what the loss divides by to be a mean."""
+    loss: float = 0.0
+    """The sum over its tokens of weight x cross entropy."""
+
+    def __add__(self, other: "SourceSums") -> "SourceSums":
+        return SourceSums(
+            samples=self.samples + other.samples,
+            tokens=self.tokens + other.tokens,
+            weight=self.weight + other.weight,
+            loss=self.loss + other.loss,
+        )
+
+
+QUANTITIES = tuple(item.name for item in fields(SourceSums))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +51,7 @@ class Share:
     seconds_data: float = 0.0  # of these, waiting for data
     memory_gb: float = 0.0  # the most it held so far
     stop: int = 0  # the number of the signal that asks it to stop; 0: none
+    sources: Mapping[str, SourceSums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +62,13 @@ class Ranks:
     peak_flops: float | None  # of one, in bfloat16; None: not known, so there is no MFU
 
 
-def share_of(step: Step, *, seconds: float, stop: int) -> Share:
-    """Return this rank's part; it reads tensors on the host, so give it the step as it came from the stream."""
+def share_of(
+    step: Step, *, seconds: float, stop: int, sources: Iterable[str] = (), losses: Sequence[float] = ()
+) -> Share:
+    """Return this rank's part; it reads tensors on the host, so give it the step as it came from the stream.
+
+    `sources` are all of the run's; `losses` are this rank's part of the loss of each of the step's samples.
+    """
     # of the ranks that share a row's slices one counts it: the others' steps are emptied by `counted_once`
     real = [batch for batch in step.batches if batch.keys] if step.tokens else []
     return Share(
@@ -51,18 +80,39 @@ def share_of(step: Step, *, seconds: float, stop: int) -> Share:
         seconds_data=step.wait_seconds,
         memory_gb=_memory_gb(),
         stop=stop,
+        sources=_by_source(step, sources, losses),
     )
+
+
+def _by_source(step: Step, sources: Iterable[str], losses: Sequence[float]) -> dict[str, SourceSums]:
+    """Return what each source adds to this rank's part; of ranks that share a row each adds a part of the loss."""
+    sums = {name: SourceSums() for name in sources}
+    for key, loss in zip(keys_of(step.batches), losses, strict=False):  # no losses where nothing is supervised
+        sums[key.partition("/")[0]] += SourceSums(loss=loss)
+    for batch in step.batches if step.tokens else ():
+        ids_T, weights_T = batch.sample_ids[0].long() + 1, batch.loss_weights[0].double()  # the first bin: padding
+        tokens = torch.bincount(ids_T).tolist()
+        weights = torch.bincount(ids_T, weights_T).tolist()
+        for number, key in enumerate(batch.keys, start=1):
+            sums[key.partition("/")[0]] += SourceSums(samples=1, tokens=tokens[number], weight=weights[number])
+    return sums
 
 
 def gather_shares(mine: Share, device: torch.device) -> list[Share]:
     """Return the shares of all ranks, the same list on each; every rank must call this."""
     flat = [getattr(mine.work, name) for name in WORK] + [getattr(mine, name) for name in OWN]
+    flat += [getattr(sums, name) for sums in mine.sources.values() for name in QUANTITIES]
     shares = []
     for numbers in gather_numbers(flat, device):
         work = Work(**{name: int(number) for name, number in zip(WORK, numbers, strict=False)})
-        own: dict[str, Any] = dict(zip(OWN, numbers[len(WORK) :], strict=True))
+        own: dict[str, Any] = dict(zip(OWN, numbers[len(WORK) :], strict=False))
         own |= {name: int(own[name]) for name in ("row_tokens", "images", "stop")}
-        shares.append(Share(work=work, **own))
+        rest = iter(numbers[len(WORK) + len(OWN) :])
+        sources = {
+            name: SourceSums(samples=int(next(rest)), tokens=int(next(rest)), weight=next(rest), loss=next(rest))
+            for name in mine.sources
+        }
+        shares.append(Share(work=work, **own, sources=sources))
     return shares
 
 
@@ -86,6 +136,25 @@ def figures(shares: Sequence[Share], meter: FlopMeter, ranks: Ranks) -> dict[str
         "tflops_model": rate / 1e12,
         "mfu": rate / ranks.peak_flops if ranks.peak_flops else None,
         "memory_gb": max(share.memory_gb for share in shares),
+        "sources": source_figures(shares),
+    }
+
+
+def source_figures(shares: Sequence[Share]) -> dict[str, dict[str, Any]]:
+    """Return a step's figures by source, of those that it has samples of; the loss is a mean over their tokens."""
+    sums = {
+        name: sum((share.sources[name] for share in shares), SourceSums())
+        for name in (shares[0].sources if shares else ())
+    }
+    return {
+        name: {
+            "samples": of_source.samples,
+            "tokens": of_source.tokens,
+            "weight": of_source.weight,
+            "loss": of_source.loss / of_source.weight if of_source.weight else None,
+        }
+        for name, of_source in sums.items()
+        if of_source.samples
     }
 
 

@@ -33,8 +33,19 @@ def duration(seconds: float) -> str:
 class Follower:
     """Shows each step as it ends. While a bar is drawn, all other output must go through `print`."""
 
-    def __init__(self, say: Callable[[str], None], *, done: int, steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        *,
+        done: int,
+        steps: int,
+        evaluates_every: int | None = None,
+        evaluation_seconds: float = 0.0,
+        console: Console | None = None,
+    ) -> None:
+        """`evaluates_every` is None for a run without evaluations; `evaluation_seconds` is what the last one took."""
         self._say = say
+        self._evaluates_every, self._evaluation_seconds = evaluates_every, evaluation_seconds
         self._done, self._steps = done, steps
         self._mean: float | None = None
         self._console = console or Console(file=sys.stdout)
@@ -63,7 +74,8 @@ class Follower:
             self._mean = seconds
         else:
             self._mean += (seconds - self._mean) / SMOOTHED
-        left = duration(self._mean * (self._steps - figures["step"] - 1))
+        evaluations = self._evaluation_seconds * self._evaluations_left(figures["step"])
+        left = duration(self._mean * (self._steps - figures["step"] - 1) + evaluations)
         line = step_line({**figures, "left": left})
         if self._bar is None:
             self._say(line)
@@ -72,6 +84,17 @@ class Follower:
             text = f"loss {figures['loss']:.4f}  {figures['tokens_per_second']:,.0f} tokens/s{mfu}  {left} left"
             self._bar.update(self._task, completed=figures["step"] + 1, text=text)
         return line
+
+    def evaluation(self, seconds: float) -> None:
+        """Note how long an evaluation took: those to come count as time that is left."""
+        self._evaluation_seconds = seconds
+
+    def _evaluations_left(self, step: int) -> int:
+        """Count the evaluations that follow a step: after every so many, and after the last."""
+        every, last = self._evaluates_every, self._steps - 1
+        if every is None:
+            return 0
+        return 1 + (last // every - step // every if every else 0)
 
     def print(self, text: str) -> None:
         """Print a line that is not a step's, above the bar if there is one."""

@@ -1,4 +1,4 @@
-"""The process that talks to Weights & Biases: this file as a script, started by `finetune.training.wandb_link`.
+"""The process that talks to Weights & Biases: this file as a script, started by `finetune.tracking.wandb_link`.
 
 It is a separate process because the client may hang in a login, die, or install signal handlers, and none of that may
 reach the training. It imports nothing of ours. One JSON object a line comes in on standard input, the first says how
@@ -42,7 +42,13 @@ def log(run: Any, message: dict[str, Any]) -> None:
     kind, values = message["kind"], message["values"]
     at = {"step": values["step"]}
     if kind == "metrics":
-        run.log({key: value for key, value in values.items() if value is not None})
+        sources = {
+            f"source/{name}/{key}": value
+            for name, of_source in values.get("sources", {}).items()
+            for key, value in of_source.items()
+        }
+        figures = {key: value for key, value in values.items() if key != "sources"} | sources
+        run.log({key: value for key, value in figures.items() if value is not None})
     elif kind == "evaluations":
         run.log(at | {f"eval/{key}": value for key, value in values.items() if key != "step" and value is not None})
     elif kind == "expert_load":

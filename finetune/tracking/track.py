@@ -1,4 +1,4 @@
-"""Keeps track of a run: metrics, expert load, evaluations, predictions and pictures, in its folder and at W&B."""
+"""Keeps track of a run: metrics, expert load, evaluations, predictions and pictures, in its folder and beyond."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -6,26 +6,32 @@ from itertools import islice
 from pathlib import Path
 from signal import Signals
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from data.format.printable import count_of
 from data.render.vision import Pixels, VisionSpec, unpatch
 from data.stream.batch import Batch, Step
 from finetune.architecture.families import Family
 from finetune.architecture.flops import FlopMeter, trainings
 from finetune.config import RunConfig
-from finetune.files.atomic import write_file
 from finetune.planner.gpus import peak_flops
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.failures import keep_outcome
 from finetune.ranks.log import RankLog, print_line
 from finetune.settings.recipes import effective
-from finetune.training.metrics import Ranks, figures, gather_shares, load_figures, share_of
-from finetune.training.progress_bar import Follower
-from finetune.training.wandb_link import WandbLink
+from finetune.settings.stages import run_stages
+from finetune.tracking.metrics import Ranks, figures, gather_shares, load_figures, share_of
+from finetune.tracking.progress_bar import Follower
+from finetune.tracking.records import forget_steps, records
+from finetune.tracking.summary import work_line
+from finetune.tracking.wandb_link import WandbLink
 from moe.expert_load import StepLoad
+
+if TYPE_CHECKING:
+    from finetune.tracking.tensorboard_writer import TensorBoard
 
 
 def pictures(batch: Batch, spec: VisionSpec) -> Iterator[Pixels]:
@@ -52,13 +58,16 @@ class Tracker:
         self._writes = rank == 0
         self._moe_layers = list(base.moe_layers) if base.text.experts is not None else []
         self._preempted = False
+        self._sources = sorted({name for stage in run_stages(config) for name in stage.data.sources})
         self._link: WandbLink | None = None
+        self._board: TensorBoard | None = None
         if not self._writes:
             return
         if peak is None:
             log(f"mfu: null in metrics.jsonl, {reason}")
-        # the last two are numbered by the steps that are done
-        ends = {"metrics": done, "expert_load": done, "evaluations": done + 1, "predictions": done + 1}
+        # the last two are numbered by the steps that are done; a run without a save begins again with its first
+        judged = done + 1 if done else 0
+        ends = {"metrics": done, "expert_load": done, "evaluations": judged, "predictions": judged}
         for kind, end in ends.items():
             if damaged := forget_steps(folder / f"{kind}.jsonl", end):
                 log(f"warning: {folder / kind}.jsonl: {damaged} damaged line(s) were dropped; the run goes on")
@@ -71,7 +80,16 @@ class Tracker:
                 done=done,
                 warn=log,
             )
-        self._follower = Follower(log, done=done, steps=config.schedule.steps)
+        if config.track.tensorboard:
+            self._board = _open_board(folder, ends)
+        evaluations = records(folder / "evaluations.jsonl")
+        self._follower = Follower(
+            log,
+            done=done,
+            steps=config.schedule.steps,
+            evaluates_every=config.eval.every_steps if config.eval.sources else None,
+            evaluation_seconds=float(evaluations[-1]["seconds"]) if evaluations else 0.0,
+        )
         log.show = self._follower.print
 
     def __enter__(self) -> "Tracker":
@@ -83,6 +101,8 @@ class Tracker:
         if self._writes:
             self._follower.close()
             self._log.show = print_line
+            if self._board is not None:
+                self._board.close()
             if self._link is None:
                 return
             if kind is None:
@@ -91,13 +111,23 @@ class Tracker:
                 self._link.abandon()  # nothing may delay the report of the failure
 
     def step(
-        self, at: int, step: Step, losses: Mapping[str, Any], *, load: StepLoad | None, seconds: float, stop: int = 0
+        self,
+        at: int,
+        step: Step,
+        losses: Mapping[str, Any],
+        *,
+        load: StepLoad | None,
+        by_sample: Sequence[float],
+        seconds: float,
+        stop: int = 0,
     ) -> int:
         """Gather one step's figures, write and show them; every rank must call this, with the step as it was read.
 
-        `losses` are the same on all ranks. Returns the signal that any rank got, on every rank alike; 0 for none.
+        `losses` are the same on all ranks, `by_sample` is this rank's part of the loss of each of its samples. Returns
+        the signal that any rank got, on every rank alike; 0 for none.
         """
-        shares = gather_shares(share_of(step, seconds=seconds, stop=stop), self._device)
+        share = share_of(step, seconds=seconds, stop=stop, sources=self._sources, losses=by_sample)
+        shares = gather_shares(share, self._device)
         if self._writes:
             values = {"step": at, "epoch": step.epoch}
             values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **losses}
@@ -119,6 +149,7 @@ class Tracker:
         """Write the numbers of an evaluation by name; `step` is how many steps were done."""
         if self._writes:
             self._write("evaluations", numbers)
+            self._follower.evaluation(float(numbers["seconds"]))
 
     def predictions(self, steps: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write what the model answers after `steps` steps: rows of texts and numbers with the same names."""
@@ -148,17 +179,28 @@ class Tracker:
             self._link.send("pictures", {"step": at, "files": files})
 
     def preempted(self, number: int, *, done: int) -> str:
-        """Note that a signal ends this start after `done` steps, and return a sentence about it."""
+        """Note that a signal ends this start after `done` steps, and return sentences about it."""
         self._preempted = True
+        text = f"stopped by {Signals(number).name} after {count_of(done, 'step')}; the same command goes on from there"
         if self._writes:
             keep_outcome(self._log, "preempted", done)
-        return f"stopped by {Signals(number).name} after {done} steps; the same command goes on from there"
+            steps, evaluations = (records(self._folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations"))
+            text += f"\nso far: {work_line(steps, evaluations, done=done)}"
+        return text
 
     def _write(self, kind: str, values: Mapping[str, Any]) -> None:
         with (self._folder / f"{kind}.jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
         if self._link is not None:
             self._link.send(kind, values)
+        if self._board is not None:
+            self._board.write(kind, values)
+
+
+def _open_board(folder: Path, begins: Mapping[str, int]) -> "TensorBoard":
+    from finetune.tracking.tensorboard_writer import TensorBoard  # its package is an extra
+
+    return TensorBoard(folder, begins)
 
 
 def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
@@ -169,29 +211,3 @@ def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
         return None, f"as the peaks that are known are of bfloat16, and model.dtype={config.model.dtype}"
     name = torch.cuda.get_device_name(device)
     return peak_flops(name), f"as the peak of {name!r} is not known"
-
-
-def forget_steps(path: Path, steps: int) -> int:
-    """Drop the lines of steps that an earlier start took after its last checkpoint, and damaged ones; count the latter.
-
-    The last line may have been cut off when that start was killed, which is no damage.
-    """
-    if not path.exists():
-        return 0
-    *lines, _ = path.read_bytes().split(b"\n")
-    numbers = [_step_of(line) for line in lines]
-    beside = path.with_name(f"{path.name}.partial")
-    write_file(
-        beside, b"".join(line + b"\n" for line, number in zip(lines, numbers, strict=True) if 0 <= number < steps)
-    )
-    beside.replace(path)
-    return numbers.count(-1)
-
-
-def _step_of(line: bytes) -> int:
-    """Return the step that a line is about; -1 where it is damaged."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return -1
-    return step if isinstance(step, int) else -1

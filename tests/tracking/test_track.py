@@ -19,11 +19,11 @@ from finetune.architecture.families import family
 from finetune.architecture.flops import FlopMeter, Training, Work
 from finetune.config import TrackConfig
 from finetune.ranks.log import RankLog
-from finetune.training.metrics import Ranks, Share, figures, gather_shares
-from finetune.training.progress_bar import Follower, duration
-from finetune.training.track import forget_steps
-from finetune.training.wandb_link import WandbLink
-from finetune.training.wandb_writer import heatmap
+from finetune.tracking.metrics import Ranks, Share, figures, gather_shares
+from finetune.tracking.progress_bar import Follower, duration
+from finetune.tracking.records import forget_steps
+from finetune.tracking.wandb_link import WandbLink
+from finetune.tracking.wandb_writer import heatmap
 
 SHOWN = {"loss": 2.5, "grad_norm": 1.0, "lr": 1e-4, "tokens_nonpad": 900, "seconds": 2.0, "tokens_per_second": 450.0}
 
@@ -95,6 +95,17 @@ def test_a_terminal_gets_a_bar_and_everything_else_lines(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "after\n"
 
 
+@pytest.mark.parametrize(("every", "evaluations"), [(None, 0), (0, 1), (4, 3), (1, 9)])
+def test_the_time_that_is_left_has_the_evaluations_in_it(every: int | None, evaluations: int) -> None:
+    """After step 1 there are 8 steps of 1 s, and evaluations of 20 s: by 4 steps after the 4th, 8th and last."""
+    lines: list[str] = []
+    follower = Follower(lines.append, done=0, steps=10, evaluates_every=every, console=Console(file=io.StringIO()))
+    follower.evaluation(20.0)
+    for at in (0, 1):
+        follower.step({**SHOWN, "step": at, "seconds": 1.0})
+    assert lines[-1].endswith(f"{duration(8 + 20 * evaluations)} left")
+
+
 def test_a_rank_log_has_what_was_said_and_rank_0_says_it_aloud(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +124,7 @@ def test_a_rank_log_has_what_was_said_and_rank_0_says_it_aloud(
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine the client needs more than the seconds that a run gives it."""
     for name in ("START_S", "FINISH_S"):
-        monkeypatch.setattr(f"finetune.training.wandb_link.{name}", LIMIT_S)
+        monkeypatch.setattr(f"finetune.tracking.wandb_link.{name}", LIMIT_S)
 
 
 def _run_folder(folder: Path) -> Path:

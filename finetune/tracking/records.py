@@ -1,0 +1,38 @@
+"""The records of a run's folder: one JSON object a line, of a step or of an evaluation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.files.atomic import write_file
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file that a start has begun to write, and so cleaned; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def forget_steps(path: Path, steps: int) -> int:
+    """Drop the lines of steps that an earlier start took after its last checkpoint, and damaged ones; count the latter.
+
+    The last line may have been cut off when that start was killed, which is no damage.
+    """
+    if not path.exists():
+        return 0
+    *lines, _ = path.read_bytes().split(b"\n")
+    numbers = [_step_of(line) for line in lines]
+    beside = path.with_name(f"{path.name}.partial")
+    write_file(
+        beside, b"".join(line + b"\n" for line, number in zip(lines, numbers, strict=True) if 0 <= number < steps)
+    )
+    beside.replace(path)
+    return numbers.count(-1)
+
+
+def _step_of(line: bytes) -> int:
+    """Return the step that a line is about; -1 where it is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return step if isinstance(step, int) else -1

@@ -1,0 +1,44 @@
+"""Writes a run's figures as TensorBoard's files: `tensorboard/train` by step, `tensorboard/eval` by steps done.
+
+A start begins files of its own, which say that what earlier ones hold from its first step on is void.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+FOLDER = "tensorboard"
+NAMES = {"metrics": "train", "evaluations": "eval"}
+"""The kinds of records that become curves, and TensorBoard's name for each."""
+
+
+class TensorBoard:
+    """The writers of one start; `begins` says by kind of record from which step on earlier ones are void."""
+
+    def __init__(self, folder: Path, begins: Mapping[str, int]) -> None:
+        self._writers = {
+            kind: SummaryWriter(str(folder / FOLDER / name), purge_step=begins[kind]) for kind, name in NAMES.items()
+        }
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Write every number of a record; records of other kinds are for files alone."""
+        if writer := self._writers.get(kind):
+            for name, value in numbers(values):
+                writer.add_scalar(name, value, values["step"])
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield each number of a record by its name, those of a source as `source/<name>/<quantity>`; without the step."""
+    for name, value in values.items():
+        if name == "sources":
+            for source, of_source in value.items():
+                yield from ((f"source/{source}/{key}", number) for key, number in numbers(of_source))
+        elif name != "step" and value is not None:
+            yield name, value
