@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.format.printable import count_of
 from finetune.checkpoint.adapter import FOLDER
 from finetune.checkpoint.folder import best_checkpoint
 from finetune.config import RunConfig
-from finetune.ranks.log import counted
 from finetune.tracking.metrics import SourceSums
 from finetune.tracking.progress_bar import duration
 from finetune.tracking.records import records
@@ -25,9 +25,9 @@ def work_line(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[
     """Say what the steps took, those of all starts."""
     seconds, judged = (sum(float(one["seconds"]) for one in each) for each in (steps, evaluations))
     tokens = sum(one["tokens_nonpad"] for one in steps)
-    known = "" if len(steps) == done else f" (of {counted(len(steps), 'step')}: the lines of others were damaged)"
+    known = "" if len(steps) == done else f" (of {count_of(len(steps), 'step')}: the lines of others were damaged)"
     evaluated = f", and {duration(judged)} of evaluations" if judged else ""
-    return f"{counted(done, 'step')} in {duration(seconds)}{evaluated}; {tokens:,} useful tokens{known}"
+    return f"{count_of(done, 'step')} in {duration(seconds)}{evaluated}; {tokens:,} useful tokens{known}"
 
 
 def source_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -67,11 +67,11 @@ def evaluation_lines(evaluations: Sequence[Mapping[str, Any]], best: Mapping[str
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
-    after = f"after {counted(last['step'], 'step')}"
+    after = f"after {count_of(last['step'], 'step')}"
     names = [name for name in last if name.endswith("/loss")]
     lines = [f"evaluation, {name}: {first[name]:.4f} at first, {last[name]:.4f} {after}" for name in names]
     if best:
-        metric, at = best["metric"], counted(best["step"], "step")
+        metric, at = best["metric"], count_of(best["step"], "step")
         lines.append(f"metric, {metric}: best {best['value']:.4f} after {at}, last {last[metric]:.4f} {after}")
     return lines
 
@@ -84,13 +84,13 @@ def summary(config: RunConfig, folder: Path, *, done: int, best: Mapping[str, An
     last, merged = folder / "adapter", folder / "merged"
     if not last.exists():
         return [*lines, f"model: {folder / 'model'}", "next:", _ask(config, folder / "model")]
-    chosen, at = _best_adapter(folder), f"after {counted(done, 'step')}"
+    chosen, at = _best_adapter(folder), f"after {count_of(done, 'step')}"
     if chosen is None or best["step"] == done:
         lines.append(f"adapter, last{'' if chosen is None else ' and best'}: {last}, {at}")
         chosen = last
     else:
         lines.append(f"adapter, last: {last}, {at}")
-        lines.append(f"adapter, best: {chosen}, after {counted(best['step'], 'step')}")
+        lines.append(f"adapter, best: {chosen}, after {count_of(best['step'], 'step')}")
     merge = ["moetune", "merge", config.model.path, str(chosen), str(merged), "--verify"]
     return [*lines, "next:", f"  {shlex.join(merge)}", _ask(config, merged)]
 
