@@ -98,7 +98,7 @@ def read_profile(path: Path) -> Profile:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"profile {path}: not readable as YAML: {error}. See docs/recipes.md for one") from error
+        raise ValueError(f"profile {path}: not readable as YAML: {error}. See docs/clusters.md for one") from error
     typed = TypedTree(Profile)
     typed.take(tree if isinstance(tree, dict) else {"kind": tree}, path.name)
     profile = typed.finish()

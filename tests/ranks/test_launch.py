@@ -244,7 +244,7 @@ def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None
 
 
 def _pages(mark: str) -> list[tuple[str, str]]:
-    text = (ROOT / "docs" / "recipes.md").read_text()
+    text = (ROOT / "docs" / "clusters.md").read_text()
     return re.findall(rf"```yaml\n# {mark}: (\S+)\n(.*?)```", text, re.DOTALL)
 
 
