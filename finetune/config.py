@@ -311,8 +311,21 @@ class ScheduleConfig:
     steps: int = 1000
     """Optimiser steps of the whole run, of all stages together. When an epoch is over, the next one begins.
 
-    Change: always. `moetune shards stats` counts what an epoch holds: divide its tokens by those of a step.
-    With: `data.packs_per_step`, `schedule.shape` (falls over all of them), `stages.<name>.from_step`.
+    Change: always, unless you set `schedule.epochs`.
+    With: `schedule.epochs` (set one of the two), `data.packs_per_step`, `schedule.shape` (falls over all of them),
+    `stages.<name>.from_step`.
+    """
+    epochs: float = 0.0
+    """Passes over the data, instead of a number of steps. 0: `schedule.steps` counts. A part of one is allowed.
+
+    The packs of an epoch are planned when a run starts, and the steps follow: for whole epochs as many as these have,
+    for a part of the last one its share, rounded. With `data.mixture` tokens or samples an epoch has as many tokens or
+    samples as all sources together, drawn by their weights. `warmup_steps` and `decay_steps` stay steps.
+
+    Change: set it where you think in passes: 1 to 3 for LoRA. Of a recipe and its `base:` the one that sets `steps` or
+    `epochs` last decides.
+    With: `schedule.steps` (set one of the two), `data.remainder` (packs that fill no step), `stages` (they must read
+    the same data).
     """
     warmup_steps: int = 0
     """Steps in which the learning rate rises in a line to its highest value, from the first step of the run.

@@ -65,7 +65,7 @@ def train(
     state = RunState(run)
     state.resume()
 
-    with Tracker(config, folder, base=run.base, device=run.device, log=say, done=state.done) as tracker:
+    with Tracker(run.config, folder, base=run.base, device=run.device, log=say, done=state.done) as tracker:
         # 3. Evaluate before the first step; a run that was over when it stopped stays so
         run.share_rows(run.stage(state.first).sp)
         is_over = run.evaluation.start(run.engine, state.first, tracker=tracker, owed=state.owes_evaluation)

@@ -4,7 +4,7 @@ A unit is a sample, or the part of one that `overlong: split-turns` cut out. Sou
 at their shares, packed, and packs of similar cost are put into one step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal
@@ -161,6 +161,17 @@ def make_plan(sources: Sequence[Units], settings: PlanSettings, *, epoch: int, q
     patches = np.concatenate([units.patches for units in sources])[rows]
     packs = best_fit(tokens, patches, token_budget=settings.tokens_per_pack, patch_budget=settings.patches_per_pack)
     return _arrange(packs, rows, tokens, patches, settings, epoch)
+
+
+def steps_of_epochs(plan: Callable[[int], Plan], epochs: float) -> int:
+    """Return the steps of so many epochs, counted from the first: all of the whole ones, and a share of the last.
+
+    Every epoch orders its samples anew, so their numbers of packs may differ by a few.
+    """
+    whole = int(epochs)
+    steps = sum(plan(epoch).steps for epoch in range(whole))
+    part = epochs - whole
+    return max(1, steps + (round(part * plan(whole).steps) if part else 0))
 
 
 def _arrange(packs: Packs, rows: Ints, tokens: Ints, patches: Ints, settings: PlanSettings, epoch: int) -> Plan:

@@ -19,7 +19,7 @@ from data.stream.batch import BadSample, LossSums, Step
 from data.stream.being_read import Reading
 from data.stream.corpus import Corpus
 from data.stream.pack_reader import PackReader, PackResult, Unit
-from data.stream.plan import Plan, PlanSettings, make_plan
+from data.stream.plan import Plan, PlanSettings, make_plan, steps_of_epochs
 
 STATE_VERSION = 1
 LOOK_S = 1.0
@@ -90,9 +90,16 @@ class DataStream:
         """The plan of the present epoch."""
         if self._plan is None or self._plan.epoch != self.epoch:
             out = [unit for unit, (epoch, _) in self._quarantine.items() if epoch < self.epoch]
-            units = np.array(sorted(out), dtype=np.int64)
-            self._plan = make_plan(self._corpus.sources, self._plan_settings, epoch=self.epoch, quarantine=units)
+            self._plan = self._make_plan(self.epoch, sorted(out))
         return self._plan
+
+    def _make_plan(self, epoch: int, out: Sequence[int] = ()) -> Plan:
+        units = np.array(out, dtype=np.int64)
+        return make_plan(self._corpus.sources, self._plan_settings, epoch=epoch, quarantine=units)
+
+    def steps_of(self, epochs: float) -> int:
+        """Return the steps of so many epochs from the first one on; what is left out later does not change it."""
+        return steps_of_epochs(self._make_plan, epochs)
 
     def __iter__(self) -> Iterator[Step]:
         """The steps from the present position to the end of the epoch."""

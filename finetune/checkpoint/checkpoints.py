@@ -57,6 +57,8 @@ class Resumed:
     step: int
     ranks: int
     state: dict[str, Any]
+    config: Mapping[str, Any]
+    """That of the run that was saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +213,7 @@ class Checkpoints:
         put_in_service(self.engine)
         keep_whole(self.engine)
         _reseed(random)
-        return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state))
+        return Resumed(path=path, step=saved.step, ranks=saved.ranks, state=dict(saved.state), config=saved.config)
 
     def _read_own(self, own_slices: list[Slice], random: dict[str, Tensor], path: Path) -> dict[str, None]:
         try:

@@ -6,16 +6,18 @@ No torch: the manifest is read and compared with the run before any tensor is to
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from finetune.config import ScheduleConfig
 from finetune.files.atomic import write_file
 from finetune.files.basefiles import BaseFiles
 from finetune.files.jsonblock import load_json
 from finetune.files.tensorfile import Stored
 from finetune.ranks.log import listed
+from finetune.settings.schedule import first_difference
 from finetune.settings.typed import leaves
 
 MANIFEST = "manifest.json"
@@ -58,6 +60,7 @@ _KINDS: Mapping[str, type] = {
 }
 ANOTHER = "Resume from another checkpoint: checkpoint.resume=PATH"
 _SAMPLE_BYTES = 4096
+_SCHEDULE = "schedule."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +169,13 @@ def require_same_run(
     fingerprint: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raise one ValueError with all differences, unless a run with this config and model can continue exactly."""
-    different = config_difference(saved.config, config)
+    """Raise one ValueError that says what differs, unless a run with this config and model can continue exactly."""
+    different = config_difference(saved.config, config, done=saved.step)
     if different:
         raise ValueError(
             f"{folder} was saved under another configuration:\n  {listed(different, between=chr(10) + '  ')}\n"
-            f"Restore these values to continue it, or start again with another run.name or "
-            f"checkpoint.resume=never"
+            f"Restore these values to continue it; or start again with another run.name or checkpoint.resume=never"
+            + _schedule_advice(folder, saved, config)
         )
     if not _is_trained_on(saved, base, fingerprint):
         raise ValueError(
@@ -197,9 +200,53 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_binding(config), sort_keys=True).encode()).hexdigest()
 
 
-def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each key that affects the training and differs."""
-    old, new = _binding(saved), _binding(now)
+def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any], *, done: int | None = None) -> list[str]:
+    """Return a line for each key that affects the training and differs.
+
+    After `done` steps the schedule may differ in what does not change the learning rates of those.
+    """
+    lines = _lines(_binding(saved), _binding(now))
+    if done is None or not _goes_on(_schedule(saved), _schedule(now), done):
+        return lines
+    return [line for line in lines if not line.startswith(_SCHEDULE)]
+
+
+def schedule_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each key of the schedule that differs."""
+    return [line for line in _lines(_binding(saved), _binding(now)) if line.startswith(_SCHEDULE)]
+
+
+def _goes_on(saved: ScheduleConfig, now: ScheduleConfig, done: int) -> bool:
+    """Say whether a run that took `done` steps of one schedule is a run of the other so far."""
+    if not now.steps:
+        return True  # epochs that are not counted yet: known when the data are open
+    first = first_difference(saved, now)
+    return now.steps >= done and (first is None or first >= done)
+
+
+def _schedule(config: Mapping[str, Any]) -> ScheduleConfig:
+    known = {field.name for field in fields(ScheduleConfig)}
+    return ScheduleConfig(**{key: value for key, value in config.get("schedule", {}).items() if key in known})
+
+
+def _schedule_advice(folder: Path, saved: Manifest, config: Mapping[str, Any]) -> str:
+    """Return what to do where the schedule differs: nothing else may have changed."""
+    before, now = _schedule(saved.config), _schedule(config)
+    if _goes_on(before, now, saved.step):
+        return ""
+    if now.steps < saved.step:
+        return f". It has taken {saved.step} steps, and schedule.steps cannot be below that"
+    first = first_difference(before, now)
+    advice = (
+        f". The learning rates of the {saved.step} steps taken depend on the schedule ({before.shape}). To train on "
+        f"from what was learned, start another run with adapters.start_from={folder / 'adapter'}"
+    )
+    if before.shape == "wsd" and first:
+        advice += f"; or resume from a checkpoint of at most {first} steps, before the decay: checkpoint.resume=PATH"
+    return advice
+
+
+def _lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     absent = object()
     keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
     return [f"{key}: {_value(old, key)} in the checkpoint, {_value(new, key)} now" for key in keys]
@@ -207,6 +254,10 @@ def config_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 def _binding(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = leaves(json.loads(json.dumps(config)))  # tuples become lists, as in a file
+    if not flat.get("schedule.epochs"):
+        flat.pop("schedule.epochs", None)  # a key that older checkpoints do not have
+    elif not flat["schedule.steps"]:
+        del flat["schedule.steps"]  # they follow from the epochs, and are not counted yet
     return {key: value for key, value in flat.items() if not any(fnmatchcase(key, free) for free in FREE)}
 
 

@@ -72,14 +72,16 @@ class Plan:
         return has_room(needed_bytes=self.memory.total, room_bytes=self.cluster.gpu.memory_bytes)
 
     @property
-    def hours(self) -> float:
-        """Return the hours of all GPUs together for the complete schedule."""
+    def hours(self) -> float | None:
+        """Return the hours of all GPUs together for the complete schedule; None where epochs decide its length."""
+        if not self.steps:
+            return None
         return self.steps * self.time.step * self.cluster.gpus / 3600
 
     @property
     def cost(self) -> float | None:
         """Return the cost of those hours; None without a price."""
-        return None if self.cluster.price is None else self.hours * self.cluster.price
+        return None if self.cluster.price is None or self.hours is None else self.hours * self.cluster.price
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan for programs."""

@@ -75,6 +75,9 @@ def _time(plan: Plan) -> Iterator[str]:
     )
     yield _limit(plan)
     yield f"{time.tokens_per_second:,.0f} tokens/s a GPU, {time.mfu:.1%} of its peak"
+    if plan.hours is None:
+        yield "hours follow from schedule.epochs when the shards are indexed; schedule.steps=N gives those of N steps"
+        return
     price = "" if plan.cost is None else f", {plan.cost:,.0f} at {plan.cluster.price:g} an hour"
     yield f"{plan.steps:,} steps: {plan.steps * time.step / 3600:.1f} hours, {plan.hours:,.1f} GPU hours{price}"
 

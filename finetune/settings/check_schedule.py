@@ -1,5 +1,6 @@
 """What is wrong with `optim:`, `schedule:` and `stages:`. Each check yields problems; none raises. Loads no torch."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,28 +8,36 @@ from math import isfinite
 
 from data.checks import data_problems
 from finetune.architecture.parts import PARTS
-from finetune.config import RunConfig, StageConfig
-from finetune.settings.problems import Problem, did_you_mean, problem
+from finetune.config import RunConfig, ScheduleConfig, StageConfig
+from finetune.settings.problems import ConfigError, Problem, did_you_mean, problem
 from finetune.settings.stages import run_stages, stage_data, trained_parts
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield numbers out of range, and lengths that do not fit the run."""
     schedule, optim = config.schedule, config.optim
-    if schedule.steps < 1:
+    if not (isfinite(schedule.epochs) and schedule.epochs >= 0):
+        allowed = "it must be a finite number above 0, or 0 for schedule.steps"
+        yield problem("schedule.epochs", schedule.epochs, allowed, "1 to 3 are usual")
+        return
+    if schedule.steps < 1 and not (schedule.epochs and schedule.steps == 0):
         yield problem("schedule.steps", schedule.steps, "it must be at least 1", "Set schedule.steps=1 or more")
         return
-    if not 0 <= schedule.warmup_steps <= schedule.steps:
-        allowed = f"it must be 0 to the {schedule.steps} steps of the run"
+    if not 0 <= schedule.warmup_steps <= most_steps(schedule):
+        allowed = (
+            f"it must be 0 to the {schedule.steps} steps of the run" if schedule.steps else "it must be at least 0"
+        )
         yield problem("schedule.warmup_steps", schedule.warmup_steps, allowed, "3 % of the steps are usual")
     if not 0 <= schedule.final_share <= 1:
         yield problem(
             "schedule.final_share", schedule.final_share, "it must be a share from 0 to 1", "0 and 0.1 are usual"
         )
-    left = schedule.steps - max(0, schedule.warmup_steps)
+    left = most_steps(schedule) - max(0, schedule.warmup_steps)
     if schedule.shape == "wsd" and not 1 <= schedule.decay_steps <= left:
         allowed = f"wsd comes down over 1 to {left} steps: those of the run without warm-up"
         remedy = f"10 % of the run, {max(1, schedule.steps // 10)}, is usual"
+        if not schedule.steps:
+            allowed, remedy = "wsd comes down over at least 1 step", "10 % of the run is usual"
         yield problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
     elif schedule.shape != "wsd" and schedule.decay_steps:
         allowed = f"schedule.shape is {schedule.shape}, so nothing reads it"
@@ -42,15 +51,33 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
             yield problem(f"optim.{key}", value, "it must be a finite number of 0 or more", f"Set another optim.{key}")
 
 
+def most_steps(schedule: ScheduleConfig) -> int:
+    """Return the steps of the run; a number above all others where epochs decide and are not counted yet."""
+    return schedule.steps or (sys.maxsize if schedule.epochs else 0)
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """Return a run of epochs with the steps that these turned out to have; a ConfigError where they are too few."""
+    config = replace(config, schedule=replace(config.schedule, steps=steps))
+    problems = [*schedule_problems(config), *stage_problems(config)]
+    if any(wrong.level == "error" for wrong in problems):
+        raise ConfigError(problems)
+    return config
+
+
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield stages that never begin, begin together, train what cannot train, or read what is not there."""
-    if not config.stages or config.schedule.steps < 1 or not config.optim.lr > 0:
+    if not config.stages or most_steps(config.schedule) < 1 or not config.optim.lr > 0:
         return
+    if config.schedule.epochs and any(stage.data != config.data for stage in run_stages(config)):
+        allowed = "the stages read different data, of which no epoch has one length"
+        yield problem("schedule.epochs", config.schedule.epochs, allowed, "Set schedule.steps")
     firsts = Counter(stage.from_step for stage in config.stages.values())
     for name, stage in config.stages.items():
         key = f"stages.{name}.from_step"
-        if not 0 <= stage.from_step < config.schedule.steps:
-            allowed = f"the run has the steps 0 to {config.schedule.steps - 1}"
+        if not 0 <= stage.from_step < most_steps(config.schedule):
+            steps = config.schedule.steps
+            allowed = f"the run has the steps 0 to {steps - 1}" if steps else "the first step is 0"
             yield problem(key, stage.from_step, allowed, "Begin at one of them, or set schedule.steps higher")
         elif firsts[stage.from_step] > 1:
             yield problem(key, stage.from_step, "two stages begin there", "Give each its own first step")

@@ -58,7 +58,10 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
     ranks //= config.parallel.sp
     micro = -(-packs // ranks)  # uneven only where a run goes on with other ranks
     rows = f"a packed row each ({micro * ranks - packs} of them empty)" if packs % ranks else "a packed row each"
+    epochs = config.schedule.epochs
+    unknown = f"steps = those of {epochs:g} epochs, known when the shards are indexed and a run starts"
     return [
+        *([Derived(name="epochs", value=epochs, text=unknown)] if epochs and not config.schedule.steps else ()),
         Derived(
             name="tokens_per_step",
             value=packs * tokens,
@@ -78,8 +81,9 @@ def _stages(config: RunConfig) -> list[Derived]:
     for stage in run_stages(config) if config.stages else ():
         trains = ", ".join(f"{name} at {peak:.3g}" for name, peak in stage.peaks.items())
         packs, tokens = stage.data.packs_per_step, stage.data.tokens_per_pack
+        steps = f"steps {stage.first} to {stage.end - 1}" if stage.end else f"from step {stage.first} on"
         text = (
-            f"stage {stage.name or '(before the first)'}: steps {stage.first} to {stage.end - 1} train {trains}; "
+            f"stage {stage.name or '(before the first)'}: {steps} train {trains}; "
             f"{packs} packs x {tokens:,} = {packs * tokens:,} tokens a step"
             + (f", each row over {stage.sp} ranks" if stage.sp > 1 else "")
         )

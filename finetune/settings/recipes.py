@@ -75,7 +75,9 @@ def load_recipe(
         typed.take(tree, source)
     for override in overrides:
         _take_override(override, typed)
-    _drop_inherited(typed, [source for _, source in layers])
+    order = [source for _, source in layers]
+    _drop_inherited(typed, order)
+    _settle_length(typed, order)
     config = typed.finish()
     if not config.run.name:
         config = replace(config, run=replace(config.run, name=find_recipe(name).stem if name else "run"))
@@ -128,6 +130,24 @@ def _drop_inherited(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
         for name in set(section) - read:
             if typed.sources[f"{key}.{name}"] not in (*above, COMMAND_LINE):
                 typed.drop(f"{key}.{name}")
+
+
+def _settle_length(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
+    """Let epochs take the place of steps, or the other way round: what was set last decides, and both is a problem."""
+    schedule = typed.values.get("schedule", {})
+    steps, epochs = schedule.get("steps", 0), schedule.get("epochs", 0.0)
+    if not epochs:
+        return
+    ranks = {source: rank for rank, source in enumerate([*order, COMMAND_LINE])}
+    of_steps, of_epochs = (ranks.get(typed.sources.get(f"schedule.{key}", ""), -1) for key in ("steps", "epochs"))
+    if steps and of_steps == of_epochs:
+        source = typed.sources["schedule.epochs"]
+        allowed = f"schedule.steps is set as well, to {steps}, and one of them decides how long the run is"
+        typed.report("schedule.epochs", epochs, allowed, "Remove one of the two", source)
+    if steps and of_steps >= of_epochs:
+        typed.drop("schedule.epochs")
+    else:
+        schedule["steps"] = 0  # known when the data are open
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The learning rate of a step, as a pure function: any step can be resumed or drawn. Loads no torch."""
 
-from math import cos, pi
+from math import cos, isclose, pi
 
 from finetune.config import ScheduleConfig
 from finetune.settings.stages import Stage
@@ -15,6 +15,14 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, stage: St
     if stage is not None:
         rate *= min(1.0, (step - stage.first + 1) / max(1, stage.warmup_steps))
     return rate
+
+
+def first_difference(before: ScheduleConfig, now: ScheduleConfig) -> int | None:
+    """Return the first step, counted from 0, to which two schedules give different rates; None if there is none."""
+    for step in range(max(before.steps, now.steps)):
+        if not isclose(_share(step, before), _share(step, now), rel_tol=1e-12):
+            return step
+    return None
 
 
 def _share(step: int, schedule: ScheduleConfig) -> float:

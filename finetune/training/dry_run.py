@@ -80,7 +80,7 @@ def _one_step(config: RunConfig) -> RunConfig:
     """Return the run's first step, from the base, without what others would see of it."""
     return replace(
         config,
-        schedule=replace(config.schedule, steps=1),
+        schedule=replace(config.schedule, steps=1, epochs=0.0),
         checkpoint=CheckpointConfig(resume="never"),
         eval=EvalConfig(),
         track=TrackConfig(),

@@ -106,6 +106,8 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run
     watch.stage("data")
     renderer = Renderer(base_folder, image=config.data.image, video=config.data.video, chat=config.data.chat)
     data = RunData(stages, renderer, seed=config.run.seed, groups=groups_by_size)
+    config = data.count(config)
+    stages = run_stages(config)
     say("\n".join(data.lines()))
     watch.reading = data.reading
     evaluation = Evaluation(

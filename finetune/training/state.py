@@ -6,6 +6,7 @@ from typing import Any
 from data.format.printable import count_of
 from finetune.checkpoint.adapter import reached
 from finetune.checkpoint.folder import starting_point
+from finetune.checkpoint.manifest import schedule_changes
 from finetune.settings.recipes import effective
 from finetune.training.setup import Run
 from finetune.training.verdict import scores
@@ -40,6 +41,8 @@ class RunState:
         run.data.load_state_dict(resumed.state["data"], done=self.done)
         run.evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
         self.provenance = reached(self.provenance, resumed.state)
+        for line in schedule_changes(resumed.config, effective(run.config)):
+            run.say(f"{line}; the {self.done} steps taken had the same learning rates")
         steps_left = run.config.schedule.steps - self.done
         run.say(f"resumed: {path}, saved by {count_of(resumed.ranks, 'rank')}; {count_of(steps_left, 'step')} to go")
 

@@ -18,10 +18,12 @@ from data.stream.corpus import Corpus
 from data.stream.plan import PATCHES_PER_TOKEN
 from data.stream.stats import corpus_lines
 from data.stream.stream import DataStream, WaitIsOver
+from finetune.config import RunConfig
 from finetune.model.sequence import SequenceGroup, counted_once
 from finetune.ranks.collectives import barrier, gather_lists, rank_and_world, require_no_wish
 from finetune.ranks.watch import Watch
-from finetune.settings.stages import Stage, stage_of
+from finetune.settings.check_schedule import with_steps
+from finetune.settings.stages import Stage, run_stages, stage_of
 
 
 class RunData:
@@ -52,6 +54,15 @@ class RunData:
     def corpora(self) -> list[Corpus]:
         """The corpora of all stages, each once."""
         return list(self._corpora.values())
+
+    def count(self, config: RunConfig) -> RunConfig:
+        """Return the run with the steps of its epochs, where these decide its length."""
+        if config.schedule.steps:
+            return config
+        config = with_steps(config, self.stream.steps_of(config.schedule.epochs))
+        self.stages = run_stages(config)  # they read what those without an end read
+        self._stage = self.stages[0]
+        return config
 
     def lines(self) -> Iterator[str]:
         """Describe what there is to read: where its tokens lie, and how long an epoch of each stage is."""

@@ -106,7 +106,8 @@ def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
     assert (here.resident, here.reason) == (True, planned.resident_reason)
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert f"{planned.memory.total / 1e9:.1f} of {memory / 1e9:.1f} GB are foreseen, and 5 % have to stay free" in page
-    assert f"\nmoetune plan {recipe} --gpus 1 --gpu h100-80gb {' '.join(words)}\n" in page
+    assert "\nmoetune plan qwen3-vl-30b-a3b-one-gpu --gpus 1 --gpu h100-80gb\n" in page
+    assert _plan("qwen3-vl-30b-a3b-one-gpu", gpus=1).memory == planned.memory
 
 
 def test_without_5_percent_to_spare_it_does_not_fit(capsys) -> None:
