@@ -1,1 +1,1 @@
-"""Figures beside the peer's: `python -m benchmarks NAME`."""
+"""Benchmarks against stock libraries: `python -m benchmarks NAME`."""

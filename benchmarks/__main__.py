@@ -1,6 +1,6 @@
-"""`python -m benchmarks NAME`: figures beside the peer's. See --help.
+"""`python -m benchmarks NAME`: measure moetune against stock libraries. See --help.
 
-Exit codes: 0 every floor passed; 1 a floor was missed, or outputs differ; 2 no such benchmark. On GPUs it is
+Exit codes: 0 every floor passed; 1 a floor was missed, or outputs differ; 2 no such benchmark. On GPUs, use
 `bash benchmarks/gpu/run.sh`.
 """
 
@@ -19,18 +19,18 @@ from benchmarks.harness.measure import OutputsDiffer
 
 
 def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
-    """Run what is asked for, print each figure, write the records, return the exit code."""
+    """Run the chosen benchmarks, print each figure, write the records, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Figures beside the peer's. Outputs are compared first: a faster wrong answer is refused.",
+        description="Measure moetune against stock libraries. Outputs are compared first; a wrong result is refused.",
         epilog="exit codes: 0 every floor passed, 1 a floor missed or outputs differ, 2 wrong name",
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("name", nargs="?", metavar="NAME", help="one benchmark")
-    what.add_argument("--list", action="store_true", help="name and meaning of each")
-    what.add_argument("--all", action="store_true", help="one after the other")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here, a JSON array")
+    what.add_argument("--list", action="store_true", help="list the benchmarks with what they measure")
+    what.add_argument("--all", action="store_true", help="run all benchmarks in turn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file, as a JSON array")
     args = parser.parse_args(argv)
     if args.list:
         for entry in entries:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
 
 
 def _run(entries: Sequence[Entry], path: Path | None) -> int:
-    """Run one after the other; the file is written after each, so that a crash keeps what came before it."""
+    """Run the benchmarks in turn; the file is written after each, so that a crash keeps the earlier records."""
     records: list[dict[str, object]] = []
     where = surroundings()
     for entry in entries:
@@ -54,7 +54,7 @@ def _run(entries: Sequence[Entry], path: Path | None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(records, indent=1) + "\n")
     if path is not None:
-        print(f"{len(records)} records written to {path}")
+        print(f"records written to {path}: {len(records)}")
     return 1 if any(record["pass"] is False for record in records) else 0
 
 
@@ -74,7 +74,7 @@ def _unknown(name: str, entries: Sequence[Entry]) -> str:
     names = [entry.name for entry in entries]
     near = difflib.get_close_matches(name, names, n=1)
     meant = f" Did you mean {near[0]!r}?" if near else ""
-    return f"no benchmark is called {name!r}.{meant} There are: {', '.join(names)}"
+    return f"no benchmark is called {name!r}.{meant} Available are: {', '.join(names)}"
 
 
 if __name__ == "__main__":

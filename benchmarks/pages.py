@@ -1,4 +1,4 @@
-"""Writes what README and llms.txt take from elsewhere: `python -m benchmarks.pages` (`--check` only compares).
+"""Write the generated parts of README and llms.txt: `python -m benchmarks.pages` (`--check` only compares).
 
 The status box and the feature table come from docs/status.yaml, the table of GPUs from the planner, and llms.txt from
 the tables of docs/index.md.
@@ -21,15 +21,15 @@ from finetune.settings.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
-"""Numbers of GPUs that are tried for the table, the smallest first."""
+"""Numbers of GPUs to try for the table, smallest first."""
 FREE = ("ep", "sp", "resident", "recompute")
-"""What the planner may choose for the table; the length of a row is given."""
+"""Options that the planner may choose for the table; the length of a row is given."""
 PACKS = 64
 """Packs per step in the table, so that each number of GPUs divides them."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the pages, or with `--check` say which are not current."""
+    """Write the pages, or with `--check` name those that are not current."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 3 if a page is not current")
     args = parser.parse_args(argv)
@@ -68,7 +68,7 @@ def filled(page: str, name: str, lines: Sequence[str]) -> str:
     begin, end = f"<!-- {name}: python -m benchmarks.pages -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(page):
-        raise ValueError(f"README.md must hold the comments {begin!r} and {end!r}, in this order")
+        raise ValueError(f"README.md must contain the comments {begin!r} and {end!r}, in this order")
     block = "\n".join([begin, *lines, end])
     return pattern.sub(lambda match: block, page)
 

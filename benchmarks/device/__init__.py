@@ -1,1 +1,1 @@
-"""A second device on a machine without one, and what is counted on it: kernels, waits, operations."""
+"""A simulated second device for machines without a GPU, and counts of its kernels, waits and operations."""

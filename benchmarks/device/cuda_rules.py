@@ -1,6 +1,6 @@
-"""What CUDA demands of an operation, checked on any device: for the second device of the tests.
+"""CUDA's requirements of operations, checked on any device, for the second device of the tests.
 
-Each rule is that of a kernel or of the host's side of it, as torch's source has it; none needs a GPU to be checked.
+Each rule comes from torch's source, from a kernel or its host code; checking it needs no GPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,26 +23,26 @@ SIZE_UNKNOWN = {
     aten._unique2.default,
     aten.unique_consecutive.default,
 }
-"""The shape of what these return is in the values: the host waits to allocate it."""
+"""Operations whose output shape depends on values, so that the host waits before allocating it."""
 
 ASKS_VALUE = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
-"""`.item()`, `int(...)`, `bool(...)` and torch.equal."""
+"""Operations behind `.item()`, `int(...)`, `bool(...)` and torch.equal."""
 
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}
-"""Over patches cuDNN takes seconds for one, and in 9.20 has none for its way back."""
+"""Convolutions over patches: cuDNN takes seconds for one, and 9.20 has no backward for them."""
 
 GROUPS = 1024
 UNIT_BYTES = 16
 
 
 class Refused(RuntimeError):
-    """CUDA would not take this operation, or would read what is not there."""
+    """CUDA would reject this operation, or would read outside of its memory."""
 
 
 def waits_for_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Say whether the host must know values of the device's tensors before the operation can be queued."""
+    """Whether the host needs values of the device's tensors before it can queue the operation."""
     if func in INDEXED:
-        fills = len(args) > 2 and args[2].numel() == 1  # one value behind one mask: a masked fill, of known shape
+        fills = len(args) > 2 and args[2].numel() == 1  # one value for one mask: a masked fill of known shape
         return not fills and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     if func is aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
@@ -50,12 +50,12 @@ def waits_for_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def require_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
-    """Refuse what the grouped GEMM refuses: 16 bytes decide of where rows begin, and of how far apart they are."""
+    """Raise where the grouped GEMM would: rows must start at, and be spaced by, multiples of 16 bytes."""
     for matrix in (a, b):
         rows, columns = matrix.dim() - 2, matrix.dim() - 1
         stride, size = matrix.stride(), matrix.shape
         if matrix.storage_offset() * matrix.element_size() % UNIT_BYTES:
-            raise Refused(f"grouped_mm: {list(size)} begins {matrix.storage_offset()} elements into its memory")
+            raise Refused(f"grouped_mm: {list(size)} starts {matrix.storage_offset()} elements into its memory")
         if stride[columns] == 1 and stride[rows] >= max(1, size[columns]):
             leading = stride[rows]
         elif stride[rows] == 1 and stride[columns] >= max(1, size[rows]):
@@ -69,7 +69,7 @@ def require_grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
 
 
 def require_varlen(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, longest: int) -> None:
-    """Refuse what the kernel of variable lengths refuses, and borders that do not end with the row."""
+    """Raise where the kernel for variable lengths would, and for borders that do not end with the row."""
     if cuts.dtype != torch.int32:
         raise Refused(f"varlen_attn: borders of {cuts.dtype}")
     if any(x.stride(-1) != 1 for x in (q, k, v)):

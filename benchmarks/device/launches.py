@@ -1,4 +1,4 @@
-"""`launches`: operations that one decoder layer of the 30B model hands to a device, ours beside the stock parts."""
+"""`launches`: operations that one decoder layer of the 30B model launches, compared with stock parts."""
 
 from collections.abc import Iterator
 
@@ -14,12 +14,12 @@ PEER = "transformers grouped_mm, PEFT"
 
 
 def run() -> Iterator[Figure]:
-    """Yield operations of forward, of what is computed again, and of backward, by a row's tokens; and all bytes."""
+    """Yield operations of forward, recompute and backward for each number of tokens, and the bytes moved."""
     yield from figures(family("qwen3-vl-30b-a3b").text, TOKENS)
 
 
 def figures(text: Text, tokens: tuple[int, ...]) -> Iterator[Figure]:
-    """The same at any size; nothing is computed, so it takes no memory."""
+    """Yield the same at any size; nothing is computed, so it needs no memory."""
     for number in tokens:
         ours, peer = (_passes(MetaLayer(text, ADAPTERS, ours=is_ours), number) for is_ours in (True, False))
         for (what, unit), count in ours.items():
@@ -33,7 +33,7 @@ def figures(text: Text, tokens: tuple[int, ...]) -> Iterator[Figure]:
 
 
 def _passes(layer: MetaLayer, tokens: int) -> dict[tuple[str, str], float]:
-    """Backward recomputes in the one run and does not in the other: the difference is what is computed again."""
+    """Count the passes; the difference between a backward with and without recompute is the recompute itself."""
     (forward, plain), (_, both) = layer.count(tokens, "none"), layer.count(tokens, "layer")
     counts: dict[tuple[str, str], float] = {
         ("forward", "operations"): forward.launches,

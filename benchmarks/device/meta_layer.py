@@ -1,7 +1,7 @@
-"""One decoder layer on the meta device, ours and the stock one, for counting what it asks of a device.
+"""One decoder layer on the meta device, ours or the stock one, for counting the operations that it launches.
 
-Both have the same attention kernel and PEFT's LoRA on attention; ours has the kit's expert block, and its nodes around
-what is not a product; the stock one has transformers' block with grouped_mm, and PEFT's ParamWrapper.
+Both have the same attention kernel and PEFT's LoRA on attention. Ours has our expert block, and joins the operations
+between products into nodes. The stock layer has transformers' block with grouped_mm, and PEFT's ParamWrapper.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 class MetaLayer:
-    """A layer with what its forward needs. `ours` is the kit's, else transformers' with PEFT."""
+    """A layer with the inputs of its forward: ours, or transformers' with PEFT."""
 
     def __init__(
         self,
@@ -71,14 +71,14 @@ class MetaLayer:
         if adapters.attention.mode == "lora":
             experts = not ours and adapters.experts.mode == "lora"
             _adapt(layer, adapters, STACKS if experts else [])
-        if ours and text.experts is not None:  # only now: PEFT freezes what it finds
+        if ours and text.experts is not None:  # after PEFT, which freezes all existing parameters
             layer.mlp = _block(config, adapters, resident, self.balance)
         if ours:
             join_nodes(layer)
         self.layer: nn.Module = layer.train()
 
     def count(self, tokens: int, recompute: Recompute) -> tuple[Operations, Operations]:
-        """Count forward, and backward with what is computed again in it."""
+        """Count forward, and backward including its recompute."""
         x = torch.empty(1, tokens, self.text.hidden_size, dtype=torch.bfloat16, device=META, requires_grad=True)
         cuts = torch.zeros(3, dtype=torch.int32, device=META)
         tables = self.rotary(x.detach(), torch.zeros(3, 1, tokens, dtype=torch.int64, device=META))
@@ -110,10 +110,10 @@ class MetaLayer:
 
 @contextmanager
 def _meta() -> Iterator[None]:
-    """Let everything run, and be seen, on meta.
+    """Patch the parts that do not run, or are not counted, on meta.
 
-    PEFT switches autocasting off around an adapter of stacks, which torch refuses for this device. What balance
-    observes is hidden from modes, so that recompute does not see it; here it is wanted.
+    PEFT disables autocasting around an adapter of stacks, which torch refuses for this device. Balance hides its
+    operations from modes, so that recompute does not see them; here they must be counted.
     """
     with patch("torch.autocast", lambda **_: nullcontext()), patch("moe.balance._disable_current_modes", nullcontext):
         yield
@@ -164,7 +164,7 @@ def _block(config: Any, adapters: AdaptersConfig, resident: bool, balance: Balan
 
 
 def _adapt(layer: nn.Module, adapters: AdaptersConfig, stacks: list[str]) -> None:
-    """Add PEFT's factors, in the layer's dtype as an engine holds them; those of stacks have attention's rank."""
+    """Add PEFT's factors in the layer's dtype, as in an engine; factors of stacks get attention's rank."""
     targets = PROJECTIONS + DENSE * (adapters.mlp.mode == "lora")
     options = LoraConfig(r=adapters.attention.r, target_modules=targets, target_parameters=stacks)
     inject_adapter_in_model(options, layer)

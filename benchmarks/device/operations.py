@@ -1,7 +1,7 @@
-"""Counts the operations that torch hands to a device, their bytes and floating-point operations, by kind.
+"""Count the operations that torch launches on a device, with their bytes and floating-point operations, by kind.
 
-Works on the meta device, where nothing is computed: what is counted are the modules' own calls. Views are nothing; a
-tensor that is broadcast is read once; an operation that writes into given memory does not read it.
+Works on the meta device, where nothing is computed, on the modules' own calls. Views do not count, a broadcast tensor
+is read once, and an operation that writes into given memory does not read it.
 """
 
 from collections import defaultdict
@@ -55,7 +55,7 @@ NOTHING = frozenset(
 )
 FILLS = frozenset(("fill_", "zero_", "zeros", "zeros_like", "new_zeros", "full", "full_like", "ones", "arange"))
 PARTS = frozenset(("slice_backward", "select_backward"))
-"""Zeros, then a part of them filled: two operations."""
+"""Operations that fill with zeros and then overwrite a part: two launches."""
 GATHERS = frozenset(("index_select", "gather", "embedding", "index"))
 
 
@@ -69,7 +69,7 @@ class Count:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """A context that counts. Of `rows` in all, a grouped product that gets some reads its share of the matrices."""
+    """A context that counts; a grouped product reads as large a share of the matrices as it has of `rows`."""
 
     def __init__(self, *, rows: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -78,7 +78,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     @property
     def launches(self) -> int:
-        """Of all kinds."""
+        """Launches of all kinds."""
         return sum(count.launches for count in self.kinds.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -128,7 +128,7 @@ def _bytes(name: str, ins: list[Tensor], outs: list[Tensor], rows: int) -> float
 
 
 def _size(x: Tensor) -> int:
-    """Bytes that are there: a broadcast dim has one."""
+    """Return the bytes in memory; a broadcast dim counts once."""
     elements = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         elements *= size if stride else min(size, 1)
@@ -136,7 +136,7 @@ def _size(x: Tensor) -> int:
 
 
 def _flops(name: str, ins: list[Tensor]) -> float:
-    """Of products; attention's are for its borders to say."""
+    """Return the operations of a product; those of attention depend on its borders and are not counted."""
     if name in ("mm", "addmm"):
         a, b = ins[-2:]
         return 2 * a.shape[0] * a.shape[1] * b.shape[1]

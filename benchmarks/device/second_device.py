@@ -1,10 +1,10 @@
-"""A second device on a machine without one: tensors that say `second`, hold real values on the CPU, and do not mix.
+"""Simulate a second device: its tensors report the device `second`, keep their values on the CPU, and do not mix.
 
-Every operation computes on the CPU, so that control flow is that of a real run. What CUDA refuses is refused here
-(`cuda_rules`), and what would make the host wait for a real device is counted, with its place in the code.
-A copy to the device waits too, unless it comes from page-locked memory and was asked not to.
+Every operation computes on the CPU, so that control flow is the same as in a real run. Operations that CUDA refuses are
+refused here (`cuda_rules`). Operations that would make the host wait for a real device are counted by their place in
+the code. A copy to the device waits too, unless it is non-blocking and comes from page-locked memory.
 
-Importing this module gives torch's spare device its name for the rest of the process: let it be one of its own.
+Importing this module names torch's spare device for the rest of the process, so use a separate process.
 """
 
 import sys
@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 
 class _Backend:
-    """What torch asks of a device's module: one device, of which nothing is known."""
+    """The functions that torch requires of a device's module, for a single device."""
 
     is_available = is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 1)
@@ -48,7 +48,7 @@ DEVICE = torch.device(NAME, 0)
 
 
 class Elsewhere(Tensor):
-    """A tensor of the second device; `here` are its values."""
+    """A tensor on the second device; `here` has its values."""
 
     here: Tensor
 
@@ -72,7 +72,7 @@ class Elsewhere(Tensor):
         return f"Elsewhere({list(self.shape)}, {self.dtype})"
 
     def tolist(self) -> Any:
-        """Count a wait: torch reads the memory without an operation."""
+        """Count a wait, because torch reads the memory without an operation."""
         _waits(self, "tolist")
         return self.here.tolist()
 
@@ -82,7 +82,7 @@ class Elsewhere(Tensor):
 
 
 class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its methods untyped
-    """While it is entered tensors can be made on `DEVICE`, and `waits` counts by place what the host waited for."""
+    """A context in which tensors can be created on `DEVICE`; `waits` counts the host's waits by place."""
 
     now: "SecondDevice | None" = None
 
@@ -90,11 +90,11 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         super().__init__()  # type: ignore[no-untyped-call]
         self.waits: Counter[str] = Counter()
         self.convolutions = 0
-        self.pinned: list[Tensor] = []  # kept: another tensor at a freed address would pass for page-locked
+        self.pinned: list[Tensor] = []  # kept alive: another tensor at a freed address would seem page-locked
 
     def __enter__(self) -> Self:
         SecondDevice.now = self
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) becomes a copy, which we see
+        torch._C._set_only_lift_cpu_tensors(True)  # makes torch.tensor(..., device=...) a copy, which is counted
         self._generator = torch.Generator
         torch.Generator = lambda device="cpu": self._generator("cpu")  # type: ignore[misc, assignment]
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -116,12 +116,12 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         return func(*args, **kwargs)
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Say whether its memory was asked for as page-locked."""
+        """Whether the tensor's memory was allocated as page-locked."""
         return any(tensor.untyped_storage().data_ptr() == pinned.untyped_storage().data_ptr() for pinned in self.pinned)
 
 
 def move_module(module: nn.Module) -> None:
-    """Put a module's parameters and buffers onto the device, in place; tied ones stay tied."""
+    """Move a module's parameters and buffers to the device, in place; tied ones stay tied."""
     moved: dict[int, Tensor] = {}
 
     def there(tensor: Tensor) -> Tensor:
@@ -169,12 +169,12 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _there(made: Tensor, known: Mapping[int, Tensor]) -> Tensor:
-    """The device's tensor of these values: the one that was given, where the operation changed it in place."""
+    """Return the device's tensor for these values: the argument itself if the operation changed it in place."""
     return known[id(made)] if id(made) in known else Elsewhere(made)
 
 
 def _refuse_mixed(func: Any, args: Any, flat: list[Any]) -> None:
-    """A number without dimensions may come from the host, and an index, which is copied; nothing else."""
+    """Raise if tensors of host and device mix, except for scalars and for indices, which are copied."""
     tensors = [t for t in flat if isinstance(t, Tensor)]
     strangers = [t for t in tensors if not isinstance(t, Elsewhere) and t.dim()]
     if func in cuda_rules.INDEXED and isinstance(args[0], Elsewhere):
@@ -205,7 +205,7 @@ def _waits(tensor: Tensor, what: str) -> None:
 
 
 def _place() -> str:
-    """The nearest line of ours, and the nearest of transformers' or PEFT's below it."""
+    """Return the nearest line of our code, and the nearest line of transformers or PEFT below it."""
     places: list[str] = []
     frame = sys._getframe(1)
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Torch's attention of variable lengths by its definition, under the arguments of its kernel and of the way back."""
+"""Compute torch's attention of variable lengths by definition, with the arguments of its kernel and its backward."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def forward(
     window: Any = None,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of variable lengths by its definition, as the kernel returns it."""
+    """Return attention of variable lengths by definition, in the kernel's form."""
     require_varlen(q, k, v, cuts, longest)
     out = torch.empty_like(q)
     for part, chances, _, values in _parts(q, k, v, cuts, is_causal or window == [-1, 0], scale):
@@ -46,7 +46,7 @@ def backward(
     window: Any = None,
     *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values."""
+    """Return the gradients of queries, keys and values."""
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     copies, factor = q.shape[1] // k.shape[1], q.shape[2] ** -0.5 if scale is None else scale
     for part, chances, keys, values in _parts(q, k, v, cuts, is_causal or window == [-1, 0], scale):
@@ -63,7 +63,7 @@ def backward(
 
 
 def _parts(q: Tensor, k: Tensor, v: Tensor, cuts: Tensor, causal: bool, scale: float | None) -> Any:
-    """For each part of a row: where it is, its probabilities by head, and its keys and values, one head a query's."""
+    """Yield for each sample its slice, its probabilities by head, and its keys and values repeated per query head."""
     borders, copies = cuts.tolist(), q.shape[1] // k.shape[1]
     for first, last in zip(borders, borders[1:], strict=False):
         part = slice(first, last)

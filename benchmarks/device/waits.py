@@ -1,4 +1,4 @@
-"""`waits`: how often the host waits for the device in a micro-batch, and where; the tower has its real depth."""
+"""`waits`: number and places of the host's waits for the device in a micro-batch; the tower has its real depth."""
 
 from collections.abc import Iterator
 
@@ -14,8 +14,8 @@ PEER = "transformers and PEFT, recompute layer, inputs and positions given on th
 
 
 def run() -> Iterator[Figure]:
-    """Yield the waits of one row's forward and backward by its place in the code, and those of one decoder layer."""
-    from benchmarks.device.waits_case import Waits, count  # torch, which a list of benchmarks has no need of
+    """Yield the waits of one row's forward and backward by place in the code, and those per decoder layer."""
+    from benchmarks.device.waits_case import Waits, count  # loads torch, which listing does not need
 
     few, many = (on_ranks(1, count, layers, TOWER_BLOCKS, ROWS)[0] for layers in LAYERS)
     for kind in ROWS:

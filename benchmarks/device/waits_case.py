@@ -1,4 +1,4 @@
-"""The process of `waits`: a row through our model and through stock parts, both on the second device."""
+"""The process of `waits`: run a row through our model and through stock parts, both on the second device."""
 
 import tempfile
 import warnings
@@ -38,7 +38,7 @@ CASES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Waits:
-    """One row by both: its loss, and its waits by place."""
+    """Results of one row for both sides: its loss, and its waits by place."""
 
     ours: Mapping[str, int]
     peer: Mapping[str, int]
@@ -47,7 +47,7 @@ class Waits:
 
 
 def count(layers: int, tower_blocks: int, rows: Sequence[str]) -> dict[str, Waits]:
-    """Return what each kind of row made both sides wait for; forward and backward, recomputed by layer."""
+    """Return the waits of both sides for each kind of row, in forward and backward with recompute by layer."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     start_distributed()
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +64,7 @@ def count(layers: int, tower_blocks: int, rows: Sequence[str]) -> dict[str, Wait
 
 
 Step = Callable[[Batch], Callable[[], Tensor]]
-"""A row's inputs made ready, and then its loss, with which backward is done."""
+"""Prepares the inputs of a row, and returns a function that runs forward and backward and returns the loss."""
 
 
 def _counted(step: Step, batch: Batch) -> tuple[dict[str, int], Tensor]:
@@ -109,7 +109,7 @@ def _peer(base: Path, spec: VisionSpec) -> Step:
     def step(batch: Batch) -> Callable[[], Tensor]:
         kinds = (batch.input_ids == ids.image_token_id).int() + 2 * (batch.input_ids == ids.video_token_id).int()
         inputs = {"input_ids": batch.input_ids, "labels": batch.input_ids, "mm_token_type_ids": kinds}
-        inputs["position_ids"] = batch.positions[1:]  # which it would make of lists, by a wait an image
+        inputs["position_ids"] = batch.positions[1:]  # else built from lists, with one wait per image
         for patches, grids, names in (
             (batch.image_patches, batch.image_grids, ("pixel_values", "image_grid_thw")),
             (batch.video_patches, batch.video_grids, ("pixel_values_videos", "video_grid_thw")),

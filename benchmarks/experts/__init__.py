@@ -1,1 +1,1 @@
-"""Benchmarks of the expert block: time, bytes, memory, and the exchange between ranks."""
+"""Benchmarks of the expert block: time, traffic, memory, and the exchange between ranks."""

@@ -1,4 +1,4 @@
-"""`a2a-units`: how many times all routed rows of a layer cross ranks in one micro-batch, by recompute mode."""
+"""`a2a-units`: how often all routed rows of a layer cross ranks in one micro-batch, by recompute mode."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -10,11 +10,11 @@ from benchmarks.harness.outputs import same_tensors
 
 WORLD = 2
 UNITS: dict[Literal["none", "layer", "selective"], int] = {"none": 4, "layer": 6, "selective": 4}
-"""Rows out and back, and their gradients; `layer` sends rows out and back once more."""
+"""Rows out and back, and their gradients; `layer` sends rows out and back a second time."""
 
 
 def run() -> Iterator[Figure]:
-    """Yield the bytes of all all-to-alls of rows over all ranks, which the formula must hit exactly."""
+    """Yield the bytes of the all-to-alls of rows over all ranks, which must equal the formula."""
     setups = [Setup(side="ours", resident=True, recompute=mode) for mode in UNITS]
     counts = dict(zip(UNITS, count(setups, world=WORLD), strict=True))
     payload = ROWS * LENGTH * TOP_K * HIDDEN * 4  # float32

@@ -1,4 +1,4 @@
-"""`comm-bytes`: what travels for one micro-batch, beside the same model on plain ZeRO-3, by collective and group."""
+"""`comm-bytes`: traffic of one micro-batch by collective and group, compared with the same model on plain ZeRO-3."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A tiny base whose routers spread the tokens of rows like the given one evenly over the experts, by their weights."""
+"""Set the router weights of a tiny base so that rows like the given one spread evenly over the experts."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from finetune.model.varlen import register
 
 @torch.no_grad()
 def spread_evenly(folder: Path, batch: Batch) -> list[float]:
-    """Set each layer's router in turn, as the row comes by; returns by layer the busiest expert's rows over the mean.
+    """Set each layer's router during one forward; return, by layer, the busiest expert's rows over the mean.
 
-    Tokens share most of their direction, so that a random router sends most of them to a few experts. These routers
-    look across what text has in common, and across what images have, in directions that vary alike and by themselves.
+    Hidden states share most of their direction, so that a random router sends most tokens to a few experts. These
+    routers are orthogonal to the mean of text and to the mean of images, and use whitened directions.
     """
     register()
     model = Qwen3VLMoeForConditionalGeneration.from_pretrained(

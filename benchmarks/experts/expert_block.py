@@ -1,6 +1,6 @@
-"""One expert block with LoRA, twice: ours, and PEFT's ParamWrapper over transformers' experts. Same values in both.
+"""One expert block with LoRA, built twice from the same values: ours, and PEFT's ParamWrapper on transformers' experts.
 
-Both take tokens, the router's choice and its scores, and return the weighted sum; the router itself is not in it.
+Both take tokens, the router's choice and its scores, and return the weighted sum; the router itself is not included.
 Suffixes: T tokens, D hidden, F expert hidden, E experts, K top-k.
 """
 
@@ -21,7 +21,7 @@ from moe.experts import ExpertLora, GroupedExperts
 from moe.packing import pack_lora, unpack_lora
 
 RELATIVE = 1e-5
-"""Largest error of outputs and gradients, as a share of each tensor's largest value, in float32."""
+"""Largest error of outputs and gradients, relative to each tensor's largest value, in float32."""
 _PEFT_KEYS = {"gate_up": "experts.base_layer.lora_{}.default.weight", "down": "experts.lora_{}.default.weight"}
 
 
@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a step starts from, and the gradient its output gets."""
+    """The inputs of a step, and the gradient of its output."""
 
     x_TD: Tensor
     topk_TK: Tensor
@@ -83,12 +83,12 @@ class Pair:
         ).to(self.device)
         self.experts.gate_up.normal_(std=shape.hidden**-0.5)
         self.experts.down.normal_(std=shape.intermediate**-0.5)
-        self.experts.init_lora(b_std=0.1)  # with B = 0 the gradients of A would be nothing to compare
+        self.experts.init_lora(b_std=0.1)  # with B = 0, the gradients of A would be zero
         self.peer = _peft_block(self.experts, shape, implementation)
         self.peer_name = f"PEFT ParamWrapper, {implementation}"
 
     def inputs(self, tokens: int) -> Inputs:
-        """Return random tokens and a nearly even routing, as random weights give it."""
+        """Return random tokens and the nearly even routing of random weights."""
         generator = torch.Generator().manual_seed(tokens)
         probs_TE = torch.randn(tokens, self.shape.experts, generator=generator).softmax(-1)
         scores_TK, topk_TK = probs_TE.topk(self.shape.top_k)
@@ -102,26 +102,26 @@ class Pair:
         )
 
     def config(self, tokens: int) -> dict[str, object]:
-        """Return what a record says of the shapes."""
+        """Return the shapes for a record."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {**asdict(self.shape), "tokens": tokens, "dtype": dtype, "threads": torch.get_num_threads()}
 
     def forward_ours(self, inputs: Inputs) -> Tensor:
-        """Return y_TD by the kit's own route, dispatch, experts and combine."""
+        """Return y_TD from our route, dispatch, experts and combine."""
         routing = route(inputs.topk_TK, num_experts=self.shape.experts, group=None, ep_size=1)
         return combine(self.experts(dispatch(inputs.x_TD, routing), routing.counts_L), inputs.scores_TK, routing)
 
     def forward_peer(self, inputs: Inputs) -> Tensor:
-        """Return y_TD by PEFT."""
+        """Return y_TD from PEFT."""
         y_TD: Tensor = self.peer.experts(inputs.x_TD, inputs.topk_TK, inputs.scores_TK)
         return y_TD
 
     def experts_of_peer(self) -> Qwen3VLMoeTextExperts:
-        """Return transformers' experts inside PEFT's wrappers: the frozen weights, dense."""
+        """Return transformers' experts inside PEFT's wrappers, which hold the frozen weights."""
         return self.peer.experts.base_layer.base_layer
 
     def sides(self, inputs: Inputs) -> tuple[Side, Side]:
-        """Return both sides' step: forward and backward, from no gradients to all of them, named as ours are."""
+        """Return one step for each side: forward and backward with all gradients, which have our names."""
         return (
             Side(name="moetune", run=lambda: self._step(self.forward_ours, inputs, self._our_gradients)),
             Side(name=self.peer_name, run=lambda: self._step(self.forward_peer, inputs, self._peer_gradients)),
@@ -155,7 +155,7 @@ class Pair:
 
 
 def same_step(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
-    """Refuse a step whose output or any gradient is not the peer's."""
+    """Raise if the output or any gradient differs from the peer's."""
     same_tensors(ours, peer, relative=RELATIVE)
 
 
@@ -174,7 +174,7 @@ def _peft_block(ours: GroupedExperts, shape: Shape, implementation: str) -> Any:
     )
     config._experts_implementation = implementation
     experts = Qwen3VLMoeTextExperts(config)
-    # copies of its own: ours may lie in memory with gaps
+    # separate copies, because ours may have gaps in memory
     experts.gate_up_proj = nn.Parameter(ours.gate_up.clone(memory_format=torch.contiguous_format))
     experts.down_proj = nn.Parameter(ours.down.clone(memory_format=torch.contiguous_format))
     block = nn.Module()

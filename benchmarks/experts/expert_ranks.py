@@ -1,4 +1,4 @@
-"""One training step of a small Qwen3-VL-MoE on several gloo ranks, its collectives counted: ours, or plain ZeRO-3."""
+"""Count the collectives of a training step of a small Qwen3-VL-MoE on several gloo ranks: ours, or plain ZeRO-3."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,7 +21,7 @@ LENGTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is run: `plain` is the transformers model as it is, every weight partitioned over all ranks."""
+    """One configuration; `plain` is the unchanged transformers model with every weight partitioned over all ranks."""
 
     side: Literal["ours", "plain"]
     resident: bool = False
@@ -31,19 +31,19 @@ class Setup:
 
 @dataclass(kw_only=True)
 class Counted:
-    """What one rank saw: sizes in bytes, collectives of one micro-batch (forward and backward) and of the update."""
+    """The counts of one rank: sizes in bytes, and collectives of one micro-batch (both passes) and of the update."""
 
     weights: int = 0
     experts: int = 0
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     micro_batch: dict[Kind, int] = field(default_factory=dict)
     step_gathers: int = 0
-    """Bytes gathered in all micro-batches of one step, without the update."""
+    """Bytes gathered in all micro-batches of one step, excluding the update."""
     update: dict[Kind, int] = field(default_factory=dict)
 
 
 def count(setups: list[Setup], *, world: int) -> list[list[Counted]]:
-    """Return, per setup and rank, what was counted once DeepSpeed's order of fetches has settled."""
+    """Return the counts by setup and rank, taken after DeepSpeed has settled its order of fetches."""
     ranks = on_ranks(world, _train_all, setups, world)
     return [[rank[index] for rank in ranks] for index in range(len(setups))]
 
@@ -53,12 +53,12 @@ def _train_all(setups: list[Setup], world: int) -> list[Counted]:
 
 
 def gathered(kinds: dict[Kind, int]) -> int:
-    """Return the bytes of all all-gathers of real numbers."""
+    """Return the bytes of all all-gathers of floating-point data."""
     return sum(size for kind, size in kinds.items() if "allgather" in kind.collective and "float" in kind.dtype)
 
 
 def by_kind(kinds: dict[Kind, int]) -> dict[str, int]:
-    """Spell the table out for a record."""
+    """Return the table with readable keys, for a record."""
     return {f"{kind.collective} of {kind.dtype} over {kind.ranks} ranks": size for kind, size in sorted(kinds.items())}
 
 
@@ -99,7 +99,7 @@ def _model() -> Any:
 
 
 def _train(setup: Setup, rank: int, world: int) -> Counted:
-    """Count the third micro-batch and its update: the first two let DeepSpeed record its trace."""
+    """Count the last of three steps: in the first two, DeepSpeed records its trace."""
     from finetune.model.recompute import set_recompute
     from finetune.model.resident import make_resident
     from finetune.ranks.engine import EngineOptions, backward, initialize, start_distributed
@@ -119,7 +119,7 @@ def _train(setup: Setup, rank: int, world: int) -> Counted:
         )
         if setup.resident:
             make_resident(model)
-    # a small model stands for a large one: no weight is too small to partition, or stays from forward to backward
+    # as in a large model, no weight is too small to partition, and none stays gathered from forward to backward
     options = EngineOptions(
         dtype="float32",
         micro_batches_per_step=setup.micro_batches,

@@ -1,4 +1,4 @@
-"""`moe-lora-memory`: what one expert block with LoRA keeps for backward, and the largest thing it ever allocates."""
+"""`moe-lora-memory`: bytes that one expert block with LoRA keeps for backward, and its largest allocation."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one step of one side, above what existed before its forward."""
+    """Bytes of one step of one side, above those that existed before its forward."""
 
     saved: int
     alive: int
@@ -27,7 +27,7 @@ class Memory:
 
 
 def run() -> Iterator[Figure]:
-    """Yield, per shape: bytes saved, bytes alive after forward, peak, and the largest allocation."""
+    """Yield, for each shape, bytes saved, bytes alive after forward, peak, and the largest allocation."""
     torch.set_num_threads(1)
     pair: Pair | None = None
     for shape, tokens in CASES:
@@ -44,7 +44,7 @@ def _figures(pair: Pair, tokens: int) -> Iterator[Figure]:
     no_more = ratio_at_least(1.0)
     stack = shape.smaller_stack_bytes
     widest = 4 * tokens * shape.top_k * max(shape.hidden, 2 * shape.intermediate + shape.r)
-    # narrow blocks with many tokens have activations above the stack: then these are the bound
+    # in narrow blocks with many tokens, activations exceed a stack and are the bound
     below_a_stack = at_most(max(stack - 1, widest) / MIB, goal=widest / MIB)
     config = pair.config(tokens) | {
         "largest_by": ours_took.largest_by,

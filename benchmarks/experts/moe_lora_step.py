@@ -1,4 +1,4 @@
-"""`moe-lora-step`: the time of one expert block's forward and backward with LoRA, beside PEFT's."""
+"""`moe-lora-step`: time of one expert block's forward and backward with LoRA, compared with PEFT."""
 
 from collections.abc import Iterator
 
@@ -21,8 +21,8 @@ CASES = (
 
 
 def run() -> Iterator[Figure]:
-    """Yield one figure per shape and number of tokens, and one beside PEFT with the eager experts."""
-    torch.set_num_threads(1)  # two threads share a small machine with whatever else runs there
+    """Yield one figure per shape and number of tokens, and one compared with PEFT on eager experts."""
+    torch.set_num_threads(1)  # more threads would compete with other processes on a small machine
     pair: Pair | None = None
     for shape, tokens, floor, goal, rounds in CASES:
         if pair is None or pair.shape != shape:

@@ -1,7 +1,7 @@
-"""`scaling-shape`: four times the experts at the same top-k is the same arithmetic; how much more does a step cost?
+"""`scaling-shape`: the cost of four times the experts at the same top-k, which is the same arithmetic.
 
-The rows per expert fall to a quarter, so each weight that is read is used a quarter as often. What of the growth is the
-price of the GEMM kernel itself, and of no LoRA, is measured beside: the four frozen grouped GEMMs of a step, alone.
+The rows per expert fall to a quarter, so each weight is used a quarter as often per read. To separate the cost of the
+GEMM kernel from that of LoRA, the four frozen grouped GEMMs of a step are measured alone as well.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ TARGET = at_most(1.3)
 
 
 def run() -> Iterator[Figure]:
-    """Yield the time at 128 experts over the time at 32: ours and PEFT's, then that of the frozen GEMMs; in turns."""
+    """Yield the time at 128 experts over the time at 32: for ours and PEFT, then for the frozen GEMMs."""
     torch.set_num_threads(1)
     pairs = [Pair(FEW), Pair(MANY)]
     for tokens, rounds in CASES:
@@ -55,7 +55,7 @@ def _growth(pairs: list[Pair], tokens: int, rounds: int) -> Iterator[Figure]:
 
 
 def _frozen_gemms(pair: Pair, inputs: Inputs) -> Callable[[], object]:
-    """Return the wide GEMMs of one step: two forward, two for the gradient of their inputs."""
+    """Return a function with the wide GEMMs of one step: two forward, and two for the gradients of their inputs."""
     experts = pair.experts_of_peer()
     gate_up, down = experts.gate_up_proj.data, experts.down_proj.data
     offs = inputs.topk_TK.flatten().bincount(minlength=pair.shape.experts).cumsum(0).to(torch.int32)

@@ -1,1 +1,1 @@
-"""The GPU kit: `make gpu-kit` collects what a bare CUDA machine lacks, `bash benchmarks/gpu/run.sh` measures there."""
+"""The GPU kit: `make gpu-kit` packs it for a bare CUDA machine, where `bash benchmarks/gpu/run.sh` measures."""

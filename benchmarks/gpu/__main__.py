@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu [minutes]`: run every part and write the record; `run.sh` prepares the machine for it.
+"""`python -m benchmarks.gpu [minutes]`: run every part and write the record; `run.sh` prepares the machine first.
 
-Exit codes: 0 every part passed or had nothing to do, 1 a part failed, 2 wrong words.
+Exit codes: 0 every part passed or had nothing to do, 1 a part failed, 2 wrong arguments.
 """
 
 import argparse
@@ -21,13 +21,22 @@ from benchmarks.planner.predictions import PATH
 
 
 def main(argv: Sequence[str], *, parts: Sequence[Part] = PARTS) -> int:
-    """Run the parts, print what came of each, compare with the predictions."""
+    """Run the parts, print the outcome of each, and compare with the predictions."""
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu/run.sh", description=__doc__, allow_abbrev=False)
-    parser.add_argument("minutes", nargs="?", type=_minutes, default=10.0, help="for all parts together (10)")
-    parser.add_argument("--out", type=Path, default=PATH.parent, metavar="FOLDER", help="of record and log")
-    parser.add_argument("--only", nargs="+", default=[], choices=[part.name for part in parts], metavar="PART")
+    parser.add_argument(
+        "minutes", nargs="?", type=_minutes, default=10.0, help="time for all parts together (default 10)"
+    )
+    parser.add_argument("--out", type=Path, default=PATH.parent, metavar="FOLDER", help="folder for record and log")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        choices=[part.name for part in parts],
+        metavar="PART",
+        help="run only these parts",
+    )
     args = parser.parse_args(argv)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # or this process held memory of each GPU
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # else this process would hold GPU memory
         sizes, device = pool.submit(look).result()
     record: dict[str, object] = {
         **surroundings(),

@@ -1,4 +1,4 @@
-"""Attention over packed rows: each way that this device has, against float32 sample by sample; forward and backward."""
+"""Compare each attention implementation of this device on packed rows with float32 on single samples."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,12 +17,12 @@ from benchmarks.harness.outputs import same_tensors
 from finetune.model.varlen import segments, varlen
 
 RELATIVE = 2e-2
-"""Of each tensor's largest value: bfloat16 has eight bits."""
+"""Allowed error relative to each tensor's largest value: bfloat16 has eight bits."""
 Attend = Callable[..., tuple[Tensor, None]]
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield each way's error and, beside `segments`, the time of `varlen`."""
+    """Yield the error of each implementation, and the time of `varlen` compared with `segments`."""
     ways: dict[str, Attend] = {"segments": segments}
     if sizes.device == "cuda":
         ways["varlen"] = varlen
@@ -30,7 +30,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
         row = _Row(sizes, lengths)
         reference = row.reference()
         for name, attend in ways.items():
-            errors = same_tensors(row.step(attend), reference, relative=inf)  # the figure says whether it is too large
+            errors = same_tensors(row.step(attend), reference, relative=inf)  # the figure has the limit
             yield Figure(
                 f"{name}, {row.words}: largest error",
                 max(errors.values()),
@@ -51,7 +51,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
 
 
 class _Row:
-    """Queries, keys, values and a gradient of a packed row, as transformers hands them over."""
+    """Queries, keys, values and a gradient of a packed row, in the form that transformers passes."""
 
     def __init__(self, sizes: Sizes, lengths: tuple[int, ...]) -> None:
         heads, kv, size = sizes.heads
@@ -74,7 +74,7 @@ class _Row:
         self.module = nn.Module()
 
     def step(self, attend: Attend) -> dict[str, Tensor]:
-        """Forward and backward by one way."""
+        """Run forward and backward with one implementation."""
         for x in self.qkv:
             x.grad = None
         longest = max(self.lengths)
@@ -84,7 +84,7 @@ class _Row:
         return self._results(out, self.qkv)
 
     def reference(self) -> dict[str, Tensor]:
-        """The same in float32, one sample after the other, with a key of its own for each query head."""
+        """Compute the same in float32, sample by sample, with a separate key for each query head."""
         q, k, v = qkv = [x.detach().float().requires_grad_() for x in self.qkv]
         k, v = (x.repeat_interleave(self.copies, dim=1) for x in (k, v))
         cuts = self.cuts.tolist()

@@ -1,4 +1,4 @@
-"""The accelerator of this process, and what it counts."""
+"""Access the accelerator of this process, its counters and the profiler."""
 
 import time
 from dataclasses import dataclass
@@ -9,33 +9,33 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.harness.measure import Side
 
 WAITS = ("Synchronize", "cudaMemcpy")
-"""In the names of calls that hold the host until the device is done; asynchronous copies are not."""
+"""Words in the names of calls that block the host until the device is done; asynchronous copies do not."""
 
 
 def synchronise() -> None:
-    """Wait for the GPU; nothing on a CPU."""
+    """Wait for the GPU; do nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def cudnn_version() -> int | None:
-    """As a number: 92000 is 9.20.0."""
+    """Return the version as a number: 92000 is 9.20.0."""
     version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return version
 
 
 def nccl_version() -> str:
-    """With dots."""
+    """Return the version with dots."""
     return ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def allocated() -> int:
-    """Bytes of tensors on the GPU; 0 on a CPU, which does not count them."""
+    """Return the bytes of tensors on the GPU; 0 on a CPU, which does not count them."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def peak_of(side: Side) -> int:
-    """The highest that tensors on the GPU take while a side runs once; 0 on a CPU."""
+    """Return the peak bytes of tensors on the GPU while a side runs once; 0 on a CPU."""
     if not torch.cuda.is_available():
         side.run()
         return 0
@@ -48,20 +48,20 @@ def peak_of(side: Side) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Profiled:
-    """One run under torch's profiler, in seconds. On a CPU operations are their own device."""
+    """One run under torch's profiler, in seconds. On a CPU, operations count as kernels."""
 
     operations: dict[str, float]
-    """Device time by the operation that asked for it."""
+    """Device time by the operation that launched it."""
     kernels: dict[str, float]
     """Device time by kernel, longest first."""
     device: float
     """Sum over kernels."""
     host: float
-    """What the host took, the profiler's own work among it, without calls that wait for the device."""
+    """Host time, including the profiler's own work but not the calls that wait for the device."""
 
 
 def profiled(side: Side) -> Profiled:
-    """Run a side once under the profiler, which slows the host, not the kernels."""
+    """Run a side once under the profiler, which slows down the host but not the kernels."""
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     synchronise()
@@ -73,7 +73,7 @@ def profiled(side: Side) -> Profiled:
     operations: dict[str, float] = {}
     kernels: dict[str, float] = {}
     for event in seen.key_averages():
-        if event.is_user_annotation:  # a range around kernels that are counted themselves
+        if event.is_user_annotation:  # a range around kernels, which are counted on their own
             continue
         on_device = event.self_device_time_total if cuda else event.self_cpu_time_total
         is_kernel = str(event.device_type).endswith("CUDA")

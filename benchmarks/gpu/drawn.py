@@ -1,6 +1,6 @@
-"""A base without files: weights drawn on the device from a seed, read as those of a checkpoint are.
+"""A base without files: weights are drawn on the device from a seed, and read like those of a checkpoint.
 
-60 GB of random weights would take minutes to write and to read; they are drawn in seconds, and the same on both sides.
+Writing and reading 60 GB of random weights would take minutes; drawing them takes seconds, and both sides get the same.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from finetune.files.basefiles import BaseFiles
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnBase(BaseFiles):
-    """Every tensor by canonical name, as it lies in memory; drawn anew when it is asked for, the last one is kept."""
+    """Every tensor by canonical name in the in-memory layout; each read draws it again, and the last one is cached."""
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
@@ -26,7 +26,7 @@ class DrawnBase(BaseFiles):
     last: dict[str, Tensor] = field(default_factory=dict)
 
     def size(self, name: str, rows: range | None = None) -> int:
-        """Bytes of these rows."""
+        """Return the bytes of these rows, or of the entire tensor."""
         shape = self.shapes[name]
         return (len(rows) if rows is not None else shape[0]) * math.prod(shape[1:]) * self.dtype.itemsize
 
@@ -39,11 +39,11 @@ class DrawnBase(BaseFiles):
         return whole if rows is None else whole[rows.start : rows.stop]
 
     def out_feature(self, name: str, expert: int, row: int) -> Tensor:
-        """Return one row of one expert, where the caller compares."""
+        """Return one row of one expert, on the CPU."""
         return self.read(name)[expert, row].cpu()
 
     def _draw(self, name: str) -> Tensor:
-        """Scaled by fan-in, so that no layer's output vanishes; norms around one, biases around zero."""
+        """Draw a tensor scaled by its fan-in, so that no layer's output vanishes; norms near one, biases near zero."""
         shape = self.shapes[name]
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "big"))
@@ -58,5 +58,5 @@ class DrawnBase(BaseFiles):
 
 
 def drawn_base(folder: Path, shapes: Mapping[str, Shape], device: torch.device) -> DrawnBase:
-    """Return the weights of a folder that has none."""
+    """Return drawn weights for a folder that has none."""
     return DrawnBase(folder=folder, layout="memory", stored={}, shapes=shapes, device=device)

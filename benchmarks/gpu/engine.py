@@ -1,6 +1,6 @@
-"""Whole runs of the training loop on a tiny base, as a user starts them, and whether they agree with each other.
+"""Complete runs of the training loop on a tiny base, started as by a user and compared with each other.
 
-Between them they take steps, evaluate, answer, save at once and behind the run, restore, offload and write an adapter.
+Together they take steps, evaluate, answer, save in both modes, restore, offload and write an adapter.
 """
 
 import json
@@ -22,7 +22,7 @@ from benchmarks.harness.measure import OutputsDiffer
 from finetune.files.tiny import write_tiny
 
 RELATIVE = 3e-2
-"""Losses and gradient norms of one step in two runs: sums in another order, in bfloat16."""
+"""Allowed difference of losses and gradient norms between two runs, which sum in another order in bfloat16."""
 WORDS = (
     "tiny-cpu",
     "model.path=base",
@@ -41,7 +41,7 @@ WORDS = (
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield how far a run that goes on from a checkpoint, with other means, is from the one that wrote it."""
+    """Yield the difference between a run and one that resumed its checkpoint with other memory options."""
     with tempfile.TemporaryDirectory() as name:
         place = _place(Path(name), packs=4)
         straight = train(
@@ -79,9 +79,9 @@ def run(sizes: Sizes) -> Iterator[Figure]:
 
 
 def run_ranks(sizes: Sizes) -> Iterator[Figure]:
-    """Yield how far the same steps on all GPUs are from one GPU's, by how the ranks share them."""
+    """Yield the difference between the same steps on all GPUs and on one GPU, for each kind of parallelism."""
     if sizes.world < 2:
-        raise Skipped("one GPU: ranks share a run on two or more")
+        raise Skipped("one GPU: this part needs at least two")
     ep = max(n for n in (1, 2, 4, 8) if sizes.world % n == 0)
     ways = {
         f"ep {ep}": [f"parallel.ep={ep}", "parallel.resident=frozen"],
@@ -98,7 +98,7 @@ def run_ranks(sizes: Sizes) -> Iterator[Figure]:
 
 
 def train(place: Path, sizes: Sizes, name: str, *words: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """Run the loop on some ranks, all of this process's group, and return the metrics of its steps."""
+    """Run the loop on `ranks` processes in this process group, and return the metrics of its steps."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "finetune.train", *WORDS, f"run.name={name}", *words]
@@ -126,17 +126,17 @@ def train(place: Path, sizes: Sizes, name: str, *words: str, ranks: int = 1) -> 
 
 
 def _place(folder: Path, *, packs: int) -> Path:
-    """A base, and rows for one step and more of an epoch."""
+    """Write a base, and rows for more than one step of an epoch."""
     write_tiny(folder / "base", TINY)
-    write_rows(folder, 8 * packs)  # five fill a pack
+    write_rows(folder, 8 * packs)  # five rows fill a pack
     return folder
 
 
 def _apart(what: str, run: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> Figure:
-    """The largest difference of a loss or norm of any step, as a share of it."""
+    """Return the largest relative difference of a loss or gradient norm over all steps."""
     steps = [[step["step"] for step in side] for side in (run, reference)]
     if steps[0] != steps[1] or not steps[0]:
-        raise OutputsDiffer(f"{what}: it took steps {steps[0]}, and steps {steps[1]} are those to compare with")
+        raise OutputsDiffer(f"{what}: it took steps {steps[0]}, but the reference took steps {steps[1]}")
     pairs = [(a[key], b[key]) for a, b in zip(run, reference, strict=True) for key in ("loss", "grad_norm")]
     apart = max(abs(a - b) / abs(b) for a, b in pairs)
     return Figure(

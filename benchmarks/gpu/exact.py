@@ -1,4 +1,4 @@
-"""One micro-batch of each kind on the device and on the CPU: losses and every gradient, by recompute and attention."""
+"""Compare losses and all gradients of micro-batches on the device with the CPU, by recompute mode and attention."""
 
 import tempfile
 from collections.abc import Collection, Iterator
@@ -29,7 +29,7 @@ from finetune.ranks.engine import engine_device, start_distributed
 from finetune.settings.recipes import load_recipe
 from finetune.training.setup import make_balance, model_options, save_memory
 
-# every vision part trains, so that the tower's backward and DeepStack's are in it
+# every vision part trains, so that the backward passes of the tower and of DeepStack are covered
 WORDS = (
     "adapters.attention.mode=lora",
     "adapters.experts.mode=lora",
@@ -43,10 +43,10 @@ WORDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How the device computes it, and how far it may be off, as a share of each tensor's largest value.
+    """Options for the device, and the allowed error relative to each tensor's largest value.
 
-    With `together` all gradients are one vector, by its norm: in bfloat16 a token or two go to other experts, which
-    moves the gradients of those as far as they are large.
+    With `together`, all gradients are compared as one vector by its norm: in bfloat16, a token or two may go to other
+    experts, which changes the gradients of these experts completely.
     """
 
     words: tuple[str, ...]
@@ -56,7 +56,7 @@ class Way:
 
 
 def ways() -> dict[str, Way]:
-    """In float32 all but exact; in bfloat16 with the kernels that training takes."""
+    """Return the ways by name: nearly exact in float32, and with the kernels of training in bfloat16."""
     every_way = {
         f"float32, recompute {mode}": Way(
             words=("model.dtype=float32", "model.attention=segments", f"parallel.recompute={mode}")
@@ -72,7 +72,7 @@ def ways() -> dict[str, Way]:
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield each way's largest error over rows of text, images and video, and a row without a sample."""
+    """Yield each way's largest error over rows of text, images and video, and a row without samples."""
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
         write_tiny(base, TINY)
@@ -101,7 +101,7 @@ def _only(tensors: dict[str, Tensor], names: Collection[str]) -> dict[str, Tenso
 
 
 def _errors(tensors: dict[str, Tensor], reference: dict[str, Tensor], *, together: bool) -> dict[str, float]:
-    """Not refused when they are large: the figure says so, and those after it are reported too."""
+    """Return the errors without raising on large ones: the figure reports them, and later figures still run."""
     errors = same_tensors(tensors, reference, relative=inf)
     if not together:
         return errors
@@ -111,7 +111,7 @@ def _errors(tensors: dict[str, Tensor], reference: dict[str, Tensor], *, togethe
 
 def _all(base: Path, chosen: dict[str, Way]) -> dict[str, dict[str, Tensor]]:
     start_distributed()
-    torch.backends.cudnn.allow_tf32 = False  # of the patch embedding, where it is a convolution
+    torch.backends.cudnn.allow_tf32 = False  # for the patch embedding, if it is a convolution
     rows = _rows(renderer(base, max_tokens=16))
     return {name: _step(base, rows, [*WORDS, f"model.path={base}", *way.words]) for name, way in chosen.items()}
 
@@ -123,7 +123,7 @@ ROWS = {
     "all": (("video", 0, 6), ("two images", 2, 0), ("text", 0, 0)),
     "nothing": (),
 }
-"""Samples of each row: name, images, frames of a video."""
+"""The samples of each row: name, number of images, frames of a video."""
 SAMPLED = tuple(name for name, samples in ROWS.items() if samples)
 
 
@@ -140,7 +140,7 @@ def _sample(made: Renderer, row: str, at: int, what: str, images: int, frames: i
 
 
 def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Tensor]:
-    """Losses by row, and the gradients of all rows together."""
+    """Return the loss of each row, and the gradients summed over the rows."""
     config: RunConfig = load_recipe("", words)[0]
     device = engine_device()
     family = read_family(base)
@@ -167,7 +167,7 @@ def _step(base: Path, rows: dict[str, Batch], words: list[str]) -> dict[str, Ten
 
 @torch.no_grad()
 def _fill_factors(module: torch.nn.Module) -> None:
-    """Factors that start at zero would hide each other's gradients; drawn on the CPU, to be equal everywhere."""
+    """Draw the factors B, since zeros would hide A's gradients; on the CPU, so that they are equal everywhere."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in module.named_parameters():
         if "lora_B" in name:

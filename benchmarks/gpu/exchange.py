@@ -1,4 +1,4 @@
-"""The all-to-all of rows over all GPUs, uneven as routing makes it: values, gradients, rate."""
+"""Check and time the uneven all-to-all of rows over all GPUs: values, gradients, rate."""
 
 import time
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from moe.dispatch import exchange
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield bytes a second that a rank sends to others, after what arrived was compared with what was sent."""
+    """Yield the bytes per second that a rank sends to others, after comparing the received rows with the sent ones."""
     if sizes.world < 2:
-        raise Skipped("one GPU: rows travel between two or more")
+        raise Skipped("one GPU: this part needs at least two")
     ranks = on_ranks(sizes.world, _one, sizes, accelerator=sizes.device)
     sent, seconds = min(rank["sent"] for rank in ranks), max(rank["seconds"] for rank in ranks)
     yield Figure(
@@ -33,7 +33,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
 
 
 def _one(sizes: Sizes) -> dict[str, float]:
-    """One rank: to rank r it sends a share that grows with r, each row marked with its sender and receiver."""
+    """Run one rank: it sends rank r a share that grows with r, each row marked with its sender and receiver."""
     rank, world = dist.get_rank(), dist.get_world_size()
     device = engine_device()
     group = dist.group.WORLD
@@ -46,7 +46,7 @@ def _one(sizes: Sizes) -> dict[str, float]:
     expected = torch.cat([torch.full((n,), sender * world + rank) for sender, n in enumerate(receive)])
     assert x.grad is not None
     if not torch.equal(came[:, 0].cpu().long(), expected) or not torch.equal(x.grad, x.detach()):
-        raise OutputsDiffer(f"rank {rank}: the rows that came, or the gradients that went home, are not those sent")
+        raise OutputsDiffer(f"rank {rank}: the received rows or the returned gradients differ from those sent")
     seconds = []
     with torch.no_grad():
         for _ in range(2 * sizes.rounds):

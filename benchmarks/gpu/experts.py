@@ -1,4 +1,4 @@
-"""One expert block of the 30B model with LoRA, beside PEFT's: time and memory of a step."""
+"""Time and memory of a step of one expert block of the 30B model with LoRA, compared with PEFT."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ from benchmarks.harness.measure import Side, race
 from benchmarks.harness.outputs import same_tensors
 
 RELATIVE = 3e-2
-"""Both round to bfloat16 at other places: as a share of each tensor's largest value."""
+"""Allowed error relative to each tensor's largest value: the sides round to bfloat16 at different places."""
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield time and, where the device counts it, memory at each number of tokens."""
+    """Yield time and, on a GPU, memory for each number of tokens."""
     assert sizes.model.experts is not None
     shape = Shape(
         hidden=sizes.model.hidden,
@@ -59,7 +59,7 @@ def _same(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
 
 
 def _peak(pair: Pair, inputs: Inputs, side: Side) -> float:
-    """What a step takes at its highest beyond what lies there before it."""
+    """Return the peak bytes of a step above those allocated before it."""
     pair.forget(inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

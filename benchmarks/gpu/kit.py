@@ -1,11 +1,11 @@
-"""`make gpu-kit`: what a bare CUDA machine needs beside its own torch, in one folder, for a place without a network.
+"""`make gpu-kit`: pack everything that a CUDA machine with torch and without a network needs into one folder.
 
-    wheels/       the locked releases of everything that moetune imports, for the machine's Python
-    photographs/  scikit-learn's two photographs, with the text that says who took them and under which licence
-    python        the machine's Python
-    commit        the commit of the tree, and a digest of its source: the machine may have no git
+    wheels/       the locked releases of all packages that moetune imports, for the machine's Python
+    photographs/  scikit-learn's two photographs, with the text that names their authors and licence
+    python        the machine's Python version
+    commit        the commit of the tree and a digest of its source, because the machine may have no git
 
-Without torch, which is the machine's; numpy, which is beside every torch; and av, which only opens videos.
+It leaves out torch, which the machine provides; numpy, which comes with torch; and av, which only opens videos.
 """
 
 import os
@@ -24,16 +24,16 @@ from benchmarks.harness.machine import ROOT, commit, source_digest
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux2014_x86_64")
 FROM_SOURCE = ("deepspeed",)
-"""Without a wheel of their own; built here, they are pure Python."""
+"""Packages without published wheels; built here, they are pure Python."""
 ROOTS = ("moetune", "pytest", "hypothesis")
 LEFT_OUT = frozenset({"av", "numpy", "torch"})
 PHOTOGRAPHS = ("china.jpg", "flower.jpg", "README.txt")
 LIMIT = 58 * 2**20
-"""Bytes. What lends GPUs takes little more than this and the tree."""
+"""Largest size of the kit in bytes; upload limits of GPU providers allow little more than this and the tree."""
 
 
 def main(folder: Path) -> int:
-    """Make the folder anew; 1 where it is too large."""
+    """Create the folder from scratch; return 1 if it is too large."""
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "wheels").mkdir(parents=True)
@@ -47,20 +47,20 @@ def main(folder: Path) -> int:
 
 
 def weigh(folder: Path) -> int:
-    """Print what it holds, the largest files first; 1 where it is too large."""
+    """Print the size and the largest files of the folder; return 1 if it is too large."""
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     total = sum(sizes.values())
     print(f"{folder}: {total / 2**20:.1f} of {LIMIT / 2**20:.0f} MiB")
     for path in sorted(sizes, key=lambda path: sizes[path], reverse=True)[:5]:
         print(f"  {sizes[path] / 2**20:5.1f} MiB  {path.name}")
     if total > LIMIT:
-        print(f"gpu-kit: {total:,} bytes are above the limit of {LIMIT:,}: leave a package out", file=sys.stderr)
+        print(f"gpu-kit: {total:,} bytes exceed the limit of {LIMIT:,}: leave out a package", file=sys.stderr)
         return 1
     return 0
 
 
 def packages() -> list[str]:
-    """Names of all that the machine needs, by what the installed packages say of themselves on the machine's Python."""
+    """Return the names of all needed packages, from the installed packages' requirements for the machine's Python."""
     there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "extra": ""}
     waiting, names = list(ROOTS), set(ROOTS) - {"moetune"}
     while waiting:
@@ -74,7 +74,7 @@ def packages() -> list[str]:
 
 
 def collect(names: list[str], into: Path) -> None:
-    """Download the locked release of each, built for the machine; those without a wheel are built here."""
+    """Download the locked release of each package for the machine; packages without wheels are built here."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     locked = ["--no-deps", "--constraint", str(ROOT / "constraints.txt")]
     ready = [name for name in names if name not in FROM_SOURCE]

@@ -1,7 +1,7 @@
-"""One decoder layer of the 30B model: forward, what is computed again, backward; time by what the kernels are for.
+"""Time one decoder layer of the 30B model by purpose of the kernels: forward, recompute and backward.
 
-With 16 local experts each token still chooses 8: a rank of eight gets as many rows from the others as it sends away, so
-this is its work on a layer, without the exchange itself.
+With 16 local experts, each token still chooses 8: one of eight ranks receives as many rows as it sends, so this is
+its work on a layer, without the exchange itself.
 """
 
 import tempfile
@@ -38,7 +38,7 @@ WORDS = ("adapters.attention.mode=lora", "adapters.experts.mode=lora", "model.at
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield each case's wall time, device time, and device time by kind; one sample is as long as the row."""
+    """Yield wall time, device time and device time by kind for each case; one sample fills the row."""
     start_distributed()
     for experts in sizes.local_experts:
         with tempfile.TemporaryDirectory() as name:
@@ -62,7 +62,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
 
 
 def _side(base: Path, tokens: int, recompute: Recompute) -> Side:
-    """The layer as training calls it, with hidden states that need a gradient."""
+    """Build the layer as training calls it, with hidden states that require gradients."""
     device, family = engine_device(), read_family(base)
     config = load_recipe("", [f"model.path={base}", f"data.tokens_per_pack={tokens}", *WORDS])[0]
     balance = make_balance(config, family, device)
@@ -97,7 +97,7 @@ def _side(base: Path, tokens: int, recompute: Recompute) -> Side:
 
 
 def roofline(base: Family, gpu: Gpu, tokens: int, recompute: Recompute) -> dict[str, float]:
-    """Seconds by kind as the planner counts them for a GPU: one sample as long as the row, an even load."""
+    """Return the planner's seconds by kind for a GPU, with one sample that fills the row and an even load."""
     assert base.text.experts is not None
     arriving = tokens * base.text.experts.num_experts_per_tok
     rows = Rows(tokens=tokens, supervised=0, patches=0, arriving=arriving, itemsize=2)
@@ -138,7 +138,7 @@ def _figures(
 
 
 def kind(operation: str) -> Kind:
-    """What an operation of torch's is for, by the planner's kinds."""
+    """Return the planner's kind of a torch operation."""
     name = operation.rpartition("::")[2]
     if "grouped_mm" in name:
         return "grouped_mm"

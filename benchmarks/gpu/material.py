@@ -1,4 +1,4 @@
-"""What is trained on: the kit's photographs, text of this package, videos made here, and a base's files but weights."""
+"""Training material: the kit's photographs, this package's text, generated videos, and a base without weights."""
 
 import io
 import json
@@ -26,18 +26,18 @@ from finetune.files.vocabulary import tiny_vocabulary
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 ANSWER_WORDS = 40
 TINY = TinyModel(layers=4, vision_hidden=32, image_min_tokens=4)
-"""Four layers, so that the last level of DeepStack reaches the loss; heads of 16: kernels want multiples of 8."""
+"""Four layers, so that the last level of DeepStack reaches the loss; head size 16, as kernels need multiples of 8."""
 
 
 def photographs() -> list[bytes]:
-    """scikit-learn's two photographs: of the kit, else of scikit-learn."""
+    """Return scikit-learn's two photographs, from the kit or from scikit-learn itself."""
     if KIT.is_dir():
         return [(KIT / "photographs" / name).read_bytes() for name in PHOTOGRAPHS]
     return [(files("sklearn.datasets.images") / name).read_bytes() for name in PHOTOGRAPHS]
 
 
 def write_sides(folder: Path, model: TinyModel) -> Path:
-    """Write a base's folder without its weights: config, processors, tokenizer."""
+    """Write a base's folder without weights: config, processors, tokenizer."""
     folder.mkdir(parents=True)
     vocabulary = tiny_vocabulary()
     family = tiny_family(model, vocabulary)
@@ -49,13 +49,13 @@ def write_sides(folder: Path, model: TinyModel) -> Path:
 
 
 def renderer(base: Path, *, max_tokens: int | None = None) -> Renderer:
-    """Make samples for a base; `max_tokens` of an image, None: as large as released models see it."""
+    """Return a renderer for a base; `max_tokens` limits an image, None keeps the limits of the released models."""
     image = ImageConfig(min_tokens=4 if max_tokens else None, max_tokens=max_tokens)
     return Renderer(base, image=image, video=VideoConfig(max_tokens=64), chat=ChatConfig())
 
 
 def conversation(question: str, answer: str, *, images: int = 0, frames: int = 0) -> dict[str, Any]:
-    """One question and its answer, about `images` photographs and a video of `frames` frames."""
+    """Return a question and its answer about `images` photographs and a video of `frames` frames."""
     marks = "<image>" * images + "<video>" * bool(frames)
     raw: dict[str, Any] = {
         "messages": [{"role": "user", "content": marks + question}, {"role": "assistant", "content": answer}],
@@ -72,20 +72,20 @@ def conversation(question: str, answer: str, *, images: int = 0, frames: int = 0
 def sample(
     made: Renderer, key: str, raw: dict[str, Any], *, images: Sequence[bytes] = (), film: Sequence[bytes] = ()
 ) -> Sample:
-    """Render a conversation as a row of the data would be."""
+    """Render a conversation like a row of the data."""
     record = parse_record({"v": 1, **raw}, shard="", key=key)
     return made.build(record, images, [film] if film else [], key=key)
 
 
 def packed(made: Renderer, samples: Sequence[Sample], *, multiple: int = 1) -> Batch:
-    """Put samples into one row."""
+    """Pack samples into one row."""
     return collate(
         samples, keys=[each.key for each in samples], pad_id=made.pad_id, multiple=multiple, widths=made.patch_widths
     )
 
 
 def full_row(made: Renderer, tokens: int, seed: int) -> Batch:
-    """A row of exactly `tokens`: samples of many lengths, every other about a photograph, while they fit; padding."""
+    """Return a padded row of `tokens` with samples of many lengths; every second one is about a photograph."""
     generator = np.random.default_rng(seed)
     pictures, words = photographs(), text()
     samples: list[Sample] = []
@@ -103,7 +103,7 @@ def full_row(made: Renderer, tokens: int, seed: int) -> Batch:
 
 
 def even_row(made: Renderer, tokens: int, seed: int, like: Assumed) -> Batch:
-    """A row of exactly `tokens`, of as many samples as fit that are all of the same length and make; padding."""
+    """Return a padded row of `tokens` with as many samples of one length and kind as fit."""
     seen = photographs()
     each = np.prod(sample(made, "one", conversation("", "", images=1), images=seen[:1]).image_grids[0]) // 4
     images = [seen[at % 2] for at in range(round(like.vision_share * like.sample_tokens / each))]
@@ -116,7 +116,7 @@ def even_row(made: Renderer, tokens: int, seed: int, like: Assumed) -> Batch:
 
 
 def _words(made: Renderer, tokens: int, seed: int) -> str:
-    """As many words as fit into this many tokens."""
+    """Return as many words as fit into this many tokens."""
     words = text()
     many = [words[(seed + at) % len(words)] for at in range(tokens)]
     count = bisect_right(range(tokens), tokens, key=lambda count: len(made.encode(" ".join(many[:count])))) - 1
@@ -124,12 +124,12 @@ def _words(made: Renderer, tokens: int, seed: int) -> str:
 
 
 def text() -> list[str]:
-    """Words of the text that the tiny vocabulary was trained on."""
+    """Return the words of the text on which the tiny vocabulary was trained."""
     return files("finetune").joinpath("assets", "tokenizer_text.txt").read_text(encoding="utf-8").split()
 
 
 def film(frames: int = 6) -> list[bytes]:
-    """A white square that moves: images, because the kit has no decoder of videos."""
+    """Return frames of a moving white square; images, because the kit has no video decoder."""
     made = []
     for at in range(frames):
         pixels = np.zeros((64, 96, 3), dtype=np.uint8)
@@ -141,7 +141,7 @@ def film(frames: int = 6) -> list[bytes]:
 
 
 def write_rows(folder: Path, number: int) -> None:
-    """Write rows.jsonl, three of four with a photograph, as a user has them."""
+    """Write rows.jsonl like a user's; three of four rows have a photograph."""
     for name, data in zip(PHOTOGRAPHS, photographs(), strict=True):
         (folder / name).write_bytes(data)
     words = text()

@@ -1,4 +1,4 @@
-"""What the planner predicted before anything ran, beside what ran: benchmarks/results/predictions.json."""
+"""Compare measurements with the planner's earlier predictions in benchmarks/results/predictions.json."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,29 +11,29 @@ from benchmarks.planner.predictions import PATH
 from finetune.planner.gpus import gpu_like
 
 ALLOWED = {"tokens_per_second": 0.15, "peak_bytes": 0.10}
-"""How far a prediction may be off, as a share of what was measured, before it is a miss."""
+"""Allowed error of a prediction, relative to the measured value; a larger one is a miss."""
 LAYERS = 48
-"""Of the whole 30B model."""
+"""Number of layers in the full 30B model."""
 METRICS = {"tokens_per_second": "useful tokens/s, ", "peak_bytes": "peak memory, "}
 FIELDS = ("name", "gpu", "gpus", "words", "layers", "assumed", *METRICS)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The predictions of a file, each with all its fields; none where there is no file."""
+    """Return the predictions in a file, each with all fields; empty if there is no file."""
     if not path.exists():
         return []
     predictions: list[dict[str, Any]] = json.loads(path.read_text())
     for number, prediction in enumerate(predictions):
         missing = [name for name in FIELDS if name not in prediction]
         if missing:
-            raise ValueError(f"{path}: prediction {number} lacks {missing[0]}. Each has {', '.join(FIELDS)}")
+            raise ValueError(f"{path}: prediction {number} lacks {missing[0]}. Each must have {', '.join(FIELDS)}")
     return predictions
 
 
 def first_predicted(
     defaults: Sequence[StepCase], sizes: Sizes, *, gpus: int, whole: bool = False
 ) -> tuple[StepCase, ...]:
-    """Return what was predicted for this number of this GPU, with some layers or all; then the other cases."""
+    """Return the predicted cases for this GPU and number, with some layers or all; then the other cases."""
     predicted = [
         StepCase(
             name=prediction["name"],
@@ -51,7 +51,7 @@ def first_predicted(
 def compare(
     predictions: Sequence[Mapping[str, Any]], figures: Sequence[Mapping[str, Any]], *, device: str, visible: int
 ) -> list[dict[str, Any]]:
-    """Each prediction for this machine, what was measured of it, and whether it missed; None where it did not run."""
+    """Return the predictions for this machine, each with its measured value and whether it missed (None: not run)."""
     compared = []
     for prediction in predictions:
         if not any(_is_here(prediction, device, gpus) for gpus in (1, visible)):
@@ -81,7 +81,7 @@ def compare(
 
 
 def lines(compared: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every miss in a sentence, every prediction that did not run, and how many held."""
+    """Return a line for each miss and each prediction that did not run, and the number that held."""
     sentences = []
     for item in compared:
         what = f"{item['name']}, {item['what']}: predicted {item['predicted']:,.5g}"

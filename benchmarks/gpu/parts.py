@@ -1,16 +1,17 @@
-"""The parts of the kit, in order of what must be known first. Each runs in a process of its own; see `runner`."""
+"""The parts of the kit, the most basic checks first. Each runs in its own process; see `runner`."""
 
 from dataclasses import dataclass
 
 
 class Skipped(Exception):
-    """A part that has nothing to do on this machine; the message says why."""
+    """A part has nothing to do on this machine; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of the kit: `run` is module:function, a `(Sizes) -> Iterator[Figure]`; `seconds` its limit of ten minutes.
+    """A part of the kit: `run` is module:function, a `(Sizes) -> Iterator[Figure]`.
 
+    `seconds` is the part's limit in a run of ten minutes, and scales with the minutes of the run.
     Outputs are compared before anything is timed; a figure below its floor fails the part.
     """
 
@@ -26,19 +27,19 @@ PARTS = (
         name="attention",
         run="benchmarks.gpu.attention:run",
         seconds=30,
-        about="attention over packed rows against each sample by itself: forward, backward, time",
+        about="attention over packed rows, compared with single samples: forward, backward, time",
     ),
     Part(
         name="step-exact",
         run="benchmarks.gpu.exact:run",
         seconds=45,
-        about="losses and gradients against the CPU: text, images, video, DeepStack, each recompute mode",
+        about="losses and gradients compared with the CPU: text, images, video, DeepStack, each recompute mode",
     ),
     Part(
         name="engine",
         run="benchmarks.gpu.engine:run",
         seconds=80,
-        about="whole runs: steps, save, asynchronous save, restore, offload, evaluation with answers",
+        about="complete runs: steps, save, asynchronous save, restore, offload, evaluation with answers",
     ),
     Part(
         name="engine-ranks",
@@ -56,27 +57,27 @@ PARTS = (
         name="patches",
         run="benchmarks.gpu.patches:run",
         seconds=15,
-        about="the patch embedding as a linear product, beside Conv3d",
+        about="the patch embedding as a linear product, compared with Conv3d",
     ),
     Part(name="layer", run="benchmarks.gpu.layer:run", seconds=45, about="one layer of the 30B model, time by kernel"),
     Part(
         name="experts",
         run="benchmarks.gpu.experts:run",
         seconds=25,
-        about="one expert block of the 30B model with LoRA beside PEFT's: time and memory",
+        about="one expert block of the 30B model with LoRA, compared with PEFT: time and memory",
     ),
     Part(
         name="gpu-step",
         run="benchmarks.gpu.step:run",
         seconds=120,
-        about="whole steps of some layers of the 30B model, beside transformers with PEFT: tokens/s, memory, time",
+        about="full steps of some layers of the 30B model, compared with transformers and PEFT: tokens/s, memory, time",
     ),
     Part(
         name="gpu-step-whole",
         run="benchmarks.gpu.step:run_whole",
         seconds=170,
-        about="whole steps of all layers, where the GPU has the memory",
+        about="full steps of all layers, if the GPU has enough memory",
     ),
-    Part(name="gpu-step-ranks", run="benchmarks.gpu.step:run_ranks", seconds=60, about="whole steps on all GPUs"),
+    Part(name="gpu-step-ranks", run="benchmarks.gpu.step:run_ranks", seconds=60, about="full steps on all GPUs"),
     Part(name="gpu-step-liger", run="benchmarks.gpu.step:run_liger", seconds=20, about="the peer with Liger's kernels"),
 )

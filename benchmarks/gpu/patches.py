@@ -1,4 +1,4 @@
-"""The patch embedding as a linear product, beside the Conv3d that transformers calls: kernel and stride are equal."""
+"""Time the patch embedding as a linear product, compared with transformers' Conv3d, whose kernel equals its stride."""
 
 from collections.abc import Iterator
 

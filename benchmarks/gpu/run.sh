@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bash benchmarks/gpu/run.sh [minutes]: every part of the GPU kit on all visible GPUs; without CUDA, toy sizes on the CPU.
-# Packages of the folder gpu-kit (`make gpu-kit`), where it lies beside the tree, come before the machine's own. They are
-# unzipped and put on PYTHONPATH: no network, no pip, no venv, nothing below a home that may be read-only.
+# If the tree has a folder gpu-kit (`make gpu-kit`), its packages take precedence over the machine's own. They are
+# unzipped and put on PYTHONPATH, which needs no network, no pip, no venv and no writable home.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 work="$(mktemp -d)"

@@ -1,4 +1,4 @@
-"""Running parts: each in a process group of its own, killed at its limit; what it measured until then is kept."""
+"""Run each part in its own process group, kill it at its limit, and keep the figures that it has measured."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from benchmarks.gpu.sizes import Sizes
 SKIPPED = 77
 """Exit code of a part that has nothing to do here."""
 LEAST_SECONDS = 5.0
-"""A part is not started for less."""
+"""A part is not started if less time than this is left."""
 TEN_MINUTES = 600.0
 
 
 def run_parts(
     parts: Sequence[Part], sizes: Sizes, *, minutes: float, log: TextIO, environment: Mapping[str, str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Run one after the other and yield what came of each, whatever that is; none starts when the time is over."""
+    """Run the parts in turn and yield the outcome of each, failures included; none starts after the time is over."""
     end = time.monotonic() + 60 * minutes
     for part in parts:
         log.write(f"\n===== {part.name}: {part.about}\n")
@@ -55,7 +55,7 @@ def _run(part: Part, sizes: Sizes, limit: float, log: TextIO, environment: Mappi
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # also at Ctrl-C, and also after its end: a rank that outlives it would hold memory and time
+        finally:  # also after Ctrl-C or a normal end: a leftover rank would hold memory and use time
             _kill_group(process.pid)
             process.wait()
         seconds = time.monotonic() - start
@@ -99,16 +99,16 @@ def _last_line(log: Path, at: int) -> str:
     with log.open("rb") as file:
         file.seek(at)
         lines = file.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def child(target: str, sizes: Path, out: Path) -> int:
-    """Run one part in this process, and write each figure as it is found."""
+    """Run one part in this process, and write each figure as soon as it is measured."""
     module, _, function = target.partition(":")
     run = getattr(import_module(module), function)
     with out.open("a", buffering=1) as results:
         try:
-            for figure in run(pickle.loads(sizes.read_bytes())):  # the parent's
+            for figure in run(pickle.loads(sizes.read_bytes())):  # written by the parent
                 print(figure.line(), flush=True)
                 results.write(json.dumps({"figure": figure.record(name="", surroundings={})}) + "\n")
         except Skipped as why:

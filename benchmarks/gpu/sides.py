@@ -1,4 +1,4 @@
-"""The two sides of `gpu-step` over one drawn base: the kit's training step, and what a user would run on one card."""
+"""The two sides of `gpu-step` on one drawn base: our training step, and what a user would run on one card."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ TakeStep = Callable[[Sequence[Batch]], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A side that is ready to step; `write` writes its adapter as PEFT reads it."""
+    """A side that is ready to step; `write` saves its adapter in PEFT's format."""
 
     name: str
     step: TakeStep
@@ -41,7 +41,7 @@ class Trainer:
 
 
 def ours(base: Path, config: RunConfig, *, start: Path | None = None) -> Trainer:
-    """The parts of the training loop, with its own step; every rank must call this."""
+    """Build our side from the parts of the training loop; every rank must call this."""
     device, family = engine_device(), read_family(base)
     balance = make_balance(config, family, device)
     empty: EmptyModel = build(base, model_options(config, family, device, print), balance=balance)
@@ -65,9 +65,9 @@ def ours(base: Path, config: RunConfig, *, start: Path | None = None) -> Trainer
 
 
 def peer(base: Path, adapter: Path, config: RunConfig, *, zero3: bool = False, liger: bool = False) -> Trainer:
-    """transformers' model with grouped_mm, PEFT's adapter from the same values, and AdamW or DeepSpeed ZeRO-3.
+    """Build the peer: transformers' model with grouped_mm, PEFT's adapter with the same values, AdamW or ZeRO-3.
 
-    Its rows are the same packed ones: transformers finds the samples by their positions and masks them apart.
+    It gets the same packed rows: transformers finds the samples by their positions, and masks them from each other.
     """
     device, spec = engine_device(), read_spec(base)
     model = _plain_model(base, device, getattr(torch, config.model.dtype))

@@ -1,4 +1,4 @@
-"""What is run: the 30B model's sizes on GPUs, and toy sizes on a CPU, so that no typo waits for a GPU."""
+"""Sizes of the parts: those of the 30B model on GPUs, and toy sizes on a CPU, to find typos without a GPU."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,7 +8,7 @@ from finetune.files.tiny import TinyModel
 
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """Samples that are alike, as the planner takes them: their tokens, and which part of them is seen or learned."""
+    """Identical samples, as the planner assumes them: their tokens, and the shares of vision and supervised tokens."""
 
     sample_tokens: int
     vision_share: float
@@ -17,9 +17,9 @@ class Assumed:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """One configuration of `gpu-step`: layers of the model, and the words of its recipe.
+    """One configuration of `gpu-step`: number of layers, and the words of its recipe.
 
-    Its samples are of many lengths, every other one about a photograph; or all alike, where `assumed` says how.
+    Samples have many lengths, and every second one is about a photograph; with `assumed`, all samples are alike.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Sizes:
     heads: tuple[int, int, int]
     """Query heads, key heads, head size."""
     samples: tuple[tuple[int, ...], ...]
-    """Lengths of the samples in each row that attention is tried on."""
+    """Lengths of the samples in each row for the attention part."""
     patches: int
     model: TinyModel
-    """The text model's sizes are those measured; `layers` is replaced by each case."""
+    """The model to measure; each case replaces `layers`."""
     local_experts: tuple[int, ...]
     layer_tokens: tuple[int, ...]
     expert_tokens: tuple[int, ...]
@@ -56,7 +56,7 @@ class Sizes:
 
 
 def case(layers: int, tokens: int, *, micro_batches: int = 1, recompute: str = "selective", ep: int = 1) -> StepCase:
-    """A step of `micro_batches` rows on each rank."""
+    """Return a case with `micro_batches` rows on each rank."""
     name = f"{layers} layers, {micro_batches} x {tokens} tokens, recompute {recompute}, ep {ep}"
     words = (
         "qwen3-vl-30b-a3b-lora",
@@ -70,7 +70,7 @@ def case(layers: int, tokens: int, *, micro_batches: int = 1, recompute: str = "
 
 
 def full(gpu: str, world: int) -> Sizes:
-    """The 30B model's sizes."""
+    """Return the sizes of the 30B model."""
     return Sizes(
         name="full",
         device="cuda",
@@ -117,7 +117,7 @@ def full(gpu: str, world: int) -> Sizes:
 
 
 def toy() -> Sizes:
-    """Everything small enough for two CPU cores."""
+    """Return sizes that are small enough for two CPU cores."""
     return Sizes(
         name="toy",
         device="cpu",
@@ -140,8 +140,8 @@ def toy() -> Sizes:
 
 
 def look() -> tuple[Sizes, dict[str, object]]:
-    """What to run here, and what torch says of the GPUs and of the libraries that decide speed."""
-    import torch  # here, so that a part's process does not load it before it has to
+    """Return the sizes for this machine, and torch's facts about the GPUs and the libraries that affect speed."""
+    import torch  # not at the top, so that a part's process loads it only when needed
 
     from benchmarks.gpu.device import cudnn_version, nccl_version
 

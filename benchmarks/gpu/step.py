@@ -1,4 +1,4 @@
-"""`gpu-step`: whole steps of layers of the 30B model, packed rows with photographs, beside transformers with PEFT."""
+"""`gpu-step`: full steps of layers of the 30B model on packed rows, compared with transformers and PEFT."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +28,13 @@ from finetune.ranks.engine import start_distributed
 from finetune.settings.recipes import load_recipe
 
 RELATIVE = {"loss": 5e-3, "grad_norm": 1e-1}
-"""How far a step may be apart: in bfloat16 experts of nearly equal score change places."""
+"""Allowed relative difference of a step: in bfloat16, experts with nearly equal scores swap places."""
 COUNTS = ("useful_tokens", "supervised_tokens", "row_tokens", "samples", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one side took."""
+    """The measurements of one side."""
 
     name: str
     seconds: tuple[float, ...]
@@ -43,19 +43,19 @@ class Measured:
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield the figures of each case beside plain torch, and the first one's beside ZeRO-3 too."""
+    """Yield the figures of each case, compared with plain torch and, for the first case, with ZeRO-3 too."""
     for number, case in enumerate(first_predicted(sizes.steps, sizes, gpus=1)):
-        # each in a process of its own, as no engine gives all its memory back
+        # each case runs in its own process, because no engine releases all its memory
         facts, sides = on_ranks(1, beside, sizes, case, number == 0, accelerator=sizes.device)[0]
         yield from figures(sizes, case, facts, sides)
 
 
 def run_whole(sizes: Sizes) -> Iterator[Figure]:
-    """The same with all layers, one side after the other: two models of 61 GB have no room beside each other."""
+    """Yield the same with all layers, one side at a time, because two models of 61 GB do not fit together."""
     if sizes.device == "cuda":
         there = torch.cuda.get_device_properties(0).total_memory
         if there < sizes.whole_bytes:
-            raise Skipped(f"all layers take {sizes.whole_bytes / 1e9:.0f} GB, this GPU has {there / 1e9:.0f}")
+            raise Skipped(f"all layers need {sizes.whole_bytes / 1e9:.0f} GB, and this GPU has {there / 1e9:.0f}")
     for number, case in enumerate(first_predicted(sizes.whole, sizes, gpus=1, whole=True)):
         with tempfile.TemporaryDirectory() as name:
             adapter = Path(name) / "adapter"
@@ -67,9 +67,9 @@ def run_whole(sizes: Sizes) -> Iterator[Figure]:
 
 
 def run_ranks(sizes: Sizes) -> Iterator[Figure]:
-    """The same on all GPUs; ours alone."""
+    """Yield the same on all GPUs, for our side only."""
     if sizes.world < 2:
-        raise Skipped("one GPU: ranks share a step on two or more")
+        raise Skipped("one GPU: this part needs at least two")
     for case in first_predicted(sizes.ranks, sizes, gpus=sizes.world):
         ranks = on_ranks(sizes.world, alone, sizes, case, None, None, accelerator=sizes.device)
         slowest = max((rank[0] for rank in ranks), key=lambda rank: median(rank.seconds))
@@ -78,9 +78,9 @@ def run_ranks(sizes: Sizes) -> Iterator[Figure]:
 
 
 def run_liger(sizes: Sizes) -> Iterator[Figure]:
-    """The peer with Liger's kernels beside itself without: in a process of its own, as Liger changes transformers."""
+    """Yield the peer with Liger's kernels compared with itself; in its own process, as Liger patches transformers."""
     if find_spec("liger_kernel") is None:
-        raise Skipped("liger_kernel is not installed, on this machine or in the kit")
+        raise Skipped("liger_kernel is neither installed on this machine nor in the kit")
     start_distributed()
     case = sizes.steps[0]
     with tempfile.TemporaryDirectory() as name:
@@ -94,7 +94,7 @@ def run_liger(sizes: Sizes) -> Iterator[Figure]:
 
 
 def beside(sizes: Sizes, case: StepCase, zero3: bool) -> tuple[dict[str, Any], list[Measured]]:
-    """Build the sides one after the other over one adapter, compare a step of theirs, then time them in turns."""
+    """Build the sides with one adapter, compare one step of each, then time them in turns."""
     start_distributed()
     with tempfile.TemporaryDirectory() as name:
         base, config, rows = prepare(Path(name), sizes, case)
@@ -114,7 +114,7 @@ def beside(sizes: Sizes, case: StepCase, zero3: bool) -> tuple[dict[str, Any], l
 def alone(
     sizes: Sizes, case: StepCase, adapter: Path | None, our_step: dict[str, float] | None
 ) -> tuple[Measured, dict[str, float], dict[str, Any]]:
-    """One side of a rank by itself: ours, which writes `adapter`; the peer from it where `our_step` is given."""
+    """Measure one side alone: ours, which writes `adapter`, or with `our_step` the peer, which starts from it."""
     start_distributed()
     with tempfile.TemporaryDirectory() as name:
         base, config, rows = prepare(Path(name), sizes, case)
@@ -130,7 +130,7 @@ def alone(
 
 
 def _begun(side: Trainer, rows: Sequence[Batch], adapter: Path | None) -> dict[str, float]:
-    """Take a step, so that no factor is zero and every gradient says something; write them; take one more."""
+    """Take a step, so that no factor is zero and every gradient matters; write the adapter; take another step."""
     side.step(rows)
     if adapter is not None:
         side.write(adapter)
@@ -138,7 +138,7 @@ def _begun(side: Trainer, rows: Sequence[Batch], adapter: Path | None) -> dict[s
 
 
 def prepare(folder: Path, sizes: Sizes, case: StepCase) -> tuple[Path, RunConfig, list[Batch]]:
-    """Write the base's folder without weights; read the case's words; pack this rank's rows."""
+    """Write the base's folder without weights, read the case's recipe, and pack this rank's rows."""
     model = replace(sizes.model, layers=case.layers)
     base = write_sides(folder / "base", model)
     recipe, words = ("", case.words) if "=" in case.words[0] else (case.words[0], case.words[1:])
@@ -155,17 +155,17 @@ def prepare(folder: Path, sizes: Sizes, case: StepCase) -> tuple[Path, RunConfig
 
 
 def same_step(name: str, step: dict[str, float], other: str, other_step: dict[str, float]) -> None:
-    """Refuse sides whose loss or gradient norm of the same step differs."""
+    """Raise if the sides' losses or gradient norms of the same step differ."""
     for key, value in other_step.items():
         print(f"{key}: {name} {step[key]:.6g}, {other} {value:.6g}", flush=True)
         if not abs(step[key] - value) <= RELATIVE[key] * abs(value):
-            raise OutputsDiffer(f"{key} of {name} is {step[key]:.6g}, of {other} {value:.6g}")
+            raise OutputsDiffer(f"{key} is {step[key]:.6g} for {name} and {value:.6g} for {other}")
 
 
 def in_turns(
     sides: Sequence[Trainer], rows: Sequence[Batch], rounds: int, others_bytes: Sequence[int]
 ) -> list[Measured]:
-    """Time the sides in turns; then memory, without what the other sides hold, and a profiled step of each."""
+    """Time the sides in turns; then measure the memory of each, without that of the others, and profile a step."""
     runs = [Side(name=side.name, run=partial(side.step, rows)) for side in sides]
     times = take_turns(runs, rounds=rounds, warmup=0, synchronise=synchronise)  # each has stepped already
     peaks = [peak_of(side) - other for side, other in zip(runs, others_bytes, strict=True)]
@@ -176,7 +176,7 @@ def in_turns(
 
 
 def facts_of(rows: Sequence[Batch]) -> dict[str, Any]:
-    """What this rank's rows hold."""
+    """Return the facts about this rank's rows."""
     return {
         "gpus": dist.get_world_size(),
         "useful_tokens": useful(rows),
@@ -190,7 +190,7 @@ def facts_of(rows: Sequence[Batch]) -> dict[str, Any]:
 def figures(
     sizes: Sizes, case: StepCase, facts: dict[str, Any], sides: Sequence[Measured], *, in_turns: bool = True
 ) -> Iterator[Figure]:
-    """Tokens per second, peak memory, device and host time of the first side, beside each of the others."""
+    """Yield tokens per second, peak memory, device and host time of the first side, compared with each other side."""
     first = sides[0]
     config = {
         "case": case.name,

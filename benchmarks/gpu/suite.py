@@ -1,4 +1,4 @@
-"""The tests marked `gpu`, by pytest."""
+"""Run the tests marked `gpu` with pytest."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ MARK = "@pytest.mark.gpu"
 
 
 def run(sizes: Sizes) -> Iterator[Figure]:
-    """Yield how many passed; only files with such a test are read, as others import what the kit does not carry."""
+    """Yield how many passed; only files with such tests are loaded, as others import packages that the kit lacks."""
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if MARK in path.read_text())
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run([*command, *map(str, files)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -23,7 +23,7 @@ def run(sizes: Sizes) -> Iterator[Figure]:
     if done.returncode:
         raise RuntimeError(f"pytest -m gpu ended with {done.returncode}: {counts or done.stdout[-300:]}")
     if not counts.get("passed"):
-        raise Skipped(f"{counts.get('skipped', 0)} tests marked gpu need a CUDA device")
+        raise Skipped(f"the tests marked gpu need a CUDA device; skipped: {counts.get('skipped', 0)}")
     yield Figure(
         "tests marked gpu that pass", counts["passed"], "tests", config=counts, better="higher", target=at_least(1)
     )

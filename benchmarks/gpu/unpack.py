@@ -1,31 +1,31 @@
-"""Unzip the kit's wheels into a folder for PYTHONPATH. Runs before any package is there: only the standard library."""
+"""Unzip the kit's wheels into a folder for PYTHONPATH. Uses only the standard library, as no package is there yet."""
 
 import sys
 import zipfile
 from pathlib import Path
 
 NEEDED = ("torch", "numpy")
-"""What the machine has itself, and the kit does not carry."""
+"""Packages that the machine must provide, because the kit does not contain them."""
 
 
 def main(kit: Path, into: Path) -> int:
-    """Unzip; 2 where this Python is not the kit's, or lacks torch."""
+    """Unzip the kit; return 2 if this Python is not the kit's, or lacks torch or numpy."""
     expected = (kit / "python").read_text().strip()
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if version != expected:
         return _refuse(
-            f"{sys.executable} is Python {version}, the kit's packages are for {expected}. Give another one: "
+            f"{sys.executable} is Python {version}, but the kit's packages are for {expected}. Use another one: "
             f"PYTHON=/path/to/python{expected} bash benchmarks/gpu/run.sh"
         )
     unpack(sorted((kit / "wheels").glob("*.whl")), into)
     missing = [name for name in NEEDED if not _can_import(name)]
     if missing:
-        return _refuse(f"{sys.executable} has no {' and no '.join(missing)}, which the kit takes from the machine")
+        return _refuse(f"{sys.executable} lacks {' and '.join(missing)}, which the machine must provide: install them")
     return 0
 
 
 def unpack(wheels: list[Path], into: Path) -> None:
-    """Put each wheel's modules and metadata into one folder; what it has in `.data` but scripts goes there too."""
+    """Extract the modules and metadata of all wheels into one folder, including `.data` libraries but no scripts."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():

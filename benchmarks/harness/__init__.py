@@ -1,1 +1,1 @@
-"""What benchmarks share: figures, the machine, processes, measured memory and outputs."""
+"""Shared parts of the benchmarks: figures, the machine, processes, memory measurement and comparison of outputs."""

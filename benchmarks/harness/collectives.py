@@ -1,4 +1,4 @@
-"""Counts collectives as they are issued: which operation, over how many ranks, what kind of data, how many bytes."""
+"""Count collectives as they are issued, by operation, number of ranks, data type and bytes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Kind:
-    """One sort of collective: `ranks` is the size of its group, `dtype` what it carries."""
+    """A kind of collective: `ranks` is the size of its group, `dtype` the type of its data."""
 
     collective: str
     ranks: int
@@ -21,11 +21,11 @@ class Kind:
 
 
 class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
-    """While entered, counts the calls and the bytes of every collective this rank issues, DeepSpeed's and ours.
+    """Count the calls and bytes of every collective that this rank issues in the block, DeepSpeed's and ours.
 
-    Bytes are the larger side of the operation on this rank: what an all-gather yields, what a reduce-scatter takes,
-    what an all-to-all sends (with the part that stays; `leaving` is without). Backward of a CPU graph runs on the same
-    thread and is seen.
+    Bytes are those of the operation's larger side on this rank: the output of an all-gather, the input of a
+    reduce-scatter, the data sent by an all-to-all (including the part that stays here, which `leaving` excludes).
+    The backward pass of a CPU graph runs on the same thread and is counted too.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         self.calls: Counter[Kind] = Counter()
         self.bytes: Counter[Kind] = Counter()
         self.leaving: Counter[Kind] = Counter()
-        """Of the bytes of all-to-alls, those for other ranks."""
+        """Bytes of all-to-alls that go to other ranks."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Record the operation when it is a collective, then run it."""
+        """Run the operation, and record it if it is a collective."""
         out = func(*args, **(kwargs or {}))
         space, name = func._schema.name.split("::")
         if space in ("c10d", "_c10d_functional") and not any(word in name for word in ("wait", "wrap", "barrier")):
@@ -55,14 +55,14 @@ class CollectiveCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # 
         )
         self.calls[kind] += 1
         self.bytes[kind] += max(sides, default=0)
-        if name == "all_to_all_single":  # rows, what to receive, what to send, the group
+        if name == "all_to_all_single":  # its arguments: rows, sizes to receive, sizes to send, group
             group, sent = _group(args[3]), args[2]
             assert group is not None
             here = sent[group.rank()] / max(1, sum(sent))
             self.leaving[kind] += round(_bytes(first) * (1 - here))
 
     def total(self, *collectives: str, floating: bool = True) -> int:
-        """Return the bytes of the named collectives, of real numbers only unless `floating` is off."""
+        """Return the bytes of the named collectives, for floating-point data only unless `floating` is False."""
         kinds = [k for k in self.bytes if k.collective in collectives and (not floating or "float" in k.dtype)]
         return sum(self.bytes[kind] for kind in kinds)
 
@@ -72,7 +72,7 @@ def _bytes(side: Any) -> int:
 
 
 def _group_size(leaf: Any) -> int:
-    """Return the size of the process group an argument names, or 0."""
+    """Return the size of the process group that an argument names, or 0."""
     if isinstance(leaf, torch.ScriptObject):
         try:
             return dist.ProcessGroup.unbox(leaf).size()

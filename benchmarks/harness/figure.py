@@ -1,4 +1,4 @@
-"""A measured figure, what it must reach, and the record that is written of it."""
+"""Measured figures, their targets and their records."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """`floor` must be reached, `goal` is worth reaching; of the value itself, or of the ratio to the peer."""
+    """A required `floor` and an optional `goal`, for the value itself or for its ratio to the peer."""
 
     of: Literal["ratio", "value"]
     rule: Literal["at least", "at most", "exactly"]
@@ -17,11 +17,11 @@ class Target:
     goal: float | None = None
 
     def passes(self, value: float) -> bool:
-        """Say whether the floor is reached; not-a-number never does."""
+        """Whether the value reaches the floor; NaN never does."""
         return self._reaches(value, self.floor)
 
     def meets_goal(self, value: float) -> bool:
-        """Say whether the goal is reached, where there is one."""
+        """Whether the value reaches the goal, or the floor if there is no goal."""
         return self.passes(value) if self.goal is None else self._reaches(value, self.goal)
 
     def _reaches(self, value: float, bound: float) -> bool:
@@ -29,28 +29,28 @@ class Target:
 
 
 def at_least(floor: float, *, goal: float | None = None) -> Target:
-    """The value must be this large."""
+    """Require the value to be at least this large."""
     return Target(of="value", rule="at least", floor=floor, goal=goal)
 
 
 def at_most(floor: float, *, goal: float | None = None) -> Target:
-    """The value must be this small."""
+    """Require the value to be at most this large."""
     return Target(of="value", rule="at most", floor=floor, goal=goal)
 
 
 def exactly(floor: float) -> Target:
-    """The value must be this one."""
+    """Require exactly this value."""
     return Target(of="value", rule="exactly", floor=floor)
 
 
 def ratio_at_least(floor: float, *, goal: float | None = None) -> Target:
-    """The value must be this many times better than the peer's."""
+    """Require the value to be this many times better than the peer's."""
     return Target(of="ratio", rule="at least", floor=floor, goal=goal)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What a figure stands beside, and its value of the same metric."""
+    """The reference of a figure, with its value of the same metric."""
 
     name: str
     value: float
@@ -58,7 +58,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric under one config; `spread` says per side how far the median lies above the fastest sample."""
+    """One metric for one config; `spread` has, for each side, how far the median lies above the fastest sample."""
 
     metric: str
     value: float
@@ -76,7 +76,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the peer: 2.0 is half the time, half the bytes, or twice the throughput."""
+        """How many times better than the peer: 2.0 means half the time, half the bytes or twice the throughput."""
         if self.peer is None:
             return None
         over, under = (self.peer.value, self.value) if self.better == "lower" else (self.value, self.peer.value)
@@ -84,12 +84,12 @@ class Figure:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the floor is reached; None for a figure that is only for the record."""
+        """Whether the floor is reached; None for a figure without a target."""
         return None if self.target is None else self.target.passes(self._judged())
 
     @property
     def met_goal(self) -> bool | None:
-        """Whether the goal is reached; None for a figure that is only for the record."""
+        """Whether the goal is reached; None for a figure without a target."""
         return None if self.target is None else self.target.meets_goal(self._judged())
 
     def _judged(self) -> float:
@@ -99,7 +99,7 @@ class Figure:
         return value
 
     def line(self) -> str:
-        """Say it in one line for people."""
+        """Return the figure as one line for people."""
         words = [f"{self.metric}: {self.value:,.4g} {self.unit}{_percent(self.spread.get('ours'))}"]
         if self.peer is not None:
             words.append(f"{self.peer.name}: {self.peer.value:,.4g} {self.unit}{_percent(self.spread.get('peer'))}")
@@ -111,7 +111,7 @@ class Figure:
         return " | ".join(words)
 
     def record(self, *, name: str, surroundings: Mapping[str, object]) -> dict[str, object]:
-        """Return the JSON object; surroundings are commit, versions and machine."""
+        """Return the figure as a JSON object; `surroundings` are commit, versions and machine."""
         return {
             "name": name,
             **surroundings,
@@ -130,7 +130,7 @@ class Figure:
 
 
 def refusal(*, name: str, surroundings: Mapping[str, object], why: str) -> dict[str, object]:
-    """Return the record of a benchmark whose outputs differ: there is no figure, and it did not pass."""
+    """Return the record of a benchmark whose outputs differ: it has no figure and did not pass."""
     nothing = Figure("refused", 0.0, "", config={"refused": why})
     return nothing.record(name=name, surroundings=surroundings) | {"value": None, "n": 0, "pass": False}
 

@@ -1,4 +1,4 @@
-"""Where a figure comes from: commit, versions, machine. Loads no torch."""
+"""The origin of a figure: commit, versions and machine. Loads no torch."""
 
 import hashlib
 import os
@@ -10,21 +10,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KIT = ROOT / "gpu-kit"
-"""What `make gpu-kit` makes, beside the tree."""
+"""The folder that `make gpu-kit` creates in the tree."""
 _SOURCES = ("benchmarks", "configs", "data", "finetune", "launchers", "moe", "tests")
 _DISTRIBUTIONS = ("moetune", "torch", "transformers", "deepspeed", "peft", "webdataset", "numpy")
 
 
 def surroundings() -> dict[str, object]:
-    """Return what every record says beside its figure."""
+    """Return the facts that every record contains in addition to its figure."""
     return {"commit": commit(ROOT), "versions": versions(), "machine": machine()}
 
 
 def commit(root: Path) -> str:
-    """Return the commit of the clone at `root`, marked when it has changes.
+    """Return the commit of the clone at `root`, marked as dirty if it has changes.
 
-    Without git it is what the GPU kit says, marked when the source is not the one that the kit was made of; without a
-    kit it is the installed version.
+    Without git, return the commit of the GPU kit, marked as dirty if the source differs from the kit's; without a kit,
+    return the installed version.
     """
     if _git(root, "rev-parse", "--show-toplevel") == str(root):  # an environment inside another clone is not ours
         head = _git(root, "rev-parse", "--short=12", "HEAD")
@@ -47,12 +47,12 @@ def source_digest(root: Path) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Return Python's version and those of the distributions that can move a figure; None is not installed."""
+    """Return the versions of Python and of the distributions that can affect a figure; None if not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}}
 
 
 def machine() -> dict[str, object]:
-    """Return processor, usable cores, memory, load at the start, and GPUs."""
+    """Return processor, usable cores, memory, current load and GPUs."""
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -63,7 +63,7 @@ def machine() -> dict[str, object]:
 
 
 def gpus() -> list[str]:
-    """Return the name of each GPU the driver shows."""
+    """Return the name and memory of each GPU that the driver reports."""
     if shutil.which("nvidia-smi") is None:
         return []
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Measuring ours beside a peer: outputs first, then both in turns, in one process."""
+"""Measure moetune against a peer: compare outputs first, then time both in turns, in one process."""
 
 import gc
 import statistics
@@ -11,12 +11,12 @@ from benchmarks.harness.figure import Figure, Peer, Target, exactly
 
 
 class OutputsDiffer(ValueError):
-    """Ours and the peer's outputs are not the same; there is nothing to compare the speed of."""
+    """The outputs of ours and the peer differ, so that comparing their speed is meaningless."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two; `run` does the timed work and returns the output that is compared."""
+    """One of the two sides; `run` does the timed work and returns the output to compare."""
 
     name: str
     run: Callable[[], Any]
@@ -24,7 +24,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Race:
-    """Seconds of every round, ours and the peer's."""
+    """Seconds of every round, for ours and the peer."""
 
     peer: str
     ours_s: tuple[float, ...]
@@ -32,7 +32,7 @@ class Race:
     statistic: Literal["min", "median"]
 
     def figure(self, metric: str, *, config: Mapping[str, object], target: Target | None = None) -> Figure:
-        """Return milliseconds beside the peer's; the ratio is how many times faster ours is."""
+        """Return our milliseconds with the peer's; the ratio is how many times faster ours is."""
         pick = min if self.statistic == "min" else statistics.median
         return Figure(
             metric,
@@ -56,10 +56,10 @@ def race(
     statistic: Literal["min", "median"] = "min",
     synchronise: Callable[[], object] = lambda: None,
 ) -> Race:
-    """Compare the outputs, warm both up, then time them in turns; the one that goes first alternates.
+    """Compare the outputs, warm both sides up, then time them in turns, alternating which goes first.
 
-    `same(ours, peer)` raises OutputsDiffer: no figure comes out of two sides that do not do the same work.
-    `synchronise` waits for the device, where the work is asynchronous.
+    `same(ours, peer)` raises OutputsDiffer if the sides do not do the same work; then there is no figure.
+    `synchronise` waits for the device if the work is asynchronous.
     """
     assert rounds >= 1
     same(ours.run(), peer.run())
@@ -70,7 +70,7 @@ def race(
 def take_turns(
     sides: Sequence[Side], *, rounds: int, warmup: int = 1, synchronise: Callable[[], object] = lambda: None
 ) -> list[tuple[float, ...]]:
-    """Return the seconds of every side's rounds; each round runs all, in the other order than the round before."""
+    """Return the seconds of every side's rounds; each round runs all sides, in reverse order of the last round."""
     for _ in range(warmup):
         for side in sides:
             side.run()
@@ -85,7 +85,7 @@ def take_turns(
 
 def _seconds(run: Callable[[], Any], synchronise: Callable[[], object]) -> float:
     gc.collect()
-    gc.disable()  # a collection in the middle of one side would count against it
+    gc.disable()  # a collection during one side's run would count against it
     try:
         synchronise()
         start = time.perf_counter()
@@ -99,7 +99,7 @@ def _seconds(run: Callable[[], Any], synchronise: Callable[[], object]) -> float
 
 
 def spread(samples: Sequence[float]) -> float:
-    """Return how far the median lies above the fastest, as a share of it: 0 on a machine that does nothing else."""
+    """Return how far the median lies above the fastest sample, relative to it: 0 on an otherwise idle machine."""
     return statistics.median(samples) / min(samples) - 1.0
 
 
@@ -112,7 +112,7 @@ def fastest(
     peer: tuple[str, Sequence[float]] | None = None,
     target: Target | None = None,
 ) -> Figure:
-    """Return the best of some rounds, beside the best of the peer's."""
+    """Return a figure of the fastest round, with the peer's fastest."""
     name, peer_samples = peer or ("", ())
     return Figure(
         metric,
@@ -127,5 +127,5 @@ def fastest(
 
 
 def counted(metric: str, value: int, unit: str, *, expected: int, config: Mapping[str, object]) -> Figure:
-    """Return a figure that passes only when what was counted is what the formula says."""
+    """Return a figure that passes only if the counted value equals the formula's."""
     return Figure(metric, value, unit, config={**config, "expected": expected}, target=exactly(expected))

@@ -1,7 +1,7 @@
-"""Memory counted exactly: what autograd keeps, what operations allocate; and sampled: a process's anonymous pages.
+"""Measure memory: autograd's saved tensors and allocations exactly, a process's anonymous pages by sampling.
 
-`Saved` and `Allocations` count storages, each once, however many tensors look at it. Neither sees memory that a kernel
-takes and gives back inside one operation; `AnonymousPeak` does, at the accuracy of its sampling.
+`Saved` and `Allocations` count each storage once, however many tensors share it. Neither sees memory that a kernel
+allocates and frees within one operation; `AnonymousPeak` does, to the accuracy of its sampling.
 """
 
 import os
@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Saved:
-    """Counts what the operations inside the block keep for backward, beside the tensors that exist anyway.
+    """Counts the bytes that operations in the block keep for backward, except tensors that exist anyway.
 
-    What an autograd function hides on its context, past save_for_backward, is not seen here: `Allocations.live_bytes`
-    after the forward is the check on that.
+    Tensors that an autograd function stores on its context without save_for_backward are not counted here:
+    `Allocations.live_bytes` after the forward is the check for those.
     """
 
     def __init__(self, *, beside: Iterable[Tensor]) -> None:
@@ -32,14 +32,14 @@ class Saved:
 
     @property
     def bytes(self) -> int:
-        """Bytes kept and still alive."""
+        """Bytes that were kept and are still alive."""
         return sum(size for reference, size in self._kept.values() if not _gone(reference))
 
     def _pack(self, tensor: Tensor) -> Tensor:
         reference = _reference(tensor)
         if reference.cdata not in self._beside:
             self._kept[reference.cdata] = (reference, tensor.untyped_storage().nbytes())
-        return tensor.detach()  # a result that kept itself, with its graph, would never be freed
+        return tensor.detach()  # a result that kept itself and its graph would never be freed
 
     def __enter__(self) -> Self:
         self._hooks.__enter__()
@@ -50,7 +50,7 @@ class Saved:
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Counts the storages that operations inside the block make: the largest, those alive, and their peak."""
+    """Counts the storages that operations in the block allocate: the largest, those alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -58,11 +58,11 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         self.largest_by = "nothing"
         self.peak_bytes = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._at_most = 0  # what is alive, and what was when it was last looked through
+        self._at_most = 0  # an upper bound of the live bytes: what was alive at the last count, plus what came since
 
     @property
     def live_bytes(self) -> int:
-        """Bytes made inside the block that are still alive."""
+        """Bytes allocated in the block that are still alive."""
         self._alive = {key: pair for key, pair in self._alive.items() if not _gone(pair[0])}
         self._at_most = sum(size for _, size in self._alive.values())
         return self._at_most
@@ -74,7 +74,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operation and count the storages of its results that none of its arguments had."""
+        """Run the operation, and count the storages of its results that no argument shares."""
         given = {_reference(tensor).cdata for tensor in _tensors((args, kwargs or {}))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
@@ -85,13 +85,13 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
             self._at_most += size
             if size > self.largest_bytes:
                 self.largest_bytes, self.largest_by = size, f"{func} -> {tuple(tensor.shape)}"
-        if self._at_most > self.peak_bytes:  # else nothing new can be the highest
+        if self._at_most > self.peak_bytes:  # otherwise there cannot be a new peak
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return result
 
 
 class AnonymousPeak:
-    """Samples a process's anonymous resident memory (RssAnon, Linux) while the block runs; files do not count."""
+    """Samples a process's anonymous resident memory (RssAnon, Linux) during the block; file pages do not count."""
 
     def __init__(self, *, pid: int | None = None, interval_s: float = 0.002) -> None:
         self._status = Path(f"/proc/{pid or os.getpid()}/status")
@@ -100,7 +100,7 @@ class AnonymousPeak:
 
     @property
     def peak_bytes(self) -> int:
-        """The highest sample, above what was there when the block began."""
+        """The highest sample, relative to the start of the block."""
         return self.highest_bytes - self.start_bytes
 
     def __enter__(self) -> Self:
@@ -127,7 +127,7 @@ class AnonymousPeak:
 
 
 def _reference(tensor: Tensor) -> StorageWeakRef:
-    """Return a weak reference: it keeps the address from being taken by another storage, not the bytes alive."""
+    """Return a weak reference, which reserves the address for this storage without keeping its bytes alive."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 

@@ -1,4 +1,4 @@
-"""Packed rows: of plain text, for models that see neither images nor videos; and a step of some rows."""
+"""Build packed rows of plain text, without images and videos, and steps of such rows."""
 
 from collections.abc import Sequence
 
@@ -9,23 +9,23 @@ from data.render.sample import Sample
 from data.stream.batch import Batch, LossSums, Step, collate, loss_sums
 
 WIDTHS = (768, 1536)
-"""Values in one patch of an image, and of a video: none of a row's, which has none."""
+"""Values in one patch of an image and of a video; needed for the empty patch arrays of a text row."""
 
 
 def text_row(ids: Sequence[Tensor], weights: Sequence[Tensor]) -> Batch:
-    """Return samples, given by tokens and loss weights, in one row without padding; first tokens carry no loss."""
+    """Pack samples, given by tokens and loss weights, into one row without padding; first tokens carry no loss."""
     samples = [_sample(*pair) for pair in zip(ids, weights, strict=True)]
     keys = [f"s/{number}" for number in range(len(samples))]
     return collate(samples, keys=keys, pad_id=0, multiple=1, widths=WIDTHS)
 
 
 def useful(rows: Sequence[Batch]) -> int:
-    """Return the tokens that are no padding."""
+    """Return the number of tokens that are not padding."""
     return sum(int((row.sample_ids >= 0).sum()) for row in rows)
 
 
 def step_of(rows: Sequence[Batch], number: int) -> Step:
-    """Return one optimiser step of these rows, as the stream gives it."""
+    """Return one optimiser step of these rows, as the stream yields it."""
     return Step(
         epoch=0,
         step=number,

@@ -1,4 +1,4 @@
-"""Ranks of one benchmark on this machine: started, joined over a file, their answers collected."""
+"""Run a function on several ranks of this machine, which meet over a file, and collect the results."""
 
 import os
 import pickle
@@ -14,18 +14,18 @@ from torch.multiprocessing.spawn import start_processes
 
 
 def on_ranks(world: int, run: Callable[..., Any], *args: Any, accelerator: str = "cpu") -> Sequence[Any]:
-    """Return what `run(*args)` returned on each rank; it is a module's own function, called with gloo or NCCL up."""
+    """Return the result of `run(*args)` on each rank; `run` is a module-level function, called with gloo or NCCL up."""
     with tempfile.TemporaryDirectory() as folder, _environment(DS_ACCELERATOR=accelerator):
         start_processes(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             _rank, args=(world, run, args, folder, accelerator), nprocs=world, start_method="spawn"
         )
-        # our own children's answers
+        # written by our own children
         return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world)]
 
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """What processes started meanwhile find: DeepSpeed looks as soon as it is imported, before `_rank` runs."""
+    """Set variables for processes started meanwhile: DeepSpeed reads them at its import, before `_rank` runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -38,7 +38,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _rank(rank: int, world: int, run: Callable[..., Any], args: tuple[Any, ...], folder: str, accelerator: str) -> None:
-    os.dup2(2, 1)  # DeepSpeed logs to stdout, which may be a record
+    os.dup2(2, 1)  # DeepSpeed logs to stdout, which may carry a record
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(world)}
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,4 +1,4 @@
-"""`long-memory`: what one more token of a row costs a rank at its peak, with each option that saves memory."""
+"""`long-memory`: a rank's peak memory per additional token of a row, with each memory-saving option."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,7 +12,7 @@ TILE = 128
 
 
 def cases(sp: int) -> Mapping[str, dict[str, object]]:
-    """What is switched on, by name; the tiles of a row are of one size, whatever its length."""
+    """Options by name of the case; tiles have the same size for every length of row."""
     return {
         f"no recompute, sp {sp}": {"recompute": "none"},
         f"recompute by layer, sp {sp}": {},
@@ -25,7 +25,7 @@ def cases(sp: int) -> Mapping[str, dict[str, object]]:
 
 
 def run() -> Iterator[Figure]:
-    """Yield bytes a token, the growth of the peak over the growth of the row; recompute by layer is the peer."""
+    """Yield bytes per token: the growth of the peak over that of the row; recompute by layer is the peer."""
     slopes: dict[str, float] = {}
     for sp in (1, 2):
         setups, names = [], []
@@ -52,7 +52,7 @@ def run() -> Iterator[Figure]:
 
 
 def slope(pair: list[list[RankResult]]) -> float:
-    """Growth of the worst rank's peak by one more token of the row."""
+    """Return the growth of the worst rank's peak per additional token of the row."""
     peaks = [max(rank.peak for rank in ranks) for ranks in pair]
     return (peaks[1] - peaks[0]) / (TOKENS[1] - TOKENS[0])
 

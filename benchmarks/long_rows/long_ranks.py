@@ -1,4 +1,4 @@
-"""One forward and backward of a small MoE over one long row, on ranks that share it: memory, bytes moved, seconds."""
+"""Measure forward and backward of a small MoE on one long row, shared by ranks: memory, traffic and seconds."""
 
 import time
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ INTERMEDIATE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is run: a row of `tokens` tokens over `sp` ranks, with what saves memory."""
+    """A row of `tokens` tokens over `sp` ranks, with its memory-saving options."""
 
     tokens: int
     sp: int
@@ -37,30 +37,30 @@ class Setup:
 
 @dataclass(kw_only=True)
 class RankResult:
-    """What one rank saw; gradients are this rank's share, to be added up over the group."""
+    """The measurements of one rank; gradients are its share, and the group's shares add up to the full ones."""
 
     peak: int
     exchanged: int
-    """Bytes handed to the all-to-alls of attention, forward and backward."""
+    """Bytes passed to the all-to-alls of attention, forward and backward."""
     seconds: float
     loss: float
     grads: dict[str, Tensor] = field(default_factory=dict)
 
 
 def measure(setups: list[Setup], *, world: int) -> list[list[RankResult]]:
-    """Return, per setup and rank, what was found."""
+    """Return the results by setup and rank."""
     ranks = on_ranks(world, run_setups, setups)
     return [[rank[index] for rank in ranks] for index in range(len(setups))]
 
 
 def together(ranks: list[RankResult]) -> dict[str, Tensor]:
-    """Loss and gradients of the row: the sums over the ranks that share it."""
+    """Return loss and gradients of the row: the sums over the ranks that share it."""
     grads = {name: torch.stack([rank.grads[name] for rank in ranks]).sum(0) for name in ranks[0].grads}
     return grads | {"loss": torch.tensor([sum(rank.loss for rank in ranks)])}
 
 
 def run_setups(setups: list[Setup]) -> list[RankResult]:
-    """Run them on this rank, whose process group is up; every rank must call this with the same ones."""
+    """Run the setups on this rank, whose process group is up; every rank must call this with the same setups."""
     from finetune.model.sequence import sequence_group
     from finetune.ranks.engine import start_distributed
 
@@ -86,7 +86,7 @@ def _run(setup: Setup, group: Any) -> RankResult:
     set_recompute(model, setup.recompute, host_from_bytes=packed.host_from_bytes)
     packed.train()
     batch = _row(setup.tokens)
-    packed(batch=batch).objective.backward()  # the first time libraries allocate for themselves
+    packed(batch=batch).objective.backward()  # warm-up: libraries allocate their own memory
     model.zero_grad()
     with Allocations() as made:
         packed(batch=batch).objective.backward()

@@ -1,4 +1,4 @@
-"""`needle`: a small model trained at 4,096 tokens, rows over two ranks, finds needles; beyond, by YaRN and without."""
+"""`needle`: needles found by a small model trained at 4,096 tokens over two ranks, and farther out with YaRN."""
 
 from collections.abc import Iterator
 

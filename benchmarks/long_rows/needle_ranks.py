@@ -1,7 +1,7 @@
-"""A small MoE that learns to find needles in rows of 4,096 tokens, each row over two ranks; then asked farther out.
+"""Train a small MoE to find needles in rows of 4,096 tokens over several ranks, then test it on longer rows.
 
-The needle is a marker and one of sixteen values in random filler; behind the haystack stands a question, whose answer
-is the value. Only the answer is supervised. Samples grow from 32 tokens to 4,096, packed into rows of one length.
+The needle is a marker and one of sixteen values in random filler. A question follows the haystack, and its answer is
+the value. Only the answer is supervised. Samples grow from 32 tokens to 4,096, packed into rows of one length.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from finetune.architecture.families import Rope
 from finetune.architecture.yarn import Extension, extended_rope, rotary
 
 FILLER = 40
-"""Tokens below it are filler."""
+"""Tokens below this one are filler."""
 MARKER = 40
 VALUE = 41
-"""The first of the values."""
+"""The first of the value tokens."""
 VALUES = 16
 QUESTION = 60
 VOCAB = 64
@@ -33,13 +33,13 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """How it is trained: (length of samples, steps), in order; all rows have the length of the last."""
+    """The training course: `stages` are (length of samples, steps) in order; all rows have the last length."""
 
     sp: int
     stages: tuple[tuple[int, int], ...] = ((32, 60), (128, 40), (1024, 40), (4096, 90))
     rate: float = 5e-3
     trials: int = 8
-    """Haystacks a depth."""
+    """Haystacks per depth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +52,18 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Over the depths."""
+        """The mean over the depths."""
         return sum(self.shares) / len(self.shares)
 
 
 def train_and_probe(course: Course, probes: Sequence[tuple[int, float]]) -> list[Score]:
-    """Train over `course.sp` ranks, then ask at each (length, YaRN factor)."""
+    """Train over `course.sp` ranks, then score each probe (length, YaRN factor)."""
     scores: list[Score] = on_ranks(course.sp, _train_and_score, course, tuple(probes))[0]
     return scores
 
 
 def _train_and_score(course: Course, probes: Sequence[tuple[int, float]]) -> list[Score]:
-    """Every rank trains; the first one asks."""
+    """Train on every rank; score on the first one only."""
     model = _train(course)
     return [_score(model, length, factor, course.trials) for length, factor in probes] if dist.get_rank() == 0 else []
 
@@ -95,7 +95,7 @@ def _train(course: Course) -> Any:
             loss.backward()
             for parameter in trained:
                 assert parameter.grad is not None
-                dist.all_reduce(parameter.grad)  # each label counts on one rank: the row's gradient is the sum
+                dist.all_reduce(parameter.grad)  # each label counts on one rank, so the row's gradient is the sum
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -106,7 +106,7 @@ def _train(course: Course) -> Any:
 
 @torch.no_grad()
 def _score(model: Any, length: int, factor: float, trials: int) -> Score:
-    """Ask one haystack after the other, whole rows, with positions stretched by the factor."""
+    """Score haystacks one by one, as unshared rows, with positions stretched by the factor."""
     _stretch(model, factor)
     shares = []
     for number, depth in enumerate(DEPTHS):
@@ -162,14 +162,14 @@ def _model() -> Any:
     options = LayerOptions(experts="full", router=RouterOptions(mode="full"), resident=False)
     replace_moe_blocks(model, ep_size=1, options=options)
     with torch.no_grad():
-        for layer in model.model.layers:  # scores of normed heads are small at first: too even over 4,096 tokens
+        for layer in model.model.layers:  # normed heads start with small scores, too even over 4,096 tokens
             layer.self_attn.q_norm.weight.fill_(2.0)
             layer.self_attn.k_norm.weight.fill_(2.0)
     return model
 
 
 def _row(samples: int, length: int, *, seed: int, depth: float | None = None) -> Batch:
-    """Haystacks of one length: filler with a needle, the question, the answer."""
+    """Build a row of haystacks of one length: filler with a needle, the question, the answer."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, FILLER, (samples, length), generator=generator)
     value = torch.randint(VALUE, VALUE + VALUES, (samples,), generator=generator)

@@ -1,4 +1,4 @@
-"""`sequence`: a row over two ranks. Bytes that attention moves a layer against the formula; beside one rank's work."""
+"""`sequence`: bytes that attention moves per layer for a row over two ranks, and its time compared with one rank."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from finetune.model.sequence_attention import key_copies
 
 TOKENS = 2048
 PASSES = {"none": 2, "layer": 3, "selective": 3}
-"""Forward and backward, and once more forward where attention is computed again."""
+"""Forward and backward, plus a second forward where attention is recomputed."""
 
 
 def run() -> Iterator[Figure]:
-    """Yield counted bytes by recompute mode, which the formula must hit exactly; then the seconds of one row."""
+    """Yield counted bytes by recompute mode, which must equal the formula; then the seconds of one row."""
     setups = [Setup(tokens=TOKENS, sp=2, recompute=mode) for mode in ("none", "layer", "selective")]
     ranks = measure(setups, world=2)
     (whole,) = measure([Setup(tokens=TOKENS, sp=1, recompute="none")], world=1)
@@ -37,9 +37,9 @@ def run() -> Iterator[Figure]:
 
 
 def bytes_per_layer(*, slices: int) -> int:
-    """Bytes that one rank hands to the two all-to-alls of a layer's forward, its own part among them; backward as many.
+    """Return the bytes that one rank passes to the two all-to-alls of a layer's forward, its own part included.
 
-    Recompute exchanges once more what its second forward needs: both.
+    Backward moves as many. Recompute repeats both exchanges in its second forward.
     """
     both_ways = 2 * HEADS + 2 * KV_HEADS * key_copies(KV_HEADS, slices)
     return both_ways * HEAD_DIM * (TOKENS // slices) * 4  # float32

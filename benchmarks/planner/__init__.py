@@ -1,1 +1,1 @@
-"""The planner beside what was measured, and its predictions."""
+"""Compare the planner with measurements, and record its predictions."""

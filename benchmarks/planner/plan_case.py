@@ -1,4 +1,4 @@
-"""Runs whose plan is compared with what they take: a recipe's values, a row of samples, a tiny base."""
+"""Runs for comparing plans with measurements: recipe values, a row of samples, a tiny base."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +29,20 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One run: the tiny recipe with these values, and the samples of each rank's row by their tokens."""
+    """One run: the tiny recipe with these values, and the token counts of the samples in each rank's row."""
 
     words: tuple[str, ...]
     samples: tuple[int, ...] = (96, 160)
     images: tuple[Grid, ...] = ()
-    """Frames, rows and columns of patches: all of them in the first sample."""
+    """Frames, rows and columns of patches; all images are in the first sample."""
     videos: tuple[Grid, ...] = ()
     supervised: int = 1
     """One token in this many carries loss."""
     persistence: int = PERSISTENCE
     reuse: int = REUSE
-    """Elements within which the engine keeps what it gathered; with 0 it fetches nothing ahead either."""
+    """Elements within which the engine keeps gathered parameters; with 0 it does not prefetch either."""
     sub_group: int = SUB_GROUP
-    """Elements of a rank that are updated at a time."""
+    """Elements of a rank that the optimizer updates at a time."""
 
     def config(self, *words: str) -> RunConfig:
         """Return the recipe with the case's values, for rows of its size."""
@@ -53,7 +53,7 @@ class Case:
         return config
 
     def layout(self, base: Family, world: int) -> RankLayout:
-        """Return what the planner takes for it: a CPU's attention, and this row's share of supervised tokens."""
+        """Return the planner's layout for this case: a CPU's attention, and the row's share of supervised tokens."""
         config = self.config()
         parallel = config.parallel
         assert parallel.recompute != "auto"
@@ -77,8 +77,8 @@ class Case:
 
 
 def write_base(folder: Path, *, experts: int | None = 8) -> Path:
-    """Write a small base; its tokens spread evenly over its experts, as a plan supposes."""
-    from benchmarks.experts.even_router import spread_evenly  # transformers, which a list of benchmarks has no need of
+    """Write a small base whose tokens spread evenly over its experts, as a plan assumes."""
+    from benchmarks.experts.even_router import spread_evenly  # loads transformers, which listing does not need
 
     model = TinyModel(
         hidden=64,
@@ -99,9 +99,9 @@ def write_base(folder: Path, *, experts: int | None = 8) -> Path:
 
 
 def packed_row(case: Case, base: Family, spec: VisionSpec, *, row: int = 0) -> Batch:
-    """Return the case's samples in one row, without padding; the first begins with its images and videos.
+    """Return the case's samples in one row, without padding; the first sample starts with the images and videos.
 
-    Rows of other numbers are of the same sizes and have other contents.
+    Rows with other numbers have the same sizes and other contents.
     """
     samples = [
         _sample(length, base, spec, case, (row, seed), *((case.images, case.videos) if seed == 0 else ((), ())))
@@ -120,7 +120,7 @@ def _sample(
     images: tuple[Grid, ...],
     videos: tuple[Grid, ...],
 ) -> Sample:
-    """A sample of this length; one in `case.supervised` tokens carries loss."""
+    """Make a sample of this length; one in `case.supervised` tokens carries loss."""
     generator = np.random.default_rng([*seed])
     ids = generator.integers(0, base.text.vocab_size - 40, length).astype(np.int32)
     kinds, at = np.zeros(length, dtype=np.int64), 1
@@ -149,7 +149,7 @@ def _sample(
 
 
 def collective_of(traffic: Traffic) -> str:
-    """The collective by which a kind of the plan's traffic goes."""
+    """Return the collective that carries a kind of the plan's traffic."""
     if traffic.exchange:
         return "all_to_all_single"
     return "reduce_scatter" if traffic.kind.startswith("gradients") else "allgather"

@@ -1,4 +1,4 @@
-"""A real engine on a tiny base, on ranks; its memory, collectives and operations counted: what plans are held to."""
+"""Run a real engine on a tiny base, and count its memory, collectives and operations for comparison with plans."""
 
 import contextlib
 import gc
@@ -35,49 +35,49 @@ MICRO_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one rank held and sent."""
+    """The memory and traffic of one rank."""
 
     static: int
-    """Every storage alive between two steps."""
+    """Bytes of all storages alive between two steps."""
     weights: int
-    """Of those, the model's parameters and buffers, and its slices of partitioned ones."""
+    """Bytes of parameters and buffers, and of this rank's slices of partitioned parameters."""
     masters: int
     moments: int
     gradients: int
     peak: int
-    """Every storage alive at the highest point of a step."""
+    """Bytes of all storages alive at the peak of a step."""
     flops: int
-    """Of a whole step, as torch counts them."""
+    """Operations of a step, as torch counts them."""
     sent: dict[str, int] = field(default_factory=dict)
-    """Bytes of a whole step, by collective, ranks of its group and type."""
+    """Bytes of a step, by collective, size of its group and data type."""
     leaving: dict[str, int] = field(default_factory=dict)
-    """Of those of all-to-alls, what went to other ranks."""
+    """Bytes of the all-to-alls that went to other ranks."""
     chosen: list[list[int]] = field(default_factory=list)
-    """Of a whole step: by layer and expert, how often this rank's tokens chose it."""
+    """How often this rank's tokens chose each expert in a step, by layer and expert."""
 
 
 def between_ranks(counted: dict[str, int], collective: str) -> int:
-    """Bytes of one collective, without the exchange of a rank with itself."""
+    """Return the bytes of one collective, without groups of one rank."""
     names = {name: name.split("/") for name in counted}
     return sum(counted[name] for name, (kind, ranks, _) in names.items() if kind == collective and int(ranks) > 1)
 
 
 def session(base: Path, cases: list[Case]) -> list[Measured]:
-    """Run the cases one after the other; every rank must call this, with its process group up."""
+    """Run the cases in turn; every rank must call this with its process group up."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # the engine calls collectives by their old names
     return [measure(base, case) for case in cases]
 
 
 def measure(base: Path, case: Case) -> Measured:
-    """Run four steps of one case, and count in them."""
+    """Run a few steps of one case, and count in them."""
     start_distributed()
     row = rank_and_world()[0] // case.config().parallel.sp
     batch = packed_row(case, read_family(base), read_spec(base), row=row)
-    to_host(torch.empty(1))  # makes the block of host memory for activations, which is none of the device's
+    to_host(torch.empty(1))  # allocates the block of host memory for activations, which is not device memory
     gc.collect()
-    gc.freeze()  # what there is before is none of the engine's, and a million objects more to look through each time
+    gc.freeze()  # earlier objects are not the engine's, and scanning a million of them each time is slow
     engine, balance = _start(base, case)
-    _step(engine, balance, batch)  # moments and persistent parameters are made
+    _step(engine, balance, batch)  # creates moments and persistent parameters
     gc.collect()
     static = _bytes(_alive())
     with FlopCounterMode(display=False, custom_mapping=_uncounted()) as operations, CollectiveCounter() as sent:
@@ -110,7 +110,7 @@ def measure(base: Path, case: Case) -> Measured:
 
 
 def _start(base: Path, case: Case) -> tuple[Any, Any]:
-    """The engine as a run starts it, and what balances its experts."""
+    """Start the engine as a run does; return it with the balance of its experts."""
     config, family = case.config(f"model.path={base}"), read_family(base)
     device = engine_device()
     groups = sequence_groups([config.parallel.sp])
@@ -135,7 +135,7 @@ def _start(base: Path, case: Case) -> tuple[Any, Any]:
 
 
 def _step(engine: Any, balance: Any, batch: Batch) -> list[list[int]]:
-    """One step of equal micro-batches; returns how often each layer's experts were chosen by this rank's tokens."""
+    """Take one step of equal micro-batches; return how often this rank's tokens chose each layer's experts."""
     chosen: list[list[int]] = []
     rows = MICRO_BATCHES * engine.world_size // (engine.module.sequence.size if engine.module.sequence else 1)
     tokens = rows * batch.input_ids.numel()
@@ -151,17 +151,17 @@ def _step(engine: Any, balance: Any, batch: Batch) -> list[list[int]]:
         del losses
     if balance is not None:
         balance.end_micro_batch()
-        chosen = balance.totals.counts_LE.int().tolist()  # of this rank, until finish_step adds up all of them
+        chosen = balance.totals.counts_LE.int().tolist()  # this rank's, before finish_step sums over the ranks
         balance.finish_step()
     engine.step()
     return chosen
 
 
 def _uncounted() -> dict[Any, Any]:
-    """Formulas for what torch's counter leaves out: grouped products, and the CPU's attention."""
+    """Return formulas for operations that torch's counter ignores: grouped products, and the CPU's attention."""
 
     def grouped(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return 2 * prod(x) * weight[-1]  # rows by matrices, and columns by rows for a matrix's own gradient
+        return 2 * prod(x) * weight[-1]  # rows by matrices, or columns by rows for a matrix's own gradient
 
     def attention(
         q: tuple[int, ...],
@@ -186,7 +186,7 @@ def _uncounted() -> dict[Any, Any]:
         *_: Any,
         **__: Any,
     ) -> int:
-        return 10 * prod(q) * k[2] // (2 if is_causal else 1)  # scores once more, and four gradients
+        return 10 * prod(q) * k[2] // (2 if is_causal else 1)  # the scores again, and four gradients
 
     aten = torch.ops.aten
     return {
@@ -197,7 +197,7 @@ def _uncounted() -> dict[Any, Any]:
 
 
 def _alive() -> list[Tensor]:
-    """Every tensor that was made since the rest was frozen."""
+    """Return all tensors that were created since gc.freeze."""
     tensors = []
     for thing in gc.get_objects():
         with contextlib.suppress(ReferenceError):  # a weak proxy whose object is gone
@@ -211,5 +211,5 @@ def _id_of(tensor: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of storages, each once, however many tensors look at it."""
+    """Return the bytes of the tensors' storages, counting a shared storage once."""
     return sum({_id_of(t): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,4 +1,4 @@
-"""`planner-accuracy`: what the planner predicts of a run over what is counted in it, at several layouts."""
+"""`planner-accuracy`: the planner's predictions for a run over the values counted in it, at several layouts."""
 
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def run() -> Iterator[Figure]:
-    """Yield how far each prediction is off: memory by component, the peak, bytes by kind, operations."""
+    """Yield the error of each prediction: memory by component, peak, bytes by kind, operations."""
     cases = [
         Case(words=words, samples=(260, 124), images=((1, 16, 16), (1, 16, 16)), supervised=16, persistence=SMALL)
         for words in LAYOUTS.values()
@@ -50,7 +50,7 @@ def run() -> Iterator[Figure]:
 
 
 def _pairs(case: Case, base: Family, ranks: list[Measured], folder: Path) -> Iterator[tuple[str, float, float]]:
-    """Predicted and measured: memory of the fullest rank, bytes and operations of the mean one."""
+    """Yield predicted and measured values: memory of the fullest rank, mean bytes and operations over the ranks."""
     config, layout = case.config(), case.layout(base, WORLD)
     planned = memory(config, base, layout)
     engine = ("masters", "optimiser", "gradients", "gradient bucket")

@@ -1,9 +1,9 @@
-"""What the planner predicts of ten runs on one GPU, written down before any of them ran.
+"""The planner's predictions for ten runs on one GPU, recorded before any of them ran.
 
     python -m benchmarks.planner.predictions      renew benchmarks/results/predictions.json
 
-On a GPU the same runs are measured and compared. A run has the recipe's words, some of the model's layers, and rows
-as `assumed` says: full, of samples and images of those lengths. Loads no torch.
+On a GPU, the same runs are measured and compared. A run has the recipe's words, some of the model's layers, and full
+rows of samples and images with the lengths in `assumed`. Loads no torch.
 """
 
 import json
@@ -24,7 +24,7 @@ PATH = ROOT / "benchmarks" / "results" / "predictions.json"
 MICRO_BATCHES = 4
 TEXT = Assumed(vision_share=0.0)
 IMAGES = Assumed(image_tokens=260)
-"""Half of the tokens are photographs of 640 x 427, as the kit carries them."""
+"""Half of the tokens are photographs of 640 x 427, like those in the kit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Short, and no other's."""
+        """A short, unique name."""
         seen = "images" if self.assumed.vision_share else "text"
         gpu = self.gpu.partition("-")[0]
         return f"{gpu}, {self.layers} layers, {self.tokens} tokens, recompute {self.recompute}, {seen}"
 
     @property
     def words(self) -> list[str]:
-        """The recipe and what is changed in it: everything on one GPU."""
+        """The recipe and its overrides, with everything on one GPU."""
         vision = int(self.tokens * self.assumed.vision_share) or 1
         return [
             RECIPE,
@@ -74,7 +74,7 @@ CASES = (
 
 
 def predicted(case: Case) -> Plan:
-    """The plan of a run with fewer layers than the model has."""
+    """Return the plan of a run with the case's number of layers."""
     config, problems = load_recipe(case.words[0], case.words[1:])
     assert not problems, problems
     base = base_family(config)
@@ -83,7 +83,7 @@ def predicted(case: Case) -> Plan:
 
 
 def predictions(*, at: str) -> Iterator[dict[str, Any]]:
-    """Every run as the file has it; `at` is the commit. Peak bytes are of tensors, without the planner's reserve."""
+    """Yield the file's entry for each run; `at` is the commit. Peak bytes exclude the planner's reserve."""
     for case in CASES:
         foreseen = predicted(case)
         yield {
@@ -103,7 +103,7 @@ def predictions(*, at: str) -> Iterator[dict[str, Any]]:
 
 
 def write(path: Path) -> None:
-    """Write all of them."""
+    """Write all predictions to a file."""
     runs = list(predictions(at=commit(ROOT)))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(runs, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""`shards-build`: rows and photos into checked, indexed shards, beside a plain loop that only writes a tar."""
+"""`shards-build`: build checked, indexed shards from rows and photos, compared with a loop that only writes a tar."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ ROWS = 1000
 
 
 def run() -> Iterator[Figure]:
-    """Yield the time of both; ours also decodes every picture, strips its notes, checks the record and indexes."""
+    """Yield the time of both; ours also decodes each picture, strips its metadata, checks the record and indexes it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = write_rows(folder, ROWS)

@@ -1,4 +1,4 @@
-"""Made-up corpora of the usual mix, for benchmarks of the data path: lengths alone, or rows with real pictures."""
+"""Synthetic corpora with a typical mix, for benchmarks of the data path: lengths alone, or rows with pictures."""
 
 import io
 import json
@@ -14,7 +14,7 @@ MIX = "25 % text, 45 % one image, 20 % two to six images, 10 % video; log-normal
 
 
 def mixed_lengths(count: int, budget: int, seed: int = 0) -> tuple[Ints, Ints]:
-    """Tokens and patches of samples; none longer than the budget."""
+    """Return tokens and patches of samples, none of them longer than the budget."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(4, count, p=[0.25, 0.45, 0.2, 0.1])
     text = np.clip(rng.lognormal(5.6, 0.8, count), 20, 6000).astype(np.int64)
@@ -26,7 +26,7 @@ def mixed_lengths(count: int, budget: int, seed: int = 0) -> tuple[Ints, Ints]:
 
 
 def mixed_units(name: str, count: int, budget: int, *, per_shard: int = 1000) -> Units:
-    """A source of such samples in shards."""
+    """Return a source of such samples in shards."""
     tokens, patches = mixed_lengths(count, budget)
     number = np.arange(count)
     return Units(
@@ -40,7 +40,7 @@ def mixed_units(name: str, count: int, budget: int, *, per_shard: int = 1000) ->
 
 
 def write_rows(folder: Path, count: int, *, pictures: int = 20) -> Path:
-    """A JSONL file of questions about photos that lie beside it; every other row, or every one, is text."""
+    """Write a JSONL file of questions, every second one about a photo; with `pictures` 0, all rows are text."""
     rng = np.random.default_rng(0)
     for number in range(pictures):
         smooth = Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).resize((640, 480))

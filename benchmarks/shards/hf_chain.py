@@ -1,7 +1,7 @@
-"""The peer of `data-throughput`, in a process of its own: webdataset's pipeline and transformers' processors.
+"""The peer of `data-throughput`, in its own process: webdataset's pipeline and transformers' processors.
 
-torchvision's wheel needs CUDA's libraries for operators that resizing does not use. Where it cannot load them, they are
-declared here by name only, which must happen before transformers is imported; so nothing else runs in this process.
+torchvision's wheel needs CUDA's libraries for operators that resizing does not use. If it cannot load them, they are
+declared here by name only, before transformers is imported; therefore nothing else runs in this process.
 It is started with torchvision's folder on the path, and answers "run" and "outputs" on its standard input.
 """
 
@@ -22,7 +22,7 @@ Output = dict[str, Any]
 
 
 def chain(processor: Any, shard: str) -> Iterator[Output]:
-    """Every sample of the shard, as the processor hands it to the model."""
+    """Yield every sample of the shard as the processor returns it for the model."""
     pipeline = webdataset.WebDataset(shard, shardshuffle=False, nodesplitter=None, empty_check=False).decode()
     for sample in pipeline:
         record = sample["json"]
@@ -50,7 +50,7 @@ def chain(processor: Any, shard: str) -> Iterator[Output]:
 
 
 def _parts(content: str) -> list[dict[str, str]]:
-    """The marks at the start of a content as objects, then its text."""
+    """Return the placeholders at the start of a content as objects, then its text."""
     contents = []
     for kind in ("image", "video"):
         while content.startswith(f"<{kind}>"):
@@ -60,7 +60,7 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 
 def _read_video(data: bytes, video_processor: Any) -> tuple[Any, dict[str, Any]]:
-    """The frames the processor samples, by decoding from the start: the only reader it has beside torchcodec's."""
+    """Return the processor's frames, decoded from the start, as its only reader other than torchcodec does."""
     from transformers.video_utils import VideoMetadata
 
     with av.open(io.BytesIO(data), mode="r") as container:
@@ -77,7 +77,7 @@ def _read_video(data: bytes, video_processor: Any) -> tuple[Any, dict[str, Any]]
 
 
 def main() -> None:
-    """Arguments: folder of the base, shard, backend of the image processor, most pixels of an image."""
+    """Answer requests; arguments: folder of the base, shard, backend of the image processor, most pixels per image."""
     folder, shard, backend, most = sys.argv[1:]
     torch.set_num_threads(1)
     if not torch.version.cuda:
@@ -92,7 +92,7 @@ def main() -> None:
     processor.image_processor = kind.from_pretrained(folder)
     processor.image_processor.size["longest_edge"] = int(most)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing else may write into the answers
+    os.dup2(2, 1)  # nothing else may write to the stream of answers
     for request in sys.stdin:
         made = list(chain(processor, shard))
         pickle.dump(made if request.strip() == "outputs" else len(made), answers)

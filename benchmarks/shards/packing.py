@@ -1,4 +1,4 @@
-"""`packing`: how full packs are, and how evenly the packs of a step cost, beside samples simply strung together."""
+"""`packing`: fill of packs and evenness of costs within a step, compared with samples that are just concatenated."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ BALANCE = at_most(1.1, goal=1.05)
 
 
 def run() -> Iterator[Figure]:
-    """Yield fill and the dearest pack over the mean of its step, at three budgets."""
+    """Yield, for three budgets, the fill and the cost of the most expensive pack over the mean of its step."""
     for budget in (8192, 16384, 32768):
         tokens, patches = mixed_lengths(SAMPLES, budget)
         packs = best_fit(tokens, patches, token_budget=budget, patch_budget=4 * budget)
@@ -46,7 +46,7 @@ def run() -> Iterator[Figure]:
 
 
 def next_fit(tokens: Ints, budget: int) -> int:
-    """Packs it takes when each sample goes into the last pack or a new one."""
+    """Return the number of packs if each sample goes into the last pack or a new one."""
     count, used = 1, 0
     for length in tokens.tolist():
         if used + length > budget:

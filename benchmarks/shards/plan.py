@@ -1,4 +1,4 @@
-"""`plan`: how long it takes to lay out an epoch of a million samples, on every rank, before the first step."""
+"""`plan`: time to plan an epoch of a million samples, as every rank does before the first step."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +14,7 @@ TARGET = at_most(4.0, goal=2.0)
 
 
 def run() -> Iterator[Figure]:
-    """Yield seconds a million samples: one source read once, and two at given shares."""
+    """Yield the seconds for a million samples, with the natural mixture and with given shares of two sources."""
     for mixture in ("natural", "tokens"):
         sources = [mixed_units("one", SAMPLES * 7 // 10, BUDGET), mixed_units("two", SAMPLES * 3 // 10, BUDGET)]
         settings = PlanSettings(

@@ -1,4 +1,4 @@
-"""`resume-cost`: from a saved position to the next step, beside a pipeline that has to read its way there again."""
+"""`resume-cost`: time from a saved position to the next step, compared with a pipeline that reads its way there."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from data.stream.corpus import Corpus
 from finetune.files.tiny import TinyModel, write_tiny
 
 SAMPLES = 4000
-PLACES = 12  # positions at each end of an epoch: a step's own contents differ more than resuming could
+PLACES = 12  # positions at each end of an epoch, as the contents of steps vary more than resuming does
 CONSTANT = at_most(1.5, goal=1.1)
 
 
 def run() -> Iterator[Figure]:
-    """Yield the time to the first step late in an epoch, beside webdataset's and beside the same early in it."""
+    """Yield the time to the first step late in an epoch, compared with webdataset and with a step early in it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tiny(folder / "base", TinyModel())
@@ -71,7 +71,7 @@ def _measure(folder: Path, renderer: Renderer, pictures: int) -> Iterator[Figure
 
 
 def _states(config: DataConfig, corpus: Corpus, renderer: Renderer) -> Iterator[dict[str, Any]]:
-    """The state before every step of an epoch; a state is a position, so none has to be read for it."""
+    """Yield the state before every step of an epoch; a state is a position, so nothing has to be read."""
     stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
     for step in range(stream.plan.steps):
         stream.step = step
@@ -81,7 +81,7 @@ def _states(config: DataConfig, corpus: Corpus, renderer: Renderer) -> Iterator[
 def _first_steps(
     config: DataConfig, corpus: Corpus, renderer: Renderer, states: list[dict[str, Any]]
 ) -> list[tuple[str, ...]]:
-    """Resume at each of these positions, and read one step there."""
+    """Resume at each of these positions, and read one step."""
     keys_of_steps = []
     for state in states:
         stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
@@ -98,6 +98,6 @@ def _read_up_to(shards: tuple[Path, ...], consumed: int) -> str:
 
 def _same_twice(late: list[dict[str, Any]], resume: Any, ours: list[tuple[str, ...]], peer: str) -> None:
     if not ours[0] or resume(late) != ours:
-        raise OutputsDiffer("resuming twice at one place gives two different steps")
+        raise OutputsDiffer("resuming twice at the same position gives two different steps")
     if not peer:
-        raise OutputsDiffer("webdataset found no sample there")
+        raise OutputsDiffer("webdataset found no sample at this position")

@@ -1,7 +1,7 @@
-"""`data-throughput`: from a shard to what a batch is made of, one worker, beside webdataset and transformers.
+"""`data-throughput`: from a shard to the samples of a batch with one worker, compared with webdataset and transformers.
 
-Outputs are compared first: equal tokens, and pixels equal bit for bit after normalisation (for Pillow's backend, which
-resizes by other arithmetic, within two grey levels). Ours stay uint8; normalising them is the device's work.
+Outputs are compared first: equal tokens, and pixels equal bit for bit after normalisation (with Pillow's backend, which
+resizes with other arithmetic, within two grey levels). Our pixels stay uint8; the device normalises them.
 """
 
 import io
@@ -37,7 +37,7 @@ IMAGES = [(480, 640), (720, 1280), (1080, 1920), (1000, 1500), (333, 500), (1200
 CLIPS = 3
 GREY_LEVELS = 2.01 / 127.5
 ANSWER = "It shows a pattern of stripes that run from one corner to the other. " * 10
-ORACLE = Path(sys.prefix) / "oracle"  # where torchvision is: see the Makefile
+ORACLE = Path(sys.prefix) / "oracle"  # the folder of torchvision: see the Makefile
 TARGETS = {
     ("images", "pil"): ratio_at_least(4.0, goal=6.0),
     ("images", "torchvision"): ratio_at_least(2.5, goal=4.0),
@@ -46,7 +46,7 @@ TARGETS = {
 
 
 def run() -> Iterator[Figure]:
-    """Yield the time of one pass over a shard of images and one of videos; then how two workers scale."""
+    """Yield the time of one pass over a shard of images and one of videos, then the scaling to two workers."""
     if not (ORACLE / "torchvision").is_dir():
         raise OutputsDiffer(
             f"the peer needs torchvision in {ORACLE}: pip install --no-deps --target {ORACLE} torchvision"
@@ -96,9 +96,9 @@ def _peer(base: Path, shard: Path, backend: str) -> Iterator[Callable[[str], Any
             requests.write(f"{what}\n".encode())
             requests.flush()
             try:
-                return pickle.load(answers)  # our own child's answer
+                return pickle.load(answers)  # written by our own child
             except EOFError as error:
-                raise OutputsDiffer("the peer's process ended; its own message is above") from error
+                raise OutputsDiffer("the peer's process ended; see its message above") from error
 
         try:
             yield ask
@@ -108,10 +108,10 @@ def _peer(base: Path, shard: Path, backend: str) -> Iterator[Callable[[str], Any
 
 def _compare(ours: list[Sample], peer: list[dict[str, Any]], base: Path, backend: str) -> None:
     if len(ours) != len(peer):
-        raise OutputsDiffer(f"{len(ours)} samples of ours beside {len(peer)}")
+        raise OutputsDiffer(f"ours has {len(ours)} samples, the peer has {len(peer)}")
     for sample, outputs in zip(ours, peer, strict=True):
         if sample.input_ids.tolist() != outputs["input_ids"][0].tolist():
-            raise OutputsDiffer(f"sample {sample.key}: other tokens")
+            raise OutputsDiffer(f"sample {sample.key}: the tokens differ")
         for patches, name in ((sample.image_patches, "pixel_values"), (sample.video_patches, "pixel_values_videos")):
             pixels = normalise(torch.from_numpy(patches), spec=read_spec(base)).numpy()
             apart = float(np.abs(pixels - outputs[name]).max()) if len(pixels) else 0.0
@@ -121,7 +121,7 @@ def _compare(ours: list[Sample], peer: list[dict[str, Any]], base: Path, backend
 
 def _same_number(ours: int, peer: int) -> None:
     if ours != peer:
-        raise OutputsDiffer(f"{ours} samples of ours beside {peer}")
+        raise OutputsDiffer(f"ours has {ours} samples, the peer has {peer}")
 
 
 def _record(mark: str, media: str, member: str) -> bytes:
@@ -142,7 +142,7 @@ def _write_images(shard: Path, sizes: Sequence[tuple[int, int]] = IMAGES) -> Pat
 
 
 def _write_videos(shard: Path) -> Path:
-    """Clips of 20 s, 640 x 360 at 30 frames per second, a keyframe every 2 s."""
+    """Write clips of 20 s, 640 x 360 at 30 frames per second, with a keyframe every 2 s."""
     with TarWriter(shard) as writer:
         for number in range(CLIPS):
             still, file = _pattern(360, 640, number), io.BytesIO()

@@ -1,4 +1,4 @@
-"""How much faster two workers of a stream are than one, once both are up: a part of `data-throughput`."""
+"""Measure how much faster two workers of a stream are than one, once both are up: a part of `data-throughput`."""
 
 import statistics
 import time
@@ -13,12 +13,12 @@ from data.render.sample import Renderer
 from data.stream.corpus import Corpus
 
 ROUNDS = 5
-STARTING = 4  # steps not counted: workers start, and the first packs were read meanwhile
+STARTING = 4  # first steps are not counted: workers start, and the first packs are prefetched
 SCALES = ratio_at_least(1.7)
 
 
 def two_workers_beside_one(renderer: Renderer, shard: Path) -> Iterator[Figure]:
-    """Yield the seconds that a pack takes to come out of a stream with two workers, beside one."""
+    """Yield the milliseconds per pack of a stream with two workers, compared with one worker."""
     configs = {
         workers: DataConfig(
             packs_per_step=1,
@@ -38,7 +38,7 @@ def two_workers_beside_one(renderer: Renderer, shard: Path) -> Iterator[Figure]:
             keys.add(read)
             seconds[workers].append(took)
     if len(keys) != 1:
-        raise OutputsDiffer("one and two workers give other packs")
+        raise OutputsDiffer("one worker and two workers give different packs")
     yield Figure(
         "images, two workers beside one",
         1e3 * statistics.median(seconds[2]),
@@ -52,7 +52,7 @@ def two_workers_beside_one(renderer: Renderer, shard: Path) -> Iterator[Figure]:
 
 
 def _read(config: DataConfig, corpus: Corpus, renderer: Renderer) -> tuple[tuple[str, ...], float]:
-    """The samples of an epoch in order, and the seconds that each of its later steps took."""
+    """Return the samples of an epoch in order, and the mean seconds of its later steps."""
     stream = open_stream(config, corpus, renderer, seed=0, rank=0, size=1)
     assert stream.plan.steps > 2 * STARTING
     keys = list[str]()

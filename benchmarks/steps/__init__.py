@@ -1,1 +1,1 @@
-"""Benchmarks of whole training steps, and of what surrounds them."""
+"""Benchmarks of full training steps and of the work around them."""

@@ -1,4 +1,4 @@
-"""`config-check`: from nothing to a checked recipe, beside what any tool pays that imports torch to read its YAML."""
+"""`config-check`: cold start to a checked recipe, compared with a tool that imports torch before it reads its YAML."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ TARGET = ratio_at_least(2.0, goal=4.0)
 
 
 def run() -> Iterator[Figure]:
-    """Yield the wall time of a fresh process; the files are in the page cache for both."""
+    """Yield the wall time of a fresh process, with the files in the page cache for both sides."""
     measured = race(
         Side(name="moetune check", run=lambda: _output(CHECK)),
         Side(name="import torch", run=lambda: _output(IMPORT_TORCH)),
@@ -27,7 +27,7 @@ def run() -> Iterator[Figure]:
 
 
 def _same_twice(first: str, command: list[str]) -> None:
-    """Refuse a check that prints nothing, or not the same effective config each time."""
+    """Raise if the check prints no effective config, or not the same one each time."""
     if "model:" not in first:
         raise OutputsDiffer(f"`{' '.join(command[1:])}` printed no effective config, but: {first[:500]!r}")
     if (second := _output(command)) != first:

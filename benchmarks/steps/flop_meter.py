@@ -1,4 +1,4 @@
-"""`flop-meter`: published tokens/s through our FLOP meter, beside the TFLOP/s that were published with them."""
+"""`flop-meter`: our FLOP meter's TFLOP/s for published tokens/s, compared with the published TFLOP/s."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,11 @@ PAIRS = (
     ("ModelZoo, 235B", "qwen3-vl-235b-a22b", 1_862, 276.0),
     ("Megatron-Bridge, 235B on GB300", "qwen3-vl-235b-a22b", 6_131, 907.0),
 )
-"""The publisher, the model, tokens a second and device, TFLOP/s a device: full tuning, samples of 4,096 tokens."""
+"""Publisher, model, tokens/s per device and TFLOP/s per device, for full tuning on samples of 4,096 tokens."""
 
 
 def run() -> Iterator[Figure]:
-    """Yield how far the meter is off each published pair."""
+    """Yield the meter's error for each published pair."""
     parts = ("attention", "experts", "router", "norms", "embeddings", "head")
     trains = {part: Training(mode="full") for part in parts}
     for publisher, name, rate, published in PAIRS:

@@ -1,4 +1,4 @@
-"""`host-overhead`: what a micro-batch costs beside its kernels: many layers and calls, on almost no numbers."""
+"""`host-overhead`: the cost of a micro-batch other than its kernels: many layers and calls on very little data."""
 
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ TARGET = ratio_at_least(3.5, goal=5.0)
 
 
 def run() -> Iterator[Figure]:
-    """Yield milliseconds of a micro-batch on one rank: the difference of two steps, so that the update cancels out."""
+    """Yield milliseconds per micro-batch on one rank, from the difference of two steps, which cancels the update."""
     cases = [(TOKENS, number) for number in (FEW, MANY)]
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"

@@ -1,4 +1,4 @@
-"""`loss-memory`: head and loss at the real vocabulary, forward and backward, beside transformers' full logits."""
+"""`loss-memory`: memory of head and loss at the real vocabulary, compared with transformers' full logits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model's last states and head; `trained` says whether the head trains, hidden states always want gradients."""
+    """A case of last hidden states, which always need gradients, and a head, which trains if `trained`."""
 
     dtype: torch.dtype
     trained: bool
@@ -34,19 +34,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What stands in the record."""
+        """The name for the record."""
         head = "trained" if self.trained else "frozen"
         return f"{str(self.dtype).removeprefix('torch.')}, {head} head, {self.supervised} of {TOKENS} supervised"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one side computed, and the bytes it needed above its inputs."""
+    """The results of one side, and the bytes it needed beyond its inputs."""
 
     tensors: dict[str, Tensor]
     peak: int
     saved: int
-    """For backward, when the loss is there."""
+    """Bytes kept for backward once the loss is computed."""
 
 
 class _Headed(nn.Module):
@@ -60,7 +60,7 @@ class _Headed(nn.Module):
 
 
 def run() -> Iterator[Figure]:
-    """Yield peaks by type and head, and what one more supervised token costs."""
+    """Yield peaks by data type and head, and the cost of an additional supervised token."""
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         for trained in (False, True):
@@ -73,7 +73,7 @@ def run() -> Iterator[Figure]:
         max((saved[more] - saved[few]) / (more - few) for few, more in pairwise(SUPERVISED)),
         "bytes",
         config={"vocabulary": VOCAB, "hidden": HIDDEN, "kept_bytes": saved},
-        # its own gradient in float32, and its loss
+        # the token's own gradient in float32, and its loss
         target=at_most(4 * HIDDEN + 64),
     )
 
@@ -82,7 +82,7 @@ def _peak(case: Case) -> tuple[Figure, Outcome]:
     hidden = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(case.dtype)
     batch = _row(case.supervised)
     ours, peer = _ours(case, hidden, batch), _peer(case, hidden, batch)
-    # bfloat16 rounds each logit and each product's result; the sides round at different places
+    # bfloat16 rounds each logit and each product, and the sides round at different places
     same_tensors(ours.tensors, peer.tensors, relative=1e-5 if case.dtype == torch.float32 else 2e-2)
     figure = Figure(
         f"peak, {case.name}",
@@ -123,6 +123,6 @@ def _outcome(model: _Headed, hidden: Tensor, loss: Tensor, seen: Allocations, sa
 
 
 def _row(supervised: int) -> Batch:
-    """One sample whose last tokens are supervised."""
+    """Build a row of one sample whose last tokens are supervised."""
     ids = torch.randint(0, VOCAB, (TOKENS,), generator=torch.Generator().manual_seed(2))
     return text_row([ids], [torch.arange(TOKENS) >= TOKENS - supervised])

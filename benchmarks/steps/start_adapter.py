@@ -1,4 +1,4 @@
-"""The adapter that both sides of `train-step` begin with: LoRA on attention and experts, all factors non-zero."""
+"""The initial adapter of both sides of `train-step`: LoRA on attention and experts, with non-zero factors."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ADAPTERS = AdaptersConfig(
 
 
 def start_adapter(base: Path) -> None:
-    """Write it into the folder `start` beside the base's."""
+    """Write the adapter to the folder `start` next to the base's folder."""
     assert dist.get_world_size() == 1
     empty = build(base, with_adapters(ADAPTERS, ModelOptions(dtype=torch.float32)))
     load_weights(empty, open_base(base, empty.expected))

@@ -1,4 +1,4 @@
-"""One rank of `train-step` and `host-overhead`: the same adapter on the same tokens, by us or by stock parts."""
+"""One rank of `train-step` and `host-overhead`: train the same adapter on the same tokens, with ours or stock parts."""
 
 import argparse
 import json
@@ -66,13 +66,13 @@ def _timed(step: Callable[[list[Tensor]], float], tokens: int, micro_batches: in
 
 
 def _tokens(*place: int) -> Tensor:
-    """This rank's row of one micro-batch."""
+    """Return this rank's row of one micro-batch."""
     generator = torch.Generator().manual_seed(hash((dist.get_rank(), *place)) % 2**31)
     return torch.randint(10, 200, (place[-1],), generator=generator).to(engine_device())
 
 
 def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
-    """The parts of the training loop, with its own step."""
+    """Build our side from the parts of the training loop, and return its step."""
     parallel = ParallelConfig(ep=dist.get_world_size(), resident="frozen")
     config = RunConfig(model=ModelConfig(path=str(base), dtype="float32"), parallel=parallel, loss=LossConfig())
     device = engine_device()
@@ -98,7 +98,7 @@ def ours(base: Path, recompute: Any) -> Callable[[list[Tensor]], float]:
 
 
 def peer(base: Path, recompute: str) -> Callable[[list[Tensor]], float]:
-    """What a user would write: transformers' model, PEFT's adapter from the same file, DeepSpeed ZeRO-3 over both."""
+    """Build what a user would write: transformers' model, PEFT's adapter from the same file, and DeepSpeed ZeRO-3."""
     model: Any = AutoModelForImageTextToText.from_pretrained(
         base, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="grouped_mm"
     )

@@ -1,4 +1,4 @@
-"""`train-step`: whole optimiser steps, beside transformers' model with PEFT and DeepSpeed ZeRO-3, on two ranks."""
+"""`train-step`: full optimiser steps on two ranks, compared with transformers, PEFT and DeepSpeed ZeRO-3."""
 
 import json
 import tempfile
@@ -33,11 +33,11 @@ CASES = {
     "4 x 256 tokens": (256, 4, ratio_at_least(4.0, goal=6.0)),
 }
 RELATIVE = 1e-4
-"""How far the losses of any step may be apart, as a share of the largest."""
+"""Allowed difference of the losses of a step, relative to the largest loss."""
 
 
 def run() -> Iterator[Figure]:
-    """Yield useful tokens per second of each case, from the fastest of its steps; layers are recomputed by both."""
+    """Yield useful tokens per second of each case, from its fastest step; both sides recompute layers."""
     cases = [(tokens, micro_batches) for tokens, micro_batches, _ in CASES.values()]
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "base"
@@ -77,7 +77,7 @@ def run() -> Iterator[Figure]:
 
 
 def race_side(side: str, base: Path, cases: Sequence[tuple[int, int]], *words: str, ranks: int = RANKS) -> Any:
-    """Return, by case, seconds and losses of the steps of one side; a step is as slow as its slowest rank."""
+    """Return seconds and losses of one side's steps for each case; the slowest rank determines the time of a step."""
     given = ["--cases", json.dumps(cases), "--steps", str(STEPS), *words]
     results = start_ranks(ranks, side, base, *given, module="benchmarks.steps.train_ranks")
     return [
@@ -90,6 +90,6 @@ def race_side(side: str, base: Path, cases: Sequence[tuple[int, int]], *words: s
 
 
 def same_losses(ours: Any, peer: Any) -> None:
-    """Refuse sides that do not learn the same."""
+    """Raise if the losses of the sides differ."""
     our_losses, peer_losses = ({"losses": torch.tensor(side["losses"], dtype=torch.float64)} for side in (ours, peer))
     same_tensors(our_losses, peer_losses, relative=RELATIVE)

@@ -1,4 +1,4 @@
-"""One rank of `ckpt-save`: an engine with full experts, saved in our ways and by torch's, restored and compared."""
+"""One rank of `ckpt-save`: save an engine with full experts in our ways and in torch's, restore it and compare."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ ROUNDS = 5
 
 
 def main() -> None:
-    """Time saves and a restore that must bring every bit back; rank R writes OUT.R."""
+    """Time saves, and a restore that must reproduce every bit; rank R writes OUT.R."""
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=("save",))
     parser.add_argument("folder", type=Path)
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _stalls(checkpoints: Checkpoints, pieces: list[Slice]) -> list[float]:
-    """Seconds for which asynchronous saves hold the run up; what changes while they are written is not in them."""
+    """Return the seconds for which asynchronous saves block the run; later changes must not reach the files."""
     stalls = []
     for step in range(ROUNDS):
         saved = _copy(pieces)
@@ -76,7 +76,7 @@ def _stalls(checkpoints: Checkpoints, pieces: list[Slice]) -> list[float]:
 
 
 def _torch_stalls(pieces: list[Slice], folder: Path) -> list[float]:
-    """The same of torch's own asynchronous save, of each rank's slices under names of their own."""
+    """Return the same for torch's own asynchronous save, with each rank's slices under separate names."""
     group = dist.new_group(backend="gloo")
     rank, stalls = dist.get_rank(), list[float]()
     state: Mapping[str, Any] = {f"{rank}/{kind}/{s.canonical}": view for s in pieces for kind, view in s.views.items()}
@@ -91,14 +91,14 @@ def _torch_stalls(pieces: list[Slice], folder: Path) -> list[float]:
 
 
 def _restored(checkpoints: Checkpoints, path: Path, pieces: list[Slice], expected: list[list[Tensor]]) -> float:
-    """Seconds of a restore that brings back what is wanted."""
+    """Return the seconds of a restore, which must reproduce the expected values."""
     for piece in pieces:
         for view in piece.views.values():
             view.zero_()
     seconds = _timed(lambda: checkpoints.restore(path, config={}))
     for piece, views in zip(pieces, expected, strict=True):
         if not all(map(torch.equal, piece.views.values(), views)):
-            raise OutputsDiffer(f"{piece.canonical} came back changed")
+            raise OutputsDiffer(f"{piece.canonical} has other values after the restore")
     return seconds
 
 

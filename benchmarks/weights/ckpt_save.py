@@ -1,4 +1,4 @@
-"""`ckpt-save`: bytes of a checkpoint beside the state that trains; seconds of a save, and of one behind the run."""
+"""`ckpt-save`: bytes of a checkpoint relative to the trained state, and seconds of saves in both modes."""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ MODEL = TinyModel(hidden=512, experts=8, expert_hidden=320, layers=4)
 
 
 def run() -> Iterator[Figure]:
-    """Save and restore on two ranks: bytes over the state's own, seconds of a save that is through to the disk."""
+    """Save and restore on two ranks; yield bytes over those of the state, and seconds of saves synced to the disk."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
         write_tiny(folder, MODEL)

@@ -1,4 +1,4 @@
-"""`export`: an adapter into each form that servers read, seconds per GB of adapter, read back and compared included."""
+"""`export`: seconds per GB to export an adapter to each form for servers, including the check by reading it back."""
 
 import shutil
 import tempfile
@@ -14,7 +14,7 @@ R = 64
 
 
 def run() -> Iterator[Figure]:
-    """The forms in turns; exporting itself refuses an output that reads back otherwise than it was written."""
+    """Export each form several times; the export itself refuses an output that reads back differently."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         write_base(place / "base")

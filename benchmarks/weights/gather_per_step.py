@@ -1,4 +1,4 @@
-"""`gather-per-step`: how often frozen weights are gathered in one optimiser step, by its number of micro-batches."""
+"""`gather-per-step`: frozen weights gathered per optimiser step, by number of micro-batches."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ MICRO_BATCHES = (1, 2, 4)
 
 
 def run() -> Iterator[Figure]:
-    """Yield bytes gathered a step: none where they are resident, once more with each micro-batch where partitioned."""
+    """Yield bytes gathered per step: none for resident weights, once per micro-batch for partitioned ones."""
     resident = count([Setup(side="ours", resident=True, micro_batches=n) for n in MICRO_BATCHES], world=WORLD)
     partitioned = count([Setup(side="ours", micro_batches=n) for n in MICRO_BATCHES], world=WORLD)
     once = partitioned[0][0].step_gathers

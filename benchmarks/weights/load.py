@@ -1,4 +1,4 @@
-"""`load`: a base from disk into two ZeRO-3 ranks, beside transformers' `from_pretrained` under ZeRO-3."""
+"""`load`: load a base from disk into two ZeRO-3 ranks, compared with transformers' `from_pretrained` under ZeRO-3."""
 
 import json
 import os
@@ -22,7 +22,7 @@ MODEL = TinyModel(hidden=1024, experts=32, expert_hidden=640, layers=4, shard_by
 
 
 def run() -> Iterator[Figure]:
-    """Time, peak memory above the import baseline, and the time of only reading the files."""
+    """Yield time and peak memory above the imports, and the time of only reading the files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
         size = write_tiny(folder, MODEL).weight_bytes
@@ -70,7 +70,7 @@ def run() -> Iterator[Figure]:
 def start_ranks(
     ranks: int, side: str, folder: Path, *words: str, module: str = "benchmarks.weights.load_ranks"
 ) -> list[Any]:
-    """Start a module on N ranks of this machine and return what each found."""
+    """Start a module on N ranks of this machine, and return the result of each rank."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "rank"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

@@ -1,4 +1,4 @@
-"""One rank of the load benchmarks: load a base in our way or transformers', say what it cost and what it computes."""
+"""One rank of the load benchmarks: load a base with ours or transformers, and record its cost and its logits."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401  # code is no part of the cost
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401  # importing it is not timed
 
 from benchmarks.harness.memory import AnonymousPeak
 from finetune.architecture.shapes import is_expert_stack
@@ -27,7 +27,7 @@ BATCH = 32
 
 
 def main() -> None:
-    """Load, then forward a few tokens with the engine; rank R writes OUT.R."""
+    """Load, then run a few tokens through the engine; rank R writes OUT.R."""
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=("ours", "transformers", "raw"))
     parser.add_argument("folder", type=Path)
@@ -48,7 +48,7 @@ def main() -> None:
     results |= {"peak": memory.peak_bytes, "kept": memory.end_bytes - memory.start_bytes}
     if module is not None:
         engine = module
-        if any(True for _ in module.parameters()):  # else all of it is resident, and there is nothing for the engine
+        if any(True for _ in module.parameters()):  # else all weights are resident buffers, and no engine is needed
             engine, *_ = deepspeed.initialize(model=module, config=config)
         ids = torch.arange(BATCH)[None] + 7 * dist.get_rank()
         with torch.no_grad():
@@ -74,7 +74,7 @@ def _load(args: argparse.Namespace, config: dict[str, Any], results: dict[str, A
 
 
 def _read_my_half(folder: Path) -> None:
-    """Read every second weight file, block by block, and keep nothing: what the disk and the kernel cost."""
+    """Read this rank's share of the weight files and discard it: the cost of the disk and the kernel alone."""
     block = memoryview(bytearray(64 * 2**20))
     for path in sorted(folder.glob("*.safetensors"))[dist.get_rank() :: dist.get_world_size()]:
         with path.open("rb", buffering=0) as file:

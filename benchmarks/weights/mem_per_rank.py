@@ -1,4 +1,4 @@
-"""`mem-per-rank`: what a rank keeps of a frozen base, counted and as anonymous memory, beside the formula."""
+"""`mem-per-rank`: a rank's part of a frozen base, counted and as anonymous memory, compared with the formula."""
 
 import tempfile
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from finetune.files.tiny import write_tiny
 
 
 def kept_per_rank(base: Family, *, world: int, ep: int, resident: bool) -> int:
-    """The formula: bytes of float32 weights that a rank keeps."""
+    """Return the formula's bytes of float32 weights that a rank keeps."""
     shapes = parameter_shapes(base)
     return rank_shares(shapes, world_size=world, ep_size=ep, itemsize=4, resident=resident)[0].kept
 
 
 def run() -> Iterator[Figure]:
-    """Weights kept by a rank at several layouts, counted and as anonymous memory, beside the formula."""
+    """Yield the error of the formula for several layouts, against counted bytes and against anonymous memory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "base"
         write_tiny(folder, MODEL)

@@ -1,4 +1,4 @@
-"""`merge`: an adapter of experts and attention into a base, beside PEFT's merge and save, and beside a plain copy."""
+"""`merge`: merge an adapter of experts and attention into a base, compared with PEFT and with a plain copy."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ PEER = "PEFT merge_and_unload + save_pretrained"
 
 
 def run() -> Iterator[Figure]:
-    """Time and peak memory above the imports; a merge is through to the disk and hashed, so is the copy synced."""
+    """Yield time and peak memory above the imports; merges are hashed and synced, and the copy is synced too."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         size = write_base(place / "base")
@@ -63,7 +63,7 @@ def run() -> Iterator[Figure]:
 
 
 def _same_outputs(ours: Path, peft: Path) -> None:
-    """Some of each kind of tensor; PEFT rounds the change before it adds it, so a bfloat16 may be its neighbour."""
+    """Compare some tensors of each kind; PEFT rounds the change before adding it, so a bfloat16 may be off by one."""
     kinds = ("embed_tokens.weight", "q_proj.weight", "o_proj.weight", "gate_up_proj", "down_proj", "gate.weight")
 
     def some(folder: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The base and the adapter that merge and export are measured on: the 30B model's experts, as many as fit the size."""
+"""The base and the adapter for measuring merge and export: experts of the 30B model, as many as fit the size."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from finetune.files.tiny import TinyModel, write_tiny
 from moe.packing import pack_lora
 
 GB = float(os.environ.get("MOETUNE_BENCH_GB", "4"))
-"""Size of the base; the targets are meant for 4 and above."""
+"""Size of the base in gigabytes; the targets apply to 4 and above."""
 LAYERS = 4
 HIDDEN = 2048
 INNER = 768
@@ -67,7 +67,7 @@ def measured(side: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile() as result:
         paths = [str(base), str(adapter), str(out), result.name]
         words = [sys.executable, "-m", "benchmarks.weights.merge_sides", side, *paths]
-        threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # to either side all cores
+        threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # each side may use all cores
         done = subprocess.run(
             words, env=os.environ | {"DS_ACCELERATOR": "cpu"} | threads, capture_output=True, text=True
         )

@@ -1,4 +1,4 @@
-"""One side of the merge benchmark in a process of its own: what it took in time and memory, beyond its imports."""
+"""One side of the merge benchmark in its own process: time and memory beyond its imports."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
-from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401  # code is no part of the cost
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe  # noqa: F401  # importing it is not timed
 
 from benchmarks.harness.memory import AnonymousPeak
 from finetune.adapters.export import export
@@ -48,7 +48,7 @@ def _peft(base: Path, adapter: Path, out: Path) -> None:
 
 
 def _copy(base: Path, adapter: Path, out: Path) -> None:
-    """What cp does, through to the disk as a merge is."""
+    """Copy the base as cp does, synced to the disk like a merge."""
     out.mkdir()
     for path in base.iterdir():
         shutil.copyfile(path, out / path.name)

@@ -55,7 +55,7 @@ WRONG = GOOD.replace("lambda: 7", "lambda: 8")
 
 @pytest.fixture
 def entry(tmp_path, monkeypatch):
-    """Makes real benchmark modules from source."""
+    """Return a function that makes real benchmark modules from source."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(name, source):
@@ -81,9 +81,7 @@ def test_a_figure_becomes_a_record_and_a_line(entry, tmp_path, capsys):
     assert set(step["spread"]) == {"ours", "peer"}
     assert (units["value"], units["config"], units["peer"], units["pass"]) == (4, {"expected": 4}, None, True)
     assert (plain["target"], plain["ratio"], plain["pass"]) == (None, None, None)
-    assert (
-        step["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
-    )  # a wheel leaves out +cu132
+    assert step["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # a wheel has no +cu132
     assert set(step["machine"]) == {"cpu", "cores", "memory_gb", "load", "gpu"}
     assert step["machine"]["cores"] >= 1
     assert step["machine"]["memory_gb"] > 0.5
@@ -93,7 +91,7 @@ def test_a_figure_becomes_a_record_and_a_line(entry, tmp_path, capsys):
     assert "value exactly 4: goal met" in printed
 
 
-def test_a_missed_floor_fails_and_the_others_run_on(entry, tmp_path, capsys):
+def test_a_missed_floor_fails_and_the_other_benchmarks_run(entry, tmp_path, capsys):
     entries = [entry("missed", MISSED), entry("good", GOOD)]
     assert main(["--all", "--json", str(tmp_path / "out.json")], entries=entries) == 1
     records = json.loads((tmp_path / "out.json").read_text())
@@ -106,7 +104,7 @@ def test_a_missed_floor_fails_and_the_others_run_on(entry, tmp_path, capsys):
     assert "value exactly 4: FLOOR MISSED" in capsys.readouterr().out
 
 
-def test_a_faster_wrong_answer_is_refused(entry, tmp_path, capsys):
+def test_a_faster_wrong_result_is_refused(entry, tmp_path, capsys):
     assert main(["wrong", "--json", str(tmp_path / "out.json")], entries=[entry("wrong", WRONG)]) == 1
     assert capsys.readouterr().err == "wrong: refused, outputs differ: 8 is not 7\n"
     (record,) = json.loads((tmp_path / "out.json").read_text())
@@ -126,9 +124,11 @@ def test_a_crash_keeps_the_records_before_it(entry, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())) == 3
 
 
-def test_an_unknown_name_says_what_was_meant(capsys):
+def test_an_unknown_name_gets_a_suggestion(capsys):
     assert main(["config-chek"]) == 2
-    assert "no benchmark is called 'config-chek'. Did you mean 'config-check'? There are: " in capsys.readouterr().err
+    assert (
+        "no benchmark is called 'config-chek'. Did you mean 'config-check'? Available are: " in capsys.readouterr().err
+    )
 
 
 def test_listing_loads_neither_torch_nor_an_entry():
@@ -144,7 +144,7 @@ def test_listing_loads_neither_torch_nor_an_entry():
         assert line.endswith(listed.about)
 
 
-def test_every_entry_has_its_module_and_its_own_name():
+def test_every_entry_has_a_module_and_a_unique_name():
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
     for listed in ENTRIES:
         assert (ROOT / f"{listed.module.replace('.', '/')}.py").exists()
@@ -158,10 +158,10 @@ def test_the_config_check_benchmark_runs(tmp_path):
     (record,) = json.loads(path.read_text())
     assert record["metric"] == "cold start of check"
     assert record["value"] > 0
-    assert record["pass"] is (done.returncode == 0)  # the seconds themselves are not a test's business
+    assert record["pass"] is (done.returncode == 0)  # tests never assert the seconds themselves
 
 
-def test_config_check_refuses_a_check_that_fails_or_wavers(monkeypatch):
+def test_config_check_refuses_a_check_that_fails_or_varies(monkeypatch):
     from benchmarks.steps import config_check
 
     with pytest.raises(OutputsDiffer, match="(?s)`-c .*` ended with exit code 3:\nbroken"):
@@ -172,7 +172,7 @@ def test_config_check_refuses_a_check_that_fails_or_wavers(monkeypatch):
         config_check._same_twice("model: 1", [sys.executable, "-c", "print('model: 2')"])
 
 
-def test_a_race_takes_turns_after_comparing_outputs():
+def test_a_race_compares_outputs_and_then_takes_turns():
     calls = []
     sides = [Side(name=name, run=lambda name=name: calls.append(name) or name) for name in ("ours", "peer")]
     raced = race(*sides, same=lambda *outputs: calls.append(outputs), rounds=3, warmup=1)
@@ -227,16 +227,16 @@ def test_floor_and_goal(target, found, passes, meets_goal):
     assert (figure.passed, figure.met_goal) == (passes, meets_goal)
 
 
-def test_the_ratio_says_how_many_times_better():
+def test_the_ratio_is_how_many_times_better_ours_is():
     half_the_time = Figure("m", 2.0, "ms", config={}, peer=Peer("p", 4.0))
     twice_the_rate = Figure("m", 4.0, "1/s", config={}, better="higher", peer=Peer("p", 2.0))
     assert half_the_time.ratio == twice_the_rate.ratio == 2.0
-    wanted = ratio_at_least(2.5)
-    missed = Figure("m", 2.0, "ms", config={}, peer=Peer("p", 4.0), target=wanted)
+    target = ratio_at_least(2.5)
+    missed = Figure("m", 2.0, "ms", config={}, peer=Peer("p", 4.0), target=target)
     assert missed.passed is False
 
 
-def test_counting_passes_only_when_exact():
+def test_a_count_passes_only_if_it_is_exact():
     assert counted("m", 4, "x", expected=4, config={}).passed
     assert not counted("m", 5, "x", expected=4, config={}).passed
     assert not counted("m", 3, "x", expected=4, config={}).passed
@@ -246,7 +246,7 @@ def test_tensors_are_compared_by_their_largest_value():
     peer = {"out": torch.tensor([100.0, 1.0]), "grad": torch.tensor([1.0])}
     near = {"out": torch.tensor([100.0, 1.0005]), "grad": torch.tensor([1.0])}
     assert same_tensors(near, peer, relative=1e-5) == pytest.approx({"out": 5e-6, "grad": 0.0}, abs=1e-7)
-    with pytest.raises(OutputsDiffer, match="of its largest value, 1e-06 allowed: out by 5.0e-06"):
+    with pytest.raises(OutputsDiffer, match="relative to the largest value, with 1e-06 allowed: out by 5.0e-06"):
         same_tensors(near, peer, relative=1e-6)
     with pytest.raises(OutputsDiffer, match="grad by nan"):
         same_tensors(peer | {"grad": torch.tensor([float("nan")])}, peer, relative=1.0)
@@ -254,7 +254,7 @@ def test_tensors_are_compared_by_their_largest_value():
         same_tensors(peer | {"out": torch.ones(1)}, peer, relative=1.0)
     with pytest.raises(OutputsDiffer, match=r"ours gives \['grad'\], the peer gives \['grad', 'out'\]"):
         same_tensors({"grad": peer["grad"]}, peer, relative=1.0)
-    with pytest.raises(OutputsDiffer, match="grad is all zeros at the peer's side"):
+    with pytest.raises(OutputsDiffer, match="grad is all zeros on the peer's side"):
         same_tensors(peer, peer | {"grad": torch.zeros(1)}, relative=1.0)
 
 
@@ -263,7 +263,7 @@ def test_saved_bytes_are_those_kept_for_backward():
     with Saved(beside=[x, w]) as saved:
         h = x @ w  # keeps x, which exists anyway
         y = h.exp()  # keeps its result, 8 x 4 floats
-        z = y.view(4, 8) * 2.0  # a view is the same storage, and a constant factor keeps nothing
+        z = y.view(4, 8) * 2.0  # a view shares its storage, and a constant factor keeps nothing
     assert saved.bytes == 8 * 4 * 4
     with Saved(beside=[]) as everything:
         h = x @ w
@@ -272,12 +272,12 @@ def test_saved_bytes_are_those_kept_for_backward():
     assert saved.bytes == 0
 
 
-def test_allocations_see_the_largest_the_live_and_the_peak():
+def test_allocations_count_the_largest_the_live_and_the_peak_bytes():
     x = torch.randn(256)
     with Allocations() as seen:
         big = torch.cat([x, x])  # 2048 bytes
-        part = big[:10]  # a view is nothing new
-        x.add_(1.0)  # nor is work in place
+        part = big[:10]  # a view allocates nothing
+        x.add_(1.0)  # nor does an in-place operation
         small = part + 1.0
         assert seen.live_bytes == 2048 + 40
         del big, part
@@ -289,7 +289,7 @@ def test_allocations_see_the_largest_the_live_and_the_peak():
     assert seen.live_bytes == small.nbytes + other.nbytes == 40 + 1024
 
 
-def test_allocations_see_backward_too():
+def test_allocations_count_backward_too():
     weight = torch.randn(32, 8, requires_grad=True)
     x = torch.randn(4, 32)
     with Allocations() as forward:
@@ -312,7 +312,7 @@ def test_the_anonymous_peak_is_sampled():
     assert seen.end_bytes - seen.start_bytes < 0.5 * megabytes * 2**20
 
 
-def test_the_commit_names_changes_and_foreign_clones_are_not_ours(tmp_path):
+def test_the_commit_marks_changes_and_ignores_other_clones(tmp_path):
     def git(*words):
         subprocess.run(
             ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *words],
@@ -333,10 +333,10 @@ def test_the_commit_names_changes_and_foreign_clones_are_not_ours(tmp_path):
     assert machine.commit(inside).startswith("version ")
 
 
-TINY = Shape(hidden=32, intermediate=20, experts=12, top_k=3, r=4)  # all different, so that no layout hides another
+TINY = Shape(hidden=32, intermediate=20, experts=12, top_k=3, r=4)  # all different, to reveal mixed-up layouts
 
 
-def test_our_expert_block_and_pefts_do_the_same_work():
+def test_our_expert_block_and_pefts_compute_the_same():
     pair = Pair(TINY)
     ours, peer = pair.sides(pair.inputs(24))
     found, theirs = ours.run(), peer.run()
@@ -357,7 +357,7 @@ def test_the_fastest_of_some_rounds_is_the_figure():
     assert (alone.peer, alone.spread) == (None, {"ours": 0.0})
 
 
-def test_the_lora_step_is_timed_beside_peft():
+def test_the_lora_step_is_timed_for_both():
     target = ratio_at_least(0.9)
     figure = moe_lora_step._figure(Pair(TINY), 24, 2, target)
     assert (figure.unit, figure.n, figure.target) == ("ms", 2, target)
@@ -367,12 +367,12 @@ def test_the_lora_step_is_timed_beside_peft():
     assert min(figure.value, figure.peer.value) > 0
 
 
-def test_the_lora_memory_is_counted_beside_peft():
+def test_the_lora_memory_is_counted_for_both():
     pair = Pair(TINY)
     saved, alive, peak, largest = moe_lora_memory._figures(pair, 24)
     rows = 24 * TINY.top_k
     stacks = 4 * TINY.experts * 3 * TINY.intermediate * TINY.hidden
-    assert saved.value * 2**20 >= 4 * rows * (TINY.hidden + 2 * TINY.intermediate)  # x and the gate_up output at least
+    assert saved.value * 2**20 >= 4 * rows * (TINY.hidden + 2 * TINY.intermediate)  # at least x and the gate_up output
     assert saved.peer.value * 2**20 >= stacks  # PEFT keeps both merged stacks
     assert saved.value <= alive.value <= peak.value
     assert saved.passed
@@ -404,7 +404,7 @@ def test_merge_and_export_are_measured_on_any_size(monkeypatch):
     for name, value in {"GB": 0.01, "LAYERS": 2, "HIDDEN": 192, "INNER": 80}.items():
         monkeypatch.setattr(merge_case, name, value)
     monkeypatch.setattr(merge, "ROUNDS", 1)
-    figures = list(merge.run())  # real processes: ours, PEFT's merge and a copy; PEFT's output is compared with ours
+    figures = list(merge.run())  # real processes: ours, PEFT's merge and a copy; outputs are compared
     assert [(figure.metric, figure.peer.name) for figure in figures] == [
         ("seconds to merge", merge.PEER),
         ("peak memory above imports", merge.PEER),
@@ -416,7 +416,7 @@ def test_merge_and_export_are_measured_on_any_size(monkeypatch):
     assert [figure.config["form"] for figure in export.run()] == ["peft", "per-expert"]
 
 
-def test_a_merge_that_differs_from_the_peers_is_not_measured(tmp_path):
+def test_a_merge_that_differs_from_the_peer_is_not_measured(tmp_path):
     from benchmarks.weights.merge import _same_outputs
     from finetune.files.tiny import TinyModel, write_tiny
 
@@ -435,5 +435,5 @@ def test_waits_are_counted_for_both(monkeypatch):
     monkeypatch.setattr(waits, "TOWER_BLOCKS", 4)
     text, text_layer, media, media_layer = waits.run()
     assert all(figure.met_goal for figure in (text, text_layer, media, media_layer))
-    assert media.peer.value == sum(media.config["peer"].values()) > 6 * 4, "three lists a block, in both passes"
+    assert media.peer.value == sum(media.config["peer"].values()) > 6 * 4, "three lists per block, in both passes"
     assert text_layer.value == media_layer.value == 0

