@@ -1,4 +1,4 @@
-"""The recipes that no test machine can run: what they tell the engine, and the model that they build, on meta."""
+"""Recipes that no test machine can run: their engine configuration, and the model that they build on meta."""
 
 import json
 from pathlib import Path
@@ -21,19 +21,19 @@ GOLDEN = places.GOLDEN / "big_recipes.json"
 NAMES = ("qwen3-vl-30b-a3b-long", "qwen3-vl-235b-a22b-lora")
 
 
-def told() -> dict[str, object]:
+def engine_configs() -> dict[str, object]:
     return {name: engine_config(engine_options(load_recipe(name)[0])) for name in NAMES}
 
 
-def test_the_engine_is_told_the_golden_dictionaries() -> None:
+def test_the_engine_gets_the_golden_dictionaries() -> None:
     # To renew: PYTHONPATH=.:tests/harness python -c \
-    #   'from tests.house.test_big_recipes import *; GOLDEN.write_text(json.dumps(told(), indent=2) + "\n")'
-    assert told() == json.loads(GOLDEN.read_text())
+    #   'from tests.house.test_big_recipes import *; GOLDEN.write_text(json.dumps(engine_configs(), indent=2) + "\n")'
+    assert engine_configs() == json.loads(GOLDEN.read_text())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_built_on_meta_with_every_published_shape(name: str, tmp_path: Path) -> None:
-    # one process is one rank, which holds all experts; the layout of ranks is checked by `moetune check`
+    # one process is one rank with all experts; `moetune check` checks the layout of ranks
     config, _ = load_recipe(name, ["parallel.ep=1", "parallel.resident=none", "context.yarn.factor=3"])
     base = base_family(config)
     (tmp_path / "config.json").write_text(config_text(hub_config(base)))
@@ -54,7 +54,7 @@ def test_the_model_is_built_on_meta_with_every_published_shape(name: str, tmp_pa
     assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("yarn", 3.0, 5_000_000)
 
 
-def test_every_stage_of_the_long_recipe_takes_as_many_tokens_a_step() -> None:
+def test_every_stage_of_the_long_recipe_has_the_same_tokens_per_step() -> None:
     stages = run_stages(load_recipe(NAMES[0])[0])
     assert [(stage.data.tokens_per_pack, stage.sp) for stage in stages] == [(8192, 1), (32768, 4), (262_144, 8)]
     assert {stage.data.tokens_per_pack * stage.data.packs_per_step for stage in stages} == {524_288}

@@ -1,4 +1,4 @@
-"""House rules that no linter keeps: torch-free start, where torch.distributed may be used."""
+"""House rules that no linter checks: a start without torch, and the files that may use torch.distributed."""
 
 import ast
 import os
@@ -74,10 +74,10 @@ def test_configuration_and_command_line_start_without_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_run_begins_with_its_long_files_and_one_thread(request: pytest.FixtureRequest) -> None:
+def test_a_run_starts_with_its_long_files_and_one_thread(request: pytest.FixtureRequest) -> None:
     conftest = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
     names = list(dict.fromkeys(str(item.path.relative_to(conftest.TESTS)) for item in request.session.items))
     long = [name for name in conftest.LONG_FIRST if name in names]
     assert names[: len(long)] == long
-    assert request.config.option.loadscopereorder is False  # the order is what pytest-xdist goes by
+    assert request.config.option.loadscopereorder is False  # pytest-xdist must keep the order
     assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])

@@ -1,4 +1,4 @@
-"""The image for GPUs, as far as it can be looked at without building it: its file, beside the lock."""
+"""The image for GPUs, as far as it can be checked without building it: its Dockerfile, compared with the lock."""
 
 import re
 from collections.abc import Iterator
@@ -8,19 +8,19 @@ from places import ROOT
 
 
 def _steps() -> Iterator[tuple[str, str]]:
-    """The instructions of the Dockerfile, each with all of its lines."""
+    """Yield the instructions of the Dockerfile, with continuation lines joined."""
     text = re.sub(r"(?m)^#.*\n", "", (ROOT / "Dockerfile").read_text()).replace("\\\n", " ")
     for line in filter(None, map(str.strip, text.splitlines())):
         name, _, words = line.partition(" ")
         yield name, words
 
 
-def test_the_image_is_made_of_what_is_there() -> None:
+def test_the_image_uses_existing_files_and_the_locked_cuda() -> None:
     steps = list(_steps())
     assert {name for name, _ in steps} <= {"FROM", "ENV", "RUN", "COPY", "WORKDIR", "ENTRYPOINT", "CMD"}
     ((_, image),) = [step for step in steps if step[0] == "FROM"]
     cuda, system = re.fullmatch(r"nvidia/cuda:(\d+\.\d+)\.\d+-devel-(ubuntu24\.04)", image).groups()
-    assert LOCKED["cuda-toolkit"].startswith(f"{cuda}."), "what compiles against torch must be of torch's CUDA"
+    assert LOCKED["cuda-toolkit"].startswith(f"{cuda}."), "code that compiles against torch needs torch's CUDA"
     assert system == "ubuntu24.04", "its python3 is 3.12"
     copied = [words.split()[0] for name, words in steps if name == "COPY"]
     assert copied == ["constraints.txt", "."]

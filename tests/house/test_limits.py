@@ -1,4 +1,4 @@
-"""Limits of size, in statements: a file or a function that grows has a second idea in it, whatever its line breaks."""
+"""Size limits in statements: a file or a function that grows large contains a second idea, however it is wrapped."""
 
 import ast
 from collections import Counter
@@ -8,16 +8,16 @@ from pathlib import Path
 from places import ROOT
 
 FILE = 220
-"""Statements of a source file, docstrings not counted."""
+"""Most statements of a source file, docstrings excluded."""
 FUNCTION = 40
-"""Statements of a function, with those of the functions inside it."""
+"""Most statements of a function, including those of nested functions."""
 LOOP = ("finetune/train.py", "train")
-"""The training loop is one story in line order, and may be longer."""
+"""The training loop reads as one story from top to bottom, and may be longer."""
 LOOP_FUNCTION = 80
 FOLDER = 20
-"""Source files of a folder of `data`, `finetune` and `moe`; `launchers` has a file for each command."""
+"""Most source files in a folder of `data`, `finetune` and `moe`; `launchers` has a file for each command."""
 PACKED = 3
-"""Values that one assignment may not give to as many names: a pair, a swap and the results of a call may stand."""
+"""An assignment must not unpack this many values into names; a pair, a swap and a call's results are allowed."""
 
 SOURCES = ("benchmarks", "configs", "data", "finetune", "launchers", "moe")
 ROOMS = ("data", "finetune", "moe")
@@ -34,7 +34,7 @@ def _sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def _statements(node: ast.AST) -> int:
-    """Count the statements below a node, itself left out."""
+    """Count the statements below a node, excluding itself."""
     inside = [child for child in ast.walk(node) if isinstance(child, ast.stmt) and child is not node]
     return sum(not _is_text(statement) for statement in inside)
 
@@ -61,7 +61,7 @@ def test_files_and_functions_stay_short() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 limit = LOOP_FUNCTION if (name, node.name) == LOOP else FUNCTION
                 long += [f"{name}, {node.name}: {_statements(node)} of {limit}"] if _statements(node) > limit else []
-    assert not long, "statements, and how many are allowed: " + "; ".join(long)
+    assert not long, "statements, and the number allowed: " + "; ".join(long)
 
 
 def test_folders_stay_small() -> None:
@@ -77,4 +77,4 @@ def test_no_assignment_packs_three_values() -> None:
 def test_the_formatter_has_no_exceptions() -> None:
     mark = "# fmt: " + "skip"
     skipped = [str(path.relative_to(ROOT)) for path in _files(*SOURCES, "tests") if mark in path.read_text()]
-    assert not skipped, f"restructure what formats badly, without {mark}: " + ", ".join(skipped)
+    assert not skipped, f"restructure code that formats badly instead of using {mark}: " + ", ".join(skipped)

@@ -1,4 +1,4 @@
-"""The lock: it covers what the project asks for, and everything that installs goes by it."""
+"""The lock covers all requirements of the project, and every installation uses it."""
 
 import ast
 import re
@@ -14,10 +14,10 @@ from places import ROOT
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 OURS = set(PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
-GPU_ONLY = {"liger_kernel"}  # a peer where it is installed
+GPU_ONLY = {"liger_kernel"}  # a peer, if it is installed
 
 
-def test_every_package_that_the_project_names_is_locked_within_its_range() -> None:
+def test_every_required_package_is_locked_within_its_range() -> None:
     named = [*requirements(*EXTRAS), *map(Requirement, PROJECT["dependency-groups"]["oracle"])]
     outside = {str(one): LOCKED.get(canonicalize_name(one.name)) for one in named}
     assert not {
@@ -28,19 +28,19 @@ def test_every_package_that_the_project_names_is_locked_within_its_range() -> No
 
 
 def test_one_release_of_each_package_for_every_python_and_platform() -> None:
-    """What CI runs is what a GPU node installs; CUDA's packages count only where torch asks for them."""
+    """CI runs the releases that a GPU node installs; CUDA's packages are needed only where torch requires them."""
     assert len(LOCKED) == len(LOCK)
-    assert LOCKED["torch"] == "2.13.0", "the release of which CI has a CPU build"
+    assert LOCKED["torch"] == "2.13.0", "CI has a CPU build of this release"
     cuda = [one for one in LOCK if one.name.startswith(("nvidia-", "cuda-", "triton"))]
     assert len(cuda) > 10
     assert all('sys_platform == "linux"' in str(one.marker) for one in cuda)
 
 
 @pytest.mark.parametrize("page", ["Makefile", "Dockerfile", "README.md", "docs/training.md", "docs/stability.md"])
-def test_everything_that_installs_goes_by_the_lock(page: str) -> None:
+def test_every_installation_uses_the_lock(page: str) -> None:
     text = (ROOT / page).read_text().replace("\\\n", " ")
     installs = re.findall(r"^.*\bpip install.*$", text, re.MULTILINE)
-    free = ("uv", "wheel", "--resolution")  # tools of their own environment, and what runs outside the lock on purpose
+    free = ("uv", "wheel", "--resolution")  # tools with their own environment, and runs outside the lock on purpose
     loose = [line for line in installs if "-c constraints.txt" not in line and not any(word in line for word in free)]
     assert not loose
     assert page != "Makefile" or installs

@@ -30,7 +30,7 @@ def whole_story(rank, world_size, factor):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_every_rank_returns_its_value(monkeypatch, tmp_path, fresh):
-    monkeypatch.setenv("MOETUNE_PROBE", "seen")  # set after the start of the server: ranks must still see it
+    monkeypatch.setenv("MOETUNE_PROBE", "seen")  # set after the server's start, and ranks must still see it
     monkeypatch.chdir(tmp_path)
     results = run_ranks(whole_story, 3, 10, fresh=fresh)
     for rank, result in enumerate(results):
@@ -43,7 +43,10 @@ def test_every_rank_returns_its_value(monkeypatch, tmp_path, fresh):
         if fresh:
             assert result["of_parent"][0] == os.getpid()
         else:
-            assert result["of_parent"] == (results[0]["of_parent"][0], 1)  # one server, of which a fork is safe
+            assert result["of_parent"] == (
+                results[0]["of_parent"][0],
+                1,
+            )  # one thread, so that forking the server is safe
 
 
 def raise_on_one(rank, world_size, culprit):
@@ -55,13 +58,13 @@ def raise_on_one(rank, world_size, culprit):
 
 
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_the_earliest_failing_rank_speaks(culprit):
+def test_the_earliest_failing_rank_is_reported_first(culprit):
     with pytest.raises(RankError) as caught:
         run_ranks(raise_on_one, 2, culprit)
     message = str(caught.value)
     assert caught.value.rank == culprit
     assert message.startswith(f"rank {culprit} of 2 failed:\nTraceback")
-    first, rest = message.split(f"\n\nrank {1 - culprit} of 2 failed")  # the other one lost its connection
+    first, rest = message.split(f"\n\nrank {1 - culprit} of 2 failed")  # the other rank lost its connection
     assert "in raise_on_one\n" in first
     assert "KeyError: 'the true origin'" in first
     assert "it printed:\nbefore the fall\na warning of the fall" in first
@@ -114,7 +117,7 @@ def miss_a_collective(rank, world_size):
     dist.all_reduce(torch.zeros(1))
 
 
-def test_a_missed_collective_shows_who_waited_and_where_the_other_was():
+def test_a_missed_collective_shows_the_stacks_of_both_ranks():
     with pytest.raises(RankError, match=r"^rank 0 of 2 failed:\n") as caught:
         run_ranks(miss_a_collective, 2, timeout=6)  # the process group gives up after 3 s
     first, rest = str(caught.value).split("\n\nrank 1 of 2 was still running, and was ended; its stack:\n")
@@ -122,13 +125,13 @@ def test_a_missed_collective_shows_who_waited_and_where_the_other_was():
     assert "in sleep_here" in rest
 
 
-def return_what_cannot_travel(rank, world_size):
+def return_a_lambda(rank, world_size):
     return lambda: rank
 
 
-def test_a_result_that_cannot_travel_is_a_failure():
-    with pytest.raises(RankError, match=r"(?s)^rank [01] of 2 failed:.*return_what_cannot_travel"):
-        run_ranks(return_what_cannot_travel, 2)
+def test_a_result_that_cannot_be_pickled_is_a_failure():
+    with pytest.raises(RankError, match=r"(?s)^rank [01] of 2 failed:.*return_a_lambda"):
+        run_ranks(return_a_lambda, 2)
 
 
 def test_a_local_function_is_refused():
@@ -137,7 +140,7 @@ def test_a_local_function_is_refused():
 
 
 def test_ranks_end_when_the_test_run_is_killed(tmp_path):
-    """A killed pytest must not leave ranks behind that eat the machine."""
+    """A killed pytest must not leave running ranks behind."""
     script = tmp_path / "orphans.py"
     script.write_text(
         "import os, sys, time\n"
@@ -160,7 +163,7 @@ def test_ranks_end_when_the_test_run_is_killed(tmp_path):
 
 
 def still_runs(pid):
-    """Not what ended and was not asked about: where no init does so, an orphan stays a zombie."""
+    """Whether a process runs; a zombie does not, and without an init that reaps them, orphans stay zombies."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
