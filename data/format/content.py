@@ -1,4 +1,4 @@
-"""What a message holds: text with marks, or a list of objects, to contents in order and back. No torch."""
+"""Reads and writes what a message holds: text with marks, or a list of objects. No torch."""
 
 import re
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ _SPELLED = {kind: mark for mark, kind in MARKS.items()}
 
 @dataclass(frozen=True)
 class Content:
-    """A piece of text, or the place of the next image, video, reference, box or point of the sample."""
+    """A piece of text, or a place that the sample's next image, video, reference, box or point takes."""
 
     kind: Literal["text", "image", "video", "ref", "bbox", "point"]
     text: str = ""
 
 
 def read_contents(content: str | list[Any], where: str) -> tuple[Content, ...]:
-    """The contents of a message. Marks in plain text are places of media; in a list of objects, text is only text."""
+    """Return the contents of a message. Marks in plain text are places; in a list of objects, text is only text."""
     if isinstance(content, str):
         return tuple(_split_marks(check_text(content, where)))
     return tuple(_read_content(item, f"{where}[{index}]") for index, item in enumerate(content))
@@ -51,7 +51,7 @@ def _read_content(item: Any, where: str) -> Content:
 
 
 def write_contents(contents: tuple[Content, ...]) -> str | list[dict[str, str]]:
-    """Plain text with marks where that reads back equal, else a list of objects."""
+    """Return plain text with marks where that reads back equal, else a list of objects."""
     plain = "".join(item.text if item.kind == "text" else _SPELLED[item.kind] for item in contents)
     if read_contents(plain, "content") == contents:
         return plain

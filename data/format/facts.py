@@ -1,11 +1,11 @@
-"""What is known of an image or a video without decoding it again: the numbers an index stores. Loads no torch."""
+"""What an index stores of an image or a video, so that it need not be decoded again. Loads no torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts:
-    """Size of one image as it is seen, that is after EXIF orientation."""
+    """Size of one image in pixels, after EXIF orientation."""
 
     height: int
     width: int
@@ -13,7 +13,7 @@ class ImageFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFacts:
-    """Size, length and timing of one video stream as it is seen, that is after rotation."""
+    """Size, length and timing of one video stream, after rotation."""
 
     height: int
     width: int

@@ -1,4 +1,4 @@
-"""Reading a JSON object strictly: wrong types, missing and unknown keys are errors that name the field. No torch."""
+"""Reads a JSON object strictly: wrong types, missing and unknown keys are errors that name the field. No torch."""
 
 import math
 import re
@@ -13,7 +13,7 @@ _QUERY = re.compile(r"(\w+://[^\s?'\"]*)\?[^\s'\"]+")
 
 
 def redact(text: str) -> str:
-    """The text without what urls in it keep secret: user and password, and the query, where signatures and keys are."""
+    """Return the text without the secrets of its urls: user, password, and the query, where signatures and keys are."""
     return _QUERY.sub(r"\1?***", _USER.sub(r"\1***@", text))
 
 
@@ -25,7 +25,7 @@ class BadField(ValueError):
 
 
 def check_text(value: str, where: str) -> str:
-    """The text, if it can be written as UTF-8: JSON escapes can smuggle in halves of a character."""
+    """Return the text if it can be written as UTF-8: JSON escapes can hold half of a character."""
     if not value.isascii():
         try:
             value.encode()
@@ -35,7 +35,7 @@ def check_text(value: str, where: str) -> str:
 
 
 class Fields:
-    """One JSON object while it is read; `done` refuses what was not asked for."""
+    """A JSON object while it is read; `done` refuses keys that were not read."""
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self._raw = dict(raw)
@@ -43,7 +43,7 @@ class Fields:
         self.where = f"{where}." if where else ""
 
     def take(self, name: str, kinds: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """The value under `name`, of one of these types; null counts as absent."""
+        """Return the value under `name`, of one of these types; null counts as absent."""
         self._known.append(name)
         value = self._raw.pop(name, None)
         if value is None:
@@ -59,19 +59,19 @@ class Fields:
         return value
 
     def text(self, name: str, default: Any = _REQUIRED) -> Any:
-        """Text that can be written as UTF-8."""
+        """Return text that can be written as UTF-8."""
         value = self.take(name, str, default)
         return value if value is None else check_text(value, self.where + name)
 
     def choice(self, name: str, allowed: Sequence[str], default: Any = _REQUIRED) -> str:
-        """One of the allowed words."""
+        """Return one of the allowed words."""
         value: str = self.take(name, str, default)
         if value not in allowed:
             raise BadField(self.where + name, f"is {value!r:.80}; write one of {', '.join(allowed)}")
         return value
 
     def number(self, name: str, default: Any = None, *, above: float = -math.inf, least: float = -math.inf) -> Any:
-        """A finite number > above and >= least."""
+        """Return a finite number > above and >= least."""
         value = self.take(name, (int, float), default)
         if value is not None and not (value > above and value >= least and value <= 1e15):
             bound = f"above {above}" if above > least else f"at least {least}"
@@ -79,31 +79,31 @@ class Fields:
         return value
 
     def whole(self, name: str, default: Any = None, *, least: int = 1) -> Any:
-        """A whole number >= least."""
+        """Return a whole number >= least."""
         value = self.take(name, int, default)
         if value is not None and not least <= value <= 10**15:
             raise BadField(self.where + name, f"is {value}; write a whole number of at least {least}")
         return value
 
     def items(self, name: str) -> Iterator[tuple[Any, str]]:
-        """The entries of a list that may be absent, each with its place."""
+        """Yield the entries of a list that may be absent, each with its place."""
         for index, item in enumerate(self.take(name, list, [])):
             yield item, f"{self.where}{name}[{index}]"
 
     def objects(self, name: str) -> Iterator["Fields"]:
-        """The entries of a list of JSON objects."""
+        """Yield the entries of a list of JSON objects."""
         for item, where in self.items(name):
             yield Fields(self.take_object(item, where), where)
 
     @staticmethod
     def take_object(item: Any, where: str) -> Mapping[str, Any]:
-        """The entry, if it is a JSON object."""
+        """Return the entry if it is a JSON object."""
         if not isinstance(item, Mapping):
             raise BadField(where, f"is {item!r:.80} ({type(item).__name__}); write a JSON object")
         return item
 
     def done(self) -> None:
-        """Refuses keys that were not taken: a misspelt key must not be ignored."""
+        """Refuse keys that were not read: a misspelt key must not be ignored."""
         if self._raw:
             unknown = ", ".join(sorted(map(repr, self._raw)))
             raise BadField(

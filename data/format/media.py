@@ -1,4 +1,4 @@
-"""Where the images, videos and boxes of a record are, and what is asked of them. No torch."""
+"""Where the images, videos and boxes of a record are, and how they are to be shown. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ BOX_TYPES = ("real", "norm1", "norm1000")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Bytes of one medium: a member of the sample, or a path or url (with a byte range) that samples may share."""
+    """Where a medium's bytes are: in a member, or at a path or url (with a byte range) that samples may share."""
 
     member: str | None = None
     path: str | None = None
@@ -19,21 +19,21 @@ class Place:
     range: tuple[int, int] | None = None  # offset, length
 
     def to_json(self) -> Any:
-        """A plain member name where nothing else is said."""
+        """Return a plain member name where nothing else is set, else an object."""
         raw = _dense(self)
         return raw["member"] if list(raw) == ["member"] else raw
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRef(Place):
-    """One image."""
+    """An image of a record."""
 
     max_pixels: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRef(Place):
-    """One video: a file, or a list of frame images with their times or rate."""
+    """A video of a record: a file, or a list of frames as images, with their times or rate."""
 
     frames: tuple[ImageRef, ...] = ()
     times: tuple[float, ...] = ()  # seconds of each frame of a frame list
@@ -49,7 +49,7 @@ class VideoRef(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
-    """Named things and where they are: the i-th box belongs to image `image_id[i]` (all to image 0 when empty)."""
+    """Named things and their boxes. Box i belongs to image `image_id[i]`; all belong to image 0 if it is empty."""
 
     ref: tuple[str, ...] = ()
     boxes: tuple[tuple[float, ...], ...] = ()  # x1, y1, x2, y2 of a box; x, y of a point
@@ -57,7 +57,7 @@ class Objects:
     image_id: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Boxes and points in one list, as ms-swift writes them."""
+        """Return boxes and points in one list, as ms-swift writes them."""
         out: dict[str, Any] = {"ref": list(self.ref), "bbox": [list(box) for box in self.boxes]}
         return {**out, "bbox_type": self.bbox_type, "image_id": list(self.image_id)}
 
@@ -96,7 +96,7 @@ def _read_place(fields: Fields, *others: str) -> dict[str, Any]:
 
 
 def read_image(item: Any, where: str) -> ImageRef:
-    """A member name, or an object with more to say."""
+    """Read an image: a member name, or an object."""
     if isinstance(item, str):
         item = {"member": item}
     fields = Fields(Fields.take_object(item, where), where)
@@ -107,7 +107,7 @@ def read_image(item: Any, where: str) -> ImageRef:
 
 
 def read_video(item: Any, where: str) -> VideoRef:
-    """A member name, or an object with range, rate and limits."""
+    """Read a video: a member name, or an object with range, rate and limits."""
     if isinstance(item, str):
         item = {"member": item}
     fields = Fields(Fields.take_object(item, where), where)
@@ -156,7 +156,7 @@ def _seconds(value: Any, where: str) -> float:
 
 
 def read_objects(fields: Fields) -> Objects:
-    """ms-swift's objects: bbox holds boxes (4 numbers) and points (2); `point` is accepted as another name."""
+    """Read ms-swift's objects: bbox holds boxes (4 numbers) and points (2); `point` is accepted as another name."""
     bbox = [_read_box(item, where, (2, 4)) for item, where in fields.items("bbox")]
     point = [_read_box(item, where, (2,)) for item, where in fields.items("point")]
     if bbox and point:
@@ -190,7 +190,7 @@ def _read_box(item: Any, where: str, lengths: Sequence[int]) -> tuple[float, ...
 
 
 def media_members(images: Sequence[ImageRef], videos: Sequence[VideoRef]) -> list[str]:
-    """Members of the sample that its media name."""
+    """Return the names of the members that images and videos use."""
     frames = [frame for video in videos for frame in video.frames]
     places: list[Place] = [*images, *videos, *frames]
     return [place.member for place in places if place.member is not None]

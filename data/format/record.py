@@ -1,4 +1,4 @@
-"""The sample record: what one JSON member of a shard means. Strict, and every error names shard and key. No torch."""
+"""The record of a sample: what a JSON member of a shard means. Every error names shard and key. No torch."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -8,16 +8,17 @@ from typing import Any, Literal
 from data.format.content import Content, read_contents, write_contents
 from data.format.fields import BadField, Fields, check_text
 from data.format.media import ImageRef, Objects, VideoRef, media_members, read_image, read_objects, read_video
+from data.format.printable import count_of
 
 VERSION = 1
 _LONGEST_NUMBER = 300  # digits; a float has 308
 MAX_DEPTH = 100
-"""Of lists and objects inside one another: what a template and its tools can walk, and far more than any tool has."""
+"""Most lists and objects inside one another: templates can walk them, and no real tool description comes near."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
 class RecordError(ValueError):
-    """One sample is wrong: says where it is (shard and key) and why."""
+    """One sample is wrong; the message says where it is (shard and key) and why."""
 
     def __init__(self, *, shard: str, key: str, reason: str) -> None:
         super().__init__(f"shard {shard or '(none)'}, sample {key or '(none)'}: {reason}")
@@ -26,13 +27,13 @@ class RecordError(ValueError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keyword-only arguments survive the trip from a worker process."""
+        """Pickle the keyword-only arguments, for the way back from a worker process."""
         return _rebuild, (self.shard, self.key, self.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
-    """One call the assistant makes."""
+    """A call that the assistant makes."""
 
     name: str
     arguments: dict[str, Any]
@@ -40,7 +41,7 @@ class ToolCall:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn. `loss` None means the default: assistant 1, every other role 0."""
+    """A turn. `loss` None means the default: 1 for the assistant, 0 for every other role."""
 
     role: Literal["system", "user", "assistant", "tool"]
     contents: tuple[Content, ...]
@@ -50,13 +51,13 @@ class Message:
 
     @property
     def weight(self) -> float:
-        """Loss weight of this turn's tokens."""
+        """The loss weight of this turn's tokens."""
         return self.loss if self.loss is not None else float(self.role == "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One sample as written: turns whose marks point at images, videos and objects in order of appearance."""
+    """A sample as written: turns whose marks take images, videos and objects in order of appearance."""
 
     id: str
     messages: tuple[Message, ...]
@@ -84,7 +85,7 @@ def _no_constant(name: str) -> float:
 
 
 def load_json(data: bytes | str) -> Any:
-    """JSON without NaN and Infinity, nested MAX_DEPTH deep at most; ValueError for anything else."""
+    """Read JSON without NaN and Infinity, nested at most MAX_DEPTH deep; ValueError for anything else."""
     too_deep = ValueError(f"JSON is nested more than {MAX_DEPTH} deep; flatten it")
     try:
         value = json.loads(data, parse_constant=_no_constant, parse_int=_number)
@@ -114,7 +115,7 @@ def _number(digits: str) -> int:
 def parse_record(
     raw: Mapping[str, Any] | bytes | str, *, shard: str, key: str, members: Collection[str] | None = None
 ) -> Record:
-    """The record of one sample, or RecordError. With `members` given, they must match the media named, both ways."""
+    """Read the record of a sample, or raise RecordError. `members`, if given, must be those that its media name."""
     try:
         if isinstance(raw, (bytes, str)):
             raw = load_json(raw)
@@ -181,7 +182,7 @@ def _read_message(fields: Fields) -> Message:
 
 
 def _read_call(fields: Fields) -> ToolCall:
-    """Both spellings: {"name", "arguments"} and OpenAI's {"type": "function", "function": {...}}; JSON text too."""
+    """Read a call, {"name", "arguments"} or OpenAI's {"type": "function", "function": {...}}; arguments may be text."""
     inner = fields.take("function", Mapping, None)
     if inner is not None:
         fields.choice("type", ("function",), "function")
@@ -212,19 +213,19 @@ def _read_tool(item: Any, where: str) -> dict[str, Any]:
 
 
 def _check_marks(record: Record) -> None:
-    """The i-th mark takes the i-th entry, so counts must match exactly; boxes and points share one list."""
+    """Check that there are as many items as marks: mark i takes item i. Boxes and points share one list."""
     objects = record.objects or Objects()
     kinds = [item.kind for message in record.messages for item in message.contents if item.kind != "text"]
     boxes = [kind for kind in kinds if kind in ("bbox", "point")]
     rows = (
-        ("images", len(record.images), kinds.count("image"), "<image>"),
-        ("videos", len(record.videos), kinds.count("video"), "<video>"),
-        ("objects.ref", len(objects.ref), kinds.count("ref"), "<ref-object>"),
-        ("objects.bbox", len(objects.boxes), len(boxes), "<bbox> or <point>"),
+        ("images", len(record.images), kinds.count("image"), "<image> mark"),
+        ("videos", len(record.videos), kinds.count("video"), "<video> mark"),
+        ("objects.ref", len(objects.ref), kinds.count("ref"), "<ref-object> mark"),
+        ("objects.bbox", len(objects.boxes), len(boxes), "<bbox> or <point> mark"),
     )
     for name, entries, marks, spelled in rows:
         if entries != marks:
-            raise BadField(name, f"has {entries} entries but the messages hold {marks} {spelled} marks")
+            raise BadField(name, f"has {count_of(entries, 'item')}, but the messages hold {count_of(marks, spelled)}")
     for index, (kind, box) in enumerate(zip(boxes, objects.boxes, strict=True)):
         if kind == "point" and len(box) != 2:
             raise BadField(f"objects.bbox[{index}]", f"is {list(box)}, but its mark is <point>; write [x, y]")
@@ -232,7 +233,8 @@ def _check_marks(record: Record) -> None:
         raise BadField("objects.bbox", "has boxes or points but the sample has no image")
     if any(not 0 <= index < len(record.images) for index in objects.image_id):
         raise BadField(
-            "objects.image_id", f"is {list(objects.image_id)} but the sample has {len(record.images)} images"
+            "objects.image_id",
+            f"is {list(objects.image_id)}, but the sample has {count_of(len(record.images), 'image')}",
         )
 
 
@@ -247,7 +249,7 @@ def _check_members(record: Record, members: Collection[str]) -> None:
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
-    """The JSON object that parses back to an equal record."""
+    """Return the JSON object that parses back to an equal record."""
     out: dict[str, Any] = {"v": VERSION, "id": record.id}
     for name in ("source", "group", "license"):
         if value := getattr(record, name):

@@ -1,4 +1,4 @@
-"""Plain tar files by byte ranges: a strict walk over the headers, and a writer whose output depends on content only."""
+"""Plain tar files: a strict walk over the headers, and a writer whose output depends on content alone."""
 
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -16,20 +16,20 @@ _LONGEST_NAME = 1 << 20
 
 
 class ShardError(ValueError):
-    """A shard as a whole is wrong: says which one and why."""
+    """A shard as a whole is wrong; the message says which one and why."""
 
     def __init__(self, shard: str | Path, reason: str) -> None:
         super().__init__(f"shard {shard}: {reason}")
         self.shard, self.reason = str(shard), reason
 
     def __reduce__(self) -> tuple[type["ShardError"], tuple[str, str]]:
-        """Survives the trip from a worker process."""
+        """Pickle both arguments, for the way back from a worker process."""
         return ShardError, (self.shard, self.reason)
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one file of the tar are."""
+    """Where the bytes of a file in the tar are."""
 
     name: str
     offset: int
@@ -38,7 +38,7 @@ class Member:
 
 @dataclass(frozen=True)
 class KeyedMembers:
-    """Consecutive members with one key; `names` is what follows the key's dot."""
+    """Consecutive members with one key; `names` are what follows the key and its dot."""
 
     key: str
     names: tuple[str, ...]
@@ -47,7 +47,7 @@ class KeyedMembers:
 
 
 def walk_tar(path: Path) -> Iterator[Member]:
-    """Every regular file in order, ustar, GNU and PAX long names included; ShardError where the tar is not whole."""
+    """Yield every regular file, with long names of ustar, GNU and PAX; ShardError if the tar is not complete."""
     length = path.stat().st_size
     with path.open("rb") as file:
         at = 0
@@ -116,7 +116,7 @@ def _read_header(path: Path, header: bytes, at: int) -> tuple[bytes, str, int]:
 
 
 def _octal(digits: bytes) -> int:
-    """The number, or -1."""
+    """Return the number, or -1."""
     return int(digits, 8) if digits and not digits.strip(b"01234567") else -1
 
 
@@ -128,7 +128,7 @@ def _text(path: Path, raw: bytes, at: int) -> str:
 
 
 def _read_pax(path: Path, extra: bytes, at: int, name: str) -> tuple[str, int]:
-    """Name and size from records of the form `length key=value`, each ending in a newline."""
+    """Read name and size from records of the form `length key=value`, each ending in a newline."""
     size, start = -1, 0
     while start < len(extra):
         digits, space, _ = extra[start : start + 20].partition(b" ")
@@ -150,14 +150,14 @@ def _read_pax(path: Path, extra: bytes, at: int, name: str) -> tuple[str, int]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and member name: webdataset's rule, the first dot of the last path component; member lower-cased."""
+    """Split a file name into key and member as webdataset does, at the first dot; members are in lower case."""
     folder, slash, last = name.rpartition("/")
     stem, _, rest = last.partition(".")
     return folder + slash + stem, rest.lower()
 
 
 def group_members(path: Path, members: Iterator[Member]) -> Iterator[KeyedMembers]:
-    """Runs of members with one key; ShardError when a key or a member comes twice."""
+    """Yield runs of members with one key; ShardError if a key or a member occurs twice."""
     seen: set[str] = set()
     key, run = "", list[tuple[str, Member]]()
     for member in members:
@@ -189,7 +189,7 @@ def _close(path: Path, key: str, run: Sequence[tuple[str, Member]], seen: set[st
 
 
 class TarWriter:
-    """Writes a tar beside its place and renames it when whole. Equal content gives equal bytes: no times, no owners."""
+    """Writes a tar beside its place and renames it when it is complete. Equal content gives equal bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -197,7 +197,7 @@ class TarWriter:
         self._file: BinaryIO = self._beside.open("wb")
 
     def add(self, name: str, data: bytes) -> None:
-        """Appends one file."""
+        """Append a file."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
         header = info.tobuf(tarfile.PAX_FORMAT)
@@ -206,7 +206,7 @@ class TarWriter:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """A full disk's own error does not say what could not be written."""
+        """Name the path in an error of the disk, which by itself does not."""
         try:
             yield
         except OSError as error:
@@ -214,14 +214,14 @@ class TarWriter:
 
     @property
     def size(self) -> int:
-        """Bytes written so far."""
+        """The number of bytes written so far."""
         return self._file.tell()
 
     def __enter__(self) -> "TarWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Renames if all went well, removes what was written otherwise."""
+        """Rename the file if all went well, else remove it."""
         try:
             with self._named():
                 if kind is None:

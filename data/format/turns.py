@@ -1,4 +1,4 @@
-"""Cutting a conversation that is too long into parts that fit: between turns, never inside one. No torch."""
+"""Cuts a conversation that is too long into parts that fit, between turns and never inside one. No torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +14,19 @@ OfVideo = TypeVar("OfVideo")
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A part of a record, and which of its images and videos it kept."""
+    """A part of a record, and which of the record's images and videos it has."""
 
     record: Record
     images: tuple[int, ...]
     videos: tuple[int, ...]
 
     def of(self, images: Sequence[OfImage], videos: Sequence[OfVideo]) -> tuple[list[OfImage], list[OfVideo]]:
-        """Of what there is for each image and video of the whole record, that of the part."""
+        """Pick the part's items from lists with one item for each image and video of the whole record."""
         return [images[number] for number in self.images], [videos[number] for number in self.videos]
 
 
 def cut_record(record: Record, first: int, last: int) -> Cut:
-    """The messages first..last with the media and objects they mark; a system message at the start always stays."""
+    """Return the messages first..last with the media and objects they mark; a first system message always stays."""
     turns = {*range(first, last + 1)} | ({0} if record.messages[0].role == "system" else set())
     taken: dict[str, list[int]] = {"image": [], "video": [], "ref": [], "box": []}
     seen = dict.fromkeys(taken, 0)
@@ -72,7 +72,7 @@ def _cut_objects(
 
 
 def split_turns(record: Record, fits: Callable[[Cut], bool]) -> list[tuple[int, int]]:
-    """First and last message of each part, as long as they fit. ValueError when a single exchange does not.
+    """Return the first and last message of each part, as long as they fit; ValueError if a single exchange does not.
 
     A part begins with a user's message, so questions keep their answers and tool calls their results. Parts without
     loss are left out.

@@ -268,7 +268,7 @@ def test_build_embeds_media_refuses_bad_rows_and_counts_columns(tmp_path):
         12: "images[0] is 3; write a path",
         13: "images[0].range is 'x'; write [offset, length]",
         14: "messages carry no loss",
-        15: "images has 2 entries but the messages hold 1 <image> marks",
+        15: "images has 2 items, but the messages hold 1 <image> mark",
         16: "Expecting value",
     }
     assert sorted(rejects) == sorted(expected)

@@ -94,7 +94,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
         "Upper": "the key does not match",
         "dot": "a dot in the key?",
         "half": "half a sample?",
-        "marks": "images has 0 entries but the messages hold 1",
+        "marks": "images has 0 items, but the messages hold 1",
         "wide": "factor of 200",
         "cut": "1.jpg|0.jpg|truncated",
         "still": "single frame",
@@ -145,9 +145,7 @@ def test_findings_of_one_kind_are_one_line_and_warnings_no_error(tmp_path, capsy
     assert len(shown) == 45
     assert shown[-1] == "4 errors and 40 warnings in 2 shards"
     assert main(["shards", "check", str(tmp_path)]) == 3
-    assert capsys.readouterr().out.startswith(
-        "error: 4 samples, the first: images has 1 entries but the messages hold 0"
-    )
+    assert capsys.readouterr().out.startswith("error: 4 samples, the first: images has 1 item, but the messages hold 0")
 
 
 def sample_text(number, **more):
