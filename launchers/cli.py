@@ -47,8 +47,8 @@ EXIT_CODES = {
 """What the exit codes of all commands mean; a command's own EXIT_CODES say what one means there."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run one command line and return its exit code."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments of one command line, with `run` for what carries it out."""
     parser = argparse.ArgumentParser(
         prog="moetune",
         description="Fine-tune Qwen3-VL mixture-of-experts models.",
@@ -69,6 +69,12 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    args = parse(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
