@@ -49,7 +49,8 @@ def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | N
     """
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if not count or world != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    has_own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
+    if not count or has_own_store or world != int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = PrefixStore(f"restart-{count}", TCPStore(address, port, world_size=world, is_master=False))

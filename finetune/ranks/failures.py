@@ -58,8 +58,14 @@ class Failure:
 
 
 def meeting(environment: Mapping[str, str]) -> str:
-    """Return what the ranks of one start have in common, and of a restart have not."""
-    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    """Return what the ranks of one start have in common, and of a restart have not.
+
+    A start with a store of its own has a port of its own. Its count of restarts is then left out: of several machines
+    one that starts again because another did counts none.
+    """
+    names = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"]
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
+        names.append("TORCHELASTIC_RESTART_COUNT")
     return " ".join(environment.get(name, "-") for name in names)
 
 
