@@ -64,8 +64,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@# an index of torch builds carries few other packages, so torch comes from it alone
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
 	$(BIN)/pip install --quiet -c constraints.txt --editable ".[test,demo]"
-	@# the judge of the image and video tests, in a folder of its own: beside a CPU torch it cannot be imported
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(VENV)/oracle torchvision
+	@# the judges of tests in a folder of their own: torchvision cannot be imported beside a CPU torch, and Kubernetes'
+	@# client would bring a dozen packages; the names are those of the group oracle in pyproject.toml
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(VENV)/oracle torchvision kubeflow-training kubernetes \
+	  durationpy oauthlib python-dateutil requests-oauthlib six websocket-client
 	@touch $@
 
 $(UV):

@@ -4,12 +4,14 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.settings.checks import require
-from finetune.settings.recipes import load_recipe
-from launchers.profile import read_profile
-from launchers.render import Job, Rendered, as_json, render, shell_line
+from finetune.settings.recipes import load_recipe, recipe_files
+from launchers.manifest import render_kubernetes
+from launchers.profile import Profile, read_profile
+from launchers.render import Job, Rendered, as_json, render_deepspeed, render_slurm, render_torchrun, shell_line
 
 EXAMPLE = """\
   moetune launch qwen3-vl-235b-a22b-lora --on cluster.yaml model.path=/models/235b
@@ -33,21 +35,34 @@ def run(args: argparse.Namespace) -> int:
     profile = read_profile(args.on)
     config, problems = load_recipe(args.config, args.overrides)
     require(config, problems, ranks=profile.ranks)
-    folder = args.out or config.run.path / "launch"
-    job = Job(recipe=args.config, overrides=args.overrides, run=config.run.name, folder=str(config.run.path.parent))
-    rendered = render(job, profile, folder=str(folder))
+    folder = (args.out or config.run.path / "launch").absolute()
+    top, files = recipe_files(args.config)
+    recipe = next(iter(files), args.config)
+    job = Job(recipe=recipe, files=files, overrides=args.overrides, run=config.run.name)
+    rendered = render(job, profile, folder=folder, top=top)
     if args.json:
         print(as_json(rendered))
         return 0
-    if rendered.files:
-        folder.mkdir(parents=True, exist_ok=True)
     for name, text in rendered.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
         print(f"wrote {folder / name}", file=sys.stderr)
     print(shell_line(rendered), flush=True)
     if rendered.note:
         print(rendered.note, file=sys.stderr)
     return _start(rendered, profile.workdir) if args.start else 0
+
+
+def render(job: Job, profile: Profile, *, folder: Path, top: Path = Path()) -> Rendered:
+    """Render for the profile's kind; `folder` is where the files will lie, `top` where those of the recipe do."""
+    if profile.kind == "torchrun":
+        return render_torchrun(job, profile, place=str(top))
+    if profile.kind == "deepspeed":
+        return render_deepspeed(job, profile, place=str(top), folder=str(folder))
+    if profile.kind == "slurm":
+        here = replace(profile, workdir=profile.workdir or str(Path.cwd()))  # wherever sbatch is called
+        return render_slurm(job, here, folder=str(folder))
+    return render_kubernetes(job, profile, folder=str(folder))
 
 
 def _start(rendered: Rendered, workdir: str) -> int:

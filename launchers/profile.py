@@ -6,6 +6,7 @@ Recipes say what is trained, profiles where. Nothing in a profile is secret: sec
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from yaml import YAMLError
 from finetune.settings.problems import ConfigError, Problem, problem
 from finetune.settings.typed import TypedTree
 
-HEAD_PORT = 29_500
+CPUS_PER_GPU = 8
+"""CPU cores that a job asks for beside each GPU, where the profile names no number: a rank, and its readers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class SlurmProfile:
     account: str = ""
     qos: str = ""
     time: str = "24:00:00"
+    cpus_per_task: int = 0  # CPU cores of a node, all for its one task; 0: eight for each GPU
+    mem: str = ""  # memory of a node, as 900G; 0 is all of it. Empty: the partition's default
     warning_seconds: int = 300  # before the end: time for a checkpoint; the job then queues itself again
     extra: list[str] = field(default_factory=list)  # further options, such as --exclusive
     container: ContainerProfile = field(default_factory=ContainerProfile)
@@ -57,8 +61,8 @@ class KubernetesProfile:
     image: str = ""
     volumes: dict[str, VolumeProfile] = field(default_factory=dict)
     shm: str = "64Gi"  # readers hand samples over in shared memory
-    cpus: str = ""
-    memory: str = ""
+    cpus: str = ""  # requested for each pod; empty: eight for each GPU
+    memory: str = ""  # requested for each pod, and its limit, which counts what lies in `shm`; empty: none
     resource: str = "nvidia.com/gpu"
     service_account: str = ""
     node_selector: dict[str, str] = field(default_factory=dict)
@@ -73,9 +77,9 @@ class Profile:
     nodes: int = 1
     gpus_per_node: int = 8
     python: str = "python"  # on the nodes
-    workdir: str = ""  # the working directory of ranks; relative paths of the recipe begin there
+    workdir: str = ""  # the working directory of ranks, where relative paths begin; Slurm: empty is where launch runs
     hosts: list[str] = field(default_factory=list)  # of torchrun (the first is where ranks meet) and deepspeed
-    port: int = HEAD_PORT
+    port: int = 0  # where nodes meet; 0: one from 20000 to 29999 that follows from the job's id
     restarts: int = 0  # how often torchrun starts all ranks again when one fails, from the last checkpoint
     min_nodes: int = 0  # a restart goes on with fewer than `nodes` when at least this many are there; 0: all
     rendezvous_timeout: int = 900  # seconds to wait for all nodes
@@ -102,10 +106,17 @@ def read_profile(path: Path) -> Profile:
     typed = TypedTree(Profile)
     typed.take(tree if isinstance(tree, dict) else {"kind": tree}, path.name)
     profile = typed.finish()
-    problems = [*typed.problems, *(replace(wrong, source=path.name) for wrong in _problems(profile))]
+    problems = [*map(_in_our_words, typed.problems)]
+    problems += [replace(wrong, source=path.name) for wrong in _problems(profile)]
     if problems:
         raise ConfigError(problems)
     return profile
+
+
+def _in_our_words(unfit: Problem) -> Problem:
+    """Name the key of a profile where a word of Slurm's or Kubernetes' own stands."""
+    ours = _THEIR_WORDS.get(unfit.key.rpartition(".")[2].replace("_", "-"))
+    return replace(unfit, remedy=f"Write `{ours}`") if ours and unfit.allowed == "no such key" else unfit
 
 
 def _problems(profile: Profile) -> Iterator[Problem]:
@@ -115,8 +126,8 @@ def _problems(profile: Profile) -> Iterator[Problem]:
             allowed = "a variable's name has letters, digits and _ only, and no digit in front"
             yield problem("env", name, allowed, "Rename it")
     for key, least in _LEAST.items():
-        if getattr(profile, key) < least:
-            yield problem(key, getattr(profile, key), f"it must be at least {least}", f"Set {key}: {least} or more")
+        if (value := attrgetter(key)(profile)) < least:
+            yield problem(key, value, f"it must be at least {least}", f"Set {key}: {least} or more")
     if profile.min_nodes > profile.nodes:
         allowed = f"more than nodes, {profile.nodes}"
         yield problem("min_nodes", profile.min_nodes, allowed, "Set it lower, or leave it out")
@@ -148,6 +159,8 @@ def _unfit_texts(values: Mapping[str, Any], above: str = "") -> Iterator[Problem
 _LEAST = {
     "nodes": 1,
     "gpus_per_node": 1,
+    "port": 0,
+    "slurm.cpus_per_task": 0,
     "restarts": 0,
     "min_nodes": 0,
     "rendezvous_timeout": 1,
@@ -159,3 +172,35 @@ _SECRET_REMEDY = {
     "slurm": "Export it where sbatch is called: Slurm hands the environment on",
     "kubernetes": "Make a secret and name it: kubernetes.secrets.<variable>: <secret>/<key>",
 }
+_THEIR_WORDS = {
+    "chdir": "workdir",
+    "constraint": "slurm.extra: [--constraint=...]",
+    "container-image": "slurm.container.image",
+    "container-mounts": "slurm.container.mounts",
+    "cpu": "kubernetes.cpus",
+    "cpus": "slurm.cpus_per_task",
+    "cpus-per-gpu": "slurm.cpus_per_task",
+    "cpus-per-task": "slurm.cpus_per_task",
+    "exclude": "slurm.extra: [--exclude=...]",
+    "exclusive": "slurm.extra: [--exclusive]",
+    "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "gres": "gpus_per_node",
+    "image": "slurm.container.image",
+    "limits": "kubernetes.cpus and kubernetes.memory",
+    "mem": "kubernetes.memory",
+    "mem-per-node": "slurm.mem",
+    "memory": "slurm.mem",
+    "mountPath": "mount",
+    "claimName": "claim",
+    "nodeSelector": "kubernetes.node_selector",
+    "nodelist": "slurm.extra: [--nodelist=...]",
+    "nodes": "nodes",
+    "replicas": "nodes",
+    "requests": "kubernetes.cpus and kubernetes.memory",
+    "reservation": "slurm.extra: [--reservation=...]",
+    "resources": "kubernetes.cpus and kubernetes.memory",
+    "serviceAccountName": "kubernetes.service_account",
+    "workingDir": "workdir",
+}
+"""Words of Slurm and of a manifest, with the key of a profile that does the same; only unknown keys are looked up."""

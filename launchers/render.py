@@ -1,27 +1,22 @@
-"""Turns a recipe and a profile into what starts the job: an argument list, a batch script, a manifest. Pure text."""
+"""Turns a recipe and a profile into what starts the job: an argument list, a batch script. Pure text."""
 
 import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import PurePath
 from uuid import uuid4
-
-import yaml
+from zlib import crc32
 
 from finetune.settings.recipes import encoded_words
-from launchers.profile import Profile
+from launchers.profile import CPUS_PER_GPU, Profile
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""Signals that torchrun passes on to ranks: schedulers warn with these, and SIGUSR1 would kill it and orphan them."""
 SAFE = {
     "PYTHONSAFEPATH": "1",  # a folder `data` where ranks stand is not our package
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # rows differ from step to step, and so would leave holes
 }
 """The environment of every rank, unless the profile's says otherwise."""
-OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""torchrun's one store would hand a restart the addresses of ranks that are gone: one of its own for each start."""
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds from SIGTERM to SIGKILL. Not --shutdown-timeout, which torch 2.11 refuses; it ignores this, and waits 30."""
 
@@ -33,15 +28,14 @@ class Job:
     recipe: str
     overrides: Sequence[str]
     run: str
-    folder: str = "runs"
-    """Where the folder of the run is: `run.folder`."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """A recipe of the user's own, and those that it builds on, by their paths below one folder: `recipe` is there."""
     mark: str = field(default_factory=lambda: uuid4().hex[:8])
     """What tells two jobs of one run apart: torchrun's ranks meet under it, and a run's lock is handed on by it."""
 
-    @property
-    def words(self) -> list[str]:
-        """Return the words as the training module takes them."""
-        return [self.recipe, *self.overrides]
+    def words(self, place: str) -> list[str]:
+        """Return the words as the training module takes them, where the recipe's files lie in the folder `place`."""
+        return [str(PurePath(place, self.recipe)) if self.files else self.recipe, *self.overrides]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,47 +48,51 @@ class Rendered:
     note: str = ""
 
 
-def render(job: Job, profile: Profile, *, folder: str) -> Rendered:
-    """Render for the profile's kind; `folder` is where the files will lie."""
-    kinds = {"torchrun": _torchrun, "deepspeed": _deepspeed, "slurm": _slurm, "kubernetes": _kubernetes}
-    return kinds[profile.kind](job, profile, folder)
+FIRST_PORT, PORTS = 20_000, 10_000
+"""Where nodes meet, by the job's id: two jobs on one node differ, and the kernel hands none of these out by itself."""
 
 
-def torchrun_words(job: Job, profile: Profile, *, endpoint: str, run_id: str) -> list[str]:
-    """Return one node's torchrun; `endpoint` and `run_id` are shell words already, the caller quotes the rest."""
-    nodes = f"{profile.min_nodes}:{profile.nodes}" if profile.min_nodes else str(profile.nodes)
-    words = [profile.python, "-m", "torch.distributed.run"]
+def train_words(job: Job, profile: Profile, *, place: str, meet: str = "", start: str = "") -> list[str]:
+    """Return the command of one node; `meet` and `start` are shell words already, the caller quotes the rest."""
+    words = [profile.python, "-m", "launchers.cli", "train", *job.words(place), f"--ranks={profile.gpus_per_node}"]
+    if profile.restarts:
+        words += [f"--restarts={profile.restarts}"]
     if profile.nodes == 1:
-        words += ["--standalone"]
-    else:
-        words += [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", f"--rdzv_id={run_id}"]
-        words += [f"--rdzv_conf=join_timeout={profile.rendezvous_timeout},close_timeout={profile.shutdown_timeout}"]
-    words += [f"--nproc_per_node={profile.gpus_per_node}", f"--max_restarts={profile.restarts}"]
-    words += [f"--signals-to-handle={SIGNALS}"]
-    return [*words, "-m", "finetune.train", *job.words]
+        return words
+    words += [f"--nodes={profile.nodes}", f"--meet={meet}", f"--start={start}"]
+    words += [f"--min-nodes={profile.min_nodes}"] if profile.min_nodes else []
+    return [*words, f"--join-seconds={profile.rendezvous_timeout}"]
 
 
-def _environment(profile: Profile) -> dict[str, str]:
+def environment_of(profile: Profile) -> dict[str, str]:
     """Return the environment of ranks. With our setting, torch would ignore the profile's under its older name."""
     older = "PYTORCH_CUDA_ALLOC_CONF" in profile.env
     ours = {name: value for name, value in SAFE.items() if not (older and name == "PYTORCH_ALLOC_CONF")}
     if profile.kind != "deepspeed":
-        ours |= {SHUTDOWN: str(profile.shutdown_timeout)} | (OWN_STORE if profile.nodes > 1 else {})
+        ours |= {SHUTDOWN: str(profile.shutdown_timeout)}
     return ours | profile.env
 
 
-def _torchrun(job: Job, profile: Profile, folder: str) -> Rendered:
-    endpoint = f"{profile.hosts[0]}:{profile.port}" if profile.hosts else ""
-    words = torchrun_words(job, profile, endpoint=endpoint, run_id=f"{job.run}-{job.mark}")
-    note = f"Start this same command on each of: {', '.join(profile.hosts)}" if profile.nodes > 1 else ""
-    return Rendered(command=words, environment=_environment(profile), note=note)
+def render_torchrun(job: Job, profile: Profile, *, place: str) -> Rendered:
+    """Return the command of each node; `place` is the folder of the recipe's files."""
+    meet = f"{profile.hosts[0]}:{_port(job, profile)}" if profile.hosts else ""
+    words = train_words(job, profile, place=place, meet=meet, start=f"{job.run}-{job.mark}")
+    notes = [f"Start this same command on each of: {', '.join(profile.hosts)}."] if profile.nodes > 1 else []
+    if job.files and profile.nodes > 1:
+        notes += [f"Each of them reads {job.words(place)[0]}: keep it on a shared disk, or copy it there."]
+    return Rendered(command=words, environment=environment_of(profile), note=" ".join(notes))
 
 
-def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
-    environment = _environment(profile)
+def _port(job: Job, profile: Profile) -> int:
+    return profile.port or FIRST_PORT + crc32(job.mark.encode()) % PORTS
+
+
+def render_deepspeed(job: Job, profile: Profile, *, place: str, folder: str) -> Rendered:
+    """Return the command of the first node, and the files that it reads in `folder`."""
+    environment = environment_of(profile)
     remote = {name: _in_double_quotes(value) for name, value in environment.items()}
     files = {"deepspeed_env": "".join(f"{name}={value}\n" for name, value in remote.items())}
-    words = [profile.python, "-m", "deepspeed.launcher.runner", "--master_port", str(profile.port)]
+    words = [profile.python, "-m", "deepspeed.launcher.runner", "--master_port", str(_port(job, profile))]
     if profile.hosts:
         files["hostfile"] = "".join(f"{host} slots={profile.gpus_per_node}\n" for host in profile.hosts)
         words += ["--hostfile", f"{folder}/hostfile", "--master_addr", profile.hosts[0]]
@@ -102,7 +100,8 @@ def _deepspeed(job: Job, profile: Profile, folder: str) -> Rendered:
         words += ["--num_gpus", str(profile.gpus_per_node)]
     words += ["--module", "finetune.train"]
     # with hosts the launcher joins its words into a line for the other machines' shells, and quotes nothing in it
-    words += [f"--words={encoded_words(job.words)}"] if profile.hosts and _needs_quotes(job.words) else job.words
+    ours = job.words(place)
+    words += [f"--words={encoded_words(ours)}"] if profile.hosts and _needs_quotes(ours) else ours
     # the launcher forwards only some variables by itself; those of the file it forwards to every node
     return Rendered(command=words, environment={**environment, "DS_ENV_FILE": f"{folder}/deepspeed_env"}, files=files)
 
@@ -112,132 +111,95 @@ def _in_double_quotes(value: str) -> str:
     return re.sub(r'([\\"$`])', r"\\\1", value)
 
 
+def _quoted(word: str) -> str:
+    """Return a word for a script: $ is escaped rather than put in single quotes, where it looks like a mistake."""
+    return f'"{_in_double_quotes(word)}"' if set("$`") & set(word) else shlex.quote(word)
+
+
 def _needs_quotes(words: Sequence[str]) -> bool:
     return any(shlex.quote(word) != word for word in words)
 
 
-def _slurm(job: Job, profile: Profile, folder: str) -> Rendered:
+def render_slurm(job: Job, profile: Profile, *, folder: str) -> Rendered:
+    """Return the batch script, and the recipe beside it; `folder` is where they will lie, an absolute path."""
+    cpus = profile.slurm.cpus_per_task or CPUS_PER_GPU * profile.gpus_per_node
+    options = {**_options(profile), "job-name": job.run, "cpus-per-task": cpus, "output": f"{folder}/%j.log"}
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH {shlex.quote(f'--{key}={value}')}" for key, value in options.items() if value != ""]
+    lines += ["#SBATCH --requeue", *(f"#SBATCH {shlex.quote(option)}" for option in profile.slurm.extra)]
+    lines += ["", "# Rendered by `moetune launch`. The job queues itself again when it was preempted.", "set -u"]
+    lines += [f"export {name}={_quoted(value)}" for name, value in environment_of(profile).items()]
+    if profile.nodes > 1:
+        lines += ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
+        lines += [f"port={profile.port or f'$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))'}"]
+    place = _inside(f"{folder}/recipe", profile, "the recipe") if job.files else ""
+    words = " ".join(map(_quoted, train_words(job, profile, place=place, meet="@MEET@", start="@START@")))
+    words = words.replace("@MEET@", '"$head:$port"').replace("@START@", '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"')
+    # without the number srun gives its step one core, since Slurm 22.05
+    step = ["srun", "--ntasks-per-node=1", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1", *_container(profile)]
+    script = "\n".join([*lines, "", f"{' '.join(map(_quoted, step))} {words} &", _TO_THE_END])
+    files = {"job.sbatch": script, **{f"recipe/{name}": text for name, text in job.files.items()}}
+    return Rendered(command=["sbatch", f"{folder}/job.sbatch"], files=files)
+
+
+_TO_THE_END = """\
+step=$!
+# the warning goes to every node's command, which hands it to its ranks: they save, and end
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+wait "$step"
+code=$?
+while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
+# 75: another start goes on from the checkpoint. Any other error would come again; for a lost node Slurm itself requeues
+if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""
+
+
+def _options(profile: Profile) -> dict[str, object]:
     slurm = profile.slurm
-    options = {
-        "job-name": job.run,
+    return {
+        "job-name": "",
         "nodes": profile.nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": profile.gpus_per_node,
+        "cpus-per-task": "",
+        "mem": slurm.mem,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
         "time": slurm.time,
         "signal": f"B:USR1@{slurm.warning_seconds}",
-        "output": f"{folder}/%j.log",
+        "chdir": profile.workdir,
         "open-mode": "append",
     }
-    lines = ["#!/bin/bash"]
-    lines += [f"#SBATCH {shlex.quote(f'--{key}={value}')}" for key, value in options.items() if value != ""]
-    lines += ["#SBATCH --requeue", *(f"#SBATCH {shlex.quote(option)}" for option in slurm.extra)]
-    lines += ["", "# Rendered by `moetune launch`. The job queues itself again when it was preempted.", "set -u"]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in _environment(profile).items()]
-    lines += [f"cd {shlex.quote(profile.workdir)}"] if profile.workdir else []
-    lines += ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', ""]
-    words = torchrun_words(job, profile, endpoint="@HEAD@", run_id="@ID@")
-    inner = " ".join(shlex.quote(word) for word in words)
-    inner = inner.replace("@HEAD@", f'"$head":{profile.port}').replace("@ID@", '"$SLURM_JOB_ID"')
-    step = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *_container(profile)]
-    outcome = shlex.quote(f"{job.folder}/{job.run}/logs/outcome.json")
-    lines += [
-        "started=$(mktemp)",
-        f"{' '.join(shlex.quote(word) for word in step)} {inner} &",
-        "step=$!",
-        "# the warning goes to every node's torchrun, which hands it to its ranks: they save, and end",
-        """trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1""",
-        "trap 'scancel --signal=TERM \"$SLURM_JOB_ID\"' TERM",
-        'wait "$step"',
-        "code=$?",
-        'while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done',
-        f"outcome={outcome}",
-        'if [ "$outcome" -nt "$started" ] && grep -q \'"preempted"\' "$outcome"; then code=75; fi',
-        'rm -f "$started"',
-        'if [ "$code" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-        'exit "$code"',
-    ]
-    return Rendered(command=["sbatch", f"{folder}/job.sbatch"], files={"job.sbatch": "\n".join(lines) + "\n"})
 
 
 def _container(profile: Profile) -> list[str]:
     container = profile.slurm.container
     if not container.image:
         return []
+    workdir = _inside(profile.workdir, profile, "workdir")
     if container.runtime == "apptainer":
-        return ["apptainer", "exec", "--nv", *(f"--bind={mount}" for mount in container.mounts), container.image]
+        binds = [f"--bind={mount}" for mount in container.mounts]
+        return ["apptainer", "exec", "--nv", *binds, f"--pwd={workdir}", container.image]
     mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-    workdir = [f"--container-workdir={profile.workdir}"] if profile.workdir else []
-    return [f"--container-image={container.image}", *mounts, *workdir]
+    return [f"--container-image={container.image}", *mounts, f"--container-workdir={workdir}"]
 
 
-def _kubernetes(job: Job, profile: Profile, folder: str) -> Rendered:
-    name = kubernetes_name(job.run)
-    replicas: dict[str, Any] = {"Master": _replica(job, profile, 1)}
-    if profile.nodes > 1:
-        replicas["Worker"] = _replica(job, profile, profile.nodes - 1)
-    manifest = {
-        "apiVersion": "kubeflow.org/v1",
-        "kind": "PyTorchJob",
-        "metadata": {"name": name, "namespace": profile.kubernetes.namespace},
-        "spec": {
-            "nprocPerNode": str(profile.gpus_per_node),
-            "runPolicy": {"cleanPodPolicy": "None", "backoffLimit": profile.restarts},
-            "pytorchReplicaSpecs": replicas,
-        },
-    }
-    text = yaml.safe_dump(manifest, sort_keys=False, width=1000)
-    return Rendered(command=["kubectl", "apply", "-f", f"{folder}/job.yaml"], files={"job.yaml": text})
-
-
-def _replica(job: Job, profile: Profile, count: int) -> dict[str, Any]:
-    kube = profile.kubernetes
-    amounts = {kube.resource: profile.gpus_per_node, "cpu": kube.cpus, "memory": kube.memory}
-    limits = {key: value for key, value in amounts.items() if value}
-    environment: list[dict[str, Any]] = [
-        {"name": name, "value": value} for name, value in _environment(profile).items()
-    ]
-    for variable, place in kube.secrets.items():
-        secret, _, key = place.partition("/")
-        environment.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
-    mounts = [{"name": key, "mountPath": volume.mount} for key, volume in kube.volumes.items()]
-    volumes: list[dict[str, Any]] = [
-        {"name": key, "persistentVolumeClaim": {"claimName": volume.claim}} for key, volume in kube.volumes.items()
-    ]
-    container: dict[str, Any] = {
-        "name": "pytorch",  # the operator looks for this name
-        "image": kube.image,
-        "command": _pod_words(job, profile),
-        "env": environment,
-        "resources": {"limits": limits},
-        "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
-    }
-    container |= {"workingDir": profile.workdir} if profile.workdir else {}
-    pod: dict[str, Any] = {
-        "terminationGracePeriodSeconds": profile.shutdown_timeout + 30,
-        "containers": [container],
-        "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kube.shm}}],
-    }
-    pod |= {"serviceAccountName": kube.service_account} if kube.service_account else {}
-    pod |= {"nodeSelector": dict(kube.node_selector)} if kube.node_selector else {}
-    # exit code 75, preempted, is above 128 for no operator: OnFailure starts the pod again whatever it is
-    return {"replicas": count, "restartPolicy": "OnFailure", "template": {"spec": pod}}
-
-
-def _pod_words(job: Job, profile: Profile) -> list[str]:
-    """Return a pod's command: the operator sets the leader's address and port; Kubernetes fills in $(...)."""
-    run_id = f"{kubernetes_name(job.run)}-{job.mark}"
-    words = torchrun_words(job, profile, endpoint="$(MASTER_ADDR):$(MASTER_PORT)", run_id=run_id)
-    first = len(words) - len(job.words)
-    return [*words[:first], *(word.replace("$(", "$$(") for word in words[first:])]
-
-
-def kubernetes_name(run: str) -> str:
-    """Return a name that Kubernetes takes: small letters, digits and -, at most 50 characters."""
-    name = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in run.lower())
-    return name.strip("-")[:50].strip("-") or "run"
+def _inside(path: str, profile: Profile, name: str) -> str:
+    """Return where a folder of the nodes lies in the container."""
+    container = profile.slurm.container
+    if not container.image:
+        return path
+    for mount in container.mounts:
+        outside, inside = (mount.split(":") * 2)[:2]  # a path alone has the same name inside
+        if PurePath(path).is_relative_to(outside):
+            return str(PurePath(inside, PurePath(path).relative_to(outside)))
+    raise ValueError(
+        f"{name} lies in {path}, which the container does not see: slurm.container.mounts is "
+        f"{', '.join(container.mounts) or 'empty'}. Mount that folder, or set `workdir` and --out inside of a mount"
+    )
 
 
 def shell_line(rendered: Rendered) -> str:

@@ -24,6 +24,8 @@ GRACE_S = 30
 """Seconds that torchrun waits after SIGTERM: a checkpoint takes at most 25, or it is not the last one."""
 LOG = "launcher.log"
 """What torchrun and its ranks write to their standard error, in the run's logs."""
+LOOK_S = 0.5
+"""Seconds between two looks at why ranks ended, before torchrun has them started again."""
 ROOM_BYTES = 64 * 2**10
 """Bytes that a disk must take to count as one with room."""
 STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -39,6 +41,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="checks, shards, memory and one real step; leave nothing"
     )
     parser.add_argument("--replay", metavar="FOLDER", help="take a kept step again, and name what is not finite in it")
+    parser.add_argument(
+        "--restarts",
+        type=positive,
+        metavar="N",
+        default=0,
+        help="start all ranks again this often when one fails, from the last checkpoint (default 0)",
+    )
+    several = parser.add_argument_group(
+        "several machines", "Give the same command on each; `moetune launch` writes it."
+    )
+    several.add_argument("--nodes", type=positive, metavar="N", default=1, help="machines (default 1)")
+    several.add_argument("--meet", metavar="HOST:PORT", help="one of the machines, and a free port there")
+    several.add_argument("--start", metavar="NAME", help="what tells this start of the run from all others")
+    several.add_argument("--min-nodes", type=positive, metavar="N", help="go on with as few machines (default: all)")
+    several.add_argument(
+        "--join-seconds", type=positive, metavar="S", default=900, help="wait so long for the others (default 900)"
+    )
+    several.add_argument(
+        "--preempted-code",
+        type=int,
+        metavar="CODE",
+        default=PREEMPTED,
+        help=f"exit code when another start goes on (default {PREEMPTED}); some schedulers retry certain codes only",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,27 +78,43 @@ def run(args: argparse.Namespace) -> int:
 
     if torch_problem():
         raise ValueError(torch_problem())
+    _check_machines(args)
     config, problems = load_recipe(args.config, args.overrides)
-    folder, run_id = config.run.path, uuid4().hex
+    folder, run_id = config.run.path, args.start or uuid4().hex
     resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
-    require(
-        config, problems, ranks=args.ranks, resuming=resuming, starts=True
-    )  # within a second, not after every rank's start
+    # within a second, not after every rank's start
+    require(config, problems, ranks=args.ranks * args.nodes, resuming=resuming, starts=True)
     if args.dry_run or args.replay:
         logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
         code = verdict(*_torchrun(args, run_id, logs), logs=logs, run_id=run_id, leaves_outcome=False)
         if args.dry_run and code != 1:  # the traceback of a failure is there
             remove_logs(logs)
         return code
-    release = take_run_for_ranks(folder, run_id=run_id, stall_seconds=config.run.stall_seconds, say=print_line)
+    limit, logs = config.run.stall_seconds, folder / "logs"
+    # of several machines the one with rank 0 takes the run, and which that is shows when they have met
+    release = (
+        take_run_for_ranks(folder, run_id=run_id, stall_seconds=limit, say=print_line) if args.nodes == 1 else None
+    )
     try:
-        code, signals = _torchrun(args, run_id, folder / "logs")
+        code, signals = _torchrun(args, run_id, logs)
     finally:
-        release()
-    return verdict(code, signals, logs=folder / "logs", run_id=run_id, leaves_outcome=True)
+        if release is not None:
+            release()
+    code = verdict(code, signals, logs=logs, run_id=run_id, leaves_outcome=True, nodes=args.nodes)
+    return args.preempted_code if code == PREEMPTED else code
 
 
-def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leaves_outcome: bool) -> int:
+def _check_machines(args: argparse.Namespace) -> None:
+    if args.nodes > 1 and not (args.meet and args.start):
+        raise ValueError(
+            f"--nodes {args.nodes} needs --meet HOST:PORT and --start NAME, the same on each machine. `moetune launch` "
+            f"writes the command"
+        )
+    if (args.min_nodes or 1) > args.nodes:
+        raise ValueError(f"--min-nodes is {args.min_nodes}, and --nodes {args.nodes}: it must not be more than that")
+
+
+def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leaves_outcome: bool, nodes: int = 1) -> int:
     """Say why torchrun ended with `code`, after these signals, and return our own exit code."""
     from finetune.ranks.failures import first_failure, outcome_of
 
@@ -97,6 +139,8 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
     if first is not None and first.kind != "lost":
         log = logs / f"rank-{first.rank:04d}.log"
         return _end(f"rank {first.rank} failed first: {first.message}\nIts log: {log}", first.code)
+    if first is not None and nodes > 1:  # no rank failed, and one is gone: with its machine, or torchrun there
+        return _end("a machine was lost; another start goes on from the last save", PREEMPTED)
     if reason := _why_unwritable(logs):
         return _end(f"a rank ended, and could not write why: {reason}. Make room there, and run the same command", 1)
     text = f"a rank ended without a word; {logs / LOG} has what it and torchrun wrote"
@@ -118,8 +162,9 @@ def _why_unwritable(logs: Path) -> str:
 
 
 def _end(text: str, code: int) -> int:
-    """Print how the run ended, and return its exit code."""
-    print(f"moetune train: {text}", file=sys.stderr)
+    """Print how the run ended, under Slurm on the first of several machines, and return its exit code."""
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        print(f"moetune train: {text}", file=sys.stderr)
     return code
 
 
@@ -128,7 +173,7 @@ def rank_environment(ours: Mapping[str, str]) -> dict[str, str]:
     added = {
         "PYTHONSAFEPATH": "1",  # a folder `data` in the working directory is not our package
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or a restart reads addresses of ranks that are gone
-        SHUTDOWN: str(GRACE_S),
+        SHUTDOWN: ours.get(SHUTDOWN, str(GRACE_S)),
     }
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & ours.keys():
         added["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # rows differ, and would leave holes in GPU memory
@@ -141,14 +186,18 @@ def _torchrun(args: argparse.Namespace, run_id: str, logs: Path) -> tuple[int, l
     Its standard error, which is that of its ranks, goes into a log: it is tracebacks and words of libraries.
     """
     signals: list[int] = []
+    environment = rank_environment(os.environ) | {LAUNCHER_LOGS: str(logs)}
     command = [sys.executable, "-m", "finetune.ranks.torchrun", f"--nproc_per_node={args.ranks}"]
     # as --standalone, but with a name by which we know what this start wrote
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", f"--rdzv_id={run_id}"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={args.meet or 'localhost:0'}", f"--rdzv_id={run_id}"]
+    if args.nodes > 1:
+        command += [f"--nnodes={args.min_nodes or args.nodes}:{args.nodes}"]
+        command += [f"--rdzv_conf=join_timeout={args.join_seconds},close_timeout={environment[SHUTDOWN]}"]
+    command += [f"--max_restarts={args.restarts}"]
     command += [f"--signals-to-handle=SIGINT,SIGQUIT,{','.join(STOPS)}"]
     command += ["-m", "finetune.train", args.config, *args.overrides]
     command += ["--dry-run"] if args.dry_run else []
     command += ["--replay", args.replay] if args.replay else []
-    environment = rank_environment(os.environ) | {LAUNCHER_LOGS: str(logs)}
     logs.mkdir(parents=True, exist_ok=True)
     with (
         (logs / LOG).open("a") as errors,
@@ -164,10 +213,23 @@ def _torchrun(args: argparse.Namespace, run_id: str, logs: Path) -> tuple[int, l
 
         before = {number: signal.signal(number, pass_on) for number in map(_number, ("SIGINT", *STOPS))}
         try:
-            return process.wait(), signals
+            return _ended(process, logs, run_id) if args.restarts else process.wait(), signals
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _ended(process: "subprocess.Popen[bytes]", logs: Path, run_id: str) -> int:
+    """Wait for torchrun, which starts ranks again whatever ended them: end it where they met a wrong input."""
+    from finetune.ranks.failures import first_failure
+
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=LOOK_S)
+        failure = first_failure(logs, start=run_id)
+        if failure is not None and failure.kind == "input":
+            process.terminate()
+            return process.wait()
 
 
 def _number(name: str) -> signal.Signals:

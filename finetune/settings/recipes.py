@@ -4,6 +4,7 @@ Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All prob
 """
 
 import json
+import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,6 +59,28 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
         return Path(str(files("configs") / f"{name}.yaml"))
     advice = did_you_mean(name, recipe_names())
     raise ValueError(f"recipe {name!r}: neither a file (its name ends in .yaml) nor a shipped recipe. {advice}")
+
+
+def recipe_files(name: str) -> tuple[Path, dict[str, str]]:
+    """Return a recipe's file and the user's own that it builds on: the folder above them, and their texts by path.
+
+    The recipe comes first; one that comes with the package has no files, as every machine has it.
+    """
+    paths: list[Path] = []
+    path = find_recipe(name)
+    while path.parent != Path(str(files("configs"))):
+        paths.append(Path(os.path.abspath(path)))  # noqa: PTH100  # resolve() would follow links, which `base:` does not
+        base = _read_yaml(path).get("base")
+        if base is None:
+            break
+        if Path(str(base)).is_absolute():
+            raise ValueError(
+                f"{path}: base: {base} is an absolute path, and the recipe's files go with the job. Write it relative "
+                f"to {path.name}"
+            )
+        path = find_recipe(str(base), beside=path.parent)
+    top = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    return top, {str(path.relative_to(top)): path.read_text() for path in paths}
 
 
 def load_recipe(

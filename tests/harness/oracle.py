@@ -1,9 +1,11 @@
-"""transformers' own processors, torchvision backend included, as a judge in a process of their own.
+"""transformers' own processors, torchvision backend included, and Kubeflow's models, as judges in a process apart.
 
 torchvision's CUDA wheel beside a CPU torch fails at import, and a torchvision that fails at import makes transformers'
 models fail too. So it lives outside the environment, in `<sys.prefix>/oracle`, where only this process looks:
 
     pip install --no-deps --target <environment>/oracle torchvision==0.28.0
+
+Kubeflow's models of a PyTorchJob bring Kubernetes' client, of which only these are needed: it lies there as well.
 """
 
 import atexit
@@ -22,6 +24,9 @@ FOLDER = Path(sys.prefix) / "oracle"
 
 def ask(function, /, **arguments):
     """The judge's answer: `function` is one of those below, run in the judge's process."""
+    package = "kubeflow" if function is manifest else "torchvision"
+    if not (FOLDER / package).is_dir():
+        pytest.skip(f"no {package} in {FOLDER}: run `make test`, or install it there as tests/harness/oracle.py says")
     process = _start()
     pickle.dump((function.__name__, arguments), process.stdin)
     process.stdin.flush()
@@ -33,8 +38,6 @@ def ask(function, /, **arguments):
 
 @cache
 def _start():
-    if not (FOLDER / "torchvision").is_dir():
-        pytest.skip(f"no torchvision in {FOLDER}: run `make test`, or install it there as tests/harness/oracle.py says")
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -111,6 +114,16 @@ def grids(*, folder, pictures, frames, rate):
 def decoded(*, folder, ids):
     """The text of tokens, as a server sends it."""
     return _processor(folder).tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def manifest(*, manifest, kind):
+    """A manifest as Kubeflow's and Kubernetes' clients read it and would send it on: unknown keys are gone."""
+    import kubeflow.training.models
+    from kubeflow.training import ApiClient
+
+    client = ApiClient()
+    made = client._ApiClient__deserialize(manifest, getattr(kubeflow.training.models, kind))
+    return client.sanitize_for_serialization(made)
 
 
 @cache

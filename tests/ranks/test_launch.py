@@ -4,22 +4,27 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from dataclasses import fields
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
+import oracle
 import pytest
 import yaml
 from limits import LIMIT_S
 from places import GOLDEN, ROOT
-from starts import start_rendered, toy_run
+from starts import environment, start_rendered, toy_run
 from torch.distributed.launcher.api import LaunchConfig
 
-from finetune.settings.recipes import decoded_words
+from finetune.settings.recipes import decoded_words, load_recipe
 from launchers.cli import main
+from launchers.launch import render
+from launchers.manifest import kubernetes_name
 from launchers.profile import read_profile
-from launchers.render import SHUTDOWN, Job, kubernetes_name, render, shell_line
+from launchers.render import SHUTDOWN, Job, shell_line
 from launchers.train import rank_environment
 
 JOB = Job(
@@ -28,6 +33,11 @@ JOB = Job(
     run="a b's",
     mark="5e1f00d5",
 )
+OWN = {
+    "recipes/charts.yaml": "base: ../common.yaml  # ours\ndata: {tokens_per_pack: 8192}\n",
+    "common.yaml": "base: qwen3-vl-235b-a22b-lora\n",
+}
+OWN_JOB = replace(JOB, recipe="recipes/charts.yaml", files=OWN)
 PROFILES = {
     "torchrun": {
         "kind": "torchrun",
@@ -83,7 +93,8 @@ def _profile(tmp_path: Path, tree: object):
 
 
 def _text(name: str, tmp_path: Path) -> str:
-    rendered = render(JOB, _profile(tmp_path, PROFILES[name]), folder="runs/x/launch")
+    job = JOB if name == "torchrun" else OWN_JOB
+    rendered = render(job, _profile(tmp_path, PROFILES[name]), folder=Path("/shared/runs/x/launch"))
     parts = [shell_line(rendered), *(f"--- {file}\n{text}" for file, text in rendered.files.items())]
     return "\n".join([*parts, rendered.note]).rstrip() + "\n"
 
@@ -102,8 +113,8 @@ def test_what_is_rendered_is_what_it_was(name: str, tmp_path: Path) -> None:
 def test_two_jobs_of_one_run_are_two_starts(kind: str, tmp_path: Path) -> None:
     """Else the second would count as a restart of the first, which may take its folder over."""
     jobs = [Job(recipe="tiny-cpu", overrides=[], run="charts") for _ in range(2)]
-    texts = [str(render(job, _profile(tmp_path, PROFILES[kind]), folder="x")) for job in jobs]
-    first, second = (re.search(r"--rdzv_id=charts-(\w{8})\b", text)[1] for text in texts)  # type: ignore[index]
+    texts = [str(render(job, _profile(tmp_path, PROFILES[kind]), folder=Path("/x"))) for job in jobs]
+    first, second = (re.search(r"--start=charts-(\w{8})\b", text)[1] for text in texts)  # type: ignore[index]
     assert first != second
 
 
@@ -114,36 +125,40 @@ def test_torchrun_reads_how_long_ranks_may_take_to_end(monkeypatch: pytest.Monke
     assert LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 7
 
 
-def test_the_batch_script_is_shell_and_hands_every_word_over_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ended", "requeued"), [(75, ["requeue 1234567"]), (0, []), (1, []), (2, []), (76, []), (130, [])]
+)
+def test_the_batch_script_hands_every_word_over_whole_and_queues_again_what_was_preempted(
+    tmp_path: Path, ended: int, requeued: list[str]
+) -> None:
     """srun, scontrol and scancel stand in as small programs that write down what they are given."""
-    profile = _profile(tmp_path, PROFILES["slurm"] | {"workdir": str(tmp_path)})
-    script = render(JOB, profile, folder="x").files["job.sbatch"]
-    tools, seen = tmp_path / "bin", tmp_path / "seen"
+    tree = PROFILES["slurm"] | {"workdir": str(tmp_path)}
+    tree["slurm"] = {"container": {"image": "/images/moetune.sqsh", "mounts": [str(tmp_path)]}}
+    profile = _profile(tmp_path, tree)
+    script = render(JOB, profile, folder=Path("/x")).files["job.sbatch"]
+    tools, seen, calls = tmp_path / "bin", tmp_path / "seen", tmp_path / "calls"
     tools.mkdir()
-    outcome = shlex.quote(str(tmp_path / "runs" / JOB.run / "logs" / "outcome.json"))
+    calls.touch()
     bodies = {
-        "srun": f'printf \'%s\\n\' "$NOTE" "$@" > {seen}; sleep 1.1; mkdir -p "$(dirname {outcome})"; '
-        f'echo \'{{"outcome": "preempted"}}\' > {outcome}; exit 1',
-        "scontrol": f'if [ "$1" = show ]; then echo first; echo second; else echo "$@" > {tmp_path}/requeued; fi',
+        "srun": f'printf \'%s\\n\' "$NOTE" "$@" > {seen}; exit {ended}',
+        "scontrol": f'if [ "$1" = show ]; then echo first; echo second; else echo "$@" >> {calls}; fi',
         "scancel": "true",
     }
     for name, body in bodies.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     (tmp_path / "job.sbatch").write_text(script)
-    environment = os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NODELIST": "n",
-    }
+    slurm = {"SLURM_JOB_ID": "1234567", "SLURM_RESTART_COUNT": "2", "SLURM_JOB_NODELIST": "n"}
+    environment = os.environ | slurm | {"PATH": f"{tools}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "job.sbatch"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 75, done.stderr
+    assert done.returncode == ended, done.stderr
     words = seen.read_text().splitlines()
     assert words[0] == 'it\'s "quoted" $HOME'
-    assert words[-len(JOB.words) :] == JOB.words
-    assert "--rdzv_endpoint=first:29500" in words
-    assert "--rdzv_id=77" in words
-    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    first = words.index("train") + 1
+    assert words[first : first + 4] == JOB.words("")
+    assert "--meet=first:24567" in words
+    assert "--start=1234567-2" in words
+    assert calls.read_text().splitlines() == requeued
 
 
 ALLOC, OLDER = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
@@ -152,7 +167,7 @@ ALLOC, OLDER = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 @pytest.mark.parametrize("kind", ["torchrun", "deepspeed"])
 def test_memory_of_ranks_grows_by_segments_unless_the_user_says_otherwise(kind: str, tmp_path: Path) -> None:
     def rendered(**env: str) -> dict[str, str]:
-        return dict(render(JOB, _profile(tmp_path, {"kind": kind, "env": env}), folder="x").environment)
+        return dict(render(JOB, _profile(tmp_path, {"kind": kind, "env": env}), folder=Path("/x")).environment)
 
     for given in (rendered, lambda **env: rank_environment(env)):
         assert given()[ALLOC] == "expandable_segments:True"
@@ -163,12 +178,20 @@ def test_memory_of_ranks_grows_by_segments_unless_the_user_says_otherwise(kind: 
 
 def test_kubernetes_gets_words_and_a_name_that_it_takes(tmp_path: Path) -> None:
     job = Job(recipe="tiny-cpu", overrides=["run.name=$(HOME)"], run="My_Run 1")
-    manifest = yaml.safe_load(render(job, _profile(tmp_path, PROFILES["kubernetes"]), folder="x").files["job.yaml"])
+    manifest = yaml.safe_load(
+        render(job, _profile(tmp_path, PROFILES["kubernetes"]), folder=Path("/x")).files["job.yaml"]
+    )
     assert manifest["metadata"]["name"] == "my-run-1" == kubernetes_name("My_Run 1")
     spec = manifest["spec"]["pytorchReplicaSpecs"]
     assert (spec["Master"]["replicas"], spec["Worker"]["replicas"]) == (1, 7)
     container = spec["Worker"]["template"]["spec"]["containers"][0]
-    assert container["command"][-1] == "run.name=$$(HOME)"  # or Kubernetes would fill it in
+    assert "run.name=$$(HOME)" in container["command"]  # or Kubernetes would fill it in
+    assert "--meet=$(MASTER_ADDR):$(MASTER_PORT)" in container["command"]
+    assert (
+        spec["Worker"]["restartPolicy"] == "ExitCode"
+    )  # the operator starts again what exits above 127, and nothing else
+    assert "--preempted-code=143" in container["command"]
+    assert container["resources"] == {"requests": {"cpu": "96"}, "limits": {"nvidia.com/gpu": "8"}}
     key = next(entry for entry in container["env"] if entry["name"] == "WANDB_API_KEY")
     assert key["valueFrom"] == {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
     assert kubernetes_name("!!") == "run"
@@ -208,7 +231,7 @@ def test_the_command_checks_the_recipe_for_the_profile_s_ranks(tmp_path: Path, m
     assert "it must divide the number of ranks, 3" in capsys.readouterr().err
     Path("c.yaml").write_text(yaml.safe_dump({"kind": "slurm", "gpus_per_node": 2}))
     assert main(["launch", "tiny-cpu", "--on", "c.yaml"]) == 0
-    assert "sbatch runs/tiny-cpu/launch/job.sbatch" in capsys.readouterr().out
+    assert f"sbatch {tmp_path}/runs/tiny-cpu/launch/job.sbatch" in capsys.readouterr().out
     assert Path("runs/tiny-cpu/launch/job.sbatch").exists()
     assert main(["launch", "tiny-cpu", "--on", "c.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"][0] == "sbatch"
@@ -232,7 +255,7 @@ def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None
         "parallel.recompute=auto",
     ]
     job = Job(recipe="tiny-cpu", overrides=words, run="by deepspeed")
-    done = start_rendered(render(job, profile, folder="launch"), tmp_path)
+    done = start_rendered(render(job, profile, folder=Path("launch")), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     metrics = (tmp_path / "runs" / "by deepspeed" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == [0, 1]
@@ -252,7 +275,8 @@ def _pages(mark: str) -> list[tuple[str, str]]:
 def test_profiles_in_docs_render(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     profile = read_profile(tmp_path / name)
-    assert "finetune.train" in str(render(JOB, profile, folder="x"))
+    folder = Path("/shared/project/runs/x/launch")
+    assert "train" in str(render(OWN_JOB, profile, folder=folder))
 
 
 @pytest.mark.parametrize(("name", "text"), _pages("recipe"))
@@ -290,22 +314,12 @@ def test_no_name_of_a_run_becomes_shell_code(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "job").exists()
 
 
-def test_the_folder_of_runs_is_where_a_job_looks_for_its_outcome(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "slurm.yaml").write_text("kind: slurm\nnodes: 1\ngpus_per_node: 2\n")
-    words = ["launch", "tiny-cpu", "--on", str(tmp_path / "slurm.yaml"), f"run.folder={tmp_path}/our runs"]
-    assert main(words) == 0
-    script = (tmp_path / "our runs" / "tiny-cpu" / "launch" / "job.sbatch").read_text()
-    assert f"outcome='{tmp_path}/our runs/tiny-cpu/logs/outcome.json'" in script
-
-
 def test_deepspeed_s_remote_shells_change_no_word_and_no_value(tmp_path: Path) -> None:
     """ssh and pdsh stand in as programs that give a shell the line, as on another machine, and print its words."""
     words = ["data.sources.general.path=/d/{000..012}.tar", "a;touch</f>PWNED", "$HOME it's [a, b] %h `date`"]
     env = {"NOTE": 'it\'s "quoted" $HOME `date` \\', "PLAIN": "1"}
     tree = {"kind": "deepspeed", "nodes": 2, "hosts": ["a", "b"], "gpus_per_node": 2, "env": env}
-    rendered = render(Job(recipe="r", overrides=words, run="r"), _profile(tmp_path, tree), folder=str(tmp_path))
+    rendered = render(Job(recipe="r", overrides=words, run="r"), _profile(tmp_path, tree), folder=tmp_path)
     for name, text in rendered.files.items():
         (tmp_path / name).write_text(text)
     tools = tmp_path / "bin"
@@ -331,7 +345,183 @@ def test_deepspeed_s_remote_shells_change_no_word_and_no_value(tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["torchrun", "slurm", "kubernetes"])
 def test_a_restart_on_several_machines_has_a_store_of_its_own(kind: str, tmp_path: Path) -> None:
-    store = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    several = render(JOB, _profile(tmp_path, PROFILES[kind] | {"nodes": 2, "hosts": ["a", "b"]}), folder="x")
-    assert store in str(several)
-    assert store not in str(render(JOB, _profile(tmp_path, PROFILES[kind] | {"nodes": 1, "min_nodes": 0}), folder="x"))
+    """What starts ranks on each of them says so to torchrun; else they would meet where those before them did."""
+    assert "launchers.cli" in str(render(JOB, _profile(tmp_path, PROFILES[kind]), folder=Path("/x")))
+    assert rank_environment({})["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+
+
+def test_two_jobs_on_one_machine_meet_at_two_ports(tmp_path: Path) -> None:
+    jobs = [replace(JOB, mark=mark) for mark in ("5e1f00d5", "5e1f00d6")]
+    for kind in ("torchrun", "deepspeed"):
+        free, fixed = (_profile(tmp_path, PROFILES[kind] | {"port": port}) for port in (0, 29_500))
+        first, second = (" ".join(render(job, free, folder=Path("/x")).command) for job in jobs)
+        ports = [int(re.search(r"(?:node-a:|master_port )(\d+)", text)[1]) for text in (first, second)]  # type: ignore[index]
+        assert len(set(ports)) == 2
+        assert all(20_000 <= port < 30_000 for port in ports)
+        assert "29500" in " ".join(render(jobs[0], fixed, folder=Path("/x")).command)
+    assert (
+        '--meet="$head:$port"'
+        in render(JOB, _profile(tmp_path, PROFILES["slurm"]), folder=Path("/x")).files["job.sbatch"]
+    )
+    slurm = _profile(tmp_path, PROFILES["slurm"] | {"port": 29_500})
+    assert "port=29500\n" in render(JOB, slurm, folder=Path("/x")).files["job.sbatch"]
+
+
+def test_an_own_recipe_reaches_the_job_with_all_that_it_builds_on(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The files land as Slurm's job and as a pod would see them, far from here, and are read there."""
+    home, there = tmp_path / "home", tmp_path / "there"
+    (home / "recipes").mkdir(parents=True)
+    (home / "recipes" / "charts.yaml").write_text("base: ../common.yaml  # ours\ndata: {tokens_per_pack: 8192}\n")
+    (home / "common.yaml").write_text("base: tiny-cpu\nparallel: {ep: 1}\n")
+    monkeypatch.chdir(home / "recipes")
+    for kind in ("slurm", "kubernetes"):
+        Path("c.yaml").write_text(yaml.safe_dump({"kind": kind, "gpus_per_node": 2, "kubernetes": {"image": "x"}}))
+        assert main(["launch", "charts.yaml", "--on", "c.yaml", "--out", str(there / kind)]) == 0, (
+            capsys.readouterr().err
+        )
+    script = (there / "slurm" / "job.sbatch").read_text()
+    (path,) = re.findall(r"launchers.cli train (\S+)", script)
+    assert f"#SBATCH --chdir={home / 'recipes'}\n" in script
+    assert f"#SBATCH --output={there / 'slurm' / '%j.log'}\n" in script
+    maps, job = yaml.safe_load_all((there / "kubernetes" / "job.yaml").read_text())
+    pod = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    volume = next(volume["configMap"] for volume in pod["volumes"] if "configMap" in volume)
+    assert volume["name"] == maps["metadata"]["name"]
+    (mount,) = (mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "recipe")
+    word = pod["containers"][0]["command"][4]
+    for item in volume["items"]:
+        place = there / "pod" / item["path"]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(maps["data"][item["key"]])
+    for recipe in (path, word.replace(mount, str(there / "pod"))):
+        config, problems = load_recipe(recipe)
+        assert (config.run.name, config.data.tokens_per_pack, config.parallel.ep, problems) == ("charts", 8192, 1, [])
+    (home / "common.yaml").write_text(f"base: {home / 'else.yaml'}\n")
+    (home / "else.yaml").write_text("base: tiny-cpu\n")
+    assert main(["launch", "charts.yaml", "--on", "c.yaml"]) == 2
+    assert "else.yaml is an absolute path, and the recipe's files go with the job" in capsys.readouterr().err
+
+
+def test_a_recipe_that_the_container_does_not_see_is_said(tmp_path: Path) -> None:
+    container = {"image": "/i.sqsh", "mounts": ["/data:/data", "/shared/home:/home:rw"]}
+    profile = _profile(tmp_path, {"kind": "slurm", "workdir": "/data/w", "slurm": {"container": container}})
+    rendered = render(OWN_JOB, profile, folder=Path("/shared/home/me/job"))
+    assert "launchers.cli train /home/me/job/recipe/recipes/charts.yaml " in rendered.files["job.sbatch"]
+    with pytest.raises(ValueError, match="the recipe lies in /elsewhere/recipe, which the container does not see"):
+        render(OWN_JOB, profile, folder=Path("/elsewhere"))
+    with pytest.raises(ValueError, match="workdir lies in /data2, which the container does not see"):
+        render(JOB, replace(profile, workdir="/data2"), folder=Path("/elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("tree", "remedy"),
+    [
+        ({"slurm": {"gres": "gpu:8"}}, "Write `gpus_per_node`"),
+        ({"slurm": {"cpus": 64}}, "Write `slurm.cpus_per_task`"),
+        ({"slurm": {"mem_per_node": "1T"}}, "Write `slurm.mem`"),
+        ({"kubernetes": {"nodeSelector": {"gpu": "h100"}}}, "Write `kubernetes.node_selector`"),
+        ({"kubernetes": {"volumes": {"a": {"claimName": "a", "mount": "/a"}}}}, "Write `claim`"),
+        ({"nodeSelector": {}}, "Write `kubernetes.node_selector`"),
+    ],
+)
+def test_words_of_slurm_and_kubernetes_lead_to_ours(tree: object, remedy: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"no such key. {re.escape(remedy)}"):
+        _profile(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    "volumes", [[], ["a"], "/a", 3, {"a": None}, {"a": "/a"}, {"a": ["/a"]}, {"a": {"claim": ["x"]}}]
+)
+def test_volumes_of_any_other_kind_are_named(volumes: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"kubernetes\.volumes.* = "):
+        _profile(tmp_path, {"kubernetes": {"image": "x", "volumes": volumes}})
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("nodes", [1, 8])
+@pytest.mark.parametrize(
+    "container",
+    [{}, PROFILES["slurm"]["slurm"]["container"], {"image": "a b.sif", "runtime": "apptainer", "mounts": ["/shared"]}],
+)  # type: ignore[index]
+def test_shellcheck_accepts_every_batch_script(tmp_path: Path, container: dict, nodes: int, own: bool) -> None:
+    tree = PROFILES["slurm"] | {"nodes": nodes}
+    tree["slurm"] = tree["slurm"] | {"container": container, "mem": "0", "cpus_per_task": 96}  # type: ignore[operator]
+    files = render(OWN_JOB if own else JOB, _profile(tmp_path, tree), folder=Path("/shared/x")).files
+    program = Path(sys.executable).with_name("shellcheck")
+    if not program.exists():
+        pytest.skip("no shellcheck beside Python: `make test` installs the extra `test`, which has it")
+    done = subprocess.run([program, "-"], input=files["job.sbatch"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_manifests_are_what_the_operator_s_own_models_hold(tmp_path: Path, own: bool) -> None:
+    """Read into Kubeflow's and Kubernetes' published classes, which leave out what they do not know, and back."""
+    profile = _profile(tmp_path, PROFILES["kubernetes"])
+    text = render(OWN_JOB if own else JOB, profile, folder=Path("/x")).files["job.yaml"]
+    manifests = list(yaml.safe_load_all(text))
+    kinds = {"ConfigMap": "V1ConfigMap", "PyTorchJob": "KubeflowOrgV1PyTorchJob"}
+    assert [manifest["kind"] for manifest in manifests] == (["ConfigMap"] if own else []) + ["PyTorchJob"]
+    for manifest in manifests:
+        assert oracle.ask(oracle.manifest, manifest=manifest, kind=kinds[manifest["kind"]]) == manifest
+
+
+TOY = [
+    "model.path=base",
+    "data.sources.general.path=rows.jsonl",
+    "data.workers=0",
+    "data.packs_per_step=2",
+    "parallel.ep=1",
+    "schedule.steps=8",
+    "checkpoint.every_steps=1",
+]
+
+
+def _two_machines(folder: Path, name: str, *words: str, restarts: int) -> list[subprocess.Popen]:
+    """Start what a profile of two machines renders, both on this one."""
+    tree = {"nodes": 2, "gpus_per_node": 1, "hosts": ["localhost", "localhost"], "python": sys.executable}
+    profile = _profile(folder, tree | {"restarts": restarts})
+    rendered = render(
+        Job(recipe="tiny-cpu", overrides=[*TOY, f"run.name={name}", *words], run=name), profile, folder=folder
+    )
+    ours = environment() | dict(rendered.environment)
+    machines = []
+    for number in range(2):
+        with (folder / f"{name}-{number}.out").open("w") as out:
+            machines.append(subprocess.Popen(rendered.command, cwd=folder, env=ours, stdout=out, stderr=out))
+    return machines
+
+
+def test_torchrun_does_not_start_again_what_a_wrong_input_ended(tmp_path: Path) -> None:
+    toy_run(tmp_path)
+    machines = _two_machines(tmp_path, "wrong", "data.overlong=error", "data.tokens_per_pack=8", restarts=3)
+    assert [machine.wait(timeout=LIMIT_S) for machine in machines] == [2, 2]
+    assert "has no sample that can be used" in (tmp_path / "wrong-1.out").read_text()
+    logs = [path.read_text() for path in (tmp_path / "runs" / "wrong" / "logs").glob("rank-*.log")]
+    assert [text.count("--- data") for text in logs] == [1, 1], "one start, no restart"
+
+
+@pytest.mark.slow  # three starts
+def test_ranks_of_two_machines_start_again_and_a_lost_machine_is_one_that_another_start_cures(tmp_path: Path) -> None:
+    toy_run(tmp_path)
+    machines = _two_machines(tmp_path, "killed", restarts=1)
+    os.kill(_rank_in_step(tmp_path, "killed"), signal.SIGKILL)
+    assert [machine.wait(timeout=LIMIT_S) for machine in machines] == [0, 0]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "runs" / "killed" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(range(8))
+    machines = _two_machines(tmp_path, "lost", restarts=0)
+    _rank_in_step(tmp_path, "lost")
+    machines[1].kill()
+    machines[1].wait()
+    assert machines[0].wait(timeout=LIMIT_S) == 75
+    assert "a machine was lost; another start goes on from the last save" in (tmp_path / "lost-0.out").read_text()
+
+
+def _rank_in_step(folder: Path, name: str) -> int:
+    """Wait for the first step of a run, and return the process of a rank."""
+    run = folder / "runs" / name
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        time.sleep(0.1)
+    return json.loads((run / "logs" / "rank-0001.json").read_text())["pid"]
