@@ -1,4 +1,4 @@
-"""From the `data:` section to a stream: find or convert the sources, index and measure them, plan, read."""
+"""Opens what the `data:` section names: finds or converts the sources, indexes and measures them, plans, reads."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") -> Mapping[str, Sequence[Path]]:
-    """Shards of every source; a JSONL or JSON file is converted into shards of the cache the first time.
+    """Return the shards of every source; a JSONL or JSON file is converted the first time.
 
     `section` is what errors call the configuration that names them.
     """
@@ -33,7 +33,7 @@ def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") ->
 
 
 def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, section: str = "data") -> Corpus:
-    """Everything indexed and measured. The first caller does the work; let one rank of a node be first."""
+    """Index and measure all sources. The first caller does the work; let one rank of a node be first."""
     if problems := data_problems(config):
         raise ValueError("\n".join(map(str, problems)))
     settings = plan_settings(config, seed=0)
@@ -64,7 +64,7 @@ def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, sectio
 def open_stream(
     config: DataConfig, corpus: Corpus, renderer: Renderer, *, seed: int, rank: int, size: int
 ) -> DataStream:
-    """The steps of one data rank out of `size`."""
+    """Open the steps of one data rank out of `size`."""
     settings = StreamSettings(
         workers=config.workers,
         prefetch=config.prefetch,

@@ -1,4 +1,4 @@
-"""Rows into shards, and every look at shards that is not training.
+"""Turns rows into shards; checks, shows and splits shards.
 
 Reading order: convert, media_place and rows (rows of other tools), clean, build and converted; split, audit,
 show; progress.

@@ -1,4 +1,4 @@
-"""From rows of JSON to shards: parallel, resumable, written beside and renamed; refused rows listed with reasons."""
+"""Builds shards from rows of JSON, in parallel and resumable; refused rows are listed with reasons."""
 
 import json
 import logging
@@ -30,9 +30,9 @@ VERSION = 1
 CLAIM = "build.json"  # what a folder of shards was built from
 LOCK = ".build.lock"
 LOOK_S = 0.5
-"""Between two looks at whether the build that is waited for has ended."""
+"""Seconds between checks whether another build, which this one waits for, has ended."""
 SILENCE_S = 1800.0
-"""After so long without a byte written, a build on another host counts as dead."""
+"""Seconds without a byte written after which a build on another host counts as dead."""
 Rows = list[tuple[int, Any]]
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """What came of a build."""
+    """The outcome of a build."""
 
     shards: tuple[Path, ...]
     written: int
@@ -77,7 +77,7 @@ class _Shard:
 
 @contextmanager
 def building(folder: Path, *, waits: bool) -> Iterator[None]:
-    """Hold the folder, alone. While another build does: wait for it to end, or raise FolderInUse."""
+    """Lock the folder. While another build holds it, wait for its end or raise FolderInUse."""
     mine = this_process()
     waited = False
     while True:
@@ -131,7 +131,7 @@ def build_held(
     jobs: int,
     progress: Callable[[int, str], None] | None,
 ) -> BuildReport:
-    """What build_shards does, for who holds the folder."""
+    """Do what build_shards does, in a folder that is already locked."""
     _claim(folder, source, options)
     places = Places(root=Path(options.media_root) if options.media_root else None, allow_private=options.allow_private)
     of_rows = RowOptions(folder=folder, origin=source.parent, media=options.media, places=places, group=options.group)
@@ -169,7 +169,7 @@ def build_held(
 
 
 def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
-    """Refuses a folder that holds shards of something else."""
+    """Note what the folder is built from, or refuse a folder with shards of something else."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / CLAIM
     # relative, so that data and shards may be moved, or mounted elsewhere, together
@@ -214,12 +214,12 @@ def _finished(path: Path) -> _Shard | None:
 
 
 def key_of_row(number: int) -> str:
-    """The key of the sample that a row becomes; rows count from 1."""
+    """Return the key of the sample that a row becomes; rows count from 1."""
     return f"{number:09d}"
 
 
 def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
-    """One shard and its index; its rejects are noted beside it before it gets its name."""
+    """Write a shard and its index; a note of refused rows is written before the shard gets its name."""
     rejects: list[dict[str, Any]] = []
     ignored: Counter[str] = Counter()
     written = 0

@@ -1,4 +1,4 @@
-"""Media as they go into a shard: upright, without EXIF, GPS and other notes; pixels untouched. Loads Pillow."""
+"""Prepares media for a shard: upright, without EXIF, GPS and other notes, pixels untouched. Loads Pillow."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ _MP4_NOTES = (b"udta", b"meta")
 
 
 def clean_image(data: bytes, *, name: str) -> tuple[bytes, str]:
-    """(bytes, extension). ValueError when it cannot be decoded; re-encoded only where it has to be turned."""
+    """Return bytes and extension, encoded again only where that is needed; ValueError if it cannot be decoded."""
     rgb = decode_image(data, name=name)  # refuses whatever training would refuse, pixels included
     image = open_image(data, name)
     kind = "JPEG" if image.format == "MPO" else str(image.format)
@@ -41,7 +41,7 @@ def clean_image(data: bytes, *, name: str) -> tuple[bytes, str]:
 
 
 def _bare_jpeg(data: bytes) -> bytes:
-    """Without the segments that hold notes; the compressed pixels are copied."""
+    """Drop the segments that hold notes; the compressed pixels are copied."""
     out, at = bytearray(data[:2]), 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         if data[at + 1] == 0xFF:  # fill byte
@@ -82,7 +82,7 @@ def _bare_webp(data: bytes) -> bytes:
 
 
 def clean_video(data: bytes) -> tuple[bytes, str]:
-    """(bytes, extension). In MP4 and MOV the boxes of notes (place, device) become empty space: no offset moves."""
+    """Return bytes and extension. In MP4 and MOV, boxes of notes become empty space, so that no offset moves."""
     if data[4:8] == b"ftyp":
         out = bytearray(data)
         _blank_notes(out)
@@ -93,7 +93,7 @@ def clean_video(data: bytes) -> tuple[bytes, str]:
 
 
 def _blank_notes(data: bytearray) -> None:
-    """Blank every box of notes. A list of ranges still to be read, so that no depth of boxes is too deep."""
+    """Blank every box of notes. A list of ranges replaces recursion, so that no nesting is too deep."""
     ranges = [(0, len(data))]
     while ranges:
         at, end = ranges.pop()

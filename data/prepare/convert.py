@@ -1,4 +1,4 @@
-"""Rows of other tools' files to our record, media still by path: ms-swift, LLaMA-Factory, OpenAI, Qwen. No torch.
+"""Converts rows of ms-swift, LLaMA-Factory, OpenAI and Qwen to our record, with media still by path. No torch.
 
 A converted row may hold images and videos as text (path, url or data: url) or as objects; `build.py` reads them.
 """
@@ -50,7 +50,7 @@ def folder_of_shards(source: Path, cache_dir: Path | None, places: Places) -> Pa
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, row) of a JSON Lines file or a JSON list, from 1; a row that is no JSON comes as a ValueError."""
+    """Yield number and row of a JSON Lines file or a JSON list, from 1; a row that is no JSON comes as a ValueError."""
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -72,7 +72,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def convert_row(row: Any) -> tuple[dict[str, Any], list[str]]:
-    """Our record as a JSON object, and the columns that it does not use. ValueError when the row has no known form."""
+    """Return our record as a JSON object, and the columns it does not use; ValueError if the row has no known form."""
     if not isinstance(row, Mapping):
         raise BadField("row", f"is a {type(row).__name__}; write one JSON object")
     ignored = sorted(set(row) - {*_READ, *_ALPACA})
@@ -153,7 +153,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
 
 
 def _pull_media(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
-    """Media written inside a list of contents (OpenAI's image_url, Qwen's image) move to the sample's lists."""
+    """Move media inside a list of contents (OpenAI's image_url, Qwen's image) to the sample's lists."""
     for message in messages:
         if not isinstance(message["content"], list):
             continue
@@ -178,7 +178,7 @@ def _kind_and_place(item: Any) -> tuple[str, Any]:
 
 
 def _add_marks(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
-    """Media that no mark places go in front of the first question, as ms-swift does; a wrong count stays wrong."""
+    """Put media without marks in front of the first question, as ms-swift does; a wrong count stays wrong."""
     written = [message["content"] for message in messages if isinstance(message["content"], str)]
     listed = [item for message in messages if isinstance(message["content"], list) for item in message["content"]]
     front = ""

@@ -1,4 +1,4 @@
-"""One row of JSON to the members of one sample: media found, cleaned, named; the record checked as a reader would."""
+"""Turns a row of JSON into the members of a sample: finds and cleans its media, and checks its record."""
 
 import base64
 import binascii
@@ -32,7 +32,7 @@ class RowOptions:
 
 
 def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tuple[list[tuple[str, bytes]], list[str]]:
-    """Members of the sample, record first, and unused columns. ValueError with the reason to refuse the row."""
+    """Return the sample's members, record first, and unused columns; ValueError with the reason to refuse the row."""
     if isinstance(row, ValueError):
         raise row
     raw, ignored = convert_row(row)
@@ -51,7 +51,7 @@ def build_sample(row: Any, options: RowOptions, *, key: str, shard: str) -> tupl
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str | None:
-    """A column's value as the name of a group; None where the row has none."""
+    """Return a column's value as the name of a group; None if the row has none."""
     value = row.get(column)
     if value is not None and not isinstance(value, (str, int, float)):
         raise BadField(column, f"is {value!r:.80}; a group is named by text or a number")
@@ -66,13 +66,13 @@ class _RowMedia:
         self.members: dict[str, bytes] = {}
 
     def image(self, place: dict[str, Any], where: str) -> dict[str, Any]:
-        """The place of an image, or the member that it becomes."""
+        """Return the place of an image, or the member that it becomes."""
         if self._stays_outside(place):
             return self._refer(place)
         return {"member": self._add(*clean_image(self._load(place, where), name=where))}
 
     def video(self, place: dict[str, Any], where: str) -> dict[str, Any]:
-        """The place of a video, or the member that it becomes."""
+        """Return the place of a video, or the member that it becomes."""
         if self._stays_outside(place):
             return self._refer(place)
         return {"member": self._add(*clean_video(self._load(place, where)))}

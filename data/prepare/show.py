@@ -1,4 +1,4 @@
-"""One sample as a model sees it: its text with the supervised part marked, its images and frames on one sheet."""
+"""Shows a sample as a model sees it: its text with the supervised part marked, its images and frames on a sheet."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ class Tile:
 
 
 def marked_text(sample: Sample, base: Path, *, before: str = "⟦", after: str = "⟧") -> str:
-    """The row's text; what carries loss stands between marks, runs of placeholders are counted.
+    """Return the row's text with marks around what carries loss; runs of placeholders are counted.
 
     A control token or mark that is only spelled in a text has a backslash before it.
     """
@@ -56,7 +56,7 @@ def marked_text(sample: Sample, base: Path, *, before: str = "⟦", after: str =
 def sample_tiles(
     sample: Sample, record: Record, index: ShardIndex, number: int, *, base: Path, video: VideoConfig
 ) -> Iterator[Tile]:
-    """Images with their boxes, then frames with their timestamps."""
+    """Yield images with their boxes, then frames with their timestamps."""
     spec = read_spec(base)
     facts = index.images(number)
     at = 0
@@ -89,7 +89,7 @@ def _boxes(record: Record, image: int, width: int, height: int) -> tuple[tuple[f
 
 
 def contact_sheet(tiles: Sequence[Tile], columns: int = 4) -> Image.Image:
-    """All tiles on one picture, each with its label."""
+    """Draw all tiles on one picture, each with its label."""
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * _TILE, max(1, rows) * (_TILE + _LABEL)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -38,7 +38,7 @@ class SplitReport:
 
 
 def side_of(group: str, shares: Mapping[str, float], seed: int) -> str:
-    """The side a group belongs to: by its name and the seed alone, whatever else the corpus holds."""
+    """Return the side of a group, which follows from its name and the seed alone, whatever else the corpus holds."""
     point = int.from_bytes(blake2b(f"{seed}/{group}".encode(), digest_size=8).digest(), "big") / 2**64
     for name, share in shares.items():
         if point < share:
@@ -188,7 +188,7 @@ class _Side:
             self._tar.add(f"{key}.{name}", data)
 
     def _unused_key(self, key: str) -> str:
-        """Two shards may each have a sample of one key; in one tar they need two."""
+        """Return the key, or one with a number behind it: two shards may each have a sample of one key."""
         unused = key
         for copy in count(2):
             if unused not in self._keys:
@@ -199,7 +199,7 @@ class _Side:
 
 
 def _moved(record: Record, before: Path, after: Path) -> Record:
-    """Paths of shared media, which are relative to the shard's folder, seen from the new one."""
+    """Make paths of shared media, which are relative to the shard's folder, relative to the new one."""
 
     def move(place: Any) -> Any:
         assert isinstance(place, Place)

@@ -1,4 +1,4 @@
-"""Bytes by place: from files that stay open; urls go to fetch.py. No torch."""
+"""Reads bytes by place, from files that stay open; fetch.py reads urls. No torch."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ from data.shards.fetch import fetch_url
 
 _OPEN_FILES = 64
 MAX_MEDIUM = 1 << 32
-"""Bytes of one medium that is read from a file outside of the shards."""
+"""Most bytes that are read of a medium outside of the shards."""
 
 VideoBytes = bytes | list[bytes]
 
@@ -28,16 +28,16 @@ class Places:
 
     @property
     def name(self) -> str:
-        """Differs where other media may be found: what an index was made by."""
+        """A name for these places, kept in an index: with others, other media may be found."""
         return f"{'' if self.root is None else self.root.absolute()} {self.allow_private}"
 
     @property
     def suffix(self) -> str:
-        """For names of files that depend on it; empty for the default."""
+        """What ends the names of files that depend on these places; empty for the default."""
         return "" if self == Places() else f"-{blake2b(self.name.encode(), digest_size=4).hexdigest()}"
 
     def find(self, path: str, folder: Path) -> Path:
-        """The file of a medium; ValueError where it leaves the root, links followed."""
+        """Return the file of a medium; ValueError where the path, its links followed, leaves the root."""
         if self.root is None:
             return folder / path
         place = Path(os.path.realpath(self.root / path))
@@ -53,7 +53,7 @@ def places_of(config: DataConfig) -> Places:
 
 
 class ByteReader:
-    """Positioned reads with few files held open. One per process: file handles do not survive a fork well."""
+    """Reads at positions, with few files held open. One for each process: a fork would share file handles."""
 
     def __init__(self, places: Places | None = None) -> None:
         self.places = places or Places()
@@ -61,7 +61,7 @@ class ByteReader:
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Exactly these bytes, or ValueError."""
+        """Return exactly these bytes, or raise ValueError."""
         try:
             data = os.pread(self._open(path), size, offset)
             while 0 < len(data) < size and (more := os.pread(self._open(path), size - len(data), offset + len(data))):
@@ -69,11 +69,11 @@ class ByteReader:
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         if len(data) != size:
-            raise ValueError(f"{path} ends too early: {size} bytes from byte {offset} were asked for, got {len(data)}")
+            raise ValueError(f"{path} ends too early: {size} bytes were requested from byte {offset}, got {len(data)}")
         return data
 
     def read_place(self, place: Place, folder: Path) -> bytes:
-        """Bytes of a medium given by path (relative to `folder`, or to the root of media) or url."""
+        """Return the bytes of a medium given by path (relative to `folder`, or to the root of media) or url."""
         self.outside = True
         if place.url is not None:
             return fetch_url(place.url, place.range, allow_private=self.places.allow_private)
@@ -85,7 +85,7 @@ class ByteReader:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         offset, length = place.range or (0, size)
         if offset + length > size:
-            raise ValueError(f"{path} ends too early: {length} bytes from byte {offset} were asked for, it has {size}")
+            raise ValueError(f"{path} ends too early: {length} bytes were requested from byte {offset}, it has {size}")
         if length > MAX_MEDIUM:
             raise ValueError(f"{path}: {length:,} bytes; at most {MAX_MEDIUM:,} of a file are read. Cut it")
         return self.read(path, offset, length)
@@ -104,7 +104,7 @@ class ByteReader:
         return self._files[path]
 
     def close(self) -> None:
-        """Closes every file."""
+        """Close every file."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -112,7 +112,7 @@ class ByteReader:
 def read_media(
     record: Record, members: dict[str, bytes], folder: Path, files: ByteReader
 ) -> tuple[list[bytes], list[VideoBytes]]:
-    """Bytes of images and videos in order; a frame list gives a list. ValueError when something cannot be read."""
+    """Return the bytes of images and videos in order, of a frame list as a list; ValueError if one cannot be read."""
 
     def load(place: Place) -> bytes:
         return members[place.member] if place.member is not None else files.read_place(place, folder)

@@ -1,4 +1,4 @@
-"""One medium from the web: http and https, public addresses, within limits of bytes and seconds. No torch.
+"""Fetches a medium over http or https, from public addresses, within limits of bytes and seconds. No torch.
 
 Nobody who writes a row may reach what only this machine reaches, hold it up, or fill its memory.
 """
@@ -21,7 +21,7 @@ from data.format.fields import redact
 
 MAX_BYTES = 1 << 30
 MAX_SECONDS = 120.0
-"""Of one medium, with every attempt and redirect: a server that sends a byte a second does not hold a worker up."""
+"""Longest time for one medium with all attempts and redirects: a slow server does not hold up a worker."""
 SILENCE_S = 30.0
 MAX_REDIRECTS = 5
 ATTEMPTS = 3
@@ -33,7 +33,7 @@ Span = tuple[int, int]
 
 
 class NotFetched(ValueError):
-    """An attempt failed, and why; `again` says whether another one makes sense."""
+    """An attempt failed; the message says why, `again` whether another one makes sense."""
 
     def __init__(self, reason: str, *, again: bool = True) -> None:
         super().__init__(reason)
@@ -48,7 +48,7 @@ def fetch_url(
     seconds: float = MAX_SECONDS,
     attempts: int = ATTEMPTS,
 ) -> bytes:
-    """The body, or the range of it; ValueError, without any secret of the url, after `attempts` tries."""
+    """Return the body, or a range of it; after `attempts` attempts, a ValueError that holds no secret of the url."""
     end = time.monotonic() + seconds
     problem = ""
     attempt = 0
@@ -88,7 +88,7 @@ def _attempt(url: str, span: Span | None, allow_private: bool, end: float) -> by
 
 
 def ask_server(call: Callable[[], Any]) -> Any:
-    """The answer of one call to the web; whatever it raises becomes NotFetched, with its words."""
+    """Return the result of a call to the web; whatever it raises becomes NotFetched, with its message."""
     try:
         return call()
     except NotFetched:
@@ -113,7 +113,7 @@ def _check_url(url: str) -> None:
 
 @contextmanager
 def _ended(sockets: list[socket.socket], seconds: float) -> Iterator[None]:
-    """Shuts these sockets after so long: a wait for a silent or slow server then ends, wherever it stands."""
+    """Shut these sockets after `seconds`, which ends any wait for a silent or slow server."""
 
     def shut() -> None:
         for each in sockets:
@@ -166,7 +166,7 @@ def _connection(
     allow_private: bool,
     sockets: list[socket.socket],
 ) -> Any:
-    """What urllib calls for a connection: one that asks for its address before it goes there."""
+    """Return what urllib calls for a connection, which checks each address before it connects."""
     target = urlsplit(request.full_url)
     by_proxy = request.host != target.netloc
     if by_proxy and not allow_private:
@@ -186,7 +186,7 @@ def _connection(
 
 
 def _check_literal(host: str) -> None:
-    """Refuse an address that is written as a number, in any spelling a resolver takes, and this machine's own name."""
+    """Refuse addresses that are not public and written as numbers, in any spelling, and this machine's own name."""
     if host.rstrip(".").lower().endswith("localhost"):
         _check_address(host, ipaddress.ip_address("127.0.0.1"))
     try:
@@ -209,7 +209,7 @@ def _check_address(host: str, address: ipaddress.IPv4Address | ipaddress.IPv6Add
 
 
 def _connect(address: tuple[str, int], timeout: float, *, allow_private: bool) -> socket.socket:
-    """A connection to the first of the host's addresses that answers; the address checked is the one that is used."""
+    """Connect to the first of the host's addresses that answers; the address that was checked is the one used."""
     host, port = address
     problem: OSError = OSError(f"{host} has no address")
     for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -227,7 +227,7 @@ def _connect(address: tuple[str, int], timeout: float, *, allow_private: bool) -
 
 
 def _body(reply: http.client.HTTPResponse, span: Span | None) -> bytes:
-    """The body, whole: as long as the server said, or as the range is."""
+    """Return the complete body: as long as the server announced, or as the range."""
     if reply.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
         again = reply.status in _PASSING or reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR
         raise NotFetched(f"status {reply.status} {reply.reason}", again=again)

@@ -1,4 +1,4 @@
-"""The sidecar index of a shard: byte ranges, checksums, sizes of media, and what is wrong with which sample. No torch.
+"""The index beside a shard: byte ranges, checksums, sizes of media, and samples that cannot be used. No torch.
 
 Media are probed (headers only) while the index is built; that part imports the decoders, loading an index does not.
 """
@@ -40,20 +40,20 @@ class ShardIndex:
     times: np.ndarray[Any, Any]
 
     def __len__(self) -> int:
-        """Number of samples, unusable ones included."""
+        """The number of samples, unusable ones included."""
         return len(self.keys)
 
     def member_rows(self, number: int) -> tuple[int, int]:
-        """First member row of a sample, and the row after its last."""
+        """Return the first member row of a sample, and the row after its last."""
         return int(self.member_starts[number]), int(self.member_starts[number + 1])
 
     def images(self, number: int) -> list[ImageFacts]:
-        """Facts of the images of one sample, in the record's order."""
+        """Return the facts of a sample's images, in the record's order."""
         rows = self.image_sizes[self.image_starts[number] : self.image_starts[number + 1]]
         return [ImageFacts(height=int(height), width=int(width)) for height, width in rows]
 
     def videos(self, number: int) -> list[VideoFacts]:
-        """Facts of the videos of one sample, in the record's order."""
+        """Return the facts of a sample's videos, in the record's order."""
         return [self._video(row) for row in range(self.video_starts[number], self.video_starts[number + 1])]
 
     def _video(self, row: int) -> VideoFacts:
@@ -68,7 +68,7 @@ _ARRAYS = tuple(item.name for item in fields(ShardIndex) if "ndarray" in str(ite
 
 
 def stamp_of(shard: Path) -> str:
-    """Changes when the tar does: its size and both of its ends."""
+    """Return a text that changes when the tar does: its size and a checksum of both ends."""
     size = shard.stat().st_size
     with shard.open("rb") as file:
         head = file.read(_EDGE)
@@ -77,7 +77,7 @@ def stamp_of(shard: Path) -> str:
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
-    """One file without pickles."""
+    """Write the index to one file, without pickles."""
     problems = [[number, reason] for number, reason in index.problems.items()]
     head = {"version": VERSION, "stamp": index.stamp, "places": index.places, "digest": index.digest}
     head["problems"] = problems
@@ -87,7 +87,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def read_index(path: Path, stamp: str, places: str) -> ShardIndex | None:
-    """The stored index; None where it is absent, damaged, of another version, another tar, or other places of media."""
+    """Read a stored index; None if it is absent, damaged, or of another version, tar or places of media."""
     arrays = read_arrays(path)
     if arrays is None or {"head", "keys", "names", *_ARRAYS} != set(arrays):
         return None

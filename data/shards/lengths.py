@@ -1,4 +1,4 @@
-"""How long each sample is: counted once for a tokenizer and its settings, kept beside the index."""
+"""Counts the tokens of each sample, once for a tokenizer and its settings, and keeps them beside the index."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from data.shards.sidecar import read_arrays, sidecar, write_arrays
 
 
 class Measure(Protocol):
-    """What counts the tokens of a record from facts of its media: the renderer, without its pixels."""
+    """Counts the tokens of a record from the facts of its media. The renderer does, without pixels."""
 
     fingerprint: str
     text_fingerprint: str
@@ -32,7 +32,7 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Per sample of one shard; `problems` are samples that cannot be used, with reasons."""
+    """Token counts of a shard's samples; `problems` are samples that cannot be used, with reasons."""
 
     digest: str
     text: np.ndarray[Any, np.dtype[np.int64]]
@@ -42,7 +42,7 @@ class Lengths:
 
     @property
     def tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of each sample in the row."""
+        """The tokens that each sample takes in a row."""
         total: np.ndarray[Any, np.dtype[np.int64]] = self.text + self.vision
         return total
 

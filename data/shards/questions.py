@@ -1,4 +1,4 @@
-"""Held-out samples as questions: the conversation up to its last answer, which a model is asked for. No torch."""
+"""Turns held-out samples into questions: a model is asked for the last answer of the conversation. No torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from data.shards.reader import SampleReader
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A sample whose last answer is asked for. Its media stay in the shard until they are read."""
+    """A sample whose last answer a model is asked for. Its media stay in the shard until they are read."""
 
     shard: Path
     number: int
@@ -29,7 +29,7 @@ class Question:
         return self.cut.record
 
     def media(self, reader: SampleReader) -> tuple[list[bytes], list[VideoBytes]]:
-        """Bytes of the images and videos that the question shows, in order."""
+        """Return the bytes of the images and videos that the question shows, in order."""
         whole, members = reader.sample(self.shard, self.number)
         try:
             images, videos = reader.media(whole, members, self.shard.parent)
@@ -45,7 +45,7 @@ class Question:
 
 
 def read_questions(shards: Sequence[Path], reader: SampleReader, *, source: str) -> Iterator[Question]:
-    """The usable samples that end with an answer, in the shards' order; `source` names those that name none."""
+    """Yield the usable samples that end with an answer, in the shards' order; `source` is for those that name none."""
     for shard in shards:
         index = reader.index(shard)
         for number in range(len(index)):
@@ -66,7 +66,7 @@ def read_questions(shards: Sequence[Path], reader: SampleReader, *, source: str)
 
 
 def _last_answer(record: Record, images: Sequence[ImageFacts]) -> str:
-    """What the last turn says, boxes written as a model writes them."""
+    """Return the text of the last turn, with boxes as a model writes them."""
     last = record.messages[-1]
     kinds = [item.kind for item in last.contents]
     boxes = box_texts(record, images)

@@ -1,4 +1,4 @@
-"""Bytes of records and media: from shards, from files that samples share, from the web. Errors say where. No torch."""
+"""Reads records and media from shards, from files that samples share and from the web. No torch."""
 
 from collections import OrderedDict
 from collections.abc import Collection
@@ -15,7 +15,7 @@ _OPEN_INDEXES = 256
 
 
 class SampleReader:
-    """Samples of any shard by number, checked against the index's checksums."""
+    """Reads samples of any shard by number, and checks them against the index's checksums."""
 
     def __init__(self, *, cache_dir: Path | None = None, places: Places | None = None) -> None:
         self.bytes = ByteReader(places)
@@ -23,7 +23,7 @@ class SampleReader:
         self._indexes: OrderedDict[Path, ShardIndex] = OrderedDict()
 
     def index(self, shard: Path) -> ShardIndex:
-        """The shard's index, from memory if it was used lately."""
+        """Return the shard's index, from memory if it was used lately."""
         if shard in self._indexes:
             self._indexes.move_to_end(shard)
         else:
@@ -33,11 +33,11 @@ class SampleReader:
         return self._indexes[shard]
 
     def keep(self, shard: Path, index: ShardIndex) -> None:
-        """Read this shard by an index that is not stored."""
+        """Use this index for a shard, in place of a stored one."""
         self._indexes[shard] = index
 
     def members(self, shard: Path, number: int) -> dict[str, bytes]:
-        """Bytes of every member of one sample by one read; RecordError when they changed since indexing."""
+        """Return the bytes of every member of a sample, by one read; RecordError if they changed since indexing."""
         index = self.index(shard)
         rows = range(*index.member_rows(number))
         first, last = rows[0], rows[-1]
@@ -56,12 +56,12 @@ class SampleReader:
         return members
 
     def sample(self, shard: Path, number: int) -> tuple[Record, dict[str, bytes]]:
-        """The parsed record and the bytes of its media."""
+        """Return the parsed record and the bytes of the sample's other members."""
         members = self.members(shard, number)
         return self._parse(shard, number, members.pop("json", None), members), members
 
     def record(self, shard: Path, number: int) -> Record:
-        """The parsed record alone; media are not read."""
+        """Return the parsed record alone; media are not read."""
         index = self.index(shard)
         names = {index.names[row]: row for row in range(*index.member_rows(number))}
         row = names.pop("json", None)
@@ -75,14 +75,14 @@ class SampleReader:
         return parse_record(raw, shard=shard.name, key=key, members=members)
 
     def media(self, record: Record, members: dict[str, bytes], folder: Path) -> tuple[list[bytes], list[VideoBytes]]:
-        """Bytes of images and videos in order, as `read_media` gives them."""
+        """Return the bytes of images and videos in order, as `read_media` does."""
         return read_media(record, members, folder, self.bytes)
 
 
 def load_index(
     shard: Path, *, cache_dir: Path | None = None, force: bool = False, places: Places | None = None
 ) -> ShardIndex:
-    """The index of a shard: stored if it is up to date, else built and stored. ShardError when the tar is not whole."""
+    """Load the stored index if it is up to date, else build and store it; ShardError if the tar is not complete."""
     if not shard.is_file():
         raise ShardError(shard, "does not exist or is not a file")
     stamp = stamp_of(shard)
@@ -100,6 +100,6 @@ def load_index(
 
 
 def store_index(index: ShardIndex, shard: Path, *, cache_dir: Path | None) -> None:
-    """Keep an index beside its shard, or in the cache folder; lengths of what was indexed before go."""
+    """Store an index beside its shard or in the cache folder, and remove lengths that an earlier index had."""
     save_index(index, sidecar(shard, ".idx", cache_dir))
     sidecar(shard, ".len", cache_dir).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Building an index: one pass over a tar, reading records and the headers of media. Loads the decoders."""
+"""Builds an index in one pass over a tar, from records and the headers of media. Loads the decoders."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -21,7 +21,7 @@ MediaFacts = tuple[list[ImageFacts], list[VideoFacts]]
 
 
 def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoBytes]) -> MediaFacts:
-    """Facts of the media of a record; ValueError names the medium that cannot be used."""
+    """Return the facts of a record's media; ValueError names the medium that cannot be used."""
     image_facts = [probe_image(data, name=f"images[{number}]") for number, data in enumerate(images)]
     video_facts = []
     for number, (video, data) in enumerate(zip(record.videos, videos, strict=True)):
@@ -38,7 +38,7 @@ def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoB
 
 
 def scan_shard(shard: Path, stamp: str, places: Places) -> ShardIndex:
-    """Reads the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
+    """Read the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
     reader = ByteReader(places)
     samples = list(group_members(shard, walk_tar(shard)))
     crcs: list[int] = []

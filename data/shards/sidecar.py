@@ -1,5 +1,6 @@
-"""Files that we write beside a shard: arrays, and notes as JSON. Each carries a checksum of itself, and is whole or not
-there. One that fails its checksum, as one of before there were any, counts as missing: it is made again. No torch.
+"""Files beside a shard: arrays, and notes as JSON. Each carries a checksum of itself and is written as a whole.
+
+A file that fails its checksum, or has none as an older moetune wrote it, counts as missing and is made again. No torch.
 """
 
 import io
@@ -22,7 +23,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def sidecar(shard: Path, suffix: str, cache_dir: Path | None) -> Path:
-    """Beside the shard; in the cache folder, if one is given, under a name made from the whole path."""
+    """Return a path beside the shard, or in the cache folder under a name made from the shard's path."""
     if cache_dir is None:
         return shard.with_name(shard.name + suffix)
     place = blake2b(str(shard.absolute()).encode(), digest_size=8).hexdigest()
@@ -30,7 +31,7 @@ def sidecar(shard: Path, suffix: str, cache_dir: Path | None) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes beside `path` and renames, so that readers see the whole file or none; an OSError names the path."""
+    """Write beside `path` and rename, so that readers see the complete file or none; an OSError names the path."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Arrays without pickles."""
+    """Write arrays, without pickles."""
     packed = io.BytesIO()
     np.savez(packed, allow_pickle=False, **arrays)
     body = packed.getvalue()
@@ -56,7 +57,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path) -> Arrays | None:
-    """Arrays of a sidecar; None where there is none, or none that we wrote."""
+    """Read arrays; None if there is no file, or none that we wrote."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -68,7 +69,7 @@ def read_arrays(path: Path) -> Arrays | None:
 
 
 def _unpack(body: bytes) -> Arrays | None:
-    """What the archive holds, if it takes no more memory than it is long: as nothing compressed does."""
+    """Return what the archive holds, unless it is compressed and may take more memory than it is long."""
     try:
         members = zipfile.ZipFile(io.BytesIO(body)).infolist()
         if len(members) > _MOST_MEMBERS or sum(member.file_size for member in members) > len(body):
@@ -80,13 +81,13 @@ def _unpack(body: bytes) -> Arrays | None:
 
 
 def write_note(path: Path, note: dict[str, Any]) -> None:
-    """A JSON object with its checksum."""
+    """Write a JSON object with its checksum."""
     text = json.dumps({"checksum": _digest(json.dumps(note).encode()), **note})
     write_whole(path, text.encode())
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """The object, without its checksum; None where there is none, or none that we wrote."""
+    """Read the object, without its checksum; None if there is no file, or none that we wrote."""
     try:
         note = load_json(path.read_bytes())
     except (OSError, ValueError):
@@ -97,12 +98,12 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 
 def note_of(shard: Path) -> Path:
-    """What a build says of one of its shards: `written`, `rejects`, `ignored`."""
+    """Return the path of a build's note of one of its shards: `written`, `rejects`, `ignored`."""
     return shard.with_name(f".{shard.name}.json")
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """Names of the shards that a build made in this folder, by its notes, and that are gone."""
+    """Return the names of shards that a build noted in this folder and that are gone."""
     notes = sorted(folder.glob(".*.tar.json"))
     gone = [note for note in notes if not (folder / note.name[1 : -len(".json")]).exists()]
     return [note.name[1 : -len(".json")] for note in gone if (read_note(note) or {}).get("written")]
