@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 def place_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where media outside of the shards may be: the keys of `data:` as flags."""
-    parser.add_argument("--media-root", type=Path, metavar="DIR", help="data.media_root: where relative paths start")
+    parser.add_argument(
+        "--media-root", type=Path, metavar="DIR", help="folder where relative paths of media start (data.media_root)"
+    )
     parser.add_argument(
         "--allow-private-addresses",
         action="store_true",
-        help="data.allow_private_addresses: urls may name servers of your own network",
+        help="urls of media may name servers of your own network (data.allow_private_addresses)",
     )
 
 
@@ -34,20 +36,22 @@ def media_places(args: argparse.Namespace) -> "Places":
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of a command that loads a model to ask it; the model is the command's own argument."""
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter on top of the model")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter on top of the model")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): a GPU when there is one")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of weights and arithmetic; auto (default): float32 on a CPU, bfloat16 on a GPU",
+        help="type of weights and arithmetic; auto (default): float32 on a CPU, bfloat16 on a GPU",
     )
-    parser.add_argument("--layout", default="auto", help="how the files hold experts: auto, hub, memory, per_expert")
+    parser.add_argument(
+        "--layout", default="auto", help="how the files store experts: auto (default), hub, memory or per_expert"
+    )
     parser.add_argument(
         "--config",
         default="",
         metavar="CONFIG",
-        help="recipe for data.image, data.video, data.chat and context; an adapter brings its own",
+        help="recipe with data.image, data.video, data.chat and context (default: what the adapter was trained with)",
     )
     parser.add_argument(
         "--set",
@@ -55,13 +59,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="settings",
         metavar="KEY=VALUE",
-        help="one of those settings: --set data.image.max_tokens=1024",
+        help="change one of these settings: --set data.image.max_tokens=1024",
     )
-    parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
+    parser.add_argument("--other-base", action="store_true", help="accept an adapter that was trained on another base")
 
 
 def answer_config(args: argparse.Namespace, model: str) -> "RunConfig":
-    """How images, videos and conversations become tokens: as in training, the recipe and --set above it."""
+    """Return how images, videos and conversations become tokens: as in training, changed by the recipe and --set."""
     from finetune.adapters.provenance import SEEN
     from finetune.files.hub import model_folder
     from finetune.settings.recipes import load_recipe
@@ -77,7 +81,7 @@ def answer_config(args: argparse.Namespace, model: str) -> "RunConfig":
 
 
 def _trained_with(adapter: Path | None, model: Path) -> tuple[dict[str, Any], str]:
-    """The settings that an adapter of ours was trained with, from its metadata; or the one merged into the model."""
+    """Return what an adapter of ours was trained with; without one, what the adapter merged into the model was."""
     from finetune.adapters.merge_plan import merge_settings
     from finetune.adapters.provenance import seen_settings
     from finetune.files.tensorfile import read_header
@@ -88,7 +92,7 @@ def _trained_with(adapter: Path | None, model: Path) -> tuple[dict[str, Any], st
 
 
 def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) -> "Speaker":
-    """Load the model; what libraries say when they are first loaded goes to standard error."""
+    """Load the model; what libraries print when they are first loaded goes to standard error."""
     config = answer_config(args, model)
     with redirect_stdout(sys.stderr):
         device = _device(args.device)

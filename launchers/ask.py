@@ -23,15 +23,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
     parser.add_argument("text", metavar="TEXT", help="the question; <image> and <video> say where media stand in it")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a file or URL; more than one")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a file or URL; more than one")
-    parser.add_argument("--system", default="", metavar="TEXT", help="what stands before the conversation")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image, a file or URL; once for each"
+    )
+    parser.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="a video, a file or URL; once for each"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message before the question")
     model_arguments(parser)
-    parser.add_argument("--compare", action="store_true", help="the base's answer first, then the adapter's")
-    parser.add_argument("--max-tokens", type=positive, default=512, help="of the answer (default 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, when all is said")
+    parser.add_argument("--compare", action="store_true", help="print the base's answer first, then the adapter's")
+    parser.add_argument("--max-tokens", type=positive, default=512, help="longest answer, in tokens (default 512)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, when the answer is complete"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,9 +28,7 @@ SHOWN = 5
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument(
-        "data", nargs="+", metavar="DATA", help="shards, .jsonl or .json; or NAME=PATH, a source's name"
-    )
+    parser.add_argument("data", nargs="+", metavar="DATA", help="shards, .jsonl or .json; NAME=PATH names the source")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a base or merged model: a folder or a hub id")
     source.add_argument("--url", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")

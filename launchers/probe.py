@@ -18,23 +18,38 @@ EXAMPLE = """\
   moetune probe needle merged --lengths 524288 --set context.yarn.factor=3"""
 
 
-OUT_HELP = "a folder for needle.json and PNGs, without an earlier needle.json (default: needles, where you stand)"
+OUT_HELP = "folder for needle.json and heatmaps; an earlier needle.json is not overwritten (default: needles)"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("what", choices=("needle",), metavar="needle", help="what is probed")
-    parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
-    parser.add_argument("--kind", choices=("text", "video", "both"), default="both", help="of haystack (default both)")
-    parser.add_argument("--lengths", type=_lengths, default=(1024, 2048, 4096), help="in tokens, with commas between")
     parser.add_argument(
-        "--depths", type=_depths, default=(0.0, 0.25, 0.5, 0.75, 1.0), help="0 is the beginning, 1 the end"
+        "what", choices=("needle",), metavar="needle", help="needle: one fact, or one frame, in a long context"
     )
-    parser.add_argument("--trials", type=positive, default=3, help="haystacks a length and depth (default 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the haystacks (default 0)")
+    parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
+    parser.add_argument(
+        "--kind",
+        choices=("text", "video", "both"),
+        default="both",
+        help="haystacks of text, of video, or both (default both)",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_lengths,
+        default=(1024, 2048, 4096),
+        help="lengths in tokens, separated by commas (default 1024,2048,4096)",
+    )
+    parser.add_argument(
+        "--depths",
+        type=_depths,
+        default=(0.0, 0.25, 0.5, 0.75, 1.0),
+        help="depths of the needle, from 0, the beginning, to 1, the end (default 0,0.25,0.5,0.75,1)",
+    )
+    parser.add_argument("--trials", type=positive, default=3, help="haystacks for each length and depth (default 3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the haystacks (default 0)")
     parser.add_argument("--out", type=Path, default=Path("needles"), metavar="DIR", help=OUT_HELP)
     model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="what needle.json holds, on standard output")
+    parser.add_argument("--json", action="store_true", help="print the content of needle.json on standard output")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,15 +27,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", metavar="DATA", help="shards, .jsonl or .json")
     parser.add_argument("--model", required=True, help="what the server serves: a folder or a hub id")
     model_arguments(parser)
-    parser.add_argument("--samples", type=positive, default=8, help="drawn from each source (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of drawing (default 0)")
-    parser.add_argument("--max-tokens", type=positive, default=32, help="of an answer (default 32)")
+    parser.add_argument("--samples", type=positive, default=8, help="samples drawn from each source (default 8)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of drawing (default 0)")
+    parser.add_argument("--max-tokens", type=positive, default=32, help="longest answer, in tokens (default 32)")
     parser.add_argument(
-        "--tolerance", type=float, default=0.1, help="allowed between log-probabilities (default 0.1, for bfloat16)"
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="largest difference allowed between log-probabilities (default 0.1, for bfloat16)",
     )
     parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
     parser.add_argument(
-        "--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="variable with the server's key"
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the server's key (default OPENAI_API_KEY)",
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
     place_arguments(parser)
@@ -43,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
+    """Compare and print a card; exit code 3 if something differs, with the first difference, 1 if the server fails."""
     from finetune.ask.answers import find_questions, with_media
     from finetune.ask.endpoint import Endpoint, check_sendable
     from finetune.ask.exchange import EndpointError

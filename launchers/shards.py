@@ -44,13 +44,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("path", metavar="PATH", help=paths)
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
         place_arguments(sub)
-        sub.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where PATH cannot be written")
+        sub.add_argument(
+            "--cache-dir", type=Path, metavar="DIR", help="folder for indexes, where PATH cannot be written"
+        )
         return sub
 
     build = action("build", "convert a .jsonl or .json file into shards; run again to go on", "a .jsonl or .json file")
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     build.add_argument("--name", default="part", help="what shard names begin with (default: part)")
-    build.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="default 1000")
+    build.add_argument(
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="rows in a shard (default 1000)"
+    )
     build.add_argument(
         "--media",
         choices=("embed", "reference"),
@@ -63,21 +67,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--max-rejects", type=int, default=0, metavar="N", help="exit code 3 above N refused rows (default 0)"
     )
-    index = action("index", "write the index beside each shard")
-    index.add_argument("--base", type=Path, metavar="DIR", help="base model: tokens are counted and kept too")
-    index.add_argument("--force", action="store_true", help="even where there is one already")
+    index = action("index", "write an index beside each shard")
+    index.add_argument("--base", type=Path, metavar="DIR", help="base model: count the tokens of each sample too")
+    index.add_argument("--force", action="store_true", help="replace indexes that exist")
     check = action("check", "find everything that is wrong with shards; exit code 3 if there is an error")
-    check.add_argument("--base", type=Path, metavar="DIR", help="base model: samples are rendered as in training")
-    check.add_argument("--tokens-per-pack", type=positive, metavar="N", help="report longer samples; needs --base")
+    check.add_argument("--base", type=Path, metavar="DIR", help="base model: render samples as in training")
+    check.add_argument(
+        "--tokens-per-pack", type=positive, metavar="N", help="report samples with more tokens; needs --base"
+    )
     check.add_argument("--fast", action="store_true", help="read only the headers of media, no pixels")
     check.add_argument("--all", action="store_true", help="print every finding, not a few samples of each kind")
     show = action("show", "print a sample with its supervised part marked")
     show.add_argument("--key", help="key or id of the sample (default: the shard's first)")
     show.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model")
     show.add_argument("--sheet", type=Path, metavar="PNG", help="write images, boxes and frames as the model sees them")
-    stats = action("stats", "histograms of tokens, images and videos")
+    stats = action("stats", "print histograms of tokens, images and videos")
     stats.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model")
-    stats.add_argument("--context", type=positive, default=8192, metavar="N", help="share of samples above (8192)")
+    stats.add_argument(
+        "--context",
+        type=positive,
+        default=8192,
+        metavar="N",
+        help="print the share of samples above N tokens (default 8192)",
+    )
     split = action("split", "copy into parts that share no group")
     split.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the parts")
     split.add_argument(
