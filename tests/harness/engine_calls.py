@@ -1,6 +1,6 @@
-"""What a run asks of the accelerator and of torch.distributed: in order, each with its phase and its thread.
+"""The calls of a run to the accelerator and to torch.distributed, in order, each with its phase and thread.
 
-On a CPU most of these calls do nothing; on a GPU they decide which device is used, and which communicators are made.
+On a CPU, most of these calls do nothing; on a GPU, they decide which device is used and which communicators exist.
 """
 
 import datetime
@@ -22,7 +22,7 @@ from finetune.ranks.engine import engine_device, start_distributed
 
 MADE = "a process group"
 FIRST_LOCAL = 5
-"""Of rank 0: no rank's device is number 0, so that a rank which does not choose is seen."""
+"""LOCAL_RANK of rank 0: no rank's device is number 0, so that a rank that does not choose its device is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +49,16 @@ class Record:
 
     def calling(self, name: str, function: Callable[..., Any], shown: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def told(*args: Any, **options: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
             self.add(name, shown(*args, **options))
             return function(*args, **options)
 
-        return told
+        return noted
 
 
 @contextmanager
 def recorded() -> Iterator[Record]:
-    """Every call of the accelerator's, by its name and first argument, and every group's ranks and limit."""
+    """Record every call to the accelerator by name and first argument, and the ranks and timeout of every group."""
     record, kind = Record(), type(get_accelerator())
     for name, member in inspect.getmembers_static(kind):
         if name.startswith("_"):
@@ -78,8 +78,8 @@ def recorded() -> Iterator[Record]:
 
 
 def run(rank: int, world: int, base: Path, folder: Path, port: int) -> list[Call]:
-    """Set-up, a step, a save behind the run, one before it goes on, a restore and a step; with a group of its own."""
-    dist.destroy_process_group()  # the test's: this one begins as a rank that a launcher starts
+    """Set up, step, save asynchronously, save synchronously, restore and step again, in a new process group."""
+    dist.destroy_process_group()  # the test's group: this rank starts like one from a launcher
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank + FIRST_LOCAL)}
     with recorded() as record:
         start_distributed()

@@ -1,4 +1,4 @@
-"""What ranks do for the evaluation tests: whole runs of the loop, one after the other, in processes started once."""
+"""The ranks of the evaluation tests: complete runs of the loop in turn, in processes that start only once."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,14 @@ def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, 
     start_distributed()
     found: dict[str, dict[str, Any]] = {}
     for name, words in jobs.items():
-        folder = Path("runs") / name.split("+")[0]  # in the place, as a user would start it
+        folder = Path("runs") / name.split("+")[0]  # relative to the current folder, as for a user
         folder.mkdir(parents=True, exist_ok=True)
         config, problems = load_recipe("tiny-cpu", [*SETTING, *words])
         require(config, problems, ranks=world)
-        torch.manual_seed(rank)  # the runs before this one have drawn from it
+        torch.manual_seed(rank)  # earlier runs have used the generator
         log = RankLog(folder / "logs" / name, rank)
         code = train(config, folder, log, Watch(log, data_stall=0, step_stall=0))
-        dist.barrier()  # rank 0 writes what all read
+        dist.barrier()  # rank 0 writes the file that all ranks read
         lines = {kind: folder / f"{kind}.jsonl" for kind in ("evaluations", "metrics", "predictions")}
         found[name] = {
             kind: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

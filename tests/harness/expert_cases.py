@@ -1,4 +1,4 @@
-"""Experts, rows and the reference's answer, for the tests of moe/experts.py; all dimensions differ."""
+"""Experts, rows and the reference's results for the tests of moe/experts.py; all dimensions differ."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ KINDS = [("frozen", True), ("frozen", False), ("lora", True), ("lora", False), (
 def made(
     mode: str = "lora", resident: bool = True, *, dtype: torch.dtype = torch.float32, seed: int = 1, **options: Any
 ) -> GroupedExperts:
-    """Experts 2..6 of 8 with weights of a size that makes every part matter."""
+    """Return experts 2..6 of 8, with weights large enough for every part to matter."""
     lora = ExpertLora(r=R_LORA if dtype == torch.float32 else 8, alpha=6.0) if mode == "lora" else None
     sizes: dict[str, Any] = dict(num_experts=8, local_experts=range(2, 2 + L), hidden=D, intermediate=F_)
     if dtype == torch.bfloat16:
@@ -52,7 +52,7 @@ def made(
 
 
 def rows_for(module: GroupedExperts, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Input rows, their counts, and a gradient for the output."""
+    """Return input rows, their counts, and a gradient for the output."""
     generator = torch.Generator().manual_seed(sum(counts))
     shape, dtype, device = (sum(counts), module.hidden), module.gate_up.dtype, module.gate_up.device
     x, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
@@ -60,7 +60,7 @@ def rows_for(module: GroupedExperts, counts: list[int]) -> tuple[Tensor, Tensor,
 
 
 def run(module: nn.Module, x: Tensor, counts: Tensor, grad: Tensor) -> dict[str, Tensor]:
-    """Output and every gradient, by name."""
+    """Return the output and all gradients, by name."""
     module.zero_grad()
     x.grad = None
     y = module(x, counts)
@@ -70,7 +70,7 @@ def run(module: nn.Module, x: Tensor, counts: Tensor, grad: Tensor) -> dict[str,
 
 
 def wanted(module: GroupedExperts, x: Tensor, counts: list[int], grad: Tensor) -> dict[str, Tensor]:
-    """The same by the reference, in float32."""
+    """Return the same from the reference, in float32."""
     x = x.detach().float().requires_grad_()
     tensors = {key: getattr(module, key).detach().float().clone() for key in ("gate_up", "down")}
     trained = {

@@ -1,7 +1,7 @@
-"""The part of the deep_ep package that DeepSpeed calls, over gloo: what each call moves, with none of its speed.
+"""The part of the deep_ep package that DeepSpeed calls, on gloo: it moves the same data, without the speed.
 
-DeepEP needs CUDA and a fabric, so the real package is never run by these tests: they show that our layer drives the
-interface that DeepSpeed's transport expects. Rows arrive sorted by expert and, within one, from the last source first.
+DeepEP needs CUDA and a fabric, so these tests never run the real package: they show that our layer uses the interface
+that DeepSpeed's transport expects. Rows arrive sorted by expert and, within one expert, from the last source first.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ topk_idx_t = torch.int64
 
 @dataclass
 class Handle:
-    """How one dispatch laid out its rows, for the combine and for both backwards."""
+    """The layout of one dispatch's rows, for the combine and for both backward passes."""
 
     topk_idx: Tensor
     slots: Tensor

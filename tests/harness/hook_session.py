@@ -1,4 +1,4 @@
-"""What ranks do for the tests of the engine's hooks: train and evaluate by turns, and tell what the hooks left."""
+"""The ranks of the hook tests: they train and evaluate in turns, and return what the engine's hooks left behind."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -36,13 +36,13 @@ from finetune.training.evaluation import untouched
 from finetune.training.setup import model_options, save_memory
 
 ROWS, HELD_OUT = 2, 3
-"""Of each rank: a first row records the order of modules, the later ones follow it."""
+"""Rows per rank: the first one records the order of modules, and the later ones follow it."""
 OPTIONS = EngineOptions(dtype="float32", lr=1e-3, eps=1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One engine; `stock`: started by DeepSpeed alone, with every hook that it hangs."""
+    """One engine; with `stock`, DeepSpeed alone starts it and adds all its hooks."""
 
     vision: str = "lora"
     recompute: str = "selective"
@@ -52,7 +52,7 @@ class Job:
     stock: bool = False
 
     def words(self) -> tuple[str, ...]:
-        """The recipe's values."""
+        """The overrides of the recipe."""
         dropped = (
             ["attention", "experts", *(["vision_blocks"] if self.vision == "lora" else [])] if self.dropout else []
         )
@@ -68,27 +68,27 @@ class Job:
 
 @dataclass(kw_only=True)
 class Told:
-    """What one rank found."""
+    """The observations of one rank."""
 
     numbers: list[float] = field(default_factory=list)
-    """Losses and gradient norms, the same in whatever way weights are fetched."""
+    """Losses and gradient norms, which do not depend on how weights are fetched."""
     hooks: int = 0
     stack: list[int] = field(default_factory=list)
     """Modules on the engine's stack after each backward."""
     missing: list[int] = field(default_factory=list)
-    """Kept parameters that were not whole, at each forward; not those of modules that are hooked anyway."""
+    """Kept parameters that were partitioned at each forward, except those of modules with hooks."""
     follows: list[bool] = field(default_factory=list)
-    """Whether the engine knew, at each forward, in which order modules would run."""
+    """Whether the engine knew the order of modules at each forward."""
     left: list[int] = field(default_factory=list)
-    """Elements of fetched parameters that were still whole after each backward."""
+    """Elements of fetched parameters that were still gathered after each backward."""
     averaged: list[int] = field(default_factory=list)
     """How often each backward averaged gradients over ranks."""
     external: list[tuple[str, str]] = field(default_factory=list)
-    """Parameters that the engine found read outside their module, and where it noted them."""
+    """Parameters that the engine saw being read outside their module, and where it noted them."""
 
 
 def session(rank: int, world: int, base: Path, jobs: list[Job]) -> list[Told]:
-    """One engine after the other."""
+    """Run the engines in turn."""
     start_distributed()
     return [_run(rank, world, base, job) for job in jobs]
 
@@ -148,7 +148,7 @@ def _start(base: Path, case: Case, job: Job) -> Any:
 
 
 def _twice(packed: PackedModel, row: Row) -> torch.Tensor:
-    """Two passes that train and one of the base, in one forward: more than preference training or distillation need."""
+    """Run two training passes and one of the base in one forward: more than preference training or distillation."""
     with torch.no_grad(), adapters_off(packed):
         base_TD = packed.hidden(row)
     first_TD, second_TD = packed.hidden(row), packed.hidden(row)

@@ -1,6 +1,6 @@
-"""Hosts on one machine: network namespaces with addresses of their own, joined by a bridge; one can be cut off.
+"""Hosts on one machine: network namespaces with their own addresses, joined by a bridge; each can be cut off.
 
-Where the kernel or the user's rights do not allow namespaces, tests that need them are skipped, and say so.
+If the kernel or the user's rights do not allow namespaces, tests that need them are skipped with a message.
 """
 
 import os
@@ -17,7 +17,7 @@ import pytest
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """One namespace; processes started in it see one network interface, eth0, beside loopback."""
+    """One namespace; its processes see one network interface, eth0, in addition to loopback."""
 
     name: str
     address: str
@@ -25,7 +25,7 @@ class Host:
     def start(
         self, command: Sequence[str], *, folder: Path, environment: dict[str, str], output: Path
     ) -> subprocess.Popen:
-        """Start a command in it, in a group of its own; what it prints goes into a file."""
+        """Start a command on the host, in its own process group, with output to a file."""
         with output.open("wb") as file:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],
@@ -37,18 +37,18 @@ class Host:
             )
 
     def cut_off(self) -> None:
-        """Take its link down: nothing leaves it or reaches it, and nobody is told."""
+        """Take the host's link down: nothing leaves or reaches it, and no peer is notified."""
         _ip("-n", self.name, "link", "set", "eth0", "down")
 
     def end(self) -> None:
-        """Kill everything that runs in it."""
+        """Kill all processes on the host."""
         for pid in _ip("netns", "pids", self.name).split():
             subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
 
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """Make so many hosts; afterwards nothing of them is left."""
+    """Create `count` hosts, and remove them afterwards."""
     why = _refused()
     if why:
         message = f"network namespaces are not permitted here ({why}): several hosts were NOT tested"
@@ -79,7 +79,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 
 def _refused() -> str:
-    """Why namespaces cannot be made here; empty when they can."""
+    """Return why namespaces cannot be created here; empty if they can."""
     if shutil.which("ip") is None:
         return "the command `ip` is not installed"
     name = f"mt{os.getpid()}-try"

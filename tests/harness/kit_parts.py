@@ -1,4 +1,4 @@
-"""Parts of a GPU kit that end in every way there is; each is run in a process of its own."""
+"""Parts of a GPU kit with every possible outcome; each runs in its own process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""How long a test waits for what must come: so long that only what hangs is ended, also on a busy machine."""
+"""The time limit of waits in tests: long enough to end only hanging processes, even on a busy machine."""
 
 LIMIT_S = 900.0
-"""More than ten times what the longest single start, or script, takes on two quiet cores."""
+"""Seconds; more than ten times the duration of the longest single start or script on two idle cores."""

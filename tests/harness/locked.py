@@ -1,4 +1,4 @@
-"""What constraints.txt locks, and what pyproject.toml asks for by name."""
+"""The releases that constraints.txt locks, and the requirements in pyproject.toml."""
 
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,7 @@ LOCKED = {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for
 
 
 def requirements(*extras: str) -> list[Requirement]:
-    """The project's own, and those of these extras."""
+    """Return the project's own requirements, and those of these extras."""
     optional = PROJECT["project"]["optional-dependencies"]
     return [
         Requirement(text) for text in sum((optional[extra] for extra in extras), PROJECT["project"]["dependencies"])
@@ -22,12 +22,12 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def direct() -> set[str]:
-    """The packages that moetune itself imports."""
+    """Return the packages that moetune itself imports."""
     return {canonicalize_name(one.name) for one in requirements()}
 
 
 def is_locked(name: str) -> bool:
-    """Whether the locked release is installed; a local part (+cpu, +cu130) tells the build, not the release."""
+    """Whether the locked release is installed; a local part (+cpu, +cu130) names the build, not the release."""
     try:
         return Version(version(name)).public == LOCKED[name]
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What one rank does for the tests of the wrapper: one step of rows that differ in what they show, under ZeRO-3."""
+"""One rank of the wrapper's tests: a step under ZeRO-3 on rows with different media."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +20,16 @@ from finetune.ranks.engine import EngineOptions, backward, initialize, require_s
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 KINDS: tuple[tuple[str, ...], ...] = (("", ""), ("i", ""), ("v",), ("iv", "w"), ())
-"""A rank's row by what it shows: text, images, videos, both, or nothing at all (a dummy)."""
+"""A rank's row by its media: text, images, videos, both, or nothing at all (a dummy)."""
 PAIRS = [(KINDS[a], KINDS[b]) for a in range(5) for b in range(5)]
 ONE_WAY = [(KINDS[a], KINDS[(a + step) % 5]) for step in (1, 2) for a in range(5)]
-"""Every two different kinds, once."""
+"""Every pair of different kinds, once."""
 FOURS = [KINDS[:4], KINDS[1:], (KINDS[4], KINDS[4], KINDS[2], KINDS[0]), (KINDS[3], KINDS[0], KINDS[0], KINDS[0])]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One step: what trains (a part of the parameters' names), how it is held, what each rank sees."""
+    """One step: trainable parameters (by a part of their names), their storage, and the media of each rank."""
 
     train: tuple[str, ...] = ("visual", "lm_head", "input_layernorm")
     resident: bool = False
@@ -40,7 +40,7 @@ class Case:
     recompute: str = "none"
     dtype: str = "float32"
     rows: Any = tuple(PAIRS)
-    """[micro-batch][rank] -> the samples' media."""
+    """The media of the samples, by [micro-batch][rank]."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ def base_model(case: Case) -> Any:
 
 
 def reference(case: Case) -> Outcome:
-    """The same step on one process, by transformers alone: each sample by itself, full logits, autograd."""
+    """Take the same step in one process with transformers alone: single samples, full logits, autograd."""
     model, objectives, total, ce = base_model(case), [], 0.0, []
     for mixes in (mixes for ranks in case.rows for mixes in ranks):
         batch, weights = row(*mixes), loss_sums(row(*mixes))
@@ -78,7 +78,7 @@ def reference(case: Case) -> Outcome:
 
 
 def session(rank: int, world: int, cases: list[Case]) -> list[Outcome]:
-    """Run each case on this rank, one engine after the other."""
+    """Run each case on this rank, with one engine at a time."""
     start_distributed()
     return [_step(rank, case) for case in cases]
 

@@ -1,4 +1,4 @@
-"""Real image and video files for tests, made here: any frame times, and a phone's rotation."""
+"""Real image and video files, generated for tests, with any frame times and with a phone's rotation."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ _TURNS = {90: (0, 1, 0, -1, 0, 0), 180: (-1, 0, 0, 0, -1, 0), 270: (0, -1, 0, 1,
 
 
 def picture(height, width, seed=0):
-    """A photo-like array: smooth colour, edges and noise, the same on every machine."""
+    """Return a photo-like array with smooth colour, edges and noise, the same on every machine."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     base = np.stack([(x * 3 + y) % 256, (y * 5) % 256, (x * y // 7) % 256], axis=-1)
@@ -19,20 +19,20 @@ def picture(height, width, seed=0):
 
 
 def encode(image, kind="PNG", **options):
-    """The bytes of an image file."""
+    """Return the bytes of an image file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def moving(frames, height=64, width=96):
-    """Frames that all differ: a picture that slides."""
+    """Return frames of a sliding picture, all of them different."""
     still = picture(height, width)
     return [np.roll(still, 4 * number, axis=1) for number in range(frames)]
 
 
 def clip(frames, *, rate=30, times=None, gop=12, kind="mp4", codec="libx264"):
-    """The bytes of a video file; `times` in seconds where frames do not come at `rate`."""
+    """Return the bytes of a video file; `times` gives frame times in seconds that do not follow `rate`."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=rate)
@@ -50,7 +50,7 @@ def clip(frames, *, rate=30, times=None, gop=12, kind="mp4", codec="libx264"):
 
 
 def turned(mp4, degrees):
-    """The same file with a display matrix in its track header, as phones write it: players turn it clockwise."""
+    """Return the file with a display matrix in its track header, as phones write it: players rotate it clockwise."""
     data = bytearray(mp4)
     header = data.find(b"tkhd")
     assert data[header + 4] == 0, "version 0 of the box is expected"
@@ -60,6 +60,6 @@ def turned(mp4, degrees):
 
 
 def decode_all(data):
-    """Every frame by decoding from the start: the slow way that cannot be wrong, without rotation."""
+    """Decode every frame from the start, which is slow but always correct, without rotation."""
     with av.open(io.BytesIO(data)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]

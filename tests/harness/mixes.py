@@ -1,4 +1,4 @@
-"""Records of every mix with real media, as a shard would give them."""
+"""Records of every mix with real media, as a shard returns them."""
 
 import io
 from functools import cache
@@ -54,7 +54,7 @@ MIXES = {
         "tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}],
     },
 }
-OWN_MIXES = {  # what the model's own template cannot show, or transformers cannot do
+OWN_MIXES = {  # mixes that the model's own template cannot render, or that transformers cannot process
     "document": {
         "messages": [("assistant", "A text <image> goes on <video> and ends <image>")],
         "images": ["0.png", "1.jpg"],
@@ -79,7 +79,7 @@ OWN_MIXES = {  # what the model's own template cannot show, or transformers cann
 
 @cache
 def media():
-    """The bytes of every medium the mixes name."""
+    """Return the bytes of every medium in the mixes."""
     return {
         "0.png": encode(Image.fromarray(picture(300, 400, 0))),
         "1.jpg": encode(Image.fromarray(picture(250, 200, 1)), "JPEG"),
@@ -92,14 +92,14 @@ def media():
 
 
 def record(name):
-    """The record of a mix."""
+    """Return the record of a mix."""
     raw = {**MIXES, **OWN_MIXES}[name]
     messages = [{"role": role, "content": text, **(more[0] if more else {})} for role, text, *more in raw["messages"]]
     return parse_record({"v": 1, **raw, "messages": messages}, shard="s", key=name)
 
 
 def files(of):
-    """(images, videos) as `Renderer.build` takes them."""
+    """Return (images, videos) in the form for `Renderer.build`."""
     images = [media()[ref.member] for ref in of.images]
     videos = [
         [media()[frame.member] for frame in ref.frames] if ref.frames else media()[ref.member] for ref in of.videos
@@ -108,7 +108,7 @@ def files(of):
 
 
 def built(renderer, name, **options):
-    """The sample of a mix."""
+    """Return the sample of a mix."""
     return renderer.build(record(name), *files(record(name)), key=name, **options)
 
 
@@ -123,7 +123,7 @@ def facts(of):
 
 
 def asked(name):
-    """The same mix as the processor takes it, its frames chosen by our plan."""
+    """Return the same mix as arguments of the processor, with frames chosen by our plan."""
     of = record(name)
     turns = []
     for message in of.messages:

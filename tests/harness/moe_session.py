@@ -1,4 +1,4 @@
-"""What one rank does for the expert-parallel tests: train a plan's model and tell everything that can be compared."""
+"""One rank of the expert-parallel tests: train a plan's model, and return everything that can be compared."""
 
 import gc
 from collections.abc import Callable
@@ -36,7 +36,7 @@ BALANCE, Z = 0.3, 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One training: the model, how it is spread, and what is done to its routing."""
+    """One training: the model, its distribution over ranks, and changes to its routing."""
 
     ep: int = 1
     resident: bool = True
@@ -47,17 +47,17 @@ class Plan:
     router: RouterOptions = RouterOptions(mode="full")
     steps: int = 2
     bias: tuple[float, ...] = ()
-    """Added to the logits of every layer: forces experts."""
+    """Added to the logits of every layer, to force the choice of experts."""
     model: dict[str, int] = field(default_factory=dict)
     rows: int = 8
     persistence: int | None = None
     topk: tuple[Tensor, ...] = ()
-    """The experts of each token by layer, of all rows: reference routing, injected."""
+    """The injected reference routing: the experts of each token of all rows, by layer."""
     seed: int = 3
     balance: bool = True
 
     def micro_rows(self, world: int) -> list[list[int]]:
-        """Which rows the m-th micro-batches of all ranks are, for each m."""
+        """Return, for each m, the rows in the m-th micro-batches of all ranks."""
         share = self.rows // world // self.accumulation
         starts = [[(rank * self.accumulation + m) * share for rank in range(world)] for m in range(self.accumulation)]
         return [[first + row for first in firsts for row in range(share)] for firsts in starts]
@@ -69,7 +69,7 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a plan gave: on one rank, or in the plain model of all rows."""
+    """The results of a plan, on one rank or in the plain model of all rows."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Outcome:
 
 
 def plain(plan: Plan, world: int = 1) -> Outcome:
-    """Train all rows on one process with torch alone: autograd, clip_grad_norm_, AdamW."""
+    """Train on all rows in one process with torch alone: autograd, clip_grad_norm_, AdamW."""
     model, data, out = vl_model(**plan.model), batch(plan.rows), Outcome()
     if plan.dtype == "bfloat16":
         model = model.bfloat16().float()  # the same weights, computed exactly
@@ -125,7 +125,7 @@ def plain(plan: Plan, world: int = 1) -> Outcome:
 
 
 def _plain_balance(blocks: list[Any], groups: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The two values from their definitions, the micro-batches weighted by their tokens."""
+    """Compute the two values from their definitions, with micro-batches weighted by their tokens."""
     length = len(blocks[0].routing.topk_TK) // sum(map(len, groups))
     balance = z = torch.zeros(())
     for block in blocks:
@@ -139,13 +139,13 @@ def _plain_balance(blocks: list[Any], groups: list[list[int]]) -> tuple[Tensor, 
 
 
 def session(rank: int, world: int, plans: list[Plan]) -> list[Outcome]:
-    """Train each plan's model on this rank, one engine after the other in the same process."""
+    """Train each plan's model on this rank, with one engine at a time in the same process."""
     start_distributed()
     return [_train(rank, world, plan) for plan in plans]
 
 
 def build(plan: Plan) -> tuple[Any, list[Any], Balance | None]:
-    """Make the plan's model, as a run would: freeze, replace, adapt, keep resident."""
+    """Build the plan's model as a run would: freeze, replace, adapt, keep resident."""
     model = vl_model(**plan.model).to(plan.torch_dtype)
     freeze(model)
     text = model.config.text_config
@@ -231,7 +231,7 @@ def _train(rank: int, world: int, plan: Plan) -> Outcome:
 
 
 class _watched:
-    """Counts collectives and notes each layer's input gradient and received rows, in the first step."""
+    """Counts collectives, and notes each layer's input gradient and received rows, in the first step."""
 
     def __init__(self, layers: list[Any], out: Outcome, step: int) -> None:
         self.layers, self.out, self.counter = layers if step == 0 else [], out, CollectiveCounter()
@@ -256,7 +256,7 @@ class _watched:
             grads[index] = torch.cat([grads[index], grad.detach().float()])
 
         def hook(_: Any, args: Any) -> None:
-            # in a recompute the graph is thrown away: only the first pass's input gets a gradient
+            # a recompute discards its graph: only the input of the first pass gets a gradient
             if args[0].requires_grad:
                 args[0].register_hook(keep)
 
@@ -269,7 +269,7 @@ class _watched:
 
 
 def _steer(layers: list[Any], plan: Plan, first_row: int, rows: int) -> None:
-    """Force or inject routing by what is added to the logits, in float32; normalised scores do not notice."""
+    """Force or inject routing by adding to the logits in float32, which does not change the normalised scores."""
     for index, layer in enumerate(layers):
         if plan.bias:
             bias = torch.tensor(plan.bias)
@@ -289,7 +289,7 @@ def _live_tensors() -> tuple[int, int]:
 
 
 def whole(outcomes: list[Outcome], ep: int) -> dict[str, Tensor]:
-    """Put the gradients of an expert-parallel group's ranks together: local experts side by side."""
+    """Join the gradients of an expert-parallel group's ranks by concatenating the local experts."""
     first = outcomes[0].grads
     return {
         name: torch.cat([outcomes[rank].grads[name] for rank in range(ep)]) if ".experts." in name else grad

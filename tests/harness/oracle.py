@@ -1,7 +1,7 @@
-"""transformers' own processors, torchvision backend included, and Kubeflow's models, as judges in a process apart.
+"""transformers' own processors (with torchvision) and Kubeflow's models, as references in a separate process.
 
-torchvision's CUDA wheel beside a CPU torch fails at import, and a torchvision that fails at import makes transformers'
-models fail too. So it lives outside the environment, in `<sys.prefix>/oracle`, where only this process looks:
+torchvision's CUDA wheel fails to import with a CPU torch, and a torchvision that fails to import breaks transformers'
+models too. So it is installed outside the environment, in `<sys.prefix>/oracle`, which only this process uses:
 
     pip install --no-deps --target <environment>/oracle torchvision==0.28.0
 
@@ -23,14 +23,14 @@ FOLDER = Path(sys.prefix) / "oracle"
 
 
 def ask(function, /, **arguments):
-    """The judge's answer: `function` is one of those below, run in the judge's process."""
+    """Run one of the functions below in the reference process, and return its result."""
     package = "kubeflow" if function is manifest else "torchvision"
     if not (FOLDER / package).is_dir():
         pytest.skip(f"no {package} in {FOLDER}: run `make test`, or install it there as tests/harness/oracle.py says")
     process = _start()
     pickle.dump((function.__name__, arguments), process.stdin)
     process.stdin.flush()
-    answer = pickle.load(process.stdout)  # our own child's bytes
+    answer = pickle.load(process.stdout)  # written by our own child
     if isinstance(answer, Exception):
         raise answer
     return answer
@@ -55,7 +55,7 @@ def _stop(process):
 
 
 def images(*, pictures, size):
-    """pixel_values and grids of arrays [H, W, 3] or PIL images."""
+    """Return pixel_values and grids of arrays [H, W, 3] or PIL images."""
     from transformers import Qwen2VLImageProcessor
 
     half = [0.5] * 3
@@ -66,7 +66,7 @@ def images(*, pictures, size):
 
 
 def video(*, frames, size, cap, max_frame_tokens=768):
-    """pixel_values and grid of frames [N, H, W, 3], no sampling."""
+    """Return pixel_values and grid of frames [N, H, W, 3], without sampling."""
     from transformers import Qwen3VLVideoProcessor
 
     processor = Qwen3VLVideoProcessor(size=size, cap_pixels_per_frame=cap, max_video_tokens=max_frame_tokens)
@@ -77,7 +77,7 @@ def video(*, frames, size, cap, max_frame_tokens=768):
 
 
 def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=768):
-    """The frame numbers transformers picks."""
+    """Return the frame numbers that transformers picks."""
     from transformers import Qwen3VLVideoProcessor
     from transformers.video_utils import VideoMetadata
 
@@ -87,7 +87,7 @@ def sampled(*, total, rate, fps=None, num_frames=None, min_frames=4, max_frames=
 
 
 def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=None, cap=True, prompt=False):
-    """Everything the model's own processor makes of a conversation whose frames are chosen already."""
+    """Return the processor's complete output for a conversation whose frames are already chosen."""
     processor = _processor(folder)
     text = processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     found = processor(
@@ -103,7 +103,7 @@ def conversation(*, folder, messages, images=(), videos=(), metadata=(), tools=N
 
 
 def grids(*, folder, pictures, frames, rate):
-    """The grids of images, and of a whole video, with nothing but what a folder's own files say."""
+    """Return the grids of images and of a complete video, with the settings in a folder's files alone."""
     processor = _processor(folder)
     image = processor.image_processor(pictures, return_tensors="pt")["image_grid_thw"].tolist()
     metadata = [{"fps": rate, "total_num_frames": len(frames), "duration": len(frames) / rate}]
@@ -112,7 +112,7 @@ def grids(*, folder, pictures, frames, rate):
 
 
 def decoded(*, folder, ids):
-    """The text of tokens, as a server sends it."""
+    """Return the text of tokens, as a server sends it."""
     return _processor(folder).tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -137,12 +137,12 @@ def main():
     import torch
 
     torch.set_num_threads(1)
-    if "+cpu" in torch.__version__:  # the wheel's compiled operators need CUDA's libraries; resizing does not need them
+    if "+cpu" in torch.__version__:  # the wheel's compiled operators need CUDA's libraries, but resizing does not
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing else may write into the answers
+    os.dup2(2, 1)  # nothing else may write to the stream of answers
     while True:
         try:
             name, arguments = pickle.load(sys.stdin.buffer)
@@ -150,7 +150,7 @@ def main():
             return
         try:
             answer = globals()[name](**arguments)
-        except Exception as error:  # noqa: BLE001  handed to the asker, whatever it is
+        except Exception as error:  # noqa: BLE001  every error is passed to the caller
             answer = RuntimeError(f"{type(error).__name__}: {error}")
         pickle.dump(answer, answers)
         answers.flush()

@@ -1,4 +1,4 @@
-"""Samples of every mix for the small models of `tiny_moe`, packed rows of them, and what transformers alone says."""
+"""Samples of every mix for the small models of `tiny_moe`, packed rows of them, and transformers' own results."""
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from data.stream.batch import Batch, collate
 SPEC = VisionSpec(patch=4, merge=2, temporal=2)
 WIDTHS = (3 * 4 * 4, 3 * 2 * 4 * 4)
 GRIDS = {"i": [(1, 4, 6)], "j": [(1, 2, 8)], "v": [(3, 4, 2)], "w": [(2, 2, 4)]}
-"""By letter: i and j are images, v and w videos of three and two frame pairs."""
+"""Media by letter: i and j are images, v and w videos of three and two frame pairs."""
 
 
 def sample(mix: str, *, length: int = 9, seed: int = 0) -> Sample:
-    """Text around the media that the letters name; the text is supervised but for its first third."""
+    """Return text around the media that the letters name; all but the first third of the text is supervised."""
     generator = np.random.default_rng([seed, *mix.encode()])
     ids, kinds = [], []
 
@@ -55,13 +55,13 @@ def sample(mix: str, *, length: int = 9, seed: int = 0) -> Sample:
 
 
 def row(*mixes: str, length: int = 9) -> Batch:
-    """A packed row of samples by their letters, padded; none at all gives a dummy."""
+    """Return a padded row of samples by their letters; without samples, a dummy."""
     samples = [sample(mix, length=length + number) for number, mix in enumerate(mixes)]
     return collate(samples, keys=[f"s/{mix or 'text'}" for mix in mixes], pad_id=0, multiple=4, widths=WIDTHS)
 
 
 def alone(model: nn.Module, batch: Batch) -> list[torch.Tensor]:
-    """Run each sample of a row by itself through transformers, its own positions included: weighted losses."""
+    """Run each sample of a row alone through transformers, with transformers' positions; return weighted losses."""
     losses, images, videos = [], 0, 0
     cuts = batch.cu_seq_lens.tolist()
     for first, last in zip(cuts[: len(batch.keys)], cuts[1:], strict=False):

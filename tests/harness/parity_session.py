@@ -1,6 +1,6 @@
-"""A run of ours on ranks, and the same training as a plain loop: transformers, stock PEFT, torch's AdamW, one process.
+"""Our run on ranks, and the same training as a plain loop in one process: transformers, stock PEFT, torch's AdamW.
 
-The loop takes each sample by itself, with transformers' own positions and masks: no packing, no ranks, no engine.
+The loop takes one sample at a time, with transformers' own positions and masks: no packing, no ranks, no engine.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ COMMON = [
 
 
 def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:
-    """Run ours, one after the other in these processes; what was frozen is hashed at its start and at its end."""
+    """Run our jobs in turn in these processes; frozen tensors are hashed at the start and at the end."""
     hashes: dict[str, Any] = {}
     initialize, write = setup.initialize, loop.write_learned
     for name, words in jobs.items():
@@ -85,7 +85,7 @@ def runs(rank: int, world: int, jobs: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def _frozen(module: nn.Module, trained: set[int]) -> dict[str, str]:
-    """A hash of every bit of every tensor that must not change; every rank must call this."""
+    """Return a hash of all bits of each tensor that must not change; every rank must call this."""
     found = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if id(tensor) in trained or "lora" in name:
@@ -96,7 +96,7 @@ def _frozen(module: nn.Module, trained: set[int]) -> dict[str, str]:
 
 
 def write_start(place: Path) -> None:
-    """An adapter to begin with whose low-rank parts are all non-zero."""
+    """Write an initial adapter whose low-rank factors are all non-zero."""
     config, problems = load_recipe("tiny-cpu", [*COMMON, *EVERYTHING])
     assert not problems
     empty = build(place / "base", with_adapters(config.adapters, ModelOptions(dtype=torch.float32)))
@@ -111,7 +111,7 @@ def write_start(place: Path) -> None:
 
 
 def plain_loop(place: Path, packs: int, out: Path) -> list[float]:
-    """Train the start adapter for STEPS steps and save it; returns the losses."""
+    """Train the initial adapter for STEPS steps and save it; return the losses."""
     config, problems = load_recipe(
         "tiny-cpu",
         [
@@ -159,7 +159,7 @@ def plain_loop(place: Path, packs: int, out: Path) -> list[float]:
 
 
 def alone(model: Any, batch: Batch, base: Path) -> Iterator[Tensor]:
-    """Run each sample of a row by itself as transformers wants it; the weighted sum of its losses."""
+    """Run each sample of a row alone in transformers' form; yield the weighted sum of its losses."""
     config, spec = model.config, read_spec(base)
     taken = {"image": 0, "video": 0}
     cuts = batch.cu_seq_lens.tolist()
@@ -186,7 +186,7 @@ def losses_of(place: Path, name: str) -> list[float]:
 
 
 def apart(place: Path, name: str, reference: Path) -> tuple[float, str]:
-    """The largest difference of any tensor of two adapters, as a share of that tensor's largest value; and its name."""
+    """Return the largest difference of a tensor in two adapters, relative to its largest value, and its name."""
     ours = load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors")
     wanted = load_file(reference / "adapter_model.safetensors")
     assert set(ours) == set(wanted)

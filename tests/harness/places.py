@@ -1,4 +1,4 @@
-"""Where the repository and the golden files lie."""
+"""The paths of the repository and of the golden files."""
 
 from pathlib import Path
 

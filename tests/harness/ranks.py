@@ -1,11 +1,11 @@
-"""Runs a function on N gloo ranks and tells which rank failed first, and why.
+"""Run a function on N gloo ranks, and report which rank failed first, and why.
 
-`run_ranks(function, world_size, *args)` returns what each rank returned, in rank order. The function lives at module
-level, `def f(rank, world_size, *args)`, and finds the process group up. When a rank raises, vanishes or hangs, one
-`RankError` names it, shows its traceback (or its stack) and what it printed; the other ranks are ended.
+`run_ranks(function, world_size, *args)` returns the results of all ranks, in rank order. The function is defined at
+module level, `def f(rank, world_size, *args)`, and is called with the process group up. If a rank raises, vanishes or
+hangs, one `RankError` names it and shows its traceback (or its stack) and its output; the other ranks are ended.
 
-Ranks are forked from a server that has the libraries imported, so a start costs tenths of a second; with `fresh=True`
-each rank is a process of its own that has imported nothing, for some seconds of CPU time.
+Ranks are forked from a server that has imported the libraries, so a start takes tenths of a second. With `fresh=True`,
+each rank is a new process that imports everything itself, which takes some seconds of CPU time.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from typing import Any
 import pytest
 from limits import LIMIT_S
 
-GRACE_S = 5.0  # after the first failure: time for ranks that failed before it, or with it, to say so
+GRACE_S = 5.0  # time after the first failure for other failed ranks to report
 PRELOADED = (
     "torch",
     "torch.distributed",
@@ -41,17 +41,17 @@ PRELOADED = (
     "peft",
     "deepspeed",
     "finetune.train",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # each engine imports it at its start, and torch's compiler with it
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # each engine imports it at its start, with torch's compiler
 )
-SHOWN_CHARS = 6000  # of what a rank printed
+SHOWN_CHARS = 6000  # the last characters of a rank's output
 
 
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = LIMIT_S, fresh: bool = False
 ) -> list[Any]:
-    """Returns `function(rank, world_size, *args)` of every rank; raises RankError about the rank that failed first.
+    """Return `function(rank, world_size, *args)` of every rank; raise RankError for the rank that failed first.
 
-    `timeout` counts from when all ranks have begun; a collective may wait for half of it.
+    `timeout` counts from the moment when all ranks have started; a collective may wait for half of it.
     """
     context = multiprocessing.get_context("spawn") if fresh else _server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
@@ -83,19 +83,19 @@ _RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCK
 
 @functools.cache
 def _server() -> Any:
-    """Starts the process that ranks are forked from: with one thread, or a fork could find a lock held for ever."""
+    """Start the process from which ranks are forked; it has one thread, or a fork might inherit a held lock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    with pytest.MonkeyPatch.context() as patch:  # what its imports see; a rank then gets the caller's environment
+    with pytest.MonkeyPatch.context() as patch:  # for the server's imports; ranks get the caller's environment
         for name, value in _RANK_ENVIRONMENT.items():
-            patch.setenv(name, value)  # at import DeepSpeed looks for its accelerator, and BLAS starts its threads
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this clone's code, not that of an installed one
+            patch.setenv(name, value)  # read at import, when DeepSpeed picks its accelerator and BLAS starts threads
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # this clone's code, not an installed one
         multiprocessing.forkserver.ensure_running()
     return context
 
 
 def _watch(ranks: list[Any], folder: Path, timeout: float) -> list[int]:
-    """Waits for all ranks, until `timeout` after all began or GRACE_S after the first failure; who then still runs."""
+    """Wait for all ranks, until `timeout` after the start or GRACE_S after a failure; return those that still run."""
     deadline = time.monotonic() + LIMIT_S
     running = dict(enumerate(ranks))
     failed = all_began = False
@@ -113,8 +113,8 @@ def _watch(ranks: list[Any], folder: Path, timeout: float) -> list[int]:
             all_began = True
             deadline = time.monotonic() + timeout
     for process in running.values():
-        with contextlib.suppress(ProcessLookupError):  # it just ended
-            os.kill(process.pid, signal.SIGUSR1)  # writes the stack, whatever the rank is doing, and ends it
+        with contextlib.suppress(ProcessLookupError):  # the process has just ended
+            os.kill(process.pid, signal.SIGUSR1)  # the rank writes its stack, whatever it is doing, and ends
     for process in running.values():
         process.join(GRACE_S)
     return list(running)
@@ -125,7 +125,7 @@ def _succeeded(rank: int, process: Any, folder: Path) -> bool:
 
 
 def _verdict(ranks: list[Any], folder: Path, hung: list[int], timeout: float) -> "RankError":
-    """Names the culprit: a rank that vanished before the first one raised, else that one, else those that hang."""
+    """Name the culprits: ranks that vanished before the first one raised, else that one, else those that hang."""
     reports = {r: pickle.loads(p.read_bytes()) for r in range(len(ranks)) if (p := folder / f"{r}.raised").exists()}
     silent = [r for r, p in enumerate(ranks) if r not in reports and r not in hung and not _succeeded(r, p, folder)]
     first = min(reports, key=lambda rank: reports[rank]["time_ns"], default=None)
@@ -155,7 +155,7 @@ def _exit_words(code: int) -> str:
 
 
 def _stack(path: Path) -> str:
-    """The threads of a dump, without the helper's own."""
+    """Return the threads of a dump, without our own watcher thread."""
     return "\n\n".join(thread for thread in _text(path).split("\n\n") if _end_with_parent.__name__ not in thread)
 
 
@@ -169,14 +169,16 @@ def _text(path: Path) -> str:
 def _work(
     rank: int, world_size: int, folder: Path, environment: dict[str, str], cwd: Path, call: bytes, limit: float
 ) -> None:
-    """The whole life of one rank; leaves `N.result` or `N.raised`, or neither when it vanishes."""
+    """Run one rank; it leaves `N.result` or `N.raised`, or neither if it vanishes."""
     _redirect(folder / f"{rank}.printed")
-    faulthandler.register(signal.SIGUSR1, file=(folder / f"{rank}.stack").open("w"), chain=True)  # then it ends
+    faulthandler.register(
+        signal.SIGUSR1, file=(folder / f"{rank}.stack").open("w"), chain=True
+    )  # the chained handler ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     os.chdir(cwd)
-    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: not among all that the server imported
+    gc.freeze()  # DeepSpeed collects garbage at every start of an engine: skip everything that the server imported
     with _reported(rank, world_size, folder), _alive(rank, folder):
         import torch
 
@@ -191,7 +193,9 @@ def _work(
             store=store,
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=limit),  # before the watchdog: the rank that waits says for what
+            timeout=datetime.timedelta(
+                seconds=limit
+            ),  # before the test's timeout: a waiting rank reports its collective
         )
         result = pickle.dumps(function(rank, world_size, *args))
         torch.distributed.destroy_process_group()
@@ -199,7 +203,7 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """No orphans: a killed test run takes its ranks along."""
+    """End this rank if its parent dies, so that a killed test run leaves no orphans."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -217,7 +221,7 @@ def _redirect(path: Path) -> None:
 
 @contextlib.contextmanager
 def _alive(rank: int, folder: Path) -> Iterator[None]:
-    """Holds a lock that the kernel drops when this process ends, before the process's connections are closed."""
+    """Hold a lock that the kernel releases when this process ends, before it closes the process's connections."""
     with (folder / f"{rank}.starting").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         Path(file.name).rename(folder / f"{rank}.alive")
@@ -225,7 +229,7 @@ def _alive(rank: int, folder: Path) -> Iterator[None]:
 
 
 def _gone(rank: int, folder: Path) -> bool:
-    """Whether that rank started and has ended since."""
+    """Whether a rank has started and ended."""
     path = folder / f"{rank}.alive"
     if not path.exists():
         return False
@@ -238,7 +242,7 @@ def _gone(rank: int, folder: Path) -> bool:
 
 
 class _reported:
-    """Writes the exception that leaves the block, with its time, before this process's end can fail other ranks."""
+    """Writes an exception that leaves the block, with its time, before this process's end makes other ranks fail."""
 
     def __init__(self, rank: int, world_size: int, folder: Path) -> None:
         self.rank, self.others, self.folder = rank, [r for r in range(world_size) if r != rank], folder
@@ -261,7 +265,7 @@ class _reported:
 
 
 class RankError(RuntimeError):
-    """What happened on the ranks; `rank` is the one that failed first."""
+    """The failures of the ranks; `rank` is the one that failed first."""
 
     def __init__(self, message: str, *, rank: int) -> None:
         super().__init__(message)

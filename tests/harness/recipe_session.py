@@ -1,4 +1,4 @@
-"""What ranks do for the tests of the shipped recipes: a whole run of each, and one that goes on from its middle."""
+"""The ranks of the recipe tests: a complete run of each shipped recipe, and one that resumes halfway."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ SAVED_AT = 1
 
 
 def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, list[int]]:
-    """By recipe, the exit codes of both runs: `<recipe>` to the end, `<recipe>-again` from a checkpoint of it."""
+    """Return both exit codes by recipe: `<recipe>` runs to the end, `<recipe>-again` resumes one of its checkpoints."""
     codes = {}
     for recipe, words in jobs.items():
         codes[recipe] = [main([recipe, f"run.name={recipe}", *words])]

@@ -1,4 +1,4 @@
-"""A small stack of routers and experts that takes a `Balance`, in every recompute mode; for the tests of balance."""
+"""A small stack of routers and experts with a `Balance`, in every recompute mode, for the tests of balance."""
 
 import functools
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from moe.balance import Balance
 
 LAYERS, HIDDEN, EXPERTS, TOP_K, INNER, CLASSES = 3, 12, 7, 2, 5, 9
-COEFFICIENT, Z_COEFFICIENT = 0.3, 0.02  # large: a wrong term must show beside the cross entropy
+COEFFICIENT, Z_COEFFICIENT = 0.3, 0.02  # large, so that a wrong term is visible next to the cross entropy
 CPU = torch.device("cpu")
 
 # Tokens of [rank][micro-batch]: uneven, one empty row, one micro-batch of padding on one rank and one on all ranks.
@@ -19,7 +19,7 @@ VALID = [[27, 12, 11, 0], [18, 0, 0, 0]]
 
 
 class Layer(nn.Module):
-    """A router and its experts, all of them computed for every token, behind a residual."""
+    """A router and its experts with a residual; every expert is computed for every token."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Stack(nn.Module):
 
 
 def _keep(*kept: object):
-    """A context_fn that keeps the results of these operations; none named: of all but in-place ones."""
+    """Return a context_fn that keeps the results of these operations, or without any, of all but in-place ones."""
 
     def policy(ctx, op, *args, **kwargs):
         keep = op in kept if kept else not op._schema.is_mutable
@@ -84,7 +84,7 @@ RECOMPUTE = {
 
 
 def micro_batch(rank: int, micro: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, labels and valid mask of one rank's micro-batch."""
+    """Return inputs, labels and valid mask of one rank's micro-batch."""
     generator = torch.Generator().manual_seed(100 * rank + micro)
     tokens = TOKENS[rank][micro]
     x_TD = torch.randn(tokens, HIDDEN, generator=generator) + torch.randn(HIDDEN, generator=generator)

@@ -1,4 +1,4 @@
-"""What one rank does for the tests of sequence parallelism: steps of packed rows, their losses, gradients and load."""
+"""One rank of the sequence-parallel tests: steps on packed rows, with their losses, gradients and load."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,12 +34,12 @@ PACKS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("", "", ""), ("w", "j", "i", "vi")),
     ((), ("v", "w")),
 )
-"""[step][pack] -> the samples' media: text, images, videos, a row of text alone beside one of images, and a dummy."""
+"""Media of the samples by [step][pack]: mixed media, a row of text alone next to one of media, and a dummy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Three steps of two packs, and how they are spread over the ranks."""
+    """Three steps of two packs, and their distribution over the ranks."""
 
     sp: int = 1
     ep: int = 1
@@ -49,9 +49,9 @@ class Case:
     how: Normalise = "token"
     balance: BalanceMode = "global"
     length: int = 9
-    """Of the text behind a sample's media: decides whether rows divide by sp."""
+    """Length of the text after a sample's media; it decides whether rows are divisible by sp."""
     tile: int = 0
-    """Tokens of a tile of norms; the experts then take three tiles."""
+    """Tokens per tile of the norms; the experts then use three tiles."""
     offload: bool = False
 
 
@@ -68,13 +68,13 @@ class Outcome:
 
 
 def pack(*mixes: str, length: int = 9) -> Batch:
-    """A packed row without padding, so that its length need not divide."""
+    """Return a packed row without padding, whose length may not be divisible."""
     samples = [sample(mix, length=length + number) for number, mix in enumerate(mixes)]
     return collate(samples, keys=[f"s/{mix or 'text'}" for mix in mixes], pad_id=0, multiple=1, widths=WIDTHS)
 
 
 def adapted_model() -> Any:
-    """The small model with LoRA on attention and tower; B is not zero, or half of the gradients would vanish."""
+    """Return the small model with LoRA on attention and tower; B is not zero, so that no gradients vanish."""
     model = vl_model()
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     inject(model, expected, dict.fromkeys(ADAPTED, LORA))
@@ -88,7 +88,7 @@ def adapted_model() -> Any:
 
 
 def session(rank: int, world: int, cases: list[Case]) -> list[Outcome]:
-    """Run each case on this rank, one engine after the other."""
+    """Run each case on this rank, with one engine at a time."""
     start_distributed()
     return [run(rank, world, case) for case in cases]
 
@@ -190,7 +190,7 @@ def _step(
     out.balance.append(load.loss_balance)
     out.counts.append(load.counts)
     out.norms.append(float(engine.get_global_grad_norm()))
-    if engine.world_size == case.sp:  # every rank holds a part of the same row
+    if engine.world_size == case.sp:  # every rank has a part of the same row
         for each in losses:
             sums = sum_over_ranks([*each.ce_S.tolist(), *each.weights_S.tolist()], cpu)
             out.ce += [ce / n for ce, n in zip(sums, sums[len(sums) // 2 :], strict=False)]

@@ -1,4 +1,4 @@
-"""What ranks do for the tests of stages: whole runs in one process, cut and resumed at any step."""
+"""The ranks of the stage tests: complete runs in one process, interrupted and resumed at any step."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ WORDS = [
 
 
 def runs(rank: int, world: int, place: Path) -> list[int]:
-    """A whole run, then runs that go on from its checkpoints: inside a stage, at boundaries, and at another ep."""
+    """Do a complete run, then resume its checkpoints: inside a stage, at boundaries, and at another ep."""
     codes = [_run("whole")]
     for steps, more in ((2, ()), (3, ("parallel.ep=1",)), (4, ())):
         name = f"from-{steps}"

@@ -1,4 +1,4 @@
-"""Runs started as users start them: a toy base and rows, and the commands that were rendered for them."""
+"""Start runs as users do: with a toy base and rows, and with the commands rendered for them."""
 
 import json
 import os
@@ -16,7 +16,7 @@ COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
 
 def toy_run(folder: Path, rows: int = 24, *, images: bool = False) -> Path:
-    """Write `base` and `rows.jsonl`: all of it text, or three of four rows about an image in one colour."""
+    """Write `base` and `rows.jsonl`: text only, or three of four rows about an image in one colour."""
     write_tiny(folder / "base")
     (folder / "img").mkdir()
     colours = list(COLOURS)
@@ -36,16 +36,16 @@ def _row(folder: Path, number: int, word: str, images: bool) -> dict:
 
 
 def environment() -> dict[str, str]:
-    """Of ranks on this machine's CPU, with this clone's code.
+    """Return the environment of ranks on this machine's CPU, with this clone's code.
 
-    DeepSpeed compiles a function of an optimiser that nothing uses: 1.2 of a rank's eight CPU seconds.
+    Without TORCHDYNAMO_DISABLE, DeepSpeed compiles an unused optimiser function: 1.2 of a rank's eight CPU seconds.
     """
     ours = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     return os.environ | ours
 
 
 def start_rendered(rendered: Rendered, folder: Path) -> subprocess.CompletedProcess:
-    """Write the files where the command looks for them, and run it to its end."""
+    """Write the files where the command expects them, and run it to its end."""
     for name, text in rendered.files.items():
         (folder / "launch").mkdir(exist_ok=True)
         (folder / "launch" / name).write_text(text)

@@ -1,6 +1,6 @@
-"""Tiny models for the expert-parallel tests, and one plain model that says what they must compute.
+"""Tiny models for the expert-parallel tests, and a plain model as their reference.
 
-Every dimension differs from every other, so that a tensor read in the wrong layout has the wrong shape or value.
+All dimensions differ, so that a tensor in the wrong layout has the wrong shape or values.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ def vl_config(*, hidden: int = 48, experts: int = 12, intermediate: int = 40, to
 
 
 def vl_model(*, seed: int = 0, **config: int) -> Any:
-    """A Qwen3-VL-MoE whose weights are larger than fresh ones, so that each part of it moves the loss."""
+    """Return a Qwen3-VL-MoE with larger weights than usual, so that each part affects the loss."""
     torch.manual_seed(seed)
     model = Qwen3VLMoeForConditionalGeneration(vl_config(**config))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def text_model(*, seed: int = 0, **config: Any) -> Any:
 
 
 def media_batch(rows: slice) -> dict[str, Tensor]:
-    """Rows of text around one image and a video of two frames; odd rows without the image."""
+    """Return rows of text around one image and a video of two frames; odd rows have no image."""
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 160, (ROWS, 30), generator=generator)
     for row in ids:
@@ -104,7 +104,7 @@ def media_batch(rows: slice) -> dict[str, Tensor]:
 
 
 def batch(rows: int = 8, length: int = 24) -> dict[str, Tensor]:
-    """Rows of text with one image each: 4 tokens of 16 patches."""
+    """Return rows of text with one image each: 4 tokens of 16 patches."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(0, 160, (rows, length), generator=generator)
     ids[:, 3], ids[:, 4:8], ids[:, 8] = START, IMAGE, END
@@ -122,7 +122,7 @@ def rows_of(data: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
 
 
 def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """The sum over next tokens, images excepted."""
+    """Return the sum of losses over next tokens, except those of images."""
     labels = ids[:, 1:].masked_fill(ids[:, 1:] >= IMAGE, -100)
     return nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="sum")
 
@@ -132,7 +132,7 @@ def token_count(ids: Tensor) -> int:
 
 
 class PlainMoe(nn.Module):
-    """All experts of a block on one rank, by moe/reference.py, with the parameters under our names."""
+    """All experts of a block on one rank, computed by moe/reference.py, with parameters under our names."""
 
     def __init__(self, name: str, block: Any, router: RouterOptions, experts: str, seed: int) -> None:
         super().__init__()
@@ -182,25 +182,25 @@ class PlainMoe(nn.Module):
         return reference.block(x_TD, self.routing, e.gate_up, e.down, factors).view_as(hidden)
 
     def agreement(self) -> float:
-        """How much of the last choice the weight from before training makes too."""
+        """Return the share of the last choices that the weight from before training makes as well."""
         base = reference.route(self.input.flatten(0, -2), self.base, top_k=self.top_k).topk_TK
         return reference.agreement(self.routing.topk_TK, base, torch.ones(len(base)))
 
 
 def start_factors(layer: Any) -> None:
-    """B not zero: with a zero B half of the gradients vanish."""
+    """Set B to non-zero values: with a zero B, half of the gradients vanish."""
     layer.experts.init_lora(b_std=0.05)
     layer.gate.init_lora(b_std=0.05)
 
 
 def freeze(model: Any) -> None:
-    """Train nothing but the norm in front of each attention: then gradients flow through every block."""
+    """Train only the norm in front of each attention, so that gradients flow through every block."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("input_layernorm" in name)
 
 
 def plain_model(model: Any, *, router: RouterOptions, experts: str, seed: int) -> list[PlainMoe]:
-    """Put PlainMoe into every decoder layer of a model that is frozen as far as it shall be."""
+    """Put PlainMoe into every decoder layer of a model that has already been frozen."""
     blocks = []
     for number, layer in enumerate(model.model.language_model.layers):
         layer.mlp = PlainMoe(f"model.language_model.layers.{number}.mlp", layer.mlp, router, experts, seed)

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: a command in a folder of `toy_run`, and what it leaves behind."""
+"""Runs as a user starts them: a command in a folder of `toy_run`, and its output files."""
 
 import json
 import os
@@ -31,9 +31,9 @@ def start(
     then: Callable[[int], None] | None = None,
     site: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; when a line of standard output begins with `at`, call `then` with its process id.
+    """Run a command to its end; when a line of standard output starts with `at`, call `then` with its process id.
 
-    `site` is Python that each of its processes runs first.
+    `site` is Python code that each of its processes runs first.
     """
     line = [
         *command,
@@ -67,7 +67,7 @@ def start(
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    assert then is None, f"no line began with {at!r}: {''.join(lines)[-2000:]} {errors.read_text()[-3000:]}"
+    assert then is None, f"no line started with {at!r}: {''.join(lines)[-2000:]} {errors.read_text()[-3000:]}"
     return subprocess.CompletedProcess(line, process.returncode, "".join(lines), errors.read_text())
 
 
@@ -76,5 +76,5 @@ def metrics(place: Path, name: str) -> list[dict]:
 
 
 def beat(place: Path, name: str, rank: int) -> dict:
-    """Where a rank last said it was."""
+    """Return the last heartbeat of a rank."""
     return json.loads((place / "runs" / name / "logs" / f"rank-{rank:04d}.json").read_text())

@@ -1,4 +1,4 @@
-"""Packages named as ours, and versions that are not tested: one sentence, in environments as users have them."""
+"""Foreign packages with our names and untested versions get one sentence, in environments like those of users."""
 
 import ast
 import base64
@@ -28,7 +28,7 @@ from launchers.cli import main
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CONSOLE, CLI, TRAIN = ["moetune", "check"], ["-m", "launchers.cli", "check"], ["-m", "finetune.train"]
 TOOLBOX = {"data/__init__.py": "", "data/loader.py": "rows = []\n"}
-"""What another distribution brings."""
+"""The files of another distribution."""
 
 
 def _wheel(folder: Path, name: str, files: Mapping[str, str], entry: str = "") -> Path:
@@ -53,7 +53,7 @@ def _wheel(folder: Path, name: str, files: Mapping[str, str], entry: str = "") -
 
 
 def _our_files() -> dict[str, str]:
-    """What `pip wheel` packs, by what pyproject.toml says."""
+    """Return the files that `pip wheel` packs, according to pyproject.toml."""
     packing = PROJECT["tool"]["setuptools"]
     paths = [ROOT / f"{name}.py" for name in packing["py-modules"]]
     patterns = packing["packages"]["find"]["include"]
@@ -66,7 +66,7 @@ def _our_files() -> dict[str, str]:
 
 
 def _environment(folder: Path, files: Mapping[str, str]) -> Path:
-    """A virtual environment with what we need, and moetune installed by pip from a wheel with these files."""
+    """Create a virtual environment with our requirements, and install moetune by pip from a wheel with these files."""
     venv.create(folder, symlinks=True)
     (_site(folder) / "needs.pth").write_text(sysconfig.get_path("purelib"))
     wheel = _wheel(folder, "moetune", files, f"moetune = {PROJECT['project']['scripts']['moetune']}")
@@ -90,14 +90,14 @@ def _site(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Environments by how moetune came into them; an editable install is a path file."""
+    """Environments by the way moetune was installed; an editable install is a path file."""
     ways = {"wheel": _our_files(), "editable": {"moetune.pth": str(ROOT)}}
     return {way: _environment(tmp_path_factory.mktemp(way), files) for way, files in ways.items()}
 
 
 @pytest.fixture
 def here(made: dict[str, Path], tmp_path: Path):  # type: ignore[no-untyped-def]
-    """A copy of an environment, in which files of another distribution were laid over what was there."""
+    """A copy of an environment, with files of another distribution extracted over the existing ones."""
 
     def copy(way: str, foreign: Mapping[str, str]) -> Path:
         folder = shutil.copytree(made[way], tmp_path / way, symlinks=True)
@@ -110,7 +110,7 @@ def here(made: dict[str, Path], tmp_path: Path):  # type: ignore[no-untyped-def]
 
 
 def _run(folder: Path, words: list[str], place: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Start the console command or a module with the environment's Python; `place` is where the user stands."""
+    """Start the console command or a module with the environment's Python; `place` is the current folder."""
     start = [str(folder / "bin" / "moetune"), *words[1:]] if words[0] == "moetune" else words
     place.mkdir(exist_ok=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -126,7 +126,7 @@ def _run(folder: Path, words: list[str], place: Path, **settings: str) -> subpro
 
 
 def _refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Whether it left with 2 and one sentence that has these parts."""
+    """Check that it exited with 2 and one sentence that has these parts."""
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("moetune: ")
