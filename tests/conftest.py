@@ -25,6 +25,7 @@ LONG_FIRST = (
     "model/test_parity.py",
     "training/test_checkpoint.py",
     "model/test_weights.py",
+    "training/test_mistakes_in_run.py",
     "ranks/test_launch.py",
     "house/test_benchmarks.py",
     "training/test_evaluation.py",

@@ -104,6 +104,8 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
     steps = metrics(place, "whole")
     assert [step["step"] for step in steps] == list(range(5))
     assert all(set(step) >= EVERY_FIGURE for step in steps)
+    explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    assert explained >= steps[0].keys()
     assert all(step["mfu"] is None and step["tflops_model"] > 0 and step["images"] > 0 for step in steps)
     assert [step["epoch"] for step in steps] == [0, 0, 1, 1, 2]
     assert all(one["images"] + other["images"] <= 36 for one, other in zip(steps[:4:2], steps[1:4:2], strict=True))
