@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.stream.batch import LossSums, loss_sums
 from finetune.model.forward import PackedModel
-from finetune.model.loss import Normalise, normaliser, report, step_sums
+from finetune.model.loss import Normalise, normaliser, step_loss, step_sums
 from finetune.model.recompute import set_recompute
 from finetune.model.resident import make_resident
 from finetune.model.varlen import register
@@ -117,7 +117,7 @@ def _step(rank: int, case: Case) -> Outcome:
     }
     engine.step()
     require_step_applied(engine, 0)
-    loss = report([each.objective for each in losses], total, None)["loss"]
+    loss = step_loss(losses, total)[0]
     ce = [each.ce_S.tolist() for each in losses]
     engine.destroy()
     return Outcome(loss=loss, grads=grads, tower_calls=calls["visual"], head_calls=calls["lm_head"], ce=ce)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from data.stream.batch import Batch, LossSums, Step, collate, loss_sums
 from finetune.model.forward import PackedModel
 from finetune.model.lora import ADAPTER, inject
-from finetune.model.loss import Normalise, normaliser, report, step_sums
+from finetune.model.loss import Normalise, normaliser, step_loss, step_sums
 from finetune.model.recompute import set_recompute
 from finetune.model.resident import make_resident
 from finetune.model.sequence import counted_once, sequence_group
@@ -186,7 +186,7 @@ def _step(
     engine.step()
     require_step_applied(engine, number)
     load = balance.finish_step()
-    out.losses.append(report([each.objective for each in losses], total, None)["loss"])
+    out.losses.append(step_loss(losses, total)[0])
     out.balance.append(load.loss_balance)
     out.counts.append(load.counts)
     out.norms.append(float(engine.get_global_grad_norm()))
