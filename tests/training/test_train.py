@@ -13,13 +13,15 @@ from subprocess import PIPE, CompletedProcess, Popen
 
 import pytest
 import torch
-from corpora import write_shards
+from corpora import renderer, write_shards
 from limits import LIMIT_S
 from peft import PeftModel
 from starts import environment, toy_run
 from transformers import AutoModelForImageTextToText
 from user_runs import TORCHRUN, TRAIN, metrics, start
 
+from data.config import DataConfig, SourceConfig
+from data.format.tar import TarWriter
 from data.prepare.folder_lock import process_start, this_process
 from finetune.config import RunConfig, ScheduleConfig
 from finetune.ranks.log import RankLog
@@ -29,6 +31,7 @@ from finetune.settings.schedule import learning_rate
 from finetune.train import main
 from finetune.training.dry_run import rehearse
 from finetune.training.run_folder import make_run_folder
+from finetune.training.steps import open_together
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 
@@ -272,11 +275,24 @@ def test_a_dry_run_lists_bad_samples_and_goes_on_as_training_does(
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "shards", count=4, per_shard=4)
     (tmp_path / "shards" / "part-009.tar").write_bytes((tmp_path / "shards" / "part-000.tar").read_bytes())
+    with TarWriter(tmp_path / "shards" / "part-010.tar") as tar:
+        tar.add("bad.json", b'{"v": 1}')
     assert _rehearse("data.sources.general.path=shards", "eval.sources.held.path=shards") == [(1, "runs/dry.dry-run")]
     output = capsys.readouterr().out
-    assert "shards: 8 problems; training goes on" in output
-    assert "sample 00000: the key is used in" in output
+    assert "shards: 8 warnings on samples that training takes; see `moetune shards check`" in output
+    assert "shards: 2 problems; training goes on" in output
+    assert "sample bad: messages is " in output
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # and no runs/
+
+
+def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shards(tmp_path, count=4, per_shard=4)
+    with TarWriter(tmp_path / "part-010.tar") as tar:
+        tar.add("bad.json", b'{"v": 1}')
+    config = DataConfig(sources={"a": SourceConfig(path=str(tmp_path))})
+    corpus = open_together(config, renderer(), section="data")
+    assert [item.key for item in corpus.unusable] == ["bad"]
+    assert len([text for text in caplog.messages if text.startswith("left out: ")]) == 1
 
 
 def test_a_dry_run_reads_a_sample_of_each_evaluation_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
