@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 COMMANDS = {  # in the order in which people meet them
+    "init": "write a small recipe of your own, from a few answers or flags, with the planner's layout",
     "recipes": "the shipped recipes, each with its hardware and a line; or the text of one, to copy from",
     "check": "read a recipe, print the effective config and every derived number, name every problem",
     "explain": "what a configuration key means, when to change it, and what it interacts with",

@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         say(proof.line())
         proved = proof.passed
         report["proof"] = asdict(proof)
+    if proved and not merged.lost:
+        say(f'next     moetune ask {args.out} "<image>What is it?" --image FILE')
     return _finish(args, 0 if proved and not merged.lost else 3, report)
 
 

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     written = write_tiny(args.out, TinyModel(**options))
     print(
         f"wrote {written.folder}: {written.tensors} tensors in {written.files} file(s), "
-        f"{written.weight_bytes / 1e6:.2f} MB of weights"
+        f"{written.weight_bytes / 1e6:.2f} MB of weights\n"
+        f"next: moetune init --data train.jsonl --model {written.folder} --gpus 2    (your rows; a GPU is not needed)"
     )
     return 0
