@@ -1,6 +1,6 @@
 """Checks made before any package of moetune is imported: a recent Python, and packages that are all our own.
 
-Our packages have common names. Python imports another `data` in place of ours if it finds that first, and another
+Our packages have common names. Python imports another `data` instead of ours if it finds that first, and another
 distribution may write into our folders. Then half of each would run, often silently. No other package has this module's
 name. It uses nothing newer than Python 3.7, so that it can report that a Python is too old.
 """

@@ -107,7 +107,7 @@ class SeparateLora:
     def backward(
         self, grad: Tensor, x: Tensor | None, both: Tensor, thins: Thins, chunk: Chunk, wants: Wants
     ) -> Gradients:
-        """Return the gradients that are wanted."""
+        """Return the requested gradients."""
         grad_h, grad_thin_h = _in(grad, self.down, chunk), None
         if self.lora:
             _, up_b, down_a, down_b = self.lora
@@ -181,7 +181,7 @@ class PackedLora:
     def backward(
         self, grad: Tensor, x: Tensor | None, both: Tensor, thins: Thins, chunk: Chunk, wants: Wants
     ) -> Gradients:
-        """Return the gradients that are wanted."""
+        """Return the requested gradients."""
         _, up_b, down_a, _ = self.lora
         wide = _in(grad, self.down, chunk)
         grad_thin_h = wide[:, self.f :] * self.options.scale

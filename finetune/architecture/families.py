@@ -1,10 +1,10 @@
 """The Qwen3-VL sizes: every value of their published config.json, as frozen tables. Loads no torch.
 
 Each published file was reproduced byte for byte from this table, and `config_sha256` is its hash, so no value here is a
-guess. Where the hashes were found: 2B, 4B and 8B in public download manifests that pin a revision of the hub's
-repository, 30B-A3B and 235B-A22B in public notes that fingerprint the file (235B: Instruct and Thinking alike), 32B as
-git's id of the file (29e925092dee9f14278c53e7e7d876cea8a997bc). The other editions are assumed to share their size's
-file; `moetune verify-base` compares a real folder with this table.
+guess. Sources of the hashes: 2B, 4B and 8B from public download manifests that pin a revision of the hub's repository;
+30B-A3B and 235B-A22B from public notes that fingerprint the file (for 235B, Instruct and Thinking share it); 32B from
+git's id of the file (29e925092dee9f14278c53e7e7d876cea8a997bc). The other editions are assumed to have the same file as
+their size; `moetune verify-base` compares a real folder with this table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary positions of the text model: base, sections for time, height, width, and YaRN when `type` is yarn."""
+    """Rotary positions of the text model: base, sections for time, height, width, and YaRN if `type` is yarn."""
 
     theta: float = 5_000_000
     mrope_section: tuple[int, int, int] = (24, 20, 20)
@@ -83,7 +83,7 @@ class Vision:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model size: what its config.json says, under the name that `model.family` takes."""
+    """One model size: the values of its config.json, under the name that `model.family` takes."""
 
     name: str
     text: Text
@@ -98,7 +98,7 @@ class Family:
 
     @property
     def is_moe(self) -> bool:
-        """Say whether the text model has expert layers."""
+        """Return whether the text model has expert layers."""
         return self.text.experts is not None
 
     @property
@@ -118,7 +118,7 @@ class Family:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Return the indexes of the layers whose MLP is a mixture of experts, by transformers' own rule."""
+        """Return the indexes of the layers whose MLP is a mixture of experts, by transformers' rule."""
         experts = self.text.experts
         if experts is None:
             return ()
@@ -130,20 +130,20 @@ class Family:
 
 
 def family_names() -> tuple[str, ...]:
-    """Return every name that `model.family` takes: the dense sizes, then the mixture-of-experts sizes."""
+    """Return every name that `model.family` takes: dense sizes first, then mixture-of-experts sizes."""
     return tuple(_FAMILIES)
 
 
 def family(name: str) -> Family:
-    """Return the table's entry for `qwen3-vl-30b-a3b`, or for a hub id such as `Qwen/Qwen3-VL-30B-A3B-Instruct`."""
+    """Return the entry for a name such as `qwen3-vl-30b-a3b`, or a hub id such as `Qwen/Qwen3-VL-30B-A3B-Instruct`."""
     size = name.lower().removeprefix("qwen/").removesuffix("-instruct").removesuffix("-thinking")
     if size in _FAMILIES:
         return _FAMILIES[size]
     close = difflib.get_close_matches(size, _FAMILIES, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"did you mean {close[0]}? " if close else "check the spelling. "
     raise ValueError(
-        f"model.family: {name!r} is not a known family; {hint}known are {', '.join(_FAMILIES)}. "
-        f"For any other size give the folder that holds its config.json."
+        f"model.family: {name!r} is not a known family; {hint}The known families are {', '.join(_FAMILIES)}. "
+        f"For any other size, give the folder that contains its config.json."
     )
 
 
@@ -160,7 +160,7 @@ def _size(
     small_tower: bool = False,
     tied: bool = False,
 ) -> Family:
-    """Return one row of the table; what is not an argument is equal in all published sizes."""
+    """Return one row of the table; all other values are equal in all published sizes."""
     experts = Experts(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=expert_hidden or 0)
     tower = Vision(out_hidden_size=hidden)
     if small_tower:
@@ -245,7 +245,7 @@ _TABLE = (
         sha256="a9b0434bf1bb5de21786cb3dc3abf95e7254a1e131557c911d7271d2fb63e476",
     ),
 )
-# What `moetune tiny` writes by default.
+# The model that `moetune tiny` writes by default.
 _TINY_MOE = Family(
     name="tiny-moe",
     text=Text(

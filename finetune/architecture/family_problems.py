@@ -6,7 +6,7 @@ from finetune.architecture.families import Family, Text
 
 
 def family_problems(family: Family) -> list[str]:
-    """Return what contradicts itself in a family's numbers: a sentence each, in the config's own keys; [] if sound."""
+    """Return the contradictions in a family's numbers: one sentence each, with the config's keys; [] if none."""
     return _text_problems(family.text) + _vision_problems(family)
 
 
@@ -23,13 +23,13 @@ def _text_problems(text: Text) -> list[str]:
             f"but half of text_config.head_dim {text.head_dim} is {text.head_dim / 2:g}"
         )
     if text.rope.type not in ("default", "yarn"):
-        problems.append(f"rope_type {text.rope.type!r} is not known; known are default and yarn")
+        problems.append(f"rope_type must be default or yarn, got {text.rope.type!r}")
     if text.rope.type == "yarn" and not (text.rope.factor and text.rope.original_max_position_embeddings):
         problems.append(
-            "rope_type yarn needs factor and original_max_position_embeddings; without them the ramp is wrong"
+            "rope_type yarn needs factor and original_max_position_embeddings: without them the ramp would be wrong"
         )
     if text.rope.type == "default" and text.rope.factor:
-        problems.append(f"rope_type is default, so factor {text.rope.factor:g} would be ignored; write rope_type yarn")
+        problems.append(f"rope_type is default, so factor {text.rope.factor:g} would be ignored; set rope_type to yarn")
     experts = text.experts
     if experts is not None and not 1 <= experts.num_experts_per_tok <= experts.num_experts:
         problems.append(

@@ -1,13 +1,14 @@
-"""Floating-point operations of a step by part of the model: those the training needs, those the device executes.
+"""Floating-point operations of a step by part of the model: those that training needs, and those that the device runs.
 
-A matrix of n elements costs 2n a row in forward, 2n to bring the gradient to its input, 2n for its own gradient: 2n
-where nothing below it trains, 4n frozen on the gradient's way down, 6n trained. LoRA's factors cost 6 of their own.
-Attention's scores cost 4 x heads x head_dim for each pair of tokens that see each other, twice that in backward; in a
-packed row the pairs are the sum of the samples' squares, halved by causality. The head counts supervised tokens only,
-because only those reach it. Padding is never work.
+A matrix of n elements costs 2n per row in forward, 2n for the gradient of its input, and 2n for its own gradient: 2n
+if nothing below it trains, 4n if it is frozen but a gradient passes through it, 6n if it trains. LoRA's factors cost 6
+times their own elements. Attention's scores cost 4 x heads x head_dim for each pair of tokens that see each other, and
+twice that in backward; in a packed row the pairs are the sum of the samples' squares, halved by causality. The head
+counts supervised tokens only, because only those reach it. Padding never counts.
 
-The device also recomputes: attention's kernel its scores in backward, and whatever `parallel.recompute` drops. Norms,
-activations, routing and the embedding's look-up are left out, as all published figures do. Loads no torch.
+The device also recomputes: attention's kernel computes its scores again in backward, and so does whatever
+`parallel.recompute` drops. Norms, activations, routing and the embedding's look-up are left out, as in all published
+figures. Loads no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 TEXT_PARTS = ("attention", "experts", "router", "mlp")
 KERNEL_AGAIN = 0.5
-"""Share of its forward that attention's kernel recomputes in backward: one of two products."""
+"""Share of its forward that attention's kernel computes again in backward: one of two products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +41,13 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What was worked on; padding and dummies are not in it."""
+    """The amount of work in tokens and patches, without padding and dummies."""
 
     tokens: int = 0
     supervised: int = 0
-    squares: int = 0  # sum over samples of their length squared
+    squares: int = 0  # sum over samples of their squared length
     patches: int = 0  # of images and videos
-    frame_squares: int = 0  # sum over images and frame pairs of their patches squared
+    frame_squares: int = 0  # sum over images and frame pairs of their squared number of patches
 
     def __add__(self, other: Work) -> Work:
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -54,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Operations of one part; `again` are those that the device computes a second time."""
+    """Operations of one part; `again` counts those that the device runs a second time."""
 
     forward: float
     backward: float
@@ -62,7 +63,7 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """Return the operations that this training needs at least."""
+        """Return the operations that training needs, without recompute."""
         return self.forward + self.backward
 
 
@@ -82,7 +83,7 @@ def batch_work(batch: Batch) -> Work:
 
 
 def trainings(adapters: AdaptersConfig) -> dict[str, Training]:
-    """Return how each part trains by the configuration's `adapters` section."""
+    """Return how each part trains according to the configuration's `adapters` section."""
     sections = {part: getattr(adapters, part) for part in PARTS}
     return {
         part: Training(mode=section.mode, r=section.r if section.mode == "lora" else 0)
@@ -91,7 +92,7 @@ def trainings(adapters: AdaptersConfig) -> dict[str, Training]:
 
 
 class FlopMeter:
-    """Counts one model's operations under one training; parts are those of `shapes`, frozen unless given."""
+    """Counts the operations of one model; `trains` says how its parts (of `shapes`) train, all others are frozen."""
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class FlopMeter:
         recompute: Literal["none", "layer", "selective", "auto"] = "none",
     ) -> None:
         if recompute == "auto":
-            raise ValueError("parallel.recompute: auto has no count of operations before it is settled; name a mode")
+            raise ValueError("parallel.recompute: auto must be resolved before operations are counted; name a mode")
         self.family, self.recompute = family, recompute
         self._matrices = _matrices(family)
         self._trains = {part: training for part, training in trains.items() if training.mode != "frozen"}
@@ -109,16 +110,16 @@ class FlopMeter:
         unknown = [part for part in self._trains if part not in known]
         if unknown:
             raise ValueError(
-                f"parts {', '.join(unknown)}: {family.name} has none of that name; it has {', '.join(sorted(known))}"
+                f"parts {', '.join(unknown)}: {family.name} has no such part; it has {', '.join(sorted(known))}"
             )
         for part, training in trains.items():
             if (training.mode == "lora") != (training.r > 0):
                 raise ValueError(
-                    f"part {part}: mode {training.mode} with r {training.r}; LoRA needs r >= 1, others r 0"
+                    f"part {part}: mode {training.mode} with r {training.r}; LoRA needs r >= 1, other modes r 0"
                 )
 
     def count(self, work: Work) -> dict[str, Flops]:
-        """Return the operations of each part for this work, with `attention_scores` and `vision_scores` among them."""
+        """Return the operations of each part for this work, including `attention_scores` and `vision_scores`."""
         tower = any(part in self._trains for part in TOWER)
         trunk = any(part != "head" for part in self._trains)
         rows = {part: work.tokens for part in TEXT_PARTS} | {"head": work.supervised}
@@ -134,11 +135,11 @@ class FlopMeter:
         return counts
 
     def model(self, work: Work) -> float:
-        """Return the operations this training needs: the numerator of model FLOP/s and MFU."""
+        """Return the operations that training needs: the numerator of model FLOP/s and MFU."""
         return sum(part.model for part in self.count(work).values())
 
     def hardware(self, work: Work) -> float:
-        """Return the operations the device executes, recomputed ones included."""
+        """Return the operations that the device runs, including recomputed ones."""
         return sum(part.model + part.again for part in self.count(work).values())
 
     def _linear(self, part: str, rows: int, *, passes: bool) -> Flops:
@@ -149,7 +150,7 @@ class FlopMeter:
         forward = 2 * rows * (matrices + factors)
         again = forward if self.recompute != "none" and passes and part in (*TEXT_PARTS, "vision_blocks") else 0.0
         if self.recompute == "selective" and part == "experts":
-            again = min(again, 2 * rows * factors)  # the wide products are kept or never read
+            again = min(again, 2 * rows * factors)  # the wide products are kept or not needed again
         return Flops(forward=forward, backward=rows * (2 * matrices * passes + own), again=again)
 
     def _factored(self, part: str) -> list[tuple[int, int, float]]:
@@ -163,7 +164,7 @@ class FlopMeter:
 
 
 def _matrices(family: Family) -> dict[str, list[tuple[int, int, float]]]:
-    """Return each part's matrices as (out, in, how much of it one row passes through)."""
+    """Return each part's matrices as (out, in, number of such matrices that one row passes through)."""
     matrices: dict[str, list[tuple[int, int, float]]] = {}
     shapes = parameter_shapes(family)
     if family.tie_word_embeddings:

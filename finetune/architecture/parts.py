@@ -1,4 +1,4 @@
-"""The parts of a model, by the keys of `adapters:`: what trains or stays frozen together, and what cannot be adapted.
+"""The parts of a model, named by the keys of `adapters:`, each of which trains or is frozen as a unit.
 
 Loads no torch.
 """
@@ -17,7 +17,7 @@ PARTS = (
     "embeddings",
     "head",
 )
-"""In the order of `adapters:`. `finetune.architecture.shapes` counts them and finds the part of a tensor."""
+"""All parts, in the order of `adapters:`. `finetune.architecture.shapes` counts them and finds a tensor's part."""
 
 DECODER = ("attention", "experts", "router", "mlp", "norms")
 """Parts of a decoder layer."""
@@ -25,13 +25,13 @@ TOWER = ("vision_blocks", "patch_embed", "pos_embed")
 MERGERS = ("merger", "deepstack_mergers")
 VISION = (*TOWER, *MERGERS)
 TIED = ("embeddings", "head")
-"""One and the same weight where the base ties them."""
+"""The parts that share one weight if the base ties them."""
 
 NO_LORA = {
-    "patch_embed": "it is one Conv3d over raw pixels, whose adapter no server reads",
-    "pos_embed": "it is a table that the tower interpolates, not a matrix that anything is multiplied by",
+    "patch_embed": "it is one Conv3d over raw pixels, and no server loads an adapter of it",
+    "pos_embed": "it is a table that the tower interpolates, not a matrix that inputs are multiplied by",
     "norms": "a norm's weight is a vector, which has no low-rank form",
-    "embeddings": "an adapter on the token table is not read by servers of this model",
-    "head": "the loss multiplies by the head's own weight tile by tile, and servers of this model adapt no head",
+    "embeddings": "servers of this model load no adapter on the token table",
+    "head": "the loss uses the head's own weight tile by tile, and servers of this model load no adapter on the head",
 }
-"""Parts that are frozen or trained in full, never adapted, and why."""
+"""Parts that can be frozen or trained in full but not adapted, each with the reason."""

@@ -1,6 +1,6 @@
-"""What each rank reads and keeps when a base is loaded: arithmetic over shapes. Loads no torch.
+"""The bytes that each rank reads and keeps when a base is loaded, computed from shapes. Loads no torch.
 
-`finetune.model.weights` does what this says; a test compares the two.
+`finetune.model.weights` loads by the same rule; a test compares the two.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,9 @@ def rank_shares(
 ) -> list[RankShare]:
     """Return every rank's share of a frozen base, by the rule of `finetune.model.weights`.
 
-    Dense tensors are read by rank 0; an expert stack's rows by the first rank that holds them. A resident weight is
-    kept whole by every rank that uses it; otherwise ZeRO-3 cuts dense tensors over all ranks and expert rows over the
-    world_size / ep_size ranks that hold the same experts, each slice rounded up to whole elements.
+    Rank 0 reads dense tensors; the first rank that holds rows of an expert stack reads those. Every rank that uses a
+    resident weight keeps all of it; otherwise ZeRO-3 cuts dense tensors over all ranks and expert rows over the
+    world_size / ep_size ranks that hold the same experts, with each slice rounded up to whole elements.
     """
     dense = [prod(shape) for name, shape in shapes.items() if not is_expert_stack(name)]
     stacks = [prod(shape) // ep_size for name, shape in shapes.items() if is_expert_stack(name)]
@@ -48,34 +48,34 @@ def rank_shares(
 
 
 LEAST_MARGIN = 0.05
-"""Share of a device's memory that must stay free beyond all that is foreseen, the allocator's reserve included.
-A peak is foreseen within 10 %, not counting the weights; and a run must not end at its fullest row."""
+"""Share of a device's memory that must stay free in addition to the predicted use and the allocator's reserve.
+The predicted peak is exact within 10 %, not counting the weights, and a run must not fail at its fullest row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResidentChoice:
-    """Whether frozen weights stay whole on each rank, and why; the reason is printed at start."""
+    """Whether each rank keeps complete frozen weights, and why; the reason is printed at start."""
 
     resident: bool
     reason: str
 
 
 def has_room(*, needed_bytes: int, room_bytes: int) -> bool:
-    """Say whether a device has room for this many bytes."""
+    """Return whether a device has room for this many bytes."""
     return room_bytes - needed_bytes >= LEAST_MARGIN * room_bytes
 
 
 def choose_resident(
     choice: Literal["auto", "frozen", "none"], *, needed_bytes: Callable[[], int], room_bytes: int
 ) -> ResidentChoice:
-    """Decide `parallel.resident` from what a rank needs in all when they stay whole, and the memory it has."""
+    """Decide `parallel.resident` from the memory that a rank needs with resident weights and the memory it has."""
     if choice == "auto":
         needed = needed_bytes()
-        sizes = f"with whole frozen weights a rank needs {needed / 1e9:.1f} GB of {room_bytes / 1e9:.1f}"
+        sizes = f"with resident frozen weights a rank needs {needed / 1e9:.1f} GB of {room_bytes / 1e9:.1f} GB"
         return ResidentChoice(
             resident=has_room(needed_bytes=needed, room_bytes=room_bytes),
-            reason=f"auto: {sizes}, {LEAST_MARGIN:.0%} of which stay free",
+            reason=f"auto: {sizes}, of which {LEAST_MARGIN:.0%} must stay free",
         )
     if choice not in ("frozen", "none"):
-        raise ValueError(f"parallel.resident: {choice!r} is not one of auto, frozen, none")
+        raise ValueError(f"parallel.resident must be one of auto, frozen, none, got {choice!r}")
     return ResidentChoice(resident=choice == "frozen", reason=f"parallel.resident: {choice}")

@@ -1,4 +1,4 @@
-"""Every parameter of a Qwen3-VL model with its shape, and the counts that follow from them. Loads no torch.
+"""Every parameter of a Qwen3-VL model with its shape, and the resulting counts. Loads no torch.
 
 Names and orientation are those of the model in memory (transformers 5: gate_up_proj [E, 2F, D], down_proj [E, D, F]).
 """
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """How many parameters each part holds. `head` is 0 where it is tied to the embeddings."""
+    """The number of parameters of each part. `head` is 0 if it is tied to the embeddings."""
 
     embeddings: int
     head: int
@@ -46,12 +46,12 @@ class ParameterCounts:
 
     @property
     def vision(self) -> int:
-        """Return the number of the tower's, with its position table, merger and DeepStack mergers."""
+        """Return the number of parameters of the tower, its position table, its merger and its DeepStack mergers."""
         return self.vision_blocks + self.patch_embed + self.pos_embed + self.merger + self.deepstack_mergers
 
 
 def parameter_shapes(family: Family) -> dict[str, Shape]:
-    """Return canonical name -> shape of every parameter that a checkpoint holds; a tied head is absent."""
+    """Return canonical name -> shape of every parameter in a checkpoint; a tied head is absent."""
     return dict(_shapes(family))
 
 
@@ -82,7 +82,7 @@ def parameter_counts(family: Family) -> ParameterCounts:
 
 
 def active_text_parameters(family: Family) -> int:
-    """Return the text parameters that one token passes through: top-k of the experts and all else, head included."""
+    """Return the text parameters that one token passes through: its top-k experts and all other parts, head too."""
     counts, experts = parameter_counts(family), family.text.experts
     routed = 0 if experts is None else counts.experts * experts.num_experts_per_tok // experts.num_experts
     head = counts.head or counts.embeddings
@@ -142,7 +142,7 @@ def _tower(vision: Vision) -> dict[str, Shape]:
         shapes |= _named(f"blocks.{index}.", block)
     merged = width * vision.spatial_merge_size**2
     mlp = _linear("linear_fc1", merged, merged) | _linear("linear_fc2", vision.out_hidden_size, merged)
-    # The last merger normalises patches, the DeepStack mergers whole 2x2 groups.
+    # The last merger normalises patches, the DeepStack mergers normalise 2x2 groups.
     shapes |= _named("merger.", _norm("norm", width) | mlp)
     for index in range(len(vision.deepstack_visual_indexes)):
         shapes |= _named(f"deepstack_merger_list.{index}.", _norm("norm", merged) | mlp)
@@ -158,7 +158,7 @@ def _linear(name: str, out: int, into: int) -> dict[str, Shape]:
 
 
 def part_of(name: str) -> str:
-    """Return the part, as ParameterCounts calls it, that a canonical name belongs to."""
+    """Return the part (a field of ParameterCounts) that a canonical name belongs to."""
     if name.startswith(VISUAL):
         return _VISION_PARTS[name.removeprefix(VISUAL).partition(".")[0]]
     if name == HEAD or name.endswith("embed_tokens.weight"):  # the text-only models have a shorter prefix
@@ -180,11 +180,11 @@ _VISION_PARTS = {
 
 
 def is_expert_stack(name: str) -> bool:
-    """Say whether a canonical name is a stack of all experts' weights, whose first dim is the expert."""
+    """Return whether a canonical name is a stack of all experts' weights, whose first dim is the expert."""
     return bool(_FUSED.search(name))
 
 
 def other_stack(name: str) -> str:
-    """The name of the layer's other expert stack: down_proj for gate_up_proj, and the other way round."""
+    """Return the name of the layer's other expert stack: down_proj for gate_up_proj, and the other way round."""
     experts, _, kind = name.rpartition(".")
     return f"{experts}.{'down_proj' if kind == 'gate_up_proj' else 'gate_up_proj'}"

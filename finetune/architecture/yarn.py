@@ -1,9 +1,9 @@
-"""Longer context by YaRN: the config.json that the base gets, its frequencies, and servers that compute others.
+"""Longer context by YaRN: the config.json that the base gets, its frequencies, and servers that compute other ones.
 
 Everything here is arithmetic in float64 and edits of a config.json; no torch. YaRN stretches the slow frequencies of
-the rotary positions by a factor, leaves the fast ones, and scales queries and keys; theta and the sections for time,
-height and width stay what they were. Readers of an incomplete config.json differ in what they assume, so what is
-written has the block in both spellings (rope_theta + rope_scaling of the hub, rope_parameters of transformers 5).
+the rotary positions by a factor, leaves the fast ones as they are, and scales queries and keys; theta and the sections
+for time, height and width do not change. Readers of an incomplete config.json make different assumptions, so the block
+is written in both spellings (rope_theta + rope_scaling of the hub, rope_parameters of transformers 5).
 """
 
 import json
@@ -16,18 +16,18 @@ from finetune.architecture.families import Family, Rope
 from finetune.config import ContextConfig
 
 BETA_FAST = 32.0
-"""Dimensions that turn more often than this over the original context stay as they are."""
+"""Turns over the original context above which a dimension stays as it is."""
 BETA_SLOW = 1.0
-"""Dimensions that turn less often than this are stretched in full."""
+"""Turns over the original context below which a dimension is stretched fully."""
 VLLM_MULTIPLE = 4
-"""vLLM's M-RoPE hands four times the original length to the formula of the ramp, and gets other frequencies."""
+"""Multiple of the original length that vLLM's M-RoPE uses in the formula of the ramp, so its frequencies differ."""
 TOLERANCE = 1e-6
 """Relative difference between frequencies that counts as rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extension:
-    """YaRN over a base: `original` is the context that it was trained for, `length` what its config.json will say."""
+    """YaRN on a base: `original` is the context that it was trained for, `length` the one in the new config.json."""
 
     factor: float
     original: int
@@ -36,18 +36,18 @@ class Extension:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """What the rotary embedding of a model computes with."""
+    """The numbers that the rotary embedding of a model uses."""
 
     inv_freq: tuple[float, ...]
     scaling: float
 
 
 def extension(config: ContextConfig, base: Family) -> Extension | None:
-    """Return what the configuration makes of the base's context; None where it stays as it is."""
+    """Return how the configuration extends the base's context; None if it stays as it is."""
     if config.yarn.factor is None:
         return None
     if not config.yarn.factor > 1:
-        raise ValueError(f"context.yarn.factor is {config.yarn.factor:g}; it must be a factor above 1, or none")
+        raise ValueError(f"context.yarn.factor must be above 1, or unset, got {config.yarn.factor:g}")
     original = base.text.rope.original_max_position_embeddings or base.text.max_position_embeddings
     return Extension(
         factor=config.yarn.factor,
@@ -84,9 +84,9 @@ def extended_config(config: Mapping[str, Any], extended: Extension | None) -> di
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json in the hub's spelling with the YaRN block in that of transformers 5 beside it, if any.
+    """Return a config.json in the hub's spelling; a YaRN block is added in the spelling of transformers 5.
 
-    With rope_theta missing from either, or only one of the blocks given, some reader falls back to a default theta.
+    If rope_theta is missing from either block, or one of the blocks is missing, some reader uses a default theta.
     """
     result = dict(config)
     text = dict(result["text_config"]) if "text_config" in result else result
@@ -104,7 +104,7 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
 def rotary(rope: Rope, head_dim: int, *, ramp_over: int | None = None) -> Rotary:
     """Return the frequencies and the scaling of queries and keys by the formula, in float64.
 
-    `ramp_over` is the original length that the ramp is made for, where a reader takes another than the config's.
+    `ramp_over` is the original length that the ramp is made for, for a reader that does not use the config's.
     """
     plain = [rope.theta ** (-2 * dim / head_dim) for dim in range(head_dim // 2)]
     if rope.type != "yarn":
@@ -123,7 +123,7 @@ def rotary(rope: Rope, head_dim: int, *, ramp_over: int | None = None) -> Rotary
 
 
 def _ramp(theta: float, head_dim: int, original: int) -> tuple[float, float]:
-    """Return the dimensions between which the stretch grows from nothing to all."""
+    """Return the dimensions between which the stretch grows from none to full."""
 
     def turns(count: float) -> float:
         return head_dim * math.log(original / (count * 2 * math.pi)) / (2 * math.log(theta))
@@ -133,10 +133,10 @@ def _ramp(theta: float, head_dim: int, original: int) -> tuple[float, float]:
 
 
 def check_rotary(module: Any, base: Family, extended: Extension | None) -> str:
-    """Compare a built model's rotary embedding with the formula; return a sentence for the start, or raise ValueError.
+    """Compare a built model's rotary embedding with the formula; return a line to print at start, or raise ValueError.
 
-    `module` is a transformers model with its tables filled in. A wrong table trains without an error, on other
-    positions than any server will compute.
+    `module` is a transformers model with its tables filled in. With a wrong table, training raises no error but uses
+    other positions than any server will compute.
     """
     rope = extended_rope(base.text.rope, extended)
     formula = rotary(rope, base.text.head_dim)
@@ -144,33 +144,35 @@ def check_rotary(module: Any, base: Family, extended: Extension | None) -> str:
     dtype = str(table.inv_freq.dtype).removeprefix("torch.")
     if dtype != "float32":
         raise ValueError(
-            f"the rotary frequencies are {dtype}: in less than float32 positions blur within a few thousand"
+            f"the rotary frequencies must be float32, got {dtype}: in fewer bits, positions blur after a few thousand "
+            f"tokens"
         )
     frequencies = table.inv_freq.double().tolist()
     if len(frequencies) != len(formula.inv_freq):
         raise ValueError(
-            f"the model has {len(frequencies)} rotary frequencies, {base.name} has {len(formula.inv_freq)}"
+            f"the model has {len(frequencies)} rotary frequencies, but {base.name} has {len(formula.inv_freq)}"
         )
     errors = _relative(formula.inv_freq, frequencies)
     worst = max(range(len(errors)), key=errors.__getitem__)
     if errors[worst] > TOLERANCE or abs(table.attention_scaling - formula.scaling) > TOLERANCE:
         raise ValueError(
-            f"the model's rotary positions are not those of its configuration ({_words(rope)}): frequency {worst} is "
+            f"the model's rotary positions differ from its configuration ({_words(rope)}): frequency {worst} is "
             f"{frequencies[worst]:.6g}, not {formula.inv_freq[worst]:.6g}; queries and keys are scaled by "
-            f"{table.attention_scaling:.6g}, not {formula.scaling:.6g}. Nothing would be learned for the positions "
-            f"that a server computes. Look at rope_theta and rope_scaling of the base's config.json"
+            f"{table.attention_scaling:.6g}, not {formula.scaling:.6g}. Training would use other positions than a "
+            f"server computes. Check rope_theta and rope_scaling in the base's config.json"
         )
     section = getattr(table, "mrope_section", None)
     if section is not None and tuple(section) != rope.mrope_section:
         raise ValueError(
-            f"the model rotates time, height and width by {list(section)}, config.json says {list(rope.mrope_section)}"
+            f"the model rotates time, height and width by {list(section)}, but config.json says "
+            f"{list(rope.mrope_section)}"
         )
     largest = f"largest error {max(errors):.0e}"
-    return f"rotary positions: {_words(rope)}; {len(errors)} frequencies as in float64 ({largest})"
+    return f"rotary positions: {_words(rope)}; {len(errors)} frequencies equal the float64 formula ({largest})"
 
 
 def _relative(formula: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Return how far each frequency is from that of the formula, relative to it."""
+    """Return the distance of each frequency from that of the formula, relative to it."""
     return [abs(ours - other) / ours for ours, other in zip(formula, others, strict=True)]
 
 
@@ -179,11 +181,11 @@ def _words(rope: Rope) -> str:
     return f"{yarn}theta {rope.theta:,.0f}, sections {'/'.join(map(str, rope.mrope_section))}"
 
 
-# --- what the user should know
+# --- lines for the user
 
 
 def need_lines(base: Family, extended: Extension | None, *, largest: int, exact: bool, sample: str) -> list[str]:
-    """Return what the largest position of the data says of the extension: sentences for the start, warnings marked."""
+    """Return lines, with warnings marked, on whether the largest position in the data needs the extension."""
     native = base.text.rope.original_max_position_embeddings or base.text.max_position_embeddings
     position = f"the largest position in the data is {'' if exact else 'below '}{largest:,}"
     position += f" ({sample})" if exact else ""
@@ -194,8 +196,9 @@ def need_lines(base: Family, extended: Extension | None, *, largest: int, exact:
         if largest <= native:
             return [f"context: {position}, within the base's {native:,}"]
         return [
-            f"warning: {position}, beyond the {native:,} that the base was trained for. Set context.yarn.factor="
-            f"{min(3, math.ceil(share))} (a factor of {share:.2f} is needed), or leave such samples out"
+            f"warning: {position}, beyond the {native:,} positions that the base was trained for. Set "
+            f"context.yarn.factor={min(3, math.ceil(share))} (a factor of {share:.2f} is needed), or leave out such "
+            f"samples"
         ]
     lines = [
         f"context: {position}: a factor of {max(share, 1):.2f} is needed, context.yarn.factor is {extended.factor:g}"
@@ -203,19 +206,19 @@ def need_lines(base: Family, extended: Extension | None, *, largest: int, exact:
     if largest <= extended.original:
         lines.append(
             f"warning: context.yarn.factor={extended.factor:g} is not needed: {position}, within the "
-            f"{extended.original:,} of the base. YaRN is static and changes short contexts too. Leave context.yarn out"
+            f"{extended.original:,} of the base. YaRN is static and changes short contexts too. Leave out context.yarn"
         )
     elif share > extended.factor:
         reached = int(extended.original * extended.factor)
         lines.append(
             f"warning: context.yarn.factor={extended.factor:g} reaches position {reached:,}: {position}. "
-            f"Set {math.ceil(share)} or leave such samples out"
+            f"Set it to {math.ceil(share)}, or leave out such samples"
         )
     return lines
 
 
 def serving_lines(base: Family, extended: Extension | None) -> list[str]:
-    """Return how to serve what was trained: flags for the servers, and where a server's own formula differs."""
+    """Return how to serve the trained model: flags for the servers, and warnings if a server's formula differs."""
     rope, head_dim = extended_rope(base.text.rope, extended), base.text.head_dim
     if rope.type != "yarn":
         return []
@@ -238,7 +241,7 @@ def serving_lines(base: Family, extended: Extension | None) -> list[str]:
     overrides = json.dumps({"text_config": {"rope_parameters": block, "max_position_embeddings": length}})
     return [
         *lines,
-        f"warning: vLLM's M-RoPE makes the ramp for {VLLM_MULTIPLE} x {original:,} positions: "
+        f"warning: vLLM's M-RoPE computes the ramp for {VLLM_MULTIPLE} x {original:,} positions: "
         f"{sum(error > TOLERANCE for error in errors)} of {len(errors)} frequencies would differ, by up to "
         f"{max(errors):.0%}. "
         f"Serve with vLLM: --max-model-len {length} --hf-overrides '{overrides}'",

@@ -1,6 +1,6 @@
-"""The model before its weights: built on meta, sparse blocks replaced, settled what trains, frozen weights as buffers.
+"""Builds the model without weights: on meta, with its sparse blocks replaced, trainable parts chosen, the rest frozen.
 
-Nothing here allocates a weight, so 235B is built on a laptop; `weights.py` then fills it from the base's files.
+Nothing here allocates a weight, so a laptop can build the 235B model; `weights.py` then fills it from the base's files.
 """
 
 from collections.abc import Collection, Mapping
@@ -27,20 +27,20 @@ DENSE = ("qwen3_vl", "qwen3")
 def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = None) -> EmptyModel:
     """Build the model that a folder's config.json describes, on meta; every rank must call this.
 
-    Parameters that neither train nor stay with the engine are buffers, when `resident`.
+    With `resident`, frozen parameters become buffers, which the engine does not partition.
     """
     config = AutoConfig.from_pretrained(folder)
     extend(config, options.context)
     kind = str(config.model_type)
     if kind not in (*KNOWN, *DENSE):
         known = ", ".join((*KNOWN, *DENSE))
-        raise ValueError(f"{folder}: its config.json says model_type {kind!r}; known are {known}")
+        raise ValueError(f"{folder}: model_type in its config.json must be one of {known}, got {kind!r}")
     module = _on_meta(config, options)
-    # before the blocks are replaced the model speaks canonical names; a tied head appears once, as the embedding
+    # until the blocks are replaced, the model has canonical names; a tied head appears once, as the embedding
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     tied_head = HEAD not in expected
     _check_asked(folder, {part_of(name) for name in expected}, options)
-    inject(module, expected, options.lora)  # PEFT freezes all it finds, so before what the blocks train
+    inject(module, expected, options.lora)  # first, because PEFT freezes everything, the new blocks' factors too
     if kind in KNOWN:
         replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance)
     elif options.ep_size != 1:
@@ -63,7 +63,7 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
 
 
 def extend(config: Any, context: Extension | None) -> None:
-    """Stretch the positions of a transformers config: the one edit that keeps theta and sections."""
+    """Extend the positions of a transformers config by YaRN; theta and the sections stay."""
     if context is None:
         return
     text = config.get_text_config()
@@ -86,7 +86,7 @@ def _on_meta(config: PreTrainedConfig, options: ModelOptions) -> nn.Module:
 
 
 def _check_asked(folder: Path, parts: Collection[str], options: ModelOptions) -> None:
-    """Refuse what is asked of experts and routers that the model has not; dense parts are looked at by their own."""
+    """Raise ValueError if experts or routers train in a model without them; dense parts are checked elsewhere."""
     modes = {"experts": options.layer.experts, "router": options.layer.router.mode}
     missing = [part for part, mode in modes.items() if mode != "frozen" and part not in parts]
     if missing:
@@ -97,15 +97,15 @@ def _check_asked(folder: Path, parts: Collection[str], options: ModelOptions) ->
 
 
 def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:
-    """Freeze all but the parts named and what the layers train themselves."""
+    """Freeze everything except the parts in `train`, adapters, and the experts and routers, whose layers decide."""
     parts = {name: part_of(name) for name in empty.expected}
     unknown = sorted(set(train) - set(parts.values()) - {"head"})
     if unknown:
         raise ValueError(f"parts to train: {', '.join(unknown)} not in this model; it has {', '.join(_order(parts))}")
     if empty.tied_head and {"head", "embeddings"} & set(train):
         raise ValueError(
-            "training the head or the embedding of a model that ties them would change both; this base ties them "
-            "(tie_word_embeddings: true). Train other parts, or adapt the attention"
+            "this base ties its head and its embedding (tie_word_embeddings: true), so training either would change "
+            "both. Train other parts, or adapt the attention"
         )
     for name, parameter in empty.module.named_parameters():
         canonical = empty.canonical(name)

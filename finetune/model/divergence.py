@@ -1,6 +1,6 @@
-"""What tuning did to the answers of one packed row: loss and hits of the tuned model, and how far it is from its base.
+"""Compares the tuned model with its base on one packed row: loss and hits of both, and the divergence between them.
 
-The vocabulary's logits exist for a tile of tokens at a time, of both models at once:
+Logits over the vocabulary exist for one tile of tokens at a time, of both models at once:
 
     KL(base || tuned) = sum_v p_v (z_v - z'_v) - log sum exp z + log sum exp z'      p = softmax(z), z of the base
 """
@@ -16,25 +16,25 @@ from finetune.model.lora import adapters_off
 from finetune.model.row import Row
 
 BUFFERS = 3
-"""Logits of both models and one tensor in between share the bytes of a tile."""
+"""Tensors that share the bytes of a tile: the logits of both models and one intermediate result."""
 
 
 class Compared(NamedTuple):
-    """A row's supervised tokens; without a base its two are zeros."""
+    """Values of a row's supervised tokens; those that need a base are zeros without one."""
 
-    owners_N: Tensor  # which sample of the row each belongs to
+    owners_N: Tensor  # the sample of the row that each token belongs to
     weights_N: Tensor
     ce_N: Tensor
-    hits_N: Tensor  # whether the likeliest token is the right one
+    hits_N: Tensor  # whether the most likely token is the right one
     base_ce_N: Tensor
     kl_N: Tensor
 
 
 @torch.no_grad()
 def compare_row(packed: PackedModel, row: Row, *, with_base: bool) -> Compared:
-    """Run one row, and `with_base` once more without adapters; the head is called once. Every rank must call this.
+    """Run one row, and `with_base` once more without adapters; call the head once. Every rank must call this.
 
-    The result covers the tokens that this rank's part of the row predicts, which may end in the next part.
+    The result covers the labels that this rank's part of the row predicts; the last of them may lie in the next part.
     """
     batch, labels_N = row.batch, row.labels_N
     hidden_ND, base_ND = packed.hidden(row)[labels_N - 1 - row.part.start], None
@@ -71,7 +71,7 @@ def compare_tiles(
 
 
 def _logits(hidden_nD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 logits, less the row's largest, and the logarithm of their exponentials' sum."""
+    """Return float32 logits less each token's largest, and the logarithm of the sum of their exponentials."""
     logits_nV = (hidden_nD @ weight_VD.T).float()
     logits_nV -= logits_nV.amax(-1, keepdim=True)
     return logits_nV, logits_nV.exp().sum(-1).log()

@@ -1,4 +1,4 @@
-"""A model before its weights: what is asked of it, and what it then is."""
+"""A model without weights: the options it is built with, and its description."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from moe.parallel import LayerOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What is built. `train` names parts, as `shapes.py` does, trained in full; `layer` says it of its own."""
+    """How a model is built. `train` names the dense parts (of `shapes.py`) to train in full; `layer` has the others."""
 
     ep_size: int = 1
     layer: LayerOptions = field(default_factory=LayerOptions)
@@ -32,7 +32,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EmptyModel:
-    """A model on meta, and what its checkpoint holds: canonical name -> shape in memory."""
+    """A model on meta, and the contents of its checkpoint: canonical name -> shape in memory."""
 
     module: nn.Module
     expected: Mapping[str, Shape]
@@ -41,9 +41,9 @@ class EmptyModel:
     seed: int
     lora: Mapping[str, Lora]
     trained: tuple[str, ...]
-    """Our names of the parameters that were settled to train; a stage may pause some."""
+    """Our names of the parameters that train; a stage may pause some of them."""
     context: Extension | None = None
-    """How the base's context is extended; the config.json of what is exported says so."""
+    """How the base's context is extended; an export writes it to its config.json."""
 
     def canonical(self, name: str) -> str:
         """Return the canonical name of one of our parameters or persistent buffers."""

@@ -1,12 +1,12 @@
-"""The model as the engine sees it: `forward(batch)`, one packed row in, its losses out.
+"""The model as the engine sees it: `forward(batch)` takes one packed row and returns its losses.
 
 With a sequence group the row is shared: each rank of the group takes its slice of the tokens and its share of the
 images, and returns the losses of the labels that its tokens predict.
 
-Where a part of the tower trains or is partitioned, every rank calls it exactly once a micro-batch, with all images and
-videos of its row, or with one blank patch block where there are none. Otherwise ranks would gather different weights,
-and hang; in backward too, so what the tower made of the blank stays in the graph: no token of it is taken, its pooled
-output and every DeepStack level get zero gradients. A tower that is neither is not called for a row without media.
+If a part of the vision tower trains or is partitioned, every rank calls the tower exactly once per micro-batch: with
+all images and videos of its row, or with one blank patch block if it has none. Otherwise ranks would gather different
+weights and hang, in backward too. So the tower's output for the blank stays in the graph: no token of it is used, and
+its pooled output and every DeepStack level get zero gradients. Any other tower is not called for a row without media.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ Measure = Callable[["PackedModel", Row], Any]
 
 
 class PackedModel(nn.Module):
-    """A Qwen3-VL (or text-only) model of transformers, from a packed row to its losses.
+    """A Qwen3-VL (or text-only) model of transformers that turns a packed row into its losses.
 
     `spec` says how the base cuts images; None for a model without a tower. `sequence` is the group that shares a row,
-    set by a stage of the run: the model's attention must then be of `finetune.model.sequence_attention`. Call it as
-    `model(batch=...)`: DeepSpeed's hooks look into positional arguments, and would warn of a type they do not know.
+    set by a stage of the run: the model's attention must then be from `finetune.model.sequence_attention`. Call it as
+    `model(batch=...)`: DeepSpeed's hooks inspect positional arguments and would warn of a type they do not know.
     """
 
     model: Any
@@ -50,7 +50,7 @@ class PackedModel(nn.Module):
         tower = getattr(model.model, "visual", None)
         if (tower is None) != (spec is None):
             has = "has a vision tower" if tower is not None else "has no vision tower"
-            raise ValueError(f"the model {has}, but spec is {spec}: read_spec(base folder) gives a tower's, else None")
+            raise ValueError(f"the model {has}, but spec is {spec}: pass read_spec(base folder) for a tower, else None")
         tile_head(model)
         join_nodes(model)
         self.model = model
@@ -65,19 +65,20 @@ class PackedModel(nn.Module):
             self.sight = Sight(tower=tower, spec=spec, image_id=config.image_token_id, video_id=config.video_token_id)
         self.sequence: SequenceGroup | None = None
         self.host_from_bytes: int | None = None
-        """Inputs of layers of this size and more wait for backward in host memory; None: on the device."""
+        """Bytes from which the inputs of layers wait for backward in host memory; None: they stay on the device."""
 
     def send(self, batch: Batch, device: torch.device) -> Coming[Row]:
-        """Find what the host must know of a row, and begin to copy it to the device; call it before the forward ends.
+        """Lay out a row on the host, and start to copy it to the device; call this before the previous forward ends.
 
-        The row is laid out for the sequence group of this moment.
+        The row is laid out for the sequence group that is set at the time of the call.
         """
         return Coming(lay_out(batch, self.sequence, self.sight), device)
 
     def forward(self, batch: Batch | Row, measure: Measure | None = None) -> Any:
         """Return the losses of one packed row, or of this rank's slice; every rank must call this equally often.
 
-        With `measure`, return what that makes of the row: evaluation enters here too, where the engine's hooks are.
+        With `measure`, return its result instead. Evaluation uses this forward too, because the engine's hooks are
+        attached to it.
         """
         row = batch if isinstance(batch, Row) else self.send(batch, self.model.lm_head.weight.device).arrived()
         if measure is not None:
@@ -91,7 +92,7 @@ class PackedModel(nn.Module):
         levels = self._see(row, row.look) if row.look is not None else []
         more: dict[str, Any] = {"position_ids": positions if self.spec is not None else positions[0], **row.attention}
         if self.sequence is not None:
-            more["sequence"] = self.sequence  # transformers hands it down to the attention
+            more["sequence"] = self.sequence  # transformers passes it down to the attention
         inner = self.model.model
         with offloaded(self.host_from_bytes):
             embeds = inner.get_input_embeddings()(row.batch.input_ids[:, row.part])
@@ -99,7 +100,7 @@ class PackedModel(nn.Module):
                 pooled, *deepstack = levels
                 embeds = embeds.index_copy(1, row.look.at_N, pooled.to(embeds.dtype)[None])
                 more |= {"visual_pos_masks": row.look.at_N, "deepstack_visual_embeds": deepstack}
-            # no mask, no cache: with either, attention would leak between the samples of the row
+            # neither mask nor cache: with either, attention would leak between the samples of the row
             out = getattr(inner, "language_model", inner)(
                 inputs_embeds=embeds, attention_mask=None, use_cache=False, **more
             )
@@ -107,7 +108,7 @@ class PackedModel(nn.Module):
         return hidden_TD
 
     def _see(self, row: Row, look: Look) -> list[Tensor]:
-        """Call the tower, once, on this rank's patches or a blank; return its levels of this rank's tokens."""
+        """Call the tower once, on this rank's patches or a blank; return its levels for this rank's tokens."""
         assert self.spec is not None
         tower, batch = self.model.model.visual, row.batch
         shown = [part for part in (batch.image_patches, batch.video_patches) if len(part)]
@@ -115,7 +116,7 @@ class PackedModel(nn.Module):
         if not parts:
             parts = [_blank(batch.input_ids.device, self.spec, tower.dtype)]
         pixels = parts.pop() if len(parts) == 1 else torch.cat(parts)
-        parts.clear()  # the tower runs for long, and two copies of a row's pixels take much
+        parts.clear()  # the tower runs for a long time, and a second copy of a row's pixels takes much memory
         seen = tower(pixels, return_dict=True, **look.arguments)
         levels = [seen.pooler_output, *seen.deepstack_features]
         if look.delivery is not None and self.sequence is not None:
@@ -124,11 +125,11 @@ class PackedModel(nn.Module):
 
 
 def place_levels(language: Any) -> None:
-    """Let a text model add the tower's levels at places that are given as numbers, as no mask needs counting then."""
+    """Let a text model add the tower's levels at given indices, so that nothing waits for the count of a mask."""
     by_mask = language._deepstack_process
 
     def add(hidden: Tensor, at: Tensor, level: Tensor) -> Tensor:
-        if at.dtype == torch.bool:  # transformers' own forward, where the same model is asked
+        if at.dtype == torch.bool:  # from transformers' own forward, if the same model generates
             masked: Tensor = by_mask(hidden, at, level)
             return masked
         return hidden.index_add(1, at, level.to(hidden.dtype)[None])
@@ -137,5 +138,5 @@ def place_levels(language: Any) -> None:
 
 
 def _blank(device: torch.device, spec: VisionSpec, dtype: torch.dtype) -> Tensor:
-    """Return the smallest input the tower takes: the patches of one token, all grey."""
+    """Return the smallest input that the tower takes: the patches of one token, all grey."""
     return torch.zeros(spec.merge**2, 3 * spec.temporal * spec.patch**2, device=device, dtype=dtype)

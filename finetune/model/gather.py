@@ -1,4 +1,4 @@
-"""From partitioned ranks to a model folder: one tensor at a time is whole; experts come to rank 0 by global id."""
+"""Writes a partitioned model to a folder: gathers one tensor at a time, and sends experts to rank 0 by global id."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,12 +20,12 @@ _STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def save_model(
     empty: EmptyModel, folder: Path, base: Path, *, changed: Mapping[str, bytes] | None = None, replace: bool = False
 ) -> None:
-    """Write the trained model as a folder in the hub's layout, beside the base's own small files; every rank must call.
+    """Write the trained model, without adapters, as a folder in the hub's layout; every rank must call this.
 
-    `changed` holds those of the small files that differ from the base's; `replace` allows an earlier model there.
+    The folder gets the base's small files; `changed` holds those that differ. `replace` overwrites an earlier model.
 
-    One tensor is whole on the ranks at a time; experts come to rank 0 group by group, under their global ids, and the
-    writer refuses to finish while one is missing. Adapters are not in it.
+    Ranks gather one tensor at a time. Experts come to rank 0 group by group, under their global ids, and the writer
+    raises an error at the end if one is missing.
     """
     with ExitStack() as stack:
         writer = None

@@ -1,7 +1,7 @@
-"""The base's own answer from a model that is being tuned: every low-rank part switched off, for as long as a block.
+"""LoRA on the model: which parts are adapted and how, PEFT's layers and config for them, and the table of parts.
 
-What trains in full has no copy of its base value and stays as it is; of those a router alone keeps one, for its
-agreement statistic, and is switched too. Nothing is moved or copied.
+`adapters_off` gives the output of the base from a model that is being tuned. Parts that train in full keep no copy of
+their base values and stay as they are, except a router, which keeps one for its agreement statistic.
 """
 
 import math
@@ -30,7 +30,7 @@ from moe.start_values import generator_of, uniform_factor
 
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Leave the adapters out inside the block; every rank must enter it, as fewer weights are gathered there."""
+    """Leave the adapters out inside the block; every rank must enter it, because fewer weights are gathered there."""
     dense = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     sparse = [layer for layer in module.modules() if isinstance(layer, (GroupedExperts, Router))]
     before = [layer._disable_adapters for layer in dense], [layer.is_adapted for layer in sparse]
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
     from finetune.model.empty import EmptyModel, ModelOptions
 
 ADAPTER = "default"
-"""PEFT's name of the adapter that trains."""
+"""PEFT's name for the adapter that trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartRow:
-    """One part: how it trains, on how many tensors of the base, and parameters trained over all ranks."""
+    """One part: how it trains, how many tensors of the base that covers, and its parameters over all ranks."""
 
     part: str
     mode: str
@@ -67,7 +67,7 @@ class PartRow:
 
 
 def with_adapters(config: AdaptersConfig, options: "ModelOptions") -> "ModelOptions":
-    """Return the options with what the configuration adapts and trains; everything else in them stays."""
+    """Return the options with the adapters and trained parts of the configuration; the rest stays as it is."""
     sections = {part: getattr(config, part) for part in PARTS}
     lora = {
         part: _lora(section) for part, section in sections.items() if section.mode == "lora" and hasattr(section, "r")
@@ -103,7 +103,7 @@ def lora_targets(expected: Iterable[tuple[str, Shape]], part: str) -> list[str]:
 def inject(module: nn.Module, expected: Mapping[str, Shape], lora: Mapping[str, Lora]) -> None:
     """Put PEFT's LoRA layers around the matrices of these parts, on meta; call it before sparse blocks are replaced.
 
-    The factors have the dtype of the weights beside them, as the engine's parameters do; their masters are float32.
+    The factors have the dtype of the weights they adapt, like all parameters of the engine; their masters are float32.
     """
     targets: dict[str, list[str]] = {}
     for part in lora:
@@ -111,7 +111,7 @@ def inject(module: nn.Module, expected: Mapping[str, Shape], lora: Mapping[str, 
             raise ValueError(f"LoRA on {part}: {NO_LORA[part]}. Freeze it or train it in full")
         targets[part] = lora_targets(expected.items(), part)
         if not targets[part]:
-            raise ValueError(f"LoRA on {part}: the model has no such matrices. Leave adapters.{part} frozen")
+            raise ValueError(f"LoRA on {part}: the model has no matrices of this part. Leave adapters.{part} frozen")
     if not targets:
         return
     inject_adapter_in_model(peft_config(targets, lora), module, adapter_name=ADAPTER, low_cpu_mem_usage=True)
@@ -123,7 +123,7 @@ def inject(module: nn.Module, expected: Mapping[str, Shape], lora: Mapping[str, 
 
 
 def _finish(layer: Any, lora: Lora) -> None:
-    """Give a layer its family's dropout, of which PEFT's config has only one, and its weight's dtype."""
+    """Give a layer its part's dropout, because PEFT's config has only one for all, and its weight's dtype."""
     assert layer.scaling[ADAPTER] == lora.scale
     assert layer.r[ADAPTER] == lora.r
     layer.lora_dropout[ADAPTER] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
@@ -137,9 +137,9 @@ def peft_config(
 ) -> LoraConfig:
     """Return PEFT's own config of adapters on modules and, for a file, on bare parameters.
 
-    Ranks and scales go by family: the first of the bare parameters' gives the defaults, as PEFT warns of any pattern
-    for those; the others are patterns over full paths. rsLoRA and dropout are not named: PEFT has one switch of each
-    for all, and refuses adapters on parameters with dropout.
+    Each part has its rank and scale. Those of the first part with bare parameters are the defaults, because PEFT warns
+    of any pattern for these; the others are patterns over full paths. rsLoRA and dropout are left out: PEFT has one
+    switch of each for all adapters, and does not allow dropout with adapters on parameters.
     """
     parameters = parameters or {}
     first = lora[next(iter(parameters or targets))]
@@ -167,12 +167,12 @@ def peft_config(
 
 
 def _peft_alpha(lora: Lora) -> float:
-    """The alpha whose alpha / r is the scale."""
+    """Return the alpha for which alpha / r is the scale."""
     return lora.alpha if not lora.rslora else lora.scale * lora.r
 
 
 def _pattern_of(names: list[str], others: Iterable[str]) -> str:
-    """Return a pattern of these full paths and of none of the others: path by path where only numbers tell them."""
+    """Return a pattern of these full paths and no others; it lists each path if only numbers tell them apart."""
     short = pattern(names)
     expression = re.compile(rf"(.*\.)?({short})$")
     return "|".join(map(re.escape, names)) if any(expression.match(other) for other in others) else short
@@ -191,13 +191,13 @@ def initial_factor(canonical: str, shape: Shape, *, seed: int) -> Tensor:
 
 
 def adapted_part(canonical: str) -> str:
-    """Return the part that a canonical name belongs to, be it a base tensor's or an adapter's."""
+    """Return the part that a canonical name belongs to, whether of a base tensor or of an adapter's."""
     match = re.match(r"(.*?)(?:\.base_layer)?\.lora_[AB]\.weight$", canonical.removeprefix(PEFT_PREFIX))
     return part_of(f"{match[1]}.weight" if match else canonical.removeprefix(PEFT_PREFIX))
 
 
 def trainable_table(empty: "EmptyModel") -> list[PartRow]:
-    """Return a row for each family that the model has, in the order of `adapters:`; sharded or not, the same rows."""
+    """Return a row for each part that the model has, in the order of `adapters:`; the same rows with any sharding."""
     total: Counter[str] = Counter()
     for name, shape in empty.expected.items():
         total[part_of(name)] += math.prod(shape)
@@ -230,7 +230,7 @@ def trainable_table(empty: "EmptyModel") -> list[PartRow]:
 
 
 def table_lines(rows: Iterable[PartRow]) -> list[str]:
-    """Return the table as it is printed at start."""
+    """Return the lines of the table that is printed at start."""
     lines = [f"{'family':<18}{'mode':<8}{'tensors':>8}{'trained':>16}{'of':>18}"]
     for row in rows:
         note = f"  r {row.lora.r}, scale {row.lora.scale:g}" if row.lora else ""
@@ -239,14 +239,14 @@ def table_lines(rows: Iterable[PartRow]) -> list[str]:
 
 
 def parameter_count(module: nn.Module, name: str, parameter: nn.Parameter) -> int:
-    """Return the elements of a parameter over all ranks: the whole of what ZeRO splits, every expert of a stack."""
+    """Return the elements of a parameter over all ranks: all slices that ZeRO made, and every expert of a stack."""
     count: int = getattr(parameter, "ds_numel", parameter.numel())
     owner = module.get_submodule(name.rpartition(".")[0])
     return count * owner.num_experts // len(owner.local_experts) if isinstance(owner, GroupedExperts) else count
 
 
 def sparse_lora(module: nn.Module) -> dict[str, Lora]:
-    """Return what adapts experts and routers, read from the layers themselves."""
+    """Return the LoRA options of experts and routers, read from the layers themselves."""
     by_part: dict[str, Lora] = {}
     for layer in module.modules():
         if isinstance(layer, GroupedExperts) and layer.lora is not None:

@@ -1,10 +1,10 @@
-"""Cross entropy of the supervised tokens, without ever holding their logits: tiles of them, in one call of the head.
+"""Cross entropy of the supervised tokens without holding all their logits: tile by tile, in one call of the head.
 
-The head is one module call a micro-batch, on every rank, also without a supervised token: under ZeRO-3 a call per tile
-would gather the head more often on one rank than on another. Gradients are made in the forward, while a tile's logits
-exist, so that backward needs neither logits nor the head: what stays is one gradient per supervised token.
+The head is called once per micro-batch on every rank, even without a supervised token: under ZeRO-3 a call per tile
+would gather the head more often on one rank than on another. The forward computes gradients while a tile's logits
+exist, so that backward needs neither logits nor the head: only one gradient per supervised token is kept.
 
-Normalisation, with n_i the loss weights of sample i summed, over all samples of all ranks of a step:
+Normalisation, where n_i is the sum of the loss weights of sample i, over all samples of all ranks of a step:
 
     token   sum_i n_i mean_i / sum_i n_i             every token weighs the same
     sample  sum_i mean_i / number of samples          every sample weighs the same
@@ -28,29 +28,29 @@ Compare = Callable[[Tensor, Tensor, int], Any]
 
 
 class Losses(NamedTuple):
-    """What one micro-batch lost. `objective` is this rank's sum to back-propagate; the rest is for reports."""
+    """The losses of one micro-batch. `objective` is this rank's sum to back-propagate; the rest is for reports."""
 
     objective: Tensor  # scalar: sum over supervised tokens of weight x normalisation factor x cross entropy
-    # of a row in slices both hold this rank's labels: their sums over the group are those of the row
+    # for a row in slices both cover this rank's labels only: their sums over the group are those of the row
     ce_S: Tensor  # sum over a sample's tokens of weight x cross entropy
     weights_S: Tensor  # sum of a sample's weights: ce_S / weights_S is its mean loss
 
 
 def step_sums(sums: LossSums, device: torch.device) -> LossSums:
-    """Return the sums of a whole step from this rank's; every rank must call this once, before the first forward."""
+    """Return the sums of a step over all ranks; every rank must call this once, before the first forward."""
     tokens, samples, sqrt = sum_over_ranks([sums.tokens, sums.samples, sums.sqrt], device)
     return LossSums(tokens=tokens, samples=samples, sqrt=sqrt)
 
 
 def normaliser(sums: LossSums, how: Normalise) -> float:
-    """Return what a step's summed objectives are divided by; 0 when nothing in it is supervised."""
+    """Return the divisor of a step's summed objectives; 0 if the step has no supervised token."""
     return {"token": sums.tokens, "sample": sums.samples, "sqrt": sums.sqrt}[_known(how)]
 
 
 def factors(weights_T: Tensor, sample_ids_T: Tensor, samples: int, how: Normalise) -> tuple[Tensor, Tensor]:
-    """Return what each token's cross entropy is multiplied by, and the sum of each sample's weights.
+    """Return the factor of each token's cross entropy, and the sum of each sample's weights.
 
-    Both in float32; a row of which a rank holds a slice needs the weights of the whole row here.
+    Both are float32. For a row in slices, pass the weights of the entire row.
     """
     owned_T, owner_T = sample_ids_T >= 0, sample_ids_T.clamp(min=0).long()
     weights_T = weights_T.double() * owned_T
@@ -61,10 +61,10 @@ def factors(weights_T: Tensor, sample_ids_T: Tensor, samples: int, how: Normalis
 
 
 def row_losses(head: nn.Module, hidden_TD: Tensor, row: Row, how: Normalise) -> Losses:
-    """Return a row's losses from the last hidden states of this rank's tokens; calls the head exactly once.
+    """Return a row's losses from the last hidden states of this rank's tokens; call the head exactly once.
 
-    They are those of the labels that these tokens predict: the first label behind a slice is its last token's. Factors
-    are made from the whole row's weights.
+    They cover the labels that these tokens predict: the last token of a slice predicts the first label after it. The
+    factors are computed from the weights of the entire row.
     """
     batch, labels_N = row.batch, row.labels_N
     weights_T, ids_T = batch.loss_weights[0], batch.input_ids[0]
@@ -89,22 +89,22 @@ def step_loss(rows: Sequence[Losses], total: float) -> tuple[float, list[float]]
 
 def _known(how: str) -> str:
     if how not in ("token", "sample", "sqrt"):
-        raise ValueError(f"loss.normalise: {how!r} is not one of token, sample, sqrt")
+        raise ValueError(f"loss.normalise must be one of token, sample, sqrt, got {how!r}")
     return how
 
 
 def tile_head(model: Any, *, tile_bytes: int = LOSS_TILE_BYTES) -> None:
-    """Let the model's head compute losses too; its weight, its name and what it makes of one argument stay."""
+    """Let the model's head compute losses too; its weight, its name and its logits for one argument stay the same."""
     head = model.lm_head
     if isinstance(head, TiledHead):
         return
     if type(head) is not nn.Linear or head.bias is not None:
         bias = " with a bias" if type(head) is nn.Linear else ""
         raise ValueError(
-            f"the model's head is a {type(head).__name__}{bias}; the tiled loss needs a linear layer without bias. "
+            f"the model's head is a {type(head).__name__}{bias}, but the tiled loss needs a linear layer without bias. "
             f"Freeze the head or train it in full: it takes no adapter"
         )
-    head.__class__ = TiledHead  # the same module: whatever refers to it, or to its weight, still does
+    head.__class__ = TiledHead  # the same module, so that references to it and to its weight stay valid
     head.tile_bytes = tile_bytes
 
 
@@ -116,7 +116,7 @@ def _to_exponentials(logits_nV: Tensor, label_n1: Tensor) -> Tensor:
 
 
 class TiledHead(nn.Linear):
-    """The vocabulary head. With labels it returns the weighted sum of cross entropies, and each one's own value."""
+    """The vocabulary head. With labels it returns the weighted sum of cross entropies, and each of them."""
 
     tile_bytes: int
 
@@ -130,7 +130,7 @@ class TiledHead(nn.Linear):
     ) -> Any:
         """Return logits for hidden states alone, else (sum of weight x cross entropy, cross entropy of each).
 
-        `compare` takes its place where the weight is whole: it gets hidden states, weight and the bytes of a tile.
+        With `compare`, return its result for hidden states, the gathered weight and the bytes of a tile.
         """
         if compare is not None:
             return compare(hidden_ND, self.weight, self.tile_bytes)
@@ -144,7 +144,7 @@ class TiledHead(nn.Linear):
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Losses and their gradients, a tile of tokens at a time; softmax and sums in float32, products in the weights'."""
+    """Losses and their gradients, tile by tile; softmax and sums in float32, products in the dtype of the weights."""
 
     @staticmethod
     def forward(
@@ -158,12 +158,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ce_N = torch.empty_like(labels_N, dtype=torch.float32)
         grad_ND = torch.empty_like(hidden_ND) if needed[0] else None
-        # of a frozen head nothing is made; a trained one's tiles are added up in float32
+        # none for a frozen head; the tiles of a trained one are added up in float32
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needed[1] else None
         count, vocab = len(labels_N), weight_VD.shape[0]
         rows = min(max(1, tile_bytes // (4 * vocab)), count)
-        # One buffer for all tiles, changed in place: logits, then exponentials, then gradients of the logits. A second
-        # one in the type of the products, where that is not float32.
+        # One buffer for all tiles, changed in place: logits, then exponentials, then gradients of the logits. There is
+        # a second one in the dtype of the products if that is not float32.
         wide = torch.empty(rows, vocab, dtype=torch.float32, device=hidden_ND.device)
         narrow = wide if weight_VD.dtype == torch.float32 else torch.empty_like(wide, dtype=weight_VD.dtype)
         for first in range(0, count, max(rows, 1)):
@@ -191,7 +191,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        assert not ctx.scaled, "the gradients made in forward are scaled in place: one backward a forward"
+        assert not ctx.scaled, "the gradients made in forward are scaled in place: only one backward per forward"
         ctx.scaled = True
         grad_ND, grad_VD = (made if made is None else made.mul_(grad) for made in ctx.saved_tensors)
         return grad_ND, grad_VD, None, None, None, None

@@ -1,12 +1,12 @@
-"""What a decoder layer does around its kernels, each piece as one node of the graph.
+"""The small operations around a decoder layer's kernels, joined: each group of them is one node of the graph.
 
-transformers' norms and rotary positions, and PEFT's LoRA, are chains of small operations, and autograd keeps what each
-of them reads. To call an operation, to keep a tensor and to find it again under recompute is work of the host, and with
-short rows the device waits for it. Here a piece keeps its input and little else. Results and gradients are those of the
-chains to the bit: the same operations in the same order, without those that change nothing. So a node takes an input
-twice where a chain has two gradients for it, as autograd adds these up one by one.
+transformers' norms and rotary positions, and PEFT's LoRA, are chains of small operations, and autograd keeps the inputs
+of each. Calling an operation, saving a tensor and finding it again under recompute costs host time, and with short rows
+the device waits for the host. Here a node keeps its input and little else. Results and gradients equal those of the
+chains bit for bit: the operations and their order are the same, without those that change nothing. So a node takes an
+input twice where a chain has two gradients for it, because autograd adds these up one by one.
 
-Weights are not among what a node saves: each would pass a recompute's hooks, and they live longer than any node.
+A node does not save weights: each would pass through a recompute's hooks, and they live longer than any node anyway.
 Suffixes: T tokens, H heads, d head size.
 """
 
@@ -24,13 +24,13 @@ from finetune.model.lora import ADAPTER
 Grads = tuple[Tensor | None, ...]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
-"""By these a text model's attention is known; the tower's has one projection for all three."""
+"""Modules by which a text model's attention is recognised; the tower's has one projection for all three."""
 CACHES = ("cache", "past_key_values")
-"""What transformers calls the keys and values of former tokens."""
+"""Names that transformers gives to the keys and values of earlier tokens."""
 
 
 def join_nodes(model: nn.Module) -> None:
-    """Let a model's RMS norms, text attention and dense LoRA compute so: the same modules, weights and names."""
+    """Let a model's RMS norms, text attention and dense LoRA use these nodes; modules, weights and names stay."""
     module: Any
     for module in list(model.modules()):
         if type(module).__name__.endswith("RMSNorm"):
@@ -70,23 +70,23 @@ class _Norm(torch.autograd.Function):
         first, second, of_weight = _norm_back(grad, x, ctx.weight, scale)
         if x.dtype == torch.float32:
             return first, second, of_weight, None
-        return first.add_(second).to(x.dtype), None, of_weight, None  # a chain adds them up before it narrows
+        return first.add_(second).to(x.dtype), None, of_weight, None  # a chain adds them up in float32, then casts
 
 
 def _norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Return the normed x, and what each token was scaled by."""
+    """Return the normalised x, and the scale of each token."""
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * (wide * scale).to(x.dtype), scale
 
 
 def _norm_back(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of x as what is scaled and as what it is scaled by, and of a weight that trains."""
+    """Return the gradient of x through the product, that through the scale, and that of a weight that trains."""
     wide, of_weight = x.float(), None
     if weight.requires_grad:
         of_weight = (grad * (wide * scale).to(x.dtype)).sum_to_size(weight.shape)
     grad = (grad * weight).float()
-    # a chain has the factors -1/2 and 2 as well, which round nothing
+    # a chain also has the factors -1/2 and 2, which cause no rounding
     of_square = (grad * wide).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(-x.shape[-1])
     return grad.mul_(scale), wide * of_square, of_weight
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
     """transformers' attention over text, with one node for the norms of queries and keys and their rotary positions."""
 
     plain: Any
-    """transformers' class of this module."""
+    """The class that transformers gave this module."""
 
     def forward(
         self,
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         attention_mask: Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """Return what attention makes of the hidden states; what is not of training is transformers' own."""
+        """Return the attention output and scores; calls that training does not make go to transformers' own forward."""
         this: Any = self  # with the attributes of transformers' class
         norms = (this.q_norm, this.k_norm)
         attend = ALL_ATTENTION_FUNCTIONS.get(this.config._attn_implementation)
@@ -133,7 +133,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 class _Turned(torch.autograd.Function):
-    """Queries and keys [.., T, H, d], normed and turned by their positions."""
+    """Normalises queries and keys [.., T, H, d] and rotates them by their positions."""
 
     @staticmethod
     def forward(
@@ -159,7 +159,7 @@ class _Turned(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x; the first half of `sin` is negative."""
+    """Rotate x; the first half of `sin` is negated."""
     return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 
@@ -168,10 +168,10 @@ def _turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DenseLora(LoraLinear):  # type: ignore[misc]  # peft is untyped
-    """PEFT's LoRA around a linear layer; PEFT's own forward where it has more to do, or hooks want a part called."""
+    """PEFT's LoRA around a linear layer; it uses PEFT's forward if that does more, or if a part has hooks."""
 
     parts: tuple[Any, Any, Any]
-    """The frozen layer, and those of both factors."""
+    """The frozen layer, and the layers of both factors."""
     drops: bool
     scale: float
 
@@ -191,7 +191,7 @@ class _Lora(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, _: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float
     ) -> Tensor:
-        assert not any(ctx.needs_input_grad[4:6]), "the layer that LoRA adapts is frozen"
+        assert not any(ctx.needs_input_grad[4:6]), "the layer that LoRA adapts must be frozen"
         thin = F.linear(x, a)
         ctx.save_for_backward(x, thin)
         ctx.weights, ctx.scale = (a, b, weight), scale

@@ -1,8 +1,8 @@
-"""What waits for backward, in host memory: the inputs of the decoder layers under recompute.
+"""Recompute of the decoder layers, and host memory for the inputs that they keep until backward.
 
-Such a layer keeps its input and little else, and over a long row the inputs of all layers together are what fills the
-device. Here they go to the host in forward, and come back when the layer's turn comes; what a layer keeps besides goes
-the same way (`moe.recompute.contexts`).
+A layer under recompute keeps its input and little else, and with a long row the inputs of all layers together fill the
+device. Here they move to the host in forward, and back for the layer's backward; other tensors that a layer keeps move
+in the same way (`moe.recompute.contexts`).
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from moe.recompute import KEPT, checkpointed, contexts
 
 @contextmanager
 def offloaded(least_bytes: int | None) -> Iterator[None]:
-    """Let the operations inside keep values of so many bytes and more in host memory; None: all stay.
+    """Let the operations inside keep tensors of at least `least_bytes` in host memory; None: all stay on the device.
 
-    What a layer under recompute saves itself is not seen here, only its inputs. Weights stay where they are.
+    This covers the inputs of a layer under recompute, not the tensors it saves itself. Weights stay where they are.
     """
     if least_bytes is None:
         yield
@@ -42,25 +42,25 @@ def offloaded(least_bytes: int | None) -> Iterator[None]:
 def set_recompute(
     model: Any, mode: Literal["none", "layer", "selective", "auto"], *, host_from_bytes: int | None = None
 ) -> None:
-    """Recompute every decoder layer, and vision block that trains, in `layer` or `selective`; none in `none`.
+    """Recompute every decoder layer, and every vision block that trains, in mode `layer` or `selective`.
 
-    What layers keep, from `host_from_bytes` on, waits in host memory; None: on the device. Non-reentrant: hooks run
-    once a pass, and a layer whose input needs no gradient still trains.
+    Tensors of at least `host_from_bytes` that layers keep wait in host memory; None: on the device. The recompute is
+    non-reentrant: hooks run once per pass, and a layer whose input needs no gradient still trains.
     """
     if mode == "auto" or mode not in ("none", *KEPT):
-        raise ValueError(f"parallel.recompute: {mode!r} is not one of none, {', '.join(KEPT)}")
+        raise ValueError(f"parallel.recompute must be one of none, {', '.join(KEPT)}, got {mode!r}")
     deepep = [m.name for m in model.modules() if getattr(getattr(m, "options", None), "dispatch", None) == "deepep"]
     if mode == "selective" and deepep:
         raise ValueError(
-            "parallel.recompute: selective keeps what the all-to-all brought, but moe.dispatch: deepep exchanges in "
-            "buffers that cannot be kept. Use parallel.recompute: layer, or moe.dispatch: all_to_all"
+            "parallel.recompute: selective keeps the rows that the all-to-all received, but moe.dispatch: deepep "
+            "receives them in buffers that cannot be kept. Use parallel.recompute: layer, or moe.dispatch: all_to_all"
         )
     if mode == "none":
         model.activation_checkpointing_disable()
         return
     run = partial(checkpointed, context_fn=contexts(mode, host_from_bytes=host_from_bytes), draws=draws(model))
-    # not by transformers' public switch: it makes the embeddings require a gradient, for reentrant checkpoints, and
-    # below a frozen base that is a backward through the first layer for nothing
+    # not through transformers' public switch: for reentrant checkpoints it makes the embeddings require a gradient,
+    # and with a frozen base that costs a useless backward through the first layer
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
     tower = getattr(getattr(model, "model", None), "visual", None)
     if tower is not None and not any(p.requires_grad for p in tower.parameters()):
@@ -70,7 +70,7 @@ def set_recompute(
 
 
 def draws(model: nn.Module) -> bool:
-    """Say whether the model draws random numbers while it trains, which a second pass must draw again."""
+    """Return whether the model draws random numbers in training, which a second pass must draw again."""
     return any(
         (isinstance(module, nn.Dropout) and module.p > 0)
         or getattr(module, "attention_dropout", 0.0) > 0

@@ -1,4 +1,4 @@
-"""Frozen weights as buffers: ZeRO does not see them, so nothing is gathered, and each rank holds them whole."""
+"""Frozen weights as buffers: ZeRO does not see them, so nothing is gathered, and each rank holds complete tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ from torch import nn
 
 
 def frozen_bytes(module: nn.Module) -> int:
-    """Return what the frozen parameters of this rank weigh, whole; a tied one once."""
+    """Return the bytes of this rank's frozen parameters, unpartitioned; a tied one counts once."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
 def make_resident(module: nn.Module) -> list[str]:
     """Turn each frozen parameter into a buffer of the same name, and return the names; state-dict keys are unchanged.
 
-    Call it when it is settled what trains, before the engine starts. Tied weights stay tied.
+    Call it once the trainable parameters are chosen, before the engine starts. Tied weights stay tied.
     """
     made = []
     for prefix, owner in module.named_modules():
@@ -31,7 +31,7 @@ def make_resident(module: nn.Module) -> list[str]:
 
 
 def _as_buffer(parameter: nn.Parameter) -> torch.Tensor:
-    """Return one plain tensor per parameter, however often it is tied."""
+    """Return the plain tensor of a parameter, the same one for each tied use."""
     known: torch.Tensor | None = getattr(parameter, "resident_tensor", None)
     if known is None:
         known = parameter.data
@@ -40,9 +40,9 @@ def _as_buffer(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _answer_from_buffers(owner: nn.Module) -> None:
-    """Let `owner.dtype` and `owner.device` look at buffers where no parameter is left to look at.
+    """Let `owner.dtype` and `owner.device` read from buffers if the module has no parameter left.
 
-    transformers' models read both from their first parameter (the vision tower's decides what images are cast to).
+    transformers' models read both from their first parameter (the vision tower's decides the dtype of images).
     """
     kind = type(owner)
     asks = [name for name in ("dtype", "device") if isinstance(getattr(kind, name, None), property)]
@@ -59,5 +59,5 @@ def _asks_largest_buffer(name: str) -> Callable[[nn.Module], Any]:
 
 
 def _largest_buffer(module: nn.Module) -> torch.Tensor:
-    """Return the buffer that speaks for the weights: small float32 tables (rotary frequencies) do not."""
+    """Return the buffer that stands for the weights; small float32 tables (rotary frequencies) must not."""
     return max((b for b in module.buffers() if b.is_floating_point()), key=lambda b: b.numel())

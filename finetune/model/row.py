@@ -1,8 +1,8 @@
-"""A packed row as the forward takes it, with all that the host must know of its values found before it leaves.
+"""A packed row as the forward takes it, with every value that the host needs computed before the row is copied.
 
-A host that asks the device for a value waits until all work queued so far is done, and queues none meanwhile. So
-borders, label places, and what the tower works out of grids, are found where the data made the row: on the CPU. All
-of it crosses in one copy out of page-locked memory, beside the work of the row before.
+A host that reads a value from the device waits until all queued work is done, and queues none meanwhile. So borders,
+label places and the tower's arguments are computed on the CPU, where the data loader made the row. All of it is copied
+to the device in one transfer from page-locked memory, while the device works on the previous row.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,43 +21,46 @@ from finetune.model.sight import Look, Sight
 T = TypeVar("T")
 
 ALIGN_BYTES = 16
-"""Of a tensor in the one buffer that crosses."""
+"""Alignment of a tensor in the one buffer that is copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one forward of one rank takes: a divisible row, and the part of its tokens that is this rank's."""
+    """The input of one forward on one rank: a divisible row, and the slice of its tokens that belongs to this rank."""
 
     batch: Batch
-    """The whole row's tokens, but only those patches that this rank looks at."""
+    """All tokens of the row, but only the patches that this rank's tower call takes."""
     part: slice
     borders: tuple[int, ...]
-    """The row's `cu_seq_lens` again, for an attention that goes from sample to sample on the host."""
+    """The row's `cu_seq_lens` as numbers, for an attention that loops over samples on the host."""
     labels_N: Tensor
     """Places in the row of the supervised tokens that this rank's tokens predict, in their order."""
     look: Look | None
-    """What the tower is called with; None: it is not called."""
+    """The call of the tower; None: it is not called."""
 
     @property
     def valid_T(self) -> Tensor:
-        """Which of this rank's tokens belong to a sample, in the order the routers see them."""
+        """A mask of this rank's tokens that belong to a sample, in the order in which the routers see them."""
         return self.batch.sample_ids[0, self.part] >= 0
 
     @property
     def attention(self) -> dict[str, Any]:
-        """What attention over the row is told of its samples."""
+        """The keyword arguments by which attention learns the borders of the row's samples."""
         return {**self.batch.attention, "borders": self.borders}
 
 
 def lay_out(batch: Batch, group: SequenceGroup | None = None, sight: Sight | None = None) -> Row:
-    """Find on the CPU what a row's forward needs to know; `sight` is None for a model without a tower."""
+    """Compute on the CPU everything that a row's forward needs; `sight` is None for a model without a tower."""
     batch = divisible(batch, group)
     part = own_part(batch, group)
     look = None
     if sight is not None:
         batch, look = sight.look(batch, part, group)
     elif len(batch.image_patches) or len(batch.video_patches):
-        raise ValueError(f"images or videos, but the model has no vision tower: {', '.join(batch.keys)}")
+        raise ValueError(
+            f"samples have images or videos, but the model has no vision tower: {', '.join(batch.keys)}. "
+            f"Use a vision-language base, or data without media"
+        )
     labels_N = label_places(batch)
     predicted = (labels_N > part.start) & (labels_N <= part.stop)  # a label is predicted by the token before it
     return Row(
@@ -66,7 +69,7 @@ def lay_out(batch: Batch, group: SequenceGroup | None = None, sight: Sight | Non
 
 
 class Coming(Generic[T]):
-    """Something made of tensors, under way to a device since this was made; on the CPU it is there, and not copied."""
+    """An object that contains tensors, on its way to a device since construction; for the CPU nothing is copied."""
 
     def __init__(self, thing: T, device: torch.device) -> None:
         self._thing, self._device = thing, device
@@ -82,7 +85,7 @@ class Coming(Generic[T]):
             self._bytes = buffer.to(device, non_blocking=True)
 
     def arrived(self) -> T:
-        """Return it on the device; work queued on the present stream from now on waits for it, the host does not."""
+        """Return the object on the device; work queued later on the current stream waits for it, the host does not."""
         if self._bytes is None:
             return self._thing
         buffer, tensors = self._bytes, _tensors(self._thing)
@@ -96,7 +99,7 @@ class Coming(Generic[T]):
 
 
 def _ends(tensors: list[Tensor]) -> Iterator[int]:
-    """Where each tensor ends in the buffer, rounded up so that the next one is aligned."""
+    """Yield where each tensor ends in the buffer, rounded up so that the next one is aligned."""
     end = 0
     for tensor in tensors:
         end += -(-tensor.numel() * tensor.element_size() // ALIGN_BYTES) * ALIGN_BYTES
@@ -104,7 +107,7 @@ def _ends(tensors: list[Tensor]) -> Iterator[int]:
 
 
 def _view(buffer: Tensor, end: int, like: Tensor) -> Tensor:
-    """The bytes of the buffer that end there, as a tensor of this shape."""
+    """Return the bytes of the buffer that end at `end`, as a tensor like `like`."""
     size = like.numel() * like.element_size()
     first = end - -(-size // ALIGN_BYTES) * ALIGN_BYTES
     return buffer[first : first + size].view(like.dtype).view(like.shape)
@@ -122,7 +125,7 @@ def _tensors(thing: Any) -> list[Tensor]:
 
 
 def _with_tensors(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same, with each tensor changed; dataclasses and mappings are looked into, in their order."""
+    """Return the same object with each tensor changed, also those inside dataclasses and mappings, in their order."""
     if isinstance(thing, Tensor):
         return change(thing)
     if isinstance(thing, dict):
@@ -138,5 +141,5 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _beside(device: torch.device) -> AbstractContextManager[Any]:
-    """Copy on a stream of its own, so that it need not wait for what is queued."""
+    """Copy on a separate stream, so that the copy need not wait for queued work."""
     return torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext()

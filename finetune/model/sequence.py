@@ -2,13 +2,13 @@
 
 Groups are `sp` contiguous ranks of the data-parallel world, independent of the expert-parallel groups. All ranks of a
 group read the same rows (data_rank = rank // sp); each keeps one slice of the tokens, with its positions, labels and
-padding mask. Everything but attention works on tokens one by one and needs no other slice; attention exchanges heads
-for tokens (`sequence_attention`), the vision tower's images are shared out (`sequence_vision`).
+padding mask. Everything except attention works on single tokens and needs no other slice. Attention exchanges heads
+for tokens (`sequence_attention`); the images for the vision tower are divided among the ranks (`sequence_vision`).
 
-A row is padded to a multiple of sp behind its end, so that slices are equal. A label is predicted by the token before
-it, which may be the last of the slice before: every rank has the whole row's labels, and takes those that its own
+A row is padded at its end to a multiple of sp, so that slices are equal. The token before a label predicts it, which
+may be the last token of the previous slice: every rank has the labels of the entire row, and takes those that its own
 tokens predict. Each label then counts once over the group, and the scale contract of `ranks.engine` needs no change:
-local sums over all ranks are the sum over all rows. What a *row* counts (tokens, samples) counts on the group's first
+local sums over all ranks are the sum over all rows. Counts of a *row* (tokens, samples) are taken on the group's first
 rank only.
 """
 
@@ -25,7 +25,7 @@ from finetune.ranks.collectives import rank_and_world
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceGroup:
-    """The ranks that share this rank's rows; `rank` is the number of this one's slice."""
+    """The ranks that share this rank's rows; `rank` is the number of this rank's slice."""
 
     size: int
     rank: int
@@ -33,15 +33,15 @@ class SequenceGroup:
 
 
 def sequence_group(sp: int) -> SequenceGroup | None:
-    """Make the groups of `sp` contiguous ranks and return this rank's; None for whole rows. Every rank must call this.
+    """Make groups of `sp` contiguous ranks and return this rank's, or None if `sp` is 1. Every rank must call this.
 
-    The groups are new ones: no collective of the engine or of the experts is ordered by theirs.
+    The groups are new, so that their collectives are not ordered with those of the engine or of the experts.
     """
     rank, world = rank_and_world()
     if sp < 1 or world % sp:
         raise ValueError(
-            f"parallel.sp: {sp} must divide the {world} ranks, as each group of so many holds one row. "
-            f"Set parallel.sp=1 for whole rows"
+            f"parallel.sp: {sp} must divide the {world} ranks, because each group of {sp} ranks shares one row. "
+            f"Set parallel.sp=1 for one row per rank"
         )
     if sp == 1:
         return None
@@ -55,12 +55,12 @@ def sequence_group(sp: int) -> SequenceGroup | None:
 
 
 def sequence_groups(sizes: Iterable[int]) -> dict[int, SequenceGroup | None]:
-    """The groups of each size that a run uses; every rank must call this."""
+    """Make the groups of each size that a run uses; every rank must call this."""
     return {sp: sequence_group(sp) for sp in sorted(set(sizes))}
 
 
 def divisible(batch: Batch, group: SequenceGroup | None) -> Batch:
-    """The row with as many tokens behind it as make it divide: a segment of their own, owned by no sample."""
+    """Return the row padded to a multiple of the group's size; the padding is a segment that belongs to no sample."""
     tokens = batch.input_ids.shape[1]
     more = 0 if group is None else -tokens % group.size
     if not more:
@@ -78,7 +78,7 @@ def divisible(batch: Batch, group: SequenceGroup | None) -> Batch:
 
 
 def own_part(batch: Batch, group: SequenceGroup | None) -> slice:
-    """The tokens of a divisible row that this rank holds."""
+    """Return the tokens of a divisible row that this rank holds."""
     tokens = batch.input_ids.shape[1]
     if group is None:
         return slice(0, tokens)
@@ -87,7 +87,7 @@ def own_part(batch: Batch, group: SequenceGroup | None) -> slice:
 
 
 def counted_once(step: Step, group: SequenceGroup | None) -> Step:
-    """The step with what its rows count, on the first rank of a group; the same rows without it on the others."""
+    """Return the step with its counts on the first rank of a group, and with the same rows but no counts on others."""
     if group is None or group.rank == 0:
         return step
     return replace(step, sums=LossSums(), bad=(), notes=(), tokens=0, images=0, video_seconds=0.0)

@@ -1,9 +1,9 @@
-"""Attention over rows in slices (Ulysses): each rank gets all tokens for some heads, attends, and gives the heads back.
+"""Attention over rows in slices (Ulysses): each rank gets all tokens for some heads, attends, and sends them back.
 
-One all-to-all brings queries, keys and values together, one takes the result home; both are functional and
-differentiable, so backward sends the gradients the other way. Where there are more slices than key and value heads,
-these are repeated: each rank needs those of its queries over the whole row. The whole row's borders come as the four
-variable-length arguments, so attention inside the samples is computed by the same code as for whole rows.
+One all-to-all collects queries, keys and values, and one returns the result; both are functional and differentiable,
+so backward sends the gradients the other way. If there are more slices than key and value heads, these are repeated:
+each rank needs those of its queries over the entire row. The borders of the entire row come as the four variable-length
+arguments, so the same code computes attention inside the samples as for rows that are not sliced.
 
 Suffixes: H heads, h heads of one rank, T tokens of the row, t of the slice, d head size, S slices.
 """
@@ -27,20 +27,20 @@ NAMES: dict[AttentionName, str] = {
     "sdpa": "sequence_masked",
     "flash_attention_2": "sequence_kernel",
 }
-"""What transformers calls attention over slices, by the attention that computes it."""
+"""Names under which transformers knows attention over slices, by the attention that computes it."""
 
 
 def use_sequence(model: Any, sizes: Iterable[int], attention: AttentionName) -> None:
-    """Let the text model attend over slices, of as many ranks as a call says, or over whole rows.
+    """Let the text model attend over slices, if a call gives it a sequence group, or over complete rows.
 
-    The tower, which sees whole images, stays as it is.
+    The tower stays as it is, because it sees complete images.
     """
     heads = model.config.get_text_config().num_attention_heads
     wrong = [sp for sp in sizes if heads % sp]
     if wrong:
         raise ValueError(
-            f"parallel.sp: {wrong[0]} must divide the {heads} attention heads, as each rank of a group attends with "
-            f"its share of them"
+            f"parallel.sp: {wrong[0]} must divide the {heads} attention heads, because each rank of a group computes "
+            f"an equal share of them. Set parallel.sp to a divisor of {heads}"
         )
     for name, registered in NAMES.items():
         ALL_ATTENTION_FUNCTIONS.register(registered, _attention(name))
@@ -49,7 +49,7 @@ def use_sequence(model: Any, sizes: Iterable[int], attention: AttentionName) -> 
 
 
 def key_copies(kv_heads: int, slices: int) -> int:
-    """How often each key and value head is repeated so that every slice gets its own."""
+    """Return how often each key and value head is repeated so that every slice gets one of its own."""
     return slices // gcd(kv_heads, slices)
 
 
@@ -78,7 +78,7 @@ def _attention(name: AttentionName) -> Callable[..., tuple[Tensor, None]]:
 
 
 def _heads_for_tokens(tensors: list[Tensor], group: SequenceGroup) -> list[Tensor]:
-    """From [1, H, t, d] with all heads of a slice to [1, h, T, d] with some heads of the row; one exchange for all."""
+    """Turn [1, H, t, d], all heads of a slice, into [1, h, T, d], some heads of the row; one exchange for all."""
     parts = [x[0].reshape(group.size, -1, *x.shape[2:]) for x in tensors]  # [S, h, t, d]
     ones = [1] * group.size
     came_Shtd = exchange(torch.cat(parts, dim=1), ones, ones, group.ranks)
@@ -87,7 +87,7 @@ def _heads_for_tokens(tensors: list[Tensor], group: SequenceGroup) -> list[Tenso
 
 
 def _tokens_for_heads(out: Tensor, group: SequenceGroup) -> Tensor:
-    """From [1, T, h, d] to [1, t, H, d]: the way back."""
+    """Turn [1, T, h, d] back into [1, t, H, d]."""
     ones = [1] * group.size
     came_Sthd = exchange(out[0].reshape(group.size, -1, *out.shape[2:]), ones, ones, group.ranks)
     return came_Sthd.transpose(0, 1).flatten(1, 2)[None]
@@ -105,9 +105,9 @@ def _masked(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """sdpa with a mask: tokens see the ones before them in their own sample."""
+    """Call sdpa with a mask, so that a token sees only earlier tokens of its own sample."""
     if cu_seq_lens_q is None:
-        raise ValueError(f"{NO_BORDERS}: its samples would see each other. Hand the model all of Batch.attention")
+        raise ValueError(f"{NO_BORDERS}: its samples would see each other. Pass all of Batch.attention to the model")
     at_T = torch.arange(query.shape[2], device=query.device, dtype=cu_seq_lens_q.dtype)
     sample_T = torch.searchsorted(cu_seq_lens_q, at_T, right=True)
     mask_TT = (sample_T[:, None] == sample_T) & (at_T[:, None] >= at_T)

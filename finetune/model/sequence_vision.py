@@ -1,9 +1,9 @@
-"""A row's images and videos, shared out over the ranks of its sequence group instead of seen by each of them.
+"""Divides a row's images and videos among the ranks of its sequence group, instead of showing all of them to each rank.
 
-The tower attends inside one frame only, and a frame's positions do not depend on its time, so that a video can be cut
-between frames. Frames go to the ranks in their order, cut where patches are closest to even. Every rank calls the tower
-exactly once, with a blank where it has no frame. What it made of them, with every DeepStack level, then goes to the
-ranks whose slices hold the tokens, in one differentiable all-to-all.
+The tower attends inside one frame only, and a frame's positions do not depend on its time, so a video can be cut
+between frames. Frames go to the ranks in order, cut where the numbers of patches are closest to even. Every rank calls
+the tower exactly once, with a blank if it has no frame. One differentiable all-to-all then sends the tower's outputs,
+with every DeepStack level, to the ranks whose slices hold the tokens.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A contiguous run of the row's frames: `first` and `last` count patches, `grids` is what the tower takes."""
+    """A contiguous run of the row's frames: `first` and `last` count patches, `grids` is the tower's input."""
 
     first: int
     last: int
@@ -30,17 +30,17 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """Which of the tower's tokens go where: `order` are mine sorted by receiver, as rows of what I made."""
+    """Where the tower's tokens go: `order` sorts the rows of this rank's output by the rank that receives them."""
 
     order: Tensor
     send: list[int]
     receive: list[int]
     total: int
-    """Visual tokens of the whole row."""
+    """Visual tokens of the entire row."""
 
 
 def shares(grids: Sequence[Grid], size: int) -> list[Share]:
-    """Cut the frames of a row's images and videos (in the tower's order) into `size` runs of about as many patches."""
+    """Cut the frames of a row's images and videos (in the tower's order) into `size` runs with about equal patches."""
     frames = [(item, height * width) for item, (count, height, width) in enumerate(grids) for _ in range(count)]
     ends = [0]
     for _, patches in frames:
@@ -56,9 +56,9 @@ def shares(grids: Sequence[Grid], size: int) -> list[Share]:
 
 
 def delivery(at_N: Tensor, runs: Sequence[Share], group: SequenceGroup, *, part: slice, merge: int) -> Delivery:
-    """Plan the way of each visual token, from the rank that saw it to the one whose slice holds its place.
+    """Plan the path of each visual token, from the rank whose tower made it to the rank whose slice contains its place.
 
-    `at_N` are the places in the whole row, in the tower's order; `part` is this rank's slice. All of it on the CPU.
+    `at_N` holds the places in the entire row, in the tower's order; `part` is this rank's slice. All on the CPU.
     """
     receiver_N = at_N // (part.stop - part.start)
     made = torch.tensor([(run.last - run.first) // merge**2 for run in runs])
@@ -73,9 +73,9 @@ def delivery(at_N: Tensor, runs: Sequence[Share], group: SequenceGroup, *, part:
 
 
 def deliver(levels: Sequence[Tensor], plan: Delivery, group: SequenceGroup) -> list[Tensor]:
-    """Send each level's rows to their slices; what arrives is in the tower's order. Every rank of a group must call it.
+    """Send each level's rows to their slices, in the tower's order; every rank of a group must call this.
 
-    `levels` are the tower's outputs of the same tokens; a blank's rows are behind `order` and stay, with their graph.
+    `levels` are the tower's outputs of the same tokens; a blank's rows are not in `order` and stay, with their graph.
     """
     rows_ND = torch.cat(list(levels), dim=1)[plan.order]
     if plan.total:

@@ -1,8 +1,8 @@
-"""What the tower is shown of a row, and where what it sees belongs: found on the CPU, before the row leaves.
+"""The vision tower's input for a row, and the places of its output, computed on the CPU before the row is copied.
 
-transformers' tower makes its borders, rotary positions and interpolation from the grids, and waits for the device some
-ten times on the way. It takes all of them ready made, under the names below. Its patch embedding is computed as the
-product that it is.
+transformers' tower computes its borders, rotary positions and interpolation from the grids, and waits for the device
+about ten times meanwhile. It also accepts all of them precomputed, under the names below. Its patch embedding is
+computed as a matrix product.
 """
 
 from dataclasses import dataclass, replace
@@ -28,16 +28,16 @@ class Look:
     """One call of the tower."""
 
     arguments: dict[str, Any]
-    """What the tower would else make of the grids."""
+    """The arguments that the tower would otherwise compute from the grids."""
     at_N: Tensor
-    """Where the tower's tokens belong in this rank's slice: images' first, then videos', as the tower has them."""
+    """Places of the tower's tokens in this rank's slice: images first, then videos, in the tower's order."""
     delivery: Delivery | None
-    """How they get there, where a row is shared."""
+    """How the tokens get there if the row is shared, else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """A model's tower, and the tokens that stand for what it sees."""
+    """A model's tower, and the tokens that its outputs replace."""
 
     tower: Any
     spec: VisionSpec
@@ -45,9 +45,9 @@ class Sight:
     video_id: int
 
     def look(self, batch: Batch, part: slice, group: SequenceGroup | None) -> tuple[Batch, Look | None]:
-        """Return the row with the patches that this rank looks at, and the call of the tower; None: it is skipped.
+        """Return the row with this rank's patches, and the call of the tower; None: the tower is not called.
 
-        A row without media is shown a blank where the tower trains or is partitioned, as other ranks gather it then.
+        For a row without media, the tower gets a blank if it trains or is partitioned, because other ranks gather it.
         """
         images_at, videos_at = media_places(
             batch, merge=self.spec.merge, image_id=self.image_id, video_id=self.video_id
@@ -69,14 +69,14 @@ class Sight:
         return batch, Look(arguments=tower_arguments(self.tower, grids), at_N=at_N, delivery=plan)
 
     def may_rest(self) -> bool:
-        """Say whether no rank would miss this one in the tower: nothing of it trains, nothing is gathered for it."""
+        """Return whether a rank may skip the tower: nothing in it trains and nothing is gathered for it."""
         return not any(p.requires_grad or hasattr(p, "ds_id") for p in self.tower.parameters())
 
 
 def tower_arguments(tower: Any, grids: Tensor) -> dict[str, Any]:
-    """Return what transformers' tower pops from its keyword arguments, as it would make it of these grids.
+    """Return the keyword arguments that transformers' tower would otherwise compute from these grids.
 
-    And the borders as numbers, which it hands down to its attention.
+    They include the borders as numbers, which the tower passes down to its attention.
     """
     merge = tower.config.spatial_merge_size
     cuts = get_vision_cu_seqlens(grids)
@@ -99,7 +99,7 @@ def tower_arguments(tower: Any, grids: Tensor) -> dict[str, Any]:
 
 
 def _patches(batch: Batch, chosen: slice) -> Batch:
-    """The row with some of its patches only, counted over images and then videos."""
+    """Return the row with only some of its patches, counted over images and then videos."""
     images = len(batch.image_patches)
     first, last = max(0, chosen.start - images), max(0, chosen.stop - images)
     return replace(
@@ -110,9 +110,9 @@ def _patches(batch: Batch, chosen: slice) -> Batch:
 
 
 def embed_flat(tower: Any) -> None:
-    """Let each convolution that embeds patches (an adapter's too) be a product wherever its kernel is the whole input.
+    """Compute each convolution that embeds patches (an adapter's too) as a product if its kernel covers the input.
 
-    The same modules: their weights, names and shapes stay.
+    The modules stay the same, with their weights, names and shapes.
     """
     for module in tower.patch_embed.modules():
         if type(module) is nn.Conv3d:
@@ -120,11 +120,11 @@ def embed_flat(tower: Any) -> None:
 
 
 class PatchConv(nn.Conv3d):
-    """A convolution whose kernel covers its input: rows times the flat weight.
+    """A convolution whose kernel covers its input: rows times the flattened weight.
 
-    cuDNN looks for a convolution there, and in some releases takes seconds a call, or has none for backward at all. The
-    CPU keeps the convolution: the sums of both differ in their last bits (2e-6 of the largest value in float32), and
-    there is nothing to gain.
+    cuDNN would search for a convolution algorithm; in some releases it takes seconds per call, or finds none for
+    backward. The CPU keeps the convolution: the sums of both differ in their last bits (2e-6 of the largest value in
+    float32), and the product gains nothing there.
     """
 
     def forward(self, patches: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where weights come from, by what loading asks of it: a base's files, an adapter's."""
+"""Protocols for the sources of weights that loading reads: a base's files, an adapter's files."""
 
 from collections.abc import Collection, Mapping
 from typing import Protocol
@@ -14,24 +14,24 @@ class Source(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
-        """Of every tensor it holds, as it lies in memory."""
+        """Shapes in memory of all its tensors."""
 
     def size(self, name: str, rows: range | None = None) -> int:
-        """Bytes that reading these rows takes from the disk."""
+        """Return the bytes that reading these rows takes from the disk."""
 
     def read(self, name: str, rows: range | None = None) -> Tensor:
-        """Return these rows, or all of the tensor."""
+        """Return these rows, or the entire tensor."""
 
 
 class StartValues(Source, Protocol):
-    """An adapter to begin with: tensors that replace the base's, and the factors beside them."""
+    """An adapter to start from: tensors that replace the base's, and low-rank factors."""
 
     @property
     def factors(self) -> Collection[str]:
         """Names of the low-rank factors."""
 
     def factor(self, name: str, owner: nn.Module) -> Tensor:
-        """Return a factor as its owner holds it."""
+        """Return a factor in the form in which its owner holds it."""
 
     def check_fits(self, empty: EmptyModel) -> None:
-        """Raise unless each tensor has its place in the model."""
+        """Raise ValueError unless each tensor has a place in the model."""

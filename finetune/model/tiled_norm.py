@@ -1,7 +1,7 @@
-"""RMS norms that keep little and widen only some tokens at a time; what they compute is what transformers' do.
+"""RMS norms that keep little and cast only some tokens to float32 at a time; they compute the same as transformers'.
 
-transformers widens all tokens to float32 and keeps several such copies for backward. Rows are independent, so here a
-tile of tokens is widened at a time, and what stays is the input as it came and one float32 a token.
+transformers casts all tokens to float32 and keeps several such copies for backward. Rows are independent, so here one
+tile of tokens is cast at a time, and only the input and one float32 per token are kept.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 def tile_norms(model: Any, tokens: int) -> int:
-    """Let the decoder's norms over the hidden size work in tiles of so many tokens; returns how many there are."""
+    """Let the decoder's norms over the hidden size work in tiles of `tokens` tokens; return the number of norms."""
     inner = getattr(model.model, "language_model", model.model)
     norms = [inner.norm, *(norm for layer in inner.layers for norm in (layer.input_layernorm, _second(layer)))]
     for norm in norms:
@@ -34,7 +34,7 @@ class TiledNorm(nn.Module):
     tile_tokens: int
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return weight * hidden / root mean square, each token by itself."""
+        """Return weight * hidden / root mean square, token by token."""
         rows_TD = hidden.reshape(-1, hidden.shape[-1])
         out: Tensor = _TiledNorm.apply(rows_TD, self.weight, self.variance_epsilon, self.tile_tokens)  # type: ignore[no-untyped-call]  # torch's own
         return out.view(hidden.shape)

@@ -1,8 +1,8 @@
 """Attention inside the samples of a packed row, as functions that transformers' models call by name.
 
-They take the samples' borders from the four variable-length arguments and build no mask. A model whose attention is
-named by a function registered here is not given a mask either. The vision tower, whose samples are frames, calls them
-once a block for all frames, not causal.
+They take the samples' borders from the four variable-length arguments and build no mask. transformers gives no mask
+either to a model whose attention has one of the names registered here. The vision tower, whose samples are frames,
+calls them once per block for all frames, without causality.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.settings.attention import Machine
 
-NO_BORDERS = "a packed row's attention was called without the borders of its samples"
+NO_BORDERS = "the attention of a packed row was called without the borders of its samples"
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> Machine:
@@ -33,17 +33,17 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def register() -> None:
-    """Make our names known to transformers; calling it again changes nothing."""
+    """Register our functions with transformers; calling it again changes nothing."""
     for name, function in OURS.items():
         ALL_ATTENTION_FUNCTIONS.register(name, function)
         ALL_ATTENTION_FUNCTIONS.register(AT_ONCE + name, function)
 
 
 def attend_at_once(tower: Any) -> None:
-    """Let a tower's attention take all frames in one call, with their borders, instead of a call for each.
+    """Let a tower's attention take all frames in one call, with their borders, instead of one call per frame.
 
-    transformers decides it by the name: one with "flash" in it is given borders. Without, the tower is cut into frames
-    by a list that each block asks the device for, three times.
+    transformers decides by the name: it passes borders to an attention with "flash" in its name. Otherwise it cuts the
+    tower's input into frames by a list that each block reads from the device, three times.
     """
     name = {"sdpa": "segments"}.get(tower.config._attn_implementation, tower.config._attn_implementation)
     if name in OURS:
@@ -64,9 +64,9 @@ def segments(
     borders: tuple[int, ...] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Call torch's sdpa on one sample after the other; works on every device and in every type.
+    """Call torch's sdpa on one sample after the other; works on every device and in every dtype.
 
-    `borders` are `cu_seq_lens_q` as numbers: without them the host asks the device.
+    `borders` are `cu_seq_lens_q` as numbers: without them the host waits for the device.
     """
     causal = _is_causal(module, attention_mask, cu_seq_lens_q)
     parts = [slice(None)]
@@ -101,7 +101,7 @@ def varlen(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Call torch's kernel of variable lengths once for all samples; CUDA, bfloat16."""
+    """Call torch's variable-length kernel once for all samples; needs CUDA and bfloat16."""
     if cu_seq_lens_q is None or dropout:
         return segments(
             module,
@@ -135,7 +135,7 @@ def varlen(
 
 @cache
 def _asks_for_gqa(kernel: Callable[..., object]) -> bool:
-    """Whether the kernel must be told that key heads are fewer; torch 2.11's cannot be told, and takes them."""
+    """Return whether the kernel has an argument for fewer key heads; torch 2.11's has none and accepts them."""
     return "enable_gqa" in signature(kernel).parameters
 
 
@@ -152,8 +152,8 @@ def kernel(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Call flash-attention's kernel by itself: on transformers' way to it a mask is looked for, by a wait a row."""
-    from flash_attn import flash_attn_varlen_func  # there where model.attention chose it
+    """Call flash-attention's kernel directly: transformers would first look for a mask, with one wait per row."""
+    from flash_attn import flash_attn_varlen_func  # installed wherever model.attention chose it
 
     q_THd, k_THd, v_THd = (x[0].transpose(0, 1) for x in (query, key, value))
     out: Tensor = flash_attn_varlen_func(
@@ -172,19 +172,19 @@ def kernel(
 
 
 OURS: dict[str, Callable[..., tuple[Tensor, None]]] = {"varlen": varlen, "segments": segments, "kernel": kernel}
-"""By the names that transformers' models are given; `kernel` is what `flash_attention_2` means here."""
+"""Our functions by the names that transformers' models get; `kernel` stands for `flash_attention_2` here."""
 
 AT_ONCE = "flash_"
-"""Before one of our names: the same function, called by a tower for all of its frames."""
+"""Prefix to one of our names: the same function, called by a tower for all of its frames at once."""
 
 
 def _is_causal(module: nn.Module, mask: Tensor | None, cuts: Tensor | None) -> bool:
-    """Say whether this attention looks back only; a causal one without borders would leak between samples."""
-    assert mask is None, "a mask beside the borders: one of the two would be ignored"
+    """Return whether this attention is causal; raise ValueError without borders, as it would leak between samples."""
+    assert mask is None, "a mask together with borders: one of the two would be ignored"
     causal = bool(getattr(module, "is_causal", True))
     if causal and cuts is None:
         raise ValueError(
-            f"{NO_BORDERS}: its samples would see each other. Hand the model all of Batch.attention, or build it with "
-            f"model.attention: sdpa for rows of one sample"
+            f"{NO_BORDERS}: its samples would see each other. Pass all of Batch.attention to the model, or build it "
+            f"with model.attention: sdpa for rows of one sample"
         )
     return causal

@@ -1,9 +1,9 @@
-"""From files to partitioned ranks, and back: each tensor is read by one rank, handed on, and freed before the next.
+"""Loads weights from files into partitioned ranks: one rank reads each tensor, shares it, and frees it before the next.
 
 The reader of a tensor is the first rank of its group: the world for dense weights, the expert-data group (the ranks
-that hold the same experts) for expert stacks, of which a rank sees its own experts only. A frozen resident weight goes
-into its buffer, any other parameter straight into ZeRO's partitioning. In memory beside what a rank keeps are one
-tensor and one block of bytes from the file, whatever the model's size.
+that hold the same experts) for expert stacks, of which a rank gets only its own experts. A frozen resident weight goes
+into its buffer, any other parameter straight into ZeRO's partitioning. In addition to the weights it keeps, a rank
+holds one tensor and one block of bytes from the file, whatever the model's size.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -26,12 +26,12 @@ from moe.experts import GroupedExperts
 from moe.router import Router
 
 BLOCK_BYTES = 40 * 2**20
-"""So much of a file is in memory at once. Just above what the C library keeps for itself when it is freed (32 MiB)."""
+"""Bytes of a file in memory at once; just above the largest block that the C library keeps when freed (32 MiB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What this rank read and what it keeps, in bytes."""
+    """The bytes that this rank read and keeps, and the number of tensors that it read."""
 
     bytes_read: int
     bytes_held: int
@@ -40,7 +40,7 @@ class LoadReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One tensor of the model, and every module that refers to it (more than one where weights are tied)."""
+    """One tensor of the model, and every module that refers to it (more than one if weights are tied)."""
 
     name: str
     canonical: str
@@ -49,7 +49,7 @@ class Slot:
 
     @property
     def rows(self) -> range | None:
-        """The experts that this rank holds of a stack; None for a dense tensor, read whole."""
+        """The experts of a stack that this rank holds; None for a dense tensor, which is read entirely."""
         owner = self.owners[0][0]
         return owner.local_experts if isinstance(owner, GroupedExperts) else None
 
@@ -61,10 +61,10 @@ def load_weights(
     engine_config: Mapping[str, Any] | None = None,
     start: StartValues | None = None,
 ) -> LoadReport:
-    """Fill a meta model in place; every rank must call this, with one file table and one engine config.
+    """Fill a meta model in place; every rank must call this, with the same files and engine config.
 
-    With `engine_config` every parameter leaves partitioned by ZeRO-3; without, whole (one process, no engine). What
-    `start` holds comes from there; any other adapter begins with values that the layout has no part in.
+    With `engine_config` ZeRO-3 partitions every parameter; without it they stay complete (one process, no engine).
+    Tensors in `start` are read from there; any other adapter gets start values that do not depend on the layout.
     """
     if start is not None:
         start.check_fits(empty)
@@ -86,7 +86,7 @@ def load_weights(
         if is_reader:
             read += source.size(slot.canonical, slot.rows)
             count += 1
-        del made  # or the next tensor is made while this one still is
+        del made  # otherwise this tensor would still be alive while the next one is made
     rebuild_tables(module, device)
     _start_adapters(empty, device, zero, start)
     left = [name for name, tensor in _tensors(module) if tensor.is_meta]
@@ -96,15 +96,15 @@ def load_weights(
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Return the bytes of weights that this rank keeps: buffers whole, partitioned parameters by their slice."""
+    """Return the bytes of weights that this rank keeps: complete buffers, and its slices of partitioned parameters."""
     kept = [(getattr(tensor, "ds_tensor", None), tensor) for _, tensor in _tensors(module)]
     return sum(t.numel() * t.element_size() for t in (piece if piece is not None else whole for piece, whole in kept))
 
 
 def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = ()) -> None:
-    """Compare some rows that this rank keeps of some experts with the file, by the layout's definition.
+    """Compare some rows of some experts on this rank with the file, by the layout's definition.
 
-    A transposed or shifted load changes no shape and no norm: only the numbers tell. Names in `leave` are passed over.
+    A transposed or shifted load changes no shape and no norm; only the values show it. Names in `leave` are skipped.
     """
     layers = [(n, m) for n, m in empty.module.named_modules() if isinstance(m, GroupedExperts)]
     for name, experts in {layer[0]: layer[1] for layer in (layers[:1] + layers[-1:])}.items():
@@ -116,14 +116,14 @@ def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = 
 
 
 def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Some (local expert, row, values) of a stack that this rank keeps: of its slice, where it is partitioned."""
+    """Yield (local expert, row, values) for some rows of a stack on this rank; only of its slice if partitioned."""
     piece = getattr(weight, "ds_tensor", None)
     experts, height, width = getattr(weight, "ds_shape", weight.shape)
     start, stop = 0, experts * height * width
     if piece is not None:
         start = weight.ds_zero_partition_rank * piece.numel()  # type: ignore[attr-defined]  # DeepSpeed's
         stop = min(start + piece.numel(), stop)
-    first, last = -(-start // width), stop // width - 1  # whole rows only
+    first, last = -(-start // width), stop // width - 1  # complete rows only
     for row in sorted({first, (first + last) // 2, last} if first <= last else ()):
         at = row * width - start
         yield (
@@ -134,20 +134,20 @@ def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int) -> None:
-    """One output feature: in the hub's layout a column of the stored matrix."""
+    """Compare one output feature, which is a column of the stored matrix in the hub's layout."""
     ours = ours.detach().cpu()
     stored_row = files.out_feature(canonical, expert, row).to(ours.dtype)
     if not torch.equal(ours, stored_row):
         apart = (ours.float() - stored_row.float()).abs().max().item()
         raise ValueError(
             f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
-            f"{apart:.3g}. The layout {files.layout!r} is not the file's, or the file changed while it was read: "
+            f"{apart:.3g}. Either the file's layout is not {files.layout!r}, or the file changed while it was read: "
             f"check model.layout"
         )
 
 
 class _Partitioner:
-    """ZeRO-3's own conversion of one full parameter into this rank's slice."""
+    """Converts a complete parameter into this rank's slice, by ZeRO-3's own code."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.context = deepspeed.zero.Init(config_dict_or_path=dict(config))
@@ -161,7 +161,7 @@ class _Partitioner:
 
 
 def base_slots(empty: EmptyModel) -> Iterator[Slot]:
-    """The tensors that the base's files fill, in the model's order."""
+    """Yield the tensors that the base's files fill, in the model's order."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for owner in empty.module.modules():
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
@@ -180,7 +180,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _group(slot: Slot) -> tuple[Any, int]:
-    """The process group that shares a tensor (None: the world), and the rank that reads it."""
+    """Return the process group that shares a tensor (None: the world), and the rank that reads it."""
     rank, world = rank_and_world()
     if slot.rows is None or world == 1:
         return None, 0
@@ -191,7 +191,7 @@ def _group(slot: Slot) -> tuple[Any, int]:
 
 
 def _place(slot: Slot) -> Tensor:
-    """The buffer to be filled. Experts with an adapter make room for it first, or their first forward would copy."""
+    """Return the buffer to fill. Experts make room for their adapter first, or their first forward would copy."""
     owner, name = slot.owners[0]
     if isinstance(owner, GroupedExperts) and owner.lora is not None and name in owner._buffers:
         owner.make_room()
@@ -206,7 +206,7 @@ def _fill(target: Tensor, files: Source, slot: Slot) -> None:
 
 
 def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -> None:
-    """Bring a tensor from its reader to every rank of the group, block by block; every rank of it must call."""
+    """Send a tensor from its reader to every rank of the group, block by block; every rank of it must call this."""
     for place, block in _blocks(files, slot):
         piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
         if rank_and_world()[0] == reader:
@@ -217,7 +217,7 @@ def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -
 
 
 def _blocks(files: Source, slot: Slot) -> Iterator[tuple[slice, range]]:
-    """Where each block of this rank's rows goes, and which rows of the file it is."""
+    """Yield where each block of this rank's rows goes, and the rows of the file that it holds."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
     step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
     for first in range(0, len(rows), step):
@@ -226,7 +226,7 @@ def _blocks(files: Source, slot: Slot) -> Iterator[tuple[slice, range]]:
 
 
 def _put(slot: Slot, filled: Tensor) -> Tensor:
-    """Set the tensor in every module that refers to it; a parameter stays one and keeps its tags."""
+    """Set the tensor in every module that refers to it; a parameter stays a parameter and keeps its tags."""
     made = filled
     if isinstance(slot.tensor, nn.Parameter):
         made = nn.Parameter(filled, requires_grad=slot.tensor.requires_grad)
@@ -237,7 +237,7 @@ def _put(slot: Slot, filled: Tensor) -> Tensor:
 
 
 def rebuild_tables(module: nn.Module, device: torch.device) -> None:
-    """Compute what no file holds: rotary frequencies, in float32 whatever the model's dtype."""
+    """Compute the tables that no file holds: rotary frequencies, in float32 whatever the model's dtype."""
     for owner in module.modules():
         names = [n for n in owner._non_persistent_buffers_set if (b := owner._buffers[n]) is not None and b.is_meta]
         if not names or isinstance(owner, Router):
@@ -252,13 +252,13 @@ def rebuild_tables(module: nn.Module, device: torch.device) -> None:
 def _start_adapters(
     empty: EmptyModel, device: torch.device, zero: _Partitioner | None, start: StartValues | None
 ) -> None:
-    """Give factors their start values, and the router its memory of the base; equal on all ranks that share them."""
+    """Give factors their start values, and the router its copy of the base; equal on all ranks that share them."""
     for place, owner in empty.module.named_modules():
         fresh = {f"{place}.{name}": p for name, p in owner._parameters.items() if p is not None and p.is_meta}
         for name, parameter in fresh.items():
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             canonical, last = empty.canonical(name), name.rpartition(".")[2]
-            if not isinstance(owner, (GroupedExperts, Router)):  # those have values of their own, just below
+            if not isinstance(owner, (GroupedExperts, Router)):  # these make their own values below
                 values.copy_(initial_factor(canonical, tuple(values.shape), seed=empty.seed))
             _put(Slot(name=name, canonical=canonical, tensor=parameter, owners=[(owner, last)]), values)
         if isinstance(owner, (GroupedExperts, Router)):

@@ -1,4 +1,4 @@
-"""The FLOP meter against torch's own counter, published throughputs, and what packing and recompute do to it."""
+"""The FLOP meter against torch's own counter and published throughputs, and the effects of packing and recompute."""
 
 import pytest
 import torch
@@ -22,12 +22,12 @@ LORA16 = {part: Training(mode="lora", r=16) for part in ("attention", "experts")
 
 
 def tokens(number: int) -> Work:
-    """One sample, every token supervised."""
+    """Return the work of one sample with every token supervised."""
     return Work(tokens=number, supervised=number, squares=number**2)
 
 
 def tiny_family(model) -> Family:
-    """The small dense model of the tests as a family."""
+    """Return the small dense model of the tests as a family."""
     text, vision = model.config.text_config, model.config.vision_config
     levels = {"deepstack_visual_indexes": tuple(vision.deepstack_visual_indexes)}
     return Family(
@@ -38,7 +38,7 @@ def tiny_family(model) -> Family:
 
 
 def counted(model, batch) -> float:
-    """Operations that torch counts in a forward and backward of every sample by itself, full logits."""
+    """Return the operations that torch counts in a forward and backward of each sample alone, with full logits."""
     with FlopCounterMode(display=False) as counter:
         losses = torch.stack(alone(model, batch)).sum()
         if losses.requires_grad:
@@ -57,9 +57,9 @@ def counted(model, batch) -> float:
     ],
     ids=["all", "text", "embedding", "head", "nothing"],
 )
-def test_what_torch_counts(trains, names):
+def test_counts_match_torchs_own(trains, names):
     model = dense_model()
-    model.set_attn_implementation("eager")  # its scores are plain products, which torch counts, and not causal
+    model.set_attn_implementation("eager")  # its scores are plain products, which torch counts, without causality
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in names))
     batch = row("iv", "i", length=60)
@@ -82,7 +82,7 @@ def test_what_torch_counts(trains, names):
 
 @pytest.mark.parametrize(
     ("name", "rate", "published"), [(GB, 12_040, 277), (HUGE, 1_862, 276), (HUGE, 6_131, 907)]
-)  # tokens a second and device, TFLOP/s
+)  # tokens per second and device, TFLOP/s
 def test_published_throughputs_within_one_percent(name, rate, published):
     full = {part: FULL for part in ("attention", "experts", "router", "norms", "embeddings", "head")}
     teraflops = FlopMeter(family(name), full).model(tokens(4096)) / 4096 * rate / 1e12
@@ -92,7 +92,7 @@ def test_published_throughputs_within_one_percent(name, rate, published):
 @pytest.mark.parametrize(
     ("name", "length", "plain", "again"),
     [(GB, 4096, 18.1, 25.3), (GB, 32768, 57.6, 76.0), (HUGE, 4096, 109.6, 158.2), (HUGE, 262144, 1500, 1947)],
-)  # GFLOP a token on the device, worked out by hand for LoRA of rank 16
+)  # GFLOP per token on the device, computed by hand for LoRA of rank 16
 def test_frozen_base_with_lora(name, length, plain, again):
     for recompute, expected in (("none", plain), ("layer", again)):
         meter = FlopMeter(family(name), LORA16, recompute=recompute)
@@ -146,8 +146,8 @@ def test_trainings_of_a_configuration():
     FlopMeter(family("tiny-dense"), {"attention": FULL})
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match=r"parts expert: qwen3-vl-30b-a3b has none of that name; it has attention, "):
+def test_errors_of_the_meter():
+    with pytest.raises(ValueError, match=r"parts expert: qwen3-vl-30b-a3b has no such part; it has attention, "):
         FlopMeter(family(GB), {"expert": FULL})
-    with pytest.raises(ValueError, match="part attention: mode lora with r 0; LoRA needs r >= 1, others r 0"):
+    with pytest.raises(ValueError, match="part attention: mode lora with r 0; LoRA needs r >= 1, other modes r 0"):
         FlopMeter(family(GB), {"attention": Training(mode="lora")})

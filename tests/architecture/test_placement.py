@@ -1,4 +1,4 @@
-"""Who reads what, at sizes nobody can load here: every byte once, nobody above the formula."""
+"""Reads per rank, at sizes that cannot be loaded here: each byte is read once, and no rank keeps more than expected."""
 
 from math import prod
 
@@ -12,7 +12,7 @@ from launchers.cli import main
 LARGE = "qwen3-vl-235b-a22b"
 
 
-def test_235b_on_64_ranks_is_read_once_and_nobody_keeps_more_than_the_formula() -> None:
+def test_235b_on_64_ranks_is_read_once_and_no_rank_keeps_more_than_the_formula() -> None:
     counts = parameter_counts(family(LARGE))
     dense = counts.total - counts.experts
     for ep, resident in ((64, True), (64, False), (8, True), (8, False)):
@@ -37,7 +37,7 @@ def test_each_family_is_read_once(name: str) -> None:
         assert shares[0].largest == 4 * max(cut)
 
 
-def test_the_dry_run_says_it_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_reads_of_each_rank(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["check", "qwen3-vl-30b-a3b-lora", f"model.family={LARGE}", "data.packs_per_step=64", "--ranks", "64"]
     assert main([*command, "--reads"]) == 0
     printed = capsys.readouterr().out

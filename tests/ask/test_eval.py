@@ -549,7 +549,7 @@ def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: p
         (["eval", data, *local, "--out", str(tmp_path)], "it must be a file in a folder that exists"),
         (
             ["eval", data, *local, "--set", "context.yarn.factor=0.5"],
-            "context.yarn.factor is 0.5; it must be a factor above 1",
+            "context.yarn.factor must be above 1, or unset, got 0.5",
         ),
         (["eval", data, *url, "--timeout", "0"], "--timeout is 0; a request needs some seconds"),
         (

@@ -1,4 +1,4 @@
-"""The wrapper against transformers alone: every mix of media, every attention, and ranks that see different things."""
+"""The wrapper against transformers alone: every mix of media, every attention, and ranks with different media."""
 
 from dataclasses import replace
 from inspect import Parameter, signature
@@ -18,7 +18,7 @@ from finetune.settings.attention import MASK_TOKENS, Machine, choose_attention
 from moe.parallel import LayerOptions, replace_moe_blocks
 
 ROWS = (("", "i", "ji"), ("v", "", "wv"), ("vi", "iw", ""), ("", ""), ())
-"""Packed rows by their samples' media: i and j are images, v and w videos; the last is a rank's dummy."""
+"""Packed rows by their samples' media: i and j are images, v and w videos; the last row is a rank's dummy."""
 
 
 def packed(
@@ -33,7 +33,7 @@ def packed(
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[list[float]]]:
-    """The loss of each sample by transformers, of the plain models."""
+    """Return the loss of each sample by transformers' plain models."""
     models = {"moe": vl_model(), "dense": dense_model()}
     with torch.no_grad():
         return {kind: [[float(x) for x in alone(m, row(*mixes))] for mixes in ROWS] for kind, m in models.items()}
@@ -41,7 +41,7 @@ def expected() -> dict[str, list[list[float]]]:
 
 @pytest.mark.parametrize("attention", ["segments", "sdpa"])
 @pytest.mark.parametrize("kind", ["moe", "dense"])
-def test_a_packed_row_is_its_samples_alone(kind, attention, expected):
+def test_a_packed_row_has_the_losses_of_its_samples_alone(kind, attention, expected):
     model = vl_model() if kind == "moe" else dense_model()
     if kind == "moe":
         replace_moe_blocks(model, ep_size=1, options=LayerOptions())
@@ -56,8 +56,8 @@ def test_a_packed_row_is_its_samples_alone(kind, attention, expected):
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
-def test_the_tower_takes_all_that_is_found_for_it(kind):
-    """Names that are private to transformers: where one moves, the tower makes the value itself, and waits for it."""
+def test_the_tower_takes_all_precomputed_arguments(kind):
+    """Their names are private to transformers: if one changes, the tower computes the value itself and waits for it."""
     model = vl_model() if kind == "moe" else dense_model()
     wrapped, handed = packed(model), []
     model.model.visual.blocks[0].register_forward_pre_hook(lambda *it: handed.append(it[-1]), with_kwargs=True)
@@ -75,7 +75,7 @@ def test_a_row_on_the_cpu_is_not_copied():
         assert getattr(sent.batch, name).data_ptr() == getattr(batch, name).data_ptr(), name
 
 
-def test_a_tower_that_nothing_trains_is_not_called_for_text():
+def test_a_frozen_tower_is_not_called_for_text():
     model, calls = dense_model(), []
     model.model.visual.register_forward_hook(lambda *_: calls.append(1))
     wrapped = packed(model)
@@ -86,7 +86,7 @@ def test_a_tower_that_nothing_trains_is_not_called_for_text():
     assert len(calls) == len(ROWS) + sum(any(mixes) for mixes in ROWS)
 
 
-def test_tokens_and_patches_must_be_as_many():
+def test_tokens_and_patches_must_match_in_number():
     batch = row("i")
     wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
     with pytest.raises(ValueError, match="s/i: the row has 0 tokens for images, their patches make 6. The template"):
@@ -117,7 +117,7 @@ def test_a_text_only_model_needs_no_tower_and_takes_no_media():
             logits = plain(input_ids=ids, use_cache=False).logits[0, :-1]
             ce = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
             assert loss == pytest.approx(float((ce * weights[1:]).sum()), rel=1e-5)
-    with pytest.raises(ValueError, match="images or videos, but the model has no vision tower: s/i"):
+    with pytest.raises(ValueError, match=r"images or videos, but the model has no vision tower: s/i\. Use a vision-"):
         wrapped(batch=row("i"))
     with pytest.raises(ValueError, match="the model has a vision tower, but spec is None"):
         PackedModel(dense_model(), spec=None)
@@ -125,8 +125,8 @@ def test_a_text_only_model_needs_no_tower_and_takes_no_media():
 
 @pytest.mark.parametrize("lacks", [(), ("enable_gqa",)], ids=["this torch", "torch 2.11"])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_kernel_is_called_with_what_it_takes(lacks, key_heads, monkeypatch):
-    """The kernel itself wants CUDA: attention by its definition stands in for it, behind the signature it has."""
+def test_the_kernel_is_called_with_arguments_that_it_has(lacks, key_heads, monkeypatch):
+    """The kernel itself needs CUDA: attention by its definition replaces it, with the kernel's signature."""
     whole = signature(varlen_attn)
     taken = whole.replace(parameters=[one for name, one in whole.parameters.items() if name not in lacks])
     assert [one.kind for one in taken.parameters.values()].count(Parameter.VAR_KEYWORD) == 0

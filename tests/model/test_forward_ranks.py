@@ -1,4 +1,4 @@
-"""Ranks that see text, images, videos, both or nothing, in every combination: no hang, and one process's gradients."""
+"""Ranks with text, images, videos, both or nothing, in every combination: no hang, and the gradients of one process."""
 
 import functools
 
@@ -22,7 +22,7 @@ CASES = {
 
 @functools.cache
 def outcomes(world: int) -> dict[str, list[Outcome]]:
-    """One start of `world` ranks for all its cases."""
+    """Run all cases for `world` ranks in one start."""
     cases = {name: case for (size, name), case in CASES.items() if size == world}
     results = run_ranks(session, world, list(cases.values()))
     return {name: [rank[number] for rank in results] for number, name in enumerate(cases)}
@@ -32,11 +32,11 @@ SLOW = [pytest.param(*key, marks=[pytest.mark.slow] if key[0] == 4 else []) for 
 
 
 @pytest.mark.parametrize(("world", "name"), SLOW)
-def test_ranks_that_see_different_things_train_as_one_process_does(world, name):
+def test_ranks_with_different_media_train_like_one_process(world, name):
     case, ranks = CASES[world, name], outcomes(world)[name]
     expected = reference(case)
     half = case.dtype == "bfloat16"
-    rests = case.resident and "visual" not in case.train  # nothing is gathered for it: text passes it by
+    rests = case.resident and "visual" not in case.train  # nothing is gathered for the tower, so text skips it
     for number, rank in enumerate(ranks):
         shown = sum(any(row[number]) for row in case.rows) if rests else len(case.rows)
         assert (rank.tower_calls, rank.head_calls) == (shown, len(case.rows))

@@ -1,4 +1,4 @@
-"""What trains, by family: the section's checks, full-path targets, start values, the printed table."""
+"""Trainable parameters by part: the section's checks, full-path targets, start values, the printed table."""
 
 import re
 from dataclasses import replace
@@ -60,7 +60,7 @@ def made(folder: Path, config: AdaptersConfig, **more: Any) -> EmptyModel:
 
 
 @pytest.mark.parametrize("base", ["moe", "dense"])
-def test_b_of_zero_gives_the_bases_logits_exactly(folders: dict[str, Path], base: str) -> None:
+def test_a_zero_b_gives_exactly_the_logits_of_the_base(folders: dict[str, Path], base: str) -> None:
     lora = EVERY_LORA if base == "moe" else AdaptersConfig(attention=LORA, mlp=LORA, vision_blocks=LORA)
     found = []
     for config in (OFF, lora):
@@ -72,7 +72,7 @@ def test_b_of_zero_gives_the_bases_logits_exactly(folders: dict[str, Path], base
 
 
 @pytest.mark.parametrize("chosen", [name for name in PARTS if name != "mlp"])
-def test_only_the_family_asked_for_trains(folders: dict[str, Path], chosen: str) -> None:
+def test_only_the_chosen_part_trains(folders: dict[str, Path], chosen: str) -> None:
     modes = ["full"] if chosen in NO_LORA else ["full", "lora"]
     for mode in modes:
         kind = type(getattr(OFF, chosen))
@@ -89,7 +89,7 @@ def test_only_the_family_asked_for_trains(folders: dict[str, Path], chosen: str)
         assert mode == "lora" or rows[chosen].tensors == len(own)
 
 
-def test_targets_are_full_paths_and_have_their_familys_numbers(folders: dict[str, Path]) -> None:
+def test_targets_are_full_paths_and_have_the_numbers_of_their_part(folders: dict[str, Path]) -> None:
     empty = made(folders["moe"], EVERY_LORA)
     layers = {name: module for name, module in empty.module.named_modules() if isinstance(module, LoraLayer)}
     assert len(layers) == 2 * 4 + 3 * 4 + 2 + 2 * 2
@@ -102,7 +102,7 @@ def test_targets_are_full_paths_and_have_their_familys_numbers(folders: dict[str
     assert pattern(names) == r"model\.layers\.\d+\.a\.\d+\.q|model\.layers\.\d+\.o"
 
 
-def test_start_values_follow_seed_and_name(folders: dict[str, Path]) -> None:
+def test_start_values_depend_on_seed_and_name(folders: dict[str, Path]) -> None:
     def factors(seed: int) -> dict[str, torch.Tensor]:
         empty = made(folders["moe"], EVERY_LORA, layer=LayerOptions(seed=seed))
         load_weights(empty, open_base(folders["moe"], empty.expected))
@@ -129,25 +129,25 @@ def test_the_printed_table(folders: dict[str, Path]) -> None:
     [
         ("dense", replace(OFF, experts=ExpertPartConfig(mode="lora")), r"adapters.experts.mode: lora, but .*dense"),
         ("dense", replace(OFF, router=RouterPartConfig(mode="full")), r"adapters.router.mode: full, .* no router"),
-        ("moe", replace(OFF, mlp=LORA), r"LoRA on mlp: the model has no such matrices. Leave adapters.mlp frozen"),
+        ("moe", replace(OFF, mlp=LORA), r"LoRA on mlp: the model has no matrices of this part. Leave adapters"),
         ("moe", replace(OFF, mlp=DensePartConfig(mode="full")), r"parts to train: mlp not in this model"),
-        ("tied", replace(OFF, head=PartConfig(mode="full")), r"ties them would change both"),
-        ("tied", replace(OFF, embeddings=PartConfig(mode="full")), r"ties them would change both"),
+        ("tied", replace(OFF, head=PartConfig(mode="full")), r"base ties its head and its embedding"),
+        ("tied", replace(OFF, embeddings=PartConfig(mode="full")), r"training either would change both"),
         ("moe", replace(OFF, patch_embed=PartConfig(mode="lora")), r"adapters.patch_embed.mode: lora: .*Conv3d"),
         ("moe", replace(OFF, norms=PartConfig(mode="lora")), r"adapters.norms.mode: lora: .*a vector"),
         ("moe", replace(OFF, head=PartConfig(mode="lora")), r"adapters.head.mode: lora: .*Use frozen or full"),
     ],
 )
-def test_what_is_not_there_or_cannot_be_adapted_is_refused(
+def test_parts_that_are_missing_or_cannot_be_adapted_are_refused(
     folders: dict[str, Path], folder: str, config: AdaptersConfig, text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
         made(folders[folder], config)
 
 
-def test_injection_refuses_what_the_section_refuses(folders: dict[str, Path]) -> None:
+def test_injection_refuses_the_same_parts_as_the_section(folders: dict[str, Path]) -> None:
     empty = made(folders["moe"], OFF)
-    with pytest.raises(ValueError, match=r"LoRA on embeddings: an adapter on the token table"):
+    with pytest.raises(ValueError, match=r"LoRA on embeddings: servers of this model load no adapter on the token"):
         inject(empty.module, empty.expected, {"embeddings": Lora(r=4, alpha=4.0)})
 
 
@@ -176,7 +176,7 @@ def test_the_section_is_checked(change: dict[str, Any], text: str, level: str) -
     assert re.search(text, str(problem))
 
 
-def test_checks_across_sections_see_the_adapters() -> None:
+def test_checks_across_sections_consider_the_adapters() -> None:
     tied = cross_check(
         RunConfig(model=ModelConfig(family="qwen3-vl-2b"), adapters=replace(OFF, head=PartConfig(mode="full"))),
         ranks=1,

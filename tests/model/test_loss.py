@@ -17,7 +17,7 @@ HOW = ("token", "sample", "sqrt")
 
 
 class Headed(nn.Module):
-    """A model that is nothing but its embedding and its head."""
+    """A model that consists of an embedding and a head."""
 
     def __init__(self, *, dtype=torch.float32, tied=False, frozen=False, bias=False):
         super().__init__()
@@ -33,7 +33,7 @@ class Headed(nn.Module):
 
 
 def sample(number, length, supervised):
-    """Tokens and label weights; the first token is never a label, and some weights are not 1."""
+    """Return tokens and label weights; the first token is never a label, and some weights are not 1."""
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(0, VOCAB, (length,), generator=generator)
     weights = torch.zeros(length)
@@ -44,7 +44,7 @@ def sample(number, length, supervised):
 
 
 def row(samples, padding=2):
-    """A packed row of samples, with padding behind: what a batch has that the loss looks at."""
+    """Return a packed row of samples with padding at its end, filled as far as the loss reads it."""
     lengths = [len(ids) for ids, _ in samples] + [padding]
     empty = torch.zeros(0, 3, dtype=torch.uint8)
     owners = torch.tensor([*range(len(samples)), -1]).repeat_interleave(torch.tensor(lengths))
@@ -64,7 +64,7 @@ def row(samples, padding=2):
 
 
 def reference(model, samples, how):
-    """The objective of a step by its definition, on full logits in float64, each sample by itself."""
+    """Return the objective of a step by its definition, on full logits in float64, sample by sample."""
     total, divisor = torch.zeros((), dtype=torch.float64), 0.0
     for ids, weights in samples:
         n = float(weights.double().sum())
@@ -79,7 +79,7 @@ def reference(model, samples, how):
 
 
 def step(model, rows, how):
-    """One step over rows as ranks and micro-batches would: sums first, then each row's share of the objective."""
+    """Run one step over rows like ranks and micro-batches do: sums first, then each row's share of the objective."""
     sums = LossSums()
     for batch in rows:
         sums += loss_sums(batch)
@@ -97,10 +97,10 @@ SAMPLES = [sample(n, length, s) for n, (length, s) in enumerate([(9, 3), (5, 4),
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", ["trained", "frozen", "tied"])
-def test_loss_and_gradients_are_those_of_full_logits(how, case):
+def test_loss_and_gradients_match_full_logits(how, case):
     build = {"trained": {}, "frozen": {"frozen": True}, "tied": {"tied": True}}[case]
     ours, plain = Headed(**build), Headed(**build)
-    tile_head(ours, tile_bytes=VOCAB * 4 * 3)  # tiles of three tokens: several, and a last one that is not full
+    tile_head(ours, tile_bytes=VOCAB * 4 * 3)  # tiles of three tokens: several, and the last one is not full
     _, loss = step(ours, [row(SAMPLES)], how)
     expected = reference(plain, SAMPLES, how)
     expected.backward()
@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_those_of_full_logits(how, case):
         torch.testing.assert_close(ours.lm_head.weight.grad, plain.lm_head.weight.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_bfloat16_is_as_close_as_its_products_allow():
+def test_bfloat16_is_as_exact_as_its_products_allow():
     ours = Headed(dtype=torch.bfloat16)
     tile_head(ours, tile_bytes=VOCAB * 4 * 3)
     losses, loss = step(ours, [row(SAMPLES)], "token")
@@ -146,7 +146,7 @@ def test_a_step_does_not_depend_on_how_samples_are_split_over_rows(data, how):
         assert (parameter.grad - other.grad).abs().max() <= 1e-6 * parameter.grad.abs().max()
 
 
-def test_each_samples_own_sums_come_out():
+def test_the_sums_of_each_sample_are_returned():
     model = Headed()
     tile_head(model)
     losses, _ = step(model, [row(SAMPLES)], "sqrt")
@@ -170,7 +170,7 @@ def test_a_row_without_supervised_tokens_still_gives_every_gradient():
         assert [float(p.grad.abs().max()) for p in model.parameters()] == [0.0, 0.0]
 
 
-def test_the_head_is_called_once_and_keeps_one_gradient_a_token():
+def test_the_head_is_called_once_and_keeps_one_gradient_per_token():
     model = Headed(frozen=True)
     tile_head(model, tile_bytes=VOCAB * 4 * 2)
     calls = []
@@ -183,16 +183,16 @@ def test_the_head_is_called_once_and_keeps_one_gradient_a_token():
     with Allocations() as made:
         losses = row_losses(model.lm_head, hidden, lay_out(batch), "token")
     assert calls == [1]
-    assert made.largest_bytes <= 200 * HIDDEN * 4  # what the supervised tokens' own states take; their logits: 48,800
+    assert made.largest_bytes <= 200 * HIDDEN * 4  # the states of the supervised tokens; their logits take 48,800
     losses.objective.backward()
     assert (hidden.grad.abs().sum(1) > 0).nonzero()[:, 0].tolist() == list(range(99, 299))
 
 
-def test_evaluation_makes_no_gradient_and_the_head_still_makes_logits():
+def test_evaluation_computes_no_gradient_and_the_head_still_returns_logits():
     model = Headed()
     plain = model.lm_head(torch.ones(2, HIDDEN))
     tile_head(model)
-    tile_head(model)  # a second time changes nothing
+    tile_head(model)  # a second call changes nothing
     assert type(model.lm_head) is TiledHead
     assert torch.equal(model.lm_head(torch.ones(2, HIDDEN)), plain)
     with torch.no_grad():
@@ -203,16 +203,16 @@ def test_evaluation_makes_no_gradient_and_the_head_still_makes_logits():
     )
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match=r"loss\.normalise: 'mean' is not one of token, sample, sqrt"):
+def test_errors_of_the_loss():
+    with pytest.raises(ValueError, match=r"loss\.normalise must be one of token, sample, sqrt, got 'mean'"):
         normaliser(LossSums(tokens=1), "mean")
-    with pytest.raises(ValueError, match=r"loss\.normalise: 'mean'"):
+    with pytest.raises(ValueError, match=r"loss\.normalise must be one of token, sample, sqrt, got 'mean'"):
         factors(torch.ones(2), torch.zeros(2, dtype=torch.int32), 1, "mean")
-    with pytest.raises(ValueError, match="head is a Linear with a bias; the tiled loss needs"):
+    with pytest.raises(ValueError, match="head is a Linear with a bias, but the tiled loss needs"):
         tile_head(Headed(bias=True))
     model = Headed()
     model.lm_head = nn.Identity()
-    with pytest.raises(ValueError, match="head is a Identity; the tiled loss needs a linear layer"):
+    with pytest.raises(ValueError, match="head is a Identity, but the tiled loss needs a linear layer"):
         tile_head(model)
 
 
@@ -223,7 +223,7 @@ def _sums(rank, world_size):
     return step_sums(mine, torch.device("cpu")), step_loss(rows, 4.0)
 
 
-def test_sums_of_a_step_are_those_of_all_ranks():
+def test_the_sums_of_a_step_cover_all_ranks():
     for sums, losses in run_ranks(_sums, 2):
         assert sums == LossSums(tokens=30.0, samples=1.0, sqrt=1.0)
         assert losses == (1.25, [1.0, 3.0])

@@ -1,4 +1,4 @@
-"""A decoder's pieces as single nodes: results and gradients are transformers' and PEFT's to the bit."""
+"""A decoder's small operations as single nodes: results and gradients equal transformers' and PEFT's bit for bit."""
 
 import copy
 from functools import partial
@@ -15,7 +15,7 @@ from finetune.model.lora import adapters_off
 from finetune.model.nodes import CACHES, Attention, DenseLora, Norm, join_nodes
 from finetune.model.varlen import register
 
-TOKENS, BORDERS = 23, (0, 9, 10, 23)  # a sample of one token among them
+TOKENS, BORDERS = 23, (0, 9, 10, 23)  # one of the samples has a single token
 
 
 def _layer(kind, dtype: torch.dtype, *, attention: str = "lora", norms: bool = False):
@@ -44,7 +44,7 @@ def _layer(kind, dtype: torch.dtype, *, attention: str = "lora", norms: bool = F
 
 
 def _run(layer, rotary, dtype: torch.dtype, around=None, **others):
-    """Return the output, and the gradients of the input and of all that trains."""
+    """Return the output, and the gradients of the input and of all trainable parameters."""
     generator = torch.Generator().manual_seed(4)
     x, grad = (torch.randn(1, TOKENS, 48, generator=generator).to(dtype) for _ in range(2))
     x.requires_grad_()
@@ -69,7 +69,9 @@ def _same(mine, theirs) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("attention", "norms"), [("lora", False), ("lora", True), ("frozen", True)])
 @pytest.mark.parametrize("kind", [vl_model, text_model], ids=["vl", "text"])
-def test_a_layer_of_nodes_gives_what_the_chains_do(kind, attention: str, norms: bool, dtype: torch.dtype) -> None:
+def test_a_layer_of_nodes_computes_the_same_as_the_chains(
+    kind, attention: str, norms: bool, dtype: torch.dtype
+) -> None:
     layer, rotary = _layer(kind, dtype, attention=attention, norms=norms)
     joined = copy.deepcopy(layer)
     join_nodes(joined)
@@ -91,7 +93,7 @@ def test_a_layer_of_nodes_gives_what_the_chains_do(kind, attention: str, norms: 
     assert saved["nodes"] < 0.6 * saved["chains"]
 
 
-def test_where_more_is_wanted_transformers_and_peft_run_themselves() -> None:
+def test_calls_that_the_nodes_do_not_cover_go_to_transformers_and_peft() -> None:
     layer, rotary = _layer(vl_model, torch.float32)
     joined = copy.deepcopy(layer)
     join_nodes(joined)

@@ -1,7 +1,7 @@
-"""Packed samples have the losses they have alone, through transformers' own model; the known wrong ways do not.
+"""Packed samples have the same losses as alone, through transformers' own model; the known wrong ways do not.
 
-Alone, a sample goes in as transformers wants it (its kinds of tokens, no positions), so the model's own rule for
-positions and its own attention are what the packed row is held to.
+Alone, a sample is passed as transformers expects it (kinds of tokens, no positions). So the packed row is compared with
+the model's own rule for positions and its own attention.
 """
 
 from functools import cache
@@ -39,7 +39,7 @@ def samples():
 
 
 def packed(chosen):
-    """The row as the stream makes it, with padding behind."""
+    """Return the row as the stream makes it, with padding at its end."""
     made = renderer()
     return collate(
         chosen, keys=[sample.key for sample in chosen], pad_id=made.pad_id, multiple=128, widths=made.patch_widths
@@ -47,7 +47,7 @@ def packed(chosen):
 
 
 def pixels(batch):
-    """What the tower takes, as transformers' model wants it: images in one argument, videos in another."""
+    """Return the tower's input in the form of transformers' model: images in one argument, videos in another."""
     found = {}
     for kind, suffix in (("image", ""), ("video", "_videos")):
         grids = getattr(batch, f"{kind}_grids")
@@ -68,7 +68,7 @@ def forward(row, **inputs):
 
 
 def losses(logits, chosen):
-    """Of each sample by itself: the weighted mean over its own labels."""
+    """Return the loss of each sample: the weighted mean over its own labels."""
     found, at = [], 0
     for sample in chosen:
         end = at + len(sample.input_ids)
@@ -90,10 +90,10 @@ def alone(name):
 
 ROWS = {
     "all": [*MIXES, *OWN_MIXES],
-    "all backwards": [*OWN_MIXES, *MIXES][::-1],
+    "all in reverse": [*OWN_MIXES, *MIXES][::-1],
     "one mix twice": ["image and videos", "image and videos"],
-    "text behind media": ["video", "text", "text"],
-    "media behind text": ["text", "image"],
+    "text after media": ["video", "text", "text"],
+    "media after text": ["text", "image"],
 }
 
 
@@ -119,12 +119,12 @@ def wrong_ways(batch):
 
 
 def test_the_four_known_wrong_ways_leak_between_samples():
-    """If one of these stops leaking, what this project forbids can be allowed again."""
+    """If one of these stops leaking, this project may allow it again."""
     names = ROWS["all"]
     chosen = [samples()[name] for name in names]
     wanted = np.array([alone(name) for name in names])
     batch = packed(chosen)
     for way, inputs in wrong_ways(batch):
         found = np.array(losses(forward(batch.input_ids, **inputs, **pixels(batch)), chosen))
-        assert found[0] == pytest.approx(wanted[0], abs=TOLERANCE), f"{way}: nothing is before the first sample"
-        assert np.abs(found - wanted)[1:].max() > 100 * TOLERANCE, f"{way} leaks no more"
+        assert found[0] == pytest.approx(wanted[0], abs=TOLERANCE), f"{way}: nothing precedes the first sample"
+        assert np.abs(found - wanted)[1:].max() > 100 * TOLERANCE, f"{way} does not leak any more"

@@ -1,4 +1,4 @@
-"""Whole runs against a plain loop of transformers, PEFT and torch, at several layouts; what each kind of run moves."""
+"""Complete runs against a plain loop of transformers, PEFT and torch, at several layouts, and what each run changes."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _place(folder: Path, model: TinyModel) -> Path:
-    """A base, a mixed set (text, image, two images, video), and an adapter to start from."""
+    """Write a base, a mixed data set (text, image, two images, video), and an adapter to start from."""
     write_tiny(folder / "base", model)
     write_shards(folder / "shards")
     write_start(folder)
@@ -56,8 +56,8 @@ def reference(place: Path) -> dict[int, list[float]]:
     return {}
 
 
-def _holds(place: Path, name: str, reference: dict[int, list[float]], packs: int) -> None:
-    """A run took the steps of the plain loop, and ended with its adapter."""
+def _check(place: Path, name: str, reference: dict[int, list[float]], packs: int) -> None:
+    """Check that a run has the losses of the plain loop and ended with the same adapter."""
     out = place / f"plain-{packs}"
     if packs not in reference:
         reference[packs] = plain_loop(place, packs, out)
@@ -69,7 +69,7 @@ def _holds(place: Path, name: str, reference: dict[int, list[float]], packs: int
 
 @pytest.fixture(scope="module")
 def two_ranks(place: Path) -> list[dict[str, Any]]:
-    """All short runs in one start of two ranks."""
+    """Run all short jobs in one start of two ranks."""
     four = ["data.packs_per_step=4", START, *EVERYTHING]
     jobs = {
         "everything": four,
@@ -83,11 +83,11 @@ def two_ranks(place: Path) -> list[dict[str, Any]]:
     return _run(place, 2, jobs)
 
 
-def test_two_ranks_train_what_a_plain_loop_does(
+def test_two_ranks_train_like_a_plain_loop(
     two_ranks: list[dict[str, Any]], place: Path, reference: dict[int, list[float]]
 ) -> None:
-    """From an existing adapter, everything adapted, two learning rates, clipping over dense and expert groups."""
-    _holds(place, "everything", reference, 4)
+    """Start from an adapter, adapt everything, use two learning rates, and clip over dense and expert groups."""
+    _check(place, "everything", reference, 4)
 
 
 def test_recompute_changes_no_loss(two_ranks: list[dict[str, Any]], place: Path) -> None:
@@ -98,7 +98,9 @@ def test_recompute_changes_no_loss(two_ranks: list[dict[str, Any]], place: Path)
 
 
 @pytest.mark.parametrize("name", ["everything", "attention", "experts", "full"])
-def test_each_learns_and_moves_only_what_was_asked(name: str, two_ranks: list[dict[str, Any]], place: Path) -> None:
+def test_each_run_learns_and_changes_only_the_chosen_parts(
+    name: str, two_ranks: list[dict[str, Any]], place: Path
+) -> None:
     losses = losses_of(place, name)
     assert losses[-1] < losses[0] - 0.02
     for rank in two_ranks:
@@ -110,7 +112,7 @@ def test_each_learns_and_moves_only_what_was_asked(name: str, two_ranks: list[di
         now = {key: value for file in files for key, value in load_file(file).items()}
         was = {k: v for file in sorted((place / "base").glob("*.safetensors")) for k, v in load_file(file).items()}
         assert set(now) == set(was)
-        # behind the last decoder layer only image tokens see it, and none of them is supervised
+        # after the last decoder layer this level affects image tokens only, and none of them is supervised
         still = [key for key in was if now[key].equal(was[key])]
         assert all(key.startswith("model.visual.deepstack_merger_list.2.") for key in still), still
     elif name != "everything":
@@ -118,27 +120,27 @@ def test_each_learns_and_moves_only_what_was_asked(name: str, two_ranks: list[di
         assert all((".self_attn." if name == "attention" else ".experts.") in key for key in held)
 
 
-@pytest.mark.slow  # four ranks on two cores: minutes
+@pytest.mark.slow  # four ranks on two cores take minutes
 @pytest.mark.parametrize(("world", "eps"), [(1, (1,)), (4, (2, 4))])
-def test_every_layout_trains_what_a_plain_loop_does(
+def test_every_layout_trains_like_a_plain_loop(
     world: int, eps: tuple[int, ...], place: Path, reference: dict[int, list[float]]
 ) -> None:
-    """Four packs a step: four micro-batches on one rank, one on each of four, at both sizes of expert groups."""
+    """Use four packs per step: four micro-batches on one rank, or one on each of four, with both sizes of ep groups."""
     jobs = {f"{world}-{ep}": ["data.packs_per_step=4", f"parallel.ep={ep}", START, *EVERYTHING] for ep in eps}
     _run(place, world, jobs)
     for name in jobs:
-        _holds(place, name, reference, 4)
+        _check(place, name, reference, 4)
 
 
 @pytest.mark.slow  # two starts of four ranks, a plain loop over 128 packs
 def test_four_micro_batches_on_each_of_four_ranks(tmp_path: Path) -> None:
-    """Every token goes to all experts here: over this many tokens some choice is always within rounding of a tie,
-    and one token that goes elsewhere moves an expert by 4e-4. Without a choice nothing hides a difference."""
+    """Send every token to all experts: over this many tokens some choice is always within rounding of a tie, and one
+    token with another choice changes an expert by 4e-4. Without a choice nothing hides a difference."""
     place = _place(tmp_path, TinyModel(top_k=8))
     words = ["model.family=''", "data.packs_per_step=16", START, *EVERYTHING]
     jobs = {f"4-{ep}": [f"parallel.ep={ep}", *words] for ep in (2, 4)}
     _run(place, 4, jobs)
     reference: dict[int, list[float]] = {}
     for name in jobs:
-        _holds(place, name, reference, 16)
+        _check(place, name, reference, 16)
         assert apart(place, name, place / "plain-16") < (1e-5, "")

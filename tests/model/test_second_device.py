@@ -1,4 +1,4 @@
-"""The modules on a device of their own: the CPU's results, nothing of two devices in one operation, and no waits.
+"""The modules on a second device: the CPU's results, no operation with tensors of two devices, and no waits.
 
 A host that waits for its device queues nothing meanwhile. So a new `.item()` in a layer fails here, without a GPU.
 """
@@ -11,7 +11,7 @@ from device_session import Case, Outcome, rules, session
 from ranks import run_ranks
 
 LIMITS = {"segments": 0, "varlen": 0, "sdpa": 1}
-"""Waits of a micro-batch, whatever it shows and however many layers it goes through; sdpa looks for its mask once."""
+"""Waits per micro-batch, whatever its media and however many layers there are; sdpa looks for its mask once."""
 
 CASES = {
     "recomputed by layer, the tower frozen": Case(),
@@ -21,7 +21,7 @@ CASES = {
     "selective, tiled, kept by the host": Case(recompute="selective", tile=5, offload=True),
     "all of the tower trains, dropout": Case(tower="all", dropout=0.3, balance="off"),
     "a dense model": Case(kind="dense", tower="all"),
-    "text alone": Case(kind="text", recompute="selective"),
+    "text only": Case(kind="text", recompute="selective"),
 }
 SLOW = {
     f"{recompute}, {attention}{', ' * bool(words)}{', '.join(words)}": Case(
@@ -43,16 +43,16 @@ SLOW = {
 
 @functools.cache
 def outcomes(*, slow: bool) -> dict[str, tuple[Outcome, Outcome]]:
-    """One process for all cases: the name of torch's spare device is given once, for ever."""
+    """Run all cases in one process, because torch's spare device can be named only once per process."""
     cases = SLOW if slow else CASES
     return dict(zip(cases, run_ranks(session, 1, list(cases.values()))[0], strict=True))
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_a_step_on_a_device_is_the_cpus_and_waits_for_nothing(name: str) -> None:
+def test_a_step_on_a_device_equals_the_cpus_and_never_waits(name: str) -> None:
     case = CASES.get(name) or SLOW[name]
     here, there = outcomes(slow=name in SLOW)[name]
-    assert there.convolutions == 0, "of patches: products"
+    assert there.convolutions == 0, "patches are embedded by a product"
     assert there.losses.keys() == here.losses.keys()
     for row, losses in here.losses.items():
         assert there.losses[row] == pytest.approx(losses, rel=1e-5, abs=1e-6), row
@@ -63,7 +63,7 @@ def test_a_step_on_a_device_is_the_cpus_and_waits_for_nothing(name: str) -> None
     for mine, wanted in zip(there.evaluated, here.evaluated, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
     for row, waits in there.waits.items():
-        # page-locked memory for activations is asked for where no mode sees it, and on CUDA only
+        # on CUDA, activations go to page-locked memory, so these copies do not wait
         counted = {place: n for place, n in waits.items() if not (case.offload and "moe/host.py" in place)}
         passes = 2 if row == "evaluation" else 1
         assert sum(counted.values()) <= passes * LIMITS[case.attention], (row, counted)
@@ -93,10 +93,10 @@ NO_WAITS = (
 )
 
 
-def test_what_a_real_device_would_wait_for_is_counted_and_what_it_would_refuse_is_refused() -> None:
+def test_waits_of_a_real_device_are_counted_and_its_errors_are_raised() -> None:
     found = run_ranks(rules, 1)[0]
     assert {name: found[name] for name in WAITS} == dict.fromkeys(WAITS, 1)
-    assert found["repeats"] == 2, "the copy of the list, and the unknown length"
+    assert found["repeats"] == 2, "one for the copy of the list, one for the unknown length"
     assert {name: found[name] for name in NO_WAITS} == dict.fromkeys(NO_WAITS, 0)
     assert found["convolutions"] == 1
     for name, why in {

@@ -1,4 +1,4 @@
-"""Rows in slices over sequence groups: losses, gradients, load and norms of whole rows, at every layout of ranks."""
+"""Rows in slices over sequence groups: losses, gradients, load and norms equal those of rows that are not sliced."""
 
 import functools
 import sys
@@ -41,7 +41,7 @@ CASES = {
 
 @functools.cache
 def outcomes(world: int) -> dict[str, list[Outcome]]:
-    """One start of `world` ranks for all its cases."""
+    """Run all cases for `world` ranks in one start."""
     cases = {name: case for (size, name), case in CASES.items() if size == world}
     results = run_ranks(session, world, list(cases.values()))
     return {name: [rank[number] for rank in results] for number, name in enumerate(cases)}
@@ -49,13 +49,13 @@ def outcomes(world: int) -> dict[str, list[Outcome]]:
 
 @functools.cache
 def whole(world: int, sp: int, how: str, balance: str, length: int) -> Outcome:
-    """The same steps with whole rows: as many data ranks, no sequence groups, no expert parallelism."""
+    """Run the same steps without slices: equally many data ranks, no sequence groups, no expert parallelism."""
     case = Case(how=how, balance=balance, length=length)
     return run_ranks(session, world // sp, [case])[0][0]
 
 
 def full_grads(ranks: list[Outcome], step: int, ep: int) -> dict[str, torch.Tensor]:
-    """One rank's gradients, the experts' of an expert-parallel group put together."""
+    """Return one rank's gradients, with those of experts concatenated over an expert-parallel group."""
     names = ranks[0].grads[step]
     return {n: torch.cat([r.grads[step][n] for r in ranks[:ep]]) if ".experts." in n else names[n] for n in names}
 
@@ -64,7 +64,7 @@ SLOW = [pytest.param(*key, marks=[pytest.mark.slow] if key[0] == 4 else []) for 
 
 
 @pytest.mark.parametrize(("world", "name"), SLOW)
-def test_slices_train_as_whole_rows_do(world: int, name: str) -> None:
+def test_slices_train_like_whole_rows(world: int, name: str) -> None:
     case, ranks = CASES[world, name], outcomes(world)[name]
     expected = whole(world, case.sp, case.how, case.balance, case.length)
     for rank in ranks:
@@ -73,7 +73,7 @@ def test_slices_train_as_whole_rows_do(world: int, name: str) -> None:
         assert rank.norms == pytest.approx(expected.norms, rel=1e-5)
         assert rank.counts == expected.counts
         assert rank.ce == pytest.approx(expected.ce, rel=1e-5) if world == case.sp else rank.ce == []
-        assert rank.tower_calls == 3 * (2 // (world // case.sp)), "one call of the tower a micro-batch, on every rank"
+        assert rank.tower_calls == 3 * (2 // (world // case.sp)), "one call of the tower per micro-batch, on every rank"
     for step in range(3):
         found = full_grads(ranks, step, case.ep)
         assert found.keys() == expected.grads[step].keys()
@@ -108,7 +108,7 @@ def test_a_row_is_padded_until_it_divides_and_loses_nothing() -> None:
     grids=st.lists(st.tuples(st.integers(1, 9), st.sampled_from([2, 4, 6]), st.sampled_from([2, 8])), max_size=6),
     size=st.integers(1, 5),
 )
-def test_frames_are_shared_out_in_order_and_evenly(grids: list[tuple[int, int, int]], size: int) -> None:
+def test_frames_are_divided_in_order_and_evenly(grids: list[tuple[int, int, int]], size: int) -> None:
     runs = shares(grids, size)
     frames = [(h, w) for t, h, w in grids for _ in range(t)]
     assert [(h, w) for run in runs for t, h, w in run.grids for _ in range(t)] == frames
@@ -118,12 +118,12 @@ def test_frames_are_shared_out_in_order_and_evenly(grids: list[tuple[int, int, i
     assert all(run.last - run.first <= total / size + largest for run in runs)
 
 
-def test_keys_are_repeated_only_where_slices_outnumber_them() -> None:
+def test_keys_are_repeated_only_if_slices_outnumber_them() -> None:
     copies = {(4, 2): 1, (4, 4): 1, (4, 8): 2, (2, 4): 2, (8, 12): 3, (1, 3): 3}
     assert {pair: key_copies(*pair) for pair in copies} == copies
 
 
-def test_refusals() -> None:
+def test_errors_of_sequence_parallelism() -> None:
     with pytest.raises(ValueError, match=r"parallel\.sp: 2 must divide the 1 ranks"):
         sequence_group(2)
     model = adapted_model()
@@ -141,7 +141,7 @@ def test_refusals() -> None:
 
 
 def test_each_attention_computes_the_same_over_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one rank, as a group of one: what each makes of the borders. flash-attention's own kernel is stood in for."""
+    """Compare their results with borders, in a group of one rank. A function replaces flash-attention's own kernel."""
     use_sequence(adapted_model(), [1], "segments")
     monkeypatch.setattr("finetune.model.sequence_attention.exchange", lambda x, *_: x)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=_by_hand))
@@ -176,8 +176,8 @@ def _peaks(rank: int, world: int, setups: list[Setup]) -> list[RankResult]:
 
 
 @pytest.mark.slow
-def test_peak_memory_grows_with_the_slice_alone() -> None:
-    """Counted tensor by tensor: linear in the row's length, and half as steep with twice the ranks."""
+def test_peak_memory_grows_with_the_slice_only() -> None:
+    """Count it tensor by tensor: it is linear in the row's length, and half as steep with twice the ranks."""
     lengths = (768, 1536, 3072)
     setups = [Setup(tokens=tokens, sp=sp) for sp in (2, 4) for tokens in lengths]
     ranks = run_ranks(_peaks, 4, setups)

@@ -1,4 +1,4 @@
-"""Loading: after streaming to any layout, losses and gradients equal transformers' own `from_pretrained`."""
+"""Loading: after streaming to any layout, losses and gradients equal those of transformers' own `from_pretrained`."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ EVERYTHING = (
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A MoE and a dense base in the hub's layout, with transformers' loss and gradients beside each."""
+    """Write a MoE and a dense base in the hub's layout, and next to each transformers' loss and gradients."""
     made = {}
     for name, model in {"moe": vl_model(layers=3), "dense": dense_model()}.items():
         made[name] = write_base(model, tmp_path_factory.mktemp("base") / name)
@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def session(rank: int, world: int, folder: Path, cases: list[tuple[int, bool]]) -> list[dict[str, Any]]:
-    """Per (ep, resident): load, one step's backward, worst relative error against the reference."""
+    """Load and run one backward per (ep, resident); return the worst relative errors against the reference."""
     from deepspeed.utils import safe_get_full_grad
 
     from finetune.ranks.engine import EngineOptions, backward, engine_config, initialize, start_distributed
@@ -125,7 +125,7 @@ def test_dense_loads_exactly(folders: dict[str, Path]) -> None:
 
 
 def tune_and_write(rank: int, world: int, base: Path, out: Path, ep: int) -> Tensor:
-    """Three steps on everything, then the whole model as a folder; returns the logits that training left."""
+    """Train everything for three steps, write the model to a folder, and return the logits after training."""
     from finetune.ranks.engine import EngineOptions, backward, engine_config, initialize, start_distributed
 
     start_distributed()
@@ -175,7 +175,7 @@ def write_untouched(rank: int, world: int, base: Path, out: Path) -> None:
     save_model(empty, out, base)
 
 
-def test_what_was_not_trained_is_written_as_it_was_read(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_that_were_not_trained_are_written_unchanged(folders: dict[str, Path], tmp_path: Path) -> None:
     run_ranks(write_untouched, 2, folders["moe"], tmp_path / "copy")
     before, after = open_base(folders["moe"]), open_base(tmp_path / "copy")
     assert before.shapes == after.shapes
@@ -184,7 +184,7 @@ def test_what_was_not_trained_is_written_as_it_was_read(folders: dict[str, Path]
 
 @pytest.mark.parametrize("layout", ["per_expert", "memory"])
 def test_a_text_only_moe_loads_from_either_of_its_layouts(tmp_path: Path, layout: str) -> None:
-    """The hub's text models hold one matrix per expert; transformers 5 saves them fused as it holds them."""
+    """The hub's text models hold one matrix per expert; transformers 5 saves them fused, as it holds them in memory."""
     model = text_model().eval()
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -206,7 +206,7 @@ def test_a_text_only_moe_loads_from_either_of_its_layouts(tmp_path: Path, layout
     assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
-def test_rotary_tables_stay_float32_and_weights_get_the_models_type(folders: dict[str, Path]) -> None:
+def test_rotary_tables_stay_float32_and_weights_get_the_models_dtype(folders: dict[str, Path]) -> None:
     empty = build(folders["moe"], ModelOptions(dtype=torch.bfloat16))
     load_weights(empty, open_base(folders["moe"], empty.expected))
     kinds = {name: buffer.dtype for name, buffer in empty.module.named_buffers()}
@@ -216,7 +216,7 @@ def test_rotary_tables_stay_float32_and_weights_get_the_models_type(folders: dic
     assert {kind for name, kind in kinds.items() if name not in tables} == {torch.bfloat16}
 
 
-def test_a_wrong_word_about_the_layout_is_caught_by_the_rows(folders: dict[str, Path]) -> None:
+def test_a_wrong_layout_is_found_by_comparing_rows(folders: dict[str, Path]) -> None:
     empty = build(folders["moe"], ModelOptions(dtype=torch.float32))
     files = open_base(folders["moe"], empty.expected)
     load_weights(empty, files)
@@ -233,7 +233,7 @@ def meets_a_damaged_file(rank: int, world: int, folder: Path) -> None:
     start_distributed()
     empty = build(folder, ModelOptions(ep_size=2, dtype=torch.float32))
     files = open_base(folder, empty.expected)
-    torch.distributed.barrier()  # both have seen it whole
+    torch.distributed.barrier()  # both have opened the intact file
     if rank == 0:
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:200_000])
     torch.distributed.barrier()
@@ -246,17 +246,17 @@ def test_a_file_cut_off_while_it_is_read_ends_all_ranks_with_its_name(tmp_path: 
         run_ranks(meets_a_damaged_file, 2, tmp_path / "base")
 
 
-def test_what_cannot_be_built_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_models_that_cannot_be_built_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"parts to train: attn not in this model; it has patch_embed, pos_embed"):
         build(folders["moe"], ModelOptions(train=("attn",)))
     with pytest.raises(ValueError, match=r"parallel.ep: 2, but qwen3_vl in .*dense has no experts. Set parallel.ep=1"):
         build(folders["dense"], ModelOptions(ep_size=2))
     tied = write_base(dense_model(tied=True), tmp_path / "tied")
     for part in ("head", "embeddings"):
-        with pytest.raises(ValueError, match=r"ties them would change both"):
+        with pytest.raises(ValueError, match=r"ties its head and its embedding .* would change both"):
             build(tied, ModelOptions(train=(part,)))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match=r"says model_type 'llama'; known are qwen3_vl_moe, qwen3_moe, qwen3_vl"):
+    with pytest.raises(ValueError, match=r"must be one of qwen3_vl_moe, qwen3_moe, qwen3_vl, qwen3, got 'llama'"):
         build(tmp_path, ModelOptions())
 
 

@@ -116,7 +116,8 @@ def test_without_5_percent_to_spare_it_does_not_fit(capsys) -> None:
     printed = capsys.readouterr().out
     assert re.search(r"GB of 84\.93: [0-4]\.\d+ GB free, LESS than the 5% to spare", printed)
     assert re.search(
-        r"frozen weights partitioned \(auto: with whole .* needs 8\d\.\d GB of 84.9, 5% of which stay free", printed
+        r"frozen weights partitioned \(auto: with resident .* needs 8\d\.\d GB of 84.9 GB, of which 5% must stay free",
+        printed,
     )
 
 
@@ -217,7 +218,7 @@ def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> Non
         resolve_auto(config, base, ranks=8, per_node=8, memory_bytes=4 * 10**9, device=True)
     with pytest.raises(ValueError, match="is settled before a plan is made"):
         plan(config, base, cluster("h100-80gb", gpus=8, per_node=None, price=None))
-    with pytest.raises(ValueError, match="auto has no count of operations"):
+    with pytest.raises(ValueError, match="auto must be resolved before operations are counted"):
         FlopMeter(base, {}, recompute="auto")
 
 

@@ -136,11 +136,11 @@ TRAPS = {
     ),
     "two blocks, no theta beside": (
         {"rope_theta": None, **dict.fromkeys(["rope_parameters", "rope_scaling"], {**YARN, "rope_theta": 5_000_000})},
-        "no rope_theta beside it: transformers would then use its default, 500000",
+        "no rope_theta next to it: transformers would then use its default, 500000",
     ),
     "no original length": (
         {"rope_scaling": {**YARN, "original_max_position_embeddings": None}},
-        "without them the ramp is wrong",
+        "without them the ramp would be wrong",
     ),
     "no factor": ({"rope_scaling": {**YARN, "factor": None}}, "rope_type yarn needs factor"),
     "a key nobody reads": ({"rope_scaling": {**YARN, "attn_factor": 1.0}}, "rope_scaling.attn_factor would be ignored"),
@@ -167,7 +167,7 @@ def _without_none(value: object) -> object:
 
 def test_a_block_at_the_top_level_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(hub_config(BIG) | {"rope_scaling": YARN}))
-    with pytest.raises(ValueError, match="rope_scaling stands at the top level, where the text model does not read it"):
+    with pytest.raises(ValueError, match="rope_scaling is at the top level, where the text model does not read it"):
         read_family(tmp_path)
 
 
@@ -179,7 +179,7 @@ def built_model(config: dict, folder: Path) -> SimpleNamespace:
 def test_a_built_model_is_held_to_the_formula(tmp_path: Path) -> None:
     plain, yarn = hub_config(BIG), extended_config(hub_config(BIG), THREE)
     assert "yarn x 3 over 262,144, theta 5,000,000" in check_rotary(built_model(yarn, tmp_path), BIG, THREE)
-    assert "64 frequencies as in float64" in check_rotary(built_model(plain, tmp_path), BIG, None)
+    assert "64 frequencies equal the float64 formula" in check_rotary(built_model(plain, tmp_path), BIG, None)
     wrong = {
         "plain frequencies": (plain, THREE),
         "yarn unasked": (yarn, None),
@@ -187,17 +187,17 @@ def test_a_built_model_is_held_to_the_formula(tmp_path: Path) -> None:
         "ramp over the new length": (_edited(yarn, original_max_position_embeddings=1_000_000), THREE),
     }
     for name, (config, extended) in wrong.items():
-        with pytest.raises(ValueError, match="rotary positions are not those of its configuration"):
+        with pytest.raises(ValueError, match="rotary positions differ from its configuration"):
             check_rotary(built_model(config, tmp_path / name), BIG, extended)
     blurred = built_model(yarn, tmp_path)
     blurred.model.language_model.rotary_emb.bfloat16()
-    with pytest.raises(ValueError, match="the rotary frequencies are bfloat16: in less than float32 positions blur"):
+    with pytest.raises(ValueError, match="the rotary frequencies must be float32, got bfloat16: in fewer bits, pos"):
         check_rotary(blurred, BIG, THREE)
-    with pytest.raises(ValueError, match="the model has 64 rotary frequencies, tiny-moe has 8"):
+    with pytest.raises(ValueError, match="the model has 64 rotary frequencies, but tiny-moe has 8"):
         check_rotary(built_model(yarn, tmp_path), family("tiny-moe"), None)
     other = built_model(yarn, tmp_path)
     other.model.language_model.rotary_emb.mrope_section = [20, 24, 20]
-    with pytest.raises(ValueError, match=r"by \[20, 24, 20\], config.json says \[24, 20, 20\]"):
+    with pytest.raises(ValueError, match=r"by \[20, 24, 20\], but config.json says \[24, 20, 20\]"):
         check_rotary(other, BIG, THREE)
 
 
