@@ -1,7 +1,7 @@
-"""A base's weight files: what they hold, whether that is the complete model, and reading single tensors from them.
+"""A base's weight files: their tensors, whether those are the complete model, and reading single tensors.
 
-All but `BaseFiles.read` looks at headers only, so a damaged or foreign base is refused in seconds, before any
-process group or any weight exists.
+Everything except `BaseFiles.read` looks at headers only, so a damaged or foreign base is refused in seconds, before
+any process group or any weight exists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
-    """Every tensor in a folder's weight files by key, and the layout that their metadata claims, if any."""
+    """Every tensor in a folder's weight files by key, and the layout named in their metadata, if any."""
 
     tensors: Mapping[str, Stored]
     layout: str | None
@@ -34,7 +34,7 @@ class WeightFiles:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseFiles:
-    """A complete base, as it was when it was opened: reads its tensors by canonical name, as they lie in memory."""
+    """A complete base, as it was when opened; reads its tensors by canonical name, in the orientation of memory."""
 
     folder: Path
     layout: Layout
@@ -43,18 +43,18 @@ class BaseFiles:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Canonical name -> safetensors type name, as the writer takes it."""
+        """The safetensors type by canonical name, as the writer takes it."""
         return {name: self._parts(name, 0)[0].dtype for name in self.shapes}
 
     def size(self, name: str, rows: range | None = None) -> int:
-        """Bytes to read from the disk for `rows` of a tensor, or for all of it."""
+        """Return the bytes to read from the disk for `rows` of a tensor, or for all of it."""
         rows = range(self.shapes[name][0]) if rows is None else rows
         if self.layout == "per_expert" and is_expert_stack(name):
             return len(rows) * sum(part.size for part in self._parts(name, 0))
         return len(rows) * self.stored[name].row_size
 
     def read(self, name: str, rows: range | None = None) -> torch.Tensor:
-        """Read a canonical tensor, or the experts `rows` of a stack, with one expert's matrix in memory beside it."""
+        """Read a canonical tensor, or the experts `rows` of a stack, using the memory of one more expert's matrix."""
         import torch
 
         shape = self.shapes[name]
@@ -83,14 +83,14 @@ class BaseFiles:
         return matrix[:, row] if self.layout == "hub" else matrix[row]
 
     def _parts(self, name: str, expert: int) -> list[Stored]:
-        """The stored tensors that make up a canonical tensor, or in per-expert files one expert of it."""
+        """Return the stored tensors that make up a canonical tensor, or in per-expert files one expert of it."""
         if self.layout == "per_expert" and is_expert_stack(name):
             return [self.stored[key] for key, _ in single_expert(name, self.shapes[name], expert)]
         return [self.stored[name]]
 
 
 def open_base(folder: Path, shapes: Mapping[str, Shape] | None = None, *, layout: str = "auto") -> BaseFiles:
-    """Open the base in `folder`, after checking from headers alone that it is complete and fits its config.json.
+    """Open the base in `folder`, after checking from headers only that it is complete and fits its config.json.
 
     `shapes` are the canonical shapes of the model to be filled; without them a Qwen3-VL is read from the config.json.
     `layout` is `model.layout`: auto, hub, memory or per_expert.
@@ -104,7 +104,7 @@ def open_base(folder: Path, shapes: Mapping[str, Shape] | None = None, *, layout
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """Read the headers of a folder's weight files; raises one error that names every damaged or missing file."""
+    """Read the headers of a folder's weight files; raise one ValueError that names every damaged or missing file."""
     names, mapped = _file_names(folder)
     problems: list[str] = []
     tensors: dict[str, Stored] = {}
@@ -124,26 +124,32 @@ def weight_files(folder: Path) -> WeightFiles:
             problems += _index_problems(folder, name, in_file, mapped)
     if len(claims) > 1:
         layouts = ", ".join(f"{file} {claim or 'none'}" for claim, file in claims.items())
-        problems.append(f"the files in {folder} name different layouts: {layouts}; they come from two sources")
+        problems.append(
+            f"the files in {folder} name different layouts: {layouts}; they come from two sources. Fetch all of them "
+            f"again"
+        )
     if problems:
         raise ValueError("\n".join(problems))
     return WeightFiles(tensors=tensors, layout=next(iter(claims), None))
 
 
 def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The weight files to read, and key -> file name where an index says so."""
+    """Return the weight files to read, and key -> file name if there is an index."""
     present = sorted(path.name for path in folder.glob("model*.safetensors"))
     if not (folder / INDEX).is_file():
         if present == ["model.safetensors"]:
             return present, None
         if present:
             raise ValueError(
-                f"{folder} holds {len(present)} weight files ({listed(present)}) but no {INDEX}; it was copied or "
-                f"downloaded in part. Fetch the missing files"
+                f"{folder} holds weight files ({listed(present)}) but no {INDEX}; it was copied or downloaded only in "
+                f"part. Fetch the missing files"
             )
         others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf") for path in folder.glob(pattern))
-        hint = f" It holds {listed(others)}; only safetensors are read." if others else ""
-        raise ValueError(f"{folder} holds no weights: neither model.safetensors nor {INDEX}.{hint}")
+        hint = f" It holds {listed(others)}, but only safetensors files can be read." if others else ""
+        raise ValueError(
+            f"{folder} holds no weights: neither model.safetensors nor {INDEX}.{hint} Fetch them, or give another "
+            f"folder"
+        )
     mapped = load_json(folder / INDEX).get("weight_map")
     if not isinstance(mapped, dict) or not mapped or not all(isinstance(name, str) for name in mapped.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map of file names; fetch it again")
@@ -151,14 +157,14 @@ def _file_names(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     absent = [name for name in named if not (folder / name).is_file()]
     if absent:
         raise ValueError(
-            f"{folder / INDEX} names {len(absent)} weight file(s) that are not there: {listed(absent)}. "
+            f"{folder / INDEX} names weight files that are missing: {listed(absent)}. "
             f"Fetch them (an interrupted download leaves such a folder)"
         )
     stray = [name for name in present if name not in named]
     if stray:
         raise ValueError(
-            f"{folder} holds {listed(stray)}, which {INDEX} does not name: files of two checkpoints lie in one "
-            f"folder, or the index is an old one"
+            f"{folder} holds {listed(stray)}, which {INDEX} does not name: either the folder mixes files of two "
+            f"checkpoints, or the index is old. Remove the files that do not belong to it, or fetch the index again"
         )
     return named, mapped
 
@@ -168,7 +174,7 @@ def _index_problems(folder: Path, name: str, in_file: Mapping[str, Stored], mapp
     absent, unnamed = sorted(promised - in_file.keys()), sorted(in_file.keys() - promised)
     problems = []
     if absent:
-        problems.append(f"{folder / name} lacks {listed(absent)}, which {INDEX} says it holds")
+        problems.append(f"{folder / name} lacks {listed(absent)}, which should be there according to {INDEX}")
     if unnamed:
         problems.append(f"{folder / INDEX} does not say that {name} holds {listed(unnamed)}")
     return problems

@@ -1,7 +1,7 @@
-"""Identifies the base of an adapter or a checkpoint by a hash of values, the same in every layout and sharding of it.
+"""Identifies the base of an adapter or a checkpoint by a hash of values that is equal for every layout and sharding.
 
-Of each tensor a few values are hashed, at places that its name decides. Another model of the same shape, or one that
-was trained further, has other values; a copy in another layout, in other files, or in a wider type has the same.
+The hash covers a few values of each tensor, at places that depend on its name. Another model of the same shape, or one
+that was trained further, has other values; a copy in another layout, in other files, or in a wider type has the same.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from finetune.files.layouts import single_expert
 from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, Stored
 
 VALUES = 16
-"""Values read of each tensor: some ten thousand small reads for the largest model."""
+"""Values read from each tensor; this makes about ten thousand small reads for the largest model."""
 
 
 @lru_cache(maxsize=4)
 def fingerprint(files: BaseFiles) -> str:
-    """Return the hash, 32 hex digits. Reads a few bytes of each tensor, nothing of the rest.
+    """Return the hash, 32 hex digits; read only a few bytes of each tensor.
 
-    A base that was opened once has one: a run that saves needs its files no more.
+    The result is cached for an opened base, so a run does not need the base's files to save.
     """
     digest = hashlib.sha256()
     handles: dict[Path, int] = {}
@@ -48,14 +48,14 @@ def fingerprint(files: BaseFiles) -> str:
 
 
 def _places(name: str, shape: Shape) -> Iterator[int]:
-    """The flat indexes of the values, as the tensor lies in memory."""
+    """Return the flat indexes of the values, in the orientation of memory."""
     size = math.prod(shape)
     raw = hashlib.shake_256(name.encode()).digest(8 * VALUES)
     return (number % size for number in struct.unpack(f"<{VALUES}Q", raw))
 
 
 def _where(files: BaseFiles, name: str, shape: Shape, place: int) -> tuple[Stored, int]:
-    """The stored tensor that holds a value, and the value's flat index in it."""
+    """Return the stored tensor that contains a value, and the value's flat index in it."""
     if files.layout == "memory" or not is_expert_stack(name):
         return files.stored[name], place
     _, out, into = shape
@@ -72,7 +72,7 @@ def _as_float32(handle: int, stored: Stored, item: int) -> bytes:
     size = ITEM_SIZES[stored.dtype]
     raw = os.pread(handle, size, stored.begin + item * size)
     assert len(raw) == size, "the file's length was checked with its header"
-    assert stored.dtype in FLOAT_TYPES, "so were the types"
+    assert stored.dtype in FLOAT_TYPES, "the types were checked with the keys"
     if stored.dtype == "BF16":
         return b"\0\0" + raw  # the upper half of a float32
     return raw if stored.dtype == "F32" else np.frombuffer(raw, "<f2").astype("<f4").tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# Other frameworks' copies of the weights, and none of the files that a model folder needs.
+# Copies of the weights for other frameworks; a model folder needs none of these files.
 _UNNEEDED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "original/*"]
 _NEEDED = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -18,15 +18,17 @@ def model_folder(
 ) -> Path:
     """Return the folder of `model`: a local path, or a hub id such as Qwen/Qwen3-VL-30B-A3B-Instruct, which is fetched.
 
-    Several processes of one host should not call this at once: let one fetch, then the others find the cache filled.
+    Let one process per host call this first; the others then find the model in the cache.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ValueError(f"model.revision {revision!r} says nothing about the local folder {path}; leave it out")
+            raise ValueError(f"model.revision {revision!r} does not apply to the local folder {path}; leave it out")
         return require_files(path)
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ValueError(f"model.path: {path} is no folder; give a folder with a config.json, or a hub id (owner/name)")
+        raise ValueError(
+            f"model.path: {path} is not a folder; give a folder with a config.json, or a hub id (owner/name)"
+        )
     return require_files(_fetch(model, revision, cache, endpoint))
 
 
@@ -37,15 +39,15 @@ def lasting_name(model: str) -> str:
 
 
 def require_files(folder: Path) -> Path:
-    """Return `folder` after checking that the files which every model folder needs are there; one error names all."""
+    """Return `folder` if it has all files that a model folder needs; else raise one error that names all missing."""
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
     vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not vocabulary and not (folder / "tokenizer.json").is_file():
         missing.append("tokenizer.json (or vocab.json and merges.txt)")
     if missing:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)}; a model folder holds the hub repository's small files beside its "
-            f"weights. Copy them from the model's repository"
+            f"{folder} lacks {', '.join(missing)}; a model folder needs the small files of the hub repository next to "
+            f"its weights. Copy them from the model's repository"
         )
     return folder
 
@@ -69,15 +71,15 @@ def _fetch(model: str, revision: str | None, cache: Path | None, endpoint: str |
             model, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=_UNNEEDED
         )
     except HFValidationError as error:
-        raise ValueError(f"{named} is neither a folder here nor a hub id (owner/name): {error}") from error
+        raise ValueError(f"{named} is neither a local folder nor a hub id (owner/name): {error}") from error
     except GatedRepoError as error:
         raise ValueError(
             f"{named} is gated: accept its terms on the hub's page, then log in here with `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"{named} is neither a folder here nor a model that the hub shows you: check the spelling, and for a "
-            f"private model log in with `hf auth login`"
+            f"{named} is neither a local folder nor a model that you can see on the hub: check the spelling, and for a "
+            f"private model, log in with `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
         raise ValueError(f"{named}: the hub has the model but not this revision; check model.revision") from error
@@ -85,13 +87,13 @@ def _fetch(model: str, revision: str | None, cache: Path | None, endpoint: str |
         lacks = str(error).partition("incomplete: ")[2].partition(". ")[0]
         raise ValueError(
             f"{named} is in the cache {where} only in part ({lacks}), and the hub cannot be reached to complete it. "
-            f"Run `hf download {model}` where there is a network, or give a whole local folder"
+            f"Run `hf download {model}` on a machine with network access, or give a complete local folder"
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(
             f"{named} is not in the cache {where}, and the hub cannot be reached"
-            f"{' (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''}. Run `hf download {model}` where "
-            f"there is a network and set HF_HOME to that cache, or give a local folder"
+            f"{' (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''}. Run `hf download {model}` on a machine "
+            f"with network access and set HF_HOME to that cache, or give a local folder"
         ) from error
     except HfHubHTTPError as error:
         raise ValueError(f"{named} could not be fetched from the hub: {error}") from error

@@ -1,8 +1,8 @@
-"""A model's config.json: read in the hub's or transformers 5's spelling, written in the hub's. Loads no torch.
+"""A model's config.json: read in the spelling of the hub or of transformers 5, written in the hub's. Loads no torch.
 
-transformers 5 writes num_experts as num_local_experts, rope_theta and rope_scaling as one rope_parameters, renames the
-vision tower's model_type and drops norm_topk_prob. Version 4, vLLM and sglang then read class defaults, which are no
-published model's values; so everything that this package writes is in the hub's spelling.
+transformers 5 writes num_experts as num_local_experts, and rope_theta and rope_scaling as one rope_parameters; it
+renames the vision tower's model_type and drops norm_topk_prob. Version 4, vLLM and sglang then use class defaults,
+which no published model has. So this package writes everything in the hub's spelling.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from finetune.architecture.families import family as known_family
 from finetune.architecture.family_problems import family_problems
 from finetune.files.jsonblock import Block, as_count, as_flag, as_indexes, as_number, as_token, as_word, load_json
 
-TRANSFORMERS_VERSION = "4.57.0.dev0"  # what the published files carry; it is no key that changes how they are read
+TRANSFORMERS_VERSION = "4.57.0.dev0"  # as in the published files; the key does not change how they are read
 
 
 def read_family(path: Path) -> Family:
-    """Read the family that a folder's config.json describes; one that equals an entry of the table has its name."""
+    """Read the family that a folder's config.json describes; return the table's entry if one is equal."""
     file = path / "config.json" if path.suffix != ".json" else path
     described = _family(Block(file=file, key="", values=load_json(file)))
     problems = family_problems(described)
@@ -34,7 +34,7 @@ def read_family(path: Path) -> Family:
 
 
 def hub_config(family: Family) -> dict[str, Any]:
-    """Return the family's config.json as the hub spells it; for the published sizes it equals the published file."""
+    """Return the family's config.json in the hub's spelling; for the published sizes it equals the published file."""
     text, vision = family.text, family.vision
     rope, experts = text.rope, text.experts
     text_config: dict[str, Any] = {
@@ -69,7 +69,7 @@ def hub_config(family: Family) -> dict[str, Any]:
 
 
 def to_hub_spelling(config: dict[str, Any]) -> dict[str, Any]:
-    """Copy a config.json's object into the hub's spelling; keys that are spelt alike stay as they are."""
+    """Copy a config.json's object into the hub's spelling; keys that are spelled the same way do not change."""
     config = dict(config)
     text, vision = dict(config["text_config"]), dict(config["vision_config"])
     if "num_local_experts" in text:
@@ -86,7 +86,7 @@ def to_hub_spelling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """Return the text of a config.json: sorted keys, two spaces, closing newline, as the published files have them."""
+    """Return the text of a config.json with sorted keys, two spaces and a final newline, like the published files."""
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
@@ -97,19 +97,19 @@ def _plain(value: Any) -> Any:
 def _family(root: Block) -> Family:
     model_type = root.get("model_type", as_word)
     if model_type not in ("qwen3_vl", "qwen3_vl_moe"):
-        raise ValueError(f"{root.file}: model_type is {model_type!r}; this package knows qwen3_vl and qwen3_vl_moe")
+        raise ValueError(f"{root.file}: model_type must be qwen3_vl or qwen3_vl_moe, got {model_type!r}")
     text = root.block("text_config")
     outside = [key for key in ("rope_scaling", "rope_parameters", "rope_theta") if key in root.values]
     if outside:
         raise ValueError(
-            f"{root.file}: {outside[0]} stands at the top level, where the text model does not read it. Move it into "
+            f"{root.file}: {outside[0]} is at the top level, where the text model does not read it. Move it into "
             f"text_config"
         )
     return Family(
         name=(root.file.parent if root.file.name == "config.json" else root.file).name,
         text=_text(text, moe=model_type == "qwen3_vl_moe"),
         vision=_vision(root.block("vision_config")),
-        # The root's value counts, as in transformers; the class default of the text block would tie every MoE head.
+        # The root's value decides, as in transformers; the class default of the text block would tie every MoE head.
         tie_word_embeddings=root.get("tie_word_embeddings", as_flag, default=False),
         **{key: root.get(key, as_token, default=default) for key, default in _TOKENS.items()},
     )
@@ -152,7 +152,7 @@ def _rope(text: Block) -> Rope:
     unknown = sorted(set(block.values) - set(_ROPE_KEYS))
     if unknown:
         raise ValueError(
-            f"{text.file}: {block.key}{unknown[0]} would be ignored; known here are {', '.join(_ROPE_KEYS)}"
+            f"{text.file}: {block.key}{unknown[0]} would be ignored; the known keys are {', '.join(_ROPE_KEYS)}"
         )
     holder = block if "rope_theta" in block.values else text
     yarn = {
@@ -171,7 +171,7 @@ def _rope(text: Block) -> Rope:
 
 
 def _refuse_two_ropes(text: Block) -> None:
-    """Refuse blocks of both spellings that differ: readers take different ones, and some lose theta on the way."""
+    """Raise ValueError if blocks of both spellings differ: readers use different ones, and some then lose theta."""
     both = [text.values.get(key) for key in ("rope_scaling", "rope_parameters")]
     if not all(both):
         return
@@ -181,12 +181,12 @@ def _refuse_two_ropes(text: Block) -> None:
     if different:
         raise ValueError(
             f"{text.file}: text_config.rope_scaling and rope_parameters differ in {', '.join(different)}; readers "
-            f"would take different ones. Make them equal, with rope_theta in rope_parameters and beside rope_scaling"
+            f"would use different ones. Make them equal, with rope_theta in rope_parameters and next to rope_scaling"
         )
     if theta is None:
         raise ValueError(
-            f"{text.file}: text_config has rope_scaling but no rope_theta beside it: transformers would then use its "
-            f"default, 500000. Write rope_theta beside rope_scaling"
+            f"{text.file}: text_config has rope_scaling but no rope_theta next to it: transformers would then use its "
+            f"default, 500000. Add rope_theta next to rope_scaling"
         )
 
 

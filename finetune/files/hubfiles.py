@@ -1,6 +1,6 @@
-"""The small files beside a model's weights: generation defaults, tokenizer settings, chat template, processor settings.
+"""The small files next to a model's weights: generation defaults, tokenizer, chat template and processor settings.
 
-For the published models' token ids every function gives the published file byte for byte.
+With the token ids of the published models, every function returns the published file byte for byte.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from finetune.architecture.families import Family
 from finetune.files.jsonblock import load_json
 
-# In id order, right after the base vocabulary. The second group is no "special" token to readers that skip those.
+# In the order of ids, right after the base vocabulary. Tokens of the second group are not marked as "special", so
+# readers that skip special tokens keep them.
 _SPECIAL = """
     endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
     vision_start vision_end vision_pad image_pad video_pad
@@ -28,19 +29,19 @@ PLAIN_TOKENS = tuple(_PLAIN.split())
 
 
 def added_token_ids(first: int) -> dict[str, int]:
-    """Return the ids of Qwen's added tokens where the base vocabulary has `first` entries."""
+    """Return the ids of Qwen's added tokens, given the number of entries in the base vocabulary."""
     return {token: first + at for at, token in enumerate(SPECIAL_TOKENS + PLAIN_TOKENS)}
 
 
 def chat_template() -> str:
-    """Return Qwen3-VL's own chat template, as its repositories carry it."""
+    """Return Qwen3-VL's own chat template, as in its repositories."""
     return files("finetune").joinpath("assets", "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def side_files(family: Family, first_added_token: int, *, image_min_tokens: int = 64) -> dict[str, bytes]:
-    """Return all files of a model folder but weights, config.json and the vocabulary: file name -> content.
+    """Return all files of a model folder except weights, config.json and vocabulary: file name -> content.
 
-    Images of fewer than `image_min_tokens` are enlarged; the published models have 64, that is 256 x 256 pixels.
+    Images of fewer than `image_min_tokens` are enlarged; the published models use 64, which is 256 x 256 pixels.
     """
     vision = family.vision
     patches = {
@@ -51,8 +52,8 @@ def side_files(family: Family, first_added_token: int, *, image_min_tokens: int 
         "image_std": [0.5, 0.5, 0.5],
         "processor_class": "Qwen3VLProcessor",
     }
-    area = (vision.patch_size * vision.spatial_merge_size) ** 2  # pixels behind one token
-    # The budgets count pixels: of one image, and of all frames of a clip.
+    area = (vision.patch_size * vision.spatial_merge_size) ** 2  # pixels of one token
+    # The budgets count pixels, of one image or of all frames of a clip.
     image = {"size": {"longest_edge": 16_777_216, "shortest_edge": image_min_tokens * area}, **patches}
     video = {"size": {"longest_edge": 25_165_824, "shortest_edge": 4_096}, **patches}
     return {
@@ -65,7 +66,7 @@ def side_files(family: Family, first_added_token: int, *, image_min_tokens: int 
 
 
 def _generation(family: Family) -> dict[str, Any]:
-    end_of_text = family.text.bos_token_id  # one token, three names: begin, pad, and an end of its own
+    end_of_text = family.text.bos_token_id  # one token with three roles: begin, padding, and a second end
     return {
         "bos_token_id": end_of_text,
         "pad_token_id": end_of_text,
@@ -113,7 +114,7 @@ def _json(content: Mapping[str, Any], *, indent: int) -> bytes:
 
 
 def stop_tokens(folder: Path) -> frozenset[int]:
-    """Return the tokens that end an answer, as the base's own generation settings name them."""
+    """Return the tokens that end an answer according to the base's generation settings."""
     tokens: Any = None
     if (folder / "generation_config.json").is_file():
         tokens = load_json(folder / "generation_config.json").get("eos_token_id")
@@ -123,6 +124,6 @@ def stop_tokens(folder: Path) -> frozenset[int]:
     if tokens is None:
         raise ValueError(
             f"{folder}: neither generation_config.json nor config.json says which token ends an answer "
-            f"(eos_token_id). Copy generation_config.json from the release the weights came from"
+            f"(eos_token_id). Copy generation_config.json from the release that the weights came from"
         )
     return frozenset(tokens if isinstance(tokens, list) else [tokens])

@@ -1,4 +1,4 @@
-"""Whether weight files hold exactly the model that config.json describes; if not, one error with the likely causes."""
+"""Checks that weight files hold exactly the model that config.json describes; the error names the likely causes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from finetune.ranks.log import listed
 
 
 def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout: Layout, *, where: str) -> None:
-    """Raise unless the files hold every tensor of these canonical shapes in this layout, and nothing else.
+    """Raise ValueError unless the files hold every tensor of these canonical shapes in this layout, and no others.
 
-    A tied head is expected to be absent: it is not among the shapes.
+    A tied head must be absent: it is not among the shapes.
     """
     expected = stored_shapes(shapes, layout)
     missing = [name for name in expected if name not in stored]
@@ -25,27 +25,27 @@ def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout
         return
     lines = [f"{where} does not hold the model that its config.json describes (layout {layout}):"]
     if missing:
-        lines.append(f"{len(missing)} of {len(expected)} keys missing: {listed(missing)}")
+        lines.append(f"missing keys ({len(missing)} of {len(expected)}): {listed(missing)}")
     if unexpected:
-        lines.append(f"{len(unexpected)} unexpected: {listed(unexpected)}")
+        lines.append(f"unexpected keys ({len(unexpected)}): {listed(unexpected)}")
     if misshaped:
-        pairs = [f"{name} is {list(stored[name].shape)}, wanted {list(expected[name])}" for name in misshaped]
-        lines.append(f"{len(misshaped)} of another shape: {listed(pairs)}")
+        pairs = [f"{name} is {list(stored[name].shape)}, not {list(expected[name])}" for name in misshaped]
+        lines.append(f"keys with another shape ({len(misshaped)}): {listed(pairs)}")
     if unreadable:
         pairs = [f"{name} is {stored[name].dtype}" for name in unreadable]
-        lines.append(f"{len(unreadable)} of a type other than {', '.join(FLOAT_TYPES)}: {listed(pairs)}")
+        lines.append(f"keys with a type other than {', '.join(FLOAT_TYPES)} ({len(unreadable)}): {listed(pairs)}")
     if mixed:
-        lines.append(f"{len(mixed)} expert stacks of several types: {listed(mixed)}")
+        lines.append(f"expert stacks of several types ({len(mixed)}): {listed(mixed)}")
     shapes_in_files = {name: tensor.shape for name, tensor in stored.items()}
     causes = _causes(missing, unexpected, misshaped, shapes_in_files, expected)
     if unreadable:
-        causes.append("the checkpoint is quantised; training needs the original one")
+        causes.append("the checkpoint is quantised; training needs the original checkpoint")
     lines += [f"Likely cause: {cause}." for cause in causes]
     raise ValueError("\n  ".join(lines))
 
 
 def _mixed_types(stored: Mapping[str, Stored], expected: Mapping[str, Shape]) -> list[str]:
-    """Per-expert keys that make up one stack but are stored in several types: stacking would round some silently."""
+    """Return per-expert keys of one stack that are stored in several types: stacking would silently round some."""
     types: dict[str, set[str]] = {}
     for name in expected:
         stem, experts, rest = name.partition(".mlp.experts.")
@@ -65,42 +65,44 @@ def _causes(
     causes = _naming_causes(missing, unexpected, expected)
     if HEAD in unexpected and HEAD not in expected:
         causes.append(
-            "config.json ties the head to the embedding (tie_word_embeddings true), but the files hold a head of their "
-            "own; with true the head would be dropped, so set it to false if the head was trained apart"
+            "config.json ties the head to the embedding (tie_word_embeddings is true), but the files have a separate "
+            "head, which would be dropped; set it to false if the head was trained separately"
         )
     if missing == [HEAD]:
-        causes.append("the files hold a tied head, but config.json says tie_word_embeddings false")
+        causes.append(
+            "the head in the files is tied to the embedding, but config.json sets tie_word_embeddings to false"
+        )
     if missing and all(name.startswith(VISUAL) for name in missing):
-        causes.append("these are the weights of a text model; the vision tower is not in them")
+        causes.append("these are the weights of a text model, without a vision tower")
     if misshaped and all(is_expert_stack(name) for name in misshaped) and _swapped(misshaped, shapes, expected):
         causes.append(
             "the experts are stored in the other fused layout; leave model.layout at auto, or set it to hub (published "
             "files, transformers 4) or memory (saved by transformers 5)"
         )
     elif misshaped and set(misshaped) <= {EMBEDDING, HEAD}:
-        causes.append("the vocabulary was resized; set text_config.vocab_size to the files' first dim")
+        causes.append("the vocabulary was resized; set text_config.vocab_size to the first dim in the files")
     elif misshaped:
-        causes.append("config.json belongs to another size than the weights")
+        causes.append("config.json belongs to a model of another size than the weights")
     return causes
 
 
 def _naming_causes(missing: list[str], unexpected: list[str], expected: Mapping[str, Shape]) -> list[str]:
     causes = []
     if any(".mlp.experts." in name for name in missing) and any(".mlp.experts." in name for name in unexpected):
-        causes.append("the experts are stored under other names than this layout has; leave model.layout at auto")
+        causes.append("the experts are stored under the names of another layout; leave model.layout at auto")
     wrappings = ("base_model.model.", "module.", "_orig_mod.", "model.model.")
     for prefix in wrappings:
         if any(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in unexpected):
-            causes.append(f"the keys carry the prefix {prefix!r} of a training wrapper; save the model inside it")
+            causes.append(f"the keys have the prefix {prefix!r} of a training wrapper; save the model inside it")
     if any(".lora_" in name for name in unexpected):
         causes.append("these are an adapter's weights, not a model's; merge the adapter first")
     if any(f"model.{name}" in expected for name in unexpected):
-        causes.append("the keys lack their first word, model.; they were saved from the inner model")
+        causes.append("the keys lack the prefix 'model.'; they were saved from the inner model")
     if any(".language_model." not in name and name.startswith("model.layers.") for name in unexpected):
         causes.append("these are the weights of a text model (model.layers.*, no model.language_model.*)")
     layers = {name.split(".layers.")[1].split(".")[0] for name in unexpected if ".language_model.layers." in name}
     if layers and not missing:
-        causes.append(f"the files hold {len(layers)} more layers than num_hidden_layers in config.json says")
+        causes.append(f"the files have more layers than num_hidden_layers in config.json, by {len(layers)}")
     return causes
 
 

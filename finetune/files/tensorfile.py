@@ -1,8 +1,8 @@
-"""The safetensors format by hand: headers, byte ranges, reading exactly the bytes asked for, writing each in its place.
+"""Reads and writes the safetensors format without its library: headers, byte ranges, single tensors and rows.
 
-By hand, because a mapped file counts its pages into the resident memory of the process that touches them: reading
-100 MB through the library's mapping raised the peak by far more. Here a read costs the tensor it returns and nothing
-else, and a file larger than memory is written a tensor, or some of its rows, at a time.
+The library maps the file, and the pages that a process touches count as its resident memory: reading 100 MB through the
+mapping raised the peak by far more. Here a read takes the memory of the tensor it returns and no more, and a file
+larger than memory is written tensor by tensor, or rows by rows.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """The tensor's bytes on disk."""
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
 
     @property
     def row_size(self) -> int:
-        """Bytes of one entry of the first dim."""
+        """The bytes of one entry of the first dim."""
         return math.prod(self.shape[1:]) * ITEM_SIZES[self.dtype]
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return a file's tensors and metadata, after checking that it holds exactly the bytes that it announces."""
+    """Return a file's tensors and metadata, after checking that its size is the one that its header announces."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = _LENGTH.unpack(handle.read(8))[0] if size >= 8 else 0
         if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
             raise ValueError(
-                f"{file} is not a whole safetensors file: it has {size} bytes and announces a header of {length}. "
-                f"It was cut off or is something else; fetch it again"
+                f"{file} is not a complete safetensors file: it has {size} bytes and announces a header of {length}. "
+                f"It is cut off or of another format; fetch it again"
             )
         try:
             header = json.loads(handle.read(length))
@@ -74,7 +74,7 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise ValueError(f"{file} has a damaged safetensors header ({error}); fetch it again") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{file} has a damaged safetensors header (no object with texts as metadata); fetch it again")
+        raise ValueError(f"{file} has a damaged safetensors header (metadata must map to strings); fetch it again")
     tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
     _check_extent(file, tensors, start=8 + length, size=size)
     return tensors, metadata
@@ -88,48 +88,53 @@ def _entry(file: Path, name: str, entry: dict[str, Any], start: int) -> Stored:
         )
         wrong = tensor.size != end - begin
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} has a damaged safetensors header: {name!r} is described by {entry!r}") from error
+        raise ValueError(
+            f"{file} has a damaged safetensors header: {name!r} is described by {entry!r}; fetch it again"
+        ) from error
     if wrong:
         raise ValueError(
             f"{file} has a damaged safetensors header: {name!r} of {tensor.dtype} {list(tensor.shape)} needs "
-            f"{tensor.size} bytes, its offsets give {end - begin}"
+            f"{tensor.size} bytes, but its offsets give {end - begin}; fetch it again"
         )
     return tensor
 
 
 def _index(value: Any) -> int:
-    """A whole number from 0 on, as lengths and places in a file are."""
+    """Return `value` if it is a whole number of 0 or more, as lengths and offsets in a file must be."""
     if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is no length")
+        raise TypeError(f"{value!r} is not a length")
     return value
 
 
 def _check_extent(file: Path, tensors: Mapping[str, Stored], *, start: int, size: int) -> None:
-    """Raise unless the tensors lie end to end, and the file ends where the last one does."""
+    """Raise ValueError unless the tensors lie end to end and the file ends with the last one."""
     at = start
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.size)):
         if tensor.begin != at:
-            raise ValueError(f"{file} has a damaged safetensors header: {tensor.name!r} overlaps or leaves a gap")
+            raise ValueError(
+                f"{file} has a damaged safetensors header: {tensor.name!r} overlaps another tensor or leaves a gap; "
+                f"fetch it again"
+            )
         at += tensor.size
     if at != size:
         raise ValueError(
-            f"{file} has {size} bytes, its header announces {at}: it was "
-            f"{'cut off' if size < at else 'written over'}; fetch it again"
+            f"{file} has {size} bytes, but its header announces {at}: it was "
+            f"{'cut off' if size < at else 'overwritten'}; fetch it again"
         )
 
 
 def file_size(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> int:
-    """Return the bytes of a file for tensors of (dtype, shape) by name, its header included."""
+    """Return the size in bytes of a file for tensors of (dtype, shape) by name, including its header."""
     return len(_header(kinds, metadata)[0]) + tensor_bytes(kinds)
 
 
 def tensor_bytes(kinds: Mapping[str, tuple[str, Shape]]) -> int:
-    """Return the bytes of tensors of (dtype, shape) by name."""
+    """Return the size in bytes of tensors of (dtype, shape) by name."""
     return sum(math.prod(shape) * ITEM_SIZES[dtype] for dtype, shape in kinds.values())
 
 
 def _header(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Return a file's header for tensors of (dtype, shape) by name, and the first byte of each tensor in that file."""
+    """Return a file's header for tensors of (dtype, shape) by name, and the offset of each tensor in that file."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offsets, at = {}, 0
     for name, (dtype, shape) in kinds.items():
@@ -138,18 +143,18 @@ def _header(kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str])
         offsets[name] = at
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data that starts on a multiple of eight
+    text += b" " * (-len(text) % 8)  # the format requires data to start at a multiple of eight
     return _LENGTH.pack(len(text)) + text, {name: 8 + len(text) + offset for name, offset in offsets.items()}
 
 
 def read_tensor(tensor: Stored, rows: range | None = None) -> torch.Tensor:
-    """Read a tensor as it is stored, or some of its rows: one buffer of their size, nothing more."""
+    """Read a tensor as it is stored, or some of its rows, into one buffer of that size."""
     import torch
 
     if tensor.dtype not in FLOAT_TYPES:
         raise ValueError(
-            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; weights are read from "
-            f"{', '.join(FLOAT_TYPES)} only. A quantised checkpoint cannot be trained; take the original one"
+            f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}, but weights must be one of "
+            f"{', '.join(FLOAT_TYPES)}. A quantised checkpoint cannot be trained; use the original one"
         )
     begin, size = 0, tensor.size
     shape = tensor.shape
@@ -163,17 +168,17 @@ def read_tensor(tensor: Stored, rows: range | None = None) -> torch.Tensor:
 
 
 def read_bytes(handle: int, tensor: Stored, buffer: memoryview, begin: int) -> None:
-    """Fill a buffer with a tensor's bytes from its byte `begin` on, through an open file descriptor."""
+    """Fill a buffer with a tensor's bytes, starting at its byte `begin`, through an open file descriptor."""
     done = 0
     while done < len(buffer):
-        count = os.preadv(handle, [buffer[done:]], tensor.begin + begin + done)  # one call returns 2 GiB at most
+        count = os.preadv(handle, [buffer[done:]], tensor.begin + begin + done)  # one call reads at most 2 GiB
         if count == 0:
             raise ValueError(f"{tensor.file} ends inside {tensor.name}: it was cut off while it was being read")
         done += count
 
 
 def torch_type(dtype: str) -> torch.dtype:
-    """Return the torch type of a safetensors type name, one of `FLOAT_TYPES`."""
+    """Return the torch dtype of a safetensors type name, one of `FLOAT_TYPES`."""
     import torch
 
     kind: torch.dtype = getattr(torch, FLOAT_TYPES[dtype])
@@ -181,12 +186,12 @@ def torch_type(dtype: str) -> torch.dtype:
 
 
 def type_name(kind: torch.dtype) -> str:
-    """Return the safetensors name of a torch type; empty where it is none of `FLOAT_TYPES`."""
+    """Return the safetensors name of a torch dtype; "" if it is none of `FLOAT_TYPES`."""
     return TYPE_NAMES.get(str(kind).removeprefix("torch."), "")
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return a tensor's values as a file holds them; copied where they are not contiguous in the host's memory."""
+    """Return a tensor's values as bytes for a file; they are copied if they are not contiguous in host memory."""
     import torch
 
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
@@ -194,24 +199,24 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(kw_only=True)
 class ReservedFile:
-    """A file at its full size that takes its tensors in any order; each byte must come once.
+    """A file at its full size that takes its tensors in any order; each byte must be written once.
 
-    Leaving its context closes it and, unless an error ended it, writes it through to the disk first.
+    Leaving its context flushes it to the disk, unless an error ended it, and closes it.
     """
 
     file: FileIO
     header: bytes
     tensors: Mapping[str, Stored]
     missing: int
-    """Bytes of tensors that have not come yet."""
+    """Bytes of tensors that are not written yet."""
 
     def put(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
-        """Write a tensor, or those of its rows that begin at its byte `begin`."""
-        assert type_name(tensor.dtype) == self.tensors[name].dtype, f"{name} came as {tensor.dtype}"
+        """Write a tensor, or some of its rows, starting at its byte `begin`."""
+        assert type_name(tensor.dtype) == self.tensors[name].dtype, f"{name} has dtype {tensor.dtype}"
         self.put_bytes(name, raw_bytes(tensor), begin)
 
     def put_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:
-        """Write bytes of a tensor, from its byte `begin` on."""
+        """Write bytes of a tensor, starting at its byte `begin`."""
         tensor = self.tensors[name]
         assert 0 <= begin <= begin + len(data) <= tensor.size, f"{name}: {begin} + {len(data)} of {tensor.size} bytes"
         self._write(data, tensor.begin + begin)
@@ -219,7 +224,7 @@ class ReservedFile:
 
     def _write(self, data: bytes | memoryview, at: int) -> None:
         view, done = memoryview(data), 0
-        while done < len(view):  # one call writes 2 GiB at most
+        while done < len(view):  # one call writes at most 2 GiB
             done += os.pwrite(self.file.fileno(), view[done:], at + done)
 
     def __enter__(self) -> Self:
@@ -230,12 +235,12 @@ class ReservedFile:
             return
         with self.file:
             if kind is None:
-                assert not self.missing, f"{self.missing} bytes of {self.file.name!r} never came"
+                assert not self.missing, f"{self.missing} bytes of {self.file.name!r} were not written"
                 os.fsync(self.file.fileno())
 
 
 def reserve(path: Path, kinds: Mapping[str, tuple[str, Shape]], metadata: Mapping[str, str]) -> ReservedFile:
-    """Make a file for tensors of (dtype, shape) by name: a disk too small is known before the first of them comes."""
+    """Make a file for tensors of (dtype, shape) by name; a disk that is too small fails here, before any tensor."""
     header, begins = _header(kinds, metadata)
     tensors = {
         name: Stored(name=name, file=path, dtype=dtype, shape=shape, begin=begins[name])

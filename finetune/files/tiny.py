@@ -1,4 +1,4 @@
-"""A small base model with random weights in the hub's own layout: everything a real folder has, in a few hundred KB."""
+"""A small base model with random weights in the hub's layout: all files of a real folder, in a few hundred KB."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyModel:
-    """The dimensions of a tiny model. All defaults differ, so that a swapped dim is noticed.
+    """The dimensions of a tiny model. All defaults differ, so that tests notice a swapped dim.
 
     `experts` is None for a dense model. In expert layers D is `hidden`, F is `expert_hidden`.
     """
@@ -47,7 +47,7 @@ class TinyModel:
     image_min_tokens: int = 64
     tokenizer: Literal["tiny", "qwen3"] = "tiny"
     vocabulary: int | None = None
-    """Rows of embedding and head; None: as many as there are tokens, and some that no token uses."""
+    """Rows of embedding and head; None: one for each token, and some that no token uses."""
     dtype: str = "float32"
     tied: bool = False
     seed: int = 0
@@ -74,10 +74,10 @@ def write_tiny(folder: Path, model: TinyModel = TinyModel()) -> WrittenModel:
 
 
 def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:
-    """Return the family of a tiny model; raises one error that lists every option at fault."""
+    """Return the family of a tiny model; raise one ValueError that lists every wrong option."""
     token = added_token_ids(vocabulary.base_size)
     half = max(model.head_dim // 2, 0)
-    side = half * 20 // 64  # the real models' shares: 24, 20 and 20 of 64
+    side = half * 20 // 64  # the shares in the real models are 24, 20 and 20 of 64
     experts = None
     if model.experts is not None:
         experts = Experts(
@@ -117,15 +117,15 @@ def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:
     )
     problems = _option_problems(model, vocabulary) or family_problems(family)
     if problems:
-        raise ValueError("no tiny model can have these dimensions:\n  " + "\n  ".join(problems))
+        raise ValueError("a tiny model cannot have these dimensions:\n  " + "\n  ".join(problems))
     return family
 
 
 def random_weights(shapes: dict[str, Shape], *, dtype: str, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Canonical names and weights one at a time, each from a generator of its own.
+    """Yield canonical names and weights one at a time, each from a generator of its own.
 
-    Scaled by fan-in rather than by the real models' 0.02, which at these widths gives outputs close to zero: a test
-    could not tell a wrong expert from a right one.
+    They are scaled by fan-in. The real models' 0.02 would give outputs close to zero at these widths, and a test could
+    not tell a wrong expert from a right one.
     """
     import torch
 
@@ -140,7 +140,7 @@ def random_weights(shapes: dict[str, Shape], *, dtype: str, seed: int) -> Iterat
         elif name == EMBEDDING or name.endswith("pos_embed.weight"):
             values.mul_(shape[1] ** -0.5)
         else:
-            # [out, in, ...]; in an expert stack [E, out, in] each expert has the fan-in of its own matrix.
+            # [out, in, ...]; in an expert stack [E, out, in] the fan-in is that of one expert's matrix.
             fan_in = shape[2] if ".experts." in name else math.prod(shape[1:])
             values.mul_(fan_in**-0.5)
         yield name, values.to(getattr(torch, dtype))
@@ -148,17 +148,17 @@ def random_weights(shapes: dict[str, Shape], *, dtype: str, seed: int) -> Iterat
 
 def _vocabulary(model: TinyModel) -> Vocabulary:
     if model.tokenizer not in ("tiny", "qwen3"):
-        raise ValueError(f"--tokenizer is {model.tokenizer!r}; allowed are tiny and qwen3")
+        raise ValueError(f"--tokenizer must be tiny or qwen3, got {model.tokenizer!r}")
     return qwen3_vocabulary() if model.tokenizer == "qwen3" else tiny_vocabulary()
 
 
 def _padded(tokens: int) -> int:
-    """A vocabulary size with some rows that no token uses, as the real models have: 151,936 for 151,669 tokens."""
+    """Return a vocabulary size with some rows that no token uses, as in the real models: 151,936 for 151,669 tokens."""
     return 151_936 if tokens == 151_669 else -(-(tokens + 1) // 64) * 64
 
 
 def _deepstack(model: TinyModel) -> tuple[int, ...]:
-    """Up to three taps, one per text layer at most, on the tower's last blocks."""
+    """Return up to three of the tower's last blocks, at most one per text layer."""
     taps = max(min(3, model.layers, model.vision_depth), 0)
     return tuple(range(model.vision_depth - taps, model.vision_depth))
 
@@ -167,22 +167,25 @@ def _option_problems(model: TinyModel, vocabulary: Vocabulary) -> list[str]:
     problems = []
     if model.vocabulary is not None and 1 <= model.vocabulary < vocabulary.size:
         problems.append(
-            f"--vocabulary is {model.vocabulary}; the tokenizer has {vocabulary.size} tokens: give as many rows or more"
+            f"--vocabulary must be at least {vocabulary.size}, the number of tokens in the tokenizer, got "
+            f"{model.vocabulary}"
         )
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
-            problems.append(f"--{field.name.replace('_', '-')} is {value}; it must be at least 1")
+            problems.append(f"--{field.name.replace('_', '-')} must be at least 1, got {value}")
     if model.head_dim % 2 or model.head_dim < 8:
-        problems.append(f"--head-dim is {model.head_dim}; three rotary sections need an even number from 8 on")
+        problems.append(
+            f"--head-dim must be an even number of 8 or more, for its three rotary sections, got {model.head_dim}"
+        )
     if model.dtype not in TYPE_NAMES:
-        problems.append(f"--dtype is {model.dtype!r}; allowed are {', '.join(TYPE_NAMES)}")
+        problems.append(f"--dtype must be one of {', '.join(TYPE_NAMES)}, got {model.dtype!r}")
     if model.experts is not None:
         hidden, expert_hidden = model.hidden, model.expert_hidden
         if hidden in (expert_hidden, 2 * expert_hidden):
             problems.append(
                 f"--hidden {hidden} with --expert-hidden {expert_hidden}: transposed experts would have the same "
-                f"shape, and no reader could tell the two layouts apart; choose hidden other than expert-hidden and "
-                f"twice expert-hidden"
+                f"shape, and no reader could tell the two layouts apart; --hidden must differ from --expert-hidden and "
+                f"from twice --expert-hidden"
             )
     return problems

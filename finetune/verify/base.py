@@ -1,4 +1,4 @@
-"""One card for a base: is it complete, is it what it claims, do we compute with it what transformers computes?
+"""The card of a base: is it complete, does it match its family, and do we compute the same with it as transformers?
 
 Weights are streamed (finetune/verify/streaming.py), one layer at a time, so that the largest model fits.
 """
@@ -19,7 +19,7 @@ from finetune.verify.card import Check
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the computing checks run, and which family the base should be."""
+    """How the checks by computation run, and the family that the base should be."""
 
     family: str = ""
     layout: str = "auto"
@@ -29,14 +29,14 @@ class Options:
 
 
 def verify_base(folder: Path, options: Options = Options()) -> Iterator[Check]:
-    """Yield every check in order, each as soon as its result is known; heavy ones last."""
+    """Yield every check in order, as soon as its result is known; expensive ones come last."""
     if options.family:
-        family(options.family)  # a name that is no family's is the caller's mistake, not the base's
+        family(options.family)  # an unknown family is an error of the caller, not a failed check of the base
     files_ok, config_ok = True, True
     weights = None
     try:
         require_files(folder)
-        yield Check(name="files", status="pass", detail="config, tokenizer and processor files are there")
+        yield Check(name="files", status="pass", detail="config, tokenizer and processor files are present")
     except ValueError as error:
         files_ok = False
         yield Check(name="files", status="fail", detail=str(error))
@@ -61,7 +61,7 @@ def verify_base(folder: Path, options: Options = Options()) -> Iterator[Check]:
 
 
 def check_config(model: Family, name: str = "") -> Check:
-    """Compare a config.json with the family table: by name where one is given, else by the dimensions it shares."""
+    """Compare a config.json with the family table: with the entry `name` if given, else by its dimensions."""
     name = name or next((entry for entry in family_names() if _has_size_of(family(entry), model)), "")
     if not name:
         sizes = f"{model.text.num_hidden_layers} layers of {model.text.hidden_size}"
@@ -70,12 +70,12 @@ def check_config(model: Family, name: str = "") -> Check:
     entry = family(name)
     differences = _differences(hub_config(model), hub_config(entry))
     if differences:
-        return Check(name="config", status="fail", detail=f"unlike {entry.name}: {'; '.join(differences)}")
-    return Check(name="config", status="pass", detail=f"every value is {entry.name}'s")
+        return Check(name="config", status="fail", detail=f"differs from {entry.name}: {'; '.join(differences)}")
+    return Check(name="config", status="pass", detail=f"every value is that of {entry.name}")
 
 
 def _has_size_of(entry: Family, model: Family) -> bool:
-    """Whether a model is compared with this entry: a published size of its dimensions, or a toy that it equals."""
+    """Return whether to compare a model with this entry: a published size of its dimensions, or an equal tiny model."""
     if entry.hub_id is None:
         return hub_config(entry) == hub_config(model)
     return _dimensions(entry) == _dimensions(model)
@@ -100,12 +100,13 @@ def _weights_line(weights: BaseFiles) -> Check:
     size = sum(tensor.size for tensor in weights.stored.values())
     count = len({tensor.file for tensor in weights.stored.values()})
     kinds = ", ".join(sorted({tensor.dtype for tensor in weights.stored.values()}))
-    detail = f"{len(weights.stored)} tensors, {size:,} bytes of {kinds} in {count} file(s), layout {weights.layout}"
+    files = "1 file" if count == 1 else f"{count} files"
+    detail = f"{len(weights.stored)} tensors, {size:,} bytes of {kinds} in {files}, layout {weights.layout}"
     return Check(name="weights", status="pass", detail=detail)
 
 
 def _guarded(check: Callable[[Path, Family], Check], folder: Path, model: Family) -> Check:
-    """Make a check, for which a user's broken file is a failed line, not the end of the card."""
+    """Run a check; a broken file of the user's makes it fail, and the other checks still run."""
     try:
         return check(folder, model)
     except ValueError as error:
@@ -115,7 +116,7 @@ def _guarded(check: Callable[[Path, Family], Check], folder: Path, model: Family
 def _computing(folder: Path, weights: BaseFiles | None, options: Options) -> Iterator[Check]:
     names = ("logits", "video layout")
     if not options.compute or weights is None:
-        why = "not asked for (--no-compute)" if not options.compute else "needs whole files, config and weights"
+        why = "skipped by --no-compute" if not options.compute else "needs valid files, config and weights"
         yield from (Check(name=name, status="skip", detail=why) for name in names)
         return
     from finetune.verify.compute import compute_checks

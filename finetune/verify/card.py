@@ -10,7 +10,7 @@ Status = Literal["pass", "fail", "note", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the card. A note is for information; a skip could not be tried, because of a failure above."""
+    """One line of the card. A note only informs; a skipped check was switched off, or needs one that failed."""
 
     name: str
     status: Status

@@ -1,8 +1,8 @@
-"""The computing half of a base's card: our model against transformers' on the same samples, both streamed.
+"""The computed checks of a base's card: our model against transformers' on the same samples, both streamed.
 
-They are fed differently on purpose. Ours gets what training gives it: all samples packed in one row, four rows of
-positions, no mask, weights read by this package. Transformers' gets what its users give it: a padded batch with a mask,
-its own positions, weights read by the safetensors library and turned by transformers' rule.
+Their inputs differ on purpose. Ours gets the input of training: all samples packed in one row, four rows of positions,
+no mask, weights read by this package. Transformers' gets the input of its users: a padded batch with a mask, its own
+positions, weights read by the safetensors library and transposed by transformers' rule.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from finetune.verify.card import Check
 from finetune.verify.samples import LAYOUTS, Trial, trials
 from finetune.verify.streaming import Read, streamed
 
-_SPREAD = 12  # positions of each sample that are compared, besides those that predict its answer
-_PREFERENCE = 0.05  # nats per token, and every video must prefer the same layout; random weights stay below
+_SPREAD = 12  # positions compared in each sample, in addition to those that predict its answer
+_PREFERENCE = 0.05  # nats per token, and every video must prefer the same layout; random weights stay below this
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far logits may differ, in standard deviations of the logits, and how many next tokens must be equal.
+    """How far logits may differ, in standard deviations of the logits, and which share of next tokens must be equal.
 
-    Rounding to bfloat16 swaps experts of nearly equal score, which moves single positions by any amount.
+    Rounding to bfloat16 swaps experts with nearly equal scores, which can change single positions by any amount.
     """
 
     worst: float
@@ -55,7 +55,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSet:
-    """The samples of a comparison: the positions in each that are compared, and the pixels that both models get."""
+    """The samples of a comparison, the positions compared in each, and the pixels that both models get."""
 
     trials: Sequence[Trial]
     chosen: Sequence[list[int]]
@@ -78,7 +78,7 @@ class TrialSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One model's run: the logits and each text layer's output at the chosen positions, and the peak of its weights."""
+    """One model's run: logits and outputs of text layers at the chosen positions, and the peak bytes of its weights."""
 
     logits: Tensor
     layers: dict[str, Tensor]
@@ -88,7 +88,7 @@ class Outcome:
 def compute_checks(
     folder: Path, weights: BaseFiles, *, device: str, dtype_name: Literal["float32", "bfloat16"]
 ) -> Iterator[Check]:
-    """Compare the logits of both models on every sample, then what the answers cost in each video layout."""
+    """Compare the logits of both models on every sample, then the cost of the answers in each video layout."""
     dtype, place = getattr(torch, dtype_name), open_device(device)
     samples = trial_set(folder, trials(folder), place, dtype)
     ours = _run_ours(folder, weights, samples, place, dtype)
@@ -100,15 +100,15 @@ def compute_checks(
 def compare(
     chosen: Sequence[list[int]], names: Sequence[str], ours: Outcome, theirs: Outcome, allowed: Tolerance
 ) -> Check:
-    """Check for close logits and equal next tokens; a failure names the sample and the first layer that differs."""
+    """Check that logits are close and next tokens equal; a failure names the sample and the first differing layer."""
     apart = (ours.logits.float() - theirs.logits.float()).abs().amax(-1) / theirs.logits.float().std()
     equal = ours.logits.argmax(-1) == theirs.logits.argmax(-1)
     detail = (
         f"{len(apart)} positions of {len(names)} samples: largest difference {apart.max():.1e} of the logits' spread, "
-        f"typical {apart.median():.1e}, next token equal at {int(equal.sum())}; held "
-        f"{max(ours.bytes_peak, theirs.bytes_peak):,} bytes of weights at most"
+        f"typical {apart.median():.1e}, next token equal at {int(equal.sum())}; at most "
+        f"{max(ours.bytes_peak, theirs.bytes_peak):,} bytes of weights in memory"
     )
-    # written so that a NaN, which compares false to everything, fails
+    # written so that a NaN fails, because all comparisons with it are false
     sound = apart.max() <= allowed.worst and apart.median() <= allowed.typical and equal.float().mean() >= allowed.equal
     if sound:
         return Check(name="logits", status="pass", detail=detail)
@@ -120,7 +120,7 @@ def compare(
 
 
 def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logits: Tensor) -> Check:
-    """Note what the given answers cost, in nats per token, in each video layout: which one the weights know."""
+    """Note the cost of the given answers, in nats per token, in each video layout: the weights prefer the cheapest."""
     costs: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
     at = 0
     for trial, places in zip(trials, chosen, strict=True):
@@ -142,15 +142,15 @@ def video_preference(trials: Sequence[Trial], chosen: Sequence[list[int]], logit
 
 
 def _parting(ours: Outcome, theirs: Outcome, typical: float) -> str:
-    """The first layer after which the two differ by more than ten times what is typical."""
+    """Name the first layer after which the models differ by more than ten times the typical difference."""
     for name, output in theirs.layers.items():
         if not (ours.layers[name] - output).abs().max() / output.float().std() <= 10 * typical:
-            return f"the models part at {name}"
-    return "the layers agree, the head differs"
+            return f"the models first differ at {name}"
+    return "the layers agree, but the head differs"
 
 
 def trial_set(folder: Path, samples: Sequence[Trial], device: torch.device, dtype: torch.dtype) -> TrialSet:
-    """Choose the positions to compare in each sample, and put the pictures of all together."""
+    """Choose the positions to compare in each sample, and concatenate the pixels of all samples."""
     chosen = []
     for trial in samples:
         spread = np.linspace(0, len(trial.sample.input_ids) - 1, _SPREAD).astype(int).tolist()
@@ -167,7 +167,7 @@ def trial_set(folder: Path, samples: Sequence[Trial], device: torch.device, dtyp
 
 
 def _answer(trial: Trial) -> list[int]:
-    """Positions of the answer's tokens."""
+    """Return the positions of the answer's tokens."""
     return [int(place) for place in np.flatnonzero(trial.sample.loss_weights)]
 
 
@@ -221,7 +221,7 @@ def run_streamed(
     """Run a meta model with one layer in memory at a time, and return its logits at `places`."""
     module.eval()
     rebuild_tables(module, device)
-    inner: nn.Module = module.get_submodule("model")  # all but the head, which is needed at the chosen positions only
+    inner: nn.Module = module.get_submodule("model")  # without the head, which is needed at the chosen positions only
     rows, columns = (place.to(device) for place in places)
 
     def watch(name: str, output: Any) -> Tensor | None:
@@ -247,7 +247,10 @@ def run_streamed(
 
 
 def library_reader(weights: BaseFiles) -> Read:
-    """Read tensors by the safetensors library; expert stacks are turned as in transformers: where shapes differ."""
+    """Return a function that reads tensors with the safetensors library.
+
+    It transposes expert stacks by transformers' rule: if their shape differs from the expected one.
+    """
 
     def stored(key: str) -> Tensor:
         with safe_open(weights.stored[key].file, framework="pt") as file:

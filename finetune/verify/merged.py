@@ -1,6 +1,6 @@
-"""The proof of a merge: logits of the merged files against base and adapter kept apart, on samples, layer by layer.
+"""The proof of a merge: logits of the merged files against base and separate adapter, on samples, layer by layer.
 
-Base and adapter are computed as in training: dense factors beside their matrix, experts' beside the grouped GEMM; so
+Base and adapter are computed as in training: low-rank parts are added to the outputs of matrices and grouped GEMMs. So
 the proof shares neither arithmetic nor layout with the merge. One layer of one model is in memory at a time.
 """
 
@@ -36,7 +36,7 @@ from moe.experts import ExpertLora
 from moe.names import PEFT_PREFIX
 from moe.parallel import LayerOptions
 
-_GEMM_ROWS = 8  # experts' r is a row of a grouped GEMM; further rows of zeros change nothing
+_GEMM_ROWS = 8  # a grouped GEMM needs a multiple of this for the experts' r; added rows of zeros change nothing
 _WORST = {"F32": 1e-3}
 _TYPICAL = {"F32": 1e-4}
 _TYPICAL_NARROW = 0.1
@@ -44,7 +44,7 @@ _TYPICAL_NARROW = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Distance of the merged model, and of the base alone, from base and adapter, in spreads of the logits."""
+    """Distances of the merged model and of the base alone from base plus adapter, in spreads of the logits."""
 
     positions: int
     samples: int
@@ -52,32 +52,32 @@ class Proof:
     typical: float
     equal: float
     moved: float
-    """The typical distance that the adapter moves the base's logits."""
+    """The typical distance by which the adapter changes the base's logits."""
     stored: str
     bytes_peak: int
     media: tuple[str, ...] = ()
-    """How the merged folder's processor files prepare images and videos otherwise than training did."""
+    """Differences between training and the merged folder's processor files in preparing images and videos."""
 
     @property
     def passed(self) -> bool:
-        """Whether it is close to what was intended, and closer than the base is; written so that a NaN fails."""
+        """Whether the merge is close to base plus adapter, and closer than the base; written so that a NaN fails."""
         close = self.worst <= _WORST.get(self.stored, float("inf"))
         near = self.typical <= _TYPICAL.get(self.stored, _TYPICAL_NARROW)
         return not self.media and close and near and self.equal >= 0.9 and self.typical < self.moved
 
     def line(self) -> str:
-        """Say it in one line."""
+        """Return the result in one line."""
         media = f"the processor files say {'; '.join(self.media)}" if self.media else "images and videos as in training"
         return (
             f"{'proved' if self.passed else 'FAILED'}   {self.positions} positions of {self.samples} samples: the "
             f"merged {self.stored} files are {self.typical:.1e} of the logits' spread from base + adapter (largest "
-            f"{self.worst:.1e}), which is {self.moved:.1e} from the base; next token equal at {self.equal:.1%}; held "
-            f"{self.bytes_peak:,} bytes of weights at most; {media}"
+            f"{self.worst:.1e}), which is {self.moved:.1e} from the base; next token equal at {self.equal:.1%}; at "
+            f"most {self.bytes_peak:,} bytes of weights in memory; {media}"
         )
 
 
 def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: str) -> Proof:
-    """Compute in float32 what the merged folder gives, what base and adapter give, and what the base gives."""
+    """Compute in float32 the outputs of the merged folder, of base plus adapter, and of the base, and compare them."""
     base = plan.base
     place, dtype = open_device(device), torch.float32
     inputs = trial_set(merged, samples, place, dtype)
@@ -105,7 +105,7 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
 
 
 def proof_samples(folder: Path, given: str, count: int, *, data: DataConfig | None = None) -> list[Trial]:
-    """Return the first `count` samples of shards, or of a JSONL or JSON file; drawn ones where no file is given.
+    """Return the first `count` samples of shards or of a JSONL or JSON file; without a file, samples drawn here.
 
     `data` says how images, videos and conversations were prepared in training.
     """
@@ -127,12 +127,12 @@ def proof_samples(folder: Path, given: str, count: int, *, data: DataConfig | No
             sample = renderer.build(record, *reader.media(record, members, shard.parent), key=key)
             samples.append(Trial(name=key, record=record, sample=sample))
     if not samples:
-        raise ValueError(f"--verify {given}: there is no sample in it")
+        raise ValueError(f"--verify {given} contains no sample; give shards or rows with at least one")
     return samples
 
 
 def _apart(plan: MergePlan, samples: TrialSet, device: torch.device) -> Outcome:
-    """Run base and adapter apart: experts by the layer's own factors, matrices by a hook; routers and head merged."""
+    """Run the base with a separate adapter: experts by their factors, matrices by hooks; routers and head merged."""
     base, source = plan.base, plan.source
     stacks = {name: change for name, change in source.changes.items() if is_expert_stack(name)}
     r = -(-max((change.r for change in stacks.values()), default=0) // _GEMM_ROWS) * _GEMM_ROWS
@@ -172,7 +172,7 @@ def _hook_matrices(empty: EmptyModel, source: AdapterSource, device: torch.devic
 
 
 def _factor(name: str, base: BaseFiles, stacks: dict[str, Change], r: int) -> Tensor:
-    """A factor of all experts of a layer as the layer holds it, padded to one rank, the scale in B."""
+    """Return a factor of all experts in the layer's own form: padded to one rank, with the scale in B."""
     module, _, kind = name.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")
     stack = packed_stack(module)
     experts, out, into = base.shapes[stack]

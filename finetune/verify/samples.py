@@ -1,7 +1,7 @@
-"""The samples on which a base model is tried: text, an image, and short videos in each layout, drawn here.
+"""The samples on which a base model is tested: text, an image, and short videos in each layout, drawn here.
 
-Each video shows one plain event, so that a trained model finds the given answer likely, and finds it most likely in the
-layout that it was trained with.
+Each video shows one simple event, so that a trained model finds the given answer likely, and most likely in the layout
+that it was trained with.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TIMES = tuple(float(second) for second in range(8))
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One sample to try: its name, the record it was made from, and for a video the layout of its text."""
+    """One test sample: its name, the record that it was made from, and for a video the layout of its text."""
 
     name: str
     record: Record
@@ -42,7 +42,7 @@ class Trial:
 
 
 def trials(folder: Path) -> list[Trial]:
-    """Return text, image, and every video in every layout, rendered by the data path with the base's own files."""
+    """Return text, image, and every video in every layout, rendered by `data.render` with the base's own files."""
     renderers = {layout: _renderer(folder, layout) for layout in LAYOUTS}
     samples = []
     for name, raw, images in _STILLS:

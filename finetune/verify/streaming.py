@@ -1,6 +1,6 @@
 """Runs a model that is larger than memory: each layer's weights are read when the layer is called, then dropped.
 
-The model itself stays on meta; what it computes is its own forward, layer for layer.
+The model itself stays on meta; it runs its own forward, layer by layer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 Read = Callable[[str], Tensor]
-"""Canonical name -> the tensor, as it lies in memory."""
+"""Canonical name -> the tensor, in the orientation of memory."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.\d+$")
 
 
 @dataclass(kw_only=True)
 class Streamed:
-    """The memory of a streamed run, and the outputs that its `watch` returned, by module name."""
+    """The memory of a streamed run, and the outputs that `watch` returned, by module name."""
 
     bytes_now: int = 0
     bytes_peak: int = 0
@@ -31,7 +31,7 @@ class Streamed:
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """A module whose weights come and go together: a layer with all below it, or a module that owns weights itself."""
+    """A module whose weights are read and dropped together: a layer with its submodules, or a module with weights."""
 
     name: str
     module: nn.Module
@@ -48,10 +48,10 @@ def streamed(
     dtype: torch.dtype,
     watch: Callable[[str, Any], Tensor | None] = lambda name, output: None,
 ) -> Iterator[Streamed]:
-    """Let a meta model run with weights from `read`; at most one layer of it is in memory.
+    """Let a meta model run with weights from `read`; at most one layer is in memory.
 
-    `canonical` gives the canonical name of one of the model's own tensors. `watch` may return a part of a layer's
-    output to keep. Tables that no file holds (rotary frequencies) must be in place already.
+    `canonical` returns the canonical name of one of the model's tensors. `watch` may return a part of a layer's output
+    to keep. Tables that no file holds (rotary frequencies) must already be filled.
     """
     state = Streamed()
     handles = []

@@ -1,4 +1,4 @@
-"""Compares a base's tokenizer, chat template and processor files with its config and with transformers."""
+"""Checks of a base's tokenizer, chat template and processor files against its config and against transformers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from finetune.files.hubfiles import PLAIN_TOKENS, SPECIAL_TOKENS
 from finetune.verify.card import Check
 from finetune.verify.samples import trials
 
-# Qwen3-VL's Instruct models, all sizes; the Thinking models have one of their own.
+# The template of Qwen3-VL's Instruct models, all sizes; the Thinking models have another one.
 _INSTRUCT_TEMPLATE = "3636d0f0bd6bef02654cdffdc447b79cb2cef8ab02cc75267345946291a489e4"
 _QWEN3_VOCABULARY = "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"
 
 
 def check_tokenizer(folder: Path, model: Family) -> Check:
-    """Check that every id in the config is that token's id, and every token has a row in the embedding."""
+    """Check that the config's ids are the tokenizer's, and that every token has a row in the embedding."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = {
         "image_token_id": ("<|image_pad|>", model.image_token_id),
@@ -47,25 +47,26 @@ def check_tokenizer(folder: Path, model: Family) -> Check:
         return Check(name="tokenizer", status="fail", detail="; ".join(wrong))
     file = folder / "vocab.json"
     real = file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == _QWEN3_VOCABULARY
-    kind = "the published Qwen3 vocabulary" if real else "another vocabulary than Qwen3's"
+    kind = "the published Qwen3 vocabulary" if real else "not the published Qwen3 vocabulary"
     return Check(
         name="tokenizer",
         status="pass",
-        detail=f"{len(vocabulary):,} tokens, {kind}; ids are those that the config names",
+        detail=f"{len(vocabulary):,} tokens, {kind}; ids match the config",
     )
 
 
 def check_template(folder: Path, model: Family) -> Check:
-    """Check that all copies of the template agree, and that the data path renders the same tokens as transformers."""
+    """Check that all copies of the template agree, and that `data.render` makes the same tokens as transformers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     copies = _template_copies(folder)
     if len(set(copies.values())) != 1:
-        names = ", ".join(copies) or "none"
-        return Check(name="template", status="fail", detail=f"copies of the chat template differ or lack: {names}")
+        names = ", ".join(copies)
+        detail = f"the copies of the chat template differ: {names}" if copies else "there is no chat template"
+        return Check(name="template", status="fail", detail=detail)
     (template,) = set(copies.values())
     for trial in trials(folder):
         if trial.layout is not None:
-            continue  # frame times are the data path's own; transformers' template shows none
+            continue  # `data.render` adds frame times, and transformers' template does not
         turns = [
             {
                 "role": message.role,
@@ -80,14 +81,15 @@ def check_template(folder: Path, model: Family) -> Check:
         theirs = tokenizer(text, add_special_tokens=False).input_ids
         ours = [token for token, _ in groupby(trial.sample.input_ids.tolist())]
         if ours != [token for token, _ in groupby(theirs)]:
-            return Check(name="template", status="fail", detail=f"{trial.name}: other tokens than transformers'")
+            detail = f"{trial.name}: tokens differ from those of transformers"
+            return Check(name="template", status="fail", detail=detail)
     known = hashlib.sha256(template.encode()).hexdigest() == _INSTRUCT_TEMPLATE
-    kind = "Qwen3-VL's Instruct template" if known else "a template of its own"
-    return Check(name="template", status="pass", detail=f"{kind}; renders as in transformers")
+    kind = "Qwen3-VL's Instruct template" if known else "not Qwen3-VL's Instruct template"
+    return Check(name="template", status="pass", detail=f"{kind}; renders the same tokens as transformers")
 
 
 def check_processor(folder: Path, model: Family) -> Check:
-    """Check that the processor files cut patches as the tower expects them."""
+    """Check that the processor files define patches of the sizes that the tower expects."""
     spec, vision = read_spec(folder), model.vision
     sizes = {
         "patch_size": (spec.patch, vision.patch_size),
@@ -103,7 +105,7 @@ def check_processor(folder: Path, model: Family) -> Check:
 
 
 def _template_copies(folder: Path) -> dict[str, str]:
-    """File name -> chat template, of every file that carries one."""
+    """Return file name -> chat template, for every file that has one."""
     templates = {}
     if (folder / "chat_template.jinja").is_file():
         templates["chat_template.jinja"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")

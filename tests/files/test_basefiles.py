@@ -1,4 +1,4 @@
-"""Base checkpoints on disk: every layout, incomplete or foreign ones, and reading exactly what is asked for."""
+"""Base checkpoints on disk: every layout, incomplete or foreign ones, and reading of single tensors."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def reads_all(files: BaseFiles, expected: Tensors) -> bool:
     return files.shapes.keys() == expected.keys() and all(torch.equal(files.read(n), t) for n, t in expected.items())
 
 
-def test_every_layout_reads_as_the_same_tensors(bases, tmp_path):
+def test_every_layout_gives_the_same_tensors(bases, tmp_path):
     tensors = weights(bases["moe"])
     assert reads_all(open_base(bases["moe"]), tensors)
     for layout, stored in {"hub": hub(tensors), "memory": tensors, "per_expert": per_expert(tensors)}.items():
@@ -70,7 +70,7 @@ def test_types_are_kept_bit_for_bit(bases, tmp_path, dtype):
 
 
 def test_reading_takes_one_stack_and_one_matrix(bases, tmp_path):
-    """Anonymous memory while a hub stack of 63 MB is read: the result and one transposed expert of 4 MB."""
+    """Measure memory while a hub stack of 63 MB is read: the result and one transposed expert of 4 MB."""
     code = (
         "import sys, pathlib, torch\n"
         "from finetune.files.basefiles import open_base\n"
@@ -93,22 +93,22 @@ def test_reading_takes_one_stack_and_one_matrix(bases, tmp_path):
     assert grown <= stack + 3 * matrix
 
 
-def test_metadata_decides_before_shapes_and_the_users_word_before_both(bases, tmp_path):
+def test_metadata_decides_before_shapes_and_the_users_setting_before_both(bases, tmp_path):
     tensors = weights(bases["moe"])
     files = open_base(folder_with(tmp_path / "a", bases["moe"], tensors, {LAYOUT_KEY: "memory"}))
     assert files.layout == "memory"
-    with pytest.raises(ValueError, match=r"of another shape.*\n.*cause: the experts are stored in the other fused"):
+    with pytest.raises(ValueError, match=r"with another shape.*\n.*cause: the experts are stored in the other fused"):
         open_base(folder_with(tmp_path / "b", bases["moe"], tensors, {LAYOUT_KEY: "hub"}))
     with pytest.raises(ValueError, match="experts are stored in the other fused layout; leave model.layout at auto"):
         open_base(bases["moe"], layout="memory")
     assert open_base(bases["moe"], layout="hub").layout == "hub"
 
 
-def test_where_shapes_coincide_the_user_is_asked(tmp_path):
-    """D == 2F: transformers 5 itself loads such a hub file untransposed, without a sign."""
+def test_with_equal_shapes_the_user_must_set_the_layout(tmp_path):
+    """If D == 2F, transformers 5 itself silently loads such a hub file without transposing it."""
     entry = parameter_shapes(family("tiny-moe"))
     square = {name: (8, 48, 48) if name.endswith("gate_up_proj") else shape for name, shape in entry.items()}
-    with pytest.raises(ValueError, match=r"has the shape \[8, 48, 48\] in the hub's layout and in .* alike"):
+    with pytest.raises(ValueError, match=r"has the shape \[8, 48, 48\] both in the hub's layout and in .* recognised"):
         recognise(square, square, metadata=None)
     assert recognise(square, square, metadata="hub") == "hub"
     assert recognise(square, square, metadata=None, setting="memory") == "memory"
@@ -122,10 +122,10 @@ def hub_shapes(entry):
 
 
 def test_unknown_layouts_are_refused(bases, tmp_path):
-    with pytest.raises(ValueError, match="model.layout is 'v5'; allowed are auto, hub, memory, per_expert"):
+    with pytest.raises(ValueError, match="model.layout must be one of auto, hub, memory, per_expert, got 'v5'"):
         open_base(bases["moe"], layout="v5")
     folder = folder_with(tmp_path, bases["moe"], weights(bases["moe"]), {LAYOUT_KEY: "spiral"})
-    with pytest.raises(ValueError, match="their metadata names the layout 'spiral'; known are hub, memory, per_expert"):
+    with pytest.raises(ValueError, match="in their metadata must be one of hub, memory, per_expert, got 'spiral'"):
         open_base(folder)
 
 
@@ -139,25 +139,28 @@ def without(*parts: str) -> Callable[[Tensors], Tensors]:
 
 ROW = torch.zeros(48)
 FOREIGN = [
-    (without(HEAD), r"1 of 111 keys missing: lm_head.weight\n.*a tied head, but config.json says tie_word_embeddings"),
+    (without(HEAD), r"missing keys \(1 of 111\): lm_head.weight\n.*is tied .* config.json sets tie_word_embeddings to"),
     (
         without("visual"),
-        r"keys missing: model.visual.*\n.*weights of a text model; the vision tower is not in them",
+        r"missing keys .*: model.visual.*\n.*weights of a text model, without a vision tower",
     ),
-    (rename("model.", "module.model."), r"unexpected: .*\n.*carry the prefix 'module.' of a training wrapper"),
-    (rename("model.", ""), r"the keys lack their first word, model."),
+    (rename("model.", "module.model."), r"unexpected keys .*\n.*have the prefix 'module.' of a training wrapper"),
+    (rename("model.", ""), r"the keys lack the prefix 'model.'"),
     (rename("model.language_model.", "model."), r"the weights of a text model \(model.layers.\*"),
-    (rename("experts.gate_up_proj", "experts.w13"), r"stored under other names than this layout has"),
-    (lambda t: t | {"x.lora_A": ROW}, r"1 unexpected: x.lora_A\n.*an adapter's weights, not a model's"),
-    (lambda t: t | {f"{EXPERTS.format(7)}.x": ROW}, r"hold 1 more layers than num_hidden_layers in config.json says"),
+    (rename("experts.gate_up_proj", "experts.w13"), r"stored under the names of another layout"),
+    (lambda t: t | {"x.lora_A": ROW}, r"unexpected keys \(1\): x.lora_A\n.*an adapter's weights, not a model's"),
+    (lambda t: t | {f"{EXPERTS.format(7)}.x": ROW}, r"more layers than num_hidden_layers in config.json, by 1"),
     (
         lambda t: t | {HEAD: torch.zeros(1030, 48)},
-        r"is \[1030, 48\], wanted \[1024, 48\]\n.*was resized",
+        r"is \[1030, 48\], not \[1024, 48\]\n.*was resized",
     ),
-    (lambda t: {n: x[..., :1].contiguous() for n, x in t.items()}, r"belongs to another size than the weights"),
+    (
+        lambda t: {n: x[..., :1].contiguous() for n, x in t.items()},
+        r"belongs to a model of another size than the weights",
+    ),
     (
         lambda t: t | {HEAD: t[HEAD].to(torch.int8)},
-        r"other than F32, BF16, F16: lm_head.weight is I8\n.*quantised",
+        r"other than F32, BF16, F16 \(1\): lm_head.weight is I8\n.*quantised",
     ),
 ]
 
@@ -171,23 +174,23 @@ def test_a_foreign_checkpoint_is_refused_with_the_likely_cause(bases, tmp_path, 
         open_base(folder)
 
 
-def test_a_head_beside_a_tied_embedding_is_refused(bases, tmp_path):
+def test_a_separate_head_with_a_tied_embedding_is_refused(bases, tmp_path):
     tensors = weights(bases["tied"]) | {HEAD: torch.zeros(1024, 48)}
-    with pytest.raises(ValueError, match=r"config.json ties the head to the embedding .* hold a head of their own"):
+    with pytest.raises(ValueError, match=r"config.json ties the head to the embedding .* have a separate head"):
         open_base(folder_with(tmp_path, bases["tied"], tensors))
 
 
 def test_experts_of_one_stack_in_two_types_are_refused(bases, tmp_path):
     tensors = per_expert(weights(bases["moe"]))
     tensors[EXPERTS.format(2) + ".3.up_proj.weight"] = tensors[EXPERTS.format(2) + ".3.up_proj.weight"].bfloat16()
-    with pytest.raises(ValueError, match=r"1 expert stacks of several types: .*layers.2.*gate_up \(BF16, F32\)"):
+    with pytest.raises(ValueError, match=r"expert stacks of several types \(1\): .*layers.2.*gate_up \(BF16, F32\)"):
         open_base(folder_with(tmp_path, bases["moe"], tensors))
 
 
 def test_reading_a_quantised_tensor_is_refused(tmp_path):
-    """Also where nobody checked the keys before."""
+    """Reading refuses it even if the keys were not checked before."""
     save_file({"x": torch.zeros(4, 3, dtype=torch.int8)}, tmp_path / "x.safetensors")
     stored = read_header(tmp_path / "x.safetensors")[0]
     files = BaseFiles(folder=tmp_path, layout="hub", stored=stored, shapes={"x": (4, 3)})
-    with pytest.raises(ValueError, match=r"x is stored as I8; weights are read from F32, BF16, F16 only"):
+    with pytest.raises(ValueError, match=r"x is stored as I8, but weights must be one of F32, BF16, F16"):
         files.read("x")

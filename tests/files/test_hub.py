@@ -1,4 +1,4 @@
-"""Finding a model: local folders, and hub ids against a small hub server on this machine."""
+"""Finding a model: local folders, and hub ids with a small hub server on this machine."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def base(tmp_path_factory) -> Path:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as a snapshot needs."""
+    """The part of the hub's interface that a snapshot needs."""
 
     def log_message(self, *args):
         pass
@@ -97,7 +97,7 @@ def hub(base):
     server.server_close()
 
 
-def test_a_local_folder_is_itself(base):
+def test_a_local_folder_is_returned_as_it_is(base):
     assert model_folder(str(base)) == base
 
 
@@ -123,14 +123,14 @@ def test_offline_an_empty_cache_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     message = (
         rf"model.path: {MODEL} is not in the cache {tmp_path}, and the hub cannot be reached "
-        rf"\(HF_HUB_OFFLINE is set\). Run `hf download {MODEL}` where there is a network and "
-        r"set HF_HOME to that cache, or give a local folder"
+        rf"\(HF_HUB_OFFLINE is set\). Run `hf download {MODEL}` on a machine with network "
+        r"access and set HF_HOME to that cache, or give a local folder"
     )
     with pytest.raises(ValueError, match=message):
         model_folder(MODEL, cache=tmp_path)
 
 
-def test_offline_a_cache_in_part_names_what_it_lacks(hub, tmp_path, monkeypatch):
+def test_offline_a_partial_cache_is_an_error_that_names_the_missing_files(hub, tmp_path, monkeypatch):
     snapshot_download(MODEL, cache_dir=tmp_path, endpoint=hub.url, ignore_patterns="*.safetensors")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"only in part \(.*missing.*model-00001-of-.*cannot be reached to"):
@@ -145,37 +145,37 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path):
 @pytest.mark.parametrize(
     ("model", "revision", "message"),
     [
-        ("someone/else", None, r"someone/else is neither a folder here nor a model that the hub shows you: check"),
+        ("someone/else", None, r"someone/else is neither a local folder nor a model that you can see on the hub: ch"),
         ("someone/gated", None, r"someone/gated is gated: accept its terms on the hub's page"),
         (MODEL, "nope", r"at revision nope: the hub has the model but not this revision; check model.revision"),
-        ("some one/x!", None, r"some one/x! is neither a folder here nor a hub id \(owner/name\)"),
+        ("some one/x!", None, r"some one/x! is neither a local folder nor a hub id \(owner/name\)"),
     ],
 )
-def test_what_the_hub_does_not_have_is_named(hub, tmp_path, model, revision, message):
+def test_models_and_revisions_that_the_hub_lacks_are_named(hub, tmp_path, model, revision, message):
     with pytest.raises(ValueError, match=message):
         model_folder(model, revision=revision, cache=tmp_path, endpoint=hub.url)
 
 
-def test_a_failing_hub_is_named(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between its tries
+def test_an_error_of_the_hub_is_reported(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits between its attempts
     hub.broken = "config.json"
     with pytest.raises(ValueError, match=rf"{MODEL}.* (could not be fetched from the hub|cannot be reached)"):
         model_folder(MODEL, cache=tmp_path, endpoint=hub.url)
 
 
 @pytest.mark.parametrize("model", ["/nowhere/at/all", "./nothing", "~/nothing-here", "Qwen3-VL-4B", "a/b/c"])
-def test_what_is_no_folder_and_no_hub_id_is_refused(model):
-    with pytest.raises(ValueError, match=r"model.path: .* is no folder; give a folder with a config.json, or a hub id"):
+def test_a_path_that_is_neither_a_folder_nor_a_hub_id_is_refused(model):
+    with pytest.raises(ValueError, match=r"model.path: .* is not a folder; give a folder with a config.json, or a hub"):
         model_folder(model)
 
 
-def test_a_file_is_no_folder(base):
-    with pytest.raises(ValueError, match=r"config.json is no folder"):
+def test_a_file_is_not_a_folder(base):
+    with pytest.raises(ValueError, match=r"config.json is not a folder"):
         model_folder(str(base / "config.json"))
 
 
 def test_a_revision_of_a_local_folder_is_not_ignored(base):
-    with pytest.raises(ValueError, match=r"model.revision 'v2' says nothing about the local folder"):
+    with pytest.raises(ValueError, match=r"model.revision 'v2' does not apply to the local folder"):
         model_folder(str(base), revision="v2")
 
 

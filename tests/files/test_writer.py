@@ -1,4 +1,4 @@
-"""The model writer: hub layout on disk, whatever arrives in whatever order, and nothing half-finished."""
+"""The model writer: the hub's layout on disk, tensors in any order, and no half-finished folders."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def target(folder: Path, base: Path, **changes) -> dict:
-    """The writer's keyword arguments for a model like `base`."""
+    """Return the writer's keyword arguments for a model like `base`."""
     family = read_family(base)
     given = {
         "folder": folder,
@@ -58,16 +58,16 @@ def nothing_is_left(folder: Path) -> bool:
     return not folder.exists() and not list(folder.parent.glob("*.partial"))
 
 
-def test_what_transformers_loads_and_we_write_gives_equal_logits(base, tmp_path):
+def test_a_model_that_transformers_loads_and_we_write_gives_equal_logits(base, tmp_path):
     loaded = AutoModelForImageTextToText.from_pretrained(base)
-    loaded.save_pretrained(tmp_path / "v5")  # in-memory layout, transformers 5's config spelling
+    loaded.save_pretrained(tmp_path / "v5")  # layout of memory, config in transformers 5's spelling
     config = load_json(tmp_path / "v5" / "config.json")
     assert "rope_parameters" in config["text_config"]
     written = write_model(tensors=loaded.named_parameters(), **target(tmp_path / "ours", base, config=config))
     assert torch.equal(logits(tmp_path / "ours"), logits(base))
     assert (written.tensors, written.files) == (111, 1)
     assert written.weight_bytes == sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
-    # Keys and shapes as transformers 4, vLLM and sglang read them: they transpose without looking.
+    # Keys and shapes are as transformers 4, vLLM and sglang expect: they transpose without looking at shapes.
     stored = load_file(tmp_path / "ours" / "model.safetensors")
     assert stored[GATE_UP].shape == (8, 48, 80)
     assert {name: tensor.shape for name, tensor in stored.items()} == {
@@ -80,7 +80,7 @@ def test_what_transformers_loads_and_we_write_gives_equal_logits(base, tmp_path)
     assert config["vision_config"]["model_type"] == "qwen3_vl_moe"
 
 
-def test_every_other_file_of_the_base_comes_along(base, tmp_path):
+def test_every_other_file_of_the_base_is_copied(base, tmp_path):
     extended = tmp_path / "extended"
     extended.mkdir()
     for name, content in side_files_of(base).items():
@@ -102,7 +102,7 @@ def test_every_other_file_of_the_base_comes_along(base, tmp_path):
 def test_rows_in_any_order_give_the_same_bytes_as_whole_tensors(base, tmp_path):
     with model_writer(**target(tmp_path / "rows", base)) as writer:
         for name, tensor in reversed(list(weights(base))):
-            if is_expert_stack(name):  # as three expert ranks would hand them over
+            if is_expert_stack(name):  # as three expert-parallel ranks would send them
                 writer.write(name, tensor[6:], first_row=6)
                 writer.write(name, tensor[:1])
                 writer.write(name, tensor[1:6], first_row=1)
@@ -152,16 +152,16 @@ def without(items, *names):
 
 
 BAD_STREAMS = [
-    (lambda b: without(weights(b), "lm_head.weight"), r"1 of 111 tensors were never handed over.*: lm_head.weight"),
-    (lambda b: [*weights(b)][3:], r"3 of 111 tensors were never handed over"),
-    (lambda b: [*weights(b), ("lm_head.weight", torch.zeros(1024, 48))], r"lm_head.weight was handed over twice"),
+    (lambda b: without(weights(b), "lm_head.weight"), r"missing or incomplete tensors \(1 of 111\): lm_head.weight"),
+    (lambda b: [*weights(b)][3:], r"missing or incomplete tensors \(3 of 111\)"),
+    (lambda b: [*weights(b), ("lm_head.weight", torch.zeros(1024, 48))], r"lm_head.weight was written twice"),
     (lambda b: [("lm_head.bias", torch.zeros(3))], r"lm_head.bias is not a parameter of this model"),
     (
         lambda b: [("lm_head.weight", torch.zeros(48, 1024))],
-        r"must be F32 \[1024, 48\], was handed over as F32 \[48, 1024\]",
+        r"must be F32 \[1024, 48\], got F32 \[48, 1024\]",
     ),
-    (lambda b: weights(b, dtype="bfloat16"), r"must be F32 \[1024, 48\], was handed over as BF16"),
-    (lambda b: [(GATE_UP, torch.zeros(8, 48, 80))], r"must be F32 \[8, 80, 48\], was handed over as F32 \[8, 48, 80\]"),
+    (lambda b: weights(b, dtype="bfloat16"), r"must be F32 \[1024, 48\], got BF16"),
+    (lambda b: [(GATE_UP, torch.zeros(8, 48, 80))], r"must be F32 \[8, 80, 48\], got F32 \[8, 48, 80\]"),
 ]
 
 
@@ -183,9 +183,9 @@ def test_missing_and_repeated_experts_are_named(base, tmp_path):
     gap = [(name, tensor[:2] if name == GATE_UP else tensor, 0) for name, tensor in weights(base)]
     with pytest.raises(ValueError, match=r"gate_up_proj \(experts 2-5, 7\)"):
         write_parts([*gap, (GATE_UP, torch.zeros(1, 80, 48), 6)], **given)
-    with pytest.raises(ValueError, match=r"handed over twice \(experts \[1\]\)"):
+    with pytest.raises(ValueError, match=r"written twice \(experts \[1\]\)"):
         write_parts([(GATE_UP, torch.zeros(2, 80, 48), 0), (GATE_UP, torch.zeros(2, 80, 48), 1)], **given)
-    with pytest.raises(ValueError, match=r"\[2, 80, 48\] from expert 7 on"):
+    with pytest.raises(ValueError, match=r"\[2, 80, 48\] starting at expert 7"):
         write_parts([(GATE_UP, torch.zeros(2, 80, 48), 7)], **given)
     assert nothing_is_left(tmp_path / "out")
 
@@ -203,11 +203,11 @@ def test_an_error_of_the_stream_passes_through_and_leaves_nothing(base, tmp_path
 def test_an_occupied_destination_is_kept_and_an_empty_one_taken(base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match="out exists and is not empty; remove it or name another folder"):
+    with pytest.raises(ValueError, match="out exists and is not empty; remove it, or give another folder"):
         write_model(tensors=weights(base), **target(tmp_path / "out", base))
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.partial").mkdir()  # what a killed run leaves
+    (tmp_path / "empty.partial").mkdir()  # left by a killed run
     (tmp_path / "empty.partial" / "config.json").write_text("{}")
     (tmp_path / "empty.partial" / UNFINISHED).write_text("")
     write_model(tensors=weights(base), **target(tmp_path / "empty", base))
@@ -216,20 +216,22 @@ def test_an_occupied_destination_is_kept_and_an_empty_one_taken(base, tmp_path):
     assert not (tmp_path / "empty" / UNFINISHED).exists()
 
 
-def test_what_is_the_users_is_never_emptied(tmp_path):
+def test_folders_of_the_user_are_never_emptied(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "a").write_text("keep")
     (tmp_path / "out.partial").symlink_to(tmp_path / "precious")
-    with pytest.raises(ValueError, match=r"out.partial is a symbolic link; .*out is written in a folder of that name"):
+    with pytest.raises(
+        ValueError, match=r"out.partial is a symbolic link, but .*out is written in a folder of that name"
+    ):
         write_tiny(tmp_path / "out", TinyModel())
     (tmp_path / "out.partial").unlink()
     (tmp_path / "out.partial").write_text("a file")
-    with pytest.raises(ValueError, match=r"out.partial is a file; .* Remove or rename it, or name another folder"):
+    with pytest.raises(ValueError, match=r"out.partial is a file, but .* Remove or rename it, or give another folder"):
         write_tiny(tmp_path / "out", TinyModel())
     (tmp_path / "out.partial").unlink()
     (tmp_path / "precious").rename(tmp_path / "out.partial")
     with pytest.raises(
-        ValueError, match=r"out.partial holds files that moetune did not put there \(a\); .* Move it away"
+        ValueError, match=r"out.partial holds files that moetune did not put there \(a\), but .* Move it away"
     ):
         write_tiny(tmp_path / "out", TinyModel())
     assert (tmp_path / "out.partial" / "a").read_text() == "keep"
@@ -256,7 +258,7 @@ def test_an_earlier_folder_stays_until_the_new_one_is_complete(tmp_path):
     shutil.copytree(out, tmp_path / "out.replaced")
     with pytest.raises(ValueError, match=r"out.replaced is in the way of replacing .*out, and moetune did not make it"):
         replaced(out, "third")
-    for moment, gone in (("before the new one had the name", True), ("before all was moved", False)):  # killed then
+    for moment, gone in (("before the new one had its name", True), ("before all was moved", False)):  # killed then
         (tmp_path / "out.replaced" / REPLACED).write_text("")
         (tmp_path / "out.replaced" / "more.txt").write_text(moment)
         if gone:
@@ -269,8 +271,8 @@ def test_an_earlier_folder_stays_until_the_new_one_is_complete(tmp_path):
         shutil.copytree(out, tmp_path / "out.replaced")
 
 
-def test_a_base_brings_no_file_that_lies_elsewhere(base, tmp_path):
-    """But a cache of the hub, whose snapshot links to its blobs, is a base like any other."""
+def test_files_outside_the_base_are_not_copied(base, tmp_path):
+    """But a cache of the hub, whose snapshot links to its blobs, is a normal base."""
     (tmp_path / "id_rsa").write_text("secret")
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "NOTICE.txt").symlink_to(tmp_path / "id_rsa")
@@ -285,7 +287,7 @@ def test_a_base_brings_no_file_that_lies_elsewhere(base, tmp_path):
     assert side_files_of(tmp_path / "hub" / "snapshots" / "1").keys() == side_files_of(base).keys()
 
 
-def test_a_link_is_followed_to_the_disk_it_leads_to(base, tmp_path, monkeypatch):
+def test_a_link_is_followed_to_its_target(base, tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "to empty").symlink_to(tmp_path / "disk" / "empty")
     (tmp_path / "to nothing").symlink_to(tmp_path / "disk" / "nothing")
@@ -297,11 +299,11 @@ def test_a_link_is_followed_to_the_disk_it_leads_to(base, tmp_path, monkeypatch)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     write_model(tensors=weights(base), **target(Path(), base))
-    monkeypatch.chdir(tmp_path)  # another folder has taken the old one's place, in which torch may want to import
+    monkeypatch.chdir(tmp_path)  # the current folder was replaced, and torch may import from there
     assert torch.equal(logits(tmp_path / "here"), logits(base))
 
 
-def test_while_writing_there_is_nothing_that_looks_finished(base, tmp_path):
+def test_during_writing_nothing_looks_finished(base, tmp_path):
     def watching():
         for name, tensor in weights(base):
             assert not (tmp_path / "out").exists()
@@ -313,7 +315,7 @@ def test_while_writing_there_is_nothing_that_looks_finished(base, tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_has_a_sentence_of_its_own(base, tmp_path, monkeypatch, code):
+def test_a_full_disk_has_an_error_message_of_its_own(base, tmp_path, monkeypatch, code):
     def full(handle, start, size):
         raise OSError(code, os.strerror(code))
 
@@ -324,18 +326,18 @@ def test_a_full_disk_has_a_sentence_of_its_own(base, tmp_path, monkeypatch, code
     assert nothing_is_left(tmp_path / "out")
 
 
-def test_other_disk_errors_keep_their_own_words(base, tmp_path):
+def test_other_disk_errors_are_passed_on(base, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(NotADirectoryError):
         write_model(tensors=weights(base), **target(tmp_path / "file" / "out", base))
 
 
-def test_a_really_full_disk_is_known_before_the_first_tensor(base, tmp_path):
+def test_a_really_full_disk_fails_before_the_first_tensor(base, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", small], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting a small disk needs rights that this machine does not give")
+        pytest.skip("mounting a small disk needs permissions that this user does not have")
     try:
         handed_over = []
         with pytest.raises(OSError, match="is full"):
@@ -372,23 +374,23 @@ print(peak() - before)
 
 
 def test_memory_is_one_tensor_whatever_the_model(tmp_path):
-    """16 tensors of 21 MB each, 335 MB in all: one of them, one transposed expert, and what the allocator keeps."""
+    """Write 16 tensors of 21 MB, 335 MB in total, with memory for one tensor, one expert and the allocator's cache."""
     done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 4 * 16 * 640 * 512 * 4
     assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 335_000_000
 
 
-def test_config_is_written_sorted_as_the_hub_has_it(base):
+def test_config_is_written_sorted_like_the_hubs(base):
     text = (base / "config.json").read_text()
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    """Else the first to end would give the other's half-written files the finished name."""
+    """Otherwise the first to end would give the finished name to the other's half-written files."""
     with whole_folder(tmp_path / "out") as beside:
         (beside / "config.json").write_text("{}")
         with (
-            pytest.raises(ValueError, match="out is being written by another process; wait for its end"),
+            pytest.raises(ValueError, match="out is being written by another process; wait for it, or give"),
             whole_folder(tmp_path / "out"),
         ):
             raise AssertionError("both were let in")

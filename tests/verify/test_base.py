@@ -1,4 +1,4 @@
-"""The card of a base checkpoint: passes what is sound, names what is not, and computes layer by layer what is whole."""
+"""The card of a base checkpoint: sound bases pass, faults are named, and layers are computed one at a time."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def moe(bases, tmp_path) -> Path:
-    """A copy to be spoiled."""
+    """Return a copy to be damaged."""
     return shutil.copytree(bases["moe"], tmp_path / "moe")
 
 
@@ -71,7 +71,7 @@ def test_a_sound_base_passes_every_check(bases, name, config):
     assert "no clear preference" in checks["video layout"].detail, "random weights know no layout"
 
 
-def test_bfloat16_may_move_single_positions(bases):
+def test_bfloat16_may_change_single_positions(bases):
     assert card(bases["bfloat16"], dtype="bfloat16")["logits"].status == "pass"
 
 
@@ -88,7 +88,7 @@ def test_other_layouts_compute_the_same(bases, tmp_path, layout):
     assert checks["logits"].detail == card(bases["moe"])["logits"].detail
 
 
-def test_a_streamed_model_computes_what_a_whole_one_does_and_holds_one_layer(bases):
+def test_a_streamed_model_computes_the_same_as_a_complete_one_and_keeps_one_layer(bases):
     files = open_base(bases["moe"])
     whole = AutoModelForImageTextToText.from_pretrained(bases["moe"])
     with torch.device("meta"):
@@ -109,16 +109,16 @@ def test_a_streamed_model_computes_what_a_whole_one_does_and_holds_one_layer(bas
         assert state.bytes_now == 0
 
 
-def test_a_model_that_computes_otherwise_fails_and_the_first_layer_is_named(moe):
-    """transformers ignores this key, our layer obeys it: scores that are not normalised."""
+def test_a_model_that_computes_something_else_fails_and_the_first_layer_is_named(moe):
+    """transformers ignores this key and our layer obeys it, so that its scores are not normalised."""
     change(moe / "config.json", text_config__norm_topk_prob=False)
     checks = card(moe)
     assert checks["logits"].status == "fail"
-    assert "the models part at language_model.layers.0" in checks["logits"].detail
+    assert "the models first differ at language_model.layers.0" in checks["logits"].detail
     assert "; worst in " in checks["logits"].detail
 
 
-def test_wrong_files_fail_their_line_and_skip_what_needs_them(moe):
+def test_wrong_files_fail_and_checks_that_need_them_are_skipped(moe):
     (moe / "model.safetensors").write_bytes((moe / "model.safetensors").read_bytes()[:-1])
     (moe / "video_preprocessor_config.json").unlink()
     checks = card(moe)
@@ -132,28 +132,28 @@ def test_wrong_files_fail_their_line_and_skip_what_needs_them(moe):
     assert "lacks video_preprocessor_config.json" in checks["files"].detail
     assert "it was cut off" in checks["weights"].detail
     change(moe / "config.json", text_config__hidden_size=0)
-    assert "text_config.hidden_size is 0" in card(moe)["config"].detail
+    assert "text_config.hidden_size must be a whole number above 0, got 0" in card(moe)["config"].detail
 
 
-def test_the_users_word_on_the_layout_is_held_to_the_files(moe):
+def test_the_users_layout_is_checked_against_the_files(moe):
     checks = card(moe, layout="memory", compute=False)
     assert "experts are stored in the other fused layout" in checks["weights"].detail
-    assert checks["logits"].detail == "not asked for (--no-compute)"
+    assert checks["logits"].detail == "skipped by --no-compute"
 
 
-def test_a_config_is_held_to_the_family_it_must_be_or_seems_to_be(moe):
-    assert "unlike qwen3-vl-8b: " in card(moe, family="qwen3-vl-8b", compute=False)["config"].detail
+def test_a_config_is_compared_with_the_given_or_most_likely_family(moe):
+    assert "differs from qwen3-vl-8b: " in card(moe, family="qwen3-vl-8b", compute=False)["config"].detail
     published = hub_config(family("qwen3-vl-30b-a3b"))
     published["text_config"]["rope_theta"] = 500_000
     (moe / "config.json").write_text(json.dumps(published))
     check = card(moe, compute=False)["config"]
     assert check.status == "fail"
-    assert check.detail == "unlike qwen3-vl-30b-a3b: text_config.rope_theta is 500000, not 5000000"
+    assert check.detail == "differs from qwen3-vl-30b-a3b: text_config.rope_theta is 500000, not 5000000"
     with pytest.raises(ValueError, match="'qwen3-vl-9b' is not a known family; did you mean"):
         list(verify_base(moe, Options(family="qwen3-vl-9b")))
 
 
-def test_ids_that_are_other_tokens_fail(moe):
+def test_ids_of_other_tokens_fail(moe):
     change(moe / "config.json", image_token_id=1005, text_config__eos_token_id=5)
     detail = card(moe, compute=False)["tokenizer"].detail
     assert "image_token_id is 1005, but <|image_pad|> is token 1004" in detail
@@ -172,23 +172,27 @@ def test_templates_that_contradict_each_other_or_are_missing_fail(moe):
     other = chat_template().replace("Picture", "Image")
     change(moe / "chat_template.json", chat_template=other)
     detail = card(moe, compute=False)["template"].detail
-    assert detail == "copies of the chat template differ or lack: chat_template.json, tokenizer_config.json"
+    assert detail == "the copies of the chat template differ: chat_template.json, tokenizer_config.json"
     change(moe / "tokenizer_config.json", chat_template=other)
     check = card(moe, compute=False)["template"]
-    assert (check.status, check.detail) == ("pass", "a template of its own; renders as in transformers")
+    assert (check.status, check.detail) == (
+        "pass",
+        "not Qwen3-VL's Instruct template; renders the same tokens as transformers",
+    )
     change(moe / "tokenizer_config.json", chat_template="")
     (moe / "chat_template.json").unlink()
-    assert card(moe, compute=False)["template"].status == "fail"
+    check = card(moe, compute=False)["template"]
+    assert (check.status, check.detail) == ("fail", "there is no chat template")
 
 
-def test_a_template_that_writes_images_its_own_way_fails(moe):
+def test_a_template_that_writes_images_differently_fails(moe):
     own = chat_template().replace("<|vision_start|><|image_pad|>", "Here: <|vision_start|><|image_pad|>")
     change(moe / "chat_template.json", chat_template=own)
     change(moe / "tokenizer_config.json", chat_template=own)
-    assert card(moe, compute=False)["template"].detail == "image: other tokens than transformers'"
+    assert card(moe, compute=False)["template"].detail == "image: tokens differ from those of transformers"
 
 
-def test_patches_that_the_tower_does_not_cut_fail(moe):
+def test_patches_of_another_size_than_the_towers_fail(moe):
     for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
         change(moe / name, patch_size=14)
     assert "patch_size is 14, but the tower has 16" in card(moe, compute=False)["processor"].detail
@@ -198,7 +202,7 @@ def outcome(logits: torch.Tensor, **layers: torch.Tensor) -> Outcome:
     return Outcome(logits=logits, layers=layers, bytes_peak=7)
 
 
-def test_compare_names_sample_and_place():
+def test_compare_names_the_sample_and_the_layer():
     torch.manual_seed(0)
     logits, layer = torch.randn(6, 9), torch.randn(6, 4)
     chosen, names = [[0, 3], [1], [0, 1, 2]], ["a", "b", "c"]
@@ -209,12 +213,12 @@ def test_compare_names_sample_and_place():
     spoiled[2, 4] += 0.1
     head = compare(chosen, names, outcome(spoiled, x=layer), outcome(logits, x=layer), strict)
     assert head.status == "fail"
-    assert head.detail.endswith("worst in b; the layers agree, the head differs")
+    assert head.detail.endswith("worst in b; the layers agree, but the head differs")
     assert compare(chosen, names, outcome(spoiled, x=layer), outcome(logits, x=layer), loose).status == "pass"
     parted = compare(chosen, names, outcome(spoiled, w=layer, x=layer), outcome(logits, w=layer, x=layer + 1), strict)
-    assert parted.detail.endswith("the models part at x")
+    assert parted.detail.endswith("the models first differ at x")
     broken = compare(chosen, names, outcome(logits * float("nan"), x=layer), outcome(logits, x=layer), strict)
-    assert broken.status == "fail", "a model that gives no numbers has not passed"
+    assert broken.status == "fail", "logits that are not numbers must not pass"
 
 
 @pytest.mark.parametrize("known", ["nested", "flat"])
@@ -232,7 +236,7 @@ def test_the_preferred_video_layout_is_the_one_whose_answers_are_cheap(bases, kn
     check = video_preference(made, chosen, torch.cat(rows))
     assert f"the weights prefer {known} ({known} cheaper in 4 of 4)" in check.detail
     assert f"{known} 0.000" in check.detail
-    assert " 6.931" in check.detail, "ln 1024, where nothing is known"
+    assert " 6.931" in check.detail, "ln 1024 for the layout that the weights do not know"
 
 
 def test_the_layouts_differ_only_in_the_outer_vision_marks(bases):
@@ -249,7 +253,7 @@ def run_command(capsys, *words) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_the_command_prints_a_card_and_its_exit_code_tells(moe, capsys):
+def test_the_command_prints_a_card_and_sets_its_exit_code(moe, capsys):
     code, printed = run_command(capsys, moe)
     assert (code, printed.splitlines()[-1]) == (0, f"{moe}: passed")
     assert [line[:4] for line in printed.splitlines()[:-1]] == ["pass"] * 7 + ["note"]

@@ -1,4 +1,4 @@
-"""The proof of a merge: it passes what is right, and fails what is wrong in any of the usual ways."""
+"""The proof of a merge: a correct merge passes, and one that is wrong in any of the usual ways fails."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from launchers.cli import main
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that changes everything: experts, attention, vision, router, a full norm; and its merge."""
+    """Return a folder with an adapter that changes experts, attention, vision, router and norm, and with its merge."""
     folder = tmp_path_factory.mktemp("made")
     cases.adapt(base(), folder / "adapter", full=True)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -44,7 +44,7 @@ def proof(made: Path, merged: Path) -> Proof:
     return prove(merged, plan, proof_samples(base(), "", 0), device="cpu")
 
 
-def test_a_right_merge_is_proved_to_the_last_digits(made: Path) -> None:
+def test_a_correct_merge_is_proved_to_the_last_digits(made: Path) -> None:
     result = proof(made, made / "out")
     assert result.passed
     assert result.worst < 1e-5
@@ -55,7 +55,7 @@ def test_a_right_merge_is_proved_to_the_last_digits(made: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("wrong", ["nothing merged", "one tensor not", "two experts swapped", "twice", "no number"])
+@pytest.mark.parametrize("wrong", ["nothing merged", "one tensor not", "experts shifted", "twice", "not finite"])
 def test_a_wrong_merge_fails(made: Path, wrong: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(made / "out", out)
@@ -67,7 +67,7 @@ def test_a_wrong_merge_fails(made: Path, wrong: str, tmp_path: Path) -> None:
         after = before
     elif wrong == "one tensor not":
         after[experts] = before[experts]
-    elif wrong == "two experts swapped":
+    elif wrong == "experts shifted":
         after[experts] = after[experts].roll(1, 0)
     elif wrong == "twice":
         after[experts] = 2 * after[experts] - before[experts]
@@ -79,7 +79,7 @@ def test_a_wrong_merge_fails(made: Path, wrong: str, tmp_path: Path) -> None:
     assert result.line().startswith("FAILED")
 
 
-def test_bfloat16_is_within_what_rounding_explains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bfloat16_differs_only_by_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny(tmp_path / "base", TinyModel(dtype="bfloat16"))
     cases.adapt(tmp_path / "base", tmp_path / "adapter")
     words = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out"), "--verify"]
@@ -87,7 +87,7 @@ def test_bfloat16_is_within_what_rounding_explains(tmp_path: Path, capsys: pytes
     assert re.search(r"proved .* merged BF16 files are \d\.\de-0[1-4] of", capsys.readouterr().out)
 
 
-def test_samples_of_the_user_and_the_exit_code(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_from_the_user_are_proved_too(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "Red."}]
     Image.new("RGB", (64, 48), (200, 20, 20)).save(tmp_path / "red.png")
@@ -104,20 +104,20 @@ def test_samples_of_the_user_and_the_exit_code(made: Path, tmp_path: Path, capsy
     assert len(proof_samples(base(), str(shards), 9)) == 5
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.tar").write_bytes(bytes(1024))
-    with pytest.raises(ValueError, match="there is no sample in it"):
+    with pytest.raises(ValueError, match="--verify .*none contains no sample; give shards or rows"):
         proof_samples(base(), str(tmp_path / "none"), 3)
 
 
 def test_a_failed_proof_ends_with_3(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A tolerance of nothing stands in for a merge that is wrong."""
+    """Use a tolerance of zero, so that a correct merge fails too."""
     monkeypatch.setattr("finetune.verify.merged._TYPICAL", {"F32": 0.0})
     assert main(["merge", str(base()), str(made / "adapter"), str(tmp_path / "out"), "--verify"]) == 3
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_a_longer_context_goes_into_the_merged_config(made: Path, tmp_path: Path) -> None:
+def test_a_longer_context_is_written_to_the_merged_config(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     trained = {"context": {"length": 6000, "yarn": {"factor": 2.0}}}
