@@ -25,7 +25,7 @@ def write_base(model: torch.nn.Module, folder: Path, *, shard_bytes: int = 100_0
 
 
 def dense_model(*, seed: int = 0, tied: bool = False) -> torch.nn.Module:
-    """A Qwen3-VL without experts, with the dimensions of `vl_config`."""
+    """Return a Qwen3-VL without experts, with the dimensions of `vl_config`."""
     moe = vl_config()
     text = {key: value for key, value in moe.text_config.to_dict().items() if "expert" not in key and "moe" not in key}
     text.pop("model_type")
