@@ -22,6 +22,20 @@ PHRASES = (
     r"\bbeside it anew\b",
     r"\bone does\b",
     r"\bwhole file\b",
+    r"\bis no (?:folder|number|adapter|file|model|list|name|length)\b",
+    r"\b(?:known|allowed) are\b",
+    r"\bhanded over\b",
+    r"\bnever came\b",
+    r"\bwritten over\b",
+    r"\bis not whole\b",
+    r"\bas (?:it lies|they lie)\b",
+    r"\btokens? a second\b",
+    r"\b(?:one|once|calls?|objects?|waits?) a (?:step|layer|token|rank|row|micro-batch|pass|forward|block|call)\b",
+    r"\bin any case\b",
+    r"\bto the bit\b",
+    r"\bsettled what\b",
+    r"\bFree room\b",
+    r'"""(?:As|By|Of|So|That|What|Who) ',
 )
 """Regular expressions that no source, page or message may match."""
 LONGEST = 30
