@@ -51,7 +51,7 @@ def stock() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six rows of two sources; two images each of the first, none or one of the second."""
+    """Six rows of two sources: the first source has two images per row, the second none or one."""
     folder = tmp_path_factory.mktemp("held-out")
     for number in range(6):
         (folder / f"{number}.png").write_bytes(encode(Image.fromarray(picture(64 + 32 * number, 96, number))))
@@ -575,7 +575,7 @@ def test_a_silent_server_does_not_outlive_ctrl_c(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-            # a shell starts what runs in the background with Ctrl-C ignored, and a child would inherit that
+            # a shell starts background processes with Ctrl-C ignored, and a child would inherit this
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         with silent.accept()[0]:

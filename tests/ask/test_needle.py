@@ -1,4 +1,4 @@
-"""Needles: haystacks of the length asked for, needles where they were asked for, and what a model makes of them."""
+"""Needles: haystacks of the requested length, needles at the requested depth, and the scores of a model."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def renderer() -> Renderer:
 
 
 class Knowing:
-    """Stands in for a loaded model: it knows the needles before the middle of its prompt, and no others."""
+    """Stands in for a loaded model that knows only the needles in the first half of its prompt."""
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
@@ -43,7 +43,7 @@ def test_a_haystack_fills_its_length(renderer: Renderer, kind: str, lengths: tup
         assert length - 80 <= tokens <= length
         prompt = prompt_of(haystack, renderer).input_ids
         assert tokens - 16 <= len(prompt) < tokens
-        assert renderer.decode(prompt).count(haystack.answer) == (1 if kind == "text" else 0), "in the needle alone"
+        assert renderer.decode(prompt).count(haystack.answer) == (1 if kind == "text" else 0), "only in the needle"
     with pytest.raises(ValueError, match=f"a {kind} needle does not fit 20 tokens; the shortest haystack here takes"):
         fitted(kind, 20, 0.5, seed=3, renderer=renderer)
 
@@ -61,7 +61,7 @@ def test_a_needle_lies_at_its_depth(renderer: Renderer) -> None:
         assert coloured == [first := 2 * min(round(depth * 10), 9), first + 1]
         assert tuple(pixels[first][0, 0]) == COLOURS[video_haystack(20, depth, seed=1).answer]
     again = fitted("text", 1500, 1.0, seed=1, renderer=renderer)
-    assert again == haystack, "the same seed, the same haystack"
+    assert again == haystack, "the same seed gives the same haystack"
 
 
 def test_scores_are_by_length_and_depth(renderer: Renderer) -> None:

@@ -1,4 +1,4 @@
-"""Each metric of answers against values computed by hand, and against the published definition where there is one."""
+"""Each metric compared with values computed by hand and, if there is one, with the published definition."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from finetune.ask.overlaps import box_iou, find_boxes
 from finetune.ask.scores import METRICS, anls, chosen_letter, find_json, find_metric, json_field_f1, levenshtein, spoken
 
 BY_HAND = [
-    # exact: white space and Unicode composition aside
+    # exact: except for white space and Unicode composition
     ("exact", " 7\n", ["7"], 1),
     ("exact", "cafe\u0301", ["café"], 1),
     ("exact", "Horse", ["horse"], 0),
@@ -37,37 +37,37 @@ BY_HAND = [
     ("f1", "the", ["an"], 1),
     ("f1", "", ["horse"], 0),
     ("f1", "cat", ["dog", "the cat"], 1),
-    # anls: 1 - 1/6; one half and more is nothing; best of several
+    # anls: 1 - 1/6; a distance of one half or more scores 0; the best of several references counts
     ("anls", "kitten", ["Sitten"], 1 - 1 / 6),
     ("anls", "ab", ["ac"], 0),
     ("anls", " 5  pm", ["5 PM", "17:00"], 1),
-    # relaxed: 5 % of the reference; text by lower case; per cent as pix2struct reads it
+    # relaxed: within 5 % of the reference; text in lower case; per cent as in pix2struct
     ("relaxed", "104.9", ["100"], 1),
     ("relaxed", "105.1", ["100"], 0),
     ("relaxed", "50%", ["0.51"], 1),
     ("relaxed", "0", ["0"], 1),
     ("relaxed", "0.01", ["0"], 0),
     ("relaxed", "Blue", ["blue"], 1),
-    # one box of 2 x 2 against its right half shifted: 2 / 6
+    # a box of 2 x 2 and the same box shifted by half its width: 2 / 6
     ("iou@0.3", "[0, 0, 2, 2]", ["[1, 0, 3, 2]"], 1),
     ("iou@0.34", "[0, 0, 2, 2]", ["[1, 0, 3, 2]"], 0),
     ("iou@0.5", '{"bbox_2d": [10, 10, 20, 20]}', ["(10, 10, 20, 21)"], 1),
     ("iou@0.5", "no box", ["[1, 0, 3, 2]"], 0),
-    # two wanted, one found twice: one of the two pairs; three given for two wanted
+    # two expected, one found twice: one of the two pairs; three given, two expected
     ("iou@0.5", "[0,0,1,1] [0,0,1,1]", ["[0,0,1,1] [5,5,6,6]"], 1 / 2),
     ("iou@0.5", "[5,5,6,6] [0,0,1,1] [8,8,9,9]", ["[0,0,1,1] [5,5,6,6]"], 2 / 3),
     ("point-in-box", "(15, 15)", ["[10, 10, 20, 20]"], 1),
     ("point-in-box", "(25, 15)", ["[10, 10, 20, 20]"], 0),
-    ("point-in-box", "[14, 14, 16, 30]", ["[10, 10, 20, 20]"], 0),  # its middle is (15, 22)
+    ("point-in-box", "[14, 14, 16, 30]", ["[10, 10, 20, 20]"], 0),  # the centre is (15, 22)
     ("point-in-box", "[14, 14, 16, 20]", ["[10, 10, 20, 20]"], 1),
     ("point-in-box", "there", ["[10, 10, 20, 20]"], 0),
-    # fields: total and items[] x 2 wanted, one of them found, one wrong: 2 * 2 / (3 + 3)
+    # fields: a sum and two items are expected, and the sum and one item are right: 2 * 2 / (3 + 3)
     ("json-field-f1", '```\n{"sum": "3.50", "of": ["Tea", "jam"]}\n```', ['{"Sum": 3.5, "of": ["tea", "bun"]}'], 2 / 3),
     ("json-field-f1", '{"a": {"b": true}}', ['{"a": {"b": true}}'], 1),
     ("json-field-f1", '{"a": 1}', ['{"a": true}'], 0),
     ("json-field-f1", "no object", ['{"a": 1}'], 0),
-    ("json-field-f1", '{"a": ' + "9" * 400 + "}", ['{"a": 1}'], 0),  # no float has so many digits
-    ("json-field-f1", '{"a": ' + "9" * 5000 + "}", ['{"a": 1}'], 0),  # nor does Python read such an int
+    ("json-field-f1", '{"a": ' + "9" * 400 + "}", ['{"a": 1}'], 0),  # too large for a float
+    ("json-field-f1", '{"a": ' + "9" * 5000 + "}", ['{"a": 1}'], 0),  # too long for Python's int parser
     # spans: 2 s of 5 s
     ("time-iou", "from 2 to 5 seconds", ["<3.0 seconds> to <7.0 seconds>"], 2 / 5),
     ("time-iou", "00:01:00 - 00:01:30", ["60 to 90"], 1),
@@ -156,7 +156,7 @@ def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_answers_without_end_are_scored_too() -> None:
-    """Deep brackets, and lengths at which a table of all pairs would have 40 million entries."""
+    """Score deep brackets, and lengths at which a table of all pairs would have 40 million entries."""
     for depth in (400, 900, 5000):
         deep = "[" * depth + "1" + "]" * depth
         assert json_field_f1(deep, ['{"a": 1}']) == 0.0

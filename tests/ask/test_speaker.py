@@ -1,4 +1,4 @@
-"""Answers of a loaded model: equal to transformers' own pipeline from the media on, alone and in a batch."""
+"""Answers of a loaded model equal those of transformers' own pipeline on the same media, alone and in batches."""
 
 import argparse
 import json
@@ -47,14 +47,14 @@ def stock() -> torch.nn.Module:
 
 
 def prompt(name, by=None):
-    """The mix without its last answer, as a server is asked."""
+    """Return the mix without its last answer, as in a request to a server."""
     of = record(name)
     assert of.messages[-1].role == "assistant"
     return (by or speaker()).renderer.build(replace(of, messages=of.messages[:-1]), *files(of), key=name, prompt=True)
 
 
 def theirs(name):
-    """transformers' inputs, from the same media."""
+    """Return transformers' inputs for the same media."""
     question = asked(name)
     question["messages"] = question["messages"][:-1]
     arrays = oracle.ask(oracle.conversation, folder=str(base()), prompt=True, **question)
@@ -84,7 +84,7 @@ def test_a_batch_answers_as_each_prompt_alone():
     together = speaker().answer(prompts, SHORT)
     alone = [speaker().answer([one], SHORT)[0] for one in prompts]
     assert together == alone
-    assert len({answer.ids for answer in alone}) > 3  # they do look at their prompts
+    assert len({answer.ids for answer in alone}) > 3  # answers depend on their prompts
     hot = Sampling(max_tokens=6, temperature=1.5, seed=3)
     sampled = speaker().answer(prompts, hot)
     assert sampled[2] == speaker().answer(prompts[2:3], hot, numbers=[2])[0]
@@ -98,7 +98,7 @@ def test_whoever_reads_an_answer_piece_by_piece_computes_as_before():
 
 
 def test_files_on_the_command_line_become_the_same_prompt(tmp_path: Path):
-    """Marks or not, in front as transformers' users write them."""
+    """Placeholders may be given at the start, as transformers' users write them, or left out."""
     for name in ("0.png", "1.jpg", "3.mp4"):
         (tmp_path / name).write_bytes(media()[name])
     wanted = prompt("video")
@@ -132,7 +132,7 @@ def test_log_probabilities_are_those_of_a_whole_forward():
 
 
 def trained(folder: Path, adapters, config=None) -> Path:
-    """An adapter as training would write it, its values drawn."""
+    """Write an adapter like training does, with random values."""
     empty, files = made(base(), adapters), open_base(base())
     load_weights(empty, open_base(base(), empty.expected, layout="auto"))
     generator = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def trained(folder: Path, adapters, config=None) -> Path:
 
 
 def best_of_peft(adapter: Path):
-    """The five likeliest first tokens of stock PEFT, and their log-probabilities."""
+    """Return the five most likely first tokens of stock PEFT, and their log-probabilities."""
     plain = AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32)
     with torch.no_grad():
         return PeftModel.from_pretrained(plain, adapter).eval()(**theirs("image")).logits[0, -1].log_softmax(-1).topk(5)
@@ -157,7 +157,7 @@ def firsts(ours: Speaker, tokens) -> list[float]:
 
 
 def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
-    """Dense, expert and full parts at once; then the same file without our metadata, as another tool writes it."""
+    """Test dense, expert and full parts together, then the same file without our metadata, as from another tool."""
     adapter = trained(tmp_path / "adapter", WIDE)
     best = best_of_peft(adapter)
     ours = open_speaker(str(base()), adapter=adapter)

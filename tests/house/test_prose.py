@@ -19,7 +19,6 @@ PHRASES = (
     r"\bwithout a word\b",
     r"\bWho cannot\b",
     r"\banew\b",
-    r"\bbeside it anew\b",
     r"\bone does\b",
     r"\bwhole file\b",
     r"\bis no (?:folder|number|adapter|file|model|list|name|length)\b",
@@ -27,7 +26,6 @@ PHRASES = (
     r"\bhanded over\b",
     r"\bnever came\b",
     r"\bwritten over\b",
-    r"\bis not whole\b",
     r"\bas (?:it lies|they lie)\b",
     r"\btokens? a second\b",
     r"\b(?:one|once|calls?|objects?|waits?) a (?:step|layer|token|rank|row|micro-batch|pass|forward|block|call)\b",
@@ -36,6 +34,16 @@ PHRASES = (
     r"\bsettled what\b",
     r"\bFree room\b",
     r'"""(?:As|By|Of|So|That|What|Who) ',
+    r"\bis (?:no|not) whole\b(?! number)",
+    r"\b[Ss]ay it for people\b",
+    r"\bthrough to the disk\b",
+    r"\bsuch a one\b",
+    r"\bwhat came of\b",
+    r"\bheld against\b",
+    r"\bas far as it shall\b",
+    r"\b[Mm]ake so many\b",
+    r"\bbeside (?:the peer|PEFT)\b",
+    r"\bas ranks go\b",
 )
 """Regular expressions that no source, page or message may match."""
 LONGEST = 30

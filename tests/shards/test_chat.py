@@ -1,4 +1,4 @@
-"""Text, tokens and loss weights of conversations, against transformers' own rendering of the same template."""
+"""Text, tokens and loss weights of conversations, compared with transformers' own rendering of the same template."""
 
 import json
 from functools import cache
@@ -33,7 +33,7 @@ def rendered(messages, *, name="tiny", template=None, media=(), extra=None, **co
 
 
 def row(messages, **options):
-    """(ids, weights, text of each token) as a sample gets them."""
+    """Return (ids, weights, text of each token) as in a sample."""
     name = options.get("name", "tiny")
     found = rendered(messages, **options)
     tokens = tokenise(found, tokenizer(name), image_pad=-1, video_pad=-1)
@@ -41,7 +41,7 @@ def row(messages, **options):
 
 
 def runs(messages, **options):
-    """What carries loss: (text, weight) of each stretch of equal weight."""
+    """Return the text that carries loss, as (text, weight) of each stretch of equal weight."""
     ids, weights = row(messages, **options)
     found, read = [], tokenizer(options.get("name", "tiny"))
     for at, weight in enumerate(weights):
@@ -83,7 +83,7 @@ CONVERSATIONS = {
 
 
 def openai(messages):
-    """The same conversation as transformers takes it: without our keys, calls wrapped."""
+    """Return the same conversation in transformers' form: without our keys, and with calls wrapped."""
     turns = []
     for message in messages:
         turn = {"role": message["role"], "content": message["content"]}
@@ -290,7 +290,7 @@ def test_an_empty_thought_of_a_thinking_model_carries_no_loss():
 
 @needs_qwen3
 def test_thinking_equals_qwen3s_own_template():
-    """Qwen3's text template, which comes with its vocabulary: a thinking template that we did not write."""
+    """Qwen3's text template comes with its vocabulary: it is a thinking template that we did not write."""
     template = json.loads(find_qwen3("tokenizer_config.json").read_text())["chat_template"]
     chain = [
         says("", thinking="T2", tool_calls=[CALL]),

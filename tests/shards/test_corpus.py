@@ -1,4 +1,4 @@
-"""Inputs that once ended a command or a run: every reader names them, and goes on with the other samples."""
+"""Inputs that once ended a command or a run: every reader names them, and continues with the other samples."""
 
 import base64
 import io
@@ -21,7 +21,7 @@ from data.prepare.build import BuildOptions, build_shards
 from data.render.image import decode_image
 from data.shards.reader import SampleReader, load_index
 
-# colour planes that the decoder gives up on, with a RuntimeError
+# colour planes for which the decoder raises RuntimeError
 AVIF = zlib.decompress(
     base64.b85decode(
         "c-muNU{FXasVqn=%S>Yc0uY^>nP!-qnV9D5Xy^nKdYzkElE?r7iWw<6MNl?FL1uCZ0~+8f$SlbPvlxL`E;A=T8N_h`@fjhajKV-#0f;p+"
@@ -32,7 +32,7 @@ AVIF = zlib.decompress(
 
 
 def png_of(width, height):
-    """A PNG that claims this size and holds next to nothing."""
+    """Return a PNG that claims this size and contains almost nothing."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
     rows = b"IDAT" + zlib.compress(bytes(100))
     chunks = b""
@@ -42,7 +42,7 @@ def png_of(width, height):
 
 
 def boxes(depth):
-    """An MP4 of boxes in boxes."""
+    """Return an MP4 of nested boxes."""
     body = b""
     for _ in range(depth):
         body = struct.pack(">I", len(body) + 8) + b"moov" + body
@@ -50,7 +50,7 @@ def boxes(depth):
 
 
 def growing():
-    """A video whose later frames are larger than its first."""
+    """Return a video whose later frames are larger than its first."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as container:
         stream = container.add_stream("mjpeg", rate=10)
@@ -83,7 +83,7 @@ def test_every_reader_names_a_bad_medium_and_goes_on(tmp_path, name):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in (bad, *GOOD)))
     report = build_shards(rows, tmp_path / "out", BuildOptions(name="t"))
-    if name != "growing video":  # known when its frames are decoded, which a build does not do
+    if name != "growing video":  # found only by decoding frames, which a build does not do
         assert (report.written, report.rejected) == (len(GOOD), 1)
         (reject,) = (tmp_path / "out/rejects.jsonl").read_text().splitlines()
         assert reason in json.loads(reject)["reason"]
@@ -106,7 +106,7 @@ def good_keys():
 
 
 def write(shard, *files):
-    """A shard of these files and the good samples."""
+    """Write a shard of these files and the good samples."""
     shard.parent.mkdir()
     with TarWriter(shard) as tar:
         for name, data in files:
@@ -116,7 +116,7 @@ def write(shard, *files):
 
 
 def trained_keys(shard):
-    """The samples that a run reads."""
+    """Return the samples that a run reads."""
     config = DataConfig(packs_per_step=1, tokens_per_pack=384, workers=0, sources={"a": SourceConfig(path=str(shard))})
     stream = open_stream(config, open_corpus(config, renderer()), renderer(), seed=1, rank=0, size=1)
     return {key for step in stream for batch in step.batches for key in batch.keys}

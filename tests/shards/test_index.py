@@ -1,4 +1,4 @@
-"""Tar, index and reader: foreign tars read, damage named, bytes found by range."""
+"""Tar, index and reader: other tools' tars are read, damage is named, and bytes are found by range."""
 
 import hashlib
 import io
@@ -61,7 +61,7 @@ def test_walk_agrees_with_tarfile_in_every_format(tmp_path, form, name):
         for member, data in ((name, b"x" * 700), ("b.json", b""), (name + ".2", b"y" * 512)):
             info = tarfile.TarInfo(member)
             info.size = len(data)
-            info.mtime = 1.5  # gives pax a header of its own
+            info.mtime = 1.5  # makes pax write a separate header
             tar.addfile(info, io.BytesIO(data))
     with tarfile.open(tmp_path / "x.tar") as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
@@ -77,7 +77,7 @@ def test_sizes_beyond_octal_and_in_pax_are_read(tmp_path):
         head = info.tobuf(form)
         with (tmp_path / "big.tar").open("wb") as file:
             file.write(head)
-            file.seek(len(head) + info.size)  # a hole: nothing is written
+            file.seek(len(head) + info.size)  # leaves a hole without writing data
             file.write(bytes(1024))
         assert len(head) == header * 512
         assert [(m.offset, m.size) for m in walk_tar(tmp_path / "big.tar")] == [(len(head), 9 << 30)]
@@ -134,7 +134,7 @@ def test_every_truncation_is_named(tmp_path):
         cut.write_bytes(data[:length])
         with pytest.raises(ShardError, match=r"cut.tar: truncated: "):
             load_index(cut)
-    cut.write_bytes(data[:-512])  # one end block is enough for other readers too
+    cut.write_bytes(data[:-512])  # other readers accept a single end block too
     assert len(load_index(cut)) == 2
 
 
@@ -157,7 +157,7 @@ def test_other_archives_links_and_rubbish_are_refused_by_name(tmp_path):
 
 
 def header(**changes):
-    """A header with fields overwritten and the checksum made right again."""
+    """Return a header with some fields overwritten and the checksum corrected."""
     raw = bytearray(tarfile.TarInfo("a.json").tobuf(tarfile.USTAR_FORMAT))
     for at, value in changes.values():
         raw[at : at + len(value)] = value
@@ -259,9 +259,9 @@ def with_checksum(body):
 
 
 def sidecars(sound, lengths):
-    """What may lie where an index should: none of them is one."""
+    """Yield files that may lie in the place of an index and are not valid ones."""
     _, _, body = sound.partition(b"\n")
-    yield body  # as they were before they had a checksum
+    yield body  # the form from before indexes had a checksum
     yield lengths
     yield with_checksum(b"PK\x03\x04 rubbish")
     yield with_checksum(zipped({"head": np.zeros(3)}, zipfile.ZIP_STORED))
@@ -342,7 +342,7 @@ def test_changed_bytes_are_caught_when_read(tmp_path):
     path = write(tmp_path / "x.tar", ("a.json", text_record()), ("b.json", bytes(1 << 18)), ("c.json", text_record()))
     load_index(path)
     data = bytearray(path.read_bytes())
-    data[100_000] ^= 1  # same size, same ends: the stamp still fits
+    data[100_000] ^= 1  # same size and same ends, so the stamp still matches
     path.write_bytes(data)
     reader = SampleReader()
     assert reader.members(path, 2) == {"json": text_record()}
@@ -439,12 +439,12 @@ def test_arrays_of_an_empty_shard(tmp_path):
 
 
 def test_tars_laid_one_behind_the_other_are_refused(tmp_path):
-    """Tar readers stop at the first end: the second half would be missed without a word."""
+    """Tar readers stop at the first end marker, and would silently miss the second half."""
     shard = tmp_path / "a.tar"
     with TarWriter(shard) as tar:
         tar.add("a.json", b"{}")
     one = shard.read_bytes()
-    shard.write_bytes(one + bytes(20 * 512))  # padding, as tar pads
+    shard.write_bytes(one + bytes(20 * 512))  # the padding that tar writes
     assert [member.name for member in walk_tar(shard)] == ["a.json"]
     shard.write_bytes(one + one)
     with pytest.raises(ShardError, match=r"a.tar: goes on after its end-of-archive block at byte 1024: tars laid one"):

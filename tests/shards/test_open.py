@@ -93,7 +93,7 @@ def test_a_shard_of_a_build_that_is_gone_is_missed(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": str(n)}]} for n in range(6)] + [{"text": "bad"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shards = build_shards(tmp_path / "rows.jsonl", tmp_path / "out", BuildOptions(name="t", samples_per_shard=2)).shards
-    assert find_shards(str(tmp_path / "out"), "k") == list(shards)  # the fourth held refused rows only
+    assert find_shards(str(tmp_path / "out"), "k") == list(shards)  # the fourth had only refused rows
     shards[1].unlink()
     with pytest.raises(ValueError, match=r"data.sources.a.path is .*, where t-000001.tar of a build of .* is missing"):
         open_corpus(config_of(tmp_path / "out"), renderer())
@@ -282,10 +282,10 @@ def test_lengths_are_exact_and_kept(tmp_path):
     assert same.counted == []
     limits = Counting(renderer().text_fingerprint, "other limits")
     assert np.array_equal(load_lengths(path, limits, reader=reader, cache_dir=None).tokens, found.tokens)
-    assert set(limits.counted) == {"vision"}  # other limits on images do not tokenise again
+    assert set(limits.counted) == {"vision"}  # other image limits do not cause tokenising again
     load_index(path, force=True)
     load_lengths(path, same, reader=reader, cache_dir=None)
-    assert same.counted.count("text") == 12  # indexed anew, counted anew
+    assert same.counted.count("text") == 12  # a new index is counted again
     words = Counting("other words", "other")
     load_lengths(path, words, reader=reader, cache_dir=None)
     assert words.counted.count("text") == 12

@@ -1,4 +1,4 @@
-"""Media outside of the shards: what may be read, from where, how much of it, and what messages say of it."""
+"""Media outside of the shards: which may be read, from where and how much of them, and the messages about them."""
 
 import json
 import os
@@ -22,10 +22,10 @@ PNG = encode(Image.fromarray(picture(40, 60)))
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers as servers do, good and bad ones."""
+    """Answers like good and bad servers."""
 
     def do_GET(self):
-        path = self.path.removeprefix("http://example.com")  # as a proxy is asked
+        path = self.path.removeprefix("http://example.com")  # the form of a request to a proxy
         self.server.asked.append(path)
         getattr(self, path.strip("/").replace("-", "_"), self.missing)()
 
@@ -114,7 +114,7 @@ def server(monkeypatch):
 def test_bodies_ranges_and_redirects_are_read_whole(server):
     for path in ("picture", "to-picture", "short-once"):
         assert fetch_url(f"{server.url}/{path}", None, allow_private=True) == PNG
-    for path in ("range", "picture"):  # the second ignores ranges
+    for path in ("range", "picture"):  # "picture" ignores ranges
         assert fetch_url(f"{server.url}/{path}", (10, 5), allow_private=True) == PNG[10:15]
     assert server.asked.count("/short-once") == 2
 
@@ -160,7 +160,7 @@ def test_addresses_that_are_not_public_are_asked_only_where_that_is_allowed(serv
 
 
 def test_a_redirect_obeys_the_same_rule(server, monkeypatch):
-    """A proxy is the user's own, wherever it is; it answers here for a public server."""
+    """A proxy belongs to the user and may have any address; here it answers for a public server."""
     monkeypatch.setenv("http_proxy", server.url)
     assert fetch_url("http://example.com/picture", None) == PNG
     with pytest.raises(ValueError, match="10.0.0.1 is 10.0.0.1, which is no public address"):
@@ -249,7 +249,7 @@ def test_with_a_root_relative_paths_start_there_and_none_leaves_it(tmp_path):
     problems = load_index(shard, places=places).problems
     assert list(problems) == [3, 4, 5, 6]
     assert all("leads out of data.media_root=" in reason for reason in problems.values())
-    assert 0 in load_index(shard).problems, "an index of other places is made again"
+    assert 0 in load_index(shard).problems, "an index of other places is rebuilt"
     assert 0 not in load_index(shard, places=places).problems
 
 

@@ -1,4 +1,4 @@
-"""Packs and plans as pure functions: nothing lost, nothing twice, budgets kept, shares kept, any layout equal."""
+"""Packs and plans as pure functions: no sample is lost or repeated, budgets and shares hold, all layouts agree."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def plan_settings(**changes):
 
 
 def mix(count, budget, seed=0):
-    """Lengths and patches like those of a mixed corpus: text, one image, several images, video."""
+    """Return lengths and patches like those of a mixed corpus: text, one image, several images, video."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(4, count, p=[0.25, 0.45, 0.2, 0.1])
     text = np.clip(rng.lognormal(5.6, 0.8, count), 20, 6000).astype(np.int64)
@@ -96,7 +96,7 @@ def test_dealing_gives_each_pack_to_one_rank_and_counts_differ_by_one(costs, ran
     counts = [len(share) for share in shares]
     assert max(counts) - min(counts) <= 1
     slots = [[costs[share[slot]] for share in shares if slot < len(share)] for slot in range(max(counts))]
-    assert all(min(a) >= max(b) for a, b in zip(slots, slots[1:], strict=False))  # alike inside a slot
+    assert all(min(a) >= max(b) for a, b in zip(slots, slots[1:], strict=False))  # similar costs in a slot
 
 
 @settings(max_examples=30)
@@ -108,7 +108,7 @@ def test_an_epoch_uses_every_unit_once_minus_the_counted_remainder(lengths, epoc
     try:
         plan = make_plan(units, chosen, epoch=epoch)
     except ValueError as error:
-        assert "fills only" in str(error)  # noqa: PT017  # either outcome is right, depending on the lengths drawn
+        assert "fills only" in str(error)  # noqa: PT017  # either outcome is correct, depending on the drawn lengths
         assert remainder == "drop"
         return
     used = plan.packs.members.tolist()
@@ -142,7 +142,7 @@ def test_epochs_differ_seeds_differ_and_shards_are_all_read():
 def test_samples_are_mixed_inside_windows_of_shards():
     order = order_units(make_units("a", [1] * 4000, per_shard=100), 0, 0)
     first = set((order[:800] // 100).tolist())
-    assert len(first) == 8  # of 40 shards, the first window reads 8
+    assert len(first) == 8  # the first window reads 8 of 40 shards
     assert order[:100].std() > 100
 
 

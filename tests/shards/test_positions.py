@@ -1,4 +1,4 @@
-"""Positions against transformers' get_rope_index for every mix, live and from a file."""
+"""Positions compared with transformers' get_rope_index for every mix, live and from a golden file."""
 
 import json
 
@@ -23,7 +23,7 @@ MIXES = {
 
 
 def tokens(mix):
-    """kinds [T] and the grids; frame pairs of a video are separated by text, as timestamps do."""
+    """Return kinds [T] and the grids; text separates the frame pairs of a video, as timestamps do."""
     kinds, images, videos = [], [], []
     for part in mix:
         if isinstance(part, int):

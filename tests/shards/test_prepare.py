@@ -1,4 +1,4 @@
-"""Other tools' rows to shards: every style, media cleaned, bad rows refused with reasons, builds resumed."""
+"""Other tools' rows to shards: all styles, cleaned media, bad rows refused with reasons, resumed builds."""
 
 import base64
 import io
@@ -35,7 +35,7 @@ PNG = encode(Image.fromarray(picture(40, 60)))
 
 
 def record_of(row):
-    """The record a row becomes, with its media places put aside."""
+    """Return the record of a row, without the places of its media."""
     raw, ignored = convert_row(row)
     assert ignored == []
     places = {name: raw.pop(name) for name in ("images", "videos") if name in raw}
@@ -189,7 +189,7 @@ def test_images_are_turned_upright_and_lose_their_notes(kind, orientation):
     before = decode_image(data, name="x").numpy().astype(int)
     after = decode_image(cleaned, name="x").numpy().astype(int)
     if orientation == 1:
-        assert np.array_equal(after, before)  # not encoded again
+        assert np.array_equal(after, before)  # not re-encoded
         assert extension == {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
     else:
         assert np.abs(after - before).mean() < 3
@@ -454,7 +454,7 @@ def test_a_damaged_note_of_a_build_is_not_trusted(tmp_path, note):
 
 @contextmanager
 def no_room_beyond(size):
-    """Files may not grow beyond this, as on a disk that is full."""
+    """Limit the size of files, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -463,7 +463,7 @@ def no_room_beyond(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("missing", [512, 9000])  # for the last block, for a row
+@pytest.mark.parametrize("missing", [512, 9000])  # too little space for the last block, or for a row
 def test_a_build_without_room_names_the_path_and_leaves_no_part(tmp_path, missing):
     source = write_rows(tmp_path / "rows.jsonl", [text_row("long " * 4000), text_row(1)])
     options = BuildOptions(name="t")

@@ -1,4 +1,4 @@
-"""The record: worked examples parse, everything wrong is refused by name, writing and reading are inverse."""
+"""The record: worked examples parse, everything wrong is refused by name, and writing is the inverse of reading."""
 
 import json
 import pickle

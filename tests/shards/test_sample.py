@@ -1,4 +1,4 @@
-"""Samples of every mix against the model's own processor: tokens, kinds, pixels, positions; lengths without pixels."""
+"""Samples of every mix compared with the model's own processor: tokens, kinds, pixels, positions and lengths."""
 
 import json
 import pickle
@@ -79,7 +79,7 @@ def test_lengths_without_pixels_are_exactly_those_of_the_sample(video):
 
 
 def text_of(found):
-    """The sample read back, each run of placeholders as one."""
+    """Return the sample's text, with each run of placeholders as a single one."""
     tokenizer = AutoTokenizer.from_pretrained(base())
     pads = {tokenizer.convert_tokens_to_ids(token) for token in ("<|image_pad|>", "<|video_pad|>")}
     ids = [int(token) for token in found.input_ids]

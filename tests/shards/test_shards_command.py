@@ -1,4 +1,4 @@
-"""`moetune shards`: each action on real shards, its exit codes, its messages."""
+"""`moetune shards`: each action on real shards, its exit codes and its messages."""
 
 import json
 import resource
@@ -18,7 +18,7 @@ from launchers.cli import main
 
 
 def shards(capsys, *words, code=0):
-    """Runs the command, returns its JSON answer."""
+    """Run the command, and return its JSON output."""
     assert main(["shards", *map(str, words), "--json"]) == code
     return json.loads(capsys.readouterr().out)
 
@@ -41,7 +41,7 @@ def test_build_then_index_then_build_again(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl")
     out = tmp_path / "out"
     words = ("build", rows, "--out", out, "--samples-per-shard", 5, "--name", "x", "--jobs", 2)
-    report = shards(capsys, *words, code=3)  # one refused row, none allowed
+    report = shards(capsys, *words, code=3)  # one refused row, although none is allowed
     assert (report["written"], report["rejected"], report["ignored"]) == (12, 1, {"channel": 12})
     assert report["repeated_bytes"] == 0
     again = shards(capsys, *words, "--max-rejects", 1)
@@ -71,7 +71,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
     one = {"v": 1, "messages": [{"role": "assistant", "content": "<image>"}]}
     film = {"v": 1, "messages": [{"role": "assistant", "content": "<video>x"}], "videos": ["0.mp4"]}
     with TarWriter(tmp_path / "wrong.tar") as tar:
-        tar.add("00001.json", json.dumps(text).encode())  # the key is in the first shard too
+        tar.add("00001.json", json.dumps(text).encode())  # the first shard has this key too
         tar.add("Upper.json", json.dumps(text).encode())
         tar.add("dot.v2.json", json.dumps(text).encode())
         tar.add("half.json", json.dumps(one | {"images": ["0.png"]}).encode())
@@ -288,7 +288,7 @@ def test_a_split_without_room_names_the_path_and_may_be_repeated(tmp_path, capsy
 
 def test_check_of_a_folder_that_cannot_be_written_finds_no_fault_in_its_shards(tmp_path, capsys):
     write_shards(tmp_path / "x", 4)
-    (tmp_path / "file").write_text("")  # stands where the cache should be: not even root may write there
+    (tmp_path / "file").write_text("")  # a file in the place of the cache folder: not even root may write there
     answer = shards(capsys, "check", tmp_path / "x", "--cache-dir", tmp_path / "file")
     assert answer == {"findings": []}
 

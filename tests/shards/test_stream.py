@@ -1,4 +1,4 @@
-"""The stream: the same global steps for any ranks and workers, resumed anywhere, bad samples named and left out."""
+"""The stream: the same global steps for any ranks and workers, resume at any step, bad samples named and left out."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ def stream(corpus, rank=0, size=1, plan=PLAN, **options):
 
 
 def digest(batch):
-    """What a pack is, down to the last bit."""
+    """Return a digest of a pack, down to the last bit."""
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     return hashlib.md5(b"".join(tensor.numpy().tobytes() for tensor in tensors) + repr(batch.keys).encode()).hexdigest()
 
 
 def read(corpus, size, *, workers=0, epochs=1, state=None):
-    """{(epoch, step): md5 of the packs of all ranks}, checking on the way that ranks go in step."""
+    """Return {(epoch, step): md5 of the packs of all ranks}; check that all ranks take the same steps."""
     found, states = {}, []
     for rank in range(size):
         mine = stream(corpus, rank, size, workers=workers)
@@ -47,13 +47,13 @@ def read(corpus, size, *, workers=0, epochs=1, state=None):
                 found.setdefault(place, []).extend(digest(batch) for batch in step.batches if batch.keys)
             mine.next_epoch()
         states.append((slots, json.dumps(mine.state_dict())))
-    assert all(other == states[0] for other in states)  # equal steps, slots and state on every rank
+    assert all(other == states[0] for other in states)  # steps, slots and state are equal on all ranks
     return {place: hashlib.md5("".join(sorted(packs)).encode()).hexdigest() for place, packs in found.items()}
 
 
 @pytest.fixture(scope="module")
 def whole(corpus):
-    """Two epochs read by one rank in its own process."""
+    """Two epochs, read by one rank without workers."""
     return read(corpus, 1, epochs=2)
 
 
@@ -103,7 +103,7 @@ def test_resume_at_any_step_and_layout_continues_exactly(corpus, whole, size):
         after = (1, 3, 4, 8, 6, 2)[(number + size) % 6]
         tail = {place: packs for place, packs in whole.items() if place[0] == 0 and place[1] >= number}
         assert read(corpus, after, state=state) == tail
-    assert not tail  # the last state is the epoch's end
+    assert not tail  # the last state is the end of the epoch
 
 
 def test_resume_at_an_epochs_boundary_goes_on_with_the_next(corpus, whole):
@@ -116,7 +116,7 @@ def test_resume_at_an_epochs_boundary_goes_on_with_the_next(corpus, whole):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_draws_nothing_from_the_random_state_of_dropout(corpus, workers):
-    """A resume restores that state and then reads on: with a draw in between, dropout would not go on bit for bit."""
+    """A resume restores this state and then reads on: a draw in between would change dropout."""
     before = torch.get_rng_state()
     next(iter(stream(corpus, workers=workers)))
     assert torch.equal(torch.get_rng_state(), before)
@@ -173,7 +173,7 @@ def test_ranks_without_a_pack_get_a_dummy_of_zero_weight(corpus):
 
 
 def damaged(folder):
-    """A corpus in which three samples fail only when they are decoded: the headers of their images are whole."""
+    """A corpus with three samples that fail only in decoding, because the headers of their images are intact."""
 
     def make(number):
         return sample_json(number)
@@ -206,7 +206,7 @@ def test_bad_samples_shrink_their_packs_and_are_left_out_from_the_next_epoch(tmp
     plan = PlanSettings(**{**vars(PLAN), "packs_per_step": 2, "remainder": "keep"})
     ranks = [stream(corpus, rank, 2, plan=plan) for rank in range(2)]
     seen, bad = Counter(), []
-    for steps in zip(*ranks, strict=True):  # in step, as ranks go
+    for steps in zip(*ranks, strict=True):  # ranks take steps together
         assert len({len(step.batches) for step in steps}) == 1
         seen += Counter(key for step in steps for batch in step.batches for key in batch.keys)
         found = [item for step in steps for item in step.bad]
@@ -232,7 +232,7 @@ def test_quarantine_does_not_touch_the_present_epoch(tmp_path):
     mine = stream(corpus, plan=plan)
     before = mine.plan.packs.members.tolist()
     mine.quarantine([item for step in mine for item in step.bad])
-    mine._plan = None  # made anew, as after a resume
+    mine._plan = None  # planned again, as after a resume
     assert mine.plan.packs.members.tolist() == before
 
 
@@ -240,7 +240,7 @@ def test_too_many_bad_samples_stop_the_run_on_every_rank(tmp_path):
     mine = stream(damaged(tmp_path), max_bad_samples=2, plan=PlanSettings(**{**vars(PLAN), "packs_per_step": 1}))
     bad = [item for step in mine for item in step.bad]
     mine.quarantine(bad[:2])
-    mine.quarantine(bad[:1])  # told twice, counted once
+    mine.quarantine(bad[:1])  # reported twice, counted once
     with pytest.raises(
         TooManyBadSamples, match="3 samples could not be read, data.max_bad_samples=2: source one, shard"
     ):
@@ -251,7 +251,7 @@ def test_a_file_that_changed_under_the_plan_is_a_bad_sample(tmp_path):
     (path,) = write_shards(tmp_path, 20, per_shard=20)
     corpus = corpus_of({"one": [path]})
     data = bytearray(path.read_bytes())
-    data[600] ^= 1  # inside the first sample's record
+    data[600] ^= 1  # in the first sample's record
     path.write_bytes(data)
     mine = stream(corpus, plan=PlanSettings(**{**vars(PLAN), "packs_per_step": 1, "remainder": "keep"}), workers=1)
     bad = [item for step in mine for item in step.bad]
@@ -292,7 +292,7 @@ def test_a_stalled_worker_is_named(corpus, monkeypatch):
     from data.shards.reader import SampleReader
 
     monkeypatch.setattr(SampleReader, "sample", lambda *_: time.sleep(5))
-    mine = stream(corpus, workers=1, stall_seconds=3)  # within it the worker has to begin
+    mine = stream(corpus, workers=1, stall_seconds=3)  # the worker must start within this time
     with pytest.raises(TimeoutError, match=r"data stall on data rank 0: no pack for step 0 of epoch 0 .*part-00"):
         next(iter(mine))
     mine.is_over = lambda: True

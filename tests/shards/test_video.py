@@ -1,4 +1,4 @@
-"""Videos: frames exactly those of a full decode, sizes and sampling exactly transformers', times those of the file."""
+"""Videos: frames equal a full decode, sizes and sampling equal transformers', times come from the file."""
 
 import hashlib
 import io
@@ -68,7 +68,7 @@ def test_patches_are_bit_identical_to_transformers(cap, tokens):
 
 
 def test_patches_equal_the_golden_digests():
-    """Written by this file, run with PYTHONPATH=.:tests/harness, from transformers 5.23.0 and torchvision 0.28.0."""
+    """To renew: run this file with PYTHONPATH=.:tests/harness; written with transformers 5.23.0, torchvision 0.28.0."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(CASES)
     for (n, height, width), wanted in zip(CASES, golden, strict=True):
@@ -84,8 +84,8 @@ def test_a_clip_stays_inside_its_tokens(frames, height, width, cap, most):
     grid = video_grid(frames, height, width, max_frame_pixels=None, spec=SPEC, config=config)
     low, high = clip_limits(frames, spec=SPEC, config=config)
     assert low <= high
-    smallest = min(grid[1:]) == 2  # a side cannot be less than one token
-    rounding = (frames + 1) / (frames - 1)  # the reference rounds the number of frames to even, either way
+    smallest = min(grid[1:]) == 2  # a side has at least one token
+    rounding = (frames + 1) / (frames - 1)  # the reference rounds the number of frames up or down to even
     assert smallest or grid[0] * grid[1] * grid[2] // 4 <= high / 2048 * rounding
 
 
@@ -180,7 +180,7 @@ def test_too_long_a_strip_is_refused():
 
 
 KINDS = [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("mpegts", "libx264")]
-# containers whose packets lie about their times, or where a seek lands anywhere
+# containers whose packets have wrong times, or in which a seek may land anywhere
 OLD_KINDS = [("avi", "libx264"), ("mpeg", "mpeg1video"), ("mpeg", "mpeg2video"), ("asf", "mpeg4"), ("flv", "libx264")]
 
 
@@ -198,7 +198,7 @@ def test_sought_frames_are_those_of_a_full_decode(kind, codec):
 
 
 def test_only_the_frames_behind_a_keyframe_are_decoded(monkeypatch):
-    """Counted, because a clip of a long film must not cost the film."""
+    """Decoded frames are counted, because a clip of a long film must not cost as much as the film."""
     data, walked, walk = clip(moving(70), gop=12), [], Clip._walk
 
     def counted(self, *arguments):
@@ -209,7 +209,7 @@ def test_only_the_frames_behind_a_keyframe_are_decoded(monkeypatch):
     monkeypatch.setattr(Clip, "_walk", counted)
     decoded(data, [40, 66])
     assert {40, 66} < set(walked) <= {*range(36, 41), *range(60, 67)}
-    assert len(walked) < 5 + 7, "pictures that nothing is built on are left out"
+    assert len(walked) < 5 + 7, "frames that no other frame depends on are skipped"
 
 
 def test_real_times_of_a_varying_frame_rate():
@@ -298,10 +298,10 @@ def test_frames_of_different_sizes_are_refused():
 
 
 def test_a_process_forked_from_one_that_has_decoded_decodes():
-    """As readers are; av 19 converts with threads of the whole process, which the fork would not have."""
+    """Readers are forked; av 19 converts with process-wide threads, which a fork does not have."""
     data = clip(moving(6, 360, 640))
     here = decoded(data, [0, 5])
-    decode_all(data)  # by av's own way
+    decode_all(data)  # with av's own conversion
     with multiprocessing.get_context("fork").Pool(1) as pool:
         there = pool.apply_async(decoded, (data, [0, 5])).get(LIMIT_S)
     assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
@@ -350,7 +350,7 @@ WHOLE = {kind: clip(moving(20), kind=kind, codec=codec) for kind, codec in KINDS
 
 
 def without_pictures(share):
-    """An mp4 whose table of contents is whole, but whose pictures are zeros from this share of them on."""
+    """Return an mp4 with an intact table of contents, whose data is zero from this share on."""
     data = bytearray(clip(moving(40)))
     start = data.find(b"mdat") + 4
     end = data.find(b"moov")

@@ -1,4 +1,4 @@
-"""Image preparation against transformers' torchvision processor, bit for bit, and every format it must name."""
+"""Image preparation compared bit for bit with transformers' torchvision processor, and the formats it must refuse."""
 
 import hashlib
 import io
@@ -55,7 +55,7 @@ def test_patches_are_bit_identical_to_torchvision_backend():
 
 
 def test_pixels_equal_the_golden_digests():
-    """Written by this file, run with PYTHONPATH=.:tests/harness, from transformers 5.23.0 and torchvision 0.28.0."""
+    """To renew: run this file with PYTHONPATH=.:tests/harness; written with transformers 5.23.0, torchvision 0.28.0."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(SHAPES)
     for (h, w), wanted in zip(SHAPES, golden, strict=True):
@@ -258,7 +258,7 @@ def test_broken_bytes_are_refused_by_name(data):
 BASE = [encode(Image.fromarray(picture(24, 40)), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")]
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns about the damage it survives
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about damage that it tolerates
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.sampled_from(BASE), st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=6), st.data())
 def test_damaged_images_decode_or_are_named(data, changes, draw):
