@@ -17,6 +17,10 @@ LAUNCHER_LOGS = "MOETUNE_LAUNCHER_LOGS"
 """The variable by which `moetune train` tells its ranks where it looks for why they ended: it tells the user itself."""
 
 
+_WARNINGS = logging.getLogger("py.warnings")
+"""Where Python's warnings go once logging takes them."""
+
+
 def listed(items: Sequence[object], most: int = 8, between: str = ", ") -> str:
     """Join the first few of many, and count the rest: `a, b and 3 more`."""
     shown, rest = between.join(map(str, items[:most])), len(items) - most
@@ -42,6 +46,7 @@ class RankLog:
         self.terminal = sys.stderr
         self._can_write = True
         self._streams: list[int] = []
+        self._noted = _Noted(self)
         self._lock = threading.Lock()  # the watch and W&B speak from threads of their own
         self._file = self.path.open("a", buffering=1)
 
@@ -72,6 +77,9 @@ class RankLog:
 
     def close(self) -> None:
         """Give the streams back; nothing is logged after this."""
+        if self._noted in _WARNINGS.handlers:
+            _WARNINGS.removeHandler(self._noted)
+            logging.captureWarnings(False)
         for number, stream in zip((1, 2), self._streams, strict=False):
             os.dup2(stream, number)
             os.close(stream)
@@ -84,9 +92,8 @@ class RankLog:
         Python's warnings go into the log on every rank. Where `moetune train` keeps the ranks' standard error, rank 0
         shows on standard output what is for people.
         """
-        warned = logging.getLogger("py.warnings")
-        warned.addHandler(_Noted(self))
-        warned.propagate = False
+        _WARNINGS.addHandler(self._noted)
+        _WARNINGS.propagate = False
         logging.captureWarnings(True)
         if self.rank == 0:
             if LAUNCHER_LOGS in os.environ:
