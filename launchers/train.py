@@ -220,14 +220,14 @@ def _torchrun(args: argparse.Namespace, run_id: str, logs: Path) -> tuple[int, l
 
 
 def _ended(process: "subprocess.Popen[bytes]", logs: Path, run_id: str) -> int:
-    """Wait for torchrun, which starts ranks again whatever ended them: end it where they met a wrong input."""
-    from finetune.ranks.failures import first_failure
+    """Wait for torchrun, which starts ranks again whatever ended them: end it where they would only end so again."""
+    from finetune.ranks.failures import first_failure, outcome_of
 
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=LOOK_S)
         failure = first_failure(logs, start=run_id)
-        if failure is not None and failure.kind == "input":
+        if (failure is not None and failure.kind == "input") or outcome_of(logs, run_id) in ("preempted", "guarded"):
             process.terminate()
             return process.wait()
 

@@ -314,6 +314,14 @@ def test_no_name_of_a_run_becomes_shell_code(tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "job").exists()
 
 
+def test_the_files_of_a_job_lie_in_the_folder_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "slurm.yaml").write_text("kind: slurm\nnodes: 1\ngpus_per_node: 2\n")
+    words = ["launch", "tiny-cpu", "--on", str(tmp_path / "slurm.yaml"), f"run.folder={tmp_path}/our runs"]
+    assert main(words) == 0
+    script = (tmp_path / "our runs" / "tiny-cpu" / "launch" / "job.sbatch").read_text()
+    assert f"#SBATCH '--output={tmp_path}/our runs/tiny-cpu/launch/%j.log'" in script
+
+
 def test_deepspeed_s_remote_shells_change_no_word_and_no_value(tmp_path: Path) -> None:
     """ssh and pdsh stand in as programs that give a shell the line, as on another machine, and print its words."""
     words = ["data.sources.general.path=/d/{000..012}.tar", "a;touch</f>PWNED", "$HOME it's [a, b] %h `date`"]
