@@ -1,13 +1,17 @@
 """README's generated blocks, llms.txt and the links of all pages are current."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from locked import PROJECT
 from places import ROOT
 
 from benchmarks import pages
 
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "llms.txt")] + DOCS
 
@@ -51,7 +55,7 @@ def test_every_page_is_in_the_index_and_in_the_menu_of_the_site() -> None:
 
 
 def test_a_page_without_its_comments_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"README.md must hold the comments '<!-- gpus"):
+    with pytest.raises(ValueError, match=r"README.md must contain the comments '<!-- gpus"):
         pages.filled("# A page", "gpus", [])
 
 
@@ -74,6 +78,18 @@ def test_links_lead_to_pages_and_headings(page: Path) -> None:
         if not path.exists() or (anchor and anchor not in _anchors(path)):
             broken.append(target)
     assert broken == []
+
+
+@pytest.mark.slow  # installs what CI does not need otherwise
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    python = tmp_path / "site-env" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "site-env"], check=True)
+    lock = ["-c", ROOT / "constraints.txt"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *lock, *EXTRAS["docs"]], check=True)
+    built = [python, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(built, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "configuration" / "index.html").is_file()
 
 
 def test_readme_is_short() -> None:
