@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ class DataStream:
             )
         self.epoch, self.step = state["epoch"], state["step"]
         known = not differs  # unit numbers mean nothing in another corpus; bad samples are found again there
-        self._quarantine = {item["unit"]: (epoch, BadSample(**item)) for epoch, item in state["quarantine"] if known}
+        entries = map(itemgetter(0, 1), state["quarantine"] if known else [])
+        self._quarantine = {item["unit"]: (epoch, BadSample(**item)) for epoch, item in entries}
         self._plan = None
         return differs

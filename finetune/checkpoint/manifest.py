@@ -5,9 +5,11 @@ No torch: the manifest is read and compared with the run before any tensor is to
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +119,8 @@ def read_manifest(folder: Path) -> Manifest:
             f"checkpoint.resume, or use auto"
         )
     content = _content(folder / MANIFEST)
-    try:
+    with known_form(folder):
         manifest = _manifest(content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / MANIFEST} is not what moetune writes ({error}). {ANOTHER}") from error
     damaged = []
     for name, file in manifest.files.items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -131,6 +131,16 @@ def read_manifest(folder: Path) -> Manifest:
     if damaged:
         raise ValueError(f"{folder} is damaged: {listed(damaged, between='; ')}. {ANOTHER}")
     return manifest
+
+
+@contextmanager
+def known_form(folder: Path) -> Iterator[None]:
+    """Turn what fails while the block reads a manifest's content into a ValueError that names the manifest."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / MANIFEST} is not what moetune writes ({what}). {ANOTHER}") from error
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -148,13 +158,13 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
-    """Convert the content to a manifest; raises one of four error types if its form is wrong."""
+    """Convert the content to a manifest; raises one of three error types if its form is wrong."""
     for key, kind in _KINDS.items():
         if not isinstance(content[key], kind):
             raise TypeError(f"{key} is {str(content[key])[:40]!r}")
     files = {name: File(**entry) for name, entry in content["files"].items()}
     trained = {
-        name: Trained(shape=tuple(int(size) for size in entry["shape"]), updates=int(entry["updates"]))
+        name: Trained(shape=tuple(map(index, entry["shape"])), updates=index(entry["updates"]))
         for name, entry in content["trained"].items()
     }
     return Manifest(**{**content, "trained": trained, "files": files, "random": tuple(content["random"])})

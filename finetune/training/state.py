@@ -6,7 +6,7 @@ from typing import Any
 from data.format.printable import count_of
 from finetune.checkpoint.adapter import reached
 from finetune.checkpoint.folder import starting_point
-from finetune.checkpoint.manifest import schedule_changes
+from finetune.checkpoint.manifest import known_form, schedule_changes
 from finetune.settings.recipes import effective
 from finetune.training.setup import Run
 from finetune.training.verdict import scores
@@ -37,10 +37,11 @@ class RunState:
         run.watch.stage("resume")
         resumed = run.checkpoints.restore(path, config=effective(run.config))
         self.first = self.done = self.saved = resumed.step
-        self.owes_evaluation = resumed.state.get("eval_owed", False)
-        run.data.load_state_dict(resumed.state["data"], done=self.done)
-        run.evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
-        self.provenance = reached(self.provenance, resumed.state)
+        with known_form(path):
+            self.owes_evaluation = resumed.state.get("eval_owed", False)
+            run.data.load_state_dict(resumed.state["data"], done=self.done)
+            run.evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
+            self.provenance = reached(self.provenance, resumed.state)
         for line in schedule_changes(resumed.config, effective(run.config)):
             run.say(f"{line}; the {self.done} steps taken had the same learning rates")
         steps_left = run.config.schedule.steps - self.done

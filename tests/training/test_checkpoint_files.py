@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 from bases import base
+from corpora import LIMITS, corpus_of, renderer, write_shards
 
+from data.stream.plan import PlanSettings
+from data.stream.stream import DataStream, StreamSettings
 from finetune.adapters.provenance import Provenance, base_of
 from finetune.checkpoint.folder import best_checkpoint, find_latest, point_and_prune, starting_point
-from finetune.checkpoint.manifest import Manifest, Trained, read_manifest, write_manifest
+from finetune.checkpoint.manifest import Manifest, Trained, known_form, read_manifest, write_manifest
+from finetune.config import EvalConfig
 from finetune.files.atomic import UNFINISHED
 from finetune.files.basefiles import open_base
 from finetune.files.fingerprint import fingerprint
+from finetune.training.verdict import Judge
 
 
 def _finished(folder: Path, name: str) -> Path:
@@ -65,6 +70,7 @@ def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:
         read_manifest(folder)
 
 
+UNKNOWN_FORM = r"manifest.json is not what moetune writes \(\w+Error: .*\). Resume from another"
 ODD = {
     "step": "1",
     "files": {"a": {"bytes": 1}},
@@ -100,8 +106,28 @@ def test_an_invalid_manifest_with_a_correct_digest_is_refused(key: str, tmp_path
         content[key] = ODD[key]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (tmp_path / "manifest.json").write_text(json.dumps(content | {"digest": digest}))
-    with pytest.raises(ValueError, match=r"manifest.json is not what moetune writes \(.*\). Resume from another"):
+    with pytest.raises(ValueError, match=UNKNOWN_FORM):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [None, {}, {"identity": []}, {"quarantine": 1}, {"quarantine": [[0]]}, {"quarantine": [[0, {"unit": 1}]]}],
+)
+def test_a_data_state_of_another_form_is_named_by_its_manifest(odd: dict | None, tmp_path: Path) -> None:
+    plan = PlanSettings(seed=5, packs_per_step=5, tokens_per_pack=LIMITS.tokens, patches_per_pack=LIMITS.patches)
+    corpus = corpus_of({"one": write_shards(tmp_path / "one")})
+    stream = DataStream(corpus, renderer(), plan, StreamSettings(), data_rank=0, data_size=1)
+    with pytest.raises(ValueError, match=UNKNOWN_FORM), known_form(tmp_path):
+        stream.load_state_dict(stream.state_dict() | odd if odd else odd)
+
+
+@pytest.mark.parametrize(
+    "odd", [3, {"first": {}}, {"first": {}, "last": {}, "best": []}, {"first": 1, "last": {}, "best": {}, "stale": 0}]
+)
+def test_a_judge_s_state_of_another_form_is_named_by_its_manifest(odd: object, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=UNKNOWN_FORM), known_form(tmp_path):
+        Judge(EvalConfig()).load_state_dict(odd)
 
 
 def test_a_save_needs_no_file_of_the_base(tmp_path: Path) -> None:
