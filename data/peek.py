@@ -121,6 +121,8 @@ def _samples(shards: Sequence[Path]) -> Iterator[tuple[Path, KeyedMembers]]:
 def _look_at_sample(shard: Path, sample: KeyedMembers, places: Places) -> None:
     if "json" not in sample.names:
         raise ValueError(f"has no json member, only {sorted(sample.names)}")
+    if sample.too_large:
+        raise ValueError(sample.too_large)
     at = sample.names.index("json")
     with shard.open("rb") as file:
         file.seek(sample.offsets[at])

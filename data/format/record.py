@@ -251,8 +251,10 @@ def _check_members(record: Record, members: Collection[str]) -> None:
 def record_to_json(record: Record) -> dict[str, Any]:
     """Return the JSON object that parses back to an equal record."""
     out: dict[str, Any] = {"v": VERSION, "id": record.id}
-    for name in ("source", "group", "license"):
-        if value := getattr(record, name):
+    if record.source:
+        out["source"] = record.source
+    for name in ("group", "license"):
+        if (value := getattr(record, name)) is not None:
             out[name] = value
     out["messages"] = [_message_to_json(message) for message in record.messages]
     if record.images:

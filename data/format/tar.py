@@ -13,6 +13,10 @@ _FILE = (b"0", b"\0", b"7")
 _SKIPPED = (b"5", b"g", b"K")  # folders, global pax headers, long link names
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd", b"\x04\x22": "lz4"}
 _LONGEST_NAME = 1 << 20
+MAX_RECORD = 1 << 26
+"""Most bytes of a sample's json, which is parsed in memory."""
+MAX_SAMPLE = 1 << 32
+"""Most bytes of a sample's members, which are read together."""
 
 
 class ShardError(ValueError):
@@ -44,6 +48,16 @@ class KeyedMembers:
     names: tuple[str, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    @property
+    def too_large(self) -> str:
+        """Why the sample is too large to be read into memory; "" where it is not."""
+        record = self.sizes[self.names.index("json")] if "json" in self.names else 0
+        if record > MAX_RECORD:
+            return f"json has {record:,} bytes; at most {MAX_RECORD:,} of a record are read. Move media out of it"
+        if sum(self.sizes) > MAX_SAMPLE:
+            return f"its members have {sum(self.sizes):,} bytes; at most {MAX_SAMPLE:,} of a sample are read. Cut it"
+        return ""
 
 
 def walk_tar(path: Path) -> Iterator[Member]:

@@ -45,6 +45,11 @@ def scan_shard(shard: Path, stamp: str, places: Places) -> ShardIndex:
     facts: list[MediaFacts] = []
     problems: dict[int, str] = {}
     for number, sample in enumerate(samples):
+        if sample.too_large:
+            problems[number] = sample.too_large
+            facts.append(([], []))
+            crcs += [0] * len(sample.names)
+            continue
         members = {
             name: reader.read(shard, offset, size)
             for name, offset, size in zip(sample.names, sample.offsets, sample.sizes, strict=True)

@@ -27,6 +27,7 @@ from finetune.ranks.collectives import (
 from finetune.ranks.engine_sizes import LEAST_PREFETCH, PERSISTENCE, PREFETCHED_LAYERS, bucket_elements
 from finetune.ranks.hooks import keep_whole, only_root_runs, settle_hooks
 
+_TRACKED = "metrics are tracked by track.* in the run's folder"
 LIMITS = {
     "zero_optimization.stage": "the engine is ZeRO-3 in every case",
     "zero_optimization.zero_quantized_gradients": "expert parallelism cannot use quantized gradients",
@@ -42,6 +43,12 @@ LIMITS = {
     "fp16": "train in bfloat16 or float32: there is no loss scaling here",
     "optimizer": "the optimizer is made from optimizer.*",
     "scheduler": "the learning rate is set by the training loop",
+    "csv_monitor": f"{_TRACKED}, and this one writes outside of it",
+    "tensorboard": f"{_TRACKED}: set track.tensorboard",
+    "wandb": f"{_TRACKED}: set track.wandb",
+    "comet": _TRACKED,
+    "flops_profiler.output_file": f"{_TRACKED}, and this file may lie outside of it",
+    "autotuning": "the engine would start runs of its own, and write outside of the run's folder",
     "compile": "the layers exchange rows between ranks and cannot be compiled by the engine",
 }
 """What `engine.extra` may not ask for, by dotted key, and why."""

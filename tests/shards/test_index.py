@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from PIL import Image
 
 from data.format.record import RecordError
 from data.format.tar import ShardError, TarWriter, group_members, split_name, walk_tar
-from data.shards.bytes import ByteReader
+from data.peek import _look_at_sample
+from data.shards.bytes import ByteReader, Places
 from data.shards.reader import SampleReader, load_index
 from data.shards.sidecar import read_arrays, sidecar, write_arrays
 
@@ -449,3 +451,24 @@ def test_tars_laid_one_behind_the_other_are_refused(tmp_path):
     shard.write_bytes(one + one)
     with pytest.raises(ShardError, match=r"a.tar: goes on after its end-of-archive block at byte 1024: tars laid one"):
         list(walk_tar(shard))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"json": (1 << 26) + 1}, "json has 67,108,865 bytes; at most 67,108,864 of a record are read"),
+        ({"json": 2, "mp4": (1 << 32) - 1}, "its members have 4,294,967,297 bytes; at most 4,294,967,296 of a sample"),
+    ],
+)
+def test_a_sample_that_is_too_large_for_memory_is_bad_and_not_read(tmp_path, sizes, reason):
+    shard = tmp_path / "a.tar"
+    with shard.open("wb") as file:
+        for name, size in sizes.items():
+            info = tarfile.TarInfo(f"0.{name}")
+            info.size = size
+            file.write(info.tobuf(tarfile.GNU_FORMAT))
+            file.seek(-(-size // 512) * 512, os.SEEK_CUR)  # a hole, which takes no room on the disk
+        file.write(bytes(1024))
+    assert load_index(shard).problems[0].startswith(reason)
+    with pytest.raises(ValueError, match=reason):
+        _look_at_sample(shard, next(group_members(shard, walk_tar(shard))), Places())

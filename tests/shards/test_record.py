@@ -233,3 +233,11 @@ def test_content_round_trips(pieces, as_list):
             return
     record = parse(raw)
     assert parse(record_to_json(record)) == record
+
+
+@pytest.mark.parametrize("name", ["group", "license"])
+def test_an_empty_group_or_license_stays_in_a_rewritten_record(name):
+    """`shards split` rewrites records, and changes none."""
+    raw = {"v": 1, "messages": [{"role": "assistant", "content": "a"}]}
+    for record in (parse(raw | {name: ""}), parse(raw)):
+        assert parse(record_to_json(record)) == record
