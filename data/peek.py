@@ -3,7 +3,7 @@
 A start would find the same later, when all ranks are up. Rows are read as a build reads them, without their pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from data.prepare.media_place import media_entries
 from data.shards.bytes import Places
 from data.shards.lengths import Lengths, known_lengths
 from data.stream.corpus import Limits, find_shards
-from data.stream.plan import PlanSettings, Units, make_plan
+from data.stream.plan import Plan, PlanSettings, Units, make_plan
 
 LOOKED_AT = 8
 """Samples of a source that are looked at."""
@@ -139,6 +139,17 @@ def packs_of_an_epoch(
 
     ValueError where no sample fits a pack, or the packs do not fill a step.
     """
+    plans = plans_of_epochs(config, settings, places, files_fingerprint=files_fingerprint)
+    if plans is None:
+        return None
+    plan = plans(0)
+    return len(plan.packs), plan.steps
+
+
+def plans_of_epochs(
+    config: DataConfig, settings: PlanSettings, places: Places, *, files_fingerprint: str
+) -> Callable[[int], Plan] | None:
+    """What plans an epoch by its number, where every sample has been counted; None where that is not known yet."""
     cache = Path(config.cache_dir) if config.cache_dir else None
     limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
     units = []
@@ -154,8 +165,7 @@ def packs_of_an_epoch(
         units.append(fitting)
     if sum(map(len, units)) > MANY:
         return None
-    plan = make_plan(units, settings, epoch=0)
-    return len(plan.packs), plan.steps
+    return lambda epoch: make_plan(units, settings, epoch=epoch)
 
 
 def _known_shards(path: str, cache: Path | None, places: Places, key: str) -> Sequence[Path]:

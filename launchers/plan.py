@@ -68,6 +68,10 @@ def run(args: argparse.Namespace) -> int:
         sp = sp_sizes(base_family(config), machines, config)[0]
         checked = replace(config, parallel=replace(config.parallel, ep=AUTO_EP, sp=sp))
     require(checked, problems, ranks=machines.gpus)
+    if config.schedule.epochs:
+        from finetune.settings.epochs import counted
+
+        config = counted(config)
     base = base_family(config)
     if not free:
         planned = plan(config, base, machines, assumed=assumed)

@@ -58,10 +58,10 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
     ranks //= config.parallel.sp
     micro = -(-packs // ranks)  # uneven only where a run goes on with other ranks
     rows = f"a packed row each ({micro * ranks - packs} of them empty)" if packs % ranks else "a packed row each"
-    epochs = config.schedule.epochs
-    unknown = f"steps = those of {epochs:g} epochs, known when the shards are indexed and a run starts"
+    epochs, steps = config.schedule.epochs, config.schedule.steps
+    text = f"steps = those of {epochs:g} epochs" + (f" = {steps:,}" if steps else ", known when the shards are indexed")
     return [
-        *([Derived(name="epochs", value=epochs, text=unknown)] if epochs and not config.schedule.steps else ()),
+        *([Derived(name="steps", value=steps, text=text)] if epochs else ()),
         Derived(
             name="tokens_per_step",
             value=packs * tokens,

@@ -47,7 +47,7 @@ def test_shell_lines_hold(page: str, line: str, tmp_path: Path, monkeypatch: pyt
     if words[0] == "moetune":
         words = words[1 : words.index(">") if ">" in words else None]
         args = parse(words)
-        if words[0] == "check":
+        if words[0] in {"check", "plan"}:
             assert main(words) == 0, f"{page}: {line}"
         elif hasattr(args, "config") and (args.config in recipe_names() or args.config in OWN_RECIPES):
             assert load_recipe(args.config, args.overrides)[1] == [], f"{page}: {line}"

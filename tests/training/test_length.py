@@ -17,6 +17,7 @@ from finetune.settings.checks import cross_check
 from finetune.settings.derive import derive
 from finetune.settings.recipes import effective, load_recipe
 from finetune.settings.schedule import first_difference
+from launchers.cli import main
 
 WORDS = (
     "model.path=tiny",
@@ -32,7 +33,7 @@ CONSTANT = (*WORDS, "schedule.shape=constant")
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_epochs_read_every_sample_as_often_and_a_longer_run_goes_on(
-    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_tiny(tmp_path / "tiny", TinyModel(image_min_tokens=4))
@@ -55,6 +56,13 @@ def test_epochs_read_every_sample_as_often_and_a_longer_run_goes_on(
     assert len(twice) == 2 * once
     first, second = (sum(step["tokens"] for step in steps) for steps in (twice[:once], twice[once:]))
     assert first == second == _tokens("shards/part-000.tar.len")
+    assert main(["check", "tiny-cpu", *epochs, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["derived"]["steps"]["value"] == len(twice)
+    assert main(["plan", "tiny-cpu", *epochs, "--gpus", "2", "--gpu", "h100-80gb"]) == 0
+    assert f"\n{len(twice)} steps: " in capsys.readouterr().out
+    assert main(["check", "tiny-cpu", *epochs, "data.image.max_tokens=20", "--json"]) == 0
+    unknown = "steps = those of 2 epochs, known when the shards are indexed"
+    assert json.loads(capsys.readouterr().out)["derived"]["steps"] == {"value": 0, "derivation": unknown}
     assert twice[-1]["lr"] == 0  # the cosine ends with the last of these steps
     assert [_exact(step) for step in _metrics("again")] == [_exact(step) for step in twice[1:]]
     assert len(_metrics("part")) == once + round(once / 2)
@@ -127,7 +135,7 @@ def test_what_depends_on_the_number_of_steps_is_checked_when_that_is_known() -> 
     assert _problems(*words) == []
     config, _ = load_recipe("tiny-cpu", words)
     texts = [number.text for number in derive(config, ranks=2)]
-    assert "steps = those of 2 epochs, known when the shards are indexed and a run starts" in texts
+    assert "steps = those of 2 epochs, known when the shards are indexed" in texts
     assert any(text.startswith("stage late: from step 20 on train") for text in texts)
     assert with_steps(config, 40).schedule.steps == 40
     with pytest.raises(ValueError, match=r"schedule.warmup_steps = 30: it must be 0 to the 10 steps") as error:
