@@ -1,9 +1,11 @@
-"""What one micro-batch keeps and needs at once, per decoder layer, from the operations that the layer runs.
+"""Counts the activation bytes of one micro-batch, per decoder layer, from the operations that the layer runs.
 
-The sums follow the autograd graph of the code: what each operation saves for backward, what a recomputed layer keeps,
-what backward of the experts holds besides. A test compares them with bytes counted in real runs. Loads no torch.
+The sums follow the autograd graph of the code: the tensors that each operation saves for backward, those that a
+recomputed layer keeps, and those that backward of the experts also holds. A test compares them with bytes counted in
+real runs. Loads no torch.
 
-`itemsize` is the bytes of an activation; sums named `token` or `row` are bytes of one token or of one row of experts.
+`itemsize` is the bytes per element of an activation; sums named `token` or `row` are bytes of one token or of one row
+of experts.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ WIDE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """One micro-batch of one rank. `arriving` counts rows of experts: tokens x top-k where the load is even."""
+    """One micro-batch of one rank. `arriving` counts rows of experts: tokens x top-k if the load is even."""
 
     tokens: int
     supervised: int
@@ -31,14 +33,14 @@ class Rows:
     arriving: float
     itemsize: int
     tiles: int = 1
-    """Parts in which experts take the row; they are computed again in backward."""
+    """Parts into which the row is cut for the experts; each part is recomputed in backward."""
     segmented: bool = False
-    """The CPU's attention, sample by sample, which keeps each sample's output and their concatenation."""
+    """Whether attention runs sample by sample, as on a CPU; it keeps each sample's output and their concatenation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """How far gradients go down: into the tower's blocks, to its output, into the first layer's experts, any layer."""
+    """The places that gradients reach: the tower's blocks, its output, the first layer's experts, any decoder layer."""
 
     tower: bool
     vision: bool
@@ -47,7 +49,7 @@ class Reach:
 
     @classmethod
     def of(cls, adapters: AdaptersConfig) -> Self:
-        """Return the reach of gradients by the parts that train."""
+        """Return the reach of gradients, given the parts that train."""
         trains = {part for part in PARTS if getattr(adapters, part).mode != "frozen"}
         tower = bool(trains & set(TOWER))
         vision = bool(trains & set(VISION))
@@ -61,29 +63,29 @@ class Layer:
     """Bytes of one decoder layer."""
 
     saved: float
-    """For backward, by the whole layer."""
+    """Saved by the layer for backward."""
     kept: float
-    """From the first pass to the second, where the layer is recomputed."""
+    """Kept from the first forward pass to the second, if the layer is recomputed."""
     stays: float
-    """Of `kept`, what stays on the device when the rest is held in host memory: indices and small tensors."""
+    """The part of `kept` that stays on the device when the rest is held in host memory: indices and small tensors."""
     returned: float = 0.0
-    """Of `kept`, what the second pass hands on and lets go of before backward begins."""
+    """The part of `kept` that the second pass uses and releases before backward begins."""
     shared: float = 0.0
-    """Of `saved`, the layer's input, which `kept` has too."""
+    """The part of `saved` that `kept` also contains: the layer's input."""
     exchange: float = 0.0
-    """Rows on their way between ranks, besides what is saved."""
+    """Rows in transit between ranks, in addition to `saved`."""
     working: float
-    """Gradients and products that backward holds at its highest point."""
+    """Gradients and products that backward holds at its peak."""
     passing: float
-    """What forward holds at its highest point where it saves nothing: its input, the state between, the normed one;
-    rows of experts before and after, with gate, up and their product."""
+    """Tensors that forward holds at its peak when it saves nothing: its input, the state after attention, and its norm;
+    the experts' rows before and after, with gate, up and their product."""
 
 
 def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, sparse: bool, ep: int) -> Layer:
     """Return the bytes of one decoder layer with experts (`sparse`), or with a plain MLP."""
     text = base.text
     residual = float(rows.tokens * text.hidden_size * rows.itemsize)
-    norms = 2 * residual + 2 * rows.tokens * WIDE  # what they read, and their roots
+    norms = 2 * residual + 2 * rows.tokens * WIDE  # the inputs of both norms, and their inverse roots
     saved = _attention(text, adapters, rows) + norms
     if not sparse:
         wide = float(rows.tokens * text.intermediate_size * rows.itemsize)
@@ -100,7 +102,7 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     choice = rows.tokens * text.experts.num_experts_per_tok * INDEX
     exchange = rows.arriving * text.hidden_size * rows.itemsize
     passing = (2 * exchange + experts.inner) / rows.tiles + 3 * residual
-    if rows.tiles > 1:  # each tile is a checkpoint: its input stays, and one tile at a time is computed again
+    if rows.tiles > 1:  # each tile is a checkpoint: its input stays, and one tile at a time is recomputed
         weights = rows.tokens * text.experts.num_experts_per_tok * (WIDE + INDEX)
         at_work = (experts.saved + experts.working + exchange) / rows.tiles
         return Layer(
@@ -125,19 +127,19 @@ def layer(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
 
 
 def _small(*tensors: float) -> float:
-    """Return the bytes of tensors that are too small to be worth the way to the host."""
+    """Return the bytes of tensors that are too small to be worth moving to the host."""
     return sum(size for size in tensors if size < LEAST_HOST_BYTES)
 
 
 def _attention(text: Text, adapters: AdaptersConfig, rows: Rows) -> float:
-    """Return what attention saves: queries and keys before their norms and turned, values, output, log sums."""
+    """Return the bytes that attention saves: q and k before norms and after rotation, v, output, log sums."""
     itemsize, section = rows.itemsize, adapters.attention
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     queries, keys = heads * text.head_dim, kv_heads * text.head_dim
-    token = (queries + keys) * itemsize + (heads + kv_heads) * WIDE  # what the norms read, and their roots
-    token += (queries + 2 * keys) * itemsize + queries * itemsize + heads * WIDE  # what the kernel reads and makes
+    token = (queries + keys) * itemsize + (heads + kv_heads) * WIDE  # the inputs of the norms, and their inverse roots
+    token += (queries + 2 * keys) * itemsize + queries * itemsize + heads * WIDE  # the inputs and outputs of the kernel
     if section.mode != "frozen":
-        token += text.hidden_size * itemsize  # what enters the projections
+        token += text.hidden_size * itemsize  # the input of the projections
         token += queries * itemsize if rows.segmented else 0
     token += 4 * section.r * itemsize if section.mode == "lora" else 0
     return rows.tokens * token
@@ -171,7 +173,7 @@ def _experts(text: Text, adapters: AdaptersConfig, rows: Rows, ep: int) -> _Expe
     row += hidden * itemsize if adapters.experts.mode != "frozen" or not keeps else 0
     gate_up = (2 * inner + r) * itemsize if keeps else 0
     at_once = min(arriving, chunk_rows(inner, hidden, itemsize))
-    # the outputs are gone by then: either their gradients change place, or the widest gradients of the experts exist
+    # the outputs are released by then; at the peak their gradients are permuted, or the experts' widest gradients exist
     moving = (arriving - sent) * hidden * itemsize
     inside = at_once * (5 * inner + r) * itemsize - sent * hidden * itemsize
     return _Experts(
@@ -183,7 +185,7 @@ def _experts(text: Text, adapters: AdaptersConfig, rows: Rows, ep: int) -> _Expe
 
 
 def _choice(experts: Experts, hidden: int, adapters: AdaptersConfig, itemsize: int) -> int:
-    """Return what is saved of a token where it chooses its experts: scores, orders, and the outputs."""
+    """Return the bytes that routing saves per token: scores, sort orders, and the outputs."""
     top_k = experts.num_experts_per_tok
     token = experts.num_experts * WIDE + top_k * (2 * WIDE + itemsize + 3 * INDEX) + top_k * hidden * itemsize
     token += hidden * itemsize if adapters.router.mode != "frozen" else 0
@@ -196,7 +198,7 @@ def chunk_rows(inner: int, hidden: int, itemsize: int) -> int:
 
 
 def head(base: Family, rows: Rows, *, trained: bool) -> float:
-    """Return the head's with its loss: the last norm, supervised rows with gradients, and one tile of logits."""
+    """Return the bytes of head and loss: the last norm, supervised rows with gradients, and one tile of logits."""
     text = base.text
     tile = min(max(1, LOSS_TILE_BYTES // (WIDE * text.vocab_size)), rows.supervised)
     narrow = 0 if rows.itemsize == WIDE else rows.itemsize
@@ -207,10 +209,10 @@ def head(base: Family, rows: Rows, *, trained: bool) -> float:
 
 
 def row(rows: Rows, *, values: int) -> float:
-    """Return the row's own bytes: ids, four positions, weights and owners of its tokens, and bytes of its patches."""
+    """Return the bytes of the row itself: ids, four positions, weights and owners of its tokens, and its patches."""
     return rows.tokens * (5 * INDEX + 2 * WIDE) + rows.patches * values
 
 
 def embedded(base: Family, rows: Rows) -> float:
-    """Return what lives from the embedding to the end of backward: the embedded row, and its rotary tables."""
+    """Return the bytes that live from the embedding to the end of backward: the embedded row and its rotary tables."""
     return rows.tokens * (base.text.hidden_size + 2 * base.text.head_dim) * rows.itemsize

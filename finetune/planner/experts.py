@@ -1,7 +1,7 @@
-"""What an expert block asks of the device: choice, rows to their experts, the experts, and the sum. Loads no torch.
+"""Lists the operations of an expert block: routing, rows to their experts, the experts, and the sum. Loads no torch.
 
-As `moe/` runs them, operation by operation; a test counts them on the meta device at ep 1. What is done with rows that
-come from other ranks is read off the code; dropout's masks are left out.
+They are those that `moe/` runs; a test counts them on the meta device at ep 1. The operations on rows that come from
+other ranks are taken from the code, not counted; dropout's masks are left out.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from moe.config import KEEP_BYTES
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One expert block on one rank: its sizes, and how it computes."""
+    """The sizes and the options of one expert block on one rank."""
 
     t: int
     k: int
@@ -43,27 +43,27 @@ class Block:
     b: int
     ep: int
     inside: bool
-    """LoRA in spare rows and columns of the frozen weights."""
+    """Whether LoRA is kept in spare rows and columns of the frozen weights."""
     full: bool
 
     @property
     def sent(self) -> int:
-        """Return the rows of this rank's tokens."""
+        """Return the number of rows that this rank sends to experts."""
         return self.t * self.k
 
     @property
     def chunks(self) -> int:
-        """Return the number of parts in which the experts take their rows."""
+        """Return the number of chunks in which the experts process their rows."""
         return max(1, -(-int(self.arriving) // chunk_rows(self.f, self.d, self.b)))
 
     @property
     def letters(self) -> tuple[float, int, int, int, int, int, int]:
-        """Return what the formulas of the experts multiply: rows, d, f, r, local e, b, and n chunks."""
+        """Return the variables of the experts' formulas: rows, d, f, r, local e, b, and n chunks."""
         return self.arriving, self.d, self.f, self.r, self.local, self.b, self.chunks
 
 
 def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, resident: bool) -> Block:
-    """The block of one decoder layer, or of one tile of it."""
+    """Return the expert block of one decoder layer, or of one tile of it."""
     experts, family = base.text.experts, adapters.experts
     assert experts is not None
     return Block(
@@ -83,7 +83,7 @@ def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, reside
 
 
 def choice(base: Family, adapters: AdaptersConfig, rows: Rows, *, balances: bool) -> Passes:
-    """The router's, and what is observed of it: once, in forward."""
+    """Return the operations of the router and of its statistics; the statistics are computed once, in forward."""
     assert base.text.experts is not None
     t, b = rows.tokens, rows.itemsize
     d, family = base.text.hidden_size, adapters.router
@@ -110,10 +110,10 @@ def choice(base: Family, adapters: AdaptersConfig, rows: Rows, *, balances: bool
 
 
 def experts(at: Block, recompute: Recompute) -> Passes:
-    """From the tokens to the sum of their experts' outputs, and back; the sum itself is not computed again."""
+    """Return the operations from tokens to the sum of their experts' outputs, and back; the sum is not recomputed."""
     there, home = _there(at), _home(at)
     first, wide, rest, end = _forward(at)
-    many = at.arriving * 2 * at.f * at.b > KEEP_BYTES  # too much to keep: backward starts from the rows
+    many = at.arriving * 2 * at.f * at.b > KEEP_BYTES  # too much to keep: backward starts again from the rows
     within = [*wide, *rest, *end] if recompute == "layer" else [] if many else rest
     again = [*there, *first, *within, permuted(at.sent, at.d, at.b)]
     if at.ep > 1:
@@ -131,7 +131,7 @@ def experts(at: Block, recompute: Recompute) -> Passes:
 
 
 def _there(at: Block) -> list[Op]:
-    """Assignments sorted by expert, counted, and one row for each; over several ranks, sorted once more on arrival."""
+    """Sort and count the assignments by expert and gather a row for each; with several ranks, sort again on arrival."""
     ops = [Op("routing", at.sent * 3 * INDEX, least=SORT), routing(2, at.sent * 2 * INDEX), routing(2)]
     ops += [routing(1, at.sent * INDEX), routing(1, at.sent * 2 * INDEX), permuted(at.sent, at.d, at.b)]
     if at.ep > 1:
@@ -140,12 +140,12 @@ def _there(at: Block) -> list[Op]:
 
 
 def _home(at: Block) -> list[Op]:
-    """Rows in the order of the tokens; over several ranks in the order of their senders first."""
+    """Restore the order of the tokens; with several ranks, first the order of the senders."""
     return [permuted(at.arriving, at.d, at.b)] * (at.ep > 1) + [permuted(at.sent, at.d, at.b)]
 
 
 def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
-    """Before the first product; the wide first product; up to the end of SwiGLU; the second product."""
+    """Return four groups: before the first product, that wide product, up to the end of SwiGLU, the last product."""
     rows, d, f, r, e, b, n = at.letters
     first = [routing(2), *_room(at)]
     if n > 1:
@@ -160,7 +160,7 @@ def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
         end += [] if at.inside else [grouped(rows, r, d, e, b), *touch(rows * d, 3 * b)]
     if n > 1:
         rest += touch(rows * r, 2 * b, 2 * b) if r else touch(rows * 2 * f, 2 * b)
-        rest += touch(rows * d, 2 * b)  # outputs take their places, also where nobody reads them
+        rest += touch(rows * d, 2 * b)  # outputs are copied into place even when nothing reads them
     return first, _split(wide, n), _split(rest, n), _split(end, n)
 
 
@@ -179,12 +179,12 @@ def _backward(at: Block) -> list[Op]:
 
 
 def _room(at: Block) -> list[Op]:
-    """The factors' copies in the spare rows and columns."""
+    """Copy the LoRA factors into the spare rows and columns."""
     return touch(at.local * at.r * at.d, 2 * at.b, 2 * at.b) if at.inside else []
 
 
 def _weight_gradients(at: Block) -> list[Op]:
-    """Of every matrix that trains: a product and zeros for experts without rows, a chunk; several are added up."""
+    """Return, per trained matrix and chunk, a product and zeros for experts without rows; chunks are added up."""
     rows, d, f, r, e, b, n = at.letters
     pairs = [(r, d), (r, 2 * f), (r, f), (r, d)] if r else [(2 * f, d), (d, f)] if at.full else []
     ops = []
@@ -193,11 +193,11 @@ def _weight_gradients(at: Block) -> list[Op]:
         product = outer(rows / n, out, into, e, b)
         ops += [product._replace(times=n), routing(4 * n), *touch(size, *(2 * b,) * n)]
         ops += touch(size, cast(b), *(2 * WIDE + b,) * (n - 1), cast(b)) if n > 1 else []
-    if r:  # those of both B are made turned round
+    if r:  # the gradients of both B matrices are computed transposed
         ops += touch(e * r, 2 * b * 2 * f, 2 * b * d)
     return ops
 
 
 def _split(ops: list[Op], chunks: int) -> list[Op]:
-    """The same work in parts; each reads the matrices of its own experts."""
+    """Divide the work into chunks, each of which reads the matrices of its own experts only."""
     return [op._replace(bytes=op.bytes / chunks, flops=op.flops / chunks, times=op.times * chunks) for op in ops]

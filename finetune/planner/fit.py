@@ -1,4 +1,4 @@
-"""Finds the layout that fits a cluster and is fastest by the planner's model, or a change with which one fits.
+"""Finds the fastest layout that fits a cluster, by the planner's model, or a change that makes one fit.
 
 At the start of a run the same search resolves `parallel.ep: auto` and `parallel.recompute: auto`. Loads no torch.
 """
@@ -18,13 +18,13 @@ from finetune.planner.time import Assumed
 AUTO_EP = 0
 """The number that stands for `parallel.ep: auto`."""
 GATHERING = 0.8
-"""How far the promised rate counts where weights are gathered: what hides behind computing is the least certain."""
+"""Factor on the estimated rate when weights are gathered, because the overlap with computing is least certain."""
 SLICING = 0.95
-"""How far it counts for each doubling of a sequence group."""
+"""Factor on the estimated rate for each doubling of the sequence group."""
 RECOMPUTE: tuple[Literal["none", "selective", "layer"], ...] = ("none", "selective", "layer")
 TOKENS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
 FREE = ("ep", "sp", "resident", "recompute", "tokens")
-"""What the search may change, unless some of it is given."""
+"""The parts of a layout that the search may change by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +37,19 @@ class Proposal:
 
     @property
     def rate(self) -> float:
-        """Return the tokens a second of one rank, by the model."""
+        """Return the estimated tokens per second of one rank."""
         return self.plan.time.tokens_per_second
 
     @property
     def kind(self) -> tuple[int, int, bool, str]:
-        """Return what two proposals must differ in to be shown beside each other."""
+        """Return the properties in which two proposals must differ to be listed together."""
         layout = self.plan.layout
         return layout.ep, layout.sp, layout.resident, layout.recompute
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """What is proposed, what comes after it, and, where nothing fits, the smallest change that helps."""
+    """The best proposal and the runners-up; if nothing fits, the smallest change that helps."""
 
     best: Proposal | None
     others: list[Proposal]
@@ -71,7 +71,7 @@ def fit(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed, 
 def fitting(
     config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed, free: Sequence[str] = FREE
 ) -> list[Proposal]:
-    """Return the layouts that fit, the best first; without the advice that `fit` searches for when there is none."""
+    """Return the layouts that fit, the best first. Unlike `fit`, search for no advice when none does."""
     proposals = _proposals(config, base, cluster, assumed, free)
     return sorted((proposal for proposal in proposals if proposal.plan.fits), key=_order)
 
@@ -79,7 +79,7 @@ def fitting(
 def resolve_auto(
     config: RunConfig, base: Family, *, ranks: int, per_node: int, memory_bytes: int, device: bool
 ) -> RunConfig:
-    """Replace `auto` of ep and recompute by the fastest that fits this machine; every rank finds the same."""
+    """Replace `auto` for ep and recompute with the fastest values that fit this machine, the same on every rank."""
     if config.parallel.ep != AUTO_EP and config.parallel.recompute != "auto":
         return config
     gpu = this_machine(memory_bytes, device=device)
@@ -91,14 +91,14 @@ def resolve_auto(
         keys = " and ".join(f"parallel.{key}: auto" for key in free)
         raise ValueError(
             f"{keys}: nothing fits {ranks} ranks of {memory_bytes / GB:.0f} GB. {proposed.advice} "
-            f"(`moetune plan` shows why; a value instead of auto is not checked against memory)"
+            f"(`moetune plan` shows why; values other than auto are not checked against memory)"
         )
     layout = proposed.best.plan.layout
     return replace(config, parallel=replace(config.parallel, ep=layout.ep, recompute=layout.recompute))
 
 
 def _order(proposal: Proposal) -> tuple[float, int, int]:
-    """Sort the fastest first, with doubt where the model is least certain; of equals the smallest groups."""
+    """Return a key that sorts the fastest first, with a penalty for uncertainty, then the smallest groups."""
     layout = proposal.plan.layout
     certain = (1.0 if layout.resident else GATHERING) * SLICING ** log2(layout.sp)
     return -round(certain * proposal.rate, 1), layout.ep, layout.sp
@@ -125,7 +125,7 @@ def _proposals(
 
 
 def _changed(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """Return the configuration with these values; a step keeps its tokens, so longer packs are fewer."""
+    """Return the configuration with these values; a step keeps its tokens, so it has fewer packs if they are longer."""
     data, parallel = config.data, config.parallel
     tokens = values.get("data.tokens_per_pack", data.tokens_per_pack)
     packs = max(1, data.packs_per_step * data.tokens_per_pack // tokens)
@@ -152,14 +152,14 @@ def _proposal(config: RunConfig, changed: RunConfig, base: Family, cluster: Clus
 
 
 def _reason(planned: Plan) -> str:
-    """Return in a sentence why one would take the plan."""
+    """Return a sentence that says why one would choose the plan."""
     layout, time = planned.layout, planned.time
-    way = "frozen weights resident, nothing of them gathered" if layout.resident else "frozen weights partitioned"
+    way = "frozen weights resident, none of them gathered" if layout.resident else "frozen weights partitioned"
     where = "inside a node" if layout.ep <= planned.cluster.per_node else "across nodes"
     group = "" if layout.ep == 1 else f", experts over {layout.ep} ranks {where}"
     longest = max(time.seconds, key=lambda name: time.seconds[name])
     return (
-        f"{time.tokens_per_second:,.0f} tokens/s a GPU, {planned.margin / GB:.1f} GB free: {way}{group}; "
+        f"{time.tokens_per_second:,.0f} tokens/s per GPU, {planned.margin / GB:.1f} GB free: {way}{group}; "
         f"most time goes to {longest} ({time.seconds[longest] / time.step:.0%})"
     )
 
@@ -173,9 +173,9 @@ def _ep_sizes(base: Family, cluster: Cluster) -> list[int]:
 
 
 def sp_sizes(base: Family, cluster: Cluster, config: RunConfig) -> list[int]:
-    """Return the sizes with heads for each rank and whole rows for each group; 1 if there is none.
+    """Return the sizes that divide the heads and give each group the same number of rows; [1] if there is none.
 
-    Slices are for rows that one rank cannot hold: below 2,048 tokens the smallest size only.
+    Slices are for rows that one rank cannot hold: below 2,048 tokens, return the smallest size only.
     """
     longest = max(1, config.data.tokens_per_pack // 2048)
     sizes = [size for size in (1, 2, 4, 8) if not cluster.gpus % size and not base.text.num_attention_heads % size]
@@ -184,7 +184,7 @@ def sp_sizes(base: Family, cluster: Cluster, config: RunConfig) -> list[int]:
 
 
 def _tokens(config: RunConfig, base: Family, cluster: Cluster, sp: int) -> list[int]:
-    """Return lengths of a row from the recipe's up, with as many tokens a step, while every rank still has a row."""
+    """Return row lengths from the recipe's up that keep the tokens per step and leave every rank a row."""
     shortest = config.data.tokens_per_pack
     step, ranks = shortest * config.data.packs_per_step, cluster.gpus // sp
     lengths = [shortest, *(length for length in TOKENS if shortest < length <= base.text.max_position_embeddings)]
@@ -192,8 +192,8 @@ def _tokens(config: RunConfig, base: Family, cluster: Cluster, sp: int) -> list[
 
 
 def _advice(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed, free: Sequence[str]) -> str:
-    """Return the smallest change of the configuration, else of the cluster, with which something fits."""
-    least = replace(config, parallel=replace(config.parallel, recompute="layer"))  # the mode that needs least
+    """Return the smallest change of the configuration, or else of the cluster, that makes a layout fit."""
+    least = replace(config, parallel=replace(config.parallel, recompute="layer"))  # the mode that takes least
     every = tuple(dict.fromkeys([*free, "ep", "sp", "resident"]))
     every = tuple(key for key in every if key not in ("recompute", "tokens"))
 
@@ -212,4 +212,4 @@ def _advice(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed,
         gpus = cluster.gpus * times
         if helps(least, replace(cluster, gpus=gpus, per_node=min(max(8, cluster.per_node), gpus))):
             return f"The smallest change that helps: {gpus} GPUs of this kind."
-    return "Not even 32 times as many GPUs of this kind hold it: train fewer parameters, or take larger GPUs."
+    return "Not even 32 times as many GPUs of this kind are enough: train fewer parameters, or use larger GPUs."

@@ -1,4 +1,4 @@
-"""Holds a run to its plan: writes plan.json with what is then measured, and warns where the two part."""
+"""Compares a run with its plan: writes both to plan.json, and warns when the measured values differ."""
 
 import json
 import os
@@ -25,13 +25,13 @@ from finetune.ranks.device import room
 from finetune.settings.checks import base_family
 
 TOLERANCE = 0.15
-"""Relative difference between plan and run from which on a warning is printed."""
+"""Relative difference between plan and run above which a warning is printed."""
 LOOKED_AT = 2
-"""The step after which the peak is read: the first makes the optimiser's state, the second runs with it."""
+"""The step after which the peak is read: the first creates the optimiser's state, the second runs with it."""
 
 
 def resolve_auto_here(config: RunConfig, *, ranks: int) -> RunConfig:
-    """Replace every `auto` that depends on the machine; every rank finds the same on machines that are alike."""
+    """Replace every `auto` that depends on the machine; on identical machines all ranks find the same values."""
     if config.parallel.ep != AUTO_EP and config.parallel.recompute != "auto":
         return config
     room_bytes, device = room()
@@ -41,12 +41,12 @@ def resolve_auto_here(config: RunConfig, *, ranks: int) -> RunConfig:
 
 
 def resident_here(config: RunConfig, base: Family) -> ResidentChoice:
-    """Decide `parallel.resident` for this machine, as its plan does; every rank finds the same where all are alike."""
+    """Decide `parallel.resident` for this machine, as its plan does; on identical machines all ranks agree."""
     return resident_choice(config, base, _cluster_here(rank_and_world()[1]), Assumed())
 
 
 class Foresight:
-    """One run's plan, and what is measured of it; ranks other than 0 only compute."""
+    """The plan of one run and the values measured in it; only rank 0 writes the file."""
 
     def __init__(self, config: RunConfig, base: Family, folder: Path, *, say: Callable[[str], None]) -> None:
         rank, ranks = rank_and_world()
@@ -63,11 +63,11 @@ class Foresight:
         self._write()
 
     def weights(self, kept: int) -> None:
-        """Note the bytes of weights that this rank keeps."""
+        """Record the bytes of weights that this rank keeps."""
         self._note("weights_held", kept)
 
     def after(self, step: int, seconds: float, rows: Sequence[Batch], *, sp: int) -> None:
-        """Note the highest memory of tensors and the time of a step, once; a CPU does not count tensors."""
+        """Record the peak memory of tensors and the time of a step, once; a CPU does not count tensors."""
         for row in rows if step <= LOOKED_AT else ():
             sizes = {
                 "tokens": row.input_ids.numel(),
@@ -82,7 +82,7 @@ class Foresight:
                 self.peak(torch.cuda.max_memory_allocated(), sp=sp)
 
     def peak(self, highest: int, *, sp: int) -> None:
-        """Hold the highest memory of tensors to a plan for the rows that came by: the first are seldom the fullest."""
+        """Compare the peak memory of tensors with a plan for the rows seen so far, which are seldom the fullest."""
         tokens = self._fullest["tokens"]
         vision_tokens = self._fullest["patches"] // self._base.vision.spatial_merge_size**2
         data = replace(self._config.data, tokens_per_pack=tokens, vision_tokens_per_pack=vision_tokens)
@@ -91,7 +91,7 @@ class Foresight:
         self._note("peak_tensors_of_first_rows", highest)
 
     def _peaks(self, config: RunConfig, layout: RankLayout) -> tuple[int, int]:
-        """Return the peak where the experts' rows are even, and on the busiest rank."""
+        """Return the peak with an even load of the experts, and the peak of the busiest rank."""
         even = memory(config, self._base, replace(layout, skew=1.0))
         return even.peak, memory(config, self._base, layout).peak
 
@@ -101,8 +101,8 @@ class Foresight:
         if value > high * (1 + TOLERANCE) or value < low * (1 - TOLERANCE):
             foreseen = f"{low / 1e9:.3f}" if low == high else f"{low / 1e9:.3f} to {high / 1e9:.3f}"
             self._say(
-                f"warning: {name} is {value / 1e9:.3f} GB, but {foreseen} GB were foreseen (plan.json); do not size "
-                f"other runs by this plan, and report the recipe"
+                f"warning: {name} is {value / 1e9:.3f} GB, but the plan foresaw {foreseen} GB (plan.json). Do not size "
+                f"other runs by this plan, and please report the recipe"
             )
         self._write()
 
@@ -113,7 +113,7 @@ class Foresight:
 
 
 def _plan_here(config: RunConfig, base: Family, ranks: int) -> Plan:
-    """Return the plan for machines like the one that this rank sees."""
+    """Return the plan for machines like the one that this rank runs on."""
     planned = plan(config, base, _cluster_here(ranks))
     if torch.cuda.is_available():
         return planned

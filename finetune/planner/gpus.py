@@ -1,4 +1,4 @@
-"""GPUs and how they are joined, as the planner knows them: vendors' data sheets, dense bfloat16. Loads no torch."""
+"""Table of GPUs and their links, from vendors' data sheets, with rates in dense bfloat16. Loads no torch."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ _PEAKS = {
     "B200": 2250e12,
     "L40S": 362e12,
 }
-"""Dense bfloat16 operations a second, by the first name that the device's own contains."""
+"""Dense bfloat16 operations per second, under the first name that the device's own name contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +33,15 @@ class Kernels:
     dense: float
     grouped: float
     attention: float
-    """FlashAttention 2, which is what `varlen` runs, forward and backward together."""
+    """FlashAttention 2, which `varlen` runs; forward and backward together."""
     has_grouped_mm: bool = True
-    """Whether torch has a grouped kernel for bfloat16 there (compute capability 9.0, 10.0); else it calls one product
-    an expert, at the share of `grouped`."""
+    """Whether torch has a grouped bfloat16 kernel for the device (compute capability 9.0, 10.0). If not, it calls one
+    product per expert, at the share of `grouped`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One device. Bytes a second are per direction, of one device; `link` joins those of one node."""
+    """One device. Rates are bytes per second of one device in one direction; `link` joins the devices of a node."""
 
     name: str
     memory_bytes: int
@@ -49,24 +49,24 @@ class Gpu:
     memory_rate: float
     link_rate: float
     network_rate: float
-    """Of the network card that a device usually has for itself; a node's figure divided by its devices."""
+    """Rate of a device's own network card; a node's figure divided by its devices."""
     kernels: Kernels
 
     @property
     def reached_memory_rate(self) -> float:
-        """Return the bytes a second that kernels read and write."""
+        """Return the bytes per second that kernels read and write."""
         return MEMORY_SHARE * self.memory_rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """How many GPUs there are, and how many in a node."""
+    """A number of GPUs, and how many of them are in each node."""
 
     gpu: Gpu
     gpus: int
     per_node: int
     price: float | None = None
-    """Of one device for one hour."""
+    """Price of one device for one hour."""
 
     @property
     def nodes(self) -> int:
@@ -75,17 +75,17 @@ class Cluster:
 
 
 def peak_flops(device: str) -> float | None:
-    """Return the device's dense bfloat16 operations a second by its name; None for an unknown one."""
+    """Return the dense bfloat16 operations per second of a device by its name; None for an unknown one."""
     return next((peak for name, peak in _PEAKS.items() if name.lower() in device.lower()), None)
 
 
 def gpu_names() -> tuple[str, ...]:
-    """Return every name that `--gpu` takes."""
+    """Return every name that `--gpu` accepts."""
     return tuple(_TABLE)
 
 
 def gpu(name: str) -> Gpu:
-    """Return the table's entry for a name of `--gpu`."""
+    """Return the table's entry for a name given with `--gpu`."""
     entry = _TABLE.get(name.lower())
     if entry is None:
         advice = did_you_mean(name.lower(), gpu_names())
@@ -94,13 +94,13 @@ def gpu(name: str) -> Gpu:
 
 
 def gpu_like(device: str) -> Gpu | None:
-    """Return the table's entry for a device's own name, such as NVIDIA H100 80GB HBM3; of one kind the smaller."""
+    """Return the table's entry for a device's own name, such as NVIDIA H100 80GB HBM3; of several the smallest."""
     words = device.lower().replace("-", " ").split()
     return next((entry for entry in _TABLE.values() if entry.name.partition("-")[0] in words), None)
 
 
 def cluster(name: str, *, gpus: int, per_node: int | None, price: float | None) -> Cluster:
-    """Return what is planned for: nodes of `per_node`, by default of eight, or one smaller node."""
+    """Return the cluster to plan for: nodes of `per_node` GPUs, by default eight, or one smaller node."""
     size = min(8, gpus) if per_node is None else per_node
     if gpus > size and gpus % size:
         below, above = gpus // size * size, -(-gpus // size) * size
@@ -111,15 +111,15 @@ def cluster(name: str, *, gpus: int, per_node: int | None, price: float | None) 
 
 
 HOPPER = Kernels(dense=0.63, grouped=0.42, attention=0.35)
-"""620, 420 and 350 of 989 TFLOP/s. Dense: 788 was measured for a large product on an H200, less is taken at a layer's
-sizes. Grouped: Liger's kernel reached 413, forward and backward (its benchmark's file). Attention: the authors of
-FlashAttention 2 say 370 for forward."""
+"""620, 420 and 350 of 989 TFLOP/s. Dense: 788 was measured for a large product on an H200; less is assumed at a layer's
+sizes. Grouped: Liger's kernel reached 413, forward and backward (its benchmark's file). Attention: the authors
+of FlashAttention 2 report 370 for forward."""
 AMPERE = Kernels(dense=0.7, grouped=0.6, attention=0.55, has_grouped_mm=False)
-"""Its authors say that FlashAttention 2 lets a whole training reach 0.72; the rest is assumed, and so are Ada's."""
+"""The authors of FlashAttention 2 report 0.72 for a complete training; the rest is assumed, also for Ada."""
 BLACKWELL = Kernels(dense=0.6, grouped=0.4, attention=0.17)
-"""Assumed; the kernel of attention was made for older devices, and is taken to be as fast as on an H100."""
+"""Assumed; the attention kernel was written for older devices, and is assumed to be as fast as on an H100."""
 LITTLE_HOPPER = Kernels(dense=0.85, grouped=0.75, attention=0.75)
-"""Assumed: the H20 has an H200's memory and a seventh of its peak, so kernels come closer to it."""
+"""Assumed: the H20 has an H200's memory and a seventh of its peak, so kernels come closer to that peak."""
 
 
 def _row(name: str, kernels: Kernels, gib: float, memory_rate: float, link_rate: float, network_rate: float) -> Gpu:
@@ -136,7 +136,7 @@ def _row(name: str, kernels: Kernels, gib: float, memory_rate: float, link_rate:
     )
 
 
-# Memory is what the driver shows, a little below the name. Link: NVLink one way; of L40S, PCIe 4.
+# Memory as the driver shows it, a little below the advertised size. Link: NVLink, one way; PCIe 4 for the L40S.
 _TABLE = {
     entry.name: entry
     for entry in (
@@ -152,7 +152,7 @@ _TABLE = {
 
 
 def this_machine(memory_bytes: int, *, device: bool) -> Gpu:
-    """Return a GPU that the table does not have, taken for an H100 in all but memory; or a CPU, by round numbers."""
+    """Return a GPU that is not in the table, as an H100 with other memory, or a CPU with round numbers."""
     return Gpu(
         name="this machine" if device else "CPU",
         memory_bytes=memory_bytes,

@@ -1,7 +1,7 @@
-"""What the decoder and the head ask of the device in one micro-batch, operation by operation. Loads no torch.
+"""Lists the operations of the decoder and the head in one micro-batch. Loads no torch.
 
-As transformers, PEFT and `moe/` run them; a test counts the same on the meta device. The copies of rows in slices are
-read off the code, and norms in tiles are taken for whole ones.
+They are those that transformers, PEFT and `moe/` run; a test counts the same on the meta device. The copies of sliced
+rows are taken from the code, not counted, and norms in tiles are counted as one.
 """
 
 from finetune.architecture.families import Family
@@ -24,7 +24,7 @@ from finetune.planner.operations import (
 )
 
 BACKWARD = 2.5
-"""Operations of attention's backward over those of its forward: it computes the scores again."""
+"""Ratio of the operations of attention's backward to those of its forward: backward recomputes the scores."""
 
 
 def decoder_layer(
@@ -40,7 +40,10 @@ def decoder_layer(
     resident: bool = True,
     balances: bool = False,
 ) -> Passes:
-    """One layer with experts (`sparse`) or a plain MLP; `squares` sums the samples' squared lengths, of sp ranks."""
+    """Return the operations of one layer with experts (`sparse`) or a plain MLP.
+
+    `squares` is the sum of the samples' squared lengths, divided by sp.
+    """
     t, b = rows.tokens, rows.itemsize
     reach, full = Reach.of(adapters), adapters.norms.mode == "full"
     seen = _attention(base, adapters, rows, squares, sp)
@@ -64,7 +67,7 @@ def decoder_layer(
 
 
 def _tiled(tile: Passes, tiles: int, recompute: Recompute) -> Passes:
-    """Tiles are computed again in their own backward; a recomputed layer runs all but the last before that."""
+    """Multiply one tile. Each is recomputed in its own backward; a recomputed layer first runs all but the last."""
     if tiles == 1:
         return tile
 
@@ -79,7 +82,7 @@ def _tiled(tile: Passes, tiles: int, recompute: Recompute) -> Passes:
 
 
 def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: float, sp: int) -> Passes:
-    """Projections, norms of queries and keys, turning, the kernel, the last projection; and back."""
+    """Return projections, norms of queries and keys, rotation, the kernel and the last projection; and backward."""
     t, b = rows.tokens, rows.itemsize
     d, head = base.text.hidden_size, base.text.head_dim
     heads, kv = base.text.num_attention_heads, base.text.num_key_value_heads
@@ -116,7 +119,7 @@ def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
 
 
 def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
-    """Loss and gradients by tiles of supervised tokens, all in forward."""
+    """Return loss and gradients by tiles of supervised tokens, which all run in forward."""
     v, d = base.text.vocab_size, base.text.hidden_size
     b, count = rows.itemsize, rows.supervised
     size = min(max(1, LOSS_TILE_BYTES // (WIDE * v)), count)
@@ -137,9 +140,9 @@ def head(base: Family, rows: Rows, *, trained: bool, passes: bool) -> Passes:
 
 
 def around(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
-    """Once a micro-batch: the embedding, rotary tables, what the tower saw put in its places, the last norm.
+    """Return what runs once per micro-batch: embedding, rotary tables, insertion of the tower's tokens, last norm.
 
-    Read off the code, not counted: a few tenths of one layer.
+    These operations are taken from the code, not counted; they amount to a few tenths of one layer.
     """
     text, vision = base.text, base.vision
     t, b = rows.tokens, rows.itemsize

@@ -1,7 +1,7 @@
 """Memory of one rank by component, at each moment of a step at which it can be highest. Loads no torch.
 
-The engine's part follows ZeRO-3 as it is configured here: every partitioned tensor is cut into equal slices, small ones
-also stay whole between steps, gradients are added up in float32 slices and leave through one float32 bucket.
+The engine's part follows ZeRO-3 as it is configured here: every partitioned tensor is cut into equal slices, and small
+tensors also stay gathered between steps. Gradients leave through one float32 bucket and are added up in float32 slices.
 """
 
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from finetune.planner.moments import Moment, moments
 from finetune.planner.rank_layout import RankLayout, bucket, slices, small
 
 RESERVE_BYTES = 1.5e9
-"""Bytes of a GPU that are no tensors': context, kernels and communicators."""
+"""Bytes of a GPU that hold no tensors: context, kernels and communicators."""
 RESERVE_SHARE = 0.03
 """Share of the tensors' peak that the allocator cannot reuse."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one rank: `always` exists between steps, the highest moment comes on top."""
+    """Bytes of one rank: `always` exists between steps, and the highest moment comes on top of it."""
 
     always: dict[str, int]
     moments: tuple[Moment, ...]
     reserve: int
     weights: int = 0
-    """Bytes of the base and of what trains, as loading counts them: without spare room, copies and optimiser."""
+    """Bytes of the base and of trained parameters as loading counts them: without spare room, copies and optimiser."""
 
     @property
     def static(self) -> int:
@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def highest(self) -> Moment:
-        """Return the moment that decides."""
+        """Return the moment that needs the most memory."""
         return max(self.moments, key=lambda moment: moment.total)
 
     @property
@@ -48,7 +48,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the bytes that the device must have."""
+        """Return the bytes that the device must provide."""
         return self.peak + self.reserve
 
     @property
@@ -76,7 +76,7 @@ def memory(config: RunConfig, base: Family, layout: RankLayout) -> Memory:
 
 
 def _with_skew(even: Moment, busiest: Moment) -> Moment:
-    """Return a moment with what the busiest rank needs beyond an even load as a part of its own."""
+    """Return the moment with a part for the bytes that the busiest rank needs beyond an even load."""
     more = busiest.total - even.total
     return replace(even, parts={**even.parts, "skew allowance": more}) if more > 0 else even
 
@@ -84,7 +84,7 @@ def _with_skew(even: Moment, busiest: Moment) -> Moment:
 def _always(
     config: RunConfig, base: Family, layout: RankLayout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
 ) -> dict[str, int]:
-    """Return what exists between steps, by component."""
+    """Return the bytes that exist between steps, by component."""
     itemsize, trained_slices = layout.itemsize, slices(trained, layout)
     experts = [tensor for tensor in frozen if tensor.expert]
     visual = [tensor for tensor in frozen if tensor.part in VISION]
@@ -120,7 +120,7 @@ def _spare_room(config: RunConfig, base: Family, layout: RankLayout) -> int:
 
 
 def _router(config: RunConfig, base: Family, itemsize: int) -> int:
-    """Return the bytes of the base's routers, which those trained in full keep for their agreement statistic."""
+    """Return the bytes of the copies of the base's routers; fully trained routers are compared with them."""
     experts = base.text.experts
     if experts is None or config.adapters.router.mode != "full":
         return 0

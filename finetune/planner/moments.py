@@ -1,6 +1,6 @@
-"""The moments of a step at which memory can be highest, and what a rank holds at each besides what is always there.
+"""The moments of a step at which memory can be highest, and the bytes that each adds to those that always exist.
 
-Each part is one sum of tensors that are named where they are counted: activations in `finetune.planner.activations` and
+Each part is a sum of tensors, named in the file that counts them: activations in `finetune.planner.activations` and
 `finetune.planner.vision`, gathered weights here. Loads no torch.
 """
 
@@ -19,7 +19,7 @@ from finetune.ranks.engine_sizes import LEAST_PREFETCH, MOST_BUCKET, PREFETCHED_
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """One point of a step: what exists there besides what always does."""
+    """One point of a step, with the bytes that exist at it only."""
 
     name: str
     parts: dict[str, int] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Moment:
 def moments(
     config: RunConfig, base: Family, layout: RankLayout, trained: Sequence[Tensor], frozen: Sequence[Tensor]
 ) -> tuple[Moment, ...]:
-    """Return the moments from the tower's forward to the update, as far as what trains reaches."""
+    """Return the moments from the tower's forward to the update, without those that no gradient reaches."""
     rows, reach = micro_batch(config, base, layout), Reach.of(config.adapters)
     layers = _layers(config, base, layout)
     widest = max((layer for layer, _ in layers), key=lambda layer: layer.saved + layer.exchange + layer.working)
@@ -48,7 +48,7 @@ def moments(
     used = (*DECODER, *(part for part in VISION if reach.tower or part in trains))
     behind = _gather(layout, weights, used, forward=False)
     gradients = layout.itemsize * max((tensor.elements for tensor in trained), default=0)
-    bucket_is_full = bucket(trained) == MOST_BUCKET  # it is emptied then, at the latest when backward is over
+    bucket_is_full = bucket(trained) == MOST_BUCKET  # a full bucket is emptied during backward
     group = max(sum(tensor.elements for tensor in group) for group in _groups(trained))
     every = [
         _moment("vision tower", of_row, {"tower at work": seen.forward}, _gather(layout, weights, None, forward=True)),
@@ -84,15 +84,15 @@ def moments(
 
 
 def _kept(layers: Sequence[tuple[Layer, int]], layout: RankLayout) -> float:
-    """Return what all layers keep on the device for backward, or for their second pass."""
+    """Return the bytes that all layers keep on the device for backward, or for their second pass."""
     if layout.recompute == "none":
         return sum(number * layer.saved for layer, number in layers)
     return sum(number * (layer.stays if layout.offload else layer.kept) for layer, number in layers)
 
 
 def _backward(widest: Layer, layout: RankLayout, gradients: int) -> dict[str, float]:
-    """Return what backward of the widest layer needs, with the gradient of the largest tensor."""
-    # what the second pass hands on, and the layer's input, are kept already, unless they come back from the host
+    """Return the bytes that backward of the widest layer needs, with the gradient of the largest tensor."""
+    # the tensors that the second pass reuses, and the layer's input, are counted as kept unless they wait on the host
     kept_already = 0.0 if layout.offload else widest.returned + widest.shared
     return {
         "one layer recomputed": 0.0 if layout.recompute == "none" else widest.saved - kept_already,
@@ -102,7 +102,7 @@ def _backward(widest: Layer, layout: RankLayout, gradients: int) -> dict[str, fl
 
 
 def _vision_backward(seen: Tower, gradients: int) -> dict[str, float]:
-    """Return what backward of a block of the tower needs, with what all blocks keep."""
+    """Return the bytes that backward of a block of the tower needs, with those that all blocks keep."""
     return {
         "vision activations": seen.kept,
         "vision features": seen.outputs,
@@ -112,18 +112,18 @@ def _vision_backward(seen: Tower, gradients: int) -> dict[str, float]:
 
 
 def _updated(trained: Sequence[Tensor], layout: RankLayout) -> int:
-    """Return a rank's elements whose gradients are in one tensor: those of a group, closed once it is large enough."""
+    """Return the elements of a rank whose gradients share one tensor: a group, closed once it is large enough."""
     largest = max((slices([tensor], layout) for tensor in trained), default=0)
     return min(max(slices(group, layout) for group in _groups(trained)), layout.sub_group + largest)
 
 
 def _groups(trained: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the engine's groups of weights, as far as they are alike in every run: experts', and the others."""
+    """Return the engine's groups of weights that exist in every run: those of experts, and the others."""
     return [[tensor for tensor in trained if tensor.expert == expert] for expert in (False, True)]
 
 
 def _layers(config: RunConfig, base: Family, layout: RankLayout) -> list[tuple[Layer, int]]:
-    """Return the decoder's layers with experts and without, and how many there are of each."""
+    """Return the decoder's layers with and without experts, and the number of each."""
     rows, sparse = micro_batch(config, base, layout), len(base.moe_layers)
     counts = {True: sparse, False: base.text.num_hidden_layers - sparse}
     return [
@@ -146,7 +146,7 @@ def _moment(name: str, *parts: dict[str, float]) -> Moment:
 
 
 def micro_batch(config: RunConfig, base: Family, layout: RankLayout) -> Rows:
-    """Return the fullest row that a rank gets, and how many rows its experts get."""
+    """Return the fullest row that a rank can get, and the number of rows that its experts get."""
     tokens = -(-config.data.tokens_per_pack // layout.sp)
     vision = config.data.vision_tokens_per_pack
     patches = (config.data.tokens_per_pack if vision is None else vision) * base.vision.spatial_merge_size**2
@@ -154,7 +154,7 @@ def micro_batch(config: RunConfig, base: Family, layout: RankLayout) -> Rows:
     return Rows(
         tokens=tokens,
         supervised=int(tokens * layout.supervised_share),
-        patches=-(-patches // layout.sp),  # a group's ranks share out the row's frames
+        patches=-(-patches // layout.sp),  # the ranks of a group divide the row's frames among them
         arriving=0 if experts is None else layout.skew * tokens * experts.num_experts_per_tok,
         itemsize=layout.itemsize,
         segmented=layout.segmented,
@@ -165,11 +165,11 @@ def micro_batch(config: RunConfig, base: Family, layout: RankLayout) -> Rows:
 def _gather(
     layout: RankLayout, weights: Sequence[Tensor], parts: Sequence[str] | None, *, forward: bool
 ) -> dict[str, float]:
-    """Return the bytes of gathered weights: those of `parts` that are whole, and the flat buffers that they arrive in.
+    """Return the bytes of the gathered weights of `parts`, and of the flat buffers in which they arrive.
 
-    The engine fetches many weights into one buffer and copies each out of it when the first of them is needed; the
-    buffer goes after the last copy. It releases weights that this micro-batch does not use again, and keeps others as
-    far as `reuse` goes: where that is all of them, nothing arrives in backward.
+    The engine fetches many weights into one buffer and copies each out of it when the first of them is needed; it
+    frees the buffer after the last copy. It releases weights that this micro-batch does not use again, and keeps up to
+    `reuse` elements of the others: if that is all of them, nothing is fetched in backward.
     """
     wide = gathered(weights, layout)
     every = sum(tensor.elements for tensor in wide)

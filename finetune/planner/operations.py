@@ -1,9 +1,9 @@
-"""The operations that a device is asked for, as bytes and floating-point operations, and how long each takes there.
+"""The operations of a device, as bytes and floating-point operations, and the time that each of them takes.
 
-An operation is what torch hands to the device: one kernel, or a few that follow each other. It takes as long as its
-bytes need, or its operations, or a kernel at least, whichever is longest. Loads no torch.
+An operation is what torch launches on the device: one kernel, or a few in sequence. Its time is the longest of three:
+the time for its bytes, the time for its arithmetic, and the least time of a kernel. Loads no torch.
 
-Letters of the formulas, here and in the files that use them: t tokens, d hidden, e experts, f expert hidden, k top-k,
+Variables of the formulas, here and in the files that use them: t tokens, d hidden, e experts, f expert hidden, k top-k,
 p patches, v vocabulary, q and k elements of queries and keys, r LoRA rank, n chunks; b bytes of an activation.
 """
 
@@ -18,15 +18,15 @@ Kind = Literal["pointwise", "attention", "grouped_mm", "dense mm", "row permutes
 WIDE = 4
 """Bytes of a float32."""
 KERNEL = 2.5e-6
-"""Seconds that a kernel takes at least, until the next one starts; estimated, not measured."""
+"""Least seconds of a kernel, until the next one starts; estimated, not measured."""
 SORT = 45e-6
-"""Seconds that a sort takes at least, as several kernels."""
+"""Least seconds of a sort, which is several kernels."""
 TOP_K = 30e-6
-"""Seconds that a top-k takes at least, as several kernels."""
+"""Least seconds of a top-k, which is several kernels."""
 
 
 class Op(NamedTuple):
-    """`times` operations that are alike: bytes read and written, floating-point operations, each of one of them."""
+    """`times` identical operations, with the bytes read and written and the floating-point operations of one."""
 
     kind: Kind
     bytes: float
@@ -36,22 +36,22 @@ class Op(NamedTuple):
 
 
 class Trains(Protocol):
-    """How linear layers train: a section of `adapters`."""
+    """The way linear layers train: a section of `adapters`."""
 
     @property
     def mode(self) -> str:
-        """frozen, lora or full."""
+        """Return frozen, lora or full."""
         ...
 
     @property
     def r(self) -> int:
-        """Rank of its LoRA."""
+        """Return the rank of its LoRA."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """What a part of the model asks for in one micro-batch: forward, what of it is computed again, backward."""
+    """Operations of a part of the model in one micro-batch: forward, recomputation, backward."""
 
     forward: list[Op] = field(default_factory=list)
     again: list[Op] = field(default_factory=list)
@@ -59,13 +59,13 @@ class Passes:
 
     @property
     def every(self) -> list[Op]:
-        """All three."""
+        """Return the operations of all three passes."""
         return [*self.forward, *self.again, *self.backward]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spent:
-    """Seconds of a device, once by the kind of operation and once by what limits it; and how many operations."""
+    """Seconds of a device by kind of operation and by limit, and the number of operations."""
 
     kinds: dict[str, float]
     limits: dict[str, float]
@@ -73,27 +73,27 @@ class Spent:
 
 
 def touch(size: float, *bytes_each: float) -> list[Op]:
-    """Return pointwise operations and reductions over `size` elements, by the bytes that each moves an element."""
+    """Return pointwise operations and reductions over `size` elements; `bytes_each` are bytes per element."""
     return [Op("pointwise", size * each) for each in bytes_each if each]  # no bytes: no operation
 
 
 def cast(b: int) -> int:
-    """Bytes an element of a conversion to float32 or from it; 0 where it is float32 already and nothing happens."""
+    """Return the bytes per element of a conversion to or from float32; 0 if the tensor is float32 already."""
     return 0 if b == WIDE else b + WIDE
 
 
 def mm(rows: float, into: float, out: float, b: int) -> Op:
-    """[rows, into] by [into, out]."""
+    """Return the product of [rows, into] and [into, out]."""
     return Op("dense mm", b * (rows * into + into * out + rows * out), 2 * rows * into * out)
 
 
 def grouped(rows: float, into: float, out: float, experts: int, b: int) -> Op:
-    """The same, each expert's rows by its own matrix."""
+    """Return the grouped product, in which each expert's rows are multiplied by its own matrix."""
     return Op("grouped_mm", b * (rows * into + experts * into * out + rows * out), 2 * rows * into * out)
 
 
 def outer(rows: float, out: float, into: float, experts: int, b: int) -> Op:
-    """The gradient of such matrices."""
+    """Return the gradient of the matrices of a grouped product."""
     return Op("grouped_mm", b * (rows * (into + out) + experts * into * out), 2 * rows * into * out)
 
 
@@ -103,12 +103,12 @@ def routing(number: int, size: float = 0.0) -> Op:
 
 
 def permuted(rows: float, width: float, b: int) -> Op:
-    """Rows in another order."""
+    """Return a permutation of rows."""
     return Op("row permutes", rows * (2 * width * b + 8))
 
 
 def linear(rows: float, into: float, out: float, b: int, adapter: Trains) -> list[Op]:
-    """A projection, with PEFT's low-rank part beside it."""
+    """Return a projection and, in mode lora, PEFT's low-rank part."""
     ops = [mm(rows, into, out, b)]
     if adapter.mode == "lora":
         ops += [mm(rows, into, adapter.r, b), mm(rows, adapter.r, out, b), *touch(rows * out, 2 * b, 3 * b)]
@@ -116,12 +116,15 @@ def linear(rows: float, into: float, out: float, b: int, adapter: Trains) -> lis
 
 
 def linear_again(rows: float, into: float, out: float, b: int, adapter: Trains) -> list[Op]:
-    """What a second pass computes of its last projection: all, as a node saves at its end; without LoRA none saves."""
+    """Return the last projection as a second pass computes it: completely with LoRA, not at all without.
+
+    A second pass ends at the last saved tensor, which LoRA's node saves at its end.
+    """
     return linear(rows, into, out, b, adapter) if adapter.mode == "lora" else []
 
 
 def linear_back(rows: float, into: float, out: float, b: int, adapter: Trains, *, down: bool = True) -> list[Op]:
-    """Its gradients: `down` to its input, and those of what trains."""
+    """Return the gradients of a projection: of its input if `down`, and of its trained parameters."""
     ops = [mm(rows, out, into, b)] if down else []
     if adapter.mode == "full":
         ops.append(mm(out, rows, into, b))
@@ -133,25 +136,25 @@ def linear_back(rows: float, into: float, out: float, b: int, adapter: Trains, *
 
 
 def norm(size: float, rows: float, b: int) -> list[Op]:
-    """transformers' RMS norm in float32: wide, squared, mean, times the root's inverse, narrow, times the weight."""
+    """Return transformers' RMS norm in float32: cast, square, mean, inverse root, scale, cast back, weight."""
     return touch(size, cast(b), 2 * WIDE, WIDE, 2 * WIDE, cast(b), 2 * b) + touch(rows, 2 * WIDE, 2 * WIDE)
 
 
 def norm_back(size: float, rows: float, b: int, *, full: bool) -> list[Op]:
-    """The two gradients of its input, and their sum; the weight's gradient if it trains."""
+    """Return the two gradients of a norm's input, and their sum; the gradient of its weight if `full`."""
     weight = touch(size, 2 * WIDE, cast(b), 3 * b, b) if full else []
     of_input = touch(size, 2 * b, cast(b), cast(b), 3 * WIDE, WIDE, 2 * WIDE, 2 * WIDE, 3 * WIDE, cast(b))
     return [*of_input, *touch(rows, 2 * WIDE, 3 * WIDE, 2 * WIDE), *weight]
 
 
 def turn(size: float, table: float, b: int) -> list[Op]:
-    """Rotary positions, there or back: times cosines, halves changed and times sines, added; `table` of either."""
+    """Return the rotation by positions, or its backward; `table` is the number of cosines, and of sines."""
     times = Op("pointwise", 2 * b * size + b * table)
     return [times, times, *touch(size, 2 * b, 3 * b)]
 
 
 def spent(ops: Iterable[tuple[Op, int]], gpu: Gpu, *, local_experts: int) -> Spent:
-    """Return how long a device takes for operations, each repeated as often as the number with it says."""
+    """Return the time a device needs for the operations, each repeated the number of times given with it."""
     kinds, limits = defaultdict[str, float](float), defaultdict[str, float](float)
     launches = 0
     shares = {"attention": gpu.kernels.attention, "grouped_mm": gpu.kernels.grouped}

@@ -1,7 +1,7 @@
-"""What a run will take before it takes it: memory, traffic, time, cost, host and disk. Loads no torch.
+"""Estimates a run before it starts: memory, traffic, time, cost, host and disk. Loads no torch.
 
-`plan` composes the parts; each is a formula whose sources say what it follows. `moetune plan` prints it, training
-writes it to plan.json beside what it then measures.
+`plan` composes the parts, each of which is a formula in its own file. `moetune plan` prints the plan, and training
+writes it to plan.json next to the values that it measures.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from finetune.settings.stages import run_stages
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
 RANK_HOST_BYTES = int(4.5 * GB)
-"""Host memory of one rank's process with its libraries and the device's context."""
+"""Host memory of the process of one rank, with its libraries and the device's context."""
 WORKER_HOST_BYTES = int(1.2 * GB)
 """Host memory of one reading worker."""
 STATE_BYTES = 12
@@ -34,7 +34,7 @@ STATE_BYTES = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """Bytes of memory of one node, and of disk of the complete run, by what they are for."""
+    """Bytes of memory of one node, and of disk for the complete run, by purpose."""
 
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
@@ -42,11 +42,11 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is foreseen of one run on one cluster."""
+    """The complete estimate of one run on one cluster."""
 
     model: str
     stage: str
-    """The stage that needs most; empty for a run without stages."""
+    """The stage that needs the most memory; empty for a run without stages."""
     cluster: Cluster
     layout: RankLayout
     resident_reason: str
@@ -63,17 +63,17 @@ class Plan:
 
     @property
     def margin(self) -> int:
-        """Return the bytes of a device that stay free; negative where it does not fit."""
+        """Return the bytes of a device that stay free; negative if the run does not fit."""
         return self.cluster.gpu.memory_bytes - self.memory.total
 
     @property
     def fits(self) -> bool:
-        """Say whether every rank has room, and some to spare."""
+        """Return whether the run fits every rank with the required margin."""
         return has_room(needed_bytes=self.memory.total, room_bytes=self.cluster.gpu.memory_bytes)
 
     @property
     def hours(self) -> float | None:
-        """Return the hours of all GPUs together for the complete schedule; None where epochs decide its length."""
+        """Return the GPU hours of the complete schedule; None if its length is given in epochs."""
         if not self.steps:
             return None
         return self.steps * self.time.step * self.cluster.gpus / 3600
@@ -84,7 +84,7 @@ class Plan:
         return None if self.cluster.price is None or self.hours is None else self.hours * self.cluster.price
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan for programs."""
+        """Return the plan as JSON values."""
         return {
             "model": self.model,
             "stage": self.stage,
@@ -113,7 +113,7 @@ class Plan:
 
 
 def resident_choice(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed) -> ResidentChoice:
-    """Decide `parallel.resident` once for a run: its fullest stage must have room where frozen weights stay whole."""
+    """Decide `parallel.resident` once per run: its fullest stage must fit with frozen weights resident."""
 
     def needed() -> int:
         return max(
@@ -125,9 +125,9 @@ def resident_choice(config: RunConfig, base: Family, cluster: Cluster, assumed: 
 
 
 def plan(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed | None = None) -> Plan:
-    """Foresee a run whose configuration passed every check for these ranks; of several stages, the fullest."""
+    """Plan a run whose configuration passed every check for these ranks; of several stages, plan the fullest."""
     if config.parallel.recompute == "auto" or config.parallel.ep < 1:
-        raise ValueError("parallel.ep, parallel.recompute: auto is settled before a plan is made (planner.fit)")
+        raise ValueError("parallel.ep, parallel.recompute: auto must be resolved before a run is planned (planner.fit)")
     assumed = assumed or Assumed()
     choice = resident_choice(config, base, cluster, assumed)
     plans = (_plan(stage, base, cluster, assumed, name, choice) for name, stage in _stages(config))
@@ -185,7 +185,7 @@ def _plan(
 
 
 def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int, *, waits: int) -> Host:
-    """Return what loading, reading data and checkpoints take; `waits` are a rank's activations in host memory."""
+    """Return the bytes for loading, reading data and checkpoints; `waits` are a rank's activations in host memory."""
     ranks, itemsize = min(cluster.per_node, cluster.gpus), ITEMSIZE[config.model.dtype]
     weights, adapts = 2 * parameter_counts(base).total, _adapts(config)
     memory_parts = {

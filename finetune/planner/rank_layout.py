@@ -1,4 +1,4 @@
-"""What decides the memory and the traffic of a rank besides its configuration, and what follows. Loads no torch."""
+"""The layout of a run over its ranks, and the number of elements that each rank holds. Loads no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from finetune.ranks.engine_sizes import PERSISTENCE, REUSE, SUB_GROUP, bucket_el
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayout:
-    """Everything that decides the memory of a rank besides the configuration."""
+    """The values that decide the memory and traffic of a rank, in addition to the configuration."""
 
     world: int
     ep: int
@@ -21,14 +21,14 @@ class RankLayout:
     recompute: Recompute
     itemsize: int
     skew: float = 1.0
-    """Rows of the busiest rank over the mean; of a group of one it is 1."""
+    """Rows of the busiest rank over the mean; 1 for a group of one."""
     supervised_share: float = 1.0
     segmented: bool = False
     device: bool = True
     persistence: int = PERSISTENCE
     tile_tokens: int = 0
     offload: bool = False
-    """Whether what recomputed layers keep is held in host memory."""
+    """Whether the tensors that recomputed layers keep are held in host memory."""
     reuse: int = REUSE
     sub_group: int = SUB_GROUP
 
@@ -38,12 +38,12 @@ class RankLayout:
         return self.world // self.ep
 
     def group(self, tensor: Tensor) -> int:
-        """Return over how many ranks a tensor is cut."""
+        """Return the number of ranks over which a tensor is cut."""
         return self.replicas if tensor.expert else self.world
 
 
 def largest_layer(layout: RankLayout, tensors: Sequence[Tensor]) -> int:
-    """Return the elements of one decoder layer as a rank holds it whole."""
+    """Return the elements of one gathered decoder layer."""
     return sum(tensor.elements for tensor in tensors if tensor.part in DECODER) // layout.layers
 
 
@@ -53,14 +53,14 @@ def slices(tensors: Sequence[Tensor], layout: RankLayout) -> int:
 
 
 def small(tensors: Sequence[Tensor], layout: RankLayout) -> int:
-    """Return the elements of tensors that stay whole between steps; one that is not cut has no second copy."""
+    """Return the elements of tensors that stay gathered between steps; uncut tensors have no second copy."""
     return sum(
         tensor.elements for tensor in tensors if tensor.elements < layout.persistence and layout.group(tensor) > 1
     )
 
 
 def gathered(tensors: Sequence[Tensor], layout: RankLayout) -> list[Tensor]:
-    """Return the tensors that are brought together in every micro-batch."""
+    """Return the tensors that are gathered in every micro-batch."""
     return [tensor for tensor in tensors if tensor.elements >= layout.persistence and layout.group(tensor) > 1]
 
 

@@ -1,4 +1,4 @@
-"""A plan as people read it. Loads no torch."""
+"""Formats a plan for people. Loads no torch."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from finetune.planner.plan import Plan
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """Yield the complete plan, a number a line."""
+    """Yield the lines of the complete plan."""
     yield from _title(plan)
     yield ""
     yield from _memory(plan)
@@ -30,13 +30,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 def _title(plan: Plan) -> Iterator[str]:
     cluster, layout = plan.cluster, plan.layout
     yield (
-        f"{plan.model}: {plan.parameters:,} parameters, {plan.active:,} of them for a text token, "
-        f"{plan.trained:,} trained"
+        f"{plan.model}: {plan.parameters:,} parameters, {plan.active:,} active per text token, {plan.trained:,} trained"
     )
     stage = f", fullest in stage {plan.stage}" if plan.stage else ""
     yield (
         f"{cluster.gpus} x {cluster.gpu.name} in {cluster.nodes} node(s): ep {layout.ep}, sp {layout.sp}, "
-        f"recompute {layout.recompute}, {plan.micro_batches} micro-batch(es) a step on each rank{stage}"
+        f"recompute {layout.recompute}, {plan.micro_batches} micro-batch(es) per step on each rank{stage}"
     )
     yield f"frozen weights {'resident' if layout.resident else 'partitioned'} ({plan.resident_reason})"
 
@@ -47,15 +46,15 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  {name:<36}{size / GB:>9.2f} GB"
     room = f"{plan.cluster.gpu.memory_bytes / GB:.2f}: {abs(plan.margin) / GB:.2f} GB "
     room += (
-        "MISSING" if plan.margin < 0 else "free" if plan.fits else f"free, LESS than the {LEAST_MARGIN:.0%} to spare"
+        "MISSING" if plan.margin < 0 else "free" if plan.fits else f"free, LESS than the margin of {LEAST_MARGIN:.0%}"
     )
-    yield f"  {'in all':<36}{plan.memory.total / GB:>9.2f} GB of {room}"
+    yield f"  {'total':<36}{plan.memory.total / GB:>9.2f} GB of {room}"
     others = (f"{moment.name} {(plan.memory.static + moment.total) / GB:.2f}" for moment in plan.memory.moments)
     yield f"  tensors by moment, GB: {', '.join(others)}"
 
 
 def _traffic(plan: Plan) -> Iterator[str]:
-    yield "on the wire, of one rank in a step"
+    yield "traffic of one rank per step"
     for kind in plan.traffic:
         where = "inside a node" if kind.link == "node" else "between nodes"
         yield (
@@ -68,22 +67,22 @@ def _traffic(plan: Plan) -> Iterator[str]:
 
 def _time(plan: Plan) -> Iterator[str]:
     time = plan.time
-    yield f"operations: {time.flops_per_token / 1e9:.2f} G a token, {time.model_flops / 1e12:.1f} T a rank and step"
+    yield f"operations: {time.flops_per_token / 1e9:.2f} G per token, {time.model_flops / 1e12:.1f} T per rank and step"
     longest = sorted(time.seconds.items(), key=lambda part: -part[1])
     yield f"a step takes {time.step:.2f} s by the model below: " + ", ".join(
         f"{name} {seconds:.2f}" for name, seconds in longest if seconds >= 0.01 * time.step
     )
     yield _limit(plan)
-    yield f"{time.tokens_per_second:,.0f} tokens/s a GPU, {time.mfu:.1%} of its peak"
+    yield f"{time.tokens_per_second:,.0f} tokens/s per GPU, {time.mfu:.1%} of its peak"
     if plan.hours is None:
-        yield "hours follow from schedule.epochs when the shards are indexed; schedule.steps=N gives those of N steps"
+        yield "the hours depend on schedule.epochs and the shards; schedule.steps=N shows the hours of N steps"
         return
-    price = "" if plan.cost is None else f", {plan.cost:,.0f} at {plan.cluster.price:g} an hour"
+    price = "" if plan.cost is None else f", {plan.cost:,.0f} at {plan.cluster.price:g} per hour"
     yield f"{plan.steps:,} steps: {plan.steps * time.step / 3600:.1f} hours, {plan.hours:,.1f} GPU hours{price}"
 
 
 def _limit(plan: Plan) -> str:
-    """Return which of host and device the other waits for, and what limits the device."""
+    """Return a line that says whether host or device decides the time, and what limits the device."""
     time = plan.time
     longest = sorted(time.limits.items(), key=lambda limit: -limit[1])
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in longest)
@@ -97,7 +96,7 @@ def _limit(plan: Plan) -> str:
 
 
 def fit_lines(fit: Fit) -> Iterator[str]:
-    """Yield what is proposed, why, and what comes after it."""
+    """Yield the lines of the proposal, its reason, and the runners-up."""
     if fit.best is None:
         yield f"nothing fits. {fit.advice}"
         return
@@ -108,4 +107,4 @@ def fit_lines(fit: Fit) -> Iterator[str]:
         yield f"{title}: ep {layout.ep}, sp {layout.sp}, {way}, recompute {layout.recompute}"
         yield f"  {proposal.reason}"
         changes = " ".join(f"{key}={value}" for key, value in proposal.changes.items())
-        yield f"  {changes or 'as the recipe is'}"
+        yield f"  {changes or 'no changes to the recipe'}"

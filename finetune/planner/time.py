@@ -1,8 +1,8 @@
-"""How long a step takes, by a stated model, not by a measurement. Loads no torch.
+"""Estimates the time of a step by a model, not by a measurement. Loads no torch.
 
-The device works through the operations of a micro-batch, each as long as its bytes, its products or a kernel take. Rows
-travel to their experts while nothing else runs. Gathers hide behind most of the work; gradients and the update do not.
-Meanwhile the host launches the operations: where it needs longer than all of that, the device waits for it.
+The device runs the operations of a micro-batch one after the other; `finetune.planner.operations` gives the time of
+each. Rows travel to their experts while nothing else runs. Gathers overlap with most of the work; gradients and the
+update do not. Meanwhile the host launches the operations; if that takes longer in total, the device waits for the host.
 """
 
 from collections.abc import Iterator
@@ -23,23 +23,23 @@ from finetune.planner.tower import tower
 from finetune.planner.wire import LINK_SHARE, Traffic
 
 LAUNCH_US = 12.0
-"""Microseconds of the host for one operation, its share of Python included: 8 were measured on a CPU with nothing else
-to do, 23 and 34 ms for about 3,000 and 4,000 operations, a micro-batch of 12 layers, without recompute and with it.
-Half as much again is for a slower one."""
+"""Microseconds of the host per operation, with its share of Python. 8 were measured on an idle CPU: 23 and 34 ms for
+about 3,000 and 4,000 operations, a micro-batch of 12 layers, without recompute and with it. Half as much again allows
+for a slower CPU."""
 HOOK = 0.17e-3
-"""Seconds of the host for a module with weights that are gathered, in each pass: the engine's hooks, measured there."""
+"""Seconds of the host per pass of a module whose weights are gathered, as measured for the engine's hooks."""
 WAITING = "waiting for the host"
 HIDING = 0.5
-"""Share of the device's work behind which gathers can hide: at both ends of a pass nothing does."""
+"""Share of the device's work that gathers can overlap with: at both ends of a pass they cannot."""
 UPDATE_BYTES = 34
-"""Bytes read and written for one trained element: master, two moments and gradient in float32, the weight itself."""
+"""Bytes that the update reads and writes per trained element: float32 master, two moments and gradient, weight."""
 GRADIENT_BYTES = 24
-"""Bytes of a gradient in a micro-batch, besides itself: into the bucket, scaled, and added up, all in float32."""
+"""Bytes moved per gradient element and micro-batch: copied to the bucket, scaled and added up, all in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """What the data are like, and how fast the host is; each value can be set on the command line."""
+    """Assumptions about the data and the host; each value can be set on the command line."""
 
     sample_tokens: int = 2048
     image_tokens: int = 1024
@@ -49,7 +49,7 @@ class Assumed:
     skew: float = 1.5
 
     def skew_of(self, ep: int) -> float:
-        """Return the rows of a group's busiest rank over the mean: `skew` for 8, 1 for 1, by the logarithm between."""
+        """Return the rows of the busiest of ep ranks over the mean: `skew` for 8, 1 for 1, logarithmic in ep."""
         return 1 + (self.skew - 1) * log2(ep) / 3
 
     def sentences(self) -> list[str]:
@@ -57,32 +57,32 @@ class Assumed:
         return [
             f"samples of {self.sample_tokens:,} tokens; {self.vision_share:.0%} of them from images of "
             f"{self.image_tokens:,}; {self.supervised_share:.0%} supervised; rows are full",
-            f"the busiest of eight ranks' experts gets {self.skew:g} x the mean of the rows; the excess grows with "
+            f"of eight ranks, the busiest gets {self.skew:g} x the mean of the experts' rows; the excess grows with "
             f"the logarithm of ep",
-            f"memory reaches {MEMORY_SHARE:.0%} and links {LINK_SHARE:.0%} of their data sheets, kernels the shares of "
-            f"finetune/planner/gpus.py; the host needs {self.launch_us:g} us an operation",
-            f"rows to experts and gradients are not overlapped, gathers hide behind {HIDING:.0%} of the work; "
+            f"memory reaches {MEMORY_SHARE:.0%} and links {LINK_SHARE:.0%} of their data-sheet rates, kernels the "
+            f"shares in finetune/planner/gpus.py; the host needs {self.launch_us:g} us per operation",
+            f"rows to experts and gradients do not overlap with work, gathers overlap with {HIDING:.0%} of it; "
             f"reading data takes no time",
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Time:
-    """Seconds of one step by what they go to, and the rates that follow."""
+    """Seconds of one step by part, and the rates that follow."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
-    """The device's seconds once more, by what limits it: memory, compute, small kernels, network."""
+    """The device's seconds by limit: memory, compute, small kernels, network."""
     host: float
-    """Seconds that the host needs to hand out the step's operations."""
+    """Seconds that the host needs to launch the step's operations."""
     launches: int
     """Operations of one micro-batch."""
     model_flops: float
-    """Of one step, on one rank."""
+    """Operations of one step on one rank."""
     hardware_flops: float
     flops_per_token: float
     tokens_per_second: float
-    """Of one rank."""
+    """Tokens per second of one rank."""
     mfu: float
 
     @property
@@ -92,7 +92,7 @@ class Time:
 
     @property
     def limit(self) -> str:
-        """Return what decides: the host, or what most of the device's time goes to."""
+        """Return what limits the step: the host, or the limit that takes most of the device's time."""
         waits = WAITING in self.seconds
         return "host" if waits else max(self.limits, key=lambda name: self.limits[name])
 
@@ -122,7 +122,7 @@ def step_time(
     micro_batches: int,
     assumed: Assumed,
 ) -> Time:
-    """Return the model's seconds for one step of the slowest rank."""
+    """Return the estimated seconds of one step of the slowest rank."""
     row, memory_rate = work(config, base, layout, assumed), cluster.gpu.reached_memory_rate
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
     local_experts = base.text.experts.num_experts // layout.ep if base.text.experts else 1
@@ -156,7 +156,7 @@ def step_time(
 
 
 def _sending(traffic: list[Traffic], cluster: Cluster, *, computing: float) -> dict[str, float]:
-    """Return the seconds of traffic by kind; gathers hide behind a share of the seconds of `computing`."""
+    """Return the seconds of traffic by kind; gathers overlap with a share of the `computing` seconds."""
     seconds: dict[str, float] = {}
     for sent in traffic:
         kind = sent.kind.partition(",")[0]
@@ -166,7 +166,7 @@ def _sending(traffic: list[Traffic], cluster: Cluster, *, computing: float) -> d
 
 
 def operations(config: RunConfig, base: Family, layout: RankLayout, row: Work) -> Iterator[tuple[Op, int]]:
-    """Yield everything that one micro-batch asks of a rank's device, and how often."""
+    """Yield the operations of one micro-batch on the device of a rank, each with its number of repeats."""
     adapters, top_k = config.adapters, base.text.experts.num_experts_per_tok if base.text.experts else 0
     rows = Rows(
         tokens=row.tokens,
@@ -193,7 +193,7 @@ def operations(config: RunConfig, base: Family, layout: RankLayout, row: Work) -
     parts = [(layer(sparse=sparse), number) for sparse, number in counts.items() if number]
     parts.append((head(base, rows, trained=adapters.head.mode == "full", passes=reach.layers), 1))
     parts.append((around(base, adapters, rows), 1))
-    if row.patches or reach.vision or not layout.resident:  # a row without media skips a tower that is whole and frozen
+    if row.patches or reach.vision or not layout.resident:  # a row without media skips a resident frozen tower
         seen = rows if row.patches else _blank(rows, base)
         squares = row.frame_squares or seen.patches**2
         parts += tower(base, adapters, seen, layout.recompute, frame_squares=squares)
@@ -202,15 +202,15 @@ def operations(config: RunConfig, base: Family, layout: RankLayout, row: Work) -
 
 
 def _blank(rows: Rows, base: Family) -> Rows:
-    """Return the patches of one token, which every rank's tower sees where there are no others."""
+    """Return a row with the patches of one token, which the tower processes when the row has no media."""
     patches = base.vision.spatial_merge_size**2
     return Rows(tokens=rows.tokens, supervised=0, patches=patches, arriving=0, itemsize=rows.itemsize)
 
 
 def _hooked(config: RunConfig, base: Family, layout: RankLayout, trained: tuple[Tensor, ...]) -> int:
-    """Return how often a micro-batch passes modules whose weights are gathered: two or three times each of them.
+    """Return the passes of a micro-batch through modules whose weights are gathered: two or three per module.
 
-    A large matrix is a module; all of a layer's experts are one.
+    A large matrix is a module; all experts of a layer are one.
     """
     frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
     wide = [tensor for tensor in (*trained, *frozen) if tensor.elements >= layout.persistence]

@@ -1,7 +1,7 @@
-"""What the vision tower asks of the device in one micro-batch, operation by operation. Loads no torch.
+"""Lists the operations of the vision tower in one micro-batch. Loads no torch.
 
-As transformers runs it, but that all images attend in one call and patches are embedded by one product. A test counts a
-block and a merger on the meta device. P patches, W width, I inner width.
+They are those that transformers runs, except that all images attend in one call and one product embeds the patches. A
+test counts a block and a merger on the meta device.
 """
 
 from finetune.architecture.families import Family
@@ -26,7 +26,7 @@ from finetune.planner.vision import TAKEN, pixels
 def tower(
     base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, frame_squares: float
 ) -> list[tuple[Passes, int]]:
-    """Everything by part, and how often it comes; `frame_squares` sums the frames' patches squared."""
+    """Return each part with its number of repeats; `frame_squares` is the sum of the frames' squared patches."""
     vision = base.vision
     b, p = rows.itemsize, rows.patches
     trains, levels = Reach.of(adapters).tower, len(vision.deepstack_visual_indexes)
@@ -40,7 +40,7 @@ def tower(
 
 
 def _enter(base: Family, p: int, b: int) -> list[Op]:
-    """Patches as numbers, as states, with learned positions taken from four around each; rotary tables."""
+    """Return the embedding of patches, learned positions interpolated from four around each, and rotary tables."""
     values, width = pixels(base), base.vision.hidden_size
     table = width // base.vision.num_heads
     ops = touch(p * values, 1 + WIDE, 2 * WIDE, 2 * WIDE, cast(b))
@@ -50,7 +50,7 @@ def _enter(base: Family, p: int, b: int) -> list[Op]:
 
 
 def block(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute, *, frame_squares: float) -> Passes:
-    """One block; backward where something of the tower trains."""
+    """Return the operations of one block, with backward if a part of the tower trains."""
     vision, family = base.vision, adapters.vision_blocks
     b, p = rows.itemsize, rows.patches
     width, inner = vision.hidden_size, vision.intermediate_size
@@ -76,7 +76,7 @@ def block(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
 
 
 def merger(base: Family, family: Trains, p: int, b: int, *, below: bool) -> Passes:
-    """Four patches to one token; never recomputed."""
+    """Return the operations that merge four patches into one token; they are never recomputed."""
     vision = base.vision
     width, rows = vision.hidden_size * vision.spatial_merge_size**2, p // vision.spatial_merge_size**2
     size = rows * width
@@ -91,6 +91,6 @@ def merger(base: Family, family: Trains, p: int, b: int, *, below: bool) -> Pass
 
 
 def _linear_back(rows: int, into: int, out: int, b: int, family: Trains, *, down: bool = True) -> list[Op]:
-    """As of one without a bias, and the bias's gradient."""
+    """Return the gradients of a projection with a bias: those of one without, and the gradient of the bias."""
     bias = touch(rows * out, b) if family.mode == "full" else []
     return [*linear_back(rows, into, out, b, family, down=down), *bias]

@@ -1,7 +1,7 @@
-"""What the vision tower keeps and needs at once in one micro-batch, from the operations that it runs. Loads no torch.
+"""Counts the activation bytes of the vision tower in one micro-batch, from the operations that it runs. Loads no torch.
 
-A patch is a row of the tower. Four of them make one token behind a merger, whose rows are four times as wide; so
-counted by patch a merger's matrices are as wide as the tower, too.
+A patch is a row of the tower. A merger turns four of them into one row that is four times as wide. Counted per patch, a
+merger's states are therefore as wide as the tower's.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from finetune.config import AdaptersConfig
 from finetune.planner.activations import INDEX, WIDE, Reach, Recompute, Rows
 
 TAKEN = 4
-"""Learned positions around a patch, whose mean is its own."""
+"""Learned positions around a patch, which are interpolated to its own position."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """Bytes of the whole tower."""
+    """Bytes of the complete tower."""
 
     kept: float
-    """For backward, from the tower's forward on."""
+    """Kept for backward, from the tower's forward on."""
     outputs: float
-    """Merged tokens and every DeepStack level: until the text model's forward is over, and once more as gradients."""
+    """Merged tokens and every DeepStack level: until the end of the text model's forward, and again as gradients."""
     forward: float
-    """In forward of the last block: what is kept and put out by then, and what the block needs at once."""
+    """The peak, in forward of the last block: tensors kept and returned until then, and those of the block."""
     again: float
-    """One block, recomputed, without its input, which is kept."""
+    """One recomputed block, without its input, which is kept."""
     working: float
-    """Gradients in backward of a block, in the MLP or behind it, where the MLP's states are gone already."""
+    """Gradients in backward of a block, in the MLP or after it, when the MLP's states are released."""
 
 
 def tower(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompute) -> Tower:
@@ -48,10 +48,10 @@ def tower(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
     if trains:
         block = _block(vision, adapters, itemsize)
         kept_of_block = block if recompute == "none" else state
-        tables = 2 * width // vision.num_heads * WIDE  # every block's backward turns with them once more
+        tables = 2 * width // vision.num_heads * WIDE  # the backward of every block uses them again
         kept = tables + vision.depth * kept_of_block
         around -= tables
-        widest = max(0.0, widest - kept_of_block)  # of the last block, what is kept is counted already
+        widest = max(0.0, widest - kept_of_block)  # the bytes that the last block keeps are counted already
         again = block - kept_of_block
         working = max(
             (2 * inner + 2 * width) * itemsize, 4 * width * (itemsize + WIDE) - (2 * inner + width) * itemsize
@@ -69,7 +69,7 @@ def tower(base: Family, adapters: AdaptersConfig, rows: Rows, recompute: Recompu
 
 
 def pixels(base: Family) -> int:
-    """Return the values of one patch as the tower takes it; as bytes, what a patch of a video is before that."""
+    """Return the values of one patch as the tower reads it, which is also its bytes before conversion."""
     return _values(base.vision)
 
 
@@ -78,19 +78,20 @@ def _values(vision: Vision) -> int:
 
 
 def _around(vision: Vision, itemsize: int) -> float:
-    """Return a patch's bytes beside the blocks: its values, its position in float32 with what made it, and tables."""
+    """Return the bytes of a patch outside the blocks: values, interpolation of positions in float32, and tables."""
     values = _values(vision) * itemsize
     positions = vision.hidden_size * WIDE + TAKEN * (INDEX + WIDE) + 2 * INDEX
     return values + positions + 2 * vision.hidden_size // vision.num_heads * WIDE
 
 
 def _forward(vision: Vision, itemsize: int, *, lora: bool) -> float:
-    """Return a patch's bytes at the widest point of forward: where positions are looked up, or inside a block.
+    """Return the bytes of a patch at the peak of forward: where positions are looked up, or inside a block.
 
-    A block holds its input and the normed one. Then, turning: queries, keys and values as one tensor, both copied to
-    float32 unless they are, turned queries, and three products of the keys'. Attending: the turned ones, each frame's
-    output, all frames' in one, and the projection of it. In the MLP: the state between, and the wide one twice.
-    LoRA adds its product, and that product scaled, beside each projection's output.
+    A block holds its input and the normed input. During rotation it also holds queries, keys and values as one tensor,
+    float32 copies of queries and keys, the rotated queries, and three products for the keys. During attention it holds
+    the rotated queries and keys, the output of each frame, their concatenation, and its projection. In the MLP it holds
+    the state after attention, and the wide state twice. With LoRA, each projection also holds its low-rank product and
+    the scaled product.
     """
     state, wide_state = vision.hidden_size * itemsize, vision.hidden_size * WIDE
     inner = vision.intermediate_size * itemsize
@@ -103,11 +104,12 @@ def _forward(vision: Vision, itemsize: int, *, lora: bool) -> float:
 
 
 def _block(vision: Vision, adapters: AdaptersConfig, itemsize: int) -> float:
-    """Return what one block keeps of a patch for backward.
+    """Return the bytes that one block keeps per patch for backward.
 
-    Both norms' inputs, with mean and deviation; queries, keys and values as one tensor, for the values in it; turned
-    queries and keys; the attention's output and log sums; the wide state before its activation. Where the block itself
-    trains, or has adapters: both normed states, the frames' outputs in one tensor, and the activated wide state.
+    They are the inputs of both norms, with mean and deviation; queries, keys and values as one tensor, because of the
+    values in it; rotated queries and keys; the attention's output and log sums; and the wide state before its
+    activation. A block that trains or has adapters also keeps both normed states, the concatenated outputs of the
+    frames, and the activated wide state.
     """
     width, inner = vision.hidden_size, vision.intermediate_size
     section = adapters.vision_blocks
@@ -120,10 +122,10 @@ def _block(vision: Vision, adapters: AdaptersConfig, itemsize: int) -> float:
 def _merger(
     adapters: AdaptersConfig, part: Literal["merger", "deepstack_mergers"], state: float, *, below: bool
 ) -> float:
-    """Return what one merger keeps of a patch, given the bytes of a state; mergers are never recomputed.
+    """Return the bytes that one merger keeps per patch, given the bytes of a state; mergers are never recomputed.
 
-    What goes into its activation, where anything of it or `below` it trains. With weights or adapters of its own the
-    normed and the activated state, too; and the one that its norm reads, if that trains and no block keeps it.
+    A merger keeps the input of its activation if it or anything `below` it trains. If the merger itself trains, it also
+    keeps the normed and the activated state, and the input of its norm if the norm trains and no block keeps it.
     """
     mode = getattr(adapters, part).mode
     if mode == "frozen":

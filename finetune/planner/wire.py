@@ -1,7 +1,8 @@
-"""Bytes that one rank sends in a step, by their kind and by the link that they cross. Loads no torch.
+"""Bytes that one rank sends per step, by kind and by the link that they cross. Loads no torch.
 
-Bytes are the larger side of each operation on a rank, as an all-gather yields them and an all-to-all sends them, with
-the part that stays: so they are counted in tests. What crosses a link is less, and `Traffic.seconds` says how.
+The bytes of an operation are those of its larger side on a rank: the output of an all-gather, the input of an
+all-to-all, with the part that stays on the rank. Tests count them in the same way. Fewer bytes cross a link;
+`Traffic.seconds` computes them.
 """
 
 from collections.abc import Sequence
@@ -23,26 +24,26 @@ LINK_SHARE = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """One kind of traffic of one rank in a step."""
+    """One kind of traffic of one rank per step."""
 
     kind: str
     bytes: int
     group: int
     """Ranks that take part."""
     link: str
-    """node: inside a node; network: between nodes."""
+    """`node`: inside a node; `network`: between nodes."""
     strided: bool = False
-    """A group with one member a node: each has its own network card."""
+    """A group with one rank per node, so that each has its own network card."""
     exchange: bool = False
-    """An all-to-all, of which only a share leaves the rank, and the node."""
+    """An all-to-all: only a share of the bytes leaves the rank, and the node."""
 
     @property
     def leaving(self) -> int:
-        """Return those of an exchange's bytes that leave the rank, where the rows spread evenly."""
+        """Return the bytes of an exchange that leave the rank if the rows are spread evenly."""
         return self.bytes - self.bytes // self.group
 
     def seconds(self, cluster: Cluster) -> float:
-        """Return the time on the slowest link of the way, when nothing else uses it."""
+        """Return the time on the slowest link of the path, if nothing else uses it."""
         if self.group == 1:
             return 0.0
         gpu, leaving = cluster.gpu, 1 - 1 / self.group
@@ -59,7 +60,7 @@ class Traffic:
 def traffic(
     config: RunConfig, base: Family, layout: RankLayout, cluster: Cluster, *, micro_batches: int
 ) -> list[Traffic]:
-    """Return everything that travels in one step but a few hundred bytes of sums."""
+    """Return all traffic of one step, except a few hundred bytes of sums."""
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
     frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
     every = [
@@ -74,7 +75,7 @@ def traffic(
 def _expert_exchanges(
     config: RunConfig, base: Family, layout: RankLayout, cluster: Cluster, micro_batches: int
 ) -> list[Traffic]:
-    """Return rows to their experts and back, and the counts that go ahead of them."""
+    """Return the traffic of rows to their experts and back, and of the counts sent before them."""
     experts, reach = base.text.experts, Reach.of(config.adapters)
     if experts is None or layout.ep == 1:
         return []
@@ -86,7 +87,7 @@ def _expert_exchanges(
         for number in base.moe_layers
     )
     calls = len(base.moe_layers) * rows.tiles
-    if rows.tiles > 1 and layout.recompute != "none":  # tiles of a recomputed layer ask once more, but the last
+    if rows.tiles > 1 and layout.recompute != "none":  # of a recomputed layer, all tiles but the last repeat it
         calls += len(base.moe_layers) * (rows.tiles - 1)
     counts = calls * experts.num_experts * INDEX
     return [
@@ -98,7 +99,7 @@ def _expert_exchanges(
 def _slice_exchanges(
     config: RunConfig, base: Family, layout: RankLayout, cluster: Cluster, micro_batches: int
 ) -> list[Traffic]:
-    """Return heads for tokens and back, and what the tower saw to the slices of the row that hold it."""
+    """Return the exchange of tokens for heads and back, and of the tower's features to the slices of the row."""
     if layout.sp == 1:
         return []
     rows, reach = micro_batch(config, base, layout), Reach.of(config.adapters)
@@ -125,15 +126,15 @@ def _exchange(kind: str, size: int, group: int, link: str) -> Traffic:
 def exchanged(
     base: Family, layout: RankLayout, *, out: int, back: int, tiles: int = 1, reach: Reach, first: bool = False
 ) -> int:
-    """Return the bytes of rows that a rank hands over in a layer: `out` of its tokens, `back` of its experts.
+    """Return the bytes of rows that a rank sends in a layer: `out` rows of its tokens, `back` rows of its experts.
 
-    Rows go out and come back in forward, their gradients in backward, where the `first` layer's input may need none. A
-    layer that is recomputed whole sends both ways once more; so does a tile, within a recomputed layer too.
+    Rows go out and come back in forward, and their gradients in backward, where the input of the `first` layer may need
+    no gradient. A layer with `recompute: layer` sends both ways again; so does a tile, also in a recomputed layer.
     """
     rows = out + back
     if reach.layers:
         again = float(layout.recompute == "layer")
-        if tiles > 1:  # a recomputed layer ends before its last tile, of which backward needs the input only
+        if tiles > 1:  # the second pass of a layer ends before its last tile, of which backward needs only the input
             again = 1 + (0 if layout.recompute == "none" else (tiles - 1) / tiles)
         rows += int(again * (out + back)) + out + (back if reach.first or not first else 0)
     return rows * base.text.hidden_size * layout.itemsize
@@ -147,7 +148,7 @@ def _gathers(
     micro_batches: int,
     reach: Reach,
 ) -> list[Traffic]:
-    """Return the gathers: of small tensors after each update, of larger ones in every micro-batch once released."""
+    """Return the gathers: of small tensors after each update, of larger ones in each micro-batch."""
     decoder = sum(tensor.elements for tensor in gathered([*trained, *frozen], layout) if tensor.part in DECODER)
     again = max(0.0, 1 - layout.reuse / 2 / decoder) if decoder else 0.0
     gathers = []
@@ -161,12 +162,13 @@ def _gathers(
 
 
 def _passes(tensor: Tensor, layout: RankLayout, again: float, reach: Reach) -> float:
-    """Return how often a large tensor is brought together in a micro-batch.
+    """Return how often a large tensor is gathered in a micro-batch.
 
-    Once in forward. `again` is the share of the decoder that the engine has released when backward comes to it, as it
-    keeps what is used again soon. Except for the frozen stacks that share is fetched once more after a layer was
-    recomputed. Tower and head are done when the forward is. Counted, not derived: where layers are recomputed, frozen
-    weights of the lowest recomputed ones come once more, of the tower's blocks or else the embedding.
+    It is gathered once in forward. `again` is the share of the decoder that the engine has released when backward
+    reaches it; the engine keeps weights that are used again soon. This share is fetched again after a layer was
+    recomputed, except for the frozen stacks. Tower and head are gathered in forward only. One rule is counted, not
+    derived: if layers are recomputed, frozen weights of the lowest recomputed part are gathered once more. That part is
+    the tower's blocks or else the embedding.
     """
     lowest = "vision_blocks" if reach.tower else "embeddings"
     if tensor.part == lowest and layout.recompute != "none":
@@ -187,7 +189,7 @@ def _gradients(trained: Sequence[Tensor], layout: RankLayout, cluster: Cluster, 
 
 
 def _over(kind: str, size: int, expert: bool, layout: RankLayout, cluster: Cluster) -> Traffic:
-    """Return traffic over all ranks, or over the ranks that hold the same experts, which lie ep ranks apart."""
+    """Return traffic over all ranks, or over the ranks with the same experts, which are ep ranks apart."""
     group = layout.replicas if expert else layout.world
     inside = layout.world <= cluster.per_node
     strided = expert and layout.ep >= cluster.per_node

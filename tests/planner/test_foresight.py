@@ -1,4 +1,4 @@
-"""What a run writes of its own plan, and when it warns that the two part."""
+"""Tests of plan.json, which a run writes, and of the warning when the run differs from its plan."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ def _foresight(folder: Path, case: Case, lines: list[str]) -> Foresight:
     return foresight
 
 
-def test_a_run_is_held_to_a_plan_for_the_rows_that_came_by(tmp_path: Path) -> None:
-    """Of a recipe that allows 1,024 visual tokens in 2,048, the first rows may have none: then the peak is lower."""
+def test_a_run_is_compared_with_a_plan_for_the_rows_it_has_seen(tmp_path: Path) -> None:
+    """A recipe allows 1,024 visual tokens in 2,048, but its first rows may have none: then the peak is lower."""
     lines: list[str] = []
     foresight = _foresight(tmp_path, Case(words=(), samples=(300,), supervised=2), lines)
     written = json.loads((tmp_path / "plan.json").read_text())
@@ -41,12 +41,12 @@ def test_a_run_is_held_to_a_plan_for_the_rows_that_came_by(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("share", [0.8, 1.2])
-def test_more_than_15_percent_apart_is_a_warning(share: float, tmp_path: Path) -> None:
+def test_a_difference_above_15_percent_is_a_warning(share: float, tmp_path: Path) -> None:
     lines: list[str] = []
     foresight = _foresight(tmp_path, Case(words=(), samples=(300,)), lines)
     weights = json.loads((tmp_path / "plan.json").read_text())["foreseen"]["weights_held"][0]
     foresight.weights(int(share * weights))
     (warning,) = lines
     assert warning.startswith(f"warning: weights_held is {int(share * weights) / 1e9:.3f} GB")
-    assert "do not size other runs by this plan" in warning
+    assert "Do not size other runs by this plan" in warning
     assert json.loads((tmp_path / "plan.json").read_text())["measured"]["weights_held"] == int(share * weights)

@@ -1,4 +1,4 @@
-"""The operations that the planner counts by formula, held to those that the real modules ask for on the meta device."""
+"""Compares the operations that the planner counts with those that the real modules run on the meta device."""
 
 import math
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ from finetune.planner.operations import Op, mm, spent
 from finetune.planner.tower import block, merger
 
 WITHIN = 0.02
-"""Of the bytes of each kind; the number of operations is the same, and the products' floating-point operations are."""
+"""Relative tolerance for the bytes of each kind; numbers of operations must be equal, and so must products' FLOPs."""
 SMALL = Text(
     hidden_size=320,
     intermediate_size=64,
@@ -46,7 +46,7 @@ SMALL = Text(
 )
 REAL = family("qwen3-vl-30b-a3b").text
 TOWER = Vision(out_hidden_size=320, hidden_size=192, intermediate_size=400, num_heads=6, depth=2)
-ONCE = "flash_in_one_call"  # transformers hands a row's borders to attentions whose name has "flash" in it
+ONCE = "flash_in_one_call"  # transformers passes cu_seqlens to attention functions whose name contains "flash"
 
 
 def _base(text: Text = SMALL) -> Family:
@@ -54,7 +54,7 @@ def _base(text: Text = SMALL) -> Family:
 
 
 def _same(counted: Operations, ops: Iterable[Op]) -> None:
-    """Of every kind as many operations, bytes, floating-point operations; attention's are not counted."""
+    """Assert equal operations, bytes and FLOPs for every kind; the FLOPs of attention are not counted."""
     ops = list(ops)
     for kind in {*counted.kinds, *(op.kind for op in ops)}:
         mine, here = [op for op in ops if op.kind == kind], counted.kinds[kind]
@@ -76,7 +76,7 @@ def _same(counted: Operations, ops: Iterable[Op]) -> None:
     ],
     ids=["30b", "30b, two chunks", "30b, partitioned", "small, full", "dense", "small, router"],
 )
-def test_a_decoder_layer_asks_for_what_the_planner_counts(text, tokens, modes, resident, balance, recompute):
+def test_a_decoder_layer_runs_the_operations_that_the_planner_counts(text, tokens, modes, resident, balance, recompute):
     attention, experts, router = modes
     adapters = AdaptersConfig(
         attention=DensePartConfig(mode=attention),
@@ -110,7 +110,7 @@ def _in_one_call(module: Any, query, key, value, attention_mask=None, *, cu_seq_
 @pytest.mark.parametrize(
     ("mode", "recompute"), [("frozen", "layer"), ("lora", "none"), ("lora", "layer"), ("full", "layer")]
 )
-def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
+def test_the_tower_runs_the_operations_that_the_planner_counts(mode, recompute):
     patches = 1024
     ALL_ATTENTION_FUNCTIONS.register(ONCE, _in_one_call)
     sizes = {k: getattr(TOWER, k) for k in ("out_hidden_size", "hidden_size", "intermediate_size", "num_heads")}
@@ -154,8 +154,8 @@ def test_the_tower_asks_for_what_the_planner_counts(mode, recompute):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_head_asks_for_what_the_planner_counts(trained):
-    tokens = 1000  # three tiles and a rest
+def test_the_head_runs_the_operations_that_the_planner_counts(trained):
+    tokens = 1000  # three full tiles and a smaller one
     with torch.device("meta"):
         module = TiledHead(SMALL.hidden_size, SMALL.vocab_size, bias=False, dtype=torch.bfloat16)
         hidden = torch.empty(tokens, SMALL.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -173,7 +173,7 @@ def test_the_head_asks_for_what_the_planner_counts(trained):
     _same(backward, foreseen.backward)
 
 
-def test_an_operation_takes_as_long_as_its_slowest_need():
+def test_the_slowest_resource_decides_the_time_of_an_operation():
     h100 = gpu("h100-80gb")
     memory, compute = mm(4096, 2048, 16, 2), mm(8192, 8192, 8192, 2)
     seconds = spent([(memory, 1), (compute, 2), (mm(1, 1, 1, 2), 10)], h100, local_experts=1)
@@ -188,14 +188,14 @@ def test_an_operation_takes_as_long_as_its_slowest_need():
     assert math.isclose(sum(seconds.kinds.values()), sum(seconds.limits.values()))
 
 
-def test_without_a_grouped_kernel_each_expert_is_a_product_of_its_own():
+def test_without_a_grouped_kernel_each_expert_is_a_separate_product():
     grouped = [(Op("grouped_mm", 1e3, 1e3), 1)]
     for name, launches in (("a100-80gb", 16), ("h100-80gb", 1)):
         assert spent(grouped, gpu(name), local_experts=16).launches == launches
 
 
-def test_launches_are_counted_beside_the_stock_parts():
-    """All counts are of real modules; the stock parts rebuild every expert's weights, which the bytes show."""
+def test_launches_are_counted_for_our_modules_and_the_stock_ones():
+    """All counts come from real modules; the stock ones rebuild the weights of every expert, as the bytes show."""
     by_pass = {figure.metric.rpartition(", ")[2]: figure for figure in figures(SMALL, (300,))}
     assert list(by_pass) == ["forward", "recompute", "backward", "all", "read and written"]
     every = by_pass["all"]

@@ -1,4 +1,4 @@
-"""The planner's arithmetic: published points, what ships fits, what it proposes, and what the command says."""
+"""Tests of the planner: published numbers, fit of the shipped recipes, proposals, and the output of the command."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def _plan(recipe: str, *words: str, gpus: int, gpu: str = "h100-80gb", per_node:
     ("name", "attention", "experts", "active"),
     [("qwen3-vl-30b-a3b", 13.4e6, 629e6, 39.3e6), ("qwen3-vl-235b-a22b", 50.8e6, 2464e6, 154e6)],
 )
-def test_trained_parameters_are_those_published_points_use(name, attention, experts, active) -> None:
+def test_trained_parameters_match_published_numbers(name, attention, experts, active) -> None:
     words = ("adapters.attention.r=16", "adapters.experts.r=16", f"model.family={name}")
     tensors = trained_tensors(family(name), _config(*words).adapters, ep=1)
     parts = {part: sum(t.elements for t in tensors if t.part == part) for part in ("attention", "experts")}
@@ -52,7 +52,7 @@ def test_trained_parameters_are_those_published_points_use(name, attention, expe
 
 
 @pytest.mark.parametrize(("name", "active"), [("qwen3-vl-30b-a3b", 3.04e9), ("qwen3-vl-235b-a22b", 21.57e9)])
-def test_operations_of_a_token_are_two_a_parameter_it_passes(name, active) -> None:
+def test_operations_of_a_token_are_twice_its_active_parameters(name, active) -> None:
     meter = FlopMeter(family(name), {"attention": Training(mode="full")})
     forward = {part: flops.forward for part, flops in meter.count(Work(tokens=1, supervised=1)).items()}
     assert sum(forward.values()) / 2 == pytest.approx(active, rel=0.01)
@@ -62,14 +62,14 @@ def test_operations_of_a_token_are_two_a_parameter_it_passes(name, active) -> No
     ("recipe", "ep", "megabytes"),
     [("qwen3-vl-30b-a3b-lora", 2, 4.7), ("qwen3-vl-30b-a3b-lora", 8, 8.3), ("qwen3-vl-235b-a22b-lora", 8, 32.3)],
 )
-def test_rows_to_experts_weigh_what_is_published(recipe, ep, megabytes) -> None:
-    """Of a token, with all of a layer recomputed; what stays on the rank is not on a link."""
+def test_bytes_of_rows_to_experts_match_published_numbers(recipe, ep, megabytes) -> None:
+    """Count bytes per token, with all of a layer recomputed and without rows that stay on their rank."""
     planned = _plan(recipe, f"parallel.ep={ep}", "parallel.recompute=layer", "data.packs_per_step=8", gpus=8)
     rows = next(kind for kind in planned.traffic if kind.kind == "expert rows")
     assert rows.bytes / 8192 * (ep - 1) / ep / 1e6 == pytest.approx(megabytes, rel=0.015)
 
 
-def test_resident_weights_are_those_published() -> None:
+def test_resident_weights_match_published_numbers() -> None:
     always = _plan("qwen3-vl-30b-a3b-lora", gpus=8).memory.always
     weights = sum(size for name, size in always.items() if name.endswith("resident"))
     spare = 48 * 16 * 8 * 2 * 2048 * 2  # rows and columns for the adapters
@@ -82,14 +82,14 @@ def test_the_shipped_recipes_fit_80_gb_with_a_margin(recipe, gpus, capsys) -> No
     assert main(["plan", recipe, "--gpus", str(gpus), "--gpu", "h100-80gb", "--price", "2.5"]) == 0
     printed = capsys.readouterr().out
     assert "GB free" in printed
-    assert "at 2.5 an hour" in printed
+    assert "at 2.5 per hour" in printed
     planned = _plan(recipe, gpus=gpus)
     assert planned.margin > 0.1 * planned.cluster.gpu.memory_bytes
     assert planned.memory.total == sum(planned.memory.components.values())
 
 
-def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
-    """Of the plan, of its search, of both `auto`s of a run, and of the page."""
+def test_every_part_gives_the_same_answer_for_30b_on_one_card_of_80_gb(monkeypatch, capsys) -> None:
+    """The plan, its search, both `auto`s of a run and the page agree."""
     recipe, words = "qwen3-vl-30b-a3b-lora", ("parallel.ep=1", "parallel.recompute=layer", "data.packs_per_step=8")
     planned = _plan(recipe, *words, gpus=1)
     assert planned.fits
@@ -110,11 +110,11 @@ def test_30b_on_one_card_of_80_gb_has_one_answer(monkeypatch, capsys) -> None:
     assert _plan("qwen3-vl-30b-a3b-one-gpu", gpus=1).memory == planned.memory
 
 
-def test_without_5_percent_to_spare_it_does_not_fit(capsys) -> None:
+def test_a_run_that_leaves_less_than_5_percent_free_does_not_fit(capsys) -> None:
     words = ["data.packs_per_step=8", "parallel.ep=1", "parallel.recompute=layer", "data.tokens_per_pack=22528"]
     assert main(["plan", "qwen3-vl-30b-a3b-lora", *words, "--gpus", "1", "--gpu", "h100-80gb"]) == 3
     printed = capsys.readouterr().out
-    assert re.search(r"GB of 84\.93: [0-4]\.\d+ GB free, LESS than the 5% to spare", printed)
+    assert re.search(r"GB of 84\.93: [0-4]\.\d+ GB free, LESS than the margin of 5%", printed)
     assert re.search(
         r"frozen weights partitioned \(auto: with resident .* needs 8\d\.\d GB of 84.9 GB, of which 5% must stay free",
         printed,
@@ -125,13 +125,13 @@ def test_without_5_percent_to_spare_it_does_not_fit(capsys) -> None:
     ("recipe", "gpus", "resident"),
     [("qwen3-vl-30b-a3b-lora", 8, True), ("qwen3-vl-30b-a3b-long", 16, True), ("qwen3-vl-235b-a22b-lora", 64, False)],
 )
-def test_shipped_recipes_keep_weights_as_auto_would(recipe, gpus, resident) -> None:
+def test_shipped_recipes_place_weights_as_auto_would(recipe, gpus, resident) -> None:
     asked = _plan(recipe, gpus=gpus)
     assert asked.fits
     assert asked.layout.resident == _plan(recipe, "parallel.resident=auto", gpus=gpus).layout.resident == resident
 
 
-def test_what_does_not_fit_exits_with_3_and_says_what_does(capsys) -> None:
+def test_a_plan_that_does_not_fit_exits_with_3_and_names_one_that_does(capsys) -> None:
     words = ["plan", "qwen3-vl-235b-a22b-lora", "--gpus", "64", "--gpu", "h100-80gb"]
     assert main([*words, "parallel.resident=frozen", "parallel.recompute=none"]) == 3
     printed = capsys.readouterr().out
@@ -145,8 +145,8 @@ def test_fit_proposes_with_reasons_and_runners_up(capsys) -> None:
     answer = json.loads(capsys.readouterr().out)
     proposals = answer["fit"]["proposals"]
     assert 2 <= len(proposals) <= 4
-    assert all("tokens/s a GPU" in proposal["reason"] and proposal["margin"] > 0 for proposal in proposals)
-    assert answer["layout"]["resident"]  # 30B stays whole on GPUs of this size
+    assert all("tokens/s per GPU" in proposal["reason"] and proposal["margin"] > 0 for proposal in proposals)
+    assert answer["layout"]["resident"]  # 30B stays resident on GPUs of this size
     assert answer["cluster"]["nodes"] == 2
 
 
@@ -163,7 +163,7 @@ DENSE_FULL = ("model.family=qwen3-vl-32b", *DENSE, "adapters.attention.mode=full
         ("qwen3-vl-30b-a3b-lora", 2, "h100-80gb", ("data.tokens_per_pack=262144", "data.packs_per_step=2")),
     ],
 )
-def test_fit_where_nothing_does_names_a_change_that_helps(recipe, gpus, gpu, words, capsys) -> None:
+def test_fit_names_a_change_that_helps_when_nothing_fits(recipe, gpus, gpu, words, capsys) -> None:
     words = [*words, "data.packs_per_step=64"] if "data.packs_per_step=2" not in words else [*words]
     line = ["plan", recipe, *words, "--gpu", gpu, "--fit"]
     assert main([*line, "--gpus", str(gpus)]) == 3
@@ -176,8 +176,8 @@ def test_fit_where_nothing_does_names_a_change_that_helps(recipe, gpus, gpu, wor
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["fit"]["proposals"] == []
 
 
-def test_fit_takes_recipes_that_need_a_sequence_group(capsys) -> None:
-    """Fewer packs than ranks: some group of ranks shares each row, whatever the recipe says so far."""
+def test_fit_accepts_recipes_that_need_a_sequence_group(capsys) -> None:
+    """A group of ranks must share each row if there are fewer packs than ranks, whatever the recipe says."""
     words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "8", "--gpu", "h100-80gb", "--fit", "--json"]
     assert main([*words, "data.packs_per_step=4"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"]["sp"] in (2, 4, 8)
@@ -185,7 +185,7 @@ def test_fit_takes_recipes_that_need_a_sequence_group(capsys) -> None:
     assert "it must divide by the 16 data ranks" in capsys.readouterr().err
 
 
-def test_what_fits_as_it_is_needs_no_change(capsys) -> None:
+def test_a_recipe_with_the_proposed_values_needs_no_change(capsys) -> None:
     words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "8", "--gpu", "h100-80gb", "--fit", "--json"]
     assert main(words) == 0
     best = json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"]
@@ -195,7 +195,7 @@ def test_what_fits_as_it_is_needs_no_change(capsys) -> None:
 
 
 def test_an_update_takes_one_group_of_weights_at_a_time() -> None:
-    """All of 30B trained on eight GPUs: the gradients of 15 GB a rank are not there twice."""
+    """The gradients, 15 GB per rank when all of 30B trains on eight GPUs, do not exist twice."""
     full = (*(f"adapters.{family}.mode=full" for family in ("attention", "experts", "router")), "parallel.ep=8")
     planned = _plan("qwen3-vl-30b-a3b-lora", *full, "parallel.recompute=layer", gpus=8)
     update = next(moment for moment in planned.memory.moments if moment.name == "update")
@@ -204,7 +204,7 @@ def test_an_update_takes_one_group_of_weights_at_a_time() -> None:
     assert planned.fits
 
 
-def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> None:
+def test_auto_is_resolved_for_the_machine_and_refused_if_nothing_fits() -> None:
     config = _config("parallel.ep=auto", "parallel.recompute=auto")
     assert effective(config)["parallel"]["ep"] == "auto"
     base = base_family(config)
@@ -216,7 +216,7 @@ def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> Non
         ValueError, match="parallel.ep: auto and parallel.recompute: auto: nothing fits 8 ranks of 4 GB"
     ):
         resolve_auto(config, base, ranks=8, per_node=8, memory_bytes=4 * 10**9, device=True)
-    with pytest.raises(ValueError, match="is settled before a plan is made"):
+    with pytest.raises(ValueError, match="must be resolved before a run is planned"):
         plan(config, base, cluster("h100-80gb", gpus=8, per_node=None, price=None))
     with pytest.raises(ValueError, match="auto must be resolved before operations are counted"):
         FlopMeter(base, {}, recompute="auto")
@@ -231,12 +231,12 @@ def test_auto_is_resolved_by_the_machine_and_refused_where_nothing_fits() -> Non
         (["--gpus", "3", "--gpu", "h100-80gb"], "it must divide the number of ranks, 3"),
     ],
 )
-def test_wrong_input_is_named(words, message, capsys) -> None:
+def test_errors_name_the_wrong_input(words, message, capsys) -> None:
     assert main(["plan", "qwen3-vl-30b-a3b-lora", *words]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_peaks_of_devices_by_their_own_names() -> None:
+def test_peak_rates_are_found_by_device_names() -> None:
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989.4e12
     assert peak_flops("NVIDIA H20") == 148e12
@@ -250,7 +250,7 @@ def test_shares_have_ranges(flag, capsys) -> None:
     assert ", found" in capsys.readouterr().err
 
 
-def test_a_slow_host_is_waited_for_and_named(capsys) -> None:
+def test_a_slow_host_delays_the_step_and_is_named(capsys) -> None:
     words = ["plan", "qwen3-vl-30b-a3b-lora", "--gpus", "8", "--gpu", "h100-80gb", "--json"]
     times = []
     for microseconds in ("16", "500"):
@@ -267,32 +267,32 @@ def test_a_slow_host_is_waited_for_and_named(capsys) -> None:
 
 
 @pytest.mark.parametrize("words", [("--launch-us", "0"), ("--image-tokens", "0"), ("--efficiency", "0.3")])
-def test_what_the_time_model_cannot_use_is_refused(words, capsys) -> None:
+def test_values_that_the_time_model_cannot_use_are_refused(words, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "tiny-cpu", "--gpus", "2", "--gpu", "h100-80gb", *words])
     assert words[0] in capsys.readouterr().err
 
 
-def test_a_row_of_text_skips_a_tower_that_is_whole_and_frozen() -> None:
+def test_a_row_of_text_skips_a_resident_frozen_tower() -> None:
     def operations(*words: str, share: float) -> int:
         config, machines = _config(*words), cluster("h100-80gb", gpus=8, per_node=None, price=None)
         return plan(config, base_family(config), machines, assumed=Assumed(vision_share=share)).time.launches
 
     blocks = 27 * 24  # operations of the tower's blocks
     assert operations(share=0.5) - operations(share=0.0) > blocks
-    # every rank calls a tower that is gathered, or has gradients to bring down
+    # every rank calls a tower that is gathered or that needs gradients
     assert operations("parallel.resident=none", share=0.0) - operations(share=0.0) > blocks
     assert operations("adapters.vision_blocks.mode=lora", share=0.0) - operations(share=0.0) > 2 * blocks
 
 
-def test_weights_that_are_gathered_cost_the_host_their_hooks() -> None:
+def test_gathered_weights_cost_the_host_time_for_hooks() -> None:
     whole = _plan("qwen3-vl-30b-a3b-lora", "parallel.resident=frozen", gpus=8).time
     cut = _plan("qwen3-vl-30b-a3b-lora", "parallel.resident=none", gpus=8).time
     assert cut.host > 1.2 * whole.host * cut.launches / whole.launches
 
 
-def test_more_of_everything_takes_more() -> None:
-    """Directions that no change of a formula may turn round."""
+def test_larger_settings_need_more_resources() -> None:
+    """Check directions that no change of a formula may reverse."""
     shipped = _plan("qwen3-vl-30b-a3b-lora", gpus=8)
     assert _plan("qwen3-vl-30b-a3b-lora", "data.tokens_per_pack=16384", gpus=8).memory.peak > shipped.memory.peak
     assert _plan("qwen3-vl-30b-a3b-lora", "parallel.recompute=layer", gpus=8).memory.peak < shipped.memory.peak
@@ -307,7 +307,7 @@ def test_more_of_everything_takes_more() -> None:
     assert wide.time.seconds["expert rows"] > 2 * shipped.time.seconds["expert rows"]
 
 
-def test_every_gpu_of_the_table_plans_a_dense_size() -> None:
+def test_a_dense_model_fits_every_gpu_of_the_table() -> None:
     for name in gpu_names():
         planned = _plan("tiny-cpu", "model.family=tiny-dense", *DENSE, gpus=1, gpu=name)
         assert planned.fits
@@ -320,14 +320,14 @@ def test_a_plan_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=ROOT, capture_output=True)
 
 
-def test_traffic_counts_nothing_between_one_rank_and_itself() -> None:
+def test_a_single_rank_has_no_traffic() -> None:
     config = _config("parallel.ep=1", "data.packs_per_step=1")
     machine = cluster("h200-141gb", gpus=1, per_node=None, price=None)
     layout = plan(config, base_family(config), machine).layout
     assert traffic(config, base_family(config), layout, machine, micro_batches=1) == []
 
 
-def test_long_rows_take_less_in_tiles_and_with_activations_in_host_memory() -> None:
+def test_tiles_and_activations_in_host_memory_save_memory_for_long_rows() -> None:
     long = ("data.tokens_per_pack=131072", "data.packs_per_step=8", "parallel.recompute=layer")
     plain = _plan("qwen3-vl-30b-a3b-lora", *long, gpus=8)
     tiled = _plan("qwen3-vl-30b-a3b-lora", *long, "parallel.tile_tokens=8192", gpus=8)

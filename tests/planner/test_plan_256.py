@@ -1,6 +1,6 @@
-"""235B under 256 ranks on one machine: set-up and checkpoint planning on meta in a pretended process group, as planned.
+"""Compares the plan of 235B on 256 ranks with set-up and checkpoint planning on meta in a fake process group.
 
-The checkpoint's own code cuts, spreads and plans for each of the 256 ranks in turn; nothing but the data is missing.
+The checkpoint's own code cuts, distributes and plans for each of the 256 ranks in turn; only the data is missing.
 """
 
 import json
@@ -103,7 +103,7 @@ def _run(folder: Path, base: Family, code: str, rank: int, *words: str) -> Any:
 
 
 def _planned(base: Family) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...], int]:
-    """What the planner says of the recipe; the tensors that train, those that do not; how many checkpoints are kept."""
+    """Return the plan of the recipe, its trained and frozen tensors, and the number of checkpoints to keep."""
     config, problems = load_recipe(RECIPE, [f"data.packs_per_step={WORLD}"])
     assert not problems
     planned = plan(config, base, cluster("h100-80gb", gpus=WORLD, per_node=None, price=None))
@@ -112,8 +112,8 @@ def _planned(base: Family) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...]
     return planned, trained, frozen, config.checkpoint.keep
 
 
-@pytest.mark.parametrize("rank", [WORLD - 1, pytest.param(0, marks=pytest.mark.slow)])  # the same, once more
-def test_a_rank_of_256_holds_what_the_planner_says(tmp_path: Path, rank: int) -> None:
+@pytest.mark.parametrize("rank", [WORLD - 1, pytest.param(0, marks=pytest.mark.slow)])  # rank 0 repeats the same checks
+def test_a_rank_of_256_holds_the_planned_bytes(tmp_path: Path, rank: int) -> None:
     base = family("qwen3-vl-235b-a22b")
     planned, trained, frozen, _ = _planned(base)
     counted = _run(tmp_path, base, RANK, rank)
@@ -127,9 +127,9 @@ def test_a_rank_of_256_holds_what_the_planner_says(tmp_path: Path, rank: int) ->
     assert planned.fits
 
 
-# all 94 layers are 866,000 pieces: minutes
+# all 94 layers are 866,000 pieces, which take minutes
 @pytest.mark.parametrize("layers", [3, pytest.param(94, marks=pytest.mark.slow)])
-def test_256_ranks_plan_a_checkpoint_without_a_gap_and_of_the_planned_size(tmp_path: Path, layers: int) -> None:
+def test_256_ranks_plan_a_checkpoint_without_gaps_and_of_the_planned_size(tmp_path: Path, layers: int) -> None:
     whole = family("qwen3-vl-235b-a22b")
     assert whole.text.num_hidden_layers == 94
     base = replace(whole, text=replace(whole.text, num_hidden_layers=layers))
@@ -141,7 +141,7 @@ def test_256_ranks_plan_a_checkpoint_without_a_gap_and_of_the_planned_size(tmp_p
         spans = sorted((begin, begin + length) for _, begin, length in pieces if length)
         assert spans[0][0] == 0
         assert spans[-1][1] == size
-        assert all(one[1] == other[0] for one, other in pairwise(spans)), "a gap, or a slice that is written twice"
+        assert all(one[1] == other[0] for one, other in pairwise(spans)), "a gap or a slice that is written twice"
         for rank, _, length in pieces:
             bytes_of[rank] += 4 * length
     assert {kind for kind in (name.partition("/")[0] for name in rows)} == {"master", "exp_avg", "exp_avg_sq"}
@@ -152,7 +152,7 @@ def test_256_ranks_plan_a_checkpoint_without_a_gap_and_of_the_planned_size(tmp_p
 
 
 def _held(tensor: Tensor, rank: int) -> int:
-    """Elements of a tensor that one rank keeps, by the engine's rule: equal slices in order, the last ones shorter."""
+    """Return the elements that one rank keeps, by the engine's rule: equal slices in order, the last ones shorter."""
     pieces, place = (WORLD // EP, rank // EP) if tensor.expert else (WORLD, rank)
     piece = -(-tensor.elements // pieces)
     return min(piece, max(0, tensor.elements - place * piece))

@@ -1,4 +1,4 @@
-"""The planner against real engines on ranks: what it says they hold, need at most and send, and what they do."""
+"""Compares the planner with real engines on ranks: memory between steps, peak memory and traffic."""
 
 from dataclasses import replace
 from functools import cache
@@ -20,10 +20,10 @@ from finetune.planner.rank_layout import RankLayout
 from finetune.planner.wire import Traffic, exchanged, traffic
 
 SMALL = 1000
-"""Of elements: below, a tensor stays whole between steps. The real limit is above every tensor of the tiny model."""
+"""Elements below which a tensor stays gathered between steps; the real limit exceeds every tensor of the tiny model."""
 
 TEXT = ("adapters.router.mode=frozen", "adapters.vision_blocks.mode=frozen", "adapters.merger.mode=frozen")
-"""LoRA on attention and experts. The recipe itself trains the router, too, and the tower."""
+"""LoRA on attention and experts. The recipe itself also trains the router and the tower."""
 TOWER = ("adapters.router.mode=frozen",)
 DENSE = ("adapters.experts.mode=frozen", *TOWER)
 IMAGES = {"samples": (260, 124), "images": ((1, 16, 16), (1, 16, 16))}
@@ -140,7 +140,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def _measured(bases: Path, start: str) -> tuple[Family, list[list[Measured]]]:
-    """Of each case, every rank's."""
+    """Return the base, and for each case the measurements of all ranks."""
     world, experts, cases = STARTS[start]
     folder = bases / ("dense" if experts is None else "sparse")
     if not folder.exists():
@@ -161,7 +161,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("start", "number"), EVERY)
-def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> None:
+def test_memory_and_traffic_of_ranks_match_the_plan(start: str, number: int, bases: Path) -> None:
     family, measured = _measured(bases, start)
     world, _, cases = STARTS[start]
     ranks, case = measured[number], cases[number]
@@ -173,7 +173,7 @@ def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> 
         assert planned.always["gradients"] == rank.gradients
         assert planned.static == pytest.approx(rank.static, rel=0.05)
         assert planned.peak == pytest.approx(rank.peak, rel=0.10)
-        if rank.peak > 1.2 * rank.static:  # and without what always exists
+        if rank.peak > 1.2 * rank.static:  # and without the part that always exists
             assert planned.highest.total == pytest.approx(rank.peak - rank.static, rel=0.20)
     here = cluster("h100-80gb", gpus=world, per_node=None, price=None)
     sent = traffic(config, family, layout, here, micro_batches=MICRO_BATCHES)
@@ -185,19 +185,19 @@ def test_what_ranks_hold_need_and_send(start: str, number: int, bases: Path) -> 
             gone = sum(between_ranks(rank.leaving, collective) for rank in ranks) / world
             assert sum(kind.leaving for kind in foreseen) == pytest.approx(gone, rel=0.05)
     if not _depends_on_more(config, layout):
-        _exact_for_what_was_chosen(config, family, layout, ranks, sent)
+        _assert_exact_traffic(config, family, layout, ranks, sent)
 
 
 def _depends_on_more(config: RunConfig, layout: RankLayout) -> bool:
-    """Whether bytes depend on where images lie in a row, or on which rows are in a recomputed layer's last tile."""
+    """Return whether bytes depend on the places of images in a row, or on the rows of a layer's last tile."""
     sees = layout.sp > 1 and config.data.vision_tokens_per_pack > 1
     return sees or (layout.tile_tokens > 0 and layout.recompute != "none")
 
 
-def _exact_for_what_was_chosen(
+def _assert_exact_traffic(
     config: RunConfig, family: Family, layout: RankLayout, ranks: list[Measured], sent: list[Traffic]
 ) -> None:
-    """Of the rows that each rank's tokens sent where, the planner's formula gives the bytes to the last one."""
+    """Assert that the planner's formula gives the exact bytes for the rows that ranks sent to each other."""
     others = [entry for entry in sent if entry.exchange and entry.kind != "expert rows"]
     tiles, reach = micro_batch(config, family, layout).tiles, Reach.of(config.adapters)
     ep = layout.ep
@@ -215,5 +215,5 @@ def _exact_for_what_was_chosen(
 
 
 def _by_owner(chosen: list[list[int]], ep: int) -> list[list[int]]:
-    """Of each layer, how many rows go to each rank of the group."""
+    """Return, for each layer, the number of rows that go to each rank of the group."""
     return [[sum(layer[n : n + len(layer) // ep]) for n in range(0, len(layer), len(layer) // ep)] for layer in chosen]

@@ -1,4 +1,4 @@
-"""What is written down before a GPU measures it is what the planner says, so that it only changes knowingly."""
+"""Checks that the written predictions are those of the planner, so that they change only on purpose."""
 
 import json
 
@@ -7,8 +7,8 @@ from finetune.settings.checks import base_family, cross_check
 from finetune.settings.recipes import load_recipe
 
 
-def test_the_file_says_what_the_planner_says_today() -> None:
-    """`python -m benchmarks.planner.predictions` renews it, in the commit that changes the planner."""
+def test_the_file_holds_the_current_predictions_of_the_planner() -> None:
+    """Renew the file with `python -m benchmarks.planner.predictions` in the commit that changes the planner."""
     written = json.loads(predictions.PATH.read_text())
     assert len({case["name"] for case in written}) == len(written) == 10
     commits = [{"commit": case["commit"]} for case in written]
@@ -16,7 +16,7 @@ def test_the_file_says_what_the_planner_says_today() -> None:
     assert written == [case | commit for case, commit in zip(today, commits, strict=True)]
 
 
-def test_every_prediction_is_of_a_run_that_can_be_started() -> None:
+def test_every_prediction_describes_a_run_that_can_start() -> None:
     for case in json.loads(predictions.PATH.read_text()):
         recipe, *words = case["words"]
         config, problems = load_recipe(recipe, words)
