@@ -1,4 +1,4 @@
-"""A pack as tensors: what one forward pass of one rank takes, and a step as what one optimiser step takes."""
+"""Tensors for training: a batch is the input of one forward pass on one rank, a step that of one optimiser step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ DUMMY_TOKENS = 8  # a row for a rank without a pack; its loss weights are zero
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """One packed row of T tokens. All images come first, then all videos, so that one call of the tower takes them."""
+    """One packed row of T tokens. Images and videos are kept apart: one call of the tower takes all of one kind."""
 
     input_ids: Tensor  # int64 [1, T]
-    loss_weights: Tensor  # float32 [1, T], of the token as a label; zero for every sample's first token and for padding
+    loss_weights: Tensor  # float32 [1, T], of the token as a label; 0 for the first token of a sample and for padding
     positions: Tensor  # int64 [4, 1, T]: row 0 restarts with each sample, rows 1 to 3 are its time, height, width
     sample_ids: Tensor  # int32 [1, T], number of the sample in `keys`; -1 for padding
-    cu_seq_lens: Tensor  # int32 [segments + 1], padding is a segment of its own; for queries and keys alike
-    max_length: int  # of a segment
-    image_patches: Tensor  # uint8 [patches, 3 * patch * patch], to be normalised and doubled in time on the device
+    cu_seq_lens: Tensor  # int32 [segments + 1], the same for queries and keys; padding is a segment of its own
+    max_length: int  # of the longest segment
+    image_patches: Tensor  # uint8 [patches, 3 * patch * patch]; the device normalises them and doubles them in time
     image_grids: Tensor  # int64 [images, 3]
     video_patches: Tensor  # uint8 [patches, 3 * temporal * patch * patch]
     video_grids: Tensor  # int64 [videos, 3]
@@ -31,18 +31,18 @@ class Batch:
 
     @property
     def attention(self) -> dict[str, Any]:
-        """All four variable-length arguments: with fewer of them attention leaks across samples without an error."""
+        """All four arguments for variable lengths. If one is missing, attention silently crosses samples."""
         cuts, longest = self.cu_seq_lens, self.max_length
         return {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts, "max_length_q": longest, "max_length_k": longest}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """What divides the loss, summed over one rank's samples: by token, by sample, or by the root of its tokens."""
+    """Divisors of the loss, summed over one rank's samples: one for each way to average."""
 
     tokens: float = 0.0  # sum of loss weights
-    samples: float = 0.0  # samples with any
-    sqrt: float = 0.0  # sum over samples of the square root of its sum of loss weights
+    samples: float = 0.0  # samples that carry loss
+    sqrt: float = 0.0  # square root of each sample's sum of loss weights, summed over samples
 
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(
@@ -52,7 +52,7 @@ class LossSums:
 
 @dataclass(frozen=True, kw_only=True)
 class BadSample:
-    """A sample that failed while it was read: `unit` is its number in every plan of this corpus."""
+    """A sample that could not be read; `unit` is its number in every plan of this corpus."""
 
     unit: int
     source: str
@@ -66,22 +66,22 @@ class BadSample:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """One rank's share of one optimiser step: as many batches on every rank, dummies where there is no pack."""
+    """One rank's share of one optimiser step. Every rank has the same number of batches; some may be dummies."""
 
     epoch: int
     step: int
     batches: tuple[Batch, ...]
     sums: LossSums  # of this rank only
-    bad: tuple[BadSample, ...]  # left out of this rank's packs; every rank's `quarantine` takes them
-    notes: tuple[str, ...]  # what samples say about themselves: a video with fewer frames than asked
+    bad: tuple[BadSample, ...]  # left out of this rank's packs; pass those of all ranks to `quarantine`
+    notes: tuple[str, ...]  # remarks about samples, for instance a video with fewer frames than requested
     tokens: int  # without padding and dummies
     images: int
-    video_seconds: float  # of the ranges that were looked at
-    wait_seconds: float  # how long the trainer waited for data
+    video_seconds: float  # of the parts that the records select
+    wait_seconds: float  # time that the trainer waited for data
 
 
 def loss_sums(batch: Batch) -> LossSums:
-    """Sums of one batch, computed from what the loss will see."""
+    """Return the sums of one batch, computed from the same weights as the loss."""
     ids, weights = batch.sample_ids[0].long(), batch.loss_weights[0].double()
     owned = ids >= 0
     per_sample = torch.zeros(len(batch.keys), dtype=torch.float64).index_add(0, ids[owned], weights[owned])
@@ -91,19 +91,22 @@ def loss_sums(batch: Batch) -> LossSums:
 
 
 def label_places(batch: Batch) -> Tensor:
-    """Where in the row a supervised token stands: int64, in their order."""
+    """Return the indices of supervised tokens in the row, ascending, as int64."""
     return ((batch.loss_weights[0] != 0) & (batch.sample_ids[0] >= 0)).nonzero()[:, 0]
 
 
 def media_places(batch: Batch, *, merge: int, image_id: int, video_id: int) -> tuple[Tensor, Tensor]:
-    """Where the tokens of a row's images stand, and of its videos; ValueError unless their patches make as many."""
+    """Return the indices of a row's image tokens and of its video tokens.
+
+    Raise ValueError if their number does not match the patches.
+    """
     places = []
     for kind, token, patches in (("images", image_id, batch.image_patches), ("videos", video_id, batch.video_patches)):
         at_N, made = (batch.input_ids[0] == token).nonzero()[:, 0], len(patches) // merge**2
         if len(at_N) != made:
             raise ValueError(
-                f"{', '.join(batch.keys)}: the row has {len(at_N)} tokens for {kind}, their patches make {made}. The "
-                f"template that wrote the tokens is not of this base"
+                f"{', '.join(batch.keys)}: the row has {len(at_N)} tokens for {kind}, but their patches make {made}. "
+                f"The chat template does not belong to this base"
             )
         places.append(at_N)
     return places[0], places[1]
@@ -112,14 +115,17 @@ def media_places(batch: Batch, *, merge: int, image_id: int, video_id: int) -> t
 def collate(
     samples: Sequence[Sample], *, keys: Sequence[str], pad_id: int, multiple: int, widths: tuple[int, int]
 ) -> Batch:
-    """Samples in one row, padded to a multiple. No sample at all gives a dummy; `widths` are those of empty patches."""
+    """Join samples into one row, padded to a multiple; without samples it is a dummy.
+
+    `widths` are the values per patch of an image and of a video; arrays without patches need them.
+    """
     lengths = [len(sample.input_ids) for sample in samples]
     used = sum(lengths)
     padding = -(-max(used, 1) // multiple) * multiple - used if samples else -(-DUMMY_TOKENS // multiple) * multiple
     segments = lengths + ([padding] if padding else [])
     weights = [sample.loss_weights.astype(np.float32) for sample in samples]
     for weight in weights:
-        weight[0] = 0  # its predecessor in the row belongs to another sample
+        weight[0] = 0  # the token before it in the row belongs to another sample
     pad = np.arange(padding)
     owners = np.repeat([*range(len(samples)), *([-1] if padding else [])], segments)
     ids = np.concatenate([*(sample.input_ids for sample in samples), np.full(padding, pad_id)])
@@ -148,5 +154,5 @@ def _grids(arrays: list[np.ndarray[Any, Any]]) -> Tensor:
 
 
 def keys_of(batches: Sequence[Batch]) -> tuple[str, ...]:
-    """Return the keys of the samples in some rows."""
+    """Return the keys of all samples in these rows."""
     return tuple(key for batch in batches for key in batch.keys)

@@ -1,4 +1,4 @@
-"""All sources as numbers a plan can use: shards found, samples measured, unusable ones counted. No torch."""
+"""Finds the shards of all sources and measures their samples, as arrays that a plan can use. No torch."""
 
 import glob
 import math
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.format.printable import count_of
 from data.format.turns import Cut, cut_record, split_turns
 from data.shards.bytes import Places
 from data.shards.lengths import Lengths, Measure, load_lengths
@@ -29,7 +30,7 @@ Table = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, kw_only=True)
 class Unused:
-    """A sample that no plan will use, and why."""
+    """A sample that no plan uses, and the reason."""
 
     source: str
     shard: str
@@ -39,38 +40,41 @@ class Unused:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Sources as units, the table of shards their numbers point into, and what was left out."""
+    """The units of all sources, the table of shards that they refer to, and the samples that were left out."""
 
     sources: tuple[Units, ...]
     shards: tuple[Path, ...]
-    places: Places  # where media outside of the shards are
+    places: Places  # of media outside the shards
     digest: str
     unusable: tuple[Unused, ...]  # broken samples
     overlong: tuple[Unused, ...]  # longer than the budget, left out by policy
 
 
 def encode_part(first: int, last: int) -> int:
-    """First and last message of a part in one number; 0 means the whole sample."""
+    """Encode the first and last message of a part as one number above 0, which stands for the entire sample."""
     return first * _PART + last + 1
 
 
 def decode_part(part: int) -> tuple[int, int] | None:
-    """First and last message, or None for the whole sample."""
+    """Return the first and last message of a part, or None for the entire sample."""
     return None if part == 0 else (part // _PART, part % _PART - 1)
 
 
 def find_shards(path: str, key: str) -> list[Path]:
-    """Shards of a source: one tar, a folder of them, or a pattern with *, ? or {000..012} or {a,b}."""
+    """Return the shards of a source: one tar, a folder of them, or a pattern with *, ?, {000..012} or {a,b}."""
     if path.startswith(("pipe:", "http:", "https:", "s3:", "gs:", "hf:")):
-        raise ValueError(f"{key} is {path!r}; shards are read from mounted folders only, and no command is ever run")
+        raise ValueError(
+            f"{key} is {path!r}; shards are read from mounted folders only, and commands are never run. Copy or mount "
+            f"them, and give a path"
+        )
     shards: list[Path] = []
     for pattern in _braces(path):
         if Path(pattern).is_dir():
             if missing := missing_shards(Path(pattern)):
                 raise ValueError(
-                    f"{key} is {path!r}, where {', '.join(missing[:5])} of a build of {pattern} "
-                    f"{'are' if len(missing) > 1 else 'is'} missing: copy them there, build again, or name the shards "
-                    f"to use by a pattern"
+                    f"{key} is {path!r}, but {count_of(len(missing), 'shard')} of the build in {pattern} "
+                    f"{'are' if len(missing) > 1 else 'is'} missing: {', '.join(missing[:5])}. Copy them there, build "
+                    f"again, or select the shards to use with a pattern"
                 )
             shards += sorted(Path(pattern).glob("*.tar"))
         elif any(mark in pattern for mark in "*?["):
@@ -80,7 +84,7 @@ def find_shards(path: str, key: str) -> list[Path]:
         else:
             raise ValueError(f"{key} names {pattern!r}, which does not exist")
     if not shards:
-        raise ValueError(f"{key} is {path!r}, which holds no *.tar file")
+        raise ValueError(f"{key} is {path!r}, which contains no *.tar file")
     if len(set(shards)) != len(shards):
         raise ValueError(f"{key} is {path!r}, which names a shard twice")
     return shards
@@ -104,7 +108,7 @@ def _braces(path: str) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Budgets of a pack, and what happens to samples over them."""
+    """Budgets of a pack, and the policy for samples that exceed them."""
 
     tokens: int
     patches: int
@@ -113,7 +117,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """A shard of one source, measured; `number` is its place in the corpus's table."""
+    """A shard of one source with its lengths; `number` is its index in the corpus's table."""
 
     number: int
     source: str
@@ -131,7 +135,7 @@ def load_corpus(
     section: str = "data",
     places: Places | None = None,
 ) -> Corpus:
-    """Indexes and measures what is not yet, and applies the policy for samples over the budgets."""
+    """Index and measure the shards that are not yet, and apply the policy for samples over the budgets."""
     shards = tuple(shard for paths in sources.values() for shard in paths)
     places = places or Places()
     lengths = measure_all(shards, measure, cache_dir, jobs, places=places)
@@ -155,9 +159,7 @@ def load_corpus(
             shown = "; ".join(
                 f"sample {item.key}: {item.reason}" for item in (unusable + overlong)[-3:] if item.source == name
             )
-            raise ValueError(
-                f"{section}.sources.{name} has no sample that can be used: {shown or 'its shards are empty'}"
-            )
+            raise ValueError(f"{section}.sources.{name} has no usable sample: {shown or 'its shards are empty'}")
         shard_column, sample, part, tokens, patches = np.concatenate(tables).T
         units.append(Units(name=name, shard=shard_column, sample=sample, part=part, tokens=tokens, patches=patches))
     reader.bytes.close()
@@ -176,23 +178,23 @@ def load_corpus(
 def _too_long(overlong: Sequence[Unused]) -> str:
     shown = "; ".join(f"shard {item.shard}, sample {item.key}: {item.reason}" for item in overlong[:5])
     return (
-        f"{len(overlong)} samples do not fit a pack: {shown}{'; ...' if len(overlong) > 5 else ''}. Raise "
-        "data.tokens_per_pack (or data.vision_tokens_per_pack), or set data.overlong to skip or split-turns"
+        f"{count_of(len(overlong), 'sample')} cannot fit in a pack: {shown}{'; ...' if len(overlong) > 5 else ''}. "
+        "Raise data.tokens_per_pack (or data.vision_tokens_per_pack), or set data.overlong to skip or split-turns"
     )
 
 
 def _table(shard: _Shard, measure: Measure, limits: Limits, reader: SampleReader) -> tuple[Table, list[Unused]]:
-    """Rows (shard, sample, part, tokens, patches) in order of samples, and the samples that fit no pack."""
+    """Return rows (shard, sample, part, tokens, patches) in order of samples, and the samples too long for a pack."""
     tokens, patches = shard.lengths.tokens, shard.lengths.patches
     over = (tokens > limits.tokens) | (patches > limits.patches)
     usable = np.ones(len(tokens), dtype=bool)
     usable[list(shard.lengths.problems)] = False
-    whole = np.flatnonzero(usable & ~over)
-    columns = (np.full_like(whole, shard.number), whole, np.zeros_like(whole), tokens[whole], patches[whole])
+    fitting = np.flatnonzero(usable & ~over)
+    columns = (np.full_like(fitting, shard.number), fitting, np.zeros_like(fitting), tokens[fitting], patches[fitting])
     rows = [np.stack(columns, axis=1)]
     overlong: list[Unused] = []
     for sample in np.flatnonzero(usable & over).tolist():
-        reason = f"{tokens[sample]} tokens and {patches[sample]} patches, a pack holds {limits.tokens} and "
+        reason = f"{tokens[sample]} tokens and {patches[sample]} patches, but a pack holds {limits.tokens} and "
         reason += str(limits.patches)
         try:
             if limits.overlong != "split-turns":
@@ -231,7 +233,7 @@ def _unused(shard: _Shard, sample: int, reason: str, reader: SampleReader) -> Un
 def measure_all(
     shards: Sequence[Path], measure: Measure, cache_dir: Path | None, jobs: int, *, places: Places
 ) -> list[Lengths]:
-    """Lengths of every shard, from the files beside them where they fit."""
+    """Return the lengths of every shard; those already saved next to the shards are reused."""
     count = partial(_measure_one, measure=measure, cache_dir=cache_dir, places=places)
     if jobs <= 1:
         return [count(shard) for shard in shards]

@@ -14,9 +14,9 @@ import numpy as np
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-_WINDOW = 2048  # samples looked at together: larger fills hardly better and reads further apart
+_WINDOW = 2048  # samples packed together: a larger window hardly fills better, and its reads are further apart
 _FULL = 0.999  # a pack this full is closed at once
-_LOOKED_AT = 64  # packs tried for room in patches before the emptiest is
+_LOOKED_AT = 64  # packs checked for room in patches before the emptiest one is tried
 _CARRIED = 32  # emptiest packs that stay open for the next window
 
 
@@ -32,13 +32,13 @@ class Packs:
         return len(self.starts) - 1
 
     def sums(self, values: Ints) -> Ints:
-        """Sum of a sample's value over each pack."""
+        """Return the sum of the samples' values in each pack."""
         running = np.concatenate([[0], np.cumsum(values[self.members])])
         sums: Ints = running[self.starts[1:]] - running[self.starts[:-1]]
         return sums
 
     def take(self, order: Ints) -> "Packs":
-        """The packs in another order (or some of them)."""
+        """Return these packs, in this order."""
         lengths = (self.starts[1:] - self.starts[:-1])[order]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         shift = np.repeat(self.starts[:-1][order] - starts[:-1], lengths)
@@ -46,12 +46,12 @@ class Packs:
 
 
 def best_fit(tokens: Ints, patches: Ints, *, token_budget: int, patch_budget: int) -> Packs:
-    """Packs of samples taken in the given order, filled best-fit-decreasing window by window.
+    """Pack samples in the given order, best-fit decreasing, window by window.
 
-    Packs a window could not fill stay open for the next one, so a tail costs a pack at the end, not one a window.
-    Every sample must fit a pack alone.
+    The packs that a window could not fill stay open for the next one: only the end of the data leaves packs part-empty,
+    not every window. Every sample must fit in a pack by itself.
     """
-    if int(patches.sum()) * token_budget > int(tokens.sum()) * patch_budget:  # fit by what is scarcer
+    if int(patches.sum()) * token_budget > int(tokens.sum()) * patch_budget:  # fit by the scarcer of the two
         tokens, patches = patches, tokens
         token_budget, patch_budget = patch_budget, token_budget
     packs: list[list[int]] = []
@@ -69,7 +69,7 @@ def best_fit(tokens: Ints, patches: Ints, *, token_budget: int, patch_budget: in
             while at < last and free_patches[open_packs[at][1]] < need_patches:
                 at += 1
             if at == last and free_patches[open_packs[at][1]] < need_patches:
-                at = count - 1  # the emptiest is the likeliest to have room for its patches
+                at = count - 1  # the emptiest pack is the likeliest to have room for the patches
             if at >= count or free_patches[open_packs[at][1]] < need_patches:
                 free, number = token_budget, len(packs)
                 packs.append([])
@@ -95,28 +95,29 @@ def _flatten(packs: list[list[int]]) -> Packs:
 
 
 def group_steps(cost: np.ndarray[Any, Any], per_step: int, *, window: int, rng: np.random.Generator) -> Ints:
-    """Order of packs in which a step's packs cost alike: sorted inside windows of `window` steps, steps then shuffled.
+    """Order packs so that those of a step have similar costs: sort inside windows of `window` steps, shuffle the steps.
 
-    Ranks wait for each other in every micro-batch, so the dearest pack of a step sets its time. Window 0 only shuffles.
+    Ranks wait for each other in every micro-batch, so the costliest pack of a step sets its time. Window 0 only
+    shuffles.
     """
     order: Ints = rng.permutation(len(cost)).astype(np.int64)
     steps = len(cost) // per_step
     if window == 0 or steps == 0:
         return order
-    whole, rest = order[: steps * per_step], order[steps * per_step :]
+    full, rest = order[: steps * per_step], order[steps * per_step :]
     blocks = []
     for first in range(0, steps, window):
-        block = whole[first * per_step : (first + window) * per_step]
+        block = full[first * per_step : (first + window) * per_step]
         block = block[np.argsort(cost[block], kind="stable")].reshape(-1, per_step)
         blocks.append(block[rng.permutation(len(block))].reshape(-1))
     return np.concatenate([*blocks, rest])
 
 
 def deal(cost: np.ndarray[Any, Any], data_size: int) -> list[list[int]]:
-    """Packs of one step to ranks: slot by slot the dearest remaining go out together, so each slot's packs cost alike.
+    """Deal the packs of one step to ranks, the costliest first, so that the packs of each slot have similar costs.
 
-    Every rank gets packs for the same number of slots or one fewer; the stream evens that with a dummy. Inside a slot
-    the rank with the smallest total so far takes the dearest.
+    Ranks differ by at most one pack; the stream fills the gap with a dummy. Inside a slot the rank with the smallest
+    total so far takes the costliest pack.
     """
     order = np.argsort(-np.asarray(cost), kind="stable").tolist()
     shares: list[list[int]] = [[] for _ in range(data_size)]

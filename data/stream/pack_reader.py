@@ -1,4 +1,4 @@
-"""From the units of a pack to its batch: what a worker does. Samples that fail are left out and named."""
+"""Reads the units of a pack into a batch, in a worker. Samples that fail are left out and reported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from data.stream.corpus import decode_part
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of a plan: a sample or a part of one, and where it is read."""
+    """One unit of a plan: a sample or a part of one, and its shard."""
 
     number: int  # among all units of the corpus
     source: str
@@ -32,7 +32,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class PackResult:
-    """A pack as it was read: its batch, and what the step reports of it."""
+    """The batch of a pack, and the facts about it that a step reports."""
 
     batch: Batch
     sums: LossSums
@@ -43,7 +43,7 @@ class PackResult:
 
 
 class PackReader(Dataset[PackResult]):
-    """Lives in a worker: turns the units of a pack into a batch; samples that fail are left out and named."""
+    """A data set of packs for the workers of a DataLoader."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class PackReader(Dataset[PackResult]):
         return PackResult(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens, video_seconds)
 
     def _build(self, unit: Unit) -> tuple[str, Sample, float]:
-        """Key, sample, and seconds of video in it."""
-        if self._reader is None:  # made here, so that no open file crosses into a worker
+        """Return the key, the sample, and its seconds of video."""
+        if self._reader is None:  # created here, so that no open file is passed to a worker
             self._reader = SampleReader(cache_dir=self._cache_dir, places=self._places)
         self._reading.note(f"{unit.source}/{unit.shard.name}/number {unit.sample}")
         try:
             record, members = self._reader.sample(unit.shard, unit.sample)
-        except ShardError as error:  # gone or cut short since the start: every rank is told, none fails alone
+        except ShardError as error:  # removed or truncated since the start: reported to every rank, so none fails alone
             raise RecordError(shard=unit.shard.name, key=f"number {unit.sample}", reason=error.reason) from error
         index = self._reader.index(unit.shard)
         key, video_facts = index.keys[unit.sample], index.videos(unit.sample)
@@ -109,13 +109,13 @@ class PackReader(Dataset[PackResult]):
         except ValueError as error:
             raise RecordError(shard=unit.shard.name, key=key, reason=str(error)) from error
         if len(sample.input_ids) != unit.tokens:
-            reason = f"became {len(sample.input_ids)} tokens where {unit.tokens} were planned; did a file change?"
+            reason = f"has {len(sample.input_ids)} tokens, but {unit.tokens} were planned; did a file change?"
             raise RecordError(shard=unit.shard.name, key=key, reason=reason)
         return key, sample, sum(map(_seconds, record.videos, video_facts))
 
 
 def _seconds(video: VideoRef, facts: VideoFacts) -> float:
-    """Length of the part of a video that a record names."""
+    """Return the length of the part of a video that a record selects."""
     end = facts.duration if video.end is None else min(video.end, facts.duration)
     return max(0.0, end - (video.start or 0.0))
 

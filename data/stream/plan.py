@@ -1,7 +1,7 @@
-"""What every rank reads at every step: a pure function of the corpus, seed, epoch and quarantine. No torch, no ranks.
+"""Plans the packs of every step: a pure function of the corpus, seed, epoch and quarantine. No torch.
 
-A unit is a sample, or the part of one that `overlong: split-turns` cut out. Sources are ordered each for itself, merged
-at their shares, packed, and packs of similar cost are put into one step.
+A unit is a sample, or a part that `overlong: split-turns` cut from one. Each source is ordered by itself; the sources
+are then merged by their shares and packed, and packs of similar cost form a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from data.config import DataConfig
+from data.format.printable import count_of
 from data.stream.pack import Ints, Packs, best_fit, deal, group_steps
 
 PATCHES_PER_TOKEN = 4
-"""A token of an image or a video is merge x merge patches, 2 x 2 in every model of the family."""
-_SHARD_WINDOW = 8  # shards whose samples are mixed: reads stay near each other
+"""Patches behind one token of an image or a video: 2 x 2 in every model of the family."""
+_SHARD_WINDOW = 8  # shards whose samples are mixed: few, so that reads stay close together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Units:
     name: str
     shard: Ints  # number in the corpus's table of shards
     sample: Ints  # number in the shard
-    part: Ints  # first and last message of a part as first * 2**31 + last + 1; 0 for a whole sample
+    part: Ints  # first and last message of a part as first * 2**31 + last + 1; 0 for an entire sample
     tokens: Ints
     patches: Ints
 
@@ -45,7 +46,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What shapes a plan. All quantities are global: none changes with the number of ranks."""
+    """Settings of a plan. All quantities are global: none depends on the number of ranks."""
 
     seed: int
     packs_per_step: int
@@ -60,39 +61,39 @@ class PlanSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One epoch: packs in order of use, and which of them each step takes. Unit numbers count through all sources."""
+    """The packs of one epoch in order of use, and the steps that they form. Units are numbered through all sources."""
 
     epoch: int
     packs: Packs
     costs: np.ndarray[Any, np.dtype[np.float64]]
     packs_per_step: int
     steps: int
-    tokens: int  # of all packs used
+    tokens: int  # in all packs used
     dropped: int  # units left over by the last, incomplete step
     fill: float
 
     def step_packs(self, step: int) -> range:
-        """Packs of one global step."""
+        """Return the packs of one global step."""
         if not 0 <= step < self.steps:
-            raise ValueError(f"step {step} is outside of epoch {self.epoch}, which has steps 0 to {self.steps - 1}")
+            raise ValueError(f"step {step} is outside epoch {self.epoch}, which has steps 0 to {self.steps - 1}")
         first = step * self.packs_per_step
         return range(first, min(first + self.packs_per_step, len(self.packs)))
 
     def share(self, step: int, data_rank: int, data_size: int) -> list[int | None]:
-        """Packs of one rank in one step, as many slots on every rank; None is a slot for a dummy."""
+        """Return the packs of one rank in one step. Every rank has the same number of slots; None means a dummy."""
         numbers = self.step_packs(step)
         shares = deal(self.costs[numbers.start : numbers.stop], data_size)
         packs: list[int | None] = [numbers[index] for index in shares[data_rank]]
         return packs + [None] * (-(-len(numbers) // data_size) - len(packs))
 
     def units(self, pack: int) -> list[int]:
-        """Units of one pack, in the order they lie in its row."""
+        """Return the units of one pack, in the order of its row."""
         units: list[int] = self.packs.members[self.packs.starts[pack] : self.packs.starts[pack + 1]].tolist()
         return units
 
 
 def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
-    """What shapes the plan of a run."""
+    """Return the settings of a run's plan."""
     vision = config.vision_tokens_per_pack or config.tokens_per_pack
     return PlanSettings(
         seed=seed,
@@ -107,12 +108,12 @@ def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
 
 
 def rng_for(*key: object) -> np.random.Generator:
-    """A generator made from what it is for, never from global state."""
+    """Return a generator seeded by its purpose, never by global state."""
     return np.random.Generator(np.random.PCG64(int.from_bytes(blake2b(repr(key).encode(), digest_size=16).digest())))
 
 
 def order_units(units: Units, seed: int, turn: int) -> Ints:
-    """Order of a source's units in its own `turn`-th epoch: shards permuted, samples mixed inside windows of shards."""
+    """Order the units of a source's own epoch `turn`: permute the shards, mix samples inside windows of shards."""
     rng = rng_for("order", units.name, seed, turn)
     numbers, where = np.unique(units.shard, return_inverse=True)
     window = rng.permutation(len(numbers)) // _SHARD_WINDOW
@@ -121,19 +122,19 @@ def order_units(units: Units, seed: int, turn: int) -> Ints:
 
 
 def draw(units: Units, amounts: Ints, quota: int, seed: int, epoch: int) -> Ints:
-    """The next `quota` of an endless row of the source's own epochs, each of which holds every unit once."""
-    whole = int(amounts.sum())
+    """Draw the units of one epoch from the source's own epochs, one after another; each of them has every unit once."""
+    total = int(amounts.sum())
     start, stop = epoch * quota, (epoch + 1) * quota
     drawn = []
-    for turn in range(start // whole, -(-stop // whole)):
+    for turn in range(start // total, -(-stop // total)):
         order = order_units(units, seed, turn)
-        begins = turn * whole + np.concatenate([[0], np.cumsum(amounts[order])[:-1]])
+        begins = turn * total + np.concatenate([[0], np.cumsum(amounts[order])[:-1]])
         drawn.append(order[(begins >= start) & (begins < stop)])
     return np.concatenate(drawn) if drawn else np.zeros(0, dtype=np.int64)
 
 
 def merge_sources(sources: Sequence[Units], settings: PlanSettings, epoch: int) -> list[Ints]:
-    """Each source's units of the epoch, in its order."""
+    """Return the units that each source gives to the epoch, in order."""
     if settings.mixture == "natural":
         return [order_units(units, settings.seed, epoch) for units in sources]
     by_tokens = settings.mixture == "tokens"
@@ -146,10 +147,10 @@ def merge_sources(sources: Sequence[Units], settings: PlanSettings, epoch: int) 
 
 
 def make_plan(sources: Sequence[Units], settings: PlanSettings, *, epoch: int, quarantine: Ints | None = None) -> Plan:
-    """The plan of one epoch. `quarantine` lists units (numbered through all sources) that are left out."""
+    """Plan one epoch. `quarantine` lists units (numbered through all sources) that are left out."""
     base = np.concatenate([[0], np.cumsum([len(units) for units in sources])])
     drawn = merge_sources(sources, settings, epoch)
-    # every source spread evenly over the epoch; ties keep the order of sources
+    # spread every source evenly over the epoch; ties keep the order of sources
     places = np.concatenate([(np.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in drawn])
     rows = np.concatenate([part + base[number] for number, part in enumerate(drawn)])
     rows = rows[np.argsort(places, kind="stable")]
@@ -164,9 +165,9 @@ def make_plan(sources: Sequence[Units], settings: PlanSettings, *, epoch: int, q
 
 
 def steps_of_epochs(plan: Callable[[int], Plan], epochs: float) -> int:
-    """Return the steps of so many epochs, counted from the first: all of the whole ones, and a share of the last.
+    """Return the number of steps in this many epochs from the first one on; part of an epoch counts in proportion.
 
-    Every epoch orders its samples anew, so their numbers of packs may differ by a few.
+    Every epoch has another order of samples, so the numbers of packs may differ by a few.
     """
     whole = int(epochs)
     steps = sum(plan(epoch).steps for epoch in range(whole))
@@ -179,7 +180,7 @@ def _arrange(packs: Packs, rows: Ints, tokens: Ints, patches: Ints, settings: Pl
     steps = len(packs) // per_step if settings.remainder == "drop" else -(-len(packs) // per_step)
     if steps == 0:
         raise ValueError(
-            f"data.packs_per_step={per_step} but epoch {epoch} fills only {len(packs)} packs of "
+            f"data.packs_per_step={per_step}, but epoch {epoch} fills only {count_of(len(packs), 'pack')} of "
             f"{settings.tokens_per_pack} tokens; lower data.packs_per_step or data.tokens_per_pack, add data, or set "
             "data.remainder=keep"
         )

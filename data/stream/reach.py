@@ -1,8 +1,8 @@
-"""The largest position in a corpus, which decides whether its context needs stretching; token counts do not.
+"""The largest position in a corpus. It decides whether the context must be stretched; token counts do not.
 
-An image of rows x columns tokens moves the positions on by its longer side only, so a video of a million tokens may
-stay below a hundred thousand positions. A sample never reaches a position beyond its number of tokens: samples are
-looked at from the longest down, and only until no later one can reach further. No pixels, no tokenizer.
+An image of rows x columns tokens advances the positions by its longer side only, so a video of a million tokens may
+stay below a hundred thousand positions. A sample's positions never exceed its number of tokens. So samples are checked
+from the longest down, until none of the rest can reach further. This needs neither pixels nor a tokenizer.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from data.stream.corpus import Corpus, decode_part
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """The largest position plus one; when not `exact`, no sample comes near enough for its own to matter."""
+    """The largest position plus one. When not `exact`, it is an upper bound that is already within the limit."""
 
     positions: int
     exact: bool
@@ -26,7 +26,7 @@ class Reach:
 
 
 def reach(corpus: Corpus, renderer: Renderer, *, enough: int, cache_dir: Path | None = None) -> Reach:
-    """Find it; where every sample has at most `enough` tokens, its longest length is answer enough."""
+    """Return the reach of a corpus. If no sample has more than `enough` tokens, the longest length is returned."""
     tokens = np.concatenate([units.tokens for units in corpus.sources])
     if tokens.max() <= enough:
         return Reach(positions=int(tokens.max()), exact=False)

@@ -1,4 +1,4 @@
-"""Histograms of a corpus from its indexes alone: tokens, sizes of images, lengths of videos."""
+"""Histograms of tokens, image sizes and video lengths, made from indexes alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.format.printable import count_of
 from data.shards.bytes import Places
 from data.shards.lengths import Measure, load_lengths
 from data.shards.reader import SampleReader
@@ -15,7 +16,7 @@ from data.stream.corpus import Corpus
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Counts between edges, the last bin open; quantiles of the values themselves."""
+    """Counts between edges, with an open last bin, and exact quantiles of the values."""
 
     name: str
     unit: str
@@ -29,7 +30,7 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a set of shards holds."""
+    """Statistics of a set of shards."""
 
     samples: int
     unusable: int
@@ -42,7 +43,7 @@ class Stats:
 
 
 def histogram(name: str, unit: str, values: np.ndarray[Any, Any], first: float) -> Histogram:
-    """Bins that double from `first`."""
+    """Return a histogram with bins that double from `first`."""
     largest = float(values.max()) if len(values) else 0.0
     edges = [0.0, first]
     while edges[-1] <= largest:
@@ -62,20 +63,20 @@ def histogram(name: str, unit: str, values: np.ndarray[Any, Any], first: float) 
 
 
 def corpus_lines(corpus: Corpus, *, patches_per_token: int) -> list[str]:
-    """What a run is about to read, source by source: where limits on images and videos put their tokens."""
+    """Describe each source of a run: its tokens, and those of its images and videos under the present limits."""
     lines = []
     for units in corpus.sources:
         tokens = histogram("", "tokens", units.tokens, 64)
         lines.append(
-            f"source {units.name}: {len(units):,} samples, {tokens.total:,.0f} tokens (median {tokens.median:,.0f}, "
-            f"99 % below {tokens.p99:,.0f}, longest {tokens.largest:,.0f})"
+            f"source {units.name}: {count_of(len(units), 'sample')}, {tokens.total:,.0f} tokens (median "
+            f"{tokens.median:,.0f}, 99 % below {tokens.p99:,.0f}, longest {tokens.largest:,.0f})"
         )
         seeing = units.patches[units.patches > 0] // patches_per_token
         if len(seeing):
             vision = histogram("", "tokens", seeing, 64)
             bins = zip(vision.edges, vision.edges[1:], vision.counts, strict=False)
             shown = ", ".join(f"{low:,.0f} to {high:,.0f}: {count:,}" for low, high, count in bins if count)
-            lines.append(f"  vision tokens of its {len(seeing):,} samples with images or videos: {shown}")
+            lines.append(f"  vision tokens of its {count_of(len(seeing), 'sample')} with images or videos: {shown}")
     return lines
 
 
@@ -88,9 +89,9 @@ def shard_stats(
     places: Places | None = None,
     progress: Callable[[int, int], object] = lambda *_: None,
 ) -> Stats:
-    """Return the stats of these shards; `progress` gets the shards and samples done.
+    """Return the statistics of these shards; `progress` gets the numbers of shards and samples done.
 
-    They are indexed and measured if they are not yet.
+    Shards that are not indexed and measured yet are.
     """
     reader = SampleReader(cache_dir=cache_dir, places=places)
     tokens: list[np.ndarray[Any, Any]] = []

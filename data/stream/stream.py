@@ -1,6 +1,6 @@
-"""Steps for one rank: reads what the plan says, here or in workers, and remembers where it is in a few bytes.
+"""Steps for one rank: reads the packs of the plan, in this process or in workers; its state is a few bytes.
 
-Ranks arrive as plain integers. Whatever their number and that of the workers, the packs of a global step are the same.
+Ranks are plain integers. The packs of a global step do not depend on the number of ranks or workers.
 """
 
 import time
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from data.format.printable import count_of
 from data.render.sample import Renderer
 from data.stream.batch import BadSample, LossSums, Step
 from data.stream.being_read import Reading
@@ -24,7 +25,7 @@ from data.stream.plan import Plan, PlanSettings, make_plan, steps_of_epochs
 
 STATE_VERSION = 1
 LOOK_S = 1.0
-"""Seconds between two looks, while a pack is waited for, at whether the wait has been cancelled."""
+"""While waiting for a pack, check this often (seconds) whether the wait has been cancelled."""
 
 
 class TooManyBadSamples(ValueError):
@@ -32,23 +33,23 @@ class TooManyBadSamples(ValueError):
 
 
 class WaitIsOver(Exception):
-    """The wait for a pack was cancelled. The traceback keeps the workers alive; they are joined when it is released."""
+    """The wait for a pack was cancelled. The traceback keeps the workers alive until it is released."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """How one rank reads; nothing here changes what a step holds."""
+    """Settings of one rank's reading. None of them changes the content of a step."""
 
     workers: int = 0
-    prefetch: int = 2  # packs each worker holds ready
-    pad_multiple: int = 1  # rows are padded to a multiple of this, for sequence-parallel slices
+    prefetch: int = 2  # packs that each worker keeps ready
+    pad_multiple: int = 1  # rows are padded to a multiple of this, for the slices of sequence parallelism
     max_bad_samples: int = 100
-    stall_seconds: float = 0.0  # with workers: give up waiting for one pack after this long; 0 waits forever
+    stall_seconds: float = 0.0  # longest wait for one pack (with workers); 0 means no limit
     cache_dir: Path | None = None
 
 
 class _Order(Sampler[tuple[Unit, ...]]):
-    """The packs of the rest of an epoch, in the order this rank takes them."""
+    """The packs of the rest of an epoch, in this rank's order."""
 
     def __init__(self, packs: Iterator[tuple[Unit, ...]]) -> None:
         self._packs = packs
@@ -62,7 +63,7 @@ def _same(result: Any) -> Any:
 
 
 class DataStream:
-    """One rank's steps. Every rank makes its own with the same corpus and settings; none of them talks to another."""
+    """The steps of one rank. Every rank creates its own from the same corpus and settings, without communication."""
 
     def __init__(
         self,
@@ -79,16 +80,16 @@ class DataStream:
         self._plan_settings, self._settings = plan_settings, settings
         self._rank, self._size = data_rank, data_size
         self._bases = np.concatenate([[0], np.cumsum([len(units) for units in corpus.sources])])
-        self._quarantine: dict[int, tuple[int, BadSample]] = {}  # unit -> (epoch it was found in, report)
+        self._quarantine: dict[int, tuple[int, BadSample]] = {}  # unit -> (epoch in which it failed, report)
         self.epoch, self.step = 0, 0
         self._plan: Plan | None = None
         self._reading = Reading(settings.workers)
         self.is_over: Callable[[], bool] = lambda: False
-        """Asked while workers are waited for: whether to raise WaitIsOver instead."""
+        """Called while waiting for workers: True makes the wait raise WaitIsOver."""
 
     @property
     def plan(self) -> Plan:
-        """The plan of the present epoch."""
+        """The plan of the current epoch."""
         if self._plan is None or self._plan.epoch != self.epoch:
             out = [unit for unit, (epoch, _) in self._quarantine.items() if epoch < self.epoch]
             self._plan = self._make_plan(self.epoch, sorted(out))
@@ -99,11 +100,11 @@ class DataStream:
         return make_plan(self._corpus.sources, self._plan_settings, epoch=epoch, quarantine=units)
 
     def steps_of(self, epochs: float) -> int:
-        """Return the steps of so many epochs from the first one on; what is left out later does not change it."""
+        """Return the steps of this many epochs, counted from the first; samples left out later do not change it."""
         return steps_of_epochs(self._make_plan, epochs)
 
     def __iter__(self) -> Iterator[Step]:
-        """The steps from the present position to the end of the epoch."""
+        """Yield the steps from the current position to the end of the epoch."""
         plan, epoch = self.plan, self.epoch
         steps = range(self.step, plan.steps)
         packs = (pack for step in steps for pack in plan.share(step, self._rank, self._size))
@@ -112,7 +113,7 @@ class DataStream:
             began = time.perf_counter()
             slots = -(-len(plan.step_packs(number)) // self._size)
             read = [self._take(results, number) for _ in range(slots)]
-            self.step = number + 1  # before the yield: a checkpoint written after this step says it is done
+            self.step = number + 1  # before the yield: a checkpoint written after this step records it as done
             yield Step(
                 epoch=epoch,
                 step=number,
@@ -141,7 +142,7 @@ class DataStream:
             num_workers=workers,
             prefetch_factor=self._settings.prefetch if workers else None,
             collate_fn=_same,
-            # the loader draws a seed for its workers: not from the state that dropout draws from, and resumes restore
+            # the loader draws a seed for its workers; that must not change dropout's generator, which resumes restore
             generator=torch.Generator().manual_seed(self._plan_settings.seed),
             timeout=min(LOOK_S, self._settings.stall_seconds or LOOK_S) if workers else 0,
         )
@@ -171,14 +172,14 @@ class DataStream:
     def _stalled(self, step: int) -> TimeoutError:
         return TimeoutError(
             f"data stall on data rank {self._rank}: no pack for step {step} of epoch {self.epoch} within "
-            f"data.stall_seconds={self._settings.stall_seconds:g}; its samples are in "
+            f"data.stall_seconds={self._settings.stall_seconds:g}. Its samples are in "
             f"{', '.join(sorted(self._shards_of(step)))}; being read: {'; '.join(self._reading.now()) or 'none'}"
         )
 
     def reading(self) -> list[str]:
-        """The samples that are being read now, by this process and its workers; may be asked from another thread.
+        """Return the samples that this process and its workers are reading; safe to call from another thread.
 
-        Where none is begun: the shards of those that are wanted next.
+        If there are none, return the shards of the next samples.
         """
         return self._reading.now() or [f"none yet of {', '.join(sorted(self._shards_of(self.step)))}"]
 
@@ -187,21 +188,21 @@ class DataStream:
         return {str(unit.shard) for pack in packs for unit in self._units(pack)}
 
     def quarantine(self, bad: Sequence[BadSample]) -> None:
-        """Leaves these out from the next epoch on. Every rank must give the same list: the reports of all ranks.
+        """Leave these samples out from the next epoch on. Every rank must pass the same list: the reports of all ranks.
 
-        Above data.max_bad_samples this raises, on every rank alike.
+        Raise TooManyBadSamples, on every rank, when there are more than data.max_bad_samples.
         """
         for item in bad:
             self._quarantine.setdefault(item.unit, (self.epoch, item))
         if len(self._quarantine) > self._settings.max_bad_samples:
             shown = "; ".join(str(item) for _, item in list(self._quarantine.values())[:5])
             raise TooManyBadSamples(
-                f"{len(self._quarantine)} samples could not be read, data.max_bad_samples="
+                f"{count_of(len(self._quarantine), 'sample')} could not be read, but data.max_bad_samples is "
                 f"{self._settings.max_bad_samples}: {shown}; ... Run: moetune shards check"
             )
 
     def next_epoch(self) -> None:
-        """Moves to the start of the next epoch; quarantined samples are left out of it."""
+        """Move to the start of the next epoch, which leaves out quarantined samples."""
         self.epoch, self.step = self.epoch + 1, 0
 
     def _identity(self) -> dict[str, str]:
@@ -215,7 +216,7 @@ class DataStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, equal on every rank, without any trace of how many ranks or workers there are."""
+        """Return the position of the stream. It is the same on every rank, for any number of ranks or workers."""
         return {
             "version": STATE_VERSION,
             "epoch": self.epoch,
@@ -225,18 +226,18 @@ class DataStream:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, changed: bool = False) -> list[str]:
-        """Continues there. A changed corpus or plan is refused, unless `changed`: then what changed is returned."""
+        """Continue from a saved position. Refuse a changed corpus or plan; with `changed`, return its differences."""
         if state["version"] != STATE_VERSION:
-            raise ValueError(f"data state has version {state['version']}, this moetune reads {STATE_VERSION}")
+            raise ValueError(f"the data state has version {state['version']}; this moetune reads {STATE_VERSION}")
         identity = self._identity()
         differs = [name for name, value in identity.items() if state["identity"].get(name) != value]
         if differs and not changed:
             raise ValueError(
                 f"the data of this run is not that of the checkpoint: {', '.join(differs)} changed. Samples would "
-                "repeat or be missed; restore them, or allow the change and start at the same step of another order"
+                "repeat or be missed. Restore them, or allow the change and continue at the same step in a new order"
             )
         self.epoch, self.step = state["epoch"], state["step"]
-        known = not differs  # unit numbers mean nothing in another corpus; bad samples are found again there
+        known = not differs  # unit numbers mean nothing in another corpus, where bad samples are found again
         entries = map(itemgetter(0, 1), state["quarantine"] if known else [])
         self._quarantine = {item["unit"]: (epoch, BadSample(**item)) for epoch, item in entries}
         self._plan = None

@@ -89,7 +89,9 @@ def test_a_frozen_tower_is_not_called_for_text():
 def test_tokens_and_patches_must_match_in_number():
     batch = row("i")
     wrong = replace(batch, input_ids=batch.input_ids.masked_fill(batch.input_ids == IMAGE, 7))
-    with pytest.raises(ValueError, match="s/i: the row has 0 tokens for images, their patches make 6. The template"):
+    with pytest.raises(
+        ValueError, match="s/i: the row has 0 tokens for images, but their patches make 6. The chat template"
+    ):
         packed(dense_model())(batch=wrong)
 
 

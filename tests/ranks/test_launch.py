@@ -504,7 +504,7 @@ def test_torchrun_does_not_start_again_what_a_wrong_input_ended(tmp_path: Path) 
     toy_run(tmp_path)
     machines = _two_machines(tmp_path, "wrong", "data.overlong=error", "data.tokens_per_pack=8", restarts=3)
     assert [machine.wait(timeout=LIMIT_S) for machine in machines] == [2, 2]
-    assert "has no sample that can be used" in (tmp_path / "wrong-1.out").read_text()
+    assert "has no usable sample" in (tmp_path / "wrong-1.out").read_text()
     logs = [path.read_text() for path in (tmp_path / "runs" / "wrong" / "logs").glob("rank-*.log")]
     assert [text.count("--- data") for text in logs] == [1, 1], "one start, no restart"
 

@@ -79,7 +79,7 @@ def test_shards_are_found_by_file_folder_pattern_and_braces(tmp_path):
     assert find_shards(f"{base}/part-{{000,004}}.tar", "k") == [paths[0], paths[4]]
     for path, message in (
         (f"{base}/gone.tar", "k names .*gone.tar', which does not exist"),
-        (f"{base}/*.zip", r"k is .*\*.zip', which holds no \*.tar file"),
+        (f"{base}/*.zip", r"k is .*\*.zip', which contains no \*.tar file"),
         (f"{base}/part-00{{0,0}}.tar", "names a shard twice"),
         ("x/{0..99999999}.tar", r"names more than 1,000,000 shards; narrow \{0..99999999\}"),
         ("x/{0..9999}-{0..9999}.tar", "names more than 1,000,000 shards; narrow its braces"),
@@ -95,7 +95,9 @@ def test_a_shard_of_a_build_that_is_gone_is_missed(tmp_path):
     shards = build_shards(tmp_path / "rows.jsonl", tmp_path / "out", BuildOptions(name="t", samples_per_shard=2)).shards
     assert find_shards(str(tmp_path / "out"), "k") == list(shards)  # the fourth had only refused rows
     shards[1].unlink()
-    with pytest.raises(ValueError, match=r"data.sources.a.path is .*, where t-000001.tar of a build of .* is missing"):
+    with pytest.raises(
+        ValueError, match=r"data.sources.a.path is .*, but 1 shard of the build in .* is missing: t-000001.tar"
+    ):
         open_corpus(config_of(tmp_path / "out"), renderer())
     assert find_shards(str(tmp_path / "out/*.tar"), "k") == [shards[0], shards[2]]
 
@@ -150,11 +152,11 @@ def test_unusable_samples_are_named_counted_and_limited(tmp_path, caplog):
 def test_a_source_without_a_usable_sample_is_refused(tmp_path):
     with TarWriter(tmp_path / "x.tar") as tar:
         tar.add("k.json", b"{")
-    with pytest.raises(ValueError, match="data.sources.a has no sample that can be used: sample k: Expecting"):
+    with pytest.raises(ValueError, match="data.sources.a has no usable sample: sample k: Expecting"):
         open_corpus(config_of(tmp_path), renderer())
     with TarWriter(tmp_path / "x.tar"):
         pass
-    with pytest.raises(ValueError, match="data.sources.a has no sample that can be used: its shards are empty"):
+    with pytest.raises(ValueError, match="data.sources.a has no usable sample: its shards are empty"):
         open_corpus(config_of(tmp_path), renderer())
 
 
@@ -187,7 +189,7 @@ def talk_shard(folder, turns=9):
 def test_a_sample_over_the_budget_is_refused_skipped_or_split(tmp_path, caplog):
     folder = talk_shard(tmp_path / "a")
     with pytest.raises(
-        ValueError, match="1 samples do not fit a pack: shard x.tar, sample talk: .* tokens and .*set data.overlong"
+        ValueError, match="1 sample cannot fit in a pack: shard x.tar, sample talk: .* tokens and .*set data.overlong"
     ):
         open_corpus(config_of(folder), renderer())
     with caplog.at_level(logging.WARNING):

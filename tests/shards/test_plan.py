@@ -180,12 +180,14 @@ def test_quarantined_units_are_left_out():
 
 def test_too_little_data_for_a_step_names_every_remedy():
     units = [make_units("a", [30, 30])]
-    with pytest.raises(ValueError, match="data.packs_per_step=3 but epoch 0 fills only 1 packs .*data.remainder=keep"):
+    with pytest.raises(
+        ValueError, match="data.packs_per_step=3, but epoch 0 fills only 1 pack of .*data.remainder=keep"
+    ):
         make_plan(units, plan_settings(), epoch=0)
     assert make_plan(units, plan_settings(remainder="keep"), epoch=0).steps == 1
 
 
 def test_a_step_outside_of_the_epoch_is_refused():
     plan = make_plan([make_units("a", [60] * 6)], plan_settings(), epoch=4)
-    with pytest.raises(ValueError, match="step 2 is outside of epoch 4, which has steps 0 to 1"):
+    with pytest.raises(ValueError, match="step 2 is outside epoch 4, which has steps 0 to 1"):
         plan.share(2, 0, 1)

@@ -242,7 +242,7 @@ def test_too_many_bad_samples_stop_the_run_on_every_rank(tmp_path):
     mine.quarantine(bad[:2])
     mine.quarantine(bad[:1])  # reported twice, counted once
     with pytest.raises(
-        TooManyBadSamples, match="3 samples could not be read, data.max_bad_samples=2: source one, shard"
+        TooManyBadSamples, match="3 samples could not be read, but data.max_bad_samples is 2: source one, shard"
     ):
         mine.quarantine(bad)
 
@@ -281,7 +281,7 @@ def test_a_changed_corpus_or_plan_is_refused_unless_allowed(corpus, tmp_path):
         mine.load_state_dict(state)
     assert mine.load_state_dict({**state, "step": 1}, changed=True) == ["data"]
     assert mine.step == 1
-    with pytest.raises(ValueError, match="data state has version 0, this moetune reads 1"):
+    with pytest.raises(ValueError, match="the data state has version 0; this moetune reads 1"):
         mine.load_state_dict({**state, "version": 0})
     assert stream(corpus, plan=PLAN).load_state_dict(state) == []
 
