@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the effective config, the derived numbers, the problems; 2 when there are errors."""
     config, problems = load_recipe(args.config, args.overrides)
     if config.schedule.epochs and not problems and not cross_check(config, ranks=args.ranks):
-        from finetune.settings.epochs import counted
+        from finetune.preflight.epochs import counted
 
         config = counted(config)
     problems += cross_check(config, ranks=args.ranks, known=[problem.key for problem in problems])

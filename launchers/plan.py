@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         checked = replace(config, parallel=replace(config.parallel, ep=AUTO_EP, sp=sp))
     require(checked, problems, ranks=machines.gpus)
     if config.schedule.epochs:
-        from finetune.settings.epochs import counted
+        from finetune.preflight.epochs import counted
 
         config = counted(config)
     base = base_family(config)
