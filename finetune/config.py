@@ -318,8 +318,8 @@ class ScheduleConfig:
     epochs: float = 0.0
     """Passes over the data, instead of a number of steps. 0: `schedule.steps` counts. A part of one is allowed.
 
-    The packs of an epoch are planned when a run starts, and the steps follow: for whole epochs as many as these have,
-    for a part of the last one its share, rounded. With `data.mixture` tokens or samples an epoch has as many tokens or
+    The packs of an epoch are planned when a run starts, and the steps follow. The last epoch may be partial; its share
+    of the steps is rounded. With `data.mixture` tokens or samples an epoch has as many tokens or
     samples as all sources together, drawn by their weights. `warmup_steps` and `decay_steps` stay steps.
 
     Change: set it where you think in passes: 1 to 3 for LoRA. Of a recipe and its `base:` the one that sets `steps` or

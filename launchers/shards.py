@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.format.printable import count_of, one_line, printable, size_of
 from launchers.arguments import media_places, place_arguments, positive
 
 if TYPE_CHECKING:
@@ -134,7 +135,6 @@ def _renderer(base: Path) -> "Renderer":
 
 
 def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> None:
-    from data.format.printable import printable
 
     print(json.dumps(answer, default=str) if args.json else printable("\n".join(lines)))
 
@@ -142,7 +142,6 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 def _build(args: argparse.Namespace) -> int:
     from contextlib import nullcontext
 
-    from data.format.printable import count_of, size_of
     from data.prepare.build import BuildOptions, build_shards, repeated_bytes
     from data.prepare.convert import REJECTS
     from data.prepare.progress import Progress, count_rows
@@ -179,7 +178,6 @@ def _build(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from data.format.printable import count_of, one_line
     from data.prepare.progress import Progress
     from data.shards.pool import worker_pool
     from data.shards.reader import load_index
@@ -220,7 +218,6 @@ def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Length
 
 
 def _check(args: argparse.Namespace) -> int:
-    from data.format.printable import count_of, one_line
     from data.prepare.audit import AuditOptions, audit_shards, by_kind
     from data.prepare.progress import Progress
 
@@ -256,7 +253,6 @@ def _check(args: argparse.Namespace) -> int:
 
 def _group_lines(group: "Sequence[Finding]") -> list[str]:
     """Return one kind of finding: alone on one line, or the reason of the first with a few of the samples."""
-    from data.format.printable import count_of, one_line
     from finetune.ranks.log import listed
 
     first = group[0]
@@ -272,7 +268,6 @@ def _group_lines(group: "Sequence[Finding]") -> list[str]:
 
 def _show(args: argparse.Namespace) -> int:
     from data.config import VideoConfig
-    from data.format.printable import count_of
     from data.prepare.show import contact_sheet, marked_text, sample_tiles
     from data.shards.reader import SampleReader
 
@@ -315,7 +310,6 @@ def _find_sample(word: str | None, shards: "Sequence[Path]", reader: "SampleRead
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from data.format.printable import count_of
     from data.prepare.progress import Progress
     from data.stream.stats import shard_stats
 
@@ -359,7 +353,6 @@ def _figure(value: float) -> str:
 
 
 def _split(args: argparse.Namespace) -> int:
-    from data.format.printable import count_of
     from data.prepare.split import split_shards
 
     shares = {}
