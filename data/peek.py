@@ -4,7 +4,7 @@ A start would find the same later, when all ranks are up. Rows are read as a bui
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from data.config import DataConfig
 from data.format.fields import BadField
 from data.format.media import Place
 from data.format.record import Record, RecordError, parse_record
-from data.format.tar import KeyedMembers, group_members, walk_tar
+from data.format.tar import BLOCK, KeyedMembers, group_members, walk_tar
 from data.prepare.convert import REJECTS, convert_row, folder_of_shards, read_rows
 from data.prepare.media_place import media_entries
 from data.shards.bytes import Places
@@ -25,6 +25,8 @@ from data.stream.plan import Plan, PlanSettings, Units, make_plan
 
 LOOKED_AT = 8
 """Samples of a source that are looked at."""
+MOST_SHARDS = 1000
+"""Shards whose end is looked at, spread over a source."""
 LARGE_JSON = 1 << 26
 """Bytes of a JSON list from which on it is not read: that takes seconds."""
 LARGE_ROWS = 1 << 29
@@ -98,8 +100,8 @@ def _require_media(record: Record, folder: Path, places: Places) -> None:
 
 
 def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
-    refused = list[str]()
-    looked_at, counted = 0, 0
+    refused: list[str] = []
+    looked_at = counted = 0
     for shard, sample in islice(_samples(shards), max(enough, LOOKED_AT)):
         counted += 1
         if looked_at < LOOKED_AT:
@@ -110,7 +112,19 @@ def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
                 refused.append(f"{shard.name}, sample {sample.key}: {_reason(error)}")
     if not counted:
         raise ValueError("its shards hold no sample")
+    for shard in shards[:: -(-len(shards) // MOST_SHARDS)]:
+        _require_end(shard)
     return Peek(looked_at=looked_at, refused=tuple(refused), at_least=counted)
+
+
+def _require_end(shard: Path) -> None:
+    """Raise ValueError for a tar without its end of two blocks of zeros: it was cut off while it was copied."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        file.seek(max(0, size - 2 * BLOCK))
+        end = file.read()
+    if size % BLOCK or end.strip(b"\0"):
+        raise ValueError(f"{shard} is cut off ({size:,} bytes, without the end of a tar). Copy it again")
 
 
 def _samples(shards: Sequence[Path]) -> Iterator[tuple[Path, KeyedMembers]]:
@@ -134,16 +148,14 @@ def _look_at_sample(shard: Path, sample: KeyedMembers, places: Places) -> None:
 
 def packs_of_an_epoch(
     config: DataConfig, settings: PlanSettings, places: Places, *, files_fingerprint: str
-) -> tuple[int, int] | None:
-    """Packs and steps of the first epoch where every sample has been counted; None where that is not known yet.
+) -> int | None:
+    """The packs that the first epoch fills, where every sample has been counted; None where that is not known yet.
 
-    ValueError where no sample fits a pack, or the packs do not fill a step.
+    ValueError where samples do not fit a pack.
     """
-    plans = plans_of_epochs(config, settings, places, files_fingerprint=files_fingerprint)
-    if plans is None:
-        return None
-    plan = plans(0)
-    return len(plan.packs), plan.steps
+    whole = replace(settings, remainder="keep")
+    plans = plans_of_epochs(config, whole, places, files_fingerprint=files_fingerprint)
+    return None if plans is None else len(plans(0).packs)
 
 
 def plans_of_epochs(
@@ -179,7 +191,7 @@ def _known_shards(path: str, cache: Path | None, places: Places, key: str) -> Se
 
 
 def _units(name: str, lengths: Sequence[Lengths], limits: Limits) -> Units | None:
-    """The samples of a source that a plan uses; None where some would be cut by turns, which takes a tokenizer."""
+    """The samples of a source that a plan uses; None where turns would be cut, or nothing is left."""
     tokens, patches = (np.concatenate([getattr(one, kind) for one in lengths]) for kind in ("tokens", "patches"))
     shard = np.repeat(np.arange(len(lengths)), [len(one.text) for one in lengths])
     sample = np.concatenate([np.arange(len(one.text)) for one in lengths])
@@ -195,7 +207,7 @@ def _units(name: str, lengths: Sequence[Lengths], limits: Limits) -> Units | Non
         )
     rows = np.flatnonzero(usable & ~over)
     if not len(rows):
-        raise ValueError(f"data.sources.{name} has no sample that can be used")
+        return None
     return Units(
         name=name,
         shard=shard[rows],

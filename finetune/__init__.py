@@ -19,9 +19,15 @@ import sys
 from moetune_guard import require_fit, stop
 
 _STARTED = sys.argv[:1] == ["-m"]  # so Python calls a program while it looks for the module, as of -m finetune.train
+_PROGRAM = sys.orig_argv[-len(sys.argv)] if _STARTED else ""
 require_fit(program=_STARTED)
 if _STARTED:
     from finetune.ranks.versions import torch_problem
 
     if torch_problem():
         stop(torch_problem())
+
+    if _PROGRAM == "finetune.train":
+        from finetune.preflight.rank import look_first
+
+        look_first(sys.argv[1:])

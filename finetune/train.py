@@ -4,26 +4,27 @@ The same command starts a run and resumes it, on this number of ranks or another
 folder. After the last step it writes what was learned.
 """
 
-import argparse
 import logging
 import os
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from data.stream.batch import keys_of
+from finetune.checkpoint.run_folder import make_run_folder
 from finetune.checkpoint.run_lock import take_run
 from finetune.config import RunConfig
+from finetune.preflight.rank import rank_arguments
 from finetune.ranks.collectives import Preempted, barrier, rank_and_world
 from finetune.ranks.engine import end_distributed, start_distributed, take_device
 from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome, report_early, report_failure
 from finetune.ranks.log import RankLog
 from finetune.ranks.signals import GUARDED, PREEMPTED, exit_code
 from finetune.ranks.watch import Watch
-from finetune.settings.recipes import decoded_words
 from finetune.tracking.summary import summary
 from finetune.tracking.track import Tracker
 from finetune.training.bad_steps import IdleSteps, saved_if_not_finite
@@ -31,15 +32,13 @@ from finetune.training.dry_run import rehearse
 from finetune.training.optimiser_groups import enter, set_rates
 from finetune.training.replay import replay
 from finetune.training.results import hand_over, write_learned
-from finetune.training.run_folder import make_run_folder, read_run
+from finetune.training.run_config import read_run
 from finetune.training.setup import Run, assemble
 from finetune.training.state import RunState
 from finetune.training.steps import take_together
 from finetune.training.update import take_step
 from finetune.training.verdict import Verdict
 from moetune_guard import require_fit
-
-USAGE = "torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...] [--dry-run | --replay FOLDER]"
 
 
 def train(
@@ -151,12 +150,7 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Run one rank, as torchrun or deepspeed starts it."""
-    parser = _parser()
-    args = parser.parse_intermixed_args(argv)
-    if args.words:
-        args.config, *args.overrides = args.words
-    if args.config is None:
-        parser.error("the following arguments are required: CONFIG")
+    args = rank_arguments(argv)
     # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -194,29 +188,18 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _trains(args: argparse.Namespace) -> bool:
+def _trains(args: Namespace) -> bool:
     return args.replay is None and not args.dry_run
 
 
-def _hold(args: argparse.Namespace, config: RunConfig, folder: Path, messages: list[str]) -> Callable[[], None]:
+def _hold(args: Namespace, config: RunConfig, folder: Path, messages: list[str]) -> Callable[[], None]:
     """Hold the run's folder, unless it is only read; returns what gives it back."""
     if not _trains(args):
         return lambda: None
     return take_run(folder, stall_seconds=config.run.stall_seconds, say=messages.append)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, add_help=False)
-    parser.add_argument("config", metavar="CONFIG", nargs="?")
-    parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--replay", metavar="FOLDER", type=Path)
-    parser.add_argument("--words", type=decoded_words)  # both in one word, where a launcher quotes nothing
-    parser.add_argument("--local_rank")  # the deepspeed launcher passes it; the environment has it too
-    return parser
-
-
-def _run_with_others(args: argparse.Namespace, config: RunConfig, folder: Path, log: RankLog, watch: Watch) -> int:
+def _run_with_others(args: Namespace, config: RunConfig, folder: Path, log: RankLog, watch: Watch) -> int:
     """Meet the other ranks, train or rehearse, and part; returns the exit code."""
     with watch.on():
         watch.together("start")

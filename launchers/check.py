@@ -3,15 +3,17 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from omegaconf import OmegaConf
 
+from finetune.config import RunConfig
+from finetune.preflight.places import missing_paths
 from finetune.ranks.versions import command, demand, installed_versions, untested
 from finetune.settings.checks import cross_check
 from finetune.settings.derive import derive
 from finetune.settings.problems import Problem
-from finetune.settings.recipes import effective, load_recipe
+from finetune.settings.recipes import effective, load_recipe, recipe_names
 from finetune.settings.typed import leaves
 from launchers.arguments import positive
 
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
         config = counted(config)
     problems += cross_check(config, ranks=args.ranks, known=[problem.key for problem in problems])
-    problems += _versions()
+    problems += [*_missing(args, config), *_versions()]
     errors = [problem for problem in problems if problem.level == "error"]
     tree = effective(config)
     if args.diff:
@@ -63,6 +65,16 @@ def run(args: argparse.Namespace) -> int:
 def _difference(config: dict[str, object], other: dict[str, object], name: str, other_name: str) -> dict[str, object]:
     values = {key: (config.get(key, "absent"), other.get(key, "absent")) for key in config | other}
     return {key: {name: value, other_name: at_other} for key, (value, at_other) in values.items() if value != at_other}
+
+
+def _missing(args: argparse.Namespace, config: RunConfig) -> list[Problem]:
+    """Return warnings: a recipe may be read where its data are not. The paths of a shipped one are examples."""
+    is_shipped = args.config in recipe_names()
+    return [
+        replace(wrong, level="warning")
+        for wrong in missing_paths(config)
+        if not is_shipped or any(word.startswith(f"{wrong.key}=") for word in args.overrides)
+    ]
 
 
 def _versions() -> list[Problem]:

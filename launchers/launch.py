@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.settings.checks import require
 from finetune.settings.recipes import load_recipe, recipe_files
+from launchers.launch_places import place_lines
 from launchers.manifest import render_kubernetes
 from launchers.profile import Profile, read_profile
 from launchers.render import Job, Rendered, as_json, render_deepspeed, render_slurm, render_torchrun, shell_line
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     profile = read_profile(args.on)
     config, problems = load_recipe(args.config, args.overrides)
     require(config, problems, ranks=profile.ranks)
+    for line in place_lines(config, profile, starts=args.start):
+        print(line, file=sys.stderr)
     folder = (args.out or config.run.path / "launch").absolute()
     top, files = recipe_files(args.config)
     recipe = next(iter(files), args.config)

@@ -69,11 +69,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Hand over to torchrun, pass signals on, and say which rank failed first."""
-    from finetune.checkpoint.folder import starting_point
     from finetune.checkpoint.run_lock import take_run_for_ranks
+    from finetune.preflight.start import require_start
     from finetune.ranks.log import print_line, remove_logs
     from finetune.ranks.versions import torch_problem
-    from finetune.settings.checks import require
     from finetune.settings.recipes import load_recipe
 
     if torch_problem():
@@ -81,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     _check_machines(args)
     config, problems = load_recipe(args.config, args.overrides)
     folder, run_id = config.run.path, args.start or uuid4().hex
-    resuming = starting_point(folder / "checkpoints", config.checkpoint.resume) is not None
-    # within a second, not after every rank's start
-    require(config, problems, ranks=args.ranks * args.nodes, resuming=resuming, starts=True)
-    if args.dry_run or args.replay:
+    trains = not (args.dry_run or args.replay)
+    for line in require_start(config, problems, ranks=args.ranks * args.nodes, trains=trains, run_id=run_id):
+        print(line, flush=True)
+    if not trains:
         logs = folder.with_name(f"{folder.name}.dry-run.logs") if args.dry_run else folder / "logs"
         code = verdict(*_torchrun(args, run_id, logs), logs=logs, run_id=run_id, leaves_outcome=False)
         if args.dry_run and code != 1:  # the traceback of a failure is there
@@ -185,8 +184,10 @@ def _torchrun(args: argparse.Namespace, run_id: str, logs: Path) -> tuple[int, l
 
     Its standard error, which is that of its ranks, goes into a log: it is tracebacks and words of libraries.
     """
+    from finetune.preflight.rank import LOOKED
+
     signals: list[int] = []
-    environment = rank_environment(os.environ) | {LAUNCHER_LOGS: str(logs)}
+    environment = rank_environment(os.environ) | {LAUNCHER_LOGS: str(logs), LOOKED: run_id}
     command = [sys.executable, "-m", "finetune.ranks.torchrun", f"--nproc_per_node={args.ranks}"]
     # as --standalone, but with a name by which we know what this start wrote
     command += ["--rdzv_backend=c10d", f"--rdzv_endpoint={args.meet or 'localhost:0'}", f"--rdzv_id={run_id}"]

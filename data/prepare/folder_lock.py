@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -95,6 +96,15 @@ def take(
         if _remove(path, text) and reason:
             say(f"took over {path.parent} from {other}: {reason}")
     raise ValueError(f"{path} changes hands again and again; {cure}")
+
+
+def living_holder(path: Path, mine: Holder, *, limit: float, last_sign: Callable[[], float]) -> Holder | None:
+    """Return the holder for whom `take` would leave the folder alone; writes nothing."""
+    other = read_holder(path)
+    if other is None:
+        return None
+    silence = time.time() - max(last_sign(), modified(path))
+    return other if _why_dead(other, mine, silence=silence, limit=limit) is None else None
 
 
 def release(path: Path, mine: Holder) -> None:

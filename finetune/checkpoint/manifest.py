@@ -185,9 +185,9 @@ def require_same_run(
         raise ValueError(
             f"{folder} was saved under another configuration:\n  {listed(different, between=chr(10) + '  ')}\n"
             f"Restore these values to continue it; or start again with another run.name or checkpoint.resume=never"
-            + _schedule_advice(folder, saved, config)
+            + schedule_advice(folder, saved, config)
         )
-    if not _is_trained_on(saved, base, fingerprint):
+    if not is_trained_on(saved, base, fingerprint):
         raise ValueError(
             f"{folder} was trained on another base: {saved.base} ({saved.base_fingerprint[:12]}), but model.path is "
             f"{base.folder} ({fingerprint[:12]}). Set model.path to the same weights"
@@ -239,7 +239,7 @@ def _schedule(config: Mapping[str, Any]) -> ScheduleConfig:
     return ScheduleConfig(**{key: value for key, value in config.get("schedule", {}).items() if key in known})
 
 
-def _schedule_advice(folder: Path, saved: Manifest, config: Mapping[str, Any]) -> str:
+def schedule_advice(folder: Path, saved: Manifest, config: Mapping[str, Any]) -> str:
     """Return what to do where the schedule differs: nothing else may have changed."""
     before, now = _schedule(saved.config), _schedule(config)
     if _goes_on(before, now, saved.step):
@@ -279,7 +279,8 @@ def _shape_text(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _is_trained_on(saved: Manifest, base: BaseFiles, fingerprint: str) -> bool:
+def is_trained_on(saved: Manifest, base: BaseFiles, fingerprint: str) -> bool:
+    """Say whether a checkpoint was trained on this base."""
     if len(saved.base_fingerprint) == len(fingerprint):
         return saved.base_fingerprint == fingerprint
     return saved.base_fingerprint == file_fingerprint(base.stored.values())

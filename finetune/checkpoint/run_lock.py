@@ -5,7 +5,15 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from data.prepare.folder_lock import Holder, process_start, read_holder, release, take, this_process
+from data.prepare.folder_lock import (
+    Holder,
+    living_holder,
+    process_start,
+    read_holder,
+    release,
+    take,
+    this_process,
+)
 from finetune.ranks.failures import meeting
 
 LOCK = "lock.json"
@@ -47,6 +55,19 @@ def take_run_for_ranks(
     """
     launch = launch_id(os.environ | {"TORCHELASTIC_RUN_ID": run_id}, os.getpid())
     return _take(folder, this_process(launch=launch, meeting=run_id), stall_seconds=stall_seconds, say=say)
+
+
+def holder_of(folder: Path, *, run_id: str = "", stall_seconds: float) -> Holder | None:
+    """Return the start that works in the run's folder, other than this one; writes nothing.
+
+    `run_id` is that of the torchrun which this process is about to start, if it is a launcher.
+    """
+    holder = read_holder(folder / LOCK)
+    if holder is None or holder.meeting == os.environ.get("TORCHELASTIC_RUN_ID"):  # our launcher holds it for us
+        return None
+    ours = os.environ | ({"TORCHELASTIC_RUN_ID": run_id} if run_id else {})
+    mine = this_process(launch=launch_id(ours, os.getppid()), meeting=meeting(ours))
+    return living_holder(folder / LOCK, mine, limit=stall_seconds, last_sign=lambda: _last_heartbeat(folder))
 
 
 def _take(folder: Path, mine: Holder, *, stall_seconds: float, say: Callable[[str], None]) -> Callable[[], None]:

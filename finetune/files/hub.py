@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 # Copies of the weights for other frameworks; a model folder needs none of these files.
@@ -25,7 +26,7 @@ def model_folder(
         if revision is not None:
             raise ValueError(f"model.revision {revision!r} does not apply to the local folder {path}; leave it out")
         return require_files(path)
-    if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if path.exists() or not may_be_hub_id(model):
         raise ValueError(
             f"model.path: {path} is not a folder; give a folder with a config.json, or a hub id (owner/name)"
         )
@@ -36,6 +37,56 @@ def lasting_name(model: str) -> str:
     """Return a name of a model that means the same in any folder: a hub id as it is, a local folder's absolute path."""
     path = Path(model).expanduser()
     return str(path.absolute()) if path.is_dir() else model
+
+
+def may_be_hub_id(model: str) -> bool:
+    """Say whether a model that is not a folder here may be one on the hub."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def cached_folder(model: str, *, cache: Path | None = None) -> Path | None:
+    """Return the folder of a hub id in the cache, whole or in part; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, cache_dir=cache, local_files_only=True, ignore_patterns=_UNNEEDED))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def require_on_hub(model: str, *, endpoint: str | None = None) -> None:
+    """Raise the error of `model_folder` unless the hub would give us this id; downloads its config.json only."""
+    from huggingface_hub import constants
+
+    if not _answers(endpoint or constants.ENDPOINT):  # the library would try for half a minute
+        raise ValueError(_unreachable(f"model.path: {model}", Path(constants.HF_HUB_CACHE), model))
+    _fetch(model, None, None, endpoint, looks_only=True)
+
+
+def _answers(endpoint: str, *, timeout: float = 2.0) -> bool:
+    """Say whether a server takes connections; one behind a proxy is not asked."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    parts = urlsplit(endpoint)
+    if parts.scheme in getproxies():
+        return True
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with suppress(OSError), socket.create_connection((parts.hostname or "", port), timeout=timeout):
+        return True
+    return False
+
+
+def _unreachable(named: str, where: Path, model: str) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"{named} is not in the cache {where}, and the hub cannot be reached"
+        f"{' (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''}. Run `hf download {model}` on a machine "
+        f"with network access and set HF_HOME to that cache, or give a local folder"
+    )
 
 
 def require_files(folder: Path) -> Path:
@@ -52,8 +103,13 @@ def require_files(folder: Path) -> Path:
     return folder
 
 
-def _fetch(model: str, revision: str | None, cache: Path | None, endpoint: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def _fetch(
+    model: str, revision: str | None, cache: Path | None, endpoint: str | None, *, looks_only: bool = False
+) -> Path:
+    """Download the model, or its config.json alone to see that the hub has it."""
+    from tempfile import TemporaryDirectory
+
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -67,6 +123,9 @@ def _fetch(model: str, revision: str | None, cache: Path | None, endpoint: str |
     named = f"model.path: {model}" + (f" at revision {revision}" if revision else "")
     where = cache or Path(constants.HF_HUB_CACHE)
     try:
+        if looks_only:  # not into the cache, where a file alone would look like a model in part
+            with TemporaryDirectory() as aside:
+                return Path(hf_hub_download(model, "config.json", cache_dir=aside, endpoint=endpoint))
         folder = snapshot_download(
             model, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=_UNNEEDED
         )
@@ -90,11 +149,7 @@ def _fetch(model: str, revision: str | None, cache: Path | None, endpoint: str |
             f"Run `hf download {model}` on a machine with network access, or give a complete local folder"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(
-            f"{named} is not in the cache {where}, and the hub cannot be reached"
-            f"{' (HF_HUB_OFFLINE is set)' if constants.HF_HUB_OFFLINE else ''}. Run `hf download {model}` on a machine "
-            f"with network access and set HF_HOME to that cache, or give a local folder"
-        ) from error
+        raise ValueError(_unreachable(named, where, model)) from error
     except HfHubHTTPError as error:
         raise ValueError(f"{named} could not be fetched from the hub: {error}") from error
     return Path(folder)

@@ -164,7 +164,7 @@ def _plan(
     layout = _layout(config, base, cluster, assumed, resident=choice.resident)
     micro_batches = -(-config.data.packs_per_step // (cluster.gpus // layout.sp))
     sent = traffic(config, base, layout, cluster, micro_batches=micro_batches)
-    trained = sum(tensor.elements for tensor in trained_tensors(base, config.adapters, ep=1))
+    trained = trained_elements(config, base)
     return Plan(
         model=base.name,
         stage=stage,
@@ -187,7 +187,7 @@ def _plan(
 def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int, *, waits: int) -> Host:
     """Return the bytes for loading, reading data and checkpoints; `waits` are a rank's activations in host memory."""
     ranks, itemsize = min(cluster.per_node, cluster.gpus), ITEMSIZE[config.model.dtype]
-    weights, adapts = 2 * parameter_counts(base).total, _adapts(config)
+    weights = 2 * parameter_counts(base).total
     memory_parts = {
         "ranks": ranks * RANK_HOST_BYTES,
         "reading workers": ranks * config.data.workers * WORKER_HOST_BYTES,
@@ -196,11 +196,24 @@ def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int, *, wa
     }
     disk_parts = {
         "base model": weights,
-        "checkpoints": STATE_BYTES * trained * (config.checkpoint.keep + 1),  # one more while it is written
-        "adapter" if adapts else "model": itemsize * trained if adapts else weights,
-        "merged model": weights if adapts else 0,
+        **run_bytes(config, base, trained=trained),
+        "merged model": weights if _adapts(config) else 0,
     }
     return Host(memory=_without_zeros(memory_parts), disk=_without_zeros(disk_parts))
+
+
+def run_bytes(config: RunConfig, base: Family, *, trained: int) -> dict[str, int]:
+    """Return the bytes that a run writes into its folder, by what they are for; `trained` elements train."""
+    adapts, itemsize = _adapts(config), ITEMSIZE[config.model.dtype]
+    return {
+        "checkpoints": STATE_BYTES * trained * (config.checkpoint.keep + 1),  # one more while it is written
+        "adapter" if adapts else "model": itemsize * trained if adapts else 2 * parameter_counts(base).total,
+    }
+
+
+def trained_elements(config: RunConfig, base: Family) -> int:
+    """Return how many values train."""
+    return sum(tensor.elements for tensor in trained_tensors(base, config.adapters, ep=1))
 
 
 def _without_zeros(parts: dict[str, int]) -> dict[str, int]:

@@ -14,15 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data.open import find_sources
-from finetune.architecture.shapes import parameter_shapes
-from finetune.architecture.trained import trained_tensors
+from data.format.printable import count_of
+from data.peek import is_rows
+from data.stream.corpus import find_shards
 from finetune.config import RunConfig
-from finetune.files.basefiles import open_base
-from finetune.files.hub import model_folder
-from finetune.planner.plan import STATE_BYTES
+from finetune.preflight.start import place_problems
 from finetune.ranks.versions import TESTED, command, demand, installed_versions, numbers, untested
-from finetune.settings.checks import base_family
 
 LEAST = {
     "flash-attn": ((2, 8), "pip install 'flash-attn>=2.8', or remove it: torch's own kernel is used then"),
@@ -146,56 +143,17 @@ def descriptor_findings(limit: int) -> Iterator[Finding]:
         yield Finding(check="descriptors", text=text, remedy=f"ulimit -n {FILES} (or LimitNOFILE of the service)")
 
 
-def disk_findings(folder: Path, *, wanted: int) -> Iterator[Finding]:
-    """Yield findings where there is no room for checkpoints and adapter, or none may be written."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    room = shutil.disk_usage(existing).free
-    if room < wanted:
-        text = f"{existing} has {room / 1e9:.1f} GB free, checkpoints of this run take {wanted / 1e9:.1f}"
-        yield Finding(check="disk", text=text, remedy="Free room, or lower checkpoint.keep")
-    if not os.access(existing, os.W_OK):
-        yield Finding(check="disk", text=f"{existing} cannot be written", remedy="Start where you may write")
-
-
-def base_findings(config: RunConfig) -> Iterator[Finding]:
-    """Yield a finding where the base is incomplete, has other keys or shapes, or an unknown layout."""
-    if not config.model.path:
-        remedy = "Set model.path to a folder or a hub id"
-        yield Finding(check="base", text="model.path is not set: there is nothing to train from", remedy=remedy)
-        return
-    try:
-        folder = model_folder(config.model.path)
-        open_base(folder, parameter_shapes(base_family(config)), layout=config.model.layout)
-    except (ValueError, OSError) as error:
-        remedy = "`moetune verify-base` looks at every part of it"
-        yield Finding(check="base", text=str(error).rstrip("."), remedy=remedy)
-
-
-def shard_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
-    """Yield sources that are missing, shards that are cut off, and shards too few to be read side by side."""
-    try:
-        sources = find_sources(config.data)
-    except (ValueError, OSError) as error:
-        yield Finding(check="shards", text=str(error).rstrip("."), remedy="Mend the path, or build the shards")
-        return
-    for name, shards in sources.items():
-        for shard in shards:
-            yield from _shard(name, shard)
-        readers = ranks * max(1, config.data.workers)
+def reader_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
+    """Yield sources of too few shards to be read side by side."""
+    readers = ranks * max(1, config.data.workers)
+    for name, source in config.data.sources.items():
+        try:
+            shards = [] if is_rows(source.path) else find_shards(source.path, f"data.sources.{name}.path")
+        except ValueError:  # place_problems says it
+            continue
         if len(shards) < min(readers, 8) and sum(shard.stat().st_size for shard in shards) > 10**9:
-            text = f"source {name} has {len(shards)} shard(s) for {readers} readers: all of them read one file"
+            text = f"source {name} has {count_of(len(shards), 'shard')} for {count_of(readers, 'reader')}"
             yield Finding(check="shards", text=text, remedy="`moetune shards split` cuts them smaller")
-
-
-def _shard(source: str, shard: Path) -> Iterator[Finding]:
-    """Yield a finding for a tar without its end of two blocks of zeros: it was cut off while it was copied."""
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        file.seek(max(0, size - 1024))
-        end = file.read()
-    if size % 512 or end.strip(b"\0"):
-        text = f"source {source}: {shard} is cut off ({size:,} bytes, without a tar's end)"
-        yield Finding(check="shards", text=text, remedy="Copy it again; `moetune shards check` looks at every sample")
 
 
 def wandb_findings(config: RunConfig, *, url: str, timeout: float = 5.0) -> Iterator[Finding]:
@@ -229,9 +187,7 @@ def machine_findings(config: RunConfig | None, *, ranks: int, smi: str | None) -
 
 def run_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
     """Yield everything about one run."""
-    trained = sum(tensor.elements for tensor in trained_tensors(base_family(config), config.adapters, ep=1))
-    state_bytes = STATE_BYTES * trained * (config.checkpoint.keep + 1)
-    yield from disk_findings(config.run.path, wanted=state_bytes)
-    yield from base_findings(config)
-    yield from shard_findings(config, ranks=ranks)
+    for wrong in place_problems(config)[0]:
+        yield Finding(check=wrong.key, text=f"{wrong.found!r}: {wrong.allowed}", remedy=wrong.remedy)
+    yield from reader_findings(config, ranks=ranks)
     yield from wandb_findings(config, url=os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))

@@ -69,13 +69,13 @@ def require(
     """
     known = [wrong.key for wrong in problems]
     problems = problems + cross_check(config, ranks=ranks, known=known, resuming=resuming)
-    problems += _missing(config) if starts else []
+    problems += missing_packages(config) if starts else []
     if any(wrong.level == "error" for wrong in problems):
         raise ConfigError(problems)
     return problems
 
 
-def _missing(config: RunConfig) -> list[Problem]:
+def missing_packages(config: RunConfig) -> list[Problem]:
     """Return the keys whose packages are missing here."""
     if not config.track.tensorboard or find_spec("tensorboard") is not None:
         return []

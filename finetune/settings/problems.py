@@ -14,11 +14,11 @@ def problem(key: str, found: object, allowed: str, remedy: str, *, warning: bool
 class ConfigError(ValueError):
     """The user's configuration cannot be used; carries every problem found."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], what: str = "in the configuration") -> None:
         self.problems = list(problems)
         errors = [problem for problem in self.problems if problem.level == "error"]
         lines = "\n".join(f"  {error}" for error in errors)
-        super().__init__(f"{len(errors)} problem{'s' if len(errors) != 1 else ''} in the configuration:\n{lines}")
+        super().__init__(f"{len(errors)} problem{'s' if len(errors) != 1 else ''} {what}:\n{lines}")
 
 
 def divisors(number: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from finetune.files.hub import model_folder, require_files
+from finetune.files.hub import cached_folder, model_folder, require_files, require_on_hub
 from finetune.files.tiny import TinyModel, write_tiny
 
 MODEL = "someone/tiny-vl"
@@ -111,6 +111,24 @@ def test_a_hub_id_is_fetched_once_and_then_comes_from_the_cache(base, hub, tmp_p
     assert model_folder(MODEL, cache=tmp_path, endpoint=hub.url) == folder
     assert model_folder(MODEL, revision=COMMIT, cache=tmp_path, endpoint=hub.url) == folder
     assert hub.fetched == []
+
+
+def test_a_hub_id_is_looked_for_without_its_weights(base, hub, tmp_path, monkeypatch):
+    assert cached_folder(MODEL, cache=tmp_path) is None
+    require_on_hub(MODEL, endpoint=hub.url)
+    assert hub.fetched == ["config.json"]
+    folder = model_folder(MODEL, cache=tmp_path, endpoint=hub.url)
+    assert cached_folder(MODEL, cache=tmp_path) == folder
+    with pytest.raises(ValueError, match="neither a local folder nor a model that you can see on the hub"):
+        require_on_hub("someone/else", endpoint=hub.url)
+    assert cached_folder("some one/x!", cache=tmp_path) is None
+    with pytest.raises(ValueError, match="neither a local folder nor a hub id"):
+        require_on_hub("some one/x!", endpoint=hub.url)
+    with pytest.raises(ValueError, match="is not in the cache .*, and the hub cannot be reached. Run"):
+        require_on_hub("someone/else", endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="the hub cannot be reached .HF_HUB_OFFLINE is set"):
+        require_on_hub(MODEL, endpoint=hub.url)
 
 
 def test_offline_a_full_cache_is_enough(hub, tmp_path, monkeypatch):

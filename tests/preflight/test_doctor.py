@@ -23,13 +23,11 @@ from torch.distributed.flight_recorder.components.loader import read_dir
 from finetune.preflight.cluster_check import RankFacts, findings
 from finetune.preflight.doctor import (
     LEAST,
-    base_findings,
     descriptor_findings,
-    disk_findings,
     driver_findings,
     kernel_findings,
     memory_findings,
-    shard_findings,
+    reader_findings,
     version_findings,
     visible_findings,
     wandb_findings,
@@ -141,12 +139,9 @@ def test_a_figure_that_a_sliced_gpu_does_not_tell_is_no_finding() -> None:
     assert not list(driver_findings("NVIDIA H100 MIG 1g.10gb, 580.90, [N/A], [N/A], [N/A]", {}))
 
 
-def test_shared_memory_disk_and_descriptors(tmp_path: Path) -> None:
+def test_shared_memory_and_descriptors(tmp_path: Path) -> None:
     assert "--ipc=host" in str(next(memory_findings(tmp_path, ranks=10**6)))
     assert list(memory_findings(tmp_path, ranks=0)) == []
-    assert "checkpoint.keep" in str(next(disk_findings(tmp_path / "runs" / "x", wanted=10**18)))
-    assert list(disk_findings(tmp_path, wanted=1)) == []
-    assert "cannot be written" in "\n".join(map(str, disk_findings(Path("/proc/self"), wanted=0)))
     assert "ulimit -n" in str(next(descriptor_findings(1024)))
     assert list(descriptor_findings(resource.RLIM_INFINITY)) == []
 
@@ -161,27 +156,14 @@ def test_descriptors_of_this_process_are_looked_at(tmp_path: Path) -> None:
     assert "at most 512 files" in json.loads(done.stdout)["findings"][-1]["text"]
 
 
-def test_base_and_shards(tmp_path: Path) -> None:
-    toy_run(tmp_path)
-    base, rows = f"model.path={tmp_path / 'base'}", f"data.sources.general.path={tmp_path / 'rows.jsonl'}"
-    assert list(base_findings(_config(base))) == []
-    assert "model.path is not set" in str(next(base_findings(_config())))
-    (weights,) = (tmp_path / "base").glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert "verify-base" in str(next(base_findings(_config(base))))
-    weights.unlink()
-    assert list(base_findings(_config(base)))
-    config = _config(base, rows)
-    assert list(shard_findings(config, ranks=1)) == []
-    assert "does not exist" in str(next(shard_findings(_config("data.sources.general.path=/nowhere"), ranks=1)))
-    shard = tmp_path / "shards" / "000.tar"
-    shard.parent.mkdir()
-    shard.write_bytes(b"x" * 3000)
-    cut = _config(f"data.sources.general.path={shard}")
-    assert "is cut off (3,000 bytes" in str(next(shard_findings(cut, ranks=1)))
+def test_few_large_shards_for_many_readers(tmp_path: Path) -> None:
+    shard = tmp_path / "000.tar"
     with shard.open("wb") as file:  # a large one of zeros takes no room on the disk
         file.truncate(2 * 10**9 // 512 * 512)
-    assert "`moetune shards split` cuts them smaller" in str(next(shard_findings(cut, ranks=8)))
+    (finding,) = reader_findings(_config(f"data.sources.general.path={shard}"), ranks=8)
+    assert "source general has 1 shard for 16 readers" in finding.text
+    assert "`moetune shards split` cuts them smaller" in finding.remedy
+    assert list(reader_findings(_config("data.sources.general.path=/nowhere"), ranks=8)) == []
 
 
 def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -202,8 +184,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     toy_run(tmp_path)
     words = ["doctor", "tiny-cpu", "model.path=base", "data.sources.general.path=rows.jsonl"]
     assert main(words) in (0, 3)  # as the machine is
-    assert "base:" not in capsys.readouterr().out
-    assert main([*words, "model.path=elsewhere", "--json"]) in (2, 3)
+    assert "model.path" not in capsys.readouterr().out
+    assert main([*words, "model.path=elsewhere", "--json"]) == 3
+    found = {finding["check"]: finding["text"] for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert "there is no such file or folder" in found["model.path"]
     assert main(["doctor", "--cluster", "--nnodes", "2"]) == 2
     assert "needs --rdzv-endpoint" in capsys.readouterr().err
 

@@ -236,8 +236,47 @@ def test_the_command_checks_the_recipe_for_the_profile_s_ranks(tmp_path: Path, m
     assert main(["launch", "tiny-cpu", "--on", "c.yaml", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"][0] == "sbatch"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["launch", "tiny-cpu", "--on", "c.yaml", "--run"]) == 2
+    toy_run(tmp_path)
+    words = ["launch", "tiny-cpu", "--on", "c.yaml", "--run", "model.path=base"]
+    assert main([*words, "data.sources.general.path=rows.jsonl"]) == 2
     assert "sbatch is not on this machine" in capsys.readouterr().err
+
+
+def test_a_launch_says_which_places_its_job_would_not_find(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    toy_run(tmp_path / "work")
+    words = ["launch", "tiny-cpu", "--on", "c.yaml", "model.path=base", "data.sources.general.path=rows.jsonl"]
+    Path("c.yaml").write_text(yaml.safe_dump({"kind": "slurm", "gpus_per_node": 2, "workdir": f"{tmp_path}/work"}))
+    assert main(words) == 0
+    assert "warning" not in capsys.readouterr().err
+    (tmp_path / "work" / "rows.jsonl").unlink()
+    assert main(words) == 0
+    missing = f"data.sources.general.path = 'rows.jsonl': there is no such file or folder in {tmp_path}/work"
+    assert f"warning: {missing}" in capsys.readouterr().err
+    assert main([*words, "--run"]) == 2
+    assert f"1 problem that keeps the job from running:\n  {missing}" in capsys.readouterr().err
+    Path("c.yaml").write_text(yaml.safe_dump({"kind": "deepspeed", "gpus_per_node": 2, "workdir": "/nowhere"}))
+    assert main([*words, "--run"]) == 2
+    assert "workdir = '/nowhere': there is no such folder on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "slurm"])
+def test_of_a_container_only_the_mounts_are_looked_at(kind: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    volumes = {"a": {"claim": "a", "mount": "/data"}}
+    container = {"image": "i", "mounts": ["/lustre/a:/data:ro", str(tmp_path)]}
+    section = {"image": "i", "volumes": volumes} if kind == "kubernetes" else {"container": container}
+    Path("c.yaml").write_text(yaml.safe_dump({"kind": kind, "gpus_per_node": 2, kind: section}))
+    words = ["launch", "tiny-cpu", "--on", "c.yaml", "--json", "data.sources.general.path=/data/a"]
+    words += [f"--out={tmp_path}/job"]
+    assert main([*words, "model.path=owner/name", "run.folder=/data"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*words, "model.path=/databases/b", "run.folder=/runs"]) == 0
+    base, folder = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert base.startswith("warning: model.path = '/databases/b': it is /databases/b in the container, below none of")
+    assert f"Mount it in {kind}." in base
+    assert "What a run writes there goes with the container." in folder
 
 
 def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None:
