@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launchers.arguments import media_places, place_arguments
+
 if TYPE_CHECKING:
     from finetune.verify.samples import Trial
 
@@ -38,6 +40,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="then compare logits with base + adapter, layer by layer: on drawn samples, or on your shards or JSONL",
     )
     parser.add_argument("--samples", type=int, default=8, metavar="N", help="how many of SAMPLES (default 8)")
+    place_arguments(parser)
     parser.add_argument("--device", default="cpu", help="where to verify: cpu (default) or cuda:0")
     parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         from finetune.verify.merged import proof_samples
 
         open_device(args.device)
-        samples = proof_samples(base.folder, args.verify, args.samples, data=plan.data)
+        samples = proof_samples(base.folder, args.verify, args.samples, data=plan.data, places=media_places(args))
     merged = merge(plan, args.out, jobs=args.jobs, say=say)
     for line in merged.lines():
         say(line)

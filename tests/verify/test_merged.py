@@ -90,17 +90,22 @@ def test_bfloat16_differs_only_by_rounding(tmp_path: Path, capsys: pytest.Captur
 def test_samples_from_the_user_are_proved_too(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": "user", "content": "Say red."}, {"role": "assistant", "content": "Red."}]
-    Image.new("RGB", (64, 48), (200, 20, 20)).save(tmp_path / "red.png")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (64, 48), (200, 20, 20)).save(pictures / "red.png")
     seen = {"messages": [turns[0] | {"content": "<image>Which?"}, turns[1]], "images": ["red.png"]}
     rows.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": turns}, seen] * 2 + [seen]))
     tensors = stored.weights(base())
     shutil.copytree(base(), tmp_path / "memory", ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, tmp_path / "memory" / "model.safetensors")
     words = ["merge", str(tmp_path / "memory"), str(made / "adapter"), str(tmp_path / "out"), "--json"]
-    assert main([*words, "--verify", str(rows), "--samples", "3"]) == 0
+    words += ["--verify", str(rows), "--samples", "3"]
+    assert main(words) == 2, "the picture is elsewhere"
+    capsys.readouterr()
+    assert main([*words, "--media-root", str(pictures)]) == 0
     proof = json.loads(capsys.readouterr().out)["proof"]
     assert proof["samples"] == 3
-    (shards,) = (path for path in tmp_path.iterdir() if path.name.startswith("rows-"))
+    (shards,) = (path for path in tmp_path.iterdir() if path.name.count("-") == 2)  # rows-<content>-<places>
     assert len(proof_samples(base(), str(shards), 9)) == 5
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.tar").write_bytes(bytes(1024))
