@@ -5,9 +5,13 @@ text can hold. So what remains of `<|im_start|>` and `<|im_end|>` after renderin
 """
 
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from data.config import ChatConfig
@@ -19,6 +23,8 @@ Span = tuple[int, int]
 PLAIN, PLAIN_END = "\ufdd0", "\ufdd1"
 MEDIA, MEDIA_END = "\ufdd2", "\ufdd3"
 _MARKERS = re.compile("[\ufdd0-\ufdd3]")
+SECONDS = 60.0
+"""CPU time in which a conversation must be rendered: it takes less than one where the template is sound."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +110,37 @@ def render(
     """The conversation as the template writes it; tools are marked here, messages by the caller."""
     marked = [mark_deep(tool, template.controls) for tool in tools]
     try:
-        rendered: str = template.tokenizer.apply_chat_template(
-            messages,
-            tools=marked or None,
-            chat_template=template.source,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
+        with _cpu_limit(SECONDS):
+            rendered: str = template.tokenizer.apply_chat_template(
+                messages,
+                tools=marked or None,
+                chat_template=template.source,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
     except Exception as error:  # noqa: BLE001  # a template is a program of the base, and fails as programs do
         words = f"{error} ({type(error).__name__})"
         raise ValueError(f"the base's chat template refuses the conversation: {words}") from error
     return rendered
+
+
+@contextmanager
+def _cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once the process has computed this long; only a main thread can be limited."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it is not done after {seconds:g} s; a loop that never ends?")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def unmark(marked: str) -> tuple[str, list[Span], list[Span]]:

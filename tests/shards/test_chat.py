@@ -1,6 +1,7 @@
 """Text, tokens and loss weights of conversations, compared with transformers' own rendering of the same template."""
 
 import json
+import signal
 from functools import cache
 
 import pytest
@@ -408,3 +409,13 @@ def test_the_template_may_be_in_either_file_or_in_the_tokenizers(tmp_path):
 def test_unknown_tokens_to_keep_are_refused():
     with pytest.raises(ValueError, match=r"keep_control_tokens names \['<box>'\].*<\|box_start\|>"):
         rendered([user("Q")], keep_control_tokens=("<box>",))
+
+
+def test_a_template_that_loops_without_end_is_stopped(monkeypatch):
+    endless = "{% for _ in range(99999) %}{% for _ in range(99999) %}{% set x = 1 %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("data.render.template.SECONDS", 0.1)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(ValueError, match="refuses the conversation: it is not done after 0.1 s.* .TimeoutError."):
+        read_template(base("tiny", endless), tokenizer("tiny"), ChatConfig())
+    assert signal.getsignal(signal.SIGVTALRM) is before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
