@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launchers.arguments import (
     answer_config,
@@ -14,10 +16,15 @@ from launchers.arguments import (
     positive,
 )
 
+if TYPE_CHECKING:
+    from finetune.ask.endpoint import Endpoint
+
 EXAMPLE = """\
   moetune serve-check http://localhost:8000/v1 shards/held-out --model merged --samples 16
   moetune serve-check http://localhost:8000/v1 held-out.jsonl --model base --adapter runs/mine/adapter --name mine"""
 
+ATTEMPTS = 3
+"""A busy server is asked again; one that hangs is given up after so many timeouts."""
 EXIT_CODES = {3: "the server computes something else, or nothing could be compared"}
 
 
@@ -26,6 +33,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
     parser.add_argument("data", nargs="+", metavar="DATA", help="shards, .jsonl or .json")
     parser.add_argument("--model", required=True, help="what the server serves: a folder or a hub id")
+    check_arguments(parser)
+    parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
+    parser.add_argument(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="environment variable with the server's key (default OPENAI_API_KEY)",
+    )
+
+
+def check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of a comparison, whatever names the server and the data."""
     model_arguments(parser)
     parser.add_argument("--samples", type=positive, default=8, help="samples drawn from each source (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="seed of drawing (default 0)")
@@ -36,48 +55,54 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="largest difference allowed between log-probabilities (default 0.1, for bfloat16)",
     )
-    parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
-    parser.add_argument(
-        "--key-variable",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="environment variable with the server's key (default OPENAI_API_KEY)",
-    )
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a request may take (default 300)")
     place_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare and print a card; exit code 3 if something differs, with the first difference, 1 if the server fails."""
-    from finetune.ask.answers import find_questions, with_media
-    from finetune.ask.endpoint import Endpoint, check_sendable
+    """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
+    from finetune.ask.endpoint import Endpoint
     from finetune.ask.exchange import EndpointError
-    from finetune.files.hub import model_folder
 
-    if not args.tolerance >= 0:
-        raise ValueError(f"--tolerance is {args.tolerance}; it must be a number from 0 on, 0.1 is usual for bfloat16")
-    endpoint = Endpoint(url=args.url, model=args.name, key_variable=args.key_variable, timeout=args.timeout)
-    questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed, places=media_places(args))
-    for question in questions:
-        check_sendable(question.record)
-    shown = with_media(questions, reader, control="kept", seed=args.seed)
+    endpoint = Endpoint(
+        url=args.url,
+        model=args.name,
+        key_variable=args.key_variable,
+        timeout=args.timeout,
+        attempts=ATTEMPTS,
+    )
     try:
-        endpoint.model_name()  # a server that is not there is known before a model is loaded
-        speaker = load_speaker(args.model, args, adapter=args.adapter)
-        from finetune.adapters.media import rules_of, trained_rules
-        from finetune.ask.serve_check import serve_check
-
-        folder = model_folder(args.model)
-        limits = {"tolerance": args.tolerance, "max_tokens": args.max_tokens}
-        differs = rules_of(folder).differences(trained_rules(folder, answer_config(args, args.model).data))
-        note = f"the processor files of {folder} say {'; '.join(differs)} as in training" if differs else ""
-        *_, card = serve_check(speaker, endpoint, shown, **limits, note=note)
+        return check(args, endpoint, model=args.model, adapter=args.adapter)
     except EndpointError as error:
         if args.debug:
             raise
         print(f"moetune serve-check: {error}", file=sys.stderr)
         return 1
+
+
+def check(args: argparse.Namespace, endpoint: "Endpoint", *, model: str, adapter: Path | None) -> int:
+    """Compare a server with a model, print a card and return the exit code; `args` are those of `check_arguments`."""
+    from finetune.ask.answers import find_questions, with_media
+    from finetune.ask.endpoint import check_sendable
+    from finetune.files.hub import model_folder
+
+    if not args.tolerance >= 0:
+        raise ValueError(f"--tolerance is {args.tolerance}; it must be a number from 0 on, 0.1 is usual for bfloat16")
+    questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed, places=media_places(args))
+    for question in questions:
+        check_sendable(question.record)
+    shown = with_media(questions, reader, control="kept", seed=args.seed)
+    endpoint.model_name()  # a server that is not there is known before a model is loaded
+    speaker = load_speaker(model, args, adapter=adapter)
+    from finetune.adapters.media import rules_of, trained_rules
+    from finetune.ask.serve_check import serve_check
+
+    folder = model_folder(model)
+    limits = {"tolerance": args.tolerance, "max_tokens": args.max_tokens}
+    differs = rules_of(folder).differences(trained_rules(folder, answer_config(args, model).data))
+    note = f"the processor files of {folder} say {'; '.join(differs)} as in training" if differs else ""
+    *_, card = serve_check(speaker, endpoint, shown, **limits, note=note)
     if args.json:
         print(json.dumps(asdict(card), indent=2))
     else:

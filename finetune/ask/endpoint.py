@@ -230,7 +230,8 @@ def _message(message: Message, images: Iterator[bytes], videos: Iterator[VideoBy
             parts.append({"type": "video_url", "video_url": {"url": _data_url(data, "video/mp4")}})
     only_text = all(part["type"] == "text" for part in parts)
     content = "".join(part["text"] for part in parts) if only_text else parts
-    body: dict[str, Any] = {"role": message.role, "content": content}
+    # OpenAI's clients send null beside calls; of an empty text vLLM makes a part, and the template a line break
+    body: dict[str, Any] = {"role": message.role, "content": None if message.tool_calls and not content else content}
     if message.thinking is not None:
         body["reasoning_content"] = message.thinking
     if message.tool_calls:

@@ -73,6 +73,7 @@ def open_speaker(
         stops=stop_tokens(folder),
         device=next(t for t in (*empty.module.parameters(), *empty.module.buffers())).device,
         switches=ours is not None and all(ours.families.values()),
+        adapted=[part for part, lora in ours.families.items() if lora] if ours is not None else (),
     )
 
 

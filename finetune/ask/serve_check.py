@@ -13,8 +13,11 @@ from data.render.sample import Sample
 from finetune.ask.answers import ShownQuestion
 from finetune.ask.endpoint import Completion, Endpoint, completion_body
 from finetune.ask.local import prompt_of
+from finetune.ask.missing_parts import Written, missing_line, missing_parts
 from finetune.ask.speaker import Judged, Sampling, Speaker
 
+DIAGNOSED = 3
+"""Samples that an explanation of the differences must explain."""
 TOPICS = ("token ids", "image grids", "greedy text", "log-probabilities")
 
 
@@ -42,6 +45,8 @@ class Card:
     near_ties: int = 0
     farthest: float = 0.0
     differences: list[Difference] = field(default_factory=list)
+    cause: str = ""
+    """What of an adapter the server leaves out, where that explains the differences."""
     note: str = ""
     """What the model's folder says of images and videos, where that is not what this comparison goes by."""
 
@@ -59,6 +64,8 @@ class Card:
             if topic == "log-probabilities" and self.compared[topic]:
                 notes.append(f"farthest {self.farthest:.4f}, allowed {self.tolerance:g}")
             yield f"{status}  {topic:<18} {', '.join(notes)}"
+        if self.cause:
+            yield f"cause {self.cause}"
         if self.note:
             yield f"note  {self.note}"
 
@@ -81,12 +88,19 @@ def serve_check(
         "top_logprobs": 1,
         "return_token_ids": True,  # vLLM's, for the ids of the prompt and of the answer; other servers ignore it
     }
+    wrong: list[Written] = []
     for question in questions:
         prompt = prompt_of(speaker, question)
         completion = endpoint.complete(completion_body(question, name, options))
         card.samples += 1
         if _compare_prompt(card, question.key, prompt, completion, speaker):
+            before = len(card.differences)
             _compare_answer(card, question.key, prompt, completion, speaker)
+            if len(card.differences) > before and completion.ids and completion.logprobs:
+                wrong.append(Written(prompt=prompt, ids=completion.ids, logprobs=completion.logprobs))
+        yield card
+    if wrong and speaker.adapted and (parts := missing_parts(speaker, wrong[:DIAGNOSED], tolerance)):
+        card.cause = missing_line(parts, speaker.adapted)
         yield card
 
 

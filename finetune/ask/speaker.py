@@ -4,7 +4,7 @@ Prompts of a batch are padded on their left side; a single prompt has neither pa
 every prompt has a random generator of its own, so that an answer does not depend on the rest of its batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -64,6 +64,7 @@ class Speaker:
         stops: frozenset[int],
         device: torch.device,
         switches: bool = False,
+        adapted: Sequence[str] = (),
     ) -> None:
         self.module = module.eval()
         self.renderer, self.spec = renderer, spec
@@ -72,11 +73,17 @@ class Speaker:
         self.keyword = "cache" if "cache" in signature(module.model.forward).parameters else "past_key_values"
         self.switches = switches
         """Whether everything that the adapter does can be switched off again."""
+        self.adapted = tuple(adapted)
+        """The parts of the model whose low-rank factors can be switched off."""
 
     def base_alone(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter is switched off."""
         assert self.switches, "what was trained in full or added to the weights cannot be left out"
         return adapters_off(self.module)
+
+    def without(self, parts: Collection[str]) -> AbstractContextManager[None]:
+        """Return a context in which the adapter is switched off on some of its parts."""
+        return adapters_off(self.module, parts)
 
     def require_room(self, prompt: Sample) -> Sample:
         """Return the prompt; raise if it takes more positions than the model was made for."""

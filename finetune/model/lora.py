@@ -7,7 +7,7 @@ their base values and stay as they are, except a router, which keeps one for its
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,22 @@ from moe.start_values import generator_of, uniform_factor
 
 
 @contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Leave the adapters out inside the block; every rank must enter it, because fewer weights are gathered there."""
-    dense = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    sparse = [layer for layer in module.modules() if isinstance(layer, (GroupedExperts, Router))]
+def adapters_off(module: nn.Module, parts: Collection[str] | None = None) -> Iterator[None]:
+    """Leave the adapters out inside the block, or only those on some parts of the model.
+
+    Every rank must enter it, because fewer weights are gathered there.
+    """
+    dense = [
+        layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer) and (parts is None or part_of(f"{name}.weight") in parts)
+    ]
+    sparse = [
+        layer
+        for layer in module.modules()
+        if (isinstance(layer, GroupedExperts) and (parts is None or "experts" in parts))
+        or (isinstance(layer, Router) and (parts is None or "router" in parts))
+    ]
     before = [layer._disable_adapters for layer in dense], [layer.is_adapted for layer in sparse]
     try:
         for layer in dense:

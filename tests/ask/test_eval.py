@@ -355,6 +355,7 @@ def test_the_server_is_spoken_to_in_openais_words(server):
     assert [part["type"] for part in first] == ["video_url", "text", "image_url"]
     assert first[0]["video_url"]["url"].startswith("data:video/mp4;base64,")
     assert first[2]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert body["messages"][1]["content"] is None, "of an empty text vLLM makes a part of the turn"
     calls = body["messages"][1]["tool_calls"]
     assert calls == [{"type": "function", "id": "call-0", "function": {"name": "look", "arguments": '{"at": 1}'}}]
     assert body["messages"][2] == {"role": "tool", "content": "seen", "tool_call_id": "call-0"}

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from adapter_cases import WIDE, made
+from adapter_cases import WIDE, drawn_adapter
 from bases import base
 from mixes import asked, files, media, record
 from peft import PeftModel
@@ -20,14 +20,10 @@ from transformers import AutoModelForImageTextToText
 from data.config import DataConfig, ImageConfig
 from data.render.vision import read_spec
 from finetune.adapters.keys import WEIGHTS
-from finetune.adapters.provenance import Provenance
-from finetune.adapters.write_trained import write_adapter
 from finetune.ask.open_model import open_speaker
 from finetune.ask.speaker import Sampling, Speaker
 from finetune.config import RouterPartConfig, RunConfig
-from finetune.files.basefiles import open_base
 from finetune.files.tiny import TinyModel, write_tiny
-from finetune.model.weights import load_weights
 from launchers.arguments import load_speaker
 from launchers.ask import question
 from launchers.cli import main
@@ -131,20 +127,6 @@ def test_log_probabilities_are_those_of_a_whole_forward():
     assert [one.best_id for one in judged] == best.indices.tolist()
 
 
-def trained(folder: Path, adapters, config=None) -> Path:
-    """Write an adapter like training does, with random values."""
-    empty, files = made(base(), adapters), open_base(base())
-    load_weights(empty, open_base(base(), empty.expected, layout="auto"))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in empty.module.named_parameters():
-            if parameter.requires_grad and "lora_A" not in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    origin = Provenance(base=files, base_name=str(base()), config=config or {})
-    write_adapter(empty, folder, base=str(base()), provenance=origin)
-    return folder
-
-
 def best_of_peft(adapter: Path):
     """Return the five most likely first tokens of stock PEFT, and their log-probabilities."""
     plain = AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32)
@@ -158,7 +140,7 @@ def firsts(ours: Speaker, tokens) -> list[float]:
 
 def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
     """Test dense, expert and full parts together, then the same file without our metadata, as from another tool."""
-    adapter = trained(tmp_path / "adapter", WIDE)
+    adapter = drawn_adapter(tmp_path / "adapter", WIDE)
     best = best_of_peft(adapter)
     ours = open_speaker(str(base()), adapter=adapter)
     assert firsts(ours, best.indices) == pytest.approx(best.values.tolist(), abs=1e-4)
@@ -171,7 +153,7 @@ def test_an_adapter_on_its_base_answers_as_stock_peft_does(tmp_path: Path):
 
 def test_without_its_adapter_the_model_is_its_base(tmp_path: Path):
     small = {"data": {"image": {"min_tokens": 4, "max_tokens": 20}, "workers": 7}, "optim": {"lr": 1.0}}
-    adapter = trained(tmp_path / "adapter", replace(WIDE, router=RouterPartConfig(mode="lora")), small)
+    adapter = drawn_adapter(tmp_path / "adapter", replace(WIDE, router=RouterPartConfig(mode="lora")), small)
     ours = open_speaker(str(base()), adapter=adapter)
     asked, wanted = prompt("image", ours), speaker().answer([prompt("image")], SHORT)
     assert ours.switches
@@ -182,8 +164,8 @@ def test_without_its_adapter_the_model_is_its_base(tmp_path: Path):
 
 def test_ask_compares_and_takes_the_settings_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     small = {"data": {"image": {"min_tokens": 4, "max_tokens": 20}, "workers": 7}, "optim": {"lr": 1.0}}
-    lora = trained(tmp_path / "lora", replace(WIDE, router=RouterPartConfig(mode="lora")), small)
-    full = trained(tmp_path / "full", WIDE)
+    lora = drawn_adapter(tmp_path / "lora", replace(WIDE, router=RouterPartConfig(mode="lora")), small)
+    full = drawn_adapter(tmp_path / "full", WIDE)
     (tmp_path / "0.png").write_bytes(media()["0.png"])
     words = ["ask", str(base()), "What?", "--image", str(tmp_path / "0.png"), "--max-tokens", "4"]
 
@@ -203,7 +185,7 @@ def test_ask_compares_and_takes_the_settings_of_training(tmp_path: Path, capsys:
 
 
 def test_an_adapter_trained_on_a_stretched_context_is_asked_on_it(tmp_path: Path):
-    adapter = trained(tmp_path / "adapter", WIDE, {"context": {"yarn": {"factor": 2.0}}})
+    adapter = drawn_adapter(tmp_path / "adapter", WIDE, {"context": {"yarn": {"factor": 2.0}}})
     arguments = argparse.Namespace(
         adapter=adapter, settings=[], config="", device="cpu", dtype="auto", layout="auto", other_base=False
     )
@@ -213,7 +195,7 @@ def test_an_adapter_trained_on_a_stretched_context_is_asked_on_it(tmp_path: Path
 
 
 def test_an_adapter_of_another_base_is_refused_with_both_named(tmp_path: Path):
-    adapter = trained(tmp_path / "adapter", WIDE)
+    adapter = drawn_adapter(tmp_path / "adapter", WIDE)
     write_tiny(tmp_path / "other", TinyModel(seed=5))
     with pytest.raises(ValueError, match=r"adapter was trained on .*base .*but .*other is another base"):
         open_speaker(str(tmp_path / "other"), adapter=adapter)
