@@ -31,6 +31,7 @@ COMMANDS = {  # in the order in which people meet them
     "merge": "a base and an adapter into one model folder in the hub's layout, and the proof of it",
     "export": "an adapter in the form that a server reads: PEFT's packed one, or 2-D keys expert by expert",
     "combine": "a weighted sum of adapters, experts included: exact, or of a smaller rank with its error stated",
+    "serve": "the exact command for vLLM, sglang and transformers, or a server started and checked",
     "serve-check": "does a live server compute what we compute, from pixels to log-probabilities?",
     "env": "what an issue report needs: versions, GPUs, memory, disks and variables of this machine",
     "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",

@@ -106,7 +106,7 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
         files=_out_files(base),
         side_files={**side_files_of(base.folder), **media},
         origin=origin,
-        context=_context(source, base.folder),
+        context=recorded_context(source, base.folder),
         seen=seen,
         data=data,
     )
@@ -128,8 +128,8 @@ def _seen(source: AdapterSource, base: Path) -> dict[str, Any]:
     return {section: values for section, values in seen.items() if section != "context"}
 
 
-def _context(source: AdapterSource, base: Path) -> Extension | None:
-    """The context extension that the adapter's configuration records."""
+def recorded_context(source: AdapterSource, base: Path) -> Extension | None:
+    """Return the context extension that the adapter's own configuration records."""
     context = recorded(source.metadata, CONFIGURATION).get("context") or {}
     yarn = YarnConfig(factor=(context.get("yarn") or {}).get("factor"))
     return extension(ContextConfig(length=context.get("length"), yarn=yarn), read_family(base))

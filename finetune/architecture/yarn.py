@@ -20,7 +20,7 @@ BETA_FAST = 32.0
 BETA_SLOW = 1.0
 """Turns over the original context below which a dimension is stretched fully."""
 VLLM_MULTIPLE = 4
-"""Multiple of the original length that vLLM's M-RoPE uses in the formula of the ramp, so its frequencies differ."""
+"""Multiple of the original length that vLLM's M-RoPE used in the formula of the ramp until 0.32: other frequencies."""
 TOLERANCE = 1e-6
 """Relative difference between frequencies that counts as rounding."""
 
@@ -218,31 +218,46 @@ def need_lines(base: Family, extended: Extension | None, *, largest: int, exact:
 
 
 def serving_lines(base: Family, extended: Extension | None) -> list[str]:
-    """Return how to serve the trained model: flags for the servers, and warnings if a server's formula differs."""
-    rope, head_dim = extended_rope(base.text.rope, extended), base.text.head_dim
+    """Return how to serve the trained model: flags for the servers, and where a server's own formula differs."""
+    rope = extended_rope(base.text.rope, extended)
     if rope.type != "yarn":
         return []
-    original = rope.original_max_position_embeddings
-    assert original is not None
     length = extended.length if extended else base.text.max_position_embeddings
-    formula, vllm = rotary(rope, head_dim), rotary(rope, head_dim, ramp_over=VLLM_MULTIPLE * original)
-    errors = _relative(formula.inv_freq, vllm.inv_freq)
-    lines = [f"serve with sglang: --context-length {length} (it computes the same frequencies)"]
+    lines = [
+        f"serve with sglang: --context-length {length} (it computes the same frequencies)",
+        f"serve with vLLM 0.32: --max-model-len {length} (it computes the same frequencies)",
+    ]
+    errors = _vllm_errors(rope, base.text.head_dim)
     if max(errors) <= TOLERANCE:
-        return [*lines, f"serve with vLLM: --max-model-len {length}"]
-    block = {
-        "rope_type": "yarn",
-        "factor": rope.factor,
-        "original_max_position_embeddings": original // VLLM_MULTIPLE,
-        "mrope_section": list(rope.mrope_section),
-        "mrope_interleaved": rope.mrope_interleaved,
-        "rope_theta": rope.theta,
+        return lines
+    assert rope.original_max_position_embeddings is not None
+    block = vllm_rope(rope) | {
+        "original_max_position_embeddings": rope.original_max_position_embeddings // VLLM_MULTIPLE
     }
     overrides = json.dumps({"text_config": {"rope_parameters": block, "max_position_embeddings": length}})
     return [
         *lines,
-        f"warning: vLLM's M-RoPE computes the ramp for {VLLM_MULTIPLE} x {original:,} positions: "
-        f"{sum(error > TOLERANCE for error in errors)} of {len(errors)} frequencies would differ, by up to "
-        f"{max(errors):.0%}. "
-        f"Serve with vLLM: --max-model-len {length} --hf-overrides '{overrides}'",
+        f"warning: older releases of vLLM make the ramp for {VLLM_MULTIPLE} x "
+        f"{rope.original_max_position_embeddings:,} positions: {sum(error > TOLERANCE for error in errors)} of "
+        f"{len(errors)} frequencies would differ, by up to {max(errors):.0%}. There, and only there, add "
+        f"--hf-overrides '{overrides}'",
     ]
+
+
+def vllm_rope(rope: Rope) -> dict[str, Any]:
+    """Return the `rope_parameters` of a context extended by YaRN, as vLLM's overrides take them."""
+    return {
+        "rope_type": rope.type,
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_position_embeddings,
+        "mrope_section": list(rope.mrope_section),
+        "mrope_interleaved": rope.mrope_interleaved,
+        "rope_theta": rope.theta,
+    }
+
+
+def _vllm_errors(rope: Rope, head_dim: int) -> list[float]:
+    """Return how far the frequencies of older releases of vLLM are from the formula's, one by one."""
+    assert rope.original_max_position_embeddings is not None
+    vllm = rotary(rope, head_dim, ramp_over=VLLM_MULTIPLE * rope.original_max_position_embeddings)
+    return _relative(rotary(rope, head_dim).inv_freq, vllm.inv_freq)

@@ -246,10 +246,11 @@ def test_the_largest_position_decides() -> None:
 
 def test_how_to_serve_is_said_where_a_server_computes_otherwise() -> None:
     assert serving_lines(BIG, None) == []
-    sglang, vllm = serving_lines(BIG, THREE)
+    sglang, vllm, older = serving_lines(BIG, THREE)
     assert "--context-length 1000000" in sglang
-    assert "20 of 64 frequencies would differ, by up to 67%" in vllm
-    overrides = json.loads(vllm.split("--hf-overrides '")[1].removesuffix("'"))["text_config"]["rope_parameters"]
+    assert "--max-model-len 1000000" in vllm
+    assert "20 of 64 frequencies would differ, by up to 67%" in older
+    overrides = json.loads(older.split("--hf-overrides '")[1].removesuffix("'"))["text_config"]["rope_parameters"]
     rope = extended_rope(BIG.text.rope, THREE)
     served = rotary(rope, 128, ramp_over=4 * overrides["original_max_position_embeddings"])
     assert served == rotary(rope, 128), "with the flags the ramp is ours"

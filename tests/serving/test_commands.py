@@ -1,0 +1,145 @@
+"""What servers are told: flags for what a folder's own files do not say, and why a server cannot take an adapter."""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from adapter_cases import WIDE, drawn_adapter
+from bases import base
+
+from data.config import DataConfig, ImageConfig, VideoConfig
+from finetune.adapters.media import processor_files
+from finetune.architecture.families import family
+from finetune.config import RouterPartConfig
+from finetune.serving.commands import Served, command, find_served, memory_bytes, obstacles
+from finetune.serving.process import free_port
+from launchers.cli import main
+
+TRAINED = {
+    "data": {"image": {"min_tokens": 4, "max_tokens": 20}, "video": {"fps": 4.0, "max_frames": 6, "max_tokens": 40}},
+    "context": {"yarn": {"factor": 2.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder: LoRA on attention, experts and the tower, with limits and a context of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    lora = replace(WIDE, router=RouterPartConfig(mode="frozen"))
+    drawn_adapter(folder / "adapter", lora, TRAINED)
+    return folder
+
+
+def flags(words: list[str]) -> dict[str, str]:
+    return {word: following for word, following in zip(words, [*words[1:], ""], strict=True) if word.startswith("--")}
+
+
+def test_an_adapter_is_served_with_the_limits_and_the_context_of_training(run: Path) -> None:
+    served = find_served(run, name="mine")
+    told = flags(command(served, "vllm", port=8000))
+    assert (served.model, told["--max-model-len"], served.length) == (base(), "8192", 8192)
+    assert (told["--lora-modules"], told["--max-lora-rank"]) == (f"mine={run / 'adapter'}", "8")
+    assert "--enable-tower-connector-lora" in told
+    rope = json.loads(told["--hf-overrides"])["text_config"]["rope_parameters"]
+    assert (rope["factor"], rope["original_max_position_embeddings"]) == (2.0, 4096)
+    assert json.loads(told["--media-io-kwargs"]) == {"video": {"fps": 4.0, "min_frames": 4, "max_frames": 6}}
+    told_limits = json.loads(told["--mm-processor-kwargs"])
+    image, video = ImageConfig(**TRAINED["data"]["image"]), VideoConfig(**TRAINED["data"]["video"])
+    files = processor_files(base(), DataConfig(image=image, video=video))
+    images, videos = (json.loads(files[f"{kind}preprocessor_config.json"]) for kind in ("", "video_"))
+    assert told_limits["images_kwargs"]["size"] == images["size"]
+    assert told_limits["videos_kwargs"]["size"] == videos["size"]
+    assert {key: videos[key] for key in ("fps", "max_frames")}.items() <= told_limits["videos_kwargs"].items()
+    assert find_served(run / "adapter", name="mine") == find_served(base(), run / "adapter", name="mine") == served
+
+
+def test_a_model_folder_says_the_rest_itself() -> None:
+    words = command(find_served(base(), name="mine"), "vllm", port=8000, length=512, gpus=2, dtype="float32")
+    told = flags(words)
+    assert words[:3] == ["vllm", "serve", str(base())]
+    assert (told["--served-model-name"], told["--max-model-len"]) == ("mine", "512")
+    assert (told["--tensor-parallel-size"], told["--dtype"]) == ("2", "float32")
+    assert not {"--enable-lora", "--mm-processor-kwargs", "--media-io-kwargs", "--hf-overrides"} & told.keys()
+
+
+def test_what_a_server_cannot_take_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    router = drawn_adapter(tmp_path / "router", replace(WIDE, router=RouterPartConfig(mode="lora")))
+    full = drawn_adapter(tmp_path / "full", WIDE)
+    found = [obstacles(find_served(folder, name="m"), "vllm") for folder in (router, full)]
+    assert found == [["vllm takes no adapter on routers"], ["vllm takes no tensor in full, and the adapter holds 3"]]
+    assert obstacles(find_served(full, name="m"), "transformers") == []
+    assert main(["serve", str(full)]) == 0
+    shown = capsys.readouterr().out
+    assert f"moetune merge {base()} {full} merged\n  moetune serve merged" in shown
+    assert re.search(rf"python -m finetune.serving.stock .* --adapter {full}", shown)
+    assert main(["serve", str(full), "--server", "sglang"]) == 3
+
+
+def test_the_memory_of_a_server_decides_how_many_gpus(tmp_path: Path) -> None:
+    served = Served(model=tmp_path, adapter=None, name="m", family=family("qwen3-vl-30b-a3b"), context=None, data=None)
+    weights, context = memory_bytes(served, length=1000)
+    assert weights == pytest.approx(62.1e9, rel=0.01)
+    assert context == 1000 * 48 * 2 * 4 * 128 * 2
+
+
+FAKE = """#!/usr/bin/env python3
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+if os.environ["FAKE"] == "dies":
+    sys.exit("no backend")
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send({"data": [{"id": "mine"}]})
+    def do_POST(self):
+        self.send({"choices": [{"message": {"content": "ab"}, "finish_reason": "stop"}]})
+    def send(self, tree):
+        data = json.dumps(tree).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+    def log_message(self, *_):
+        pass
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+"""A program called vllm that serves another model than it was told to."""
+
+
+def test_a_server_is_started_and_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").write_text(FAKE)
+    (tmp_path / "bin" / "vllm").chmod(0o755)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "B"}]
+    Path("rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    words = ["serve", str(base()), "--run", "--data", "rows.jsonl", "--max-tokens", "2", "--port", str(free_port())]
+    monkeypatch.setenv("FAKE", "works")
+    assert main(words) == 3
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"$ vllm serve {shlex.quote(str(base()))}")
+    assert "ready at http://127.0.0.1:" in shown
+    assert "greedy text: from character 1 on it is 'ab' there" in shown
+    monkeypatch.setenv("FAKE", "dies")
+    assert main(words) == 1
+    assert re.search(r"moetune serve: the server ended with exit code 1.*\n  no backend", capsys.readouterr().err)
+
+
+def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Path) -> None:
+    for words, message in (
+        ([str(tmp_path)], "is neither a run with an adapter or a model, nor a model folder, nor an adapter's"),
+        ([str(run), "--run"], "give held-out samples with --data"),
+        ([str(base()), "--run", "--server", "sglang", "--data", "x"], "--run found none of sglang in "),
+        ([str(base()), "--gpu", "abacus"], "'abacus' is not in the table"),
+    ):
+        assert main(["serve", *words]) == 2
+        assert message in capsys.readouterr().err
