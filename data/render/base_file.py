@@ -1,4 +1,4 @@
-"""JSON files of a base model: an object, or an error that names the file."""
+"""Reads JSON files of a base model; errors name the file."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from data.format.record import load_json
 
 
 def read_object(path: Path) -> Fields:
-    """The object that a file holds."""
+    """Return the JSON object in a file."""
     try:
         value = load_json(path.read_bytes())
     except ValueError as error:

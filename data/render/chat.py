@@ -1,7 +1,7 @@
-"""Conversations to text, by the base's own chat template, with the loss weight of every character.
+"""Renders conversations as text with the base's own chat template, and gives every character its loss weight.
 
-The borders of turns are what the template itself wrote, which marked text makes certain (template.py); nothing is
-ever searched for in token ids.
+Turns end where the template itself ended them; marked text makes that certain (template.py). Token ids are never
+searched.
 """
 
 import re
@@ -36,11 +36,11 @@ _THINK_TAGS = re.compile(r"</?think>")
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """Text as the tokenizer shall read it, each medium a single placeholder."""
+    """Text for the tokenizer, with one placeholder for each medium."""
 
     text: str
     weights: np.ndarray[Any, np.dtype[np.float32]]  # of each character
-    plain: tuple[Span, ...]  # spell a control token, but are only text
+    plain: tuple[Span, ...]  # spans that spell a control token but are only text
 
 
 def render_record(
@@ -52,9 +52,9 @@ def render_record(
     config: ChatConfig,
     prompt: bool = False,
 ) -> Rendered:
-    """The whole conversation as text; `media` and `boxes` are the texts of its media and boxes, in order of marks.
+    """Render an entire conversation; `media` and `boxes` are the texts of its media and boxes, in order of their marks.
 
-    With `prompt` the assistant's next turn is opened behind it, as a server does, and nothing carries loss.
+    With `prompt` the text ends with the opening of the assistant's next turn, as a server's does, and has no loss.
     """
     contents = _Contents(record, iter(media), iter(boxes), template)
     turns = [contents.of(message) for message in record.messages]
@@ -76,7 +76,7 @@ def render_record(
 
 
 class _Contents:
-    """Walks the messages and hands each mark the next medium, reference or box."""
+    """Walks the messages and gives each mark the next medium, reference or box."""
 
     def __init__(self, record: Record, media: Iterator[str], boxes: Iterator[str], template: Template) -> None:
         self._media, self._boxes = media, boxes
@@ -84,7 +84,7 @@ class _Contents:
         self._template = template
 
     def of(self, message: Message) -> tuple[str, str]:
-        """(content, thinking) of a message, as marked text."""
+        """Return (content, thinking) of a message, as marked text."""
         spelled = self._template.specials if message.role == "assistant" else self._template.controls
         content = "".join(self._text_of(item, spelled) for item in message.contents)
         if message.role != "assistant":
@@ -107,12 +107,12 @@ class _Contents:
 
 
 def _mark_again(text: str) -> str:
-    """Think tags that are left after the thinking was taken out are talk about tags."""
+    """Mark the think tags that remain once the thinking is removed: they are only talk about tags."""
     return _THINK_TAGS.sub(f"{PLAIN}\\g<0>{PLAIN_END}", text)
 
 
 def _split_thinking(content: str, *, is_thinking_base: bool) -> tuple[str, str]:
-    """(thinking, answer). A thinking model's own output lacks the opening tag: its prompt has it."""
+    """Return (thinking, answer). A thinking model's own output lacks the opening tag, which is in its prompt."""
     begins = content.lstrip().startswith("<think>")
     if "</think>" not in content:
         if begins:
@@ -128,7 +128,7 @@ def _turn(message: Message, content: str, thinking: str, template: Template, *, 
     turn: dict[str, Any] = {"role": message.role, "content": content}
     if message.role != "assistant":
         return turn
-    if template.thinks:  # it knows what to leave out of the history
+    if template.thinks:  # the template itself removes thinking from the history
         turn["reasoning_content"] = thinking
     elif thinking.strip() and not is_history:
         turn["content"] = f"<think>\n{thinking}\n</think>\n\n{content}"
@@ -152,7 +152,7 @@ def _weigh(
     template: Template,
     config: ChatConfig,
 ) -> None:
-    """Each turn's weight on its body and its end mark, never on its header."""
+    """Put each turn's weight on its body and its end mark, never on its header."""
     for turn, group in _pair(text, messages):
         message, (start, end) = group[0], (turn.start(2), turn.end(3))
         if message.role == "tool":
@@ -167,7 +167,7 @@ def _weigh(
             continue
         thought = _THOUGHT.match(text, start, turn.end(2))
         if template.thinks and thought is None and message.loss is None:
-            continue  # history without its thinking: a server never asks the model to begin like this
+            continue  # history without its thinking: on a server the model never begins a turn like this
         begin = start + len(template.opening) if text.startswith(template.opening, start) else start
         weights[begin:end] = message.weight
         if thought and (config.thinking == "mask" or not thought[1].strip()):
@@ -175,7 +175,7 @@ def _weigh(
 
 
 def _pair(text: str, messages: Sequence[Message]) -> Iterator[tuple[re.Match[str], list[Message]]]:
-    """Rendered turns with the messages in them: tool messages in a row share one; a template may add a system turn."""
+    """Pair rendered turns with their messages. Tool messages in a row share one; a template may add a system turn."""
     groups: list[list[Message]] = []
     for message in messages:
         if message.role == "tool" and groups and groups[-1][0].role == "tool":
@@ -184,14 +184,13 @@ def _pair(text: str, messages: Sequence[Message]) -> Iterator[tuple[re.Match[str
             groups.append([message])
     turns = list(_TURN.finditer(text))
     if "".join(turn[0] for turn in turns) != text:
-        raise ValueError("the base's chat template writes text outside of <|im_start|> ... <|im_end|> turns")
+        raise ValueError("the base's chat template writes text outside <|im_start|> ... <|im_end|> turns")
     if turns and turns[0][1] == "system" and groups[0][0].role != "system":
         turns = turns[1:]
     rendered = [turn[1] for turn in turns]
     written = ["user" if group[0].role == "tool" else group[0].role for group in groups]
     if rendered != written:
         raise ValueError(
-            f"the base's chat template renders the turns {rendered} of a conversation with {written}: it leaves some "
-            f"out"
+            f"the base's chat template leaves out turns: it renders {rendered} of a conversation with {written}"
         )
     return zip(turns, groups, strict=True)

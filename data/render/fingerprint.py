@@ -1,4 +1,4 @@
-"""What decides the length of a sample besides the sample: files and settings, read without a tokenizer. No torch."""
+"""A hash of the files and settings that decide the lengths of samples, made without a tokenizer. No torch."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 from data.config import ChatConfig, ImageConfig, VideoConfig
 
 RULES = 1
-"""Raised whenever the same record would become other tokens or patches."""
+"""Version of the rendering rules; increase it whenever the same record would give different tokens or patches."""
 _FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -26,7 +26,7 @@ _FILES = (
 
 
 def files_fingerprint(folder: Path, *, image: ImageConfig, video: VideoConfig, chat: ChatConfig) -> str:
-    """A hash of the settings, and of the base's files that a renderer reads."""
+    """Return a hash of the settings and of the base's files that a renderer reads."""
     digest = blake2b(digest_size=16)
     for part in _parts(folder, [RULES, asdict(image), asdict(video), asdict(chat)]):
         digest.update(len(part).to_bytes(8, "big") + part)

@@ -1,7 +1,7 @@
-"""Decoding: the frames of a video by number, exactly, and what a video file is.
+"""Decodes video files: their facts, and exactly the frames with given numbers.
 
-A packet index is read first (no decoding), so that only the frames behind the last keyframe before each wanted one are
-decoded. Times are those in the file, since the first frame.
+The packets are indexed first, without decoding. For each frame, decoding then starts at the last keyframe before it.
+Times come from the file and count from the first frame.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from data.format.facts import VideoFacts
 from data.render.image import MAX_PIXELS, decode_image
 from data.render.vision import Pixels, VisionSpec, resize
 
-if TYPE_CHECKING:  # imported where a video is opened: a machine without videos does without it
+if TYPE_CHECKING:  # imported only where a video is opened: without videos the package is not needed
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
 # no playlists, no image sequences, nothing that opens another file or address
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
-# containers whose packets say when they are shown, and where a seek lands where it should
+# containers with display times in their packets and reliable seeking
 _INDEXED = ("mov", "matroska", "flv")
-_REGULAR_SECONDS = 0.010  # a frame rate is constant when no frame is further off its beat
+_REGULAR_SECONDS = 0.010  # a frame rate counts as constant when no frame is further from its regular time
 
 
 Answer = TypeVar("Answer")
 
 
 class VideoRefused(ValueError):
-    """A video that cannot be used as it is; the message says which and why."""
+    """A video that cannot be used as it is; the message names it and gives the reason."""
 
 
 class VideoUnreadable(VideoRefused):
-    """The decoder fails; `reason` is what it says."""
+    """The decoder failed; `reason` is its message."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: not a readable video ({reason})")
@@ -49,9 +49,9 @@ class VideoUnreadable(VideoRefused):
 
 @dataclass(frozen=True, kw_only=True)
 class _Index:
-    pts: list[int]  # of every frame, in order of showing
-    keys: list[int]  # frame numbers that can be decoded on their own
-    by_arrival: bool = False  # frames are told apart by counting them from the start
+    pts: list[int]  # of every frame, in display order
+    keys: list[int]  # numbers of the frames that can be decoded on their own
+    by_arrival: bool = False  # frames are identified by counting them from the start
 
 
 def _check_pixels(height: int, width: int, name: str) -> None:
@@ -61,7 +61,7 @@ def _check_pixels(height: int, width: int, name: str) -> None:
 
 
 def _deadline(seconds: float, name: str) -> Callable[[], None]:
-    """A check, to be made often, that refuses to go on after this many seconds."""
+    """Return a check, to be called often, that raises VideoRefused after this many seconds."""
     end = time.monotonic() + seconds
 
     def check() -> None:
@@ -75,7 +75,7 @@ def _deadline(seconds: float, name: str) -> Callable[[], None]:
 
 
 class Clip:
-    """A video file while it is open: what it is, and its frames by number."""
+    """An open video file: its facts, and its frames by number."""
 
     def __init__(self, container: InputContainer, *, name: str, timeout: float) -> None:
         # a cover picture is a video stream too, but never the best one
@@ -85,8 +85,8 @@ class Clip:
         self._container, self._stream = container, stream
         self._name = name
         _check_pixels(stream.codec_context.height, stream.codec_context.width, name)
-        self._stream.thread_type = "NONE"  # workers are processes; threads of one decoder only steal from them
-        # av 19 would take one of the whole process, with threads: a reader forked later would hang on them
+        self._stream.thread_type = "NONE"  # workers are processes; decoder threads would only take their cores
+        # av 19 would share one converter, with threads, in this process: a reader forked later would hang on them
         self._converter = _av().video.reformatter.VideoReformatter()
         self._check_time = _deadline(timeout, name)
         indexed = container.format.name.split(",")[0] in _INDEXED
@@ -100,14 +100,14 @@ class Clip:
         self.facts = _facts(self._upright(first).shape, self._index.pts, self._stream)
 
     def frames(self, numbers: Sequence[int]) -> Iterator[torch.Tensor]:
-        """uint8 [H, W, 3] of each frame asked for, turned upright; `numbers` must not fall."""
+        """Yield these frames as uint8 [H, W, 3], turned upright; `numbers` must not decrease."""
         for number, frame in zip(numbers, self._decode(numbers), strict=True):
             assert frame is not None, f"frame {number} is decoded"
             pixels = self._upright(frame)
             size = (self.facts.height, self.facts.width)
             if pixels.shape[:2] != size:
                 raise VideoRefused(
-                    f"{self._name}: frame {number} is {pixels.shape[1]} x {pixels.shape[0]} pixels, the first one "
+                    f"{self._name}: frame {number} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but the first is "
                     f"{size[1]} x {size[0]}; frames of one video must have one size. Cut it there, or re-encode it"
                 )
             yield torch.from_numpy(pixels)
@@ -115,7 +115,7 @@ class Clip:
     def _decode(self, numbers: Sequence[int]) -> Iterator[Any]:
         index, name = self._index, self._name
         if numbers[-1] >= len(index.pts):
-            raise VideoRefused(f"{name}: frame {numbers[-1]} is asked for, but the file has {len(index.pts)}")
+            raise VideoRefused(f"{name}: frame {numbers[-1]} was requested, but the file has {len(index.pts)}")
         walk: Iterator[tuple[int, Any]] = iter(())
         here, frame = -1, None
         for number in numbers:
@@ -134,7 +134,7 @@ class Clip:
             yield frame
 
     def _walk(self, key: int, numbers: set[int]) -> Iterator[tuple[int, Any]]:
-        """(number, frame) from this keyframe on, perhaps without some that are not among `numbers`."""
+        """Yield (number, frame) from this keyframe on; frames not in `numbers` may be skipped."""
         container = self._container
         stream = self._stream
         name = self._name
@@ -147,7 +147,7 @@ class Clip:
             return
         context = stream.codec_context
         for packet in _each(name, lambda: container.demux(stream)):
-            if context.name == "h264":  # its B pictures say that nothing is built on them: decoded only where needed
+            if context.name == "h264":  # B pictures declare that no frame refers to them: decode them only on demand
                 is_needed = packet.pts is None or self._number_of.get(packet.pts) in numbers
                 context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             for frame in ask_ffmpeg(name, packet.decode):
@@ -155,7 +155,7 @@ class Clip:
                     yield self._number_of[frame.pts], frame
 
     def _upright(self, frame: Any) -> Pixels:
-        """RGB as a player shows it: turned by the file's rotation, which phones write instead of turning pixels."""
+        """Return RGB as a player shows it. Phones write a rotation into the file instead of turning the pixels."""
         _check_pixels(frame.height, frame.width, self._name)
         turns = round(frame.rotation / 90) % 4
         pixels = ask_ffmpeg(self._name, lambda: self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray())
@@ -163,19 +163,19 @@ class Clip:
 
 
 def _av() -> Any:
-    """The package that decodes. Not a ValueError where it is missing: that would pass for a fault of the sample."""
+    """Import the decoder. If it is missing, do not raise ValueError: that would blame the sample."""
     try:
         import av
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "reading a video file takes the package av, which is not installed: pip install av", name="av"
+            "reading a video file needs the package av, which is not installed: pip install av", name="av"
         ) from error
     return av
 
 
 @contextmanager
 def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> Iterator[Clip]:
-    """The file as a clip; ValueError, naming it, for what cannot be read."""
+    """Open a video file; raise a ValueError that names it if it cannot be read."""
     av = _av()
     container = ask_ffmpeg(name, lambda: av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS}))
     with container:
@@ -183,21 +183,21 @@ def open_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> It
 
 
 def probe_video(data: bytes, *, name: str = "video", timeout: float = 60.0) -> VideoFacts:
-    """Size as seen, number of frames and their times; nothing but the first frame is decoded where the file allows."""
+    """Return the displayed size, the number of frames and their times; decode only the first frame if possible."""
     with open_video(data, name=name, timeout=timeout) as clip:
         return clip.facts
 
 
 def ask_ffmpeg(name: str, call: Callable[[], Answer]) -> Answer:
-    """The answer of one call to the decoder; whatever it raises becomes VideoUnreadable, with its words."""
+    """Return the result of one call to the decoder; any error becomes VideoUnreadable with the same message."""
     try:
         return call()
-    except Exception as error:  # noqa: BLE001  # FFmpeg's errors are of a dozen classes, and PyAV adds its own
+    except Exception as error:  # noqa: BLE001  # FFmpeg has a dozen classes of errors, and PyAV adds its own
         raise VideoUnreadable(name, f"{type(error).__name__}: {error}") from error
 
 
 def _each(name: str, call: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    """What the decoder's iterator yields, each asked for by itself."""
+    """Yield the items of a decoder's iterator, each through `ask_ffmpeg`."""
     items = ask_ffmpeg(name, call)
     end = object()
     while (item := ask_ffmpeg(name, lambda: next(items, end))) is not end:
@@ -214,7 +214,7 @@ def _facts(size: tuple[int, ...], pts: list[int], stream: VideoStream) -> VideoF
     if n == 1 or beat <= 0:
         rate = declared or 1.0
         return VideoFacts(height=height, width=width, frames=n, duration=n / rate, rate=rate)
-    # the declared rate is exact where the times are rounded to milliseconds, but some files declare nonsense
+    # the declared rate is exact even where times are rounded to milliseconds, but some files declare nonsense
     agrees = declared > 0 and abs(times[-1] - (n - 1) / declared) <= max(0.001, tick)
     rate = declared if agrees else 1 / beat
     if all(abs(seconds - number / rate) <= max(_REGULAR_SECONDS, tick) for number, seconds in enumerate(times)):
@@ -227,7 +227,7 @@ def _index_packets(container: InputContainer, stream: VideoStream, name: str, ch
     is_key: dict[int, bool] = {}
     for packet in _each(name, lambda: container.demux(stream)):
         check_time()
-        if packet.size and packet.pts is not None and not packet.is_discard:  # discarded: cut off by an edit list
+        if packet.size and packet.pts is not None and not packet.is_discard:  # an edit list cuts discarded ones off
             is_key[packet.pts] = packet.is_keyframe
     pts = sorted(is_key)
     return _Index(pts=pts, keys=[number for number, each in enumerate(pts) if is_key[each]])
@@ -236,7 +236,7 @@ def _index_packets(container: InputContainer, stream: VideoStream, name: str, ch
 def _index_by_decoding(
     container: InputContainer, stream: VideoStream, name: str, check_time: Callable[[], None]
 ) -> _Index:
-    """Old containers have no such times, or a seek lands anywhere: every frame is decoded once, to count them."""
+    """Decode every frame once to count them: old containers lack display times or reliable seeking."""
     pts: list[int | None] = []
     for frame in _each(name, lambda: container.decode(stream)):
         check_time()
@@ -250,7 +250,7 @@ def _index_by_decoding(
 
 
 def decode_images(frames: Sequence[bytes], numbers: Sequence[int], *, name: str) -> Iterator[torch.Tensor]:
-    """The frames asked for of a video that is given as images, as `Clip.frames` gives them."""
+    """Yield these frames of a video given as images, in the form of `Clip.frames`."""
     for number in numbers:
         yield decode_image(frames[number], name=f"{name} frame {number}")
 
@@ -258,9 +258,9 @@ def decode_images(frames: Sequence[bytes], numbers: Sequence[int], *, name: str)
 def video_patches(
     frames: Iterator[torch.Tensor], *, count: int, grid: tuple[int, int, int], spec: VisionSpec
 ) -> torch.Tensor:
-    """uint8 [patches, 3 * temporal * patch * patch]; each frame is resized as it comes, so memory stays at the grid's.
+    """Return the patches of a video, uint8 [patches, 3 * temporal * patch * patch]; a last odd frame is repeated.
 
-    An odd frame is paired with itself.
+    Each frame is resized as it arrives, so memory is bounded by the size of the grid.
     """
     pairs, rows, columns = grid
     p, m = spec.patch, spec.merge

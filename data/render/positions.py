@@ -1,8 +1,8 @@
-"""Positions of one sample's tokens, before packing: the model's own rule, computed where the sample is made.
+"""Positions of one sample's tokens, before packing. They follow the model's own rule.
 
-Four rows. Row 0 counts tokens and restarts with every sample, which is how attention learns where a packed sample
-begins. Rows 1 to 3 are the rotary positions in time, height and width: text moves all three together; an image, or one
-frame pair of a video, spreads over height and width from where the text stood, and the text goes on behind its longer
+There are four rows. Row 0 counts tokens and restarts with every sample; this separates packed samples in attention.
+Rows 1 to 3 are the rotary positions in time, height and width. Text advances all three together. An image, or one
+frame pair of a video, spreads over height and width from the current position; the text continues after its longer
 side.
 """
 
@@ -18,7 +18,7 @@ VIDEO = 2
 
 
 def sample_positions(kinds_T: IntArray, *, image_grids: IntArray, video_grids: IntArray, merge: int) -> IntArray:
-    """int32 [4, T] from each token's kind (TEXT, IMAGE, VIDEO) and the grids of patches in order of appearance."""
+    """Return int32 [4, T] for each token's kind (TEXT, IMAGE, VIDEO) and the patch grids in order of appearance."""
     frames = np.repeat(video_grids, video_grids[:, 0], axis=0)
     grids = {IMAGE: iter(image_grids[:, 1:] // merge), VIDEO: iter(frames[:, 1:] // merge)}
     positions = np.empty((4, len(kinds_T)), dtype=np.int32)

@@ -1,6 +1,6 @@
-"""One sample, from its record and the bytes of its media to the arrays a pack is made of; or only its length.
+"""Renders one sample: its record and the bytes of its media become the arrays of a pack.
 
-`count_text` and `count_vision` need no pixels: what they add up to is exactly what `build` makes.
+`count_text` and `count_vision` need no pixels; their sum is exactly the length of what `build` returns.
 """
 
 import json
@@ -45,7 +45,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """T tokens of one sample. Images and videos are apart, each in order of appearance."""
+    """T tokens of one sample. Images and videos are kept apart, each in order of appearance."""
 
     key: str
     shard: str = ""
@@ -53,19 +53,19 @@ class Sample:
     input_ids: Array  # int32 [T]
     loss_weights: Array  # float32 [T], of the token as a label: predicted from those before it; 0 for the first
     positions: Array  # int32 [4, T]: data/render/positions.py
-    image_patches: Array  # uint8 [P, 3 * patch * patch], one frame: the device makes the second
+    image_patches: Array  # uint8 [P, 3 * patch * patch], one frame; the device repeats it
     image_grids: Array  # int32 [images, 3]
     video_patches: Array  # uint8 [P, 3 * temporal * patch * patch]
     video_grids: Array  # int32 [videos, 3]
-    notes: tuple[str, ...] = ()  # what the user should know: a video with fewer frames than asked
+    notes: tuple[str, ...] = ()  # for the user, for instance that a video has fewer frames than requested
 
 
 class Renderer:
-    """Makes samples for one base model. Cheap to send to worker processes."""
+    """Renders samples for one base model. Cheap to send to worker processes."""
 
     def __init__(self, folder: Path, *, image: ImageConfig, video: VideoConfig, chat: ChatConfig) -> None:
         if not (folder / "tokenizer_config.json").is_file():
-            raise ValueError(f"{folder}: no tokenizer_config.json there; give the folder of a Qwen3-VL base model")
+            raise ValueError(f"{folder} has no tokenizer_config.json; give the folder of a Qwen3-VL base model")
         self._image, self._video = image, video
         self._chat = chat
         self._spec = read_spec(folder)
@@ -91,18 +91,18 @@ class Renderer:
         return int(number)
 
     def count_text(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> int:
-        """Every token that is no patch of an image or video: marks and timestamps included."""
+        """Count all tokens except those of patches; marks and timestamps are included."""
         tokens = self._tokens(record, images, self._plans(record, videos))
         return int(np.count_nonzero(tokens.kinds == 0))
 
     def count_vision(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> VisionCount:
-        """Tokens that stand for patches, and the patches; arithmetic only."""
+        """Count the tokens that stand for patches, and the patches, by arithmetic alone."""
         grids = [*self._grids(record, images), *(plan.grid for plan in self._plans(record, videos))]
         patches = sum(t * rows * columns for t, rows, columns in grids)
         return VisionCount(tokens=patches // self._spec.merge**2, patches=patches)
 
     def vision_positions(self, record: Record, images: Sequence[ImageFacts], videos: Sequence[VideoFacts]) -> int:
-        """How far images and videos move the positions on: the longer side of each image, of each frame pair."""
+        """Return how far images and videos advance the positions: the longer side of each image and frame pair."""
         grids = [*self._grids(record, images), *(plan.grid for plan in self._plans(record, videos))]
         return sum(t * max(rows, columns) // self._spec.merge for t, rows, columns in grids)
 
@@ -116,9 +116,9 @@ class Renderer:
         shard: str = "",
         prompt: bool = False,
     ) -> Sample:
-        """The sample. ValueError, naming the image or video, where the record or its media cannot be used.
+        """Render a sample. Raise a ValueError that names the image or video if the record or its media are unusable.
 
-        With `prompt` the assistant's next turn is opened behind the conversation, for a model to write.
+        With `prompt` the sample ends with the opening of the assistant's next turn, for a model to continue.
         """
         image_facts, image_patches_of = self._read_images(record, images)
         plans, video_patches_of = self._read_videos(record, videos)
@@ -149,12 +149,12 @@ class Renderer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens that a model wrote, without special ones."""
+        """Return the text of tokens that a model wrote, without special tokens."""
         text: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
     def spell(self, token: int) -> str:
-        """One token as the vocabulary spells it, special ones included."""
+        """Return the text of one token, which may be a special one."""
         spelled: str = self._tokenizer.decode([token], skip_special_tokens=False)
         return spelled
 
@@ -164,7 +164,7 @@ class Renderer:
         return frozenset((self._image_pad, self._video_pad))
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text that is no conversation."""
+        """Return the tokens of a text outside any conversation."""
         return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _tokens(
@@ -250,7 +250,7 @@ def _name(kind: str, at: int, place: Place) -> str:
 
 @contextmanager
 def _named(kind: str, at: int, place: Place) -> Iterator[None]:
-    """Says in which image or video an error is."""
+    """Prefix errors with the name of the image or video."""
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The base's own chat template, and text marked so that nothing in a message can pass for the template's own.
+"""The base's own chat template, and marks that keep a message's text apart from the template's own.
 
-What a message may not spell (control tokens) and what we put there ourselves (media) stand between characters that no
-text can hold. So what remains of `<|im_start|>` and `<|im_end|>` after rendering was written by the template.
+Control tokens spelled in a message, and the media that we insert, are enclosed in characters that no text may contain.
+So every other `<|im_start|>` and `<|im_end|>` after rendering was written by the template.
 """
 
 import re
@@ -19,7 +19,7 @@ from data.render.base_file import read_object
 
 Span = tuple[int, int]
 
-# noncharacters of Unicode: reserved for use inside a program, never in text
+# Unicode noncharacters: reserved for internal use, never part of text
 PLAIN, PLAIN_END = "\ufdd0", "\ufdd1"
 MEDIA, MEDIA_END = "\ufdd2", "\ufdd3"
 _MARKERS = re.compile("[\ufdd0-\ufdd3]")
@@ -29,18 +29,18 @@ SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The base's template and what it takes to use it safely."""
+    """The base's template, with the patterns needed to use it safely."""
 
     source: str
     tokenizer: Any
-    controls: re.Pattern[str]  # only the template may write these
-    specials: re.Pattern[str]  # an assistant may not write these; other control tokens are its language
-    thinks: bool  # it knows thinking, and leaves it out of the history
-    opening: str  # what a server adds behind the assistant's header: given, not generated
+    controls: re.Pattern[str]  # tokens that only the template may write
+    specials: re.Pattern[str]  # tokens that an assistant may not write either; it may write the other control tokens
+    thinks: bool  # the template supports thinking, and removes it from the history
+    opening: str  # text that a server adds after the assistant's header, so that the model does not generate it
 
 
 def read_template(folder: Path, tokenizer: Any, config: ChatConfig) -> Template:
-    """The template a server of this base uses: the processor's file before the tokenizer's own."""
+    """Read the template that a server of this base uses; the processor's file takes precedence over the tokenizer's."""
     source = _template_source(folder, tokenizer)
     added = tokenizer.added_tokens_decoder.values()
     specials = [token.content for token in added if token.special]
@@ -48,8 +48,8 @@ def read_template(folder: Path, tokenizer: Any, config: ChatConfig) -> Template:
     unknown = [token for token in config.keep_control_tokens if token not in specials]
     if unknown:
         raise ValueError(
-            f"data.chat.keep_control_tokens names {unknown}, which the base's tokenizer does not have as special "
-            f"tokens; it has {', '.join(specials)}"
+            f"data.chat.keep_control_tokens names {unknown}, which are not special tokens of the base's tokenizer; "
+            f"its special tokens: {', '.join(specials)}"
         )
     template = Template(
         source=source,
@@ -64,7 +64,7 @@ def read_template(folder: Path, tokenizer: Any, config: ChatConfig) -> Template:
     header = "<|im_start|>assistant\n"
     if not prompt.startswith(closed + header):
         raise ValueError(
-            f"{folder}: the base's chat template does not open the assistant's turn with {header!r} but with "
+            f"{folder}: the base's chat template opens the assistant's turn not with {header!r} but with "
             f"{prompt[len(closed) :]!r}; moetune reads templates of the Qwen family"
         )
     return replace(template, opening=prompt[len(closed + header) :])
@@ -77,26 +77,26 @@ def _template_source(folder: Path, tokenizer: Any) -> str:
         return str(read_object(folder / "chat_template.json").text("chat_template"))
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{folder}: no chat template, neither in chat_template.jinja, chat_template.json nor in "
+            f"{folder}: there is no chat template in chat_template.jinja, chat_template.json or "
             f"tokenizer_config.json. Copy it from the release the weights came from"
         )
     return str(tokenizer.chat_template)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    """The longest first, so that a token wins over those inside it."""
+    """Return a pattern of these tokens, the longest first, so that a token is preferred to those inside it."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")
 
 
 def mark(text: str, spelled: re.Pattern[str]) -> str:
-    """The text with each of these tokens between markers that say: only text."""
+    """Enclose each of these tokens in markers that declare it plain text."""
     if marker := _MARKERS.search(text):
-        raise ValueError(f"the text holds U+{ord(marker[0]):04X}, which is no character of any script; remove it")
+        raise ValueError(f"the text contains U+{ord(marker[0]):04X}, which is not a character of any script; remove it")
     return spelled.sub(f"{PLAIN}\\g<0>{PLAIN_END}", text)
 
 
 def mark_deep(value: Any, spelled: re.Pattern[str]) -> Any:
-    """A JSON value with every string in it marked, names included."""
+    """Mark every string in a JSON value, names included."""
     if isinstance(value, str):
         return mark(value, spelled)
     if isinstance(value, dict):
@@ -107,7 +107,7 @@ def mark_deep(value: Any, spelled: re.Pattern[str]) -> Any:
 def render(
     template: Template, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], *, prompt: bool = False
 ) -> str:
-    """The conversation as the template writes it; tools are marked here, messages by the caller."""
+    """Render a conversation with the template; tools are marked here, messages by the caller."""
     marked = [mark_deep(tool, template.controls) for tool in tools]
     try:
         with _cpu_limit(SECONDS):
@@ -118,7 +118,7 @@ def render(
                 add_generation_prompt=prompt,
                 tokenize=False,
             )
-    except Exception as error:  # noqa: BLE001  # a template is a program of the base, and fails as programs do
+    except Exception as error:  # noqa: BLE001  # a template is a program of the base and may raise anything
         words = f"{error} ({type(error).__name__})"
         raise ValueError(f"the base's chat template refuses the conversation: {words}") from error
     return rendered
@@ -144,7 +144,7 @@ def _cpu_limit(seconds: float) -> Iterator[None]:
 
 
 def unmark(marked: str) -> tuple[str, list[Span], list[Span]]:
-    """Text without markers, the spans that are plain text and those that are media."""
+    """Return the text without markers, the spans of plain text and the spans of media."""
     pieces: list[str] = []
     spans: dict[str, list[Span]] = {PLAIN: [], MEDIA: []}
     opened: list[tuple[str, int]] = []
@@ -166,7 +166,7 @@ def unmark(marked: str) -> tuple[str, list[Span], list[Span]]:
 
 
 def blank(text: str, plain: Sequence[Span]) -> str:
-    """The text with its harmless spans blanked out, so that every control token in it is a real one."""
+    """Blank out the plain spans, so that every control token left is a real one."""
     for start, end in plain:
         text = text[:start] + "\0" * (end - start) + text[end:]
     return text

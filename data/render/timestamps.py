@@ -1,4 +1,4 @@
-"""What stands in the text for a video and for a box: times before each frame pair, coordinates from 0 to 1000."""
+"""The text for a video and for a box: a time before each frame pair, and coordinates from 0 to 1000."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,25 @@ _PAIR = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def video_text(stamps: Sequence[float], *, config: VideoConfig, hms: bool) -> str:
-    """A placeholder for each frame pair, behind the time it is seen; `hms` decides where timestamps are mixed."""
+    """Return a time and a placeholder for each frame pair; `hms` decides the form when timestamps are mixed."""
     as_clock = config.timestamps == "hms" or (config.timestamps == "mixed" and hms)
     pairs = "".join(f"{clock(stamp) if as_clock else seconds(stamp)}{_PAIR}" for stamp in stamps)
     return f"<|vision_start|>{pairs}<|vision_end|>" if config.layout == "nested" else pairs
 
 
 def seconds(stamp: float) -> str:
-    """<3.0 seconds>"""
+    """Return a time as `<3.0 seconds>`."""
     return f"<{stamp:.1f} seconds>"
 
 
 def clock(stamp: float) -> str:
-    """<00:00:03>, as a running clock shows it."""
+    """Return a time as `<00:00:03>`, rounded down."""
     minutes, whole = divmod(int(stamp), 60)
     return f"<{minutes // 60:02d}:{minutes % 60:02d}:{whole:02d}>"
 
 
 def box_texts(record: Record, images: Sequence[ImageFacts]) -> list[str]:
-    """The texts of a record's <bbox> and <point> marks, in order: [x1, y1, x2, y2] relative to the image's size."""
+    """Return the texts of a record's <bbox> and <point> marks in order: [x1, y1, x2, y2] relative to the image size."""
     objects = record.objects
     if objects is None:
         return []
@@ -48,7 +48,7 @@ def box_texts(record: Record, images: Sequence[ImageFacts]) -> list[str]:
         }[objects.bbox_type]
         if max(box[::2]) > width or max(box[1::2]) > height:
             raise ValueError(
-                f"objects.bbox[{number}] is {list(box)}, outside of its image of {image.width} x {image.height} pixels "
+                f"objects.bbox[{number}] is {list(box)}, outside its image of {image.width} x {image.height} pixels "
                 f"(upright, as shown)"
             )
         relative = [round(1000 * value / (height if at % 2 else width)) for at, value in enumerate(box)]

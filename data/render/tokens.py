@@ -1,4 +1,4 @@
-"""Rendered text to token ids, each with its loss weight and kind; placeholders widened to what their media take."""
+"""Turns rendered text into token ids with loss weights and kinds, and repeats placeholders for their media."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Tokens:
 
 
 def tokenise(rendered: Rendered, tokenizer: Any, *, image_pad: int, video_pad: int) -> Tokens:
-    """A token's weight is that of its last character, so nothing supervised is lost where tokens cross a border."""
+    """Tokenise rendered text. A token gets the weight of its last character, so a border cuts off no supervision."""
     ids: list[int] = []
     ends: list[int] = []
     for piece_ids, piece_ends in _pieces(rendered, tokenizer):
@@ -34,7 +34,7 @@ def tokenise(rendered: Rendered, tokenizer: Any, *, image_pad: int, video_pad: i
 
 
 def widen(tokens: Tokens, *, images: Sequence[int], frame_pairs: Sequence[int]) -> Tokens:
-    """Every placeholder as often as its image or frame pair has tokens."""
+    """Repeat every placeholder for each token of its image or frame pair."""
     times = np.ones(len(tokens.ids), dtype=np.int64)
     for kind, counts in ((IMAGE, images), (VIDEO, frame_pairs)):
         places = np.flatnonzero(tokens.kinds == kind)
@@ -46,7 +46,7 @@ def widen(tokens: Tokens, *, images: Sequence[int], frame_pairs: Sequence[int]) 
 
 
 def _pieces(rendered: Rendered, tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, end of each token in the text); what only spells a control token is read without the added tokens."""
+    """Yield (ids, end of each token in the text); text that only spells a control token is read as ordinary text."""
     backend, at = tokenizer.backend_tokenizer, 0
     for start, end in (*rendered.plain, (len(rendered.text), len(rendered.text))):
         if start > at:

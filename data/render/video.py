@@ -1,7 +1,7 @@
-"""Which frames of a video are used and how large they become: pure arithmetic on what the index knows.
+"""Plans which frames of a video are used, and their size, from the facts in the index.
 
-For a constant frame rate the frames, sizes and times are transformers' own; where the rate varies, frames are chosen
-by their real times. Decoding is in data/render/frames.py, and must find exactly what is planned here.
+For a constant frame rate the frames, sizes and times equal those of transformers; where the rate varies, frames are
+chosen by their real times. data/render/frames.py decodes exactly the frames planned here.
 """
 
 import math
@@ -23,16 +23,16 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPlan:
-    """Frames to decode, by number and in order, the grid their patches fill, and when each pair of them is seen."""
+    """The numbers of the frames to decode, in order, the grid of their patches, and the time of each pair."""
 
     frames: tuple[int, ...]
     grid: Grid
     stamps: tuple[float, ...]  # seconds, one per frame pair
-    note: str = ""  # what the user should know: fewer frames than asked
+    note: str = ""  # for the user, if there are fewer frames than requested
 
 
 def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: VideoConfig) -> VideoPlan:
-    """The plan for one video of a record; the same from the index as from the decoded file."""
+    """Plan one video of a record. The facts of the index and of the decoded file give the same plan."""
     times = _times(ref, facts)
     start, end = ref.start or 0.0, math.inf if ref.end is None else ref.end
     inside = np.flatnonzero((times >= start) & (times < end))
@@ -47,7 +47,7 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
     if len(frames) == 1:
         if config.single_frame == "refuse":
             raise ValueError(
-                "only one frame is used, a video needs two; make it an image, or set data.video.single_frame=double"
+                "only one frame is used, but a video needs two; make it an image, or set data.video.single_frame=double"
             )
         frames *= 2
     origin = start if ref.time_origin == "clip" else 0.0
@@ -64,25 +64,25 @@ def plan_video(ref: VideoRef, facts: VideoFacts, *, spec: VisionSpec, config: Vi
 
 
 def check_video(config: VideoConfig, *, spec: VisionSpec) -> None:
-    """Refuses settings that no video could follow; those of `data.video` that concern sizes included."""
+    """Refuse settings that no video can satisfy, including the sizes in `data.video`."""
     for name in ("fps", "min_frames", "max_frames", "timeout_seconds"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
-            raise ValueError(f"data.video.{name} is {value}; write a number above 0")
+            raise ValueError(f"data.video.{name} must be a finite number above 0, got {value}")
     if config.min_frames > config.max_frames:
         raise ValueError(
-            f"data.video.min_frames is {config.min_frames}, above data.video.max_frames {config.max_frames}; "
-            f"lower the one or raise the other"
+            f"data.video.min_frames is {config.min_frames}, above data.video.max_frames, {config.max_frames}; "
+            f"lower min_frames or raise max_frames"
         )
     clip_limits(2, spec=spec, config=config)
 
 
 def frame_list_facts(ref: VideoRef, frames: Sequence[ImageFacts]) -> VideoFacts:
-    """Facts of a video given as images: its times are the record's, its size is that of every frame."""
+    """Return the facts of a video given as images, which must all have one size; the record gives the times."""
     sizes = {(frame.height, frame.width) for frame in frames}
     if len(sizes) != 1:
         shown = ", ".join(f"{width} x {height}" for height, width in sorted(sizes))
-        raise ValueError(f"the frames of a video must be of one size, found {shown} pixels")
+        raise ValueError(f"the frames of a video must have one size, found {shown} pixels")
     if ref.rate is not None:
         rate, duration = ref.rate, len(frames) / ref.rate
     else:
@@ -93,13 +93,13 @@ def frame_list_facts(ref: VideoRef, frames: Sequence[ImageFacts]) -> VideoFacts:
 
 
 def _times(ref: VideoRef, facts: VideoFacts) -> Floats:
-    """Seconds of every frame since the first one."""
+    """Return the seconds from the first frame to each frame."""
     known = ref.times or facts.times
     return np.array(known) if known else np.arange(facts.frames) / (ref.rate or facts.rate)
 
 
 def _span(times: Floats) -> float:
-    """How long these frames are on screen, the last one as long as the mean of the others; a single one a second."""
+    """Return the seconds that frames are shown: the last as long as the mean of the others, a single one for 1 s."""
     if len(times) < 2:
         return 1.0
     return float(times[-1] - times[0]) * len(times) / (len(times) - 1)
@@ -110,7 +110,7 @@ def _how_many(
 ) -> tuple[int, str]:
     total = len(times)
     most = min(config.max_frames if ref.max_frames is None else ref.max_frames, total)
-    if ref.frames and ref.fps is None and ref.num_frames is None:  # a frame list has been sampled already
+    if ref.frames and ref.fps is None and ref.num_frames is None:  # a list of frames is already sampled
         requested, least = total, 0
     elif ref.num_frames is not None:
         requested, least = ref.num_frames, 0
@@ -121,7 +121,7 @@ def _how_many(
     chosen = max(1, min(max(requested, least), most))
     if chosen == most < min(requested, total):
         seconds = total / facts.rate if regular else _span(times)
-        return chosen, f"{chosen} frames of {seconds:.0f} s, {requested} were asked for: max_frames is {most}"
+        return chosen, f"{chosen} frames of {seconds:.0f} s instead of {requested}, because max_frames is {most}"
     return chosen, ""
 
 
@@ -139,7 +139,7 @@ def _choose(inside: Ints, times: Floats, count: int, *, regular: bool) -> list[i
 def video_grid(
     frames: int, height: int, width: int, *, max_frame_pixels: int | None, spec: VisionSpec, config: VideoConfig
 ) -> Grid:
-    """(frame pairs, patch rows, patch columns) of a clip with this many frames of this size."""
+    """Return (frame pairs, patch rows, patch columns) of a clip with this many frames of this size."""
     low, high = clip_limits(frames, spec=spec, config=config)
     if max_frame_pixels is not None:
         high = min(high, max(max_frame_pixels, spec.factor**2) * frames)
@@ -149,18 +149,18 @@ def video_grid(
 
 
 def clip_limits(frames: int, *, spec: VisionSpec, config: VideoConfig) -> tuple[int, int]:
-    """(min, max) of frames x height x width."""
+    """Return (min, max) of frames x height x width."""
     per_token = spec.temporal * spec.factor**2
     low = spec.video_min_pixels if config.min_tokens is None else config.min_tokens * per_token
     high = spec.video_max_pixels if config.max_tokens is None else config.max_tokens * per_token
     if not 0 < low <= high:
         raise ValueError(
-            f"data.video.min_tokens is {low // per_token} and data.video.max_tokens {high // per_token}: "
-            f"1 <= min_tokens <= max_tokens is needed (unset ones are the base's)"
+            f"data.video.min_tokens is {low // per_token} and data.video.max_tokens is {high // per_token}; they must "
+            f"satisfy 1 <= min_tokens <= max_tokens (the base gives those that are not set)"
         )
     if config.frame_cap:
         if config.max_tokens_per_frame < 1:
-            raise ValueError(f"data.video.max_tokens_per_frame is {config.max_tokens_per_frame}; write 1 or more")
+            raise ValueError(f"data.video.max_tokens_per_frame must be at least 1, got {config.max_tokens_per_frame}")
         of_frame = min(config.max_tokens_per_frame * spec.factor**2, high // frames)
         high = max(of_frame, int(low * 1.05)) * frames
     return low, high

@@ -1,9 +1,10 @@
-"""Images to uint8 patches: the base's own resizing and patch order, in plain torch.
+"""Turns images into uint8 patches with the base's own resizing and patch order, in plain torch.
 
-The result is bit for bit what transformers' torchvision image processor computes, without torchvision and without the
-float32 detour: patches stay uint8, one copy instead of the two equal frames the tower wants, until `normalise` on the
-device. Until then a patch is ordered (frame, row, column, channel), as pixels are decoded: it is cut in whole lines,
-six times faster than channel by channel. Patches run through the merge blocks: each four neighbours become one token.
+The result equals that of transformers' torchvision image processor bit for bit, without torchvision and without its
+float32 copy. Until `normalise` on the device, patches stay uint8, and an image has one frame instead of the two equal
+ones that the tower needs. A patch is ordered (frame, row, column, channel), as pixels are decoded: cutting complete
+lines is six times faster than cutting channel by channel. Patches follow the merge blocks, whose four patches become
+one token.
 """
 
 import math
@@ -28,7 +29,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSpec:
-    """What the base's processor files say about sizes; pixels are of one image, and of a whole clip for video."""
+    """Sizes from the base's processor files. Pixel limits apply to one image, or to all frames of a video together."""
 
     patch: int = 16
     merge: int = 2
@@ -40,12 +41,12 @@ class VisionSpec:
 
     @property
     def factor(self) -> int:
-        """Sides are multiples of this; its square is the pixels behind one token."""
+        """Sides of resized images are multiples of this; its square is the number of pixels behind one token."""
         return self.patch * self.merge
 
 
 def read_spec(folder: Path) -> VisionSpec:
-    """The base's own sizes. transformers' class defaults differ from every released model: they are never used."""
+    """Read the base's own sizes. The class defaults of transformers fit no released model, so they are never used."""
     image = processor_settings(folder, "image_processor", IMAGE_FILE)
     video = processor_settings(folder, "video_processor", VIDEO_FILE)
     for name, settings in (("image", image), ("video", video)):
@@ -54,7 +55,7 @@ def read_spec(folder: Path) -> VisionSpec:
             if value != needed:
                 raise ValueError(
                     f"{folder}: the {name} processor's {key} is {value}; moetune prepares pixels as Qwen3-VL "
-                    f"does, which needs {needed}. Use a Qwen3-VL base."
+                    f"does, so it must be {needed}. Use a Qwen3-VL base."
                 )
     image_min, image_max = _pixel_limits(folder, "image", image)
     video_min, video_max = _pixel_limits(folder, "video", video)
@@ -70,7 +71,7 @@ def read_spec(folder: Path) -> VisionSpec:
 
 
 def processor_settings(folder: Path, section: str, file: str) -> Fields:
-    """One processor's settings: from the one nested file newer releases save, else from its own file."""
+    """Return one processor's settings, from the nested file of newer releases or from its own file."""
     nested = folder / "processor_config.json"
     if nested.is_file():
         settings = read_object(nested).take(section, dict, None)
@@ -78,8 +79,8 @@ def processor_settings(folder: Path, section: str, file: str) -> Fields:
             return Fields(settings, f"{nested}: {section}")
     if not (folder / file).is_file():
         raise ValueError(
-            f"{folder}: neither {file} nor processor_config.json with `{section}` is there, so the base's image sizes "
-            f"are unknown. Copy {file} from the release the weights came from."
+            f"{folder}: there is neither {file} nor a processor_config.json with `{section}`, so the base's image "
+            f"sizes are unknown. Copy {file} from the release the weights came from."
         )
     return read_object(folder / file)
 
@@ -97,14 +98,14 @@ def _pixel_limits(folder: Path, name: str, settings: Fields) -> tuple[int, int]:
 
 
 def image_limits(spec: VisionSpec, config: ImageConfig, *, max_pixels: int | None = None) -> tuple[int, int]:
-    """(min, max) pixels of one image: the base's, `data.image`'s, or for the maximum the record's own `max_pixels`."""
+    """Return (min, max) pixels of an image, from `data.image` or the base; `max_pixels` is the record's own maximum."""
     per_token = spec.factor**2
     low = spec.image_min_pixels if config.min_tokens is None else config.min_tokens * per_token
     high = spec.image_max_pixels if config.max_tokens is None else config.max_tokens * per_token
     if not per_token <= low <= high:
         raise ValueError(
-            f"data.image.min_tokens is {low // per_token} and data.image.max_tokens {high // per_token}: "
-            f"1 <= min_tokens <= max_tokens is needed (unset ones are the base's)"
+            f"data.image.min_tokens is {low // per_token} and data.image.max_tokens is {high // per_token}; they must "
+            f"satisfy 1 <= min_tokens <= max_tokens (the base gives those that are not set)"
         )
     if max_pixels is not None:
         high = max(max_pixels, per_token)
@@ -113,7 +114,7 @@ def image_limits(spec: VisionSpec, config: ImageConfig, *, max_pixels: int | Non
 
 
 def fit_image(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
-    """The size an image is resized to: sides multiples of `factor`, area within the limits, aspect nearly kept."""
+    """Return the size to resize an image to: multiples of `factor`, area within the limits, nearly the same aspect."""
     check_aspect(height, width)
     fit_h, fit_w = round(height / factor) * factor, round(width / factor) * factor
     if fit_h * fit_w > max_pixels:
@@ -128,33 +129,33 @@ def fit_image(height: int, width: int, *, min_pixels: int, max_pixels: int, fact
 
 
 def check_aspect(height: int, width: int) -> None:
-    """Refuses what the model family refuses: a side more than 200 times the other."""
+    """Refuse a side more than 200 times the other, as the model family does."""
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; crop it")
 
 
 def image_grid(height: int, width: int, *, limits: tuple[int, int], spec: VisionSpec) -> tuple[int, int, int]:
-    """(1, patch rows, patch columns) of an image of this size, without its pixels."""
+    """Return (1, patch rows, patch columns) of an image of this size."""
     fit_h, fit_w = fit_image(height, width, min_pixels=limits[0], max_pixels=limits[1], factor=spec.factor)
     return 1, fit_h // spec.patch, fit_w // spec.patch
 
 
 def grid_tokens(grid: tuple[int, int, int], spec: VisionSpec) -> int:
-    """Tokens a grid of patches takes in the text."""
+    """Return the number of tokens of a grid of patches."""
     return grid[0] * grid[1] * grid[2] // spec.merge**2
 
 
 def resize(rgb_HWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 in, uint8 out: bicubic with antialiasing, the kernel torchvision's resize calls."""
+    """Resize uint8 pixels to uint8: bicubic with antialiasing, the same kernel as torchvision's resize."""
     if rgb_HWC.shape[:2] == (height, width):
         return rgb_HWC
-    planes = rgb_HWC.unsqueeze(0).permute(0, 3, 1, 2)  # in this order, or the kernel does not see whole pixels
+    planes = rgb_HWC.unsqueeze(0).permute(0, 3, 1, 2)  # in this order, so that the kernel sees channels-last pixels
     resized = F.interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
     return resized[0].permute(1, 2, 0)
 
 
 def image_patches(rgb_HWC: torch.Tensor, *, grid: tuple[int, int, int], spec: VisionSpec) -> torch.Tensor:
-    """uint8 [patches, 3 * patch * patch] of one decoded image, resized to what its grid says."""
+    """Resize a decoded image to its grid and return its patches, uint8 [patches, 3 * patch * patch]."""
     _, rows, columns = grid
     p, m = spec.patch, spec.merge
     resized = resize(rgb_HWC, rows * p, columns * p)
@@ -163,7 +164,7 @@ def image_patches(rgb_HWC: torch.Tensor, *, grid: tuple[int, int, int], spec: Vi
 
 
 def unpatch(patches: Pixels, grid: Sequence[int], spec: VisionSpec) -> Pixels:
-    """uint8 [frames, H, W, 3] of one image or video: puts patches back where `image_patches` took them from."""
+    """Put the patches of one image or video back together, as uint8 [frames, H, W, 3]."""
     pairs, rows, columns = (int(side) for side in grid)
     m, p = spec.merge, spec.patch
     frames = patches.shape[1] // (3 * p * p)
@@ -172,13 +173,13 @@ def unpatch(patches: Pixels, grid: Sequence[int], spec: VisionSpec) -> Pixels:
 
 
 def normalise(patches: torch.Tensor, *, spec: VisionSpec, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """uint8 patches of images or of videos to the tower's rows [patches, 3 * temporal * patch * patch] in [-1, 1].
+    """Turn uint8 patches of images or videos into the tower's rows [patches, 3 * temporal * patch * patch] in [-1, 1].
 
-    Image rows hold one frame; the tower wants `temporal` equal ones. Runs where the patches are: on the device.
+    Image rows have one frame; the tower needs `temporal` equal ones. Runs on the device of the patches.
     """
     area = spec.patch**2
     frames = patches.shape[1] // (3 * area)
-    assert patches.shape[1] == 3 * area * frames, f"patch rows of {patches.shape[1]} values are no {spec.patch} square"
+    assert patches.shape[1] == 3 * area * frames, f"patch rows of {patches.shape[1]} values, not {3 * area} per frame"
     assert frames in (1, spec.temporal), f"patch rows of {frames} frames are neither an image's nor a video's"
     scaled = ((patches.to(torch.float32) - 127.5) / 127.5).to(dtype)
     by_channel = scaled.view(-1, frames, area, 3).permute(0, 3, 1, 2)

@@ -332,7 +332,7 @@ def test_a_thinking_models_own_output_lacks_the_opening_tag():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([user("a\ufdd0b")], r"the text holds U\+FDD0, which is no character"),
+        ([user("a\ufdd0b")], r"the text contains U\+FDD0, which is not a character"),
         ([user("Q"), says("<think>never ends")], "opens <think> and never closes it"),
         ([user("Q"), says(block("T") + "A", thinking="T")], "has `thinking` and a <think> block"),
         ([user("Q"), {"role": "system", "content": "late"}, says("A")], r"\['user', 'assistant'\] of a conversation"),
@@ -355,8 +355,8 @@ TURN = "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>
         ("{%- for message in messages %}{{- 1 // 0 }}{%- endfor %}", r"refuses the conversation: .*ZeroDivisionError"),
         ("{%- macro f() %}{{- f() }}{%- endmacro %}{{- f() }}", r"refuses the conversation: .*RecursionError"),
         ("{{- 'x' * 10 ** 14 }}", "refuses the conversation: .*MemoryError"),
-        ("{%- for message in messages %}{{- message.content }}{%- endfor %}", "text outside of"),
-        ("{%- for message in messages[:1] %}" + TURN + "{%- endfor %}", "renders the turns"),
+        ("{%- for message in messages %}{{- message.content }}{%- endfor %}", "text outside"),
+        ("{%- for message in messages[:1] %}" + TURN + "{%- endfor %}", "leaves out turns: it renders"),
         (
             "{%- for message in messages %}" + TURN.replace("content", "content[:12]") + "{%- endfor %}",
             "cuts through a message",
@@ -388,7 +388,7 @@ def test_a_template_that_leaves_out_a_tools_answer_is_refused():
 
 
 def test_a_template_of_another_family_is_refused():
-    with pytest.raises(ValueError, match=r"does not open the assistant's turn with '<\|im_start\|>assistant"):
+    with pytest.raises(ValueError, match=r"opens the assistant's turn not with '<\|im_start\|>assistant"):
         rendered([user("Q")], template="{%- if add_generation_prompt %}[/INST]{%- endif %}")
 
 
@@ -396,7 +396,7 @@ def test_a_base_without_a_template_is_refused(tmp_path):
     class Bare:
         chat_template = None
 
-    with pytest.raises(ValueError, match="no chat template, neither in chat_template.jinja"):
+    with pytest.raises(ValueError, match="there is no chat template in chat_template.jinja"):
         read_template(tmp_path, Bare(), ChatConfig())
 
 

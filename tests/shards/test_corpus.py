@@ -65,10 +65,10 @@ def growing():
 
 MEDIA = {
     "damaged AVIF": ("image", AVIF, "not a readable image (RuntimeError: Failed to decode"),
-    "bomb": ("image", png_of(13_000, 13_000), "13000 x 13000 pixels; at most 100,000,000 are decoded. Make it smaller"),
+    "bomb": ("image", png_of(13_000, 13_000), "13000 x 13000 pixels; at most 100,000,000 are decoded. Scale it down"),
     "boxes in boxes": ("video", boxes(1000), "not a readable video"),
     "cut in a 64-bit size": ("video", b"\0\0\0\x10ftypisom\0\0\0\0\0\0\0\1moov\0\0\0\0", "not a readable video"),
-    "growing video": ("video", growing(), "frame 3 is 96 x 96 pixels, the first one 64 x 64"),
+    "growing video": ("video", growing(), "frame 3 is 96 x 96 pixels, but the first is 64 x 64"),
 }
 
 

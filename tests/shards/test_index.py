@@ -408,7 +408,7 @@ def test_frame_lists_need_one_size(tmp_path):
     index = load_index(path)
     facts = index.videos(0)[0]
     assert (facts.height, facts.width, facts.frames, facts.rate, facts.duration) == (6, 5, 2, 2, 1)
-    assert "must be of one size, found 6 x 5, 5 x 6 pixels" in index.problems[1]
+    assert "must have one size, found 6 x 5, 5 x 6 pixels" in index.problems[1]
 
 
 @settings(max_examples=60)

@@ -141,7 +141,7 @@ def test_a_record_overrides_rate_count_and_size():
     assert len(plan(facts(), VideoRef(member="0.mp4", num_frames=1000)).frames) == 300
     few = plan(facts(), VideoRef(member="0.mp4", fps=30.0, max_frames=6))
     assert len(few.frames) == 6
-    assert "6 frames of 10 s, 300 were asked for: max_frames is 6" in few.note
+    assert "6 frames of 10 s instead of 300, because max_frames is 6" in few.note
     small = plan(facts(height=640, width=640), VideoRef(member="0.mp4", max_pixels=64 * 64))
     assert small.grid[1:] == (4, 4)
     assert small.note == ""
@@ -151,22 +151,22 @@ def test_a_single_frame_is_doubled_or_refused():
     one = facts(1, 30.0)
     found = plan(one)
     assert (found.frames, found.grid[0], found.stamps) == ((0, 0), 1, (0.0,))
-    with pytest.raises(ValueError, match="only one frame is used, a video needs two"):
+    with pytest.raises(ValueError, match="only one frame is used, but a video needs two"):
         plan(one, single_frame="refuse")
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"min_tokens": 0}, "data.video.min_tokens is 0 and data.video.max_tokens 12288"),
-        ({"max_tokens": 1}, "data.video.min_tokens is 2 and data.video.max_tokens 1"),
-        ({"max_tokens_per_frame": 0}, "data.video.max_tokens_per_frame is 0"),
-        ({"fps": 0.0}, "data.video.fps is 0.0; write a number above 0"),
-        ({"fps": float("nan")}, "data.video.fps is nan; write a number above 0"),
-        ({"min_frames": 0}, "data.video.min_frames is 0"),
-        ({"max_frames": -1}, "data.video.max_frames is -1"),
-        ({"timeout_seconds": 0.0}, "data.video.timeout_seconds is 0.0"),
-        ({"min_frames": 10, "max_frames": 4}, "data.video.min_frames is 10, above data.video.max_frames 4"),
+        ({"min_tokens": 0}, "data.video.min_tokens is 0 and data.video.max_tokens is 12288"),
+        ({"max_tokens": 1}, "data.video.min_tokens is 2 and data.video.max_tokens is 1"),
+        ({"max_tokens_per_frame": 0}, "data.video.max_tokens_per_frame must be at least 1, got 0"),
+        ({"fps": 0.0}, "data.video.fps must be a finite number above 0, got 0.0"),
+        ({"fps": float("nan")}, "data.video.fps must be a finite number above 0, got nan"),
+        ({"min_frames": 0}, "data.video.min_frames must be a finite number above 0, got 0"),
+        ({"max_frames": -1}, "data.video.max_frames must be a finite number above 0, got -1"),
+        ({"timeout_seconds": 0.0}, "data.video.timeout_seconds must be a finite number above 0, got 0.0"),
+        ({"min_frames": 10, "max_frames": 4}, "data.video.min_frames is 10, above data.video.max_frames, 4"),
     ],
 )
 def test_impossible_settings_are_refused(bad, message):
@@ -293,7 +293,7 @@ def test_frames_of_a_list_are_decoded_as_images():
 
 def test_frames_of_different_sizes_are_refused():
     sizes = [ImageFacts(height=64, width=96), ImageFacts(height=96, width=64)]
-    with pytest.raises(ValueError, match="of one size, found 96 x 64, 64 x 96 pixels"):
+    with pytest.raises(ValueError, match="must have one size, found 96 x 64, 64 x 96 pixels"):
         frame_list_facts(VideoRef(frames=FRAMES[:2], rate=1.0), sizes)
 
 
@@ -342,7 +342,7 @@ def test_what_is_no_video_is_refused_by_name(data, message):
 
 
 def test_a_frame_beyond_the_end_is_refused():
-    with pytest.raises(ValueError, match="0.mp4: frame 9 is asked for, but the file has 6"):
+    with pytest.raises(ValueError, match="0.mp4: frame 9 was requested, but the file has 6"):
         decoded(clip(moving(6)), [2, 9])
 
 
@@ -422,5 +422,5 @@ probe_video(b"a film")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
-    wanted = "ModuleNotFoundError: reading a video file takes the package av, which is not installed: pip install av"
+    wanted = "ModuleNotFoundError: reading a video file needs the package av, which is not installed: pip install av"
     assert done.stderr.splitlines()[-1] == wanted

@@ -113,7 +113,7 @@ def test_limits_in_tokens(config, max_pixels, wanted):
 
 @pytest.mark.parametrize("config", [ImageConfig(min_tokens=0), ImageConfig(max_tokens=10), ImageConfig(max_tokens=-1)])
 def test_impossible_limits_are_refused(config):
-    with pytest.raises(ValueError, match=r"data.image.min_tokens is -?\d+ and data.image.max_tokens -?\d+"):
+    with pytest.raises(ValueError, match=r"data.image.min_tokens is -?\d+ and data.image.max_tokens is -?\d+"):
         image_limits(SPEC, config)
 
 
@@ -218,7 +218,7 @@ def animation(kind):
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_several_frames_are_refused_by_name(kind):
     for read in (decode_image, probe_image):
-        with pytest.raises(ValueError, match=f"x/1.png: a {kind} of 3 frames"):
+        with pytest.raises(ValueError, match=f"x/1.png: a {kind} with 3 frames"):
             read(animation(kind), name="x/1.png")
 
 
@@ -278,7 +278,7 @@ def test_spec_is_the_bases_own(tmp_path):
     size = {"longest_edge": 7 * 1024, "shortest_edge": 1024}
     common = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**common, "size": size}))
-    with pytest.raises(ValueError, match="video_preprocessor_config.json nor processor_config.json"):
+    with pytest.raises(ValueError, match="video_preprocessor_config.json nor a processor_config.json"):
         read_spec(tmp_path)
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"min_pixels": 2048, "max_pixels": 8192}))
     spec = read_spec(tmp_path)
