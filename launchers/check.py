@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from omegaconf import OmegaConf
 
+from data.format.printable import printable
 from finetune.config import RunConfig
 from finetune.preflight.places import missing_paths
 from finetune.ranks.versions import command, demand, installed_versions, untested
@@ -96,4 +97,4 @@ def _print_problems(problems: list[Problem]) -> None:
     for level in ("warning", "error"):
         for problem in problems:
             if problem.level == level:
-                print(f"{level}: {problem}", file=sys.stderr)
+                print(printable(f"{level}: {problem}"), file=sys.stderr)

@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
+from data.format.printable import printable
+
 COMMANDS = {  # in the order in which people meet them
     "init": "write a small recipe of your own, from a few answers or flags, with the planner's layout",
     "recipes": "the shipped recipes, each with its hardware and a line; or the text of one, to copy from",
@@ -83,20 +85,25 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if args.debug:
             raise
-        print(f"moetune {args.command}: interrupted", file=sys.stderr)
+        _complain(args, "interrupted")
         return 130
     except ValueError as error:
         if args.debug:
             raise
-        print(f"moetune {args.command}: {error}", file=sys.stderr)
+        _complain(args, error)
         return 2
     except OSError as error:  # a full disk, a folder that may not be written: the run failed, the input is not wrong
         if args.debug:
             raise
         if not _reader_is_gone():
-            print(f"moetune {args.command}: {error}", file=sys.stderr)
+            _complain(args, error)
         return 1
     return code
+
+
+def _complain(args: argparse.Namespace, error: object) -> None:
+    """Print why a command ended; an escape sequence of data or of a server in it is shown, not obeyed."""
+    print(printable(f"moetune {args.command}: {error}"), file=sys.stderr)
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> argparse.ArgumentParser:

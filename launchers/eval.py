@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.format.printable import printable
 from launchers.arguments import endpoint_of, load_speaker, media_places, model_arguments, place_arguments, positive
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     except EndpointError as error:
         if args.debug:
             raise
-        print(f"moetune eval: {error}", file=sys.stderr)
+        print(printable(f"moetune eval: {error}"), file=sys.stderr)
         return 1
     rows = answers.table(scored)
     missed = [text for text in (bound(rows[-1]) for bound in bounds) if text]
@@ -203,8 +204,8 @@ def _print(
         print(
             f"left out, as a metric cannot read the reference: {count_of(len(unfit), 'sample')} ({names}). The first:"
         )
-        print(f"    {next(iter(unfit.values()))}")
+        print(printable(f"    {next(iter(unfit.values()))}"))
     if cut := rows[-1].cut:
         print(f"answers cut at --max-tokens {args.max_tokens}: {cut:,} of {rows[-1].samples:,}")
     for text in missed:
-        print(f"missed: {text}")
+        print(printable(f"missed: {text}"))

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from data.format.printable import printable
 from data.prepare.found import UserData, find_data, hold_out
 from finetune.architecture.families import Family, family
 from finetune.architecture.shapes import parameter_counts
@@ -168,7 +169,7 @@ def _write(out: Path, text: str, gpus: int) -> None:
         out.unlink()
         raise ConfigError(problems)
     for wrong in problems:
-        print(f"warning: {wrong}", file=sys.stderr)
+        print(printable(f"warning: {wrong}"), file=sys.stderr)
 
 
 def _head(command: str) -> str:

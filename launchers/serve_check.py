@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.format.printable import printable
 from launchers.arguments import (
     answer_config,
     load_speaker,
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     except EndpointError as error:
         if args.debug:
             raise
-        print(f"moetune serve-check: {error}", file=sys.stderr)
+        print(printable(f"moetune serve-check: {error}"), file=sys.stderr)
         return 1
 
 
@@ -108,7 +109,7 @@ def check(args: argparse.Namespace, endpoint: "Endpoint", *, model: str, adapter
     else:
         print("\n".join(card.lines()))
         if card.differences:
-            print(f"first of {len(card.differences)} differences: {card.differences[0]}")
+            print(printable(f"first of {len(card.differences)} differences: {card.differences[0]}"))
         elif not any(card.compared.values()):
             print("nothing could be compared: the server tells neither token ids nor log-probabilities")
     return 3 if card.differences or not any(card.compared.values()) else 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
+from data.format.printable import printable
 from finetune.ranks.log import LAUNCHER_LOGS
 from finetune.ranks.signals import GUARDED, PREEMPTED
 from launchers.arguments import positive
@@ -163,7 +164,7 @@ def _why_unwritable(logs: Path) -> str:
 def _end(text: str, code: int) -> int:
     """Print how the run ended, under Slurm on the first of several machines, and return its exit code."""
     if os.environ.get("SLURM_PROCID", "0") == "0":
-        print(f"moetune train: {text}", file=sys.stderr)
+        print(printable(f"moetune train: {text}"), file=sys.stderr)
     return code
 
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from data.format.printable import printable
+
 LAUNCHER_LOGS = "MOETUNE_LAUNCHER_LOGS"
 """The variable by which `moetune train` tells its ranks where it looks for why they ended: it tells the user itself."""
 
@@ -36,7 +38,10 @@ def print_line(text: str) -> None:
 
 
 class RankLog:
-    """Call it with a message: it goes into the log, and from rank 0 to the terminal as well."""
+    """Call it with a message: it goes into the log, and from rank 0 to the terminal as well.
+
+    Keys and texts of data may hold escape sequences: they are shown as text, in the log too, which people `cat`.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.rank, self.folder = rank, folder
@@ -54,13 +59,13 @@ class RankLog:
         """Write a message into the log, and from rank 0 to the terminal."""
         self.note(text)
         if self.rank == 0:
-            self.show(text)
+            self.show(printable(text))
 
     def note(self, text: str) -> None:
         """Write into the log alone. A log that cannot be written, as on a full disk, ends no run: it is said once."""
         with self._lock:
             try:
-                self._file.write(f"{datetime.now().isoformat(timespec='milliseconds')} {text}\n")
+                self._file.write(f"{datetime.now().isoformat(timespec='milliseconds')} {printable(text)}\n")
             except OSError as error:
                 if self._can_write:
                     self._print(f"warning: {self.path} cannot be written: {error}")
@@ -72,7 +77,7 @@ class RankLog:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        self.terminal.write(text + "\n")
+        self.terminal.write(printable(text) + "\n")
         self.terminal.flush()
 
     def close(self) -> None:

@@ -27,6 +27,7 @@ from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
 from finetune.training.bad_steps import IdleSteps, require_finite, saved_rows
 from finetune.training.update import take_step
+from launchers.cli import main
 from launchers.render import SHUTDOWN
 from launchers.train import verdict
 
@@ -657,3 +658,20 @@ def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
     )
     assert result == ({"loss": 0.0, "grad_norm": 0.0}, None, [])
     assert announced == ["the sums before the first forward"]
+
+
+def test_escape_sequences_in_messages_are_shown_and_not_obeyed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RankLog(tmp_path, 0)
+    log.terminal = sys.stderr
+    log("left out: sample \x1b[2Ja")
+    log.shout("sample \x1b[2Jb")
+    log.close()
+    assert main(["check", "tiny-cpu", "data.\x1b[2Jc=1"]) == 2
+    shown = capsys.readouterr()
+    for text in (log.path.read_text(), shown.out + shown.err):
+        assert "\x1b" not in text
+        assert "sample \\x1b[2Ja" in text
+        assert "sample \\x1b[2Jb" in text
+    assert "data.\\x1b[2Jc = 1" in shown.err
