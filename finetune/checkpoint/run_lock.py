@@ -1,6 +1,7 @@
 """One start at a time works in a run's folder: rank 0 holds `lock.json` there, and the other ranks wait for it."""
 
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,10 +68,15 @@ def holder_of(folder: Path, *, run_id: str = "", stall_seconds: float) -> Holder
         return None
     ours = os.environ | ({"TORCHELASTIC_RUN_ID": run_id} if run_id else {})
     mine = this_process(launch=launch_id(ours, os.getppid()), meeting=meeting(ours))
+    if _was_requeued(holder.launch, mine.launch):
+        return None
     return living_holder(folder / LOCK, mine, limit=stall_seconds, last_sign=lambda: _last_heartbeat(folder))
 
 
 def _take(folder: Path, mine: Holder, *, stall_seconds: float, say: Callable[[str], None]) -> Callable[[], None]:
+    holder = read_holder(folder / LOCK)
+    if holder is not None and _was_requeued(holder.launch, mine.launch):
+        release(folder / LOCK, holder)
     take(
         folder / LOCK,
         mine,
@@ -84,14 +90,21 @@ def _take(folder: Path, mine: Holder, *, stall_seconds: float, say: Callable[[st
 
 def launch_id(environment: Mapping[str, str], parent: int) -> str:
     """Return what all restarts of one start have in common, and no other start has."""
-    if job := environment.get("SLURM_JOB_ID"):
-        return f"Slurm job {job}"
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id not in ("", "none"):  # torchrun's default is the same for every start
-        return f"torchrun {run_id}"
+    torchrun = "" if run_id in ("", "none") else f"torchrun {run_id}"  # its default is the same for every start
+    if job := environment.get("SLURM_JOB_ID"):  # of which two steps may each start a run
+        return f"Slurm job {job}.{environment.get('SLURM_RESTART_COUNT', '0')} {torchrun}".rstrip()
+    if torchrun:
+        return torchrun
     if "RANK" in environment:  # the launcher; a rank that a user started alone has the user's shell as its parent
         return f"launcher {parent}.{process_start(parent)}"
     return ""
+
+
+def _was_requeued(earlier: str, launch: str) -> bool:
+    """Return whether a launch is of the same Slurm job before it was queued again: nothing of that is alive."""
+    before, now = (re.match(r"Slurm job (\S+)\.(\d+)(?: |$)", text) for text in (earlier, launch))
+    return bool(before and now and before[1] == now[1] and int(before[2]) < int(now[2]))
 
 
 def _last_heartbeat(folder: Path) -> float:

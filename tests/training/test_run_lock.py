@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.prepare.folder_lock import Holder, process_start, read_holder, release, take, this_process
-from finetune.checkpoint.run_lock import LOCK, launch_id, take_run, take_run_for_ranks
+from finetune.checkpoint.run_lock import LOCK, holder_of, launch_id, take_run, take_run_for_ranks
 from finetune.ranks.failures import meeting
 
 ELSEWHERE = {"host": "another-machine"}
@@ -133,11 +133,32 @@ def test_of_many_that_take_over_at_once_one_holds_it(tmp_path: Path) -> None:
 
 def test_a_launch_is_known_by_its_job_its_run_or_the_process_that_started_the_ranks() -> None:
     run = {"TORCHELASTIC_RUN_ID": "3f2a", "RANK": "0"}
-    assert launch_id({**run, "SLURM_JOB_ID": "77"}, 1) == "Slurm job 77"
+    slurm = {**run, "SLURM_JOB_ID": "77"}
+    assert launch_id(slurm, 1) == "Slurm job 77.0 torchrun 3f2a"
+    assert launch_id({**slurm, "SLURM_RESTART_COUNT": "2"}, 1) == "Slurm job 77.2 torchrun 3f2a"
+    assert launch_id({"SLURM_JOB_ID": "77"}, 1) == "Slurm job 77.0"
     assert launch_id(run, 1) == "torchrun 3f2a"
     parent = os.getppid()
     assert launch_id({**run, "TORCHELASTIC_RUN_ID": "none"}, parent) == f"launcher {parent}.{process_start(parent)}"
     assert launch_id({}, parent) == ""  # the shell's
+
+
+def test_a_second_start_of_a_slurm_job_is_refused_and_its_next_round_goes_on(tmp_path: Path, monkeypatch) -> None:
+    """The first one runs on another node, where its process cannot be seen."""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    write(tmp_path, replace(alive(), launch="Slurm job 77.0 torchrun first", **ELSEWHERE))
+    start = partial(take_run_for_ranks, tmp_path, run_id="second", stall_seconds=60, say=print)
+    assert holder_of(tmp_path, run_id="second", stall_seconds=60) is not None
+    with pytest.raises(ValueError, match="is in use by .*started by Slurm job 77.0 torchrun first"):
+        start()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    with pytest.raises(ValueError, match="is in use by"):
+        start()
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert holder_of(tmp_path, run_id="second", stall_seconds=60) is None
+    start()()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_other_ranks_write_nothing_before_rank_0_holds_the_folder(tmp_path: Path, monkeypatch) -> None:
