@@ -1,7 +1,7 @@
 """The `data:` section. Loads no torch.
 
-The text below a key explains it to users: docs/configuration.md and `moetune explain` are made from it
-(`finetune/settings/reference.py` says how it is read).
+The text below a key explains it to users: docs/configuration.md and `moetune explain` are generated from it
+(`finetune/settings/reference.py` describes how).
 """
 
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ class SourceConfig:
     """One source of samples, by a name that you choose."""
 
     path: str
-    """Where the samples are: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or a
-    `.jsonl` / `.json` file. A file of rows is converted into shards when it is first read, and again when it changes.
+    """The samples: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or a `.jsonl` /
+    `.json` file. A file of rows is converted into shards when it is first read, and again when it changes.
 
     Change: always; it is the one key of a source that has no default. Convert large files with `moetune shards build`.
-    With: `data.cache_dir` (where a converted file goes), `data.media_root` (where its relative paths of media begin).
+    With: `data.cache_dir` (the folder of converted files), `data.media_root` (where relative paths of media begin).
     """
     weight: float = 1.0
-    """This source's share of an epoch beside the other sources; only the ratios of the weights count.
+    """This source's share of an epoch relative to the other sources; only the ratios of the weights count.
 
     Change: to see a source more or less often than its size says. A source is repeated, or read in part, to fit.
     With: `data.mixture` (the unit of the share; with `natural` any weight but 1 is an error),
@@ -30,7 +30,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How large an image may be, in tokens. One token is 32 x 32 pixels in every model of the family."""
+    """Limits of the size of an image, in tokens. One token is 32 x 32 pixels in every model of the family."""
 
     min_tokens: int | None = None
     """The fewest tokens of an image; smaller images are enlarged. `null`: the limit of the base's
@@ -51,13 +51,13 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoConfig:
-    """Which frames of a video are seen, how large, and how they are written into the text."""
+    """The frames that are taken from a video, their size, and their form in the text."""
 
     fps: float = 2.0
     """Frames that are taken from each second of a video. 2 is the rate of the base's own processor.
 
     Change: raise it for fast motion, lower it for long videos. A record's own `fps` or `num_frames` wins.
-    With: `data.video.min_frames`, `data.video.max_frames` (bounds of the number of frames that follows).
+    With: `data.video.min_frames`, `data.video.max_frames` (bounds of the resulting number of frames).
     """
     min_frames: int = 4
     """The fewest frames that are taken at `fps`, as far as the video has them.
@@ -66,20 +66,20 @@ class VideoConfig:
     With: `data.video.max_frames` (must not be smaller).
     """
     max_frames: int = 768
-    """The most frames that are taken from one video. Where `fps` asks for more, they are spread over the whole video.
+    """The most frames that are taken from one video. If `fps` asks for more, they are spread over the complete video.
 
     Change: lower it to bound the tokens of long videos; raise it to see more of them. A record's own `max_frames` wins.
     With: `data.video.max_tokens` (more frames make each frame smaller).
     """
     min_tokens: int | None = None
-    """The fewest tokens of a whole video; smaller ones are enlarged. `null`: the base's own limit, 2 as released.
+    """The fewest tokens of a complete video; smaller ones are enlarged. `null`: the base's own limit, 2 as released.
 
     Change: hardly ever; raise it when small videos lose detail.
     With: `data.video.max_tokens` (must not be smaller).
     """
     max_tokens: int | None = None
-    """The most tokens of a whole video; the frames of a larger one are reduced. `null`: the base's own limit, 12288 as
-    released.
+    """The most tokens of a complete video; the frames of a larger one are reduced. `null`: the base's own limit, 12288
+    as released.
 
     Change: lower it to fit more videos into a row, raise it for long videos with small detail.
     With: `data.tokens_per_pack` (a sample must fit a row), `data.video.max_tokens_per_frame`.
@@ -92,14 +92,14 @@ class VideoConfig:
     With: `data.video.max_tokens_per_frame`.
     """
     max_tokens_per_frame: int = 768
-    """The most tokens of one frame where `frame_cap` is on. Two frames become one grid of this many tokens.
+    """The most tokens of one frame if `frame_cap` is on. Two frames become one grid of this many tokens.
 
     Change: lower it to spend the tokens of a video on more frames, raise it for text and other detail in few frames.
-    With: `data.video.frame_cap` (nothing reads this key when it is false), `data.video.max_tokens`.
+    With: `data.video.frame_cap` (this key has no effect when it is false), `data.video.max_tokens`.
     """
     timestamps: Literal["seconds", "hms", "mixed"] = "seconds"
-    """How the time before each pair of frames is written. `seconds`: `<3.0 seconds>`, as the base's processor does.
-    `hms`: `<00:00:03>`. `mixed`: one or the other, fixed for each sample.
+    """The form of the time before each pair of frames. `seconds`: `<3.0 seconds>`, as the base's processor does. `hms`:
+    `<00:00:03>`. `mixed`: one or the other, fixed for each sample.
 
     Change: to `hms` when your answers use clock times; to `mixed` so that the model understands both.
     """
@@ -110,11 +110,11 @@ class VideoConfig:
     Change: to what your server writes; training and serving must agree. `moetune serve-check` compares them.
     """
     single_frame: Literal["double", "refuse"] = "double"
-    """What happens when only one frame is taken, as the model needs two. `double`: it is shown twice. `refuse`: the
-    sample cannot be used.
+    """The treatment of a video with only one frame, as the model needs two. `double`: the frame is shown twice.
+    `refuse`: the sample cannot be used.
 
     Change: to `refuse` to find pictures among your videos; make them images.
-    With: `data.max_bad_samples` (counts what is refused).
+    With: `data.max_bad_samples` (counts refused samples).
     """
     timeout_seconds: float = 60.0
     """Seconds that the decoding of one video may take; after that the sample counts as unreadable.
@@ -126,11 +126,11 @@ class VideoConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """How conversations become text. The template itself is the base's own."""
+    """The rendering of conversations as text. The template itself is the base's own."""
 
     thinking: Literal["train", "mask", "drop"] = "train"
-    """What happens to the thinking of an assistant's turn (`<think>...</think>`, or a record's `thinking`). `train`: it
-    is in the text and learned. `mask`: it is in the text, without loss. `drop`: it is taken out.
+    """The treatment of the thinking in an assistant's turn (`<think>...</think>`, or a record's `thinking`). `train`:
+    it is in the text and learned. `mask`: it is in the text, without loss. `drop`: it is taken out.
 
     Change: to `mask` when only the answers are of good quality, to `drop` to train answers without thinking.
     """
@@ -144,7 +144,7 @@ class ChatConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how it is packed. Every quantity is global: none changes with the number of ranks."""
+    """The data and its packing into rows. Every quantity is global: none changes with the number of ranks."""
 
     packs_per_step: int = 32
     """Packed rows of one optimiser step, over all ranks together: the global batch. A micro-batch is one row, so
@@ -152,11 +152,11 @@ class DataConfig:
 
     Change: this is the batch size. Published batches are 4 to 512 rows; LoRA bears large batches less well than full
     tuning does ("LoRA Without Regret").
-    With: the ranks divided by `parallel.sp` (must divide it), `data.tokens_per_pack` (times this: tokens of a step),
+    With: the ranks divided by `parallel.sp` (must divide it), `data.tokens_per_pack` (times this: tokens per step),
     `optim.lr`.
     """
     tokens_per_pack: int = 8192
-    """The most tokens of a packed row. Samples are put together into rows, and attend only to themselves.
+    """The most tokens of a packed row. A row combines samples, each of which attends only to itself.
 
     Change: raise it when samples are longer, lower it when memory is short. Keep `packs_per_step` times it constant to
     keep the tokens of a step.
@@ -169,7 +169,7 @@ class DataConfig:
     With: `data.tokens_per_pack`, `data.overlong` (a sample above this limit does not fit either).
     """
     mixture: Literal["natural", "tokens", "samples"] = "natural"
-    """How often each source is read. `natural`: every sample once an epoch. `tokens`: the sources' weights are shares
+    """How often each source is read. `natural`: every sample once per epoch. `tokens`: the sources' weights are shares
     of the tokens of an epoch. `samples`: they are shares of its samples.
 
     Change: to `tokens` or `samples` when one source is much larger than another that matters as much. Choose `tokens`
@@ -177,14 +177,14 @@ class DataConfig:
     With: `data.sources.<name>.weight` (read by `tokens` and `samples` only).
     """
     overlong: Literal["error", "skip", "split-turns"] = "error"
-    """What happens to a sample that does not fit a row. `error`: the run ends before the first step, and names it.
-    `skip`: it is left out, and counted. `split-turns`: the conversation is cut between turns into parts that fit.
+    """The treatment of samples that do not fit a row. `error`: the run ends before the first step, and names one.
+    `skip`: they are left out and counted. `split-turns`: conversations are cut between turns into parts that fit.
 
     Change: to `skip` when a few samples are too long, to `split-turns` for long conversations.
     With: `data.tokens_per_pack`, `data.vision_tokens_per_pack` (the limits).
     """
     remainder: Literal["drop", "keep"] = "drop"
-    """What happens to rows at the end of an epoch that do not fill a step. `drop`: they are left out of this epoch;
+    """The treatment of rows at the end of an epoch that do not fill a step. `drop`: they are left out of this epoch;
     each epoch has another order. `keep`: the last step of the epoch is smaller.
 
     Change: to `keep` when the data fill only a few steps, or when every sample must be seen in every epoch.
@@ -209,7 +209,7 @@ class DataConfig:
     With: `data.prefetch` (rows that each worker holds).
     """
     prefetch: int = 2
-    """Rows that each worker holds ready.
+    """Rows that each worker prepares in advance.
 
     Change: raise it when reading times vary much; lower it when host memory is short.
     With: `data.workers` (0: nothing is prefetched).
@@ -217,7 +217,7 @@ class DataConfig:
     max_bad_samples: int = 100
     """Samples that may be left out because they cannot be used or read; each is named. One more ends the run.
 
-    Change: to 0 for data that must be whole; raise it for scraped data. `moetune shards check` lists them before.
+    Change: to 0 for data that must be complete; raise it for scraped data. `moetune shards check` lists them before.
     """
     stall_seconds: float = 420.0
     """Seconds after which a rank that waits for a row ends, with the samples that were being read. 0: never. Seven
@@ -228,10 +228,10 @@ class DataConfig:
     it), `data.workers` (without workers only `run.stall_seconds` counts).
     """
     media_root: str = ""
-    """The folder where relative paths of media begin, and which no path may leave. Empty: paths begin at the folder of
-    the shards, or of the file of rows, and may lead anywhere.
+    """The folder in which relative paths of media begin, and which no path may leave. Empty: paths begin at the folder
+    of the shards, or of the file of rows, and may lead anywhere.
 
-    Change: when media lie apart from the rows, and for rows of others, so that they cannot name any file you can read.
+    Change: when media are stored apart from the rows, and for rows from others, which could name any of your files.
     """
     allow_private_addresses: bool = False
     """Whether urls of media may name addresses that are not public. Whoever writes a row chooses what this machine
@@ -240,7 +240,7 @@ class DataConfig:
     Change: to true when media are served inside your own network, and you trust the rows.
     """
     cache_dir: str = ""
-    """The folder for indexes of shards and for converted files. Empty: beside the data.
+    """The folder for indexes of shards and for converted files. Empty: next to the data.
 
     Change: when the data's folder cannot be written. On several nodes it should be a disk that all of them share.
     """

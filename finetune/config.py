@@ -1,9 +1,9 @@
-"""The whole configuration, composed of the floors' own sections. Loads no torch.
+"""The complete configuration, composed of the sections of each package. Loads no torch.
 
-A key enters here in the commit that makes it work; a section without keys is a frame that refuses every key.
+A key is added here in the commit that makes it work; a section without keys refuses every key.
 `finetune.settings.recipes` fills it from YAML and the command line, `finetune.settings.checks` looks across sections.
-The text below a key explains it to users: docs/configuration.md and `moetune explain` are made from it
-(`finetune/settings/reference.py` says how it is read).
+The text below a key explains it to users: docs/configuration.md and `moetune explain` are generated from it
+(`finetune/settings/reference.py` describes how).
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from moe.config import MoeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What is learned from a sample. It has no keys yet: every run learns to predict the supervised tokens."""
+    """The training objective. It has no keys yet: every run learns to predict the supervised tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class ModelConfig:
     With: `model.path`.
     """
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """The type of weights and activations, `bfloat16` or `float32`. What trains has a float32 copy in either case.
+    """The type of weights and activations, `bfloat16` or `float32`. Trained parameters have a float32 copy in either
+    case.
 
     Change: to `float32` to compare with a reference, on a CPU or in small models; it doubles the memory.
     With: `model.attention` (float32 leaves `segments` and `sdpa`), `moe.router_float32`.
@@ -55,7 +56,7 @@ class ModelConfig:
     """How packed rows attend within their samples. `auto`: the first of these that the machine has.
     `flash_attention_2`: the package flash-attn. `varlen`: torch's own kernel for variable lengths. Both need bfloat16
     and compute capability 8.0. `segments`: torch's sdpa, sample by sample, works everywhere. `sdpa`: sdpa with a mask
-    of the whole row.
+    of the complete row.
 
     Change: to compare kernels, or to avoid one that fails.
     With: `data.tokens_per_pack` (`sdpa` takes rows of up to 8192 tokens), `model.dtype`.
@@ -81,9 +82,9 @@ class PartConfig:
     lr: float = 0.0
     """The highest learning rate of this part. 0: that of `optim.lr`.
 
-    Change: when parts need different rates: 1e-5 for a merger and 1e-6 for the tower in full, beside 1e-4 for LoRA.
-    With: `stages.<name>.lr` (wins in its stage), `schedule.shape` (moves it), `adapters.<part>.mode` (`frozen`: nothing
-    reads it, with a warning).
+    Change: when parts need different rates: 1e-5 for a merger and 1e-6 for the tower in full, next to 1e-4 for LoRA.
+    With: `stages.<name>.lr` (wins in its stage), `schedule.shape` (moves it), `adapters.<part>.mode` (with `frozen` it
+    has no effect, and a warning says so).
     """
 
 
@@ -99,7 +100,7 @@ class RouterPartConfig(PartConfig):
     With: `adapters.router.alpha` (twice `r` is usual).
     """
     alpha: float = 16.0
-    """What scales the low-rank part of each router in mode `lora`: it is multiplied by `alpha / r`.
+    """The scale of the low-rank part of each router in mode `lora`: the part is multiplied by `alpha / r`.
 
     Change: together with `r`, so that their ratio stays.
     With: `adapters.router.r`.
@@ -118,8 +119,8 @@ class DensePartConfig(PartConfig):
     With: `adapters.<part>.alpha` (twice `r` is usual), `adapters.start_from` (must have the same `r`).
     """
     alpha: float = 32.0
-    """What scales the low-rank part in mode `lora`: it is multiplied by `alpha / r`, or by `alpha / sqrt(r)` with
-    `rslora`. ms-swift uses 32; "LoRA Without Regret" keeps 32 at every `r`.
+    """The scale of the low-rank part in mode `lora`: the part is multiplied by `alpha / r`, or by `alpha / sqrt(r)`
+    with `rslora`. ms-swift uses 32; "LoRA Without Regret" keeps 32 at every `r`.
 
     Change: together with `r`, or instead of the learning rate.
     With: `adapters.<part>.r`, `adapters.<part>.rslora`.
@@ -144,14 +145,14 @@ class ExpertPartConfig(DensePartConfig):
 
     r: int = 8
     """The rank of the low-rank factors of each expert in mode `lora`. It is lower than that of attention, as each
-    expert sees a part of the tokens only. A multiple of 8, or of 4 with `model.dtype=float32`, as the kernels need it.
+    expert sees only a part of the tokens. A multiple of 8, or of 4 with `model.dtype=float32`, as the kernels need it.
 
     Change: raise it for new knowledge from much data. The adapter grows with the number of experts times `r`.
     With: `adapters.experts.alpha` (twice `r` is usual), `model.dtype`, `adapters.start_from` (must have the same `r`).
     """
     alpha: float = 16.0
-    """What scales the low-rank part of each expert in mode `lora`: it is multiplied by `alpha / r`, or by `alpha /
-    sqrt(r)` with `rslora`.
+    """The scale of the low-rank part of each expert in mode `lora`: the part is multiplied by `alpha / r`, or by `alpha
+    / sqrt(r)` with `rslora`.
 
     Change: together with `r`, so that their ratio stays.
     With: `adapters.experts.r`, `adapters.experts.rslora`.
@@ -160,7 +161,7 @@ class ExpertPartConfig(DensePartConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptersConfig:
-    """What is frozen, adapted or trained in full, by part of the model. At least one part must train."""
+    """The training mode of each part of the model: frozen, with LoRA or in full. At least one part must train."""
 
     attention: DensePartConfig = field(default_factory=lambda: DensePartConfig(mode="lora"))
     """Queries, keys, values and output of the decoder's attention, the only part that trains by default. Mode `full`
@@ -194,18 +195,18 @@ class AdaptersConfig:
     """The folder of an adapter that moetune wrote, whose values training begins with. Empty: low-rank factors begin so
     that the model is the base. The optimiser, the schedule and the data start from the beginning.
 
-    Change: to train an adapter longer, or on other data. To go on with an interrupted run use `checkpoint.resume`.
+    Change: to train an adapter longer, or on other data. To continue an interrupted run, use `checkpoint.resume`.
     With: `adapters.<part>.mode`, `adapters.<part>.r` (must be those of the adapter), `model.path` (the same base).
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How ranks share the model and the rows. All of it may change when a run is resumed."""
+    """The division of the model and the rows among the ranks. All keys may change when a run is resumed."""
 
     ep: int = field(default=1, metadata={"auto": 0})
     """Expert parallelism: the ranks over which the experts of a layer are spread. 1: every rank has all of them.
-    `auto`: the fastest that fits, by the planner, when the run starts.
+    `auto`: the planner chooses the fastest value that fits when the run starts.
 
     Change: raise it until frozen weights leave half of the GPU free; `moetune plan --fit` proposes a value. Stay within
     a node, as tokens travel to the experts in every layer. 1 for a dense base.
@@ -219,14 +220,14 @@ class ParallelConfig:
     `stages.<name>.sp` (another value in a stage), `eval.answers` (needs 1).
     """
     offload_activations: bool = False
-    """Whether what recomputed layers keep for the backward pass waits in host memory.
+    """Whether the tensors that recomputed layers keep for the backward pass are moved to host memory.
 
     Change: to true for rows of 100,000 tokens and more that do not fit otherwise; ranks of a node share its memory.
     With: `parallel.recompute` (not `none`), `parallel.tile_tokens`.
     """
     tile_tokens: int = 0
-    """Tokens that norms and experts take at a time; the experts are computed once more in the backward pass. 0: all
-    tokens of a row at once.
+    """Tokens that norms and experts process at a time; the backward pass computes the experts once more. 0: all tokens
+    of a row at once.
 
     Change: to 8192 for long rows that do not fit. The result is the same to rounding.
     With: `moe.dispatch` (`deepep` cannot take tiles), `data.tokens_per_pack`.
@@ -240,9 +241,9 @@ class ParallelConfig:
     With: `parallel.ep` (fewer experts on each rank), `eval.answers` (refused with `none`).
     """
     recompute: Literal["none", "layer", "selective", "auto"] = "selective"
-    """What decoder layers compute again in the backward pass to save memory. `none`: nothing. `selective`: all but what
-    crossed between ranks and the wide products of the experts. `layer`: the whole layer but the router's choice; it
-    keeps the least. `auto`: the fastest that fits, by the planner, when the run starts.
+    """The activations that decoder layers recompute in the backward pass to save memory. `none`: none. `selective`: all
+    except rows that crossed between ranks and the wide products of the experts. `layer`: the complete layer except the
+    router's choice, which keeps the least. `auto`: the planner chooses the fastest value that fits when the run starts.
 
     Change: to `layer` for long rows or short memory, to `none` when memory is plenty.
     With: `moe.dispatch` (`deepep` cannot take `selective`), `parallel.offload_activations`.
@@ -251,11 +252,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """How token losses become one number."""
+    """The combination of token losses into one number."""
 
     normalise: Literal["token", "sample", "sqrt"] = "token"
-    """What weighs the same in a step. `token`: every supervised token does, so long answers count more. `sample`: every
-    sample does, whatever its length. `sqrt`: a sample weighs the root of its supervised tokens, the authors' choice.
+    """The unit with equal weight in a step. `token`: every supervised token, so long answers count more. `sample`:
+    every sample, whatever its length. `sqrt`: a sample weighs the root of its supervised tokens, the authors' choice.
 
     Change: to `sample` when short answers matter as much as long ones, to `sqrt` for a mixture of both.
     With: a record's own loss weights (multiplied in), `data.mixture` (how often a source is read).
@@ -298,7 +299,7 @@ class OptimConfig:
     With: `optim.lr` (multiplies it).
     """
     clip_norm: float = 1.0
-    """The greatest norm of all gradients together; larger ones are scaled down to it. 0: no clipping.
+    """The largest norm of all gradients together; larger ones are scaled down to it. 0: no clipping.
 
     Change: lower it when the loss has spikes, raise it when every step is clipped (`grad_norm` in `metrics.jsonl`).
     """
@@ -306,36 +307,36 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """How long the run is, and how the learning rate moves."""
+    """The length of the run, and the shape of the learning rate."""
 
     steps: int = 1000
-    """Optimiser steps of the whole run, of all stages together. When an epoch is over, the next one begins.
+    """Optimiser steps of the complete run, of all stages together. When an epoch is over, the next one begins.
 
     Change: always, unless you set `schedule.epochs`.
     With: `schedule.epochs` (set one of the two), `data.packs_per_step`, `schedule.shape` (falls over all of them),
     `stages.<name>.from_step`.
     """
     epochs: float = 0.0
-    """Passes over the data, instead of a number of steps. 0: `schedule.steps` counts. A part of one is allowed.
+    """Passes over the data, instead of a number of steps. 0: `schedule.steps` counts. Fractions are allowed.
 
-    The packs of an epoch are planned when a run starts, and the steps follow. The last epoch may be partial; its share
-    of the steps is rounded. With `data.mixture` tokens or samples an epoch has as many tokens or
-    samples as all sources together, drawn by their weights. `warmup_steps` and `decay_steps` stay steps.
+    The packs of an epoch are planned when a run starts, and the steps follow from them. The last epoch may be partial;
+    its share of the steps is rounded. With `data.mixture` tokens or samples an epoch has as many tokens or samples as
+    all sources together, drawn by their weights. `warmup_steps` and `decay_steps` are still numbers of steps.
 
-    Change: set it where you think in passes: 1 to 3 for LoRA. Of a recipe and its `base:` the one that sets `steps` or
-    `epochs` last decides.
+    Change: set it if you prefer to count passes: 1 to 3 for LoRA. In a recipe and its `base:`, the last setting of
+    `steps` or `epochs` decides.
     With: `schedule.steps` (set one of the two), `data.remainder` (packs that fill no step), `stages` (they must read
     the same data).
     """
     warmup_steps: int = 0
-    """Steps in which the learning rate rises in a line to its highest value, from the first step of the run.
+    """Steps in which the learning rate rises linearly to its highest value, from the first step of the run.
 
     Change: to about 3 % of `schedule.steps` for full tuning or high rates.
     With: `schedule.steps` (it must not be more), `stages.<name>.warmup_steps` (of a stage, on top).
     """
     shape: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """How the learning rate moves after the warm-up. `constant`: it stays. `linear`, `cosine`: it falls until the last
-    step, in a line or as a cosine. `wsd`: it stays, and falls in a line over the last `decay_steps`.
+    """The shape of the learning rate after the warm-up. `constant`: it stays. `linear`, `cosine`: it falls until the
+    last step, linearly or as a cosine. `wsd`: it stays, and falls linearly over the last `decay_steps`.
 
     Change: to `wsd` or `constant` when the run may become longer than you know now.
     With: `schedule.final_share` (where it ends), `schedule.decay_steps` (`wsd` only).
@@ -356,7 +357,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageDataConfig:
-    """Where a stage's data differ from `data:`; keys that are left out stay as they are."""
+    """Differences of a stage's data from `data:`; keys that are left out keep the values of `data:`."""
 
     packs_per_step: int | None = None
     """Packed rows of a step in this stage. `null`: `data.packs_per_step`.
@@ -383,7 +384,7 @@ class StageDataConfig:
     With: `stages.<name>.data.weights`.
     """
     overlong: Literal["error", "skip", "split-turns"] | None = None
-    """What happens to a sample that does not fit a row of this stage. `null`: `data.overlong`, which explains the other
+    """The treatment of samples that do not fit a row of this stage. `null`: `data.overlong`, which explains the other
     values.
 
     Change: to `skip` in a stage of short rows whose long samples come later.
@@ -400,17 +401,17 @@ class StageDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What changes from a given step on. Every stage builds on the rest of the configuration."""
+    """Changes from a given step on. Every stage builds on the rest of the configuration."""
 
     from_step: int = 0
-    """The first step of this stage; it ends where the next one begins. Steps before the first stage go by the rest of
-    the configuration.
+    """The first step of this stage; it ends where the next one begins. Steps before the first stage use the rest of the
+    configuration.
 
     Change: for every stage but the one that begins at 0; no two stages may begin together.
     With: `schedule.steps` (must be greater).
     """
     train: list[str] = field(default_factory=list)
-    """The parts of `adapters:` that train in this stage; the others keep every bit. Empty: all that are not frozen.
+    """The parts of `adapters:` that train in this stage; the others do not change. Empty: all that are not frozen.
 
     Change: to `[merger]` in a first stage that aligns images with text, for example.
     With: `adapters.<part>.mode` (must not be `frozen`; each part that may train needs a stage that trains it).
@@ -422,10 +423,10 @@ class StageConfig:
     With: `adapters.<part>.lr`, `optim.lr` (it wins over both), `schedule.shape` (goes on over all stages).
     """
     warmup_steps: int = 0
-    """Steps in which the learning rate of this stage rises in a line, from its first step.
+    """Steps in which the learning rate of this stage rises linearly, from its first step.
 
-    Change: to 20 to 50 when a stage changes the data or what trains.
-    With: `schedule.warmup_steps` (both count where they meet).
+    Change: to 20 to 50 when a stage changes the data or the trained parts.
+    With: `schedule.warmup_steps` (where both apply, they are multiplied).
     """
     sp: int = 0
     """Ranks that share a row in this stage, instead of `parallel.sp`. 0: as there.
@@ -438,13 +439,13 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """Rotary positions that are stretched, as YaRN does it."""
+    """Extension of rotary positions with YaRN."""
 
     factor: float | None = None
-    """How far rotary positions are stretched, above 1. `null`: positions are the base's own. The trained model must be
-    served with the same factor; `moetune check` prints how.
+    """The factor by which rotary positions are stretched, above 1. `null`: positions are the base's own. The trained
+    model must be served with the same factor; `moetune check` prints how.
 
-    Change: to 2 or 3 when the positions in your data go beyond the base's context, as the start of a run says. Images
+    Change: to 2 or 3 when the positions in your data exceed the base's context; the start of a run reports them. Images
     and video use far fewer positions than tokens.
     With: `context.length`, `data.tokens_per_pack`.
     """
@@ -452,13 +453,13 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    """Length of context and its extension."""
+    """The context length and its extension."""
 
     length: int | None = None
-    """The tokens that the trained model's config.json says it serves. `null`: the base's own, or with YaRN the base's
-    times its factor.
+    """The context length, in tokens, in the trained model's config.json. `null`: the base's own, or with YaRN the
+    base's times its factor.
 
-    Change: with YaRN, when the model shall serve more tokens than its positions reach, as with video.
+    Change: with YaRN, when the model should serve more tokens than its positions reach, as with video.
     With: `context.yarn.factor` (without it the length stays the base's; another one is an error).
     """
     yarn: YarnConfig = field(default_factory=YarnConfig)
@@ -481,29 +482,29 @@ class EvalSourceConfig:
     """One set of held-out samples, with bounds that a guard may watch."""
 
     path: str
-    """Where the held-out samples are, as `data.sources.<name>.path`. They are read whole, each sample once.
+    """The held-out samples, as `data.sources.<name>.path`. They are read completely, each sample once.
 
     Change: always; it has no default. `moetune shards split` makes held-out samples.
-    With: `data.sources` (a warning says when one trains on the same path), `data.image`, `data.video`, `data.chat`
+    With: `data.sources` (a warning appears if one trains on the same path), `data.image`, `data.video`, `data.chat`
     (samples are prepared as in training).
     """
     guard: Literal["none", "flag", "stop"] = "none"
-    """What happens when this source passes one of its bounds. `none`: it has none. `flag`: the log says so. `stop`: the
+    """The action when this source exceeds one of its bounds. `none`: no bounds. `flag`: the log says so. `stop`: the
     run saves and ends.
 
-    Change: to `stop` for samples of what the model must not forget.
+    Change: to `stop` for samples of skills that the model must not forget.
     With: `eval.sources.<name>.max_kl`, `eval.sources.<name>.max_loss_rise` (at least one is needed).
     """
     max_kl: float | None = None
-    """The bound of KL(base || tuned): how far answers may move from the base's, in nats per supervised token. `null`:
-    no bound.
+    """The bound of KL(base || tuned): the allowed distance of answers from the base's, in nats per supervised token.
+    `null`: no bound.
 
     Change: set it for sources whose answers should stay the base's; 0.05 is a start.
     With: `eval.sources.<name>.guard` (must be `flag` or `stop`), `adapters.<part>.mode` (one part must be `lora`, so
-    that the base can be had by switching it off).
+    that switching it off gives the base).
     """
     max_loss_rise: float | None = None
-    """How far the loss may rise above what it was before the first step. `null`: no bound.
+    """The allowed rise of the loss above its value before the first step. `null`: no bound.
 
     Change: set it for sources that must not become worse; 0.1 is a start.
     With: `eval.sources.<name>.guard` (must be `flag` or `stop`).
@@ -521,20 +522,21 @@ class EvalConfig:
     With: `eval.sources` (without any, nothing is evaluated), `eval.patience` (counts evaluations).
     """
     metric: str = ""
-    """What decides which checkpoint is the best, which is then kept: `<source>/loss`, `<source>/accuracy` or
-    `<source>/kl`. Empty: none is.
+    """The metric of the best checkpoint, which is then kept: `<source>/loss`, `<source>/accuracy` or `<source>/kl`.
+    Empty: no checkpoint counts as the best.
 
     Change: set it when the run may become worse towards its end.
-    With: `eval.sources` (holds the source), `checkpoint.keep` (the best is kept besides), `eval.patience`.
+    With: `eval.sources` (holds the source), `checkpoint.keep` (the best is kept in addition), `eval.patience`.
     """
     answers: int = 0
-    """Questions of each source that are answered at each evaluation, into `predictions.jsonl`. 0: none.
+    """Questions of each source that the model answers at each evaluation, in `predictions.jsonl`. 0: none.
 
     Change: to 4 or 8 to read what the model says while it trains. `moetune eval` scores many answers afterwards.
-    With: `eval.answer_tokens`, `parallel.resident` (not `none`: each token costs a forward), `parallel.sp` (must be 1).
+    With: `eval.answer_tokens`, `parallel.resident` (not `none`, which gathers weights for each token), `parallel.sp`
+    (must be 1).
     """
     answer_tokens: int = 32
-    """The most tokens of such an answer.
+    """The most tokens of each answer.
 
     Change: to the length of your answers; the time grows with it.
     With: `eval.answers`, `data.tokens_per_pack` (question and answer must fit a row).
@@ -550,7 +552,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved, and from where it resumes."""
+    """Settings for saving and resuming a run."""
 
     every_steps: int = 200
     """Steps between two checkpoints. 0: only when the run ends, or is stopped by a signal.
@@ -559,9 +561,9 @@ class CheckpointConfig:
     With: `checkpoint.asynchronous`, `checkpoint.keep`.
     """
     keep: int = 3
-    """How many of the newest checkpoints are kept, at least 1. The best by `eval.metric` is kept besides.
+    """The number of the newest checkpoints that are kept, at least 1. The best by `eval.metric` is kept in addition.
 
-    Change: lower it when the disk is small; `moetune plan` says how large one is.
+    Change: lower it when the disk is small; `moetune plan` shows the size of one.
     With: `eval.metric`.
     """
     asynchronous: bool = False
@@ -575,17 +577,17 @@ class CheckpointConfig:
     path: at that checkpoint, or the newest of a folder of checkpoints.
 
     Change: to `never` to start again at step 0 under the same name, to a path to branch off from another run.
-    With: all keys that decide the training (they must be those of the checkpoint), `run.name` (its folder).
+    With: all keys that affect training (they must equal those of the checkpoint), `run.name` (the folder).
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where metrics go. `metrics.jsonl` in the run's folder is always written."""
+    """Destinations of metrics. `metrics.jsonl` in the run's folder is always written."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases. `off`: not used. `offline`: written to the run's folder, for `wandb sync` later. `online`: sent
-    as the run goes. Its failures never stop a run.
+    during the run. Its failures never stop a run.
 
     Change: to `online` to follow runs in a browser; it needs the extra `wandb` and an API key.
     With: `track.project`, `track.entity`, `track.group`, `track.tags`, `track.media`.
@@ -605,7 +607,7 @@ class TrackConfig:
     group: str = ""
     """The group of this run at Weights & Biases. Empty: none.
 
-    Change: to compare runs that belong together, as those of a sweep.
+    Change: to compare runs that belong together, such as those of a sweep.
     With: `track.wandb`.
     """
     tags: tuple[str, ...] = ()
@@ -621,8 +623,7 @@ class TrackConfig:
     With: `moe.balance`.
     """
     media: Literal["local", "wandb"] = "local"
-    """Where the pictures of the first step go. `local`: they stay in the run's folder. `wandb`: to Weights & Biases as
-    well.
+    """The destination of pictures of the first step. `local`: the run's folder only. `wandb`: also Weights & Biases.
 
     Change: to `wandb` only when your data may leave your machines.
     With: `track.media_samples`, `track.wandb`.
@@ -636,7 +637,7 @@ class TrackConfig:
     media_samples: int = 4
     """Pictures of the first step that are kept, as the model sees them. 0: none.
 
-    Change: raise it to look at more of the data, as after a change of sizes.
+    Change: raise it to look at more of the data, for example after a change of sizes.
     With: `track.media`.
     """
 
@@ -650,7 +651,7 @@ class RunSectionConfig:
     recipes never share a folder.
 
     Change: for a second run of the same recipe.
-    With: `run.folder`, `checkpoint.resume` (`auto` goes on with what is in the folder).
+    With: `run.folder`, `checkpoint.resume` (`auto` continues the run in that folder).
     """
     folder: str = "runs"
     """The folder in which each run gets a folder of its own, `run.folder/run.name`.
@@ -659,7 +660,7 @@ class RunSectionConfig:
     With: `run.name`; a relative path begins in the working directory of the ranks, which must share the disk.
     """
     seed: int = 0
-    """What all random choices follow from: the order of the data, the first values of low-rank factors, dropout.
+    """The seed of all random choices: the order of the data, the first values of low-rank factors, dropout.
 
     Change: to see how much a result depends on chance.
     """
@@ -669,8 +670,8 @@ class RunSectionConfig:
     Change: raise it when many samples are meant to carry no loss.
     """
     stall_seconds: float = 540.0
-    """Seconds after which a rank that stands still in a step ends, and names what it waited for. 0: never. Ranks must
-    also meet within this time at the start; a save may take eight times as long without a new byte.
+    """Seconds after which a rank that is stuck in a step ends, and says what it waited for. 0: never. Ranks must also
+    meet within this time at the start; a save may take eight times as long without a new byte.
 
     Change: raise it when one pass over a row takes minutes, as with a million tokens.
     With: `data.stall_seconds` (should stay shorter, so that a rank without data is named before those that wait for

@@ -6,7 +6,7 @@ from typing import Literal
 BalanceMode = Literal["off", "micro", "global"]
 
 CHUNK_BYTES = 1 << 30
-"""Bytes that a call of the experts allocates for intermediates at a time; further rows are computed in more chunks."""
+"""Bytes that a call of the experts allocates for intermediates at a time; more rows are computed in more chunks."""
 KEEP_BYTES = 4 << 30
 """Most bytes of the gate_up output that a call keeps; with more rows, backward computes it again."""
 LEAST_HOST_BYTES = 1 << 20
@@ -18,8 +18,8 @@ class MoeConfig:
     """Routing, dispatch and balance of the mixture-of-experts layers."""
 
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
-    """How tokens travel to experts on other ranks. `all_to_all`: torch's collective, works everywhere. `deepep`: the
-    kernels of the package DeepEP, which you have to build.
+    """The method that sends tokens to experts on other ranks. `all_to_all`: torch's collective, which works everywhere.
+    `deepep`: the kernels of the package DeepEP, which you have to build.
 
     Change: to `deepep` when traffic between nodes decides the time of a step, in bfloat16 on GPUs.
     With: `parallel.ep` (1: nothing travels; `deepep` is refused), `parallel.recompute` (`deepep` cannot take
@@ -38,19 +38,18 @@ class MoeConfig:
     specialise by topic.
 
     Change: to `global` when the router trains. Small learning rates and few steps seldom need it.
-    With: `adapters.router.mode` (while the router is frozen a warning says what little it does),
+    With: `adapters.router.mode` (with a frozen router it has little effect, and a warning says so),
     `moe.balance_coefficient`.
     """
     balance_coefficient: float = 1e-3
-    """What the balance value is multiplied by; the value is 1 for an even load, whatever the number of experts that a
-    token is sent to.
+    """The factor of the balance loss, which is 1 for an even load, whatever the number of experts per token.
 
     Change: raise it when `loss_balance` in `metrics.jsonl` keeps growing, lower it when the loss suffers.
-    With: `moe.balance` (`off`: nothing reads it, and another value is an error).
+    With: `moe.balance` (with `off` it has no effect, and another value is an error).
     """
     z_coefficient: float = 0.0
-    """What the z loss is multiplied by: the mean squared logsumexp of the router's scores, which keeps them small. 0:
-    no z loss.
+    """The factor of the z loss, the mean squared logsumexp of the router's scores, which keeps them small. 0: no z
+    loss.
 
     Change: to about 1e-3 when the router trains and its scores grow.
     With: `moe.balance` (independent: this works in every mode), `adapters.router.mode`.

@@ -203,16 +203,16 @@ def _host(config: RunConfig, base: Family, cluster: Cluster, trained: int, *, wa
 
 
 def run_bytes(config: RunConfig, base: Family, *, trained: int) -> dict[str, int]:
-    """Return the bytes that a run writes into its folder, by what they are for; `trained` elements train."""
+    """Return the bytes that a run writes to its folder, by purpose; `trained` is the number of trained elements."""
     adapts, itemsize = _adapts(config), ITEMSIZE[config.model.dtype]
     return {
-        "checkpoints": STATE_BYTES * trained * (config.checkpoint.keep + 1),  # one more while it is written
+        "checkpoints": STATE_BYTES * trained * (config.checkpoint.keep + 1),  # one more during a save
         "adapter" if adapts else "model": itemsize * trained if adapts else 2 * parameter_counts(base).total,
     }
 
 
 def trained_elements(config: RunConfig, base: Family) -> int:
-    """Return how many values train."""
+    """Return the number of trained elements."""
     return sum(tensor.elements for tensor in trained_tensors(base, config.adapters, ep=1))
 
 

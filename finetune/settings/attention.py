@@ -1,7 +1,7 @@
-"""Chooses the attention of packed rows, and says why. Loads no torch: what the machine offers is handed in.
+"""Chooses the attention of packed rows, and says why. Loads no torch: the caller describes the machine.
 
-In a packed row attention must stay inside each sample. A kernel that takes the samples' borders does that at no cost; a
-mask of the row grows with the square of its tokens.
+In a packed row attention must stay inside each sample. A kernel that takes the samples' borders does so at no cost; a
+mask grows with the square of the row's tokens.
 """
 
 from collections.abc import Collection
@@ -12,22 +12,22 @@ AttentionName = Literal["flash_attention_2", "varlen", "segments", "sdpa"]
 """Flash-attention's kernel, torch's own kernel for variable lengths, sdpa sample by sample, and sdpa with a mask."""
 
 MASK_TOKENS = 8192
-"""Tokens of the longest row that `sdpa` may take: its mask then has 64 MiB, and is read in every layer."""
+"""Tokens of the longest row for `sdpa`: its mask then has 64 MiB and is read in every layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides the choice: where tensors live, their type, and the kernels that can be used."""
+    """The properties of a machine that decide the choice: device, data type and available kernels."""
 
     cuda: bool
-    half: bool  # bfloat16 or float16, the only types that the kernels take
+    half: bool  # bfloat16 or float16, the only types that the kernels support
     capability: tuple[int, int] = (0, 0)
     flash_attention_2: bool = False  # the package can be imported
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionChoice:
-    """The attention of the text model, and the sentence that is printed at start."""
+    """The attention of the text model, and the sentence that explains it at the start."""
 
     name: AttentionName
     reason: str
@@ -36,9 +36,9 @@ class AttentionChoice:
 def choose_attention(
     choice: str, *, tokens: int, machine: Machine, head_sizes: Collection[int] = ()
 ) -> AttentionChoice:
-    """Decide `model.attention` for rows of `tokens`; refuse what the machine lacks or what needs too wide a mask.
+    """Decide `model.attention` for rows of `tokens`; refuse a missing kernel and too wide a mask.
 
-    `head_sizes` are those of the text model and of the vision tower, which attends by the same kernel.
+    `head_sizes` are those of the text model and of the vision tower, which uses the same kernel.
     """
     missing = {name: _missing(name, machine, head_sizes) for name in get_args(AttentionName)}
     usable = [name for name in get_args(AttentionName) if not missing[name] and not _too_wide(name, tokens)]
@@ -47,10 +47,12 @@ def choose_attention(
         without = "; ".join(f"{name}: {why}" for name, why in missing.items() if why)
         return AttentionChoice(name=best, reason=f"auto: {best}" + (f" ({without})" if without else ""))
     if choice not in missing:
-        raise ValueError(f"model.attention: {choice!r} is not one of auto, {', '.join(missing)}")
+        raise ValueError(f"model.attention must be one of auto, {', '.join(missing)}, got {choice!r}")
     name: AttentionName = choice  # type: ignore[assignment]  # checked the line before
     if missing[name]:
-        raise ValueError(f"model.attention: {name} cannot be used: {missing[name]}. Use auto, which is {best} here")
+        raise ValueError(
+            f"model.attention: {name} cannot be used: {missing[name]}. Use auto, which selects {best} here"
+        )
     if _too_wide(name, tokens):
         raise ValueError(
             f"model.attention: {name} builds a mask of {tokens:,} x {tokens:,} for a packed row "
@@ -65,17 +67,17 @@ def _too_wide(name: str, tokens: int) -> bool:
 
 
 def _missing(name: AttentionName, machine: Machine, head_sizes: Collection[int]) -> str:
-    """Return what the machine or the model lacks for this attention, or nothing."""
+    """Return why the machine or the model cannot use this attention, or an empty text."""
     if name in ("segments", "sdpa"):
         return ""
     if not machine.cuda:
         return "no CUDA device"
     if not machine.half:
-        return "float32 is computed, the kernel takes bfloat16"
+        return "the model computes in float32, but the kernel needs bfloat16"
     if machine.capability < (8, 0):
         major, minor = machine.capability
-        return f"the device has compute capability {major}.{minor}, the kernel needs 8.0"
+        return f"the device has compute capability {major}.{minor}, but the kernel needs 8.0"
     if name == "flash_attention_2" and not machine.flash_attention_2:
         return "the package flash-attn is not installed"
     unfit = sorted(size for size in head_sizes if size % 8)
-    return f"a head size is {unfit[0]}, the kernel takes multiples of 8" if unfit else ""
+    return f"a head size is {unfit[0]}, but the kernel needs multiples of 8" if unfit else ""

@@ -1,4 +1,4 @@
-"""Holds what `adapters:` asks for to what the base has. Each check returns problems; none raises. Loads no torch."""
+"""Checks `adapters:` against the parts of the base. Each check returns problems; none raises. Loads no torch."""
 
 from dataclasses import asdict
 from math import isfinite
@@ -12,11 +12,11 @@ from finetune.config import AdaptersConfig
 from finetune.settings.problems import Problem, problem
 
 _GEMM_ROWS = 8
-"""Experts' r is a row of a grouped GEMM, which takes multiples of 16 bytes: of 8 in bfloat16, of 4 in float32."""
+"""Experts' r is a row of a grouped GEMM, which needs multiples of 16 bytes: of 8 in bfloat16, of 4 in float32."""
 
 
 def adapter_problems(adapters: AdaptersConfig, base: Family | None) -> list[Problem]:
-    """Return everything wrong in the section, given the base's shape where it is known."""
+    """Return all problems of the section, given the base's shape if it is known."""
     sections: dict[str, Any] = {part: getattr(adapters, part) for part in PARTS}
     problems = [wrong for part, section in sections.items() for wrong in _numbers(part, section)]
     problems += [
@@ -26,7 +26,7 @@ def adapter_problems(adapters: AdaptersConfig, base: Family | None) -> list[Prob
     ]
     modes = {part: section.mode for part, section in sections.items() if section.mode != "frozen"}
     if not modes:
-        remedy = "Set adapters.attention.mode=lora, or another family's mode"
+        remedy = "Set adapters.attention.mode=lora, or the mode of another part"
         problems.append(problem("adapters", "all frozen", "nothing would train", remedy))
     if base is not None:
         problems += _absent(modes, base)
@@ -38,7 +38,7 @@ def adapter_problems(adapters: AdaptersConfig, base: Family | None) -> list[Prob
 
 
 def _absent(modes: dict[str, str], base: Family) -> list[Problem]:
-    """Return what would train and is not in the base, or is in it only as a part of something else."""
+    """Return the parts that would train but are missing in the base, or are tied to another part."""
     counts, problems = asdict(parameter_counts(base)), []
     for part, mode in modes.items():
         key = f"adapters.{part}.mode"
@@ -52,18 +52,18 @@ def _absent(modes: dict[str, str], base: Family) -> list[Problem]:
 
 
 def _numbers(part: str, section: Any) -> list[Problem]:
-    """Return numbers out of range, and those that were set where nothing reads them."""
+    """Return numbers that are out of range, and those that are set but not used."""
     key = f"adapters.{part}"
     if section.lr and not (isfinite(section.lr) and section.lr > 0):
         allowed = "it must be a finite number above 0, or 0 for optim.lr"
         return [problem(f"{key}.lr", section.lr, allowed, "Set another value")]
     if section.lr and section.mode == "frozen":
         remedy = f"Set {key}.mode to lora or full, or leave it out"
-        return [problem(f"{key}.lr", section.lr, "the family is frozen", remedy, warning=True)]
+        return [problem(f"{key}.lr", section.lr, "the part is frozen", remedy, warning=True)]
     values = {name: value for name, value in asdict(section).items() if name not in ("mode", "lr")}
     if section.mode == "lora":
         return _lora_numbers(part, values)
-    allowed = f"it counts in mode lora only, and {key}.mode is {section.mode}"
+    allowed = f"it is used only in mode lora, but {key}.mode is {section.mode}"
     remedy = f"Set {key}.mode=lora, or leave it out"
     return [
         problem(f"{key}.{name}", value, allowed, remedy, warning=True)
@@ -73,19 +73,19 @@ def _numbers(part: str, section: Any) -> list[Problem]:
 
 
 def _lora_numbers(part: str, values: dict[str, Any]) -> list[Problem]:
-    """Return numbers that a low-rank part cannot have, or that its kernels take only in float32."""
+    """Return numbers that a low-rank part cannot have, or that its kernels support only in float32."""
     key, problems = f"adapters.{part}", []
     if "r" in values and values["r"] < 1:
         problems.append(problem(f"{key}.r", values["r"], "it must be at least 1", "8 and 16 are usual"))
     elif part == "experts" and values["r"] % _GEMM_ROWS:
         in_float32 = values["r"] % (_GEMM_ROWS // 2) == 0
-        allowed = f"the experts' GEMMs want a multiple of {_GEMM_ROWS}" + (" in bfloat16" if in_float32 else "")
+        allowed = f"the experts' GEMMs need a multiple of {_GEMM_ROWS}" + (" in bfloat16" if in_float32 else "")
         nearest = -(-values["r"] // _GEMM_ROWS) * _GEMM_ROWS
         problems.append(problem(f"{key}.r", values["r"], allowed, f"Use {nearest}", warning=in_float32))
     if "alpha" in values and not (isfinite(values["alpha"]) and values["alpha"] > 0):
         allowed = "it must be a finite number above 0"
         problems.append(problem(f"{key}.alpha", values["alpha"], allowed, "Twice r is usual"))
     if not 0 <= values.get("dropout", 0.0) < 1:
-        allowed = "it must be a share from 0 to below 1"
+        allowed = "it must be from 0 to below 1"
         problems.append(problem(f"{key}.dropout", values["dropout"], allowed, "0.05 is usual"))
     return problems

@@ -1,4 +1,4 @@
-"""What is wrong with the `eval:` section, such as a metric of nothing or a guard without a bound. Loads no torch."""
+"""Checks the `eval:` section: its metric, its sources and the bounds of guards. Loads no torch."""
 
 from math import isfinite
 
@@ -8,7 +8,7 @@ from finetune.settings.problems import Problem, problem
 
 HIGHER_IS_BETTER = {"loss": False, "accuracy": True, "kl": False}
 """The quantities that eval.metric may name."""
-NO_BASE = "no family trains as lora, so there is no adapter to switch off for the base"
+NO_BASE = "no part trains in mode lora, so no adapter can be switched off to get the base"
 
 
 def eval_problems(config: RunConfig) -> list[Problem]:
@@ -25,7 +25,8 @@ def eval_problems(config: RunConfig) -> list[Problem]:
         problems += _metric(section, has_lora=has_lora)
     elif section.patience > 0:
         remedy = "Set eval.metric=<source>/loss, or drop eval.patience"
-        problems.append(problem("eval.patience", section.patience, "it waits for a better eval.metric", remedy))
+        allowed = "it counts evaluations without a better eval.metric, which is not set"
+        problems.append(problem("eval.patience", section.patience, allowed, remedy))
     trained_on = {source.path: name for name, source in config.data.sources.items()}
     for name, source in section.sources.items():
         problems += _source(name, source, has_lora=has_lora)
@@ -40,15 +41,16 @@ def _metric(section: EvalConfig, *, has_lora: bool) -> list[Problem]:
     source, _, quantity = section.metric.rpartition("/")
     if source not in section.sources or quantity not in HIGHER_IS_BETTER:
         known = ", ".join(f"{name}/{kind}" for name in section.sources for kind in HIGHER_IS_BETTER)
-        remedy = f"One of {known}" if known else "Add eval.sources.<name>.path=..., or drop eval.metric"
-        return [problem("eval.metric", section.metric, "it must be a source and what is measured of it", remedy)]
+        remedy = f"Use one of {known}" if known else "Add eval.sources.<name>.path=..., or drop eval.metric"
+        allowed = "it must be <source>/loss, <source>/accuracy or <source>/kl, with a source of eval.sources"
+        return [problem("eval.metric", section.metric, allowed, remedy)]
     if quantity == "kl" and not has_lora:
-        return [problem("eval.metric", section.metric, NO_BASE, f"Take {source}/loss or {source}/accuracy")]
+        return [problem("eval.metric", section.metric, NO_BASE, f"Use {source}/loss or {source}/accuracy")]
     return []
 
 
 def _answers(config: RunConfig) -> list[Problem]:
-    """Return what keeps questions from being answered while the run trains."""
+    """Return the reasons why questions cannot be answered during training."""
     key, value = "eval.answers", config.eval.answers
     problems = []
     if not config.eval.sources:
@@ -67,7 +69,8 @@ def _source(name: str, source: EvalSourceConfig, *, has_lora: bool) -> list[Prob
     key = f"eval.sources.{name}"
     problems = []
     if "/" in name:
-        problems.append(problem(key, name, "it must be a name without /, as eval.metric has one", "Rename it"))
+        allowed = "it must be a name without /, which separates source and quantity in eval.metric"
+        problems.append(problem(key, name, allowed, "Rename it"))
     bounds = {"max_kl": source.max_kl, "max_loss_rise": source.max_loss_rise}
     for bound, value in bounds.items():
         if value is not None and not (isfinite(value) and value >= 0):
@@ -81,9 +84,9 @@ def _source(name: str, source: EvalSourceConfig, *, has_lora: bool) -> list[Prob
             problems.append(problem(f"{key}.{bound}", value, "no guard reads it", remedy))
     if source.guard != "none" and set(bounds.values()) == {None}:
         remedy = f"Set {key}.max_kl or {key}.max_loss_rise"
-        problems.append(problem(f"{key}.guard", source.guard, "it has no bound to hold the source to", remedy))
+        problems.append(problem(f"{key}.guard", source.guard, "the source has no bound", remedy))
     if source.max_kl is not None and not has_lora:
-        problems.append(problem(f"{key}.max_kl", source.max_kl, NO_BASE, f"Bound {key}.max_loss_rise instead"))
+        problems.append(problem(f"{key}.max_kl", source.max_kl, NO_BASE, f"Set {key}.max_loss_rise instead"))
     return problems
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with `data.image:`, `data.video:` and the run's own name and seed. Loads no torch."""
+"""Checks `data.image:`, `data.video:` and the name, folder and seed of the run. Loads no torch."""
 
 from collections.abc import Iterator
 from math import isfinite
@@ -12,7 +12,7 @@ _PAIRS = (("data.image", "tokens"), ("data.video", "tokens"), ("data.video", "fr
 
 
 def media_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield sizes and rates that no picture or video can have; what is unset is the base's own, known later."""
+    """Yield sizes and rates that no image or video can have; unset values are the base's own, which are known later."""
     video = config.data.video
     sizes: dict[str, float | None] = {"data.video.max_tokens_per_frame": video.max_tokens_per_frame}
     for section, unit in _PAIRS:
@@ -20,8 +20,8 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
         low, high = (getattr(values, f"{end}_{unit}") for end in ("min", "max"))
         sizes |= {f"{section}.min_{unit}": low, f"{section}.max_{unit}": high}
         if low is not None and high is not None and low > high >= 1:
-            allowed = f"it is above {section}.max_{unit}, {high}"
-            yield problem(f"{section}.min_{unit}", low, allowed, "Lower it, or raise the other")
+            allowed = f"it must not be above {section}.max_{unit}, {high}"
+            yield problem(f"{section}.min_{unit}", low, allowed, f"Lower it, or raise {section}.max_{unit}")
     for key, value in sizes.items():
         if value is not None and value < 1:
             yield problem(key, value, "it must be at least 1", f"Set {key}=1 or more")
@@ -33,7 +33,7 @@ def media_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def run_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield names that no folder of a run can have, and a seed that no generator takes."""
+    """Yield names that the folder of a run cannot have, and a seed that random generators do not accept."""
     name = PurePosixPath(config.run.name)
     if not config.run.name.isprintable():
         allowed = "it must be one line of printable characters"
@@ -45,5 +45,5 @@ def run_problems(config: RunConfig) -> Iterator[Problem]:
         allowed = "it must be one line of printable characters"
         yield problem("run.folder", config.run.folder, allowed, "Name a folder, such as /scratch/runs")
     if config.run.seed >= _SEEDS:
-        allowed = f"random generators take seeds below {_SEEDS}"
-        yield problem("run.seed", config.run.seed, allowed, "Set a smaller one")
+        allowed = f"it must be below {_SEEDS}, the limit of random generators"
+        yield problem("run.seed", config.run.seed, allowed, "Set a smaller run.seed")

@@ -1,4 +1,4 @@
-"""What is wrong with `optim:`, `schedule:` and `stages:`. Each check yields problems; none raises. Loads no torch."""
+"""Checks `optim:`, `schedule:` and `stages:`. Each check yields problems; none raises. Loads no torch."""
 
 import sys
 from collections import Counter
@@ -14,7 +14,7 @@ from finetune.settings.stages import run_stages, stage_data, trained_parts
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield numbers out of range, and lengths that do not fit the run."""
+    """Yield numbers that are out of range, and lengths that do not fit the run."""
     schedule, optim = config.schedule, config.optim
     if not (isfinite(schedule.epochs) and schedule.epochs >= 0):
         allowed = "it must be a finite number above 0, or 0 for schedule.steps"
@@ -25,7 +25,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         return
     if not 0 <= schedule.warmup_steps <= most_steps(schedule):
         allowed = (
-            f"it must be 0 to the {schedule.steps} steps of the run" if schedule.steps else "it must be at least 0"
+            f"it must be from 0 to the {schedule.steps} steps of the run" if schedule.steps else "it must be at least 0"
         )
         yield problem("schedule.warmup_steps", schedule.warmup_steps, allowed, "3 % of the steps are usual")
     if not 0 <= schedule.final_share <= 1:
@@ -34,30 +34,30 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         )
     left = most_steps(schedule) - max(0, schedule.warmup_steps)
     if schedule.shape == "wsd" and not 1 <= schedule.decay_steps <= left:
-        allowed = f"wsd comes down over 1 to {left} steps: those of the run without warm-up"
+        allowed = f"with shape wsd it must be from 1 to {left}, the steps of the run after the warm-up"
         remedy = f"10 % of the run, {max(1, schedule.steps // 10)}, is usual"
         if not schedule.steps:
-            allowed, remedy = "wsd comes down over at least 1 step", "10 % of the run is usual"
+            allowed, remedy = "with shape wsd it must be at least 1", "10 % of the run is usual"
         yield problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
     elif schedule.shape != "wsd" and schedule.decay_steps:
-        allowed = f"schedule.shape is {schedule.shape}, so nothing reads it"
+        allowed = f"it has no effect, because schedule.shape is {schedule.shape}"
         remedy = "Set schedule.shape=wsd, or leave it out"
         yield problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
     for name, beta in zip(("first", "second"), optim.betas, strict=True):
         if not 0 <= beta < 1:
-            yield problem("optim.betas", beta, f"the {name} must be from 0 to below 1", "[0.9, 0.95] are usual")
+            yield problem("optim.betas", beta, f"the {name} one must be from 0 to below 1", "[0.9, 0.95] are usual")
     for key, value in {"eps": optim.eps, "weight_decay": optim.weight_decay, "clip_norm": optim.clip_norm}.items():
         if not (isfinite(value) and value >= 0):
             yield problem(f"optim.{key}", value, "it must be a finite number of 0 or more", f"Set another optim.{key}")
 
 
 def most_steps(schedule: ScheduleConfig) -> int:
-    """Return the steps of the run; a number above all others where epochs decide and are not counted yet."""
+    """Return the steps of the run, or the largest integer while the steps of epochs are not counted yet."""
     return schedule.steps or (sys.maxsize if schedule.epochs else 0)
 
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """Return a run of epochs with the steps that these turned out to have; a ConfigError where they are too few."""
+    """Return a run of epochs with their counted steps; raise ConfigError if the steps do not suit the schedule."""
     config = replace(config, schedule=replace(config.schedule, steps=steps))
     problems = [*schedule_problems(config), *stage_problems(config)]
     if any(wrong.level == "error" for wrong in problems):
@@ -66,21 +66,23 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
 
 
 def stage_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield stages that never begin, begin together, train what cannot train, or read what is not there."""
+    """Yield stages that never begin or begin together, and those with frozen or unknown parts or sources."""
     if not config.stages or most_steps(config.schedule) < 1 or not config.optim.lr > 0:
         return
     if config.schedule.epochs and any(stage.data != config.data for stage in run_stages(config)):
-        allowed = "the stages read different data, of which no epoch has one length"
+        allowed = "the stages read different data, so an epoch has no fixed length"
         yield problem("schedule.epochs", config.schedule.epochs, allowed, "Set schedule.steps")
     firsts = Counter(stage.from_step for stage in config.stages.values())
     for name, stage in config.stages.items():
         key = f"stages.{name}.from_step"
         if not 0 <= stage.from_step < most_steps(config.schedule):
             steps = config.schedule.steps
-            allowed = f"the run has the steps 0 to {steps - 1}" if steps else "the first step is 0"
-            yield problem(key, stage.from_step, allowed, "Begin at one of them, or set schedule.steps higher")
+            allowed = f"it must be a step of the run, 0 to {steps - 1}" if steps else "it must be at least 0"
+            remedy = "Begin earlier, or raise schedule.steps" if steps else "Set 0 or more"
+            yield problem(key, stage.from_step, allowed, remedy)
         elif firsts[stage.from_step] > 1:
-            yield problem(key, stage.from_step, "two stages begin there", "Give each its own first step")
+            allowed = "another stage begins at the same step"
+            yield problem(key, stage.from_step, allowed, "Give each stage its own first step")
         yield from _stage(config, name, stage)
     for part in trained_parts(config):
         if all(part not in stage.peaks for stage in run_stages(config)):
@@ -94,9 +96,9 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> Iterator[Problem
     key = f"stages.{name}"
     for part in stage.train:
         if part not in PARTS:
-            yield problem(f"{key}.train", part, "no such family", did_you_mean(part, list(PARTS)))
+            yield problem(f"{key}.train", part, "no such part", did_you_mean(part, list(PARTS)))
         elif getattr(config.adapters, part).mode == "frozen":
-            remedy = f"Set adapters.{part}.mode to lora or full, or take it out"
+            remedy = f"Set adapters.{part}.mode to lora or full, or remove it from the list"
             yield problem(f"{key}.train", part, f"adapters.{part}.mode is frozen", remedy)
     if not (isfinite(stage.lr) and stage.lr >= 0):
         yield problem(
@@ -116,6 +118,6 @@ def _stage(config: RunConfig, name: str, stage: StageConfig) -> Iterator[Problem
 
 
 def _stage_key(key: str) -> str:
-    """Return where a stage sets what `data:` has under this key: weights by source have a section of their own."""
+    """Return the key of a stage for a key of `data:`; weights of sources have a section of their own."""
     source = key.removeprefix("data.sources.").removesuffix(".weight")
     return f"data.weights.{source}" if key.startswith("data.sources.") else key

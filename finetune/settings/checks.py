@@ -1,4 +1,4 @@
-"""Checks across sections, for what no single key can tell. Each returns problems; none raises. Loads no torch."""
+"""Checks across sections of the configuration. Each check returns problems; none raises. Loads no torch."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from moe.config import MoeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class CheckInput:
-    """What a check may look at: a run; `base` is None when the model section itself is wrong."""
+    """The input of a check; `base` is None when the model section itself is wrong."""
 
     config: RunConfig
     ranks: int
     base: Family | None
-    resuming: bool = False  # the packs of a step stay what they were; ranks may have been lost or added
+    resuming: bool = False  # the packs per step stay the same, but the number of ranks may have changed
 
 
 def fewest_ranks(config: RunConfig) -> int:
@@ -41,7 +41,7 @@ def fewest_ranks(config: RunConfig) -> int:
 
 
 def base_family(config: RunConfig) -> Family:
-    """Return the base model's shape, from the folder's own config.json when there is one, else from our table."""
+    """Return the base model's shape from the folder's config.json if there is one, else from our table."""
     folder = Path(config.model.path)
     if config.model.path and (folder / "config.json").is_file():
         return read_family(folder)
@@ -51,7 +51,7 @@ def base_family(config: RunConfig) -> Family:
 def cross_check(
     config: RunConfig, *, ranks: int | None, known: Collection[str] = (), resuming: bool = False
 ) -> list[Problem]:
-    """Return every problem across sections, except for keys (or sections of keys) already known to be wrong."""
+    """Return every problem across sections, except for keys or sections already known to be wrong."""
     problems = _model(config)
     base = None if problems else base_family(config)
     run = CheckInput(config=config, ranks=ranks or max(1, fewest_ranks(config)), base=base, resuming=resuming)
@@ -63,9 +63,9 @@ def cross_check(
 def require(
     config: RunConfig, problems: list[Problem], *, ranks: int | None, resuming: bool = False, starts: bool = False
 ) -> list[Problem]:
-    """Raise one ConfigError with every problem, those of reading and those across sections; return mere warnings.
+    """Raise one ConfigError with all problems, of reading and across sections; if there are only warnings, return them.
 
-    `starts`: the run begins here and now, so that what it asks for must be installed.
+    `starts`: the run starts on this machine, so that the packages it needs must be installed.
     """
     known = [wrong.key for wrong in problems]
     problems = problems + cross_check(config, ranks=ranks, known=known, resuming=resuming)
@@ -76,7 +76,7 @@ def require(
 
 
 def missing_packages(config: RunConfig) -> list[Problem]:
-    """Return the keys whose packages are missing here."""
+    """Return the keys that need a package which is not installed."""
     if not config.track.tensorboard or find_spec("tensorboard") is not None:
         return []
     remedy = "Run `pip install 'moetune[tensorboard]'`, or set track.tensorboard=false: metrics.jsonl has everything"
@@ -84,12 +84,12 @@ def missing_packages(config: RunConfig) -> list[Problem]:
 
 
 def _model(config: RunConfig) -> list[Problem]:
-    """Return what keeps the base model from being known, and where folder and table disagree."""
+    """Return why the base model is unknown, or the differences between its folder and our table."""
     name, path = config.model.family, config.model.path
     try:
         named = family(name) if name else None
     except ValueError:
-        return [problem("model.family", name, "not a known family", did_you_mean(name, family_names()))]
+        return [problem("model.family", name, "it must be a known model family", did_you_mean(name, family_names()))]
     if path and (Path(path) / "config.json").is_file():
         try:
             here = read_family(Path(path))
@@ -102,17 +102,18 @@ def _model(config: RunConfig) -> list[Problem]:
             return [problem("model.family", name, f"{path}/config.json differs: {listed}", "Set model.family=null")]
     elif named is None:
         remedy = f"Set model.family ({', '.join(family_names())}) or model.path to a folder with a config.json"
-        return [problem("model.path", path, "the shape of the base model is not known from it", remedy)]
+        allowed = "it must be a folder with a config.json, unless model.family names the base"
+        return [problem("model.path", path, allowed, remedy)]
     return []
 
 
 def _data(run: CheckInput) -> list[Problem]:
-    """Return what is wrong with the data section, as its own floor says it."""
+    """Return the problems of the data section, which `data` checks itself."""
     return data_problems(run.config.data)
 
 
 def _ranges(run: CheckInput) -> list[Problem]:
-    """Return numbers below their least value, and a learning rate that is none."""
+    """Return numbers below their least value, and an impossible learning rate."""
     config = run.config
     least: dict[str, tuple[float, float]] = {
         "parallel.ep": (config.parallel.ep, 0),  # 0 is auto
@@ -143,7 +144,7 @@ def _media(run: CheckInput) -> list[Problem]:
 
 
 def _steps_divide(run: CheckInput) -> list[Problem]:
-    """Return numbers of packs that do not divide by the data ranks: a micro-batch is one packed row."""
+    """Return numbers of packs that are not divisible by the data ranks: a micro-batch is one packed row."""
     config = run.config
     problems = _packs_divide(run, "data.packs_per_step", config.data.packs_per_step, config.parallel.sp)
     for name, stage in config.stages.items():
@@ -161,17 +162,17 @@ def _packs_divide(run: CheckInput, key: str, packs: int, sp: int) -> list[Proble
         return []
     if run.resuming:
         share, full = -(-packs // ranks), ranks - (-packs % ranks)
-        allowed = f"of {ranks} data ranks {full} take {share} packs a step, the others {share - 1} and an empty one"
-        remedy = "The steps are those of before, only slower; a number of ranks that divides them wastes nothing"
+        allowed = f"{full} of {ranks} data ranks take {share} packs per step, the others {share - 1} and an empty one"
+        remedy = "The steps stay the same but take longer; a number of ranks that divides the packs wastes nothing"
         return [problem(key, packs, allowed, remedy, warning=True)]
     below, above = packs // ranks * ranks, -(-packs // ranks) * ranks
     nearest = " or ".join(f"{key}={n}" for n in (below, above) if n)
-    allowed = f"it must divide by the {ranks} data ranks, as each rank takes whole packed rows"
-    return [problem(key, packs, allowed, f"Nearest that do: {nearest}")]
+    allowed = f"it must be divisible by the {ranks} data ranks, because each of them takes complete packed rows"
+    return [problem(key, packs, allowed, f"Use {nearest}")]
 
 
 def _expert_ranks(run: CheckInput) -> list[Problem]:
-    """Return what does not divide by the size of an expert-parallel group: the ranks, or the experts."""
+    """Return problems if the size of an expert-parallel group does not divide the ranks or the experts."""
     ep, base = run.config.parallel.ep, run.base
     if ep < 1:
         return []
@@ -182,17 +183,17 @@ def _expert_ranks(run: CheckInput) -> list[Problem]:
         return problems
     if base.text.experts is None:
         if ep > 1:
-            allowed = f"{base.name} is dense, it has no experts"
+            allowed = f"{base.name} is dense: it has no experts"
             problems.append(problem("parallel.ep", ep, allowed, "Set parallel.ep=1"))
     elif base.text.experts.num_experts % ep:
         experts = base.text.experts.num_experts
         allowed = f"it must divide the {experts} experts of {base.name}"
-        problems.append(problem("parallel.ep", ep, allowed, f"One of {divisors(experts)} does"))
+        problems.append(problem("parallel.ep", ep, allowed, f"Use one of {divisors(experts)}"))
     return problems
 
 
 def _long_rows(run: CheckInput) -> list[Problem]:
-    """Return what is wrong with ranks that share rows, and with what saves memory over long ones."""
+    """Return the problems of sequence parallelism and of options that save memory for long rows."""
     return [*sequence_problems(run.config, run.base, ranks=run.ranks), *memory_problems(run.config)]
 
 
@@ -203,7 +204,7 @@ def _context(run: CheckInput) -> list[Problem]:
 
 
 def _balance(run: CheckInput) -> list[Problem]:
-    """Return coefficients of the balance and z losses that cannot be meant, or that have no router to act on."""
+    """Return coefficients of the balance and z losses that have no effect, or no router to act on."""
     moe, base = run.config.moe, run.base
     problems = []
     for key, value in {"balance_coefficient": moe.balance_coefficient, "z_coefficient": moe.z_coefficient}.items():
@@ -217,18 +218,18 @@ def _balance(run: CheckInput) -> list[Problem]:
         problems.append(problem("moe.balance_coefficient", 0.0, allowed, remedy))
     if moe.balance == "off" and moe.balance_coefficient != MoeConfig.balance_coefficient:
         remedy = "Set moe.balance=global, or leave the coefficient out"
-        allowed = "moe.balance is off, so nothing reads it"
+        allowed = "it has no effect, because moe.balance is off"
         problems.append(problem("moe.balance_coefficient", moe.balance_coefficient, allowed, remedy))
     if base is not None and base.text.experts is None:
         problems += [
-            problem(key, value, f"{base.name} is dense, it has no router", f"Leave {key} out")
+            problem(key, value, f"{base.name} is dense: it has no router", f"Leave {key} out")
             for key, value in _terms(moe)
         ]
     return problems
 
 
 def _adapters(run: CheckInput) -> list[Problem]:
-    """Return what would train and is not in the base, and warn of a loss on a router that does not train."""
+    """Return problems of the parts to train, with warnings about losses on a frozen router."""
     problems = adapter_problems(run.config.adapters, run.base)
     if run.base is not None and run.base.text.experts is not None:
         problems += frozen_router(run.config.moe, router_trains=run.config.adapters.router.mode != "frozen")
@@ -236,25 +237,25 @@ def _adapters(run: CheckInput) -> list[Problem]:
 
 
 def frozen_router(moe: MoeConfig, *, router_trains: bool) -> list[Problem]:
-    """Warn of losses on a router that does not train."""
-    allowed = "the router is frozen, so its gradient can only move the hidden states that the router sees"
-    remedy = "Train the router, or leave it off: the load is logged either way"
+    """Return warnings about losses on a router that does not train."""
+    allowed = "the router is frozen, so the loss can only move the hidden states that the router sees"
+    remedy = "Train the router, or leave the key out: the load is logged either way"
     return [] if router_trains else [problem(key, value, allowed, remedy, warning=True) for key, value in _terms(moe)]
 
 
 def _terms(moe: MoeConfig) -> list[tuple[str, object]]:
-    """Return the keys that switch a loss on the router on, with their values."""
+    """Return the keys that add a loss on the router, with their values."""
     terms: list[tuple[str, object]] = [("moe.balance", moe.balance)] if moe.balance != "off" else []
     return terms + ([("moe.z_coefficient", moe.z_coefficient)] if moe.z_coefficient else [])
 
 
 def _attention(run: CheckInput) -> list[Problem]:
-    """Refuse sdpa over long rows: its mask grows with the square of the packed row."""
+    """Return a problem for sdpa with long rows: its mask grows with the square of the row."""
     name = run.config.model.attention
     tokens = max(tokens for _, tokens in by_stage(run.config, "tokens_per_pack"))
     if name != "sdpa" or tokens <= MASK_TOKENS:
         return []
-    allowed = f"it builds a mask of {tokens:,} x {tokens:,} for a packed row, and the limit is {MASK_TOKENS:,} tokens"
+    allowed = f"it builds a mask of {tokens:,} x {tokens:,} for a packed row; the limit is {MASK_TOKENS:,} tokens"
     return [problem("model.attention", name, allowed, "Set model.attention=auto, which builds none")]
 
 
@@ -263,7 +264,7 @@ def _evaluation(run: CheckInput) -> list[Problem]:
 
 
 def _schedule(run: CheckInput) -> list[Problem]:
-    """Return what does not fit the run in schedule and stages; where all does, rates that nobody has published."""
+    """Return problems of schedule and stages; if there are none, warnings about unpublished values."""
     problems = [*schedule_problems(run.config), *stage_problems(run.config)]
     return problems or list(published_problems(run.config, run.base))
 

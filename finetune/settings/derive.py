@@ -1,4 +1,4 @@
-"""Numbers that follow from a configuration, each with its derivation. Loads no torch."""
+"""Derives numbers from a configuration, each with a sentence that explains it. Loads no torch."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ class Derived:
 
 
 def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list[Derived]:
-    """Return every number that follows from a sound configuration; with `reads`, each rank's part of loading too."""
+    """Return every number that follows from a valid configuration; with `reads`, also the bytes each rank loads."""
     count = ranks or fewest_ranks(config)
     return [
         *_ranks(config, ranks),
@@ -41,8 +41,8 @@ def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list
 
 def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
     count, ep = ranks or fewest_ranks(config), config.parallel.ep
-    origin = "--ranks" if ranks else "the fewest this recipe allows; --ranks N for another number"
-    spread = f"{count // ep} expert-parallel group(s) of {ep}" if ep else "parallel.ep is settled at start"
+    origin = "--ranks" if ranks else "the fewest that this recipe allows; set another number with --ranks N"
+    spread = f"{count // ep} expert-parallel group(s) of {ep}" if ep else "parallel.ep is chosen when the run starts"
     groups = f"{count} ranks ({origin}): {spread}"
     sp, tokens = config.parallel.sp, config.data.tokens_per_pack
     lines = [Derived(name="data_ranks", value=count // sp, text=groups)]
@@ -56,8 +56,8 @@ def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
 def _step(config: RunConfig, ranks: int) -> list[Derived]:
     packs, tokens = config.data.packs_per_step, config.data.tokens_per_pack
     ranks //= config.parallel.sp
-    micro = -(-packs // ranks)  # uneven only where a run goes on with other ranks
-    rows = f"a packed row each ({micro * ranks - packs} of them empty)" if packs % ranks else "a packed row each"
+    micro = -(-packs // ranks)  # uneven only if a run resumes with another number of ranks
+    rows = f"each one packed row ({micro * ranks - packs} of them empty)" if packs % ranks else "each one packed row"
     epochs, steps = config.schedule.epochs, config.schedule.steps
     text = f"steps = those of {epochs:g} epochs" + (f" = {steps:,}" if steps else ", known when the shards are indexed")
     return [
@@ -70,13 +70,13 @@ def _step(config: RunConfig, ranks: int) -> list[Derived]:
         Derived(
             name="micro_batches_per_rank",
             value=micro,
-            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} on each, {rows}",
+            text=f"micro-batches per step = {packs} packs / {ranks} data ranks = {micro} per rank, {rows}",
         ),
     ]
 
 
 def _stages(config: RunConfig) -> list[Derived]:
-    """Return a line for each stage: its steps, what trains at which peak rate, and how much it reads."""
+    """Return a line for each stage: its steps, its trained parts with peak rates, and its tokens per step."""
     lines = []
     for stage in run_stages(config) if config.stages else ():
         trains = ", ".join(f"{name} at {peak:.3g}" for name, peak in stage.peaks.items())
@@ -84,8 +84,8 @@ def _stages(config: RunConfig) -> list[Derived]:
         steps = f"steps {stage.first} to {stage.end - 1}" if stage.end else f"from step {stage.first} on"
         text = (
             f"stage {stage.name or '(before the first)'}: {steps} train {trains}; "
-            f"{packs} packs x {tokens:,} = {packs * tokens:,} tokens a step"
-            + (f", each row over {stage.sp} ranks" if stage.sp > 1 else "")
+            f"{packs} packs x {tokens:,} = {packs * tokens:,} tokens per step"
+            + (f", each row shared by {stage.sp} ranks" if stage.sp > 1 else "")
         )
         lines.append(Derived(name=f"stage.{stage.name}", value=stage.steps, text=text))
     return lines
@@ -114,13 +114,13 @@ def _model(config: RunConfig) -> list[Derived]:
 
 
 def _trained(config: RunConfig) -> list[Derived]:
-    """Return what trains, its share of the base, and without stages the highest learning rate of each part."""
+    """Return the trained parameters, their share of the base, and without stages the peak rate of each part."""
     base, by_part = base_family(config), Counter[str]()
     for tensor in trained_tensors(base, config.adapters, ep=1):
         by_part[tensor.part] += tensor.elements
     total, of = by_part.total(), parameter_counts(base).total
     parts = " + ".join(f"{part} {count:,}" for part, count in by_part.items())
-    text = f"trained parameters = {parts} = {total:,}, {total / of:.2%} beside the base's {of:,}"
+    text = f"trained parameters = {parts} = {total:,}, {total / of:.2%} of the base's {of:,}"
     return [Derived(name="trained", value=total, text=text), *(() if config.stages else _rates(config))]
 
 
@@ -129,7 +129,7 @@ def _rates(config: RunConfig) -> Iterator[Derived]:
         section = getattr(config.adapters, part)
         form = f"lora with r {section.r}" if section.mode == "lora" else "in full"
         key = f"adapters.{part}.lr" if section.lr else "optim.lr"
-        text = f"learning rate of {part}, {form}: {peak:g} at its highest ({key})"
+        text = f"highest learning rate of {part}, {form}: {peak:g} ({key})"
         yield Derived(name=f"lr.{part}", value=peak, text=text)
 
 
@@ -158,7 +158,7 @@ def _context(config: RunConfig) -> list[Derived]:
 
 def _mixture(config: RunConfig) -> list[Derived]:
     if config.data.mixture == "natural":
-        return []  # shares follow from the data: every sample once an epoch
+        return []  # shares follow from the data: every sample once per epoch
     total, unit = sum(source.weight for source in config.data.sources.values()), config.data.mixture
     return [
         Derived(
@@ -171,7 +171,7 @@ def _mixture(config: RunConfig) -> list[Derived]:
 
 
 def _reads(config: RunConfig, ranks: int) -> list[Derived]:
-    """Return what ranks read of frozen weights in bfloat16, resident and partitioned; like neighbours share a line."""
+    """Return the bytes of frozen weights that ranks read in bfloat16, both ways; equal neighbours share a line."""
     shapes = parameter_shapes(base_family(config))
     lines = []
     for way in ("resident", "partitioned"):
@@ -184,6 +184,6 @@ def _reads(config: RunConfig, ranks: int) -> list[Derived]:
             text = f"loading, {way}: {readers} reads {read:,} bytes and keeps {kept:,}"
             lines.append(Derived(name=f"reads.{way}.{alike[0]}", value=read, text=text))
         total, largest = sum(share.read for share in shares), shares[0].largest
-        text = f"loading, {way}: read in all {total:,} bytes, each once; the largest single tensor has {largest:,}"
+        text = f"loading, {way}: all ranks together read {total:,} bytes, each once; the largest tensor has {largest:,}"
         lines.append(Derived(name=f"reads.{way}.total", value=total, text=text))
     return lines

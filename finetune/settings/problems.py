@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, as data: collected, shown together, raised once. Loads no torch."""
+"""Problems of a configuration as data, which are collected, shown together and raised once. Loads no torch."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -7,12 +7,12 @@ from data.checks import Problem as Problem  # one class for the data section and
 
 
 def problem(key: str, found: object, allowed: str, remedy: str, *, warning: bool = False) -> Problem:
-    """Return one finding; what `allowed` and `remedy` say ends without a full stop."""
+    """Return one problem; `allowed` and `remedy` end without a full stop."""
     return Problem(key=key, found=found, allowed=allowed, remedy=remedy, level="warning" if warning else "error")
 
 
 class ConfigError(ValueError):
-    """The user's configuration cannot be used; carries every problem found."""
+    """Raised when a configuration cannot be used; carries every problem found."""
 
     def __init__(self, problems: Iterable[Problem], what: str = "in the configuration") -> None:
         self.problems = list(problems)
@@ -22,12 +22,12 @@ class ConfigError(ValueError):
 
 
 def divisors(number: int) -> str:
-    """Return the divisors of a number, from 1 on, with commas between."""
+    """Return the divisors of a number, from 1 on, separated by commas."""
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
-    """Return a remedy: the nearest of the choices, else all of them; empty when there are none. No full stop."""
+    """Return a remedy: the nearest choice, else all choices; empty if there are none. It ends without a full stop."""
     begun = [choice for choice in choices if word and choice.startswith(word)]
     near = begun or get_close_matches(word, choices, n=1, cutoff=0.6)
     if near:

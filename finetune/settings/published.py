@@ -1,9 +1,9 @@
-"""Values that others have published for this model and its kind, with where; `moetune check` warns outside of them.
+"""Published values for this model and similar ones, with sources; `moetune check` warns about values outside them.
 
 Sources: the authors' qwen-vl-finetune (full tuning: language 2e-7 to 1e-6, tower 1e-6, merger 1e-5, batches of 4 x 4 x
 8 GPUs; LoRA: 2e-5 with r 64, alpha 16); ms-swift's best practice for Qwen3-VL (LoRA: 1e-4 with r 8, alpha 32; full
 tuning 1e-5; global batch 4 for the 30B); LLaVA-1.5 (merger alone 1e-3, then all 2e-5); Schulman et al., "LoRA Without
-Regret", 2025 (LoRA ten times the rate of full tuning, r 1 to 512, and small batches). All of them are of bases from 2B.
+Regret", 2025 (LoRA ten times the rate of full tuning, r 1 to 512, and small batches). All are for bases from 2B.
 """
 
 from collections.abc import Iterator
@@ -17,18 +17,18 @@ from finetune.settings.problems import Problem, problem
 from finetune.settings.stages import run_stages, trained_parts
 
 SMALLEST = 1_000_000_000
-"""Smaller bases are toys, for which nothing was published."""
+"""Smaller bases are toys, for which no values were published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """From the lowest to the highest value that was published."""
+    """The range from the lowest to the highest published value."""
 
     low: float
     high: float
 
     def holds(self, value: float) -> bool:
-        """Say whether a value is inside."""
+        """Return whether a value is inside the range."""
         return self.low * 0.999 <= value <= self.high * 1.001
 
 
@@ -48,7 +48,7 @@ PACKS = Range(low=4, high=512)  # ms-swift's script for the 30B; the authors' 4 
 
 
 def published_problems(config: RunConfig, base: Family | None) -> Iterator[Problem]:
-    """Warn of values that nobody has published for such a base: once for a key, whichever parts it concerns."""
+    """Yield a warning for each key whose value is outside the published range, with all parts that it concerns."""
     if base is None or not config.optim.lr > 0 or parameter_counts(base).total < SMALLEST:
         return
     counts = asdict(parameter_counts(base))
@@ -60,11 +60,11 @@ def published_problems(config: RunConfig, base: Family | None) -> Iterator[Probl
             published = LORA_LR_OF.get(part, LORA_LR) if is_lora else FULL_LR_OF.get(part, FULL_LR)
             if not published.holds(rate):
                 kind = f"LoRA on {part}" if is_lora else f"full tuning of {part}"
-                rates.setdefault((key, rate), []).append(f"{kind} {published.low:g} to {published.high:g}")
+                rates.setdefault((key, rate), []).append(f"{published.low:g} to {published.high:g} for {kind}")
     for (key, rate), lines in rates.items():
-        own = key if key.startswith("adapters.") else "adapters.<family>.lr"
+        own = key if key.startswith("adapters.") else "adapters.<part>.lr"
         yield problem(
-            key, rate, f"published are for {', '.join(lines)}", f"Set {own} into that range, or be sure", warning=True
+            key, rate, f"published rates are {', '.join(lines)}", f"Set {own} within them, or be sure", warning=True
         )
     for part in parts:
         yield from _ranks(part, getattr(config.adapters, part))
@@ -74,7 +74,7 @@ def published_problems(config: RunConfig, base: Family | None) -> Iterator[Probl
 
 
 def _rates(config: RunConfig, part: str) -> dict[tuple[str, float], None]:
-    """Return each peak rate that a part gets in some stage, with the key that decides it."""
+    """Return each peak rate that a part has in a stage, with the key that sets it."""
     own = f"adapters.{part}.lr" if getattr(config.adapters, part).lr else "optim.lr"
     return dict.fromkeys(
         (f"stages.{stage.name}.lr" if stage.name and config.stages[stage.name].lr else own, stage.peaks[part])
@@ -84,7 +84,7 @@ def _rates(config: RunConfig, part: str) -> dict[tuple[str, float], None]:
 
 
 def _ranks(part: str, section: Any) -> Iterator[Problem]:
-    """Warn of ranks and scales of a part that trains as LoRA."""
+    """Yield warnings about the rank and the scale of a part with LoRA."""
     if section.mode != "lora" or getattr(section, "r", 0) < 1:
         return
     scale = section.alpha / section.r

@@ -1,6 +1,6 @@
 """Turns a recipe's name and `key=value` overrides into a RunConfig. Loads no torch.
 
-Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All problems are collected before any is shown.
+Precedence: dataclass defaults < `base:` recipe < the YAML < overrides. All problems are collected, then shown.
 """
 
 import json
@@ -30,11 +30,11 @@ def encoded_words(words: Sequence[str]) -> str:
 
 
 def decoded_words(text: str) -> list[str]:
-    """Return what `encoded_words` was given."""
+    """Return the words that `encoded_words` encoded."""
     try:
         words = json.loads(urlsafe_b64decode(text))
     except ValueError as error:
-        raise ValueError(f"--words: {text!r:.80} is not what `moetune launch` renders there") from error
+        raise ValueError(f"--words: {text!r:.80} is not text that `moetune launch` wrote") from error
     return [str(word) for word in words]
 
 
@@ -51,9 +51,9 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
         path = beside / name
         if path.is_file():
             return path
-        hint = f" `{path.stem}` alone calls the shipped recipe." if path.stem in recipe_names() else ""
+        hint = f" `{path.stem}` alone names the shipped recipe." if path.stem in recipe_names() else ""
         raise ValueError(
-            f"recipe {name!r}: there is no file {path.absolute()}.{hint} Shipped: {', '.join(recipe_names())}."
+            f"recipe {name!r}: {path.absolute()} does not exist.{hint} Shipped recipes: {', '.join(recipe_names())}."
         )
     if name in recipe_names():
         return Path(str(files("configs") / f"{name}.yaml"))
@@ -62,9 +62,9 @@ def find_recipe(name: str, *, beside: Path = Path()) -> Path:
 
 
 def recipe_files(name: str) -> tuple[Path, dict[str, str]]:
-    """Return a recipe's file and the user's own that it builds on: the folder above them, and their texts by path.
+    """Return the common folder and the texts by path of a recipe's file and of the user's files that it builds on.
 
-    The recipe comes first; one that comes with the package has no files, as every machine has it.
+    The recipe comes first. Shipped recipes are left out, as every machine has them.
     """
     paths: list[Path] = []
     path = find_recipe(name)
@@ -75,8 +75,8 @@ def recipe_files(name: str) -> tuple[Path, dict[str, str]]:
             break
         if Path(str(base)).is_absolute():
             raise ValueError(
-                f"{path}: base: {base} is an absolute path, and the recipe's files go with the job. Write it relative "
-                f"to {path.name}"
+                f"{path}: base: {base} is an absolute path, but the recipe's files are copied into the job. Write it "
+                f"relative to {path.name}"
             )
         path = find_recipe(str(base), beside=path.parent)
     top = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
@@ -86,9 +86,10 @@ def recipe_files(name: str) -> tuple[Path, dict[str, str]]:
 def load_recipe(
     name: str, overrides: Sequence[str] = (), *, below: tuple[dict[str, Any], str] | None = None
 ) -> tuple[RunConfig, list[Problem]]:
-    """Return the configuration as far as it can be read, and what is wrong; for a bad value the default stands in.
+    """Return the configuration as far as it can be read, and its problems; the default replaces a bad value.
 
-    Without a name, overrides lie on the code's own defaults. `below` holds values under the recipe's, and their source.
+    Without a name, overrides change the defaults. `below` holds values of lower precedence than the recipe's, and their
+    source.
     """
     typed = TypedTree(RunConfig)
     if below is not None:
@@ -117,7 +118,7 @@ def effective(config: RunConfig) -> dict[str, Any]:
 
 
 def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any], str]]:
-    """Return the recipe and all that it builds on, the lowest layer first."""
+    """Return the recipe and all recipes that it builds on, the lowest layer first."""
     path = find_recipe(name)
     chain = [path.resolve()]
     layers: list[tuple[dict[str, Any], str]] = []
@@ -130,19 +131,20 @@ def _layers(name: str, typed: TypedTree[RunConfig]) -> list[tuple[dict[str, Any]
         try:
             path = find_recipe(str(base), beside=path.parent)
         except ValueError as error:
-            typed.report("base", base, str(error).rstrip("."), "Correct the base: line", path.name)
+            typed.report("base", base, str(error).rstrip("."), "Fix the base: line", path.name)
             return layers
         chain.append(path.resolve())
         if chain[-1] in chain[:-1]:
             circle = " -> ".join(step.name for step in chain)
-            typed.report("base", base, f"recipes build on each other in a circle: {circle}", "Cut it", layers[0][1])
+            allowed = f"recipes build on each other in a circle: {circle}"
+            typed.report("base", base, allowed, "Remove one of the base: lines", layers[0][1])
             return layers
 
 
 def _drop_inherited(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
-    """Drop the numbers of LoRA that a recipe inherits for a part of the model which it freezes or trains in full.
+    """Drop the LoRA settings that a recipe inherits for a part of the model that it freezes or trains in full.
 
-    Those that it sets itself, or that are set above it, stay, so that they draw a warning.
+    Settings of the recipe itself, or of higher precedence, stay, so that the user is warned about them.
     """
     for part in PARTS:
         key = f"adapters.{part}"
@@ -156,7 +158,7 @@ def _drop_inherited(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
 
 
 def _settle_length(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
-    """Let epochs take the place of steps, or the other way round: what was set last decides, and both is a problem."""
+    """Keep either epochs or steps: the one that was set last decides; both in one place are a problem."""
     schedule = typed.values.get("schedule", {})
     steps, epochs = schedule.get("steps", 0), schedule.get("epochs", 0.0)
     if not epochs:
@@ -165,19 +167,19 @@ def _settle_length(typed: TypedTree[RunConfig], order: Sequence[str]) -> None:
     of_steps, of_epochs = (ranks.get(typed.sources.get(f"schedule.{key}", ""), -1) for key in ("steps", "epochs"))
     if steps and of_steps == of_epochs:
         source = typed.sources["schedule.epochs"]
-        allowed = f"schedule.steps is set as well, to {steps}, and one of them decides how long the run is"
+        allowed = f"schedule.steps is also set, to {steps}, but only one of them can decide the length of the run"
         typed.report("schedule.epochs", epochs, allowed, "Remove one of the two", source)
     if steps and of_steps >= of_epochs:
         typed.drop("schedule.epochs")
     else:
-        schedule["steps"] = 0  # known when the data are open
+        schedule["steps"] = 0  # known once the data is open
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"recipe {path}: not readable as YAML: {error}. Correct it there.") from error
+        raise ValueError(f"recipe {path}: not readable as YAML: {error}. Fix the file.") from error
     if not isinstance(tree, dict):
         raise ValueError(
             f"recipe {path}: it must hold sections with keys, found a {type(tree).__name__}. Write `optim:` ..."
@@ -188,12 +190,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _take_override(text: str, typed: TypedTree[RunConfig]) -> None:
     key, sign, value = text.partition("=")
     if not sign or not all(key.split(".")):
-        typed.report(text, text, "an override reads section.key=value", "Write it so", COMMAND_LINE)
+        allowed = "an override must have the form section.key=value"
+        typed.report(text, text, allowed, "Write it as in optim.lr=1e-4", COMMAND_LINE)
         return
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
     except (YAMLError, OmegaConfBaseException):
-        typed.report(key, value, "the value is not readable as YAML", "Close its brackets and quotes", COMMAND_LINE)
+        typed.report(key, value, "the value is not valid YAML", "Close its brackets and quotes", COMMAND_LINE)
         return
     assert isinstance(parsed, dict)
     tree: Any = parsed["value"]

@@ -1,8 +1,8 @@
-"""Reads what the configuration says about itself: every key with its type, default and explanation. Loads no torch.
+"""Reads the reference of the configuration: every key with its type, default and explanation. Loads no torch.
 
-A key is explained by the string below its field, in the words of a user:
+The string below a field explains its key to users:
 
-    \"\"\"What it means, in one or two sentences, with every value that it takes.
+    \"\"\"The meaning in one or two sentences, with all allowed values.
 
     Change: when and why.
     With: the keys that it interacts with, and how.
@@ -24,7 +24,7 @@ from finetune.config import RunConfig
 from finetune.settings.typed import describe, element_of
 
 NAME = "<name>"
-"""Stands in a dotted key for a name that users choose."""
+"""Placeholder in a dotted key for a name that users choose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A section with the keys that stand directly in it; sections inside it are sections of their own."""
+    """A section with its own keys; sections inside it are listed separately."""
 
     dotted: str
     text: str
@@ -51,13 +51,13 @@ class Section:
 
     @property
     def is_top(self) -> bool:
-        """Return whether it stands in no other section."""
+        """Return whether the section is not inside another one."""
         return "." not in self.dotted.removesuffix(f".{NAME}")
 
 
 @cache
 def sections() -> tuple[Section, ...]:
-    """Return every section in the order of the configuration, those inside another behind it."""
+    """Return every section in the order of the configuration, each followed by the sections inside it."""
     _, *rest = _walk(RunConfig, "", "", RunConfig())
     return tuple(rest)
 
@@ -68,14 +68,14 @@ def keys() -> dict[str, Key]:
 
 
 def find(dotted: str) -> Section | Key | None:
-    """Return the section or key of a dotted name; a name that users choose may be any, left out, or a placeholder."""
+    """Return the section or key of a dotted name; names that users choose may be left out or placeholders."""
     known: dict[str, Section | Key] = {section.dotted: section for section in sections()} | dict(keys())
     known |= {section.dotted.removesuffix(f".{NAME}"): section for section in sections()}
     return known.get(dotted) or next((known[name] for name in known if _matches(name, dotted)), None)
 
 
 def named(last: str) -> list[str]:
-    """Return the dotted names of all keys and sections whose last word this is."""
+    """Return the dotted names of all keys and sections that end with this word."""
     known = [section.dotted for section in sections()] + list(keys())
     return [dotted for dotted in known if dotted.removesuffix(f".{NAME}").rpartition(".")[2] == last]
 
@@ -86,7 +86,7 @@ def first_sentence(text: str) -> str:
 
 
 def _walk(schema: Any, dotted: str, text: str, values: Any) -> Iterator[Section]:
-    """Yield a section and all inside it; `values` holds its defaults, or is None where a name comes before them."""
+    """Yield a section and all sections inside it; `values` holds its defaults, or None below a user's name."""
     hints, texts = get_type_hints(schema), _texts(schema)
     own: list[Key] = []
     inside: list[Iterator[Section]] = []
@@ -120,7 +120,7 @@ def _key(dotted: str, hint: Any, field: "Field[Any]", value: Any, written: str, 
 
 
 def _parts(written: str) -> tuple[str, str, str]:
-    """Split the text of a key into its meaning, `Change:` and `With:`; what is not there is empty."""
+    """Split the text of a key into its meaning, `Change:` and `With:`; missing parts are empty."""
     meaning, *rest = re.split(r"(?m)^(Change|With): ", written)
     labelled = dict(zip(rest[::2], rest[1::2], strict=True))
     return meaning, labelled.get("Change", ""), labelled.get("With", "")
@@ -131,7 +131,7 @@ def _joined(text: str) -> str:
 
 
 def _texts(schema: Any) -> dict[str, tuple[str, str]]:
-    """Return the string below each field, with the class and field that it stands below."""
+    """Return the string below each field, with the class and field that own it."""
     texts: dict[str, tuple[str, str]] = {}
     for part in reversed(schema.__mro__[:-1]):
         written = _written(part.__module__).get(part.__name__, {})
@@ -157,7 +157,7 @@ def _default(field: "Field[Any]") -> Any:
 
 
 def _as_yaml(value: Any) -> str:
-    """Return a default as it stands in a recipe."""
+    """Return a default as it is written in a recipe."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, float):
@@ -168,7 +168,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _matches(known: str, asked: str) -> bool:
-    """Say whether a dotted name is what was asked for, with any word where either has a placeholder."""
+    """Return whether a dotted name matches; a placeholder on either side matches any word."""
     words, other = known.split("."), asked.split(".")
     pairs = zip(words, other, strict=False)
     return len(words) == len(other) and all(a in (b, NAME) or re.fullmatch("<[a-z]+>", b) for a, b in pairs)

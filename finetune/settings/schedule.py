@@ -1,4 +1,4 @@
-"""The learning rate of a step, as a pure function: any step can be resumed or drawn. Loads no torch."""
+"""Computes the learning rate of a step as a pure function, so that any step can be resumed or plotted. No torch."""
 
 from math import cos, isclose, pi
 
@@ -7,9 +7,9 @@ from finetune.settings.stages import Stage
 
 
 def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, stage: Stage | None = None) -> float:
-    """Return the rate of a step, counted from 0: up to `peak` in a line, then by the shape, down to final_share of it.
+    """Return the rate of a step, counted from 0: a linear rise to `peak`, then the shape, down to its final_share.
 
-    A stage may warm up from its own first step as well.
+    A stage may also warm up from its own first step.
     """
     rate = peak * _share(step, schedule)
     if stage is not None:
@@ -18,7 +18,7 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, stage: St
 
 
 def first_difference(before: ScheduleConfig, now: ScheduleConfig) -> int | None:
-    """Return the first step, counted from 0, to which two schedules give different rates; None if there is none."""
+    """Return the first step, counted from 0, at which two schedules differ; None if there is none."""
     for step in range(max(before.steps, now.steps)):
         if not isclose(_share(step, before), _share(step, now), rel_tol=1e-12):
             return step
@@ -29,7 +29,7 @@ def _share(step: int, schedule: ScheduleConfig) -> float:
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     first = schedule.steps - schedule.decay_steps if schedule.shape == "wsd" else schedule.warmup_steps
-    # the last step is the first at the lowest rate; wsd begins to come down in its first decay step
+    # only the last step has the lowest rate; wsd begins to fall in its first decay step
     span = schedule.decay_steps if schedule.shape == "wsd" else max(1, schedule.steps - first - 1)
     done = min(1.0, max(0, step - first + (schedule.shape == "wsd")) / max(1, span))
     left = {

@@ -1,7 +1,7 @@
-"""The JSON Schema of recipes, by which editors complete and check them. Loads no torch.
+"""The JSON Schema of recipes, with which editors complete and check them. Loads no torch.
 
-It says what stands in a file: a value may also be `???` or hold `${...}`, and a section may be empty. What depends on
-other keys, on the base or on the ranks is left to `moetune check`.
+It describes a file: a value may also be `???` or contain `${...}`, and a section may be empty. Rules that depend on
+other keys, on the base or on the ranks are left to `moetune check`.
 """
 
 from dataclasses import fields, is_dataclass
@@ -15,9 +15,9 @@ from finetune.settings.reference import NAME, Key, find
 from finetune.settings.typed import element_of
 
 SCHEMA = "recipe.schema.json"
-"""Its name in the folder of the shipped recipes."""
+"""Name of the schema's file in the folder of the shipped recipes."""
 _OPEN = {"type": "string", "pattern": r"^\?\?\?$|\$\{"}
-"""A value that the recipe leaves to its user, or takes from somewhere else."""
+"""A value that the recipe leaves to its user, or interpolates."""
 _TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", NoneType: "null"}
 
 
@@ -27,7 +27,7 @@ def schema_file() -> Path:
 
 
 def editor_line(schema: str) -> str:
-    """Return the first line of a recipe, by which editors find the schema."""
+    """Return the first line of a recipe, with which editors find the schema."""
     return f"# yaml-language-server: $schema={schema}"
 
 
@@ -70,7 +70,7 @@ def _property(dotted: str, hint: Any, metadata: Any) -> dict[str, Any]:
 
 
 def _form(hint: Any) -> dict[str, Any]:
-    """Return the schema of a value; one of YAML 1.1 reads a bare off as false."""
+    """Return the schema of a value; `off` also allows false, as YAML 1.1 reads a bare off."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return {"enum": [*args, *([False] if "off" in args else [])]}

@@ -1,4 +1,4 @@
-"""What the shipped recipes are for, and on which hardware: the second line of each says both. Loads no torch."""
+"""Lists the shipped recipes, with purpose and hardware from the second line of each file. Loads no torch."""
 
 import re
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ class Shipped:
     purpose: str
     devices: int
     device: str
-    """A name of `moetune plan --gpu`, or cpu."""
+    """A name for `moetune plan --gpu`, or cpu."""
 
     @property
     def hardware(self) -> str:
-        """Return the devices in words."""
+        """Return the number and kind of devices as text."""
         return f"{self.devices} x {self.device}"
 
 
 def shipped_recipes() -> list[Shipped]:
-    """Return all of them, by name."""
+    """Return all shipped recipes, sorted by name."""
     return [_shipped(name) for name in recipe_names()]
 
 
 def recipe_text(name: str) -> str:
-    """Return the file of a recipe, with a first line by which editors find the schema from any folder."""
+    """Return the text of a recipe, with a first line with which editors find the schema from any folder."""
     lines = find_recipe(name).read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join([f"{editor_line(str(schema_file()))}\n", *lines[1:]])
 

@@ -1,4 +1,4 @@
-"""The stages of a run: what trains on which data, from which step on. Pure functions of the configuration, no torch."""
+"""The stages of a run: the parts that train, on which data, from which step on. Pure functions; loads no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,26 +11,26 @@ from finetune.config import RunConfig, StageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stretch of the run. Nothing in it depends on how far the run has come, so that any step can be resumed."""
+    """One stage of the run. It does not depend on the progress of the run, so that any step can be resumed."""
 
     name: str
     number: int
     first: int
     end: int
     peaks: Mapping[str, float]
-    """The parts of the model that train, each with the highest learning rate it gets."""
+    """The parts of the model that train, each with its highest learning rate."""
     warmup_steps: int
     data: DataConfig
     sp: int
 
     @property
     def steps(self) -> int:
-        """Return the number of its steps."""
+        """Return the number of steps of the stage."""
         return self.end - self.first
 
 
 def run_stages(config: RunConfig) -> tuple[Stage, ...]:
-    """Return the stages in order, from step 0 to the last; a run without `stages:` is one stage without a name."""
+    """Return the stages in order, from step 0 to the last; a run without `stages:` is one unnamed stage."""
     named = sorted(config.stages.items(), key=lambda item: item[1].from_step)
     if not named or named[0][1].from_step > 0:
         named.insert(0, ("", StageConfig()))
@@ -60,7 +60,7 @@ def stage_of(stages: Sequence[Stage], step: int) -> Stage:
 
 
 def trained_parts(config: RunConfig) -> list[str]:
-    """Return the parts that train in some stage, in the order of `adapters:`."""
+    """Return the parts that are not frozen, in the order of `adapters:`."""
     return [part for part in PARTS if getattr(config.adapters, part).mode != "frozen"]
 
 
@@ -80,6 +80,6 @@ def longest_pack(stages: Sequence[Stage]) -> int:
 
 
 def by_stage(config: RunConfig, key: str) -> list[tuple[str, int]]:
-    """Return the values of a number of `data:` by dotted key: the run's, then those of the stages that set it."""
+    """Return the values of one key of `data:` by dotted key: the run's, then those of the stages that set it."""
     of_stages = [(f"stages.{name}.data.{key}", getattr(stage.data, key)) for name, stage in config.stages.items()]
     return [(f"data.{key}", getattr(config.data, key)), *(entry for entry in of_stages if entry[1] is not None)]

@@ -1,4 +1,4 @@
-"""A small recipe of a user's own, from a shipped one and a few facts; and its text, with a comment a line. No torch."""
+"""Builds a small recipe for a user from a shipped one and a few facts, with a comment per line. Loads no torch."""
 
 import json
 import re
@@ -24,72 +24,72 @@ GOALS = {
     "full": "qwen3-vl-30b-a3b-full",
     "router": "qwen3-vl-30b-a3b-router",
 }
-"""What a user wants, and the shipped recipe whose values are taken for it."""
+"""The goals of users, each with the shipped recipe that provides its values."""
 LARGEST = ("qwen3-vl-235b-a22b", "qwen3-vl-235b-a22b-lora")
 TOY = "tiny-cpu"
-"""For bases that are too small for any published value."""
+"""The recipe for bases that are too small for any published value."""
 EPOCHS = {"full": 1.0}
 EVALUATIONS = 10
 FEWEST_STEPS = 20
-"""Steps that an epoch shall have, if need be with fewer packs each."""
+"""Least steps of an epoch; if necessary, steps get fewer packs."""
 SAMPLE_TOKENS = 1024
-"""Tokens of a sample, as far as that is known before a tokenizer has seen it: an image and a few sentences."""
+"""Estimated tokens of a sample before a tokenizer has seen it: an image and a few sentences."""
 
 WHY = {
-    "model.path": "the base model: a folder, or a hub id that is fetched",
-    "model.family": "its shape, until it has been fetched",
-    "adapters.attention": "every token passes these matrices",
-    "adapters.experts": "each expert sees a part of the tokens",
+    "model.path": "the base model: a folder, or a hub id to download",
+    "model.family": "the base's shape, until it is downloaded",
+    "adapters.attention": "every token passes through these matrices",
+    "adapters.experts": "each expert sees only some of the tokens",
     "adapters.router": "a small change sends tokens to other experts",
     "adapters.mlp": "the dense layers",
     "adapters.vision_blocks": "the tower that sees images",
     "adapters.merger": "from the tower to the decoder",
     "adapters.deepstack_mergers": "from the tower into the first layers of the decoder",
     "adapters.norms": "trained with what they scale",
-    "moe.balance": "experts are kept equally busy over the tokens of all ranks",
-    "moe.router_float32": "near ties of experts are not decided by rounding",
+    "moe.balance": "balances the experts over the tokens of all ranks",
+    "moe.router_float32": "rounding does not decide near ties of experts",
     "parallel.ep": "GPUs over which the experts of a layer are spread",
     "parallel.sp": "GPUs that share a row",
-    "parallel.resident": "whether each GPU holds its frozen weights complete (frozen) or in part (none)",
-    "parallel.recompute": "what is computed again in backward, to save memory",
-    "parallel.tile_tokens": "tokens that experts and norms take at a time",
-    "data.packs_per_step": "rows of a step, over all GPUs together",
-    "data.tokens_per_pack": "tokens of a row; whole samples share it",
-    "data.remainder": "the last step of an epoch may be smaller: there are few rows",
-    "data.overlong": "a sample that fits no row is left out, and counted",
+    "parallel.resident": "frozen: each GPU holds all its frozen weights; none: a part",
+    "parallel.recompute": "what backward recomputes to save memory",
+    "parallel.tile_tokens": "tokens that experts and norms process at a time",
+    "data.packs_per_step": "rows per step, over all GPUs together",
+    "data.tokens_per_pack": "tokens of a row, which holds complete samples",
+    "data.remainder": "with few rows, the last step of an epoch may be smaller",
+    "data.overlong": "samples that do not fit a row are left out and counted",
     "data.image.min_tokens": "smaller images are enlarged; a server must have the same limits",
     "data.image.max_tokens": "larger images are reduced: raise it for small print",
-    "data.video.fps": "frames a second",
-    "data.video.max_frames": "of a longer film the frames lie further apart",
-    "data.video.max_tokens": "of one video",
-    "data.video.max_tokens_per_frame": "of two frames",
+    "data.video.fps": "frames per second",
+    "data.video.max_frames": "frames of a longer video are further apart",
+    "data.video.max_tokens": "tokens of one video",
+    "data.video.max_tokens_per_frame": "tokens of two frames",
     "data.video.timestamps": "how times are written into the text",
-    "data.sources.train": "shards or rows: what is trained on",
+    "data.sources.train": "the training data: shards or rows",
     "eval.every_steps": "steps from one evaluation to the next",
-    "eval.metric": "the checkpoint where it is best is kept beside the last ones",
+    "eval.metric": "the checkpoint with its best value is kept as well",
     "eval.sources.held-out": "never trained on",
     "optim.lr": "the highest learning rate",
-    "optim.weight_decay": "pulls weights back: for few samples",
-    "schedule.epochs": "passes over the data; schedule.steps sets a number of steps instead",
+    "optim.weight_decay": "pulls weights towards zero, for small data sets",
+    "schedule.epochs": "passes over the data; or set schedule.steps",
     "schedule.warmup_steps": "steps in which the rate rises",
 }
-"""Why each key is there: the comment of its line."""
+"""The comment of each key's line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a user has, and wants."""
+    """The hardware, data and goal of a user."""
 
     goal: str
     model: str
     family: str
-    """The model's family where it is a hub id; empty for a folder."""
+    """The family of a model given as a hub id; empty for a folder."""
     gpus: int
     data: UserData
 
 
 def starter(facts: Facts, base: Family) -> dict[str, Any]:
-    """Return the keys of the recipe as a tree: what its goal's shipped recipe sets, for this base and these data."""
+    """Return the keys of the recipe as a tree: those of the goal's shipped recipe, fitted to this base and data."""
     shipped, _ = load_recipe(_recipe(facts.goal, base))
     values, defaults = leaves(effective(shipped)), leaves(effective(RunConfig()))
     kept = ("moe.", "data.image.", "data.video.", "optim.", "parallel.tile_tokens")
@@ -116,7 +116,7 @@ def starter(facts: Facts, base: Family) -> dict[str, Any]:
 
 
 def config_of(tree: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration that a recipe of these keys is."""
+    """Return the configuration of a recipe with these keys."""
     config, problems = load_recipe("", below=(dict(tree), "moetune init"))
     assert not problems, problems
     return config
@@ -130,7 +130,7 @@ def _recipe(goal: str, base: Family) -> str:
 
 
 def _adapters(shipped: RunConfig, base: Family) -> dict[str, dict[str, Any]]:
-    """Return the parts that train, of those that the base has; in a dense decoder the MLP stands in for experts."""
+    """Return the trained parts that the base has; in a dense decoder the MLP replaces the experts."""
     counts = asdict(parameter_counts(base))
     chosen = {}
     for part in PARTS:
@@ -148,7 +148,7 @@ def _adapters(shipped: RunConfig, base: Family) -> dict[str, dict[str, Any]]:
 
 
 def _packs(shipped: RunConfig, facts: Facts) -> int:
-    """Return rows of a step that every GPU has a share of; fewer where an epoch would have few steps."""
+    """Return the rows per step, a multiple of the GPUs; fewer if an epoch would have few steps."""
     packs = shipped.data.packs_per_step if facts.gpus > 1 else min(8, shipped.data.packs_per_step)
     rows = _rows(facts, shipped)
     if rows is not None:
@@ -175,7 +175,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def starter_text(tree: Mapping[str, Any], head: str) -> str:
-    """Return a recipe as it is written: a comment on each line that says why it is there."""
+    """Return the text of a recipe, with a comment on each line."""
     lines = []
     for section in (field.name for field in fields(RunConfig) if field.name in tree):
         lines += ["", f"{section}:", *_lines(tree[section], section, 1)]

@@ -1,6 +1,6 @@
-"""Holds plain mappings to dataclasses, value by value, so that every problem is found and keeps its dotted path.
+"""Checks plain mappings against dataclasses, value by value, so that every problem is found with its dotted path.
 
-OmegaConf types single values; alone it would stop at the first bad one and lose the paths inside containers.
+OmegaConf checks the type of single values; alone it would stop at the first bad one and lose paths inside containers.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.settings.problems import Problem, did_you_mean
 
-MUST_BE_SET = "???"  # OmegaConf's own mark for a value that a recipe leaves to its user
+MUST_BE_SET = "???"  # OmegaConf's marker for a value that a recipe leaves to its user
 Schema = TypeVar("Schema")
 
 
 class TypedTree(Generic[Schema]):
-    """Values accepted so far over a dataclass's defaults, where each came from, and the problems met on the way."""
+    """The values accepted so far on top of a dataclass's defaults, their sources, and the problems found."""
 
     def __init__(self, schema: type[Schema]) -> None:
         self.schema = schema
@@ -27,15 +27,15 @@ class TypedTree(Generic[Schema]):
         self.problems: list[Problem] = []
 
     def report(self, key: str, found: Any, allowed: str, remedy: str, source: str) -> None:
-        """Note one problem."""
+        """Record one problem."""
         self.problems.append(Problem(key=key, found=found, allowed=allowed, remedy=remedy, source=source))
 
     def take(self, tree: Mapping[Any, Any], source: str) -> None:
-        """Lay a tree of values over those accepted so far; what does not fit is reported and left out."""
+        """Put a tree of values on top of those accepted so far; report and leave out those that do not fit."""
         self._take_section(tree, self.schema, "", source)
 
     def finish(self) -> Schema:
-        """Return the dataclass; what cannot be resolved or was never set is reported, and its default stands in."""
+        """Return the dataclass; report values that cannot be resolved or were never set, and use their defaults."""
         merged = OmegaConf.merge(OmegaConf.structured(self.schema), self.values)
         raw = OmegaConf.to_container(merged, resolve=False)
         assert isinstance(raw, dict)
@@ -57,7 +57,7 @@ class TypedTree(Generic[Schema]):
         return filled
 
     def _drop_entries_that_lack_a_value(self) -> None:
-        """Leave out what has lost a value that must be set; that value has been reported."""
+        """Drop entries that lack a required value, which has been reported."""
         merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(self.schema), self.values), resolve=False)
         assert isinstance(merged, dict)
         for key, value in leaves(merged).items():
@@ -88,7 +88,7 @@ class TypedTree(Generic[Schema]):
         for name, value in tree.items():
             dotted = f"{path}.{name}"
             if not str(name).replace("-", "").replace("_", "").isalnum():
-                self.report(dotted, value, "a name has letters, digits, - and _ only", "Rename it", source)
+                self.report(dotted, value, "a name may have only letters, digits, - and _", "Rename it", source)
             else:
                 _place(self.values, dotted, {}, keep=True)
                 self._take_section({} if value is None else value, element, dotted, source)
@@ -101,9 +101,9 @@ class TypedTree(Generic[Schema]):
             value = "off"  # YAML 1.1 reads a bare off as false
         field = next(field for field in fields(schema) if field.name == key)
         if value is None and field.default == "":
-            value = ""  # null unsets a text, such as the model.family of a recipe below
+            value = ""  # null unsets a text, such as the model.family of a base recipe
         auto = field.metadata.get("auto")
-        if auto is not None:  # the number that stands for auto inside; users must write auto
+        if auto is not None:  # internal stand-in for auto; users must write auto
             if value == auto:
                 self.report(dotted, value, f"it must be at least {auto + 1}, or auto", f"Set {dotted}=auto", source)
                 return
@@ -111,7 +111,8 @@ class TypedTree(Generic[Schema]):
         if not _fits(key, value, hint, schema):
             self.report(dotted, value, f"it must be {describe(hint)}", f"Set another {dotted}", source)
             return
-        self.problems = [problem for problem in self.problems if problem.key != dotted]  # a later layer has replaced it
+        # this value replaces a bad one of a lower layer
+        self.problems = [problem for problem in self.problems if problem.key != dotted]
         _place(self.values, dotted, value)
         self.sources[dotted] = source
 
@@ -124,7 +125,7 @@ class TypedTree(Generic[Schema]):
         self.report(dotted, value, "no such key", remedy or f"Remove it: {parent.rstrip('.')} has no keys yet", source)
 
     def drop(self, dotted: str) -> None:
-        """Take a value back, so that the default stands in."""
+        """Drop a value, so that its default is used."""
         *parents, last = dotted.split(".")
         place = self.values
         for parent in parents:
@@ -133,7 +134,7 @@ class TypedTree(Generic[Schema]):
 
 
 def leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted key -> value; an empty section is left out."""
+    """Return dotted key -> value, without empty sections."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -144,7 +145,7 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def related(key: str, other: str) -> bool:
-    """Say whether one key is the other, or a section around it."""
+    """Return whether the keys are equal or one is a section around the other."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
@@ -156,7 +157,7 @@ def element_of(hint: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """Return a type in the words of a user."""
+    """Return a description of a type for users."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}"

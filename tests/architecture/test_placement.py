@@ -41,6 +41,6 @@ def test_check_prints_the_reads_of_each_rank(capsys: pytest.CaptureFixture[str])
     command = ["check", "qwen3-vl-30b-a3b-lora", f"model.family={LARGE}", "data.packs_per_step=64", "--ranks", "64"]
     assert main([*command, "--reads"]) == 0
     printed = capsys.readouterr().out
-    assert "loading, resident: read in all 471,340,045,792 bytes, each once" in printed
+    assert "loading, resident: all ranks together read 471,340,045,792 bytes, each once" in printed
     assert "loading, partitioned: each of ranks 8 to 63 reads 0 bytes and keeps 7,3" in printed
     assert "loading, resident: each of ranks 1 to 7 reads 56,774,098,944 bytes" in printed

@@ -137,7 +137,7 @@ def test_usual_settings_have_no_problem(moe):
         ),
         ({"z_coefficient": float("inf")}, "moe.z_coefficient = inf: it must be a finite number of 0 or more"),
         ({"balance": "micro", "balance_coefficient": 0.0}, "moe.balance=micro does nothing without a coefficient"),
-        ({"balance_coefficient": 0.01}, "moe.balance_coefficient = 0.01: moe.balance is off, so nothing reads it"),
+        ({"balance_coefficient": 0.01}, "moe.balance_coefficient = 0.01: it has no effect, because moe.balance is off"),
         ({"balance": "global", "family": "qwen3-vl-2b"}, "moe.balance = 'global': qwen3-vl-2b is dense"),
         ({"z_coefficient": 0.1, "family": "qwen3-vl-2b"}, "moe.z_coefficient = 0.1: qwen3-vl-2b is dense"),
     ],
@@ -158,7 +158,7 @@ def test_a_frozen_router_with_a_balance_or_z_loss_warns():
         ("moe.balance", "warning"),
         ("moe.z_coefficient", "warning"),
     ]
-    assert "the router is frozen, so its gradient can only move the hidden states" in str(warnings[0])
+    assert "the router is frozen, so the loss can only move the hidden states" in str(warnings[0])
 
 
 def test_off_needs_no_quotes_although_yaml_reads_it_as_false():

@@ -169,16 +169,20 @@ def test_choice_of_attention():
         ValueError, match=r"sdpa builds a mask of 16,384 x 16,384 .*256 MiB\); the limit is 8,192 .*varl"
     ):
         choose_attention("sdpa", tokens=16384, machine=bare)
-    with pytest.raises(ValueError, match=r"varlen cannot be used: no CUDA device\. Use auto, which is segments here"):
+    with pytest.raises(
+        ValueError, match=r"varlen cannot be used: no CUDA device\. Use auto, which selects segments here"
+    ):
         choose_attention("varlen", tokens=9, machine=cpu)
-    with pytest.raises(ValueError, match="capability 7.5, the kernel needs 8.0"):
+    with pytest.raises(ValueError, match="capability 7.5, but the kernel needs 8.0"):
         choose_attention("flash_attention_2", tokens=9, machine=old)
-    with pytest.raises(ValueError, match="varlen cannot be used: float32 is computed"):
+    with pytest.raises(ValueError, match="varlen cannot be used: the model computes in float32"):
         choose_attention("varlen", tokens=9, machine=wide)
-    with pytest.raises(ValueError, match=r"model.attention: 'eager' is not one of auto, flash_attention_2, varlen"):
+    with pytest.raises(
+        ValueError, match=r"model.attention must be one of auto, flash_attention_2, varlen.*, got 'eager'"
+    ):
         choose_attention("eager", tokens=9, machine=cpu)
     assert machine(torch.device("cpu"), torch.bfloat16) == cpu
     assert choose_attention("auto", tokens=9, machine=h100, head_sizes=(128, 72)).name == "flash_attention_2"
     tiny = choose_attention("auto", tokens=9, machine=h100, head_sizes=(16, 12))
     assert tiny.name == "segments"
-    assert "varlen: a head size is 12, the kernel takes multiples of 8" in tiny.reason
+    assert "varlen: a head size is 12, but the kernel needs multiples of 8" in tiny.reason

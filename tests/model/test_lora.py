@@ -163,10 +163,10 @@ def test_injection_refuses_the_same_parts_as_the_section(folders: dict[str, Path
             "adapters.attention.alpha = nan: it must be a finite number",
             "error",
         ),
-        ({"merger": replace(LORA, dropout=1.0)}, "adapters.merger.dropout = 1.0: it must be a share from 0", "error"),
+        ({"merger": replace(LORA, dropout=1.0)}, "adapters.merger.dropout = 1.0: it must be from 0", "error"),
         ({"experts": ExpertPartConfig(mode="lora", r=6)}, "adapters.experts.r = 6: .* multiple of 8. Use 8", "error"),
         ({"experts": ExpertPartConfig(mode="lora", r=12)}, "multiple of 8 in bfloat16. Use 16", "warning"),
-        ({"experts": ExpertPartConfig(r=4)}, "adapters.experts.r = 4: it counts in mode lora only", "warning"),
+        ({"experts": ExpertPartConfig(r=4)}, "adapters.experts.r = 4: it is used only in mode lora", "warning"),
         ({"start_from": "nowhere"}, "adapters.start_from = 'nowhere': there is no adapter_config.json", "error"),
     ],
 )

@@ -182,7 +182,7 @@ def test_fit_accepts_recipes_that_need_a_sequence_group(capsys) -> None:
     assert main([*words, "data.packs_per_step=4"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"]["sp"] in (2, 4, 8)
     assert main([*words, "--gpus", "16", "data.packs_per_step=3"]) == 2
-    assert "it must divide by the 16 data ranks" in capsys.readouterr().err
+    assert "it must be divisible by the 16 data ranks" in capsys.readouterr().err
 
 
 def test_a_recipe_with_the_proposed_values_needs_no_change(capsys) -> None:

@@ -446,7 +446,7 @@ def test_an_own_recipe_reaches_the_job_with_all_that_it_builds_on(tmp_path: Path
     (home / "common.yaml").write_text(f"base: {home / 'else.yaml'}\n")
     (home / "else.yaml").write_text("base: tiny-cpu\n")
     assert main(["launch", "charts.yaml", "--on", "c.yaml"]) == 2
-    assert "else.yaml is an absolute path, and the recipe's files go with the job" in capsys.readouterr().err
+    assert "else.yaml is an absolute path, but the recipe's files are copied into the job" in capsys.readouterr().err
 
 
 def test_a_recipe_that_the_container_does_not_see_is_said(tmp_path: Path) -> None:

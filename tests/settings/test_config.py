@@ -1,4 +1,4 @@
-"""The configuration: precedence, and every way a user can get it wrong."""
+"""Tests of the configuration: precedence of its layers, and the errors that users can make."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_recipe_builds_on_a_shipped_one_by_name(tmp_path: Path) -> None:
     assert config.data.packs_per_step == load_recipe("tiny-cpu")[0].data.packs_per_step
 
 
-def test_sources_are_keyed_by_name_and_reached_from_the_command_line() -> None:
+def test_overrides_can_set_sources_by_name() -> None:
     config, problems = load_recipe(
         "tiny-cpu", ["data.sources.general.weight=0.3", "data.sources.extra.path=/x/{0..3}.tar"]
     )
@@ -63,7 +63,7 @@ def test_values_may_refer_to_each_other(tmp_path: Path, monkeypatch: pytest.Monk
     assert (config.optim.lr, config.run.seed) == (0.25, 2)
 
 
-def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
+def test_a_later_layer_corrects_an_earlier_one(tmp_path: Path) -> None:
     mine = _write(tmp_path, "a.yaml", "base: tiny-cpu\noptim: {lr: abc}\nrun: {seed: '???'}\n")
     assert load_recipe(mine, ["optim.lr=0.5", "run.seed=4"])[1] == []
     assert {problem.key for problem in load_recipe(mine)[1]} == {"optim.lr", "run.seed"}
@@ -95,19 +95,19 @@ def test_a_later_layer_mends_an_earlier_one(tmp_path: Path) -> None:
         ("dat.packs_per_step=4", "dat", r"no such key.*Did you mean `data`"),
         ("objective.kind=sft", "objective.kind", r"no such key. Remove it: objective has no keys yet"),
         ("base=tiny-cpu", "base", r"no such key"),
-        ("optim.lr", "optim.lr", r"an override reads section.key=value"),
-        ("optim..lr=3", "optim..lr=3", r"an override reads section.key=value"),
-        ("optim.lr=[1", "optim.lr", r"not readable as YAML"),
+        ("optim.lr", "optim.lr", r"an override must have the form section.key=value"),
+        ("optim..lr=3", "optim..lr=3", r"an override must have the form section.key=value"),
+        ("optim.lr=[1", "optim.lr", r"not valid YAML"),
         ("run.seed=${no.such}", "run.seed", r"cannot be resolved.*\$\{\.\.\.\}"),
         ("optim.lr=${data.sources}", "optim.lr", r"cannot be resolved"),
         ("run.seed=???", "run.seed", r"it must be set"),
         ("model.family=qwen3-vl-30b-a3x", "model.family", r"Did you mean `qwen3-vl-30b-a3b`"),
         ("checkpoint.resume=", "checkpoint.resume", r"it must be text"),
-        ("model.family=''", "model.path", r"shape of the base model is not known.*Set model.family \(.*tiny-moe"),
+        ("model.family=''", "model.path", r"a folder with a config.json, unless .*Set model.family \(.*tiny-moe"),
         ("data.tokens_per_pack=999999999", "data.tokens_per_pack", r"longer than the context of tiny-moe, 4,096"),
     ],
 )
-def test_each_wrong_value_is_named_with_what_is_allowed_and_what_to_do(override: str, key: str, text: str) -> None:
+def test_errors_name_the_wrong_value_the_allowed_ones_and_a_remedy(override: str, key: str, text: str) -> None:
     problems = _problems("tiny-cpu", override)
     assert list(problems) == [key]
     with pytest.raises(ConfigError, match=text):
@@ -115,11 +115,11 @@ def test_each_wrong_value_is_named_with_what_is_allowed_and_what_to_do(override:
 
 
 def _as_error(problem: Problem) -> Problem:
-    assert problem.key == "data.tokens_per_pack", "the only warning here"
+    assert problem.key == "data.tokens_per_pack", "this is the only warning"
     return Problem(key=problem.key, found=problem.found, allowed=problem.allowed, remedy=problem.remedy)
 
 
-def test_problems_are_collected_not_met_one_by_one(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     mine = _write(
         tmp_path, "mine.yaml", "optim: {lr: x, wd: 1}\nnonsense: {}\ndata: {sources: {a: {path: [1]}, b: 7}}\n"
     )
@@ -131,13 +131,13 @@ def test_problems_are_collected_not_met_one_by_one(tmp_path: Path) -> None:
     assert (problems["optim.lr"].source, problems["run.seed"].source) == ("mine.yaml", "command line")
 
 
-def test_packs_must_divide_by_the_ranks_and_the_nearest_that_do_are_named() -> None:
+def test_packs_must_be_divisible_by_the_ranks_and_the_nearest_are_named() -> None:
     assert "data.packs_per_step=6 or data.packs_per_step=12" in str(
         _problems("tiny-cpu", "parallel.ep=1", ranks=6)["data.packs_per_step"]
     )
     assert _problems("tiny-cpu", ranks=8) == {}
     fewer = _problems("tiny-cpu", "data.packs_per_step=2", ranks=8)["data.packs_per_step"]
-    assert str(fewer).endswith("Nearest that do: data.packs_per_step=8.")
+    assert str(fewer).endswith("Use data.packs_per_step=8.")
 
 
 def test_expert_groups_must_divide_the_ranks() -> None:
@@ -149,7 +149,7 @@ def test_expert_groups_must_divide_the_ranks() -> None:
     alone = _problems("tiny-cpu", "parallel.ep=2", ranks=1)["parallel.ep"]
     assert str(alone).endswith("ranks, 1. Set parallel.ep=1, or start 2 ranks (--ranks 2).")
     experts = _problems("tiny-cpu", "parallel.ep=5", "data.packs_per_step=5")["parallel.ep"]
-    assert re.search(r"must divide the \d+ experts of tiny-moe. One of 1, 2, ", str(experts))
+    assert re.search(r"must divide the \d+ experts of tiny-moe. Use one of 1, 2, ", str(experts))
     dense = _problems("tiny-cpu", "model.family=qwen3-vl-8b", ranks=4)["parallel.ep"]
     assert "qwen3-vl-8b is dense" in str(dense)
 
@@ -164,13 +164,13 @@ def test_a_key_written_with_dots_in_yaml_is_explained(tmp_path: Path) -> None:
     assert "a dot separates sections only on the command line" in str(_problems(mine)["optim.lr"])
 
 
-def test_null_unsets_a_text_and_nothing_else() -> None:
+def test_null_unsets_texts_only() -> None:
     config, problems = load_recipe("tiny-cpu", ["model.family=null", "optim.lr=null", "checkpoint.resume=null"])
     assert config.model.family == ""
     assert [problem.key for problem in problems] == ["optim.lr", "checkpoint.resume"]
 
 
-def test_a_run_has_its_folder_below_the_folder_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_a_run_is_below_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert load_recipe("tiny-cpu")[0].run.path == Path("runs/tiny-cpu")
     assert load_recipe("tiny-cpu", ["run.folder=~/a", "run.name=b"])[0].run.path == Path("/home/me/a/b")
@@ -183,7 +183,7 @@ def test_a_folder_and_a_family_must_agree(tmp_path: Path) -> None:
     assert "config.json" in str(problems["model.path"])
 
 
-def test_require_raises_once_with_everything() -> None:
+def test_require_raises_one_error_with_all_problems() -> None:
     config, problems = load_recipe("tiny-cpu", ["optim.lr=abc", "data.sourcez=[]", "data.packs_per_step=5"])
     with pytest.raises(ConfigError, match=r"(?s)3 problems.*optim.lr.*data.sourcez.*data.packs_per_step = 5"):
         require(config, problems, ranks=2)
@@ -191,12 +191,12 @@ def test_require_raises_once_with_everything() -> None:
     assert require(config, problems, ranks=2) == []
 
 
-def test_a_run_that_goes_on_may_have_lost_ranks() -> None:
+def test_a_resumed_run_may_have_fewer_ranks() -> None:
     config, problems = load_recipe("tiny-cpu", ["parallel.ep=1"])
-    with pytest.raises(ConfigError, match=r"data.packs_per_step = 8.*must divide by the 3 data ranks"):
+    with pytest.raises(ConfigError, match=r"data.packs_per_step = 8.*must be divisible by the 3 data ranks"):
         require(config, problems, ranks=3)
     (warned,) = require(config, problems, ranks=3, resuming=True)
-    assert "of 3 data ranks 2 take 3 packs a step, the others 2 and an empty one" in str(warned)
+    assert "2 of 3 data ranks take 3 packs per step, the others 2 and an empty one" in str(warned)
     shown = {number.name: number for number in derive(config, ranks=3)}
     assert shown["micro_batches_per_rank"].value == 3
     assert "(1 of them empty)" in shown["micro_batches_per_rank"].text
@@ -206,17 +206,17 @@ def test_a_run_that_goes_on_may_have_lost_ranks() -> None:
     ("name", "text"),
     [
         ("tiny-cpuu", r"neither a file .* nor a shipped recipe. Did you mean `tiny-cpu`"),
-        ("configs/nope.yaml", r"there is no file .*nope.yaml. Shipped: .*tiny-cpu"),
-        ("elsewhere/tiny-cpu.yaml", r"`tiny-cpu` alone calls the shipped recipe"),
+        ("configs/nope.yaml", r"nope.yaml does not exist. Shipped recipes: .*tiny-cpu"),
+        ("elsewhere/tiny-cpu.yaml", r"`tiny-cpu` alone names the shipped recipe"),
     ],
 )
-def test_a_recipe_that_is_not_there(name: str, text: str) -> None:
+def test_a_missing_recipe_is_an_error(name: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         find_recipe(name)
 
 
 @pytest.mark.parametrize("text", ["a: [1\n", "a: 1\na: 2\n", "\x00", "5\n"])
-def test_a_file_that_is_not_yaml(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_yaml_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"recipe .*bad.yaml: not readable as YAML"):
         load_recipe(_write(tmp_path, "bad.yaml", text))
 
@@ -226,14 +226,14 @@ def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
         load_recipe(_write(tmp_path, "bad.yaml", "- 1\n"))
 
 
-def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     for name, text in (("empty", ""), ("half", "optim:\n")):
         defaults = RunConfig(run=RunSectionConfig(name=name))
         assert load_recipe(_write(tmp_path, f"{name}.yaml", text)) == (defaults, [])
 
 
-def test_a_run_without_a_name_takes_that_of_its_recipe_s_file(tmp_path: Path) -> None:
-    """Not of the recipe that it builds on, and the same at each start, so that the same command goes on."""
+def test_a_run_without_a_name_is_named_after_its_recipe_file(tmp_path: Path) -> None:
+    """The name is not that of the base recipe, and is the same at each start, so that a run can resume."""
     mine = _write(tmp_path, "charts-2.yaml", "base: tiny-cpu\n")
     names = [load_recipe(name, words)[0].run.name for name in (mine, "tiny-cpu") for words in ([], ["run.name="])]
     assert names == ["charts-2", "charts-2", "tiny-cpu", "tiny-cpu"]
@@ -248,7 +248,7 @@ def test_a_broken_base_line_is_named(tmp_path: Path) -> None:
     assert "neither a file" in str(missing["base"])
 
 
-def test_leaves_flatten_what_effective_gives() -> None:
+def test_leaves_flatten_the_effective_configuration() -> None:
     config, _ = load_recipe("tiny-cpu")
     flat = leaves(effective(config))
     assert flat["data.sources.general.path"] == "shards/general"
@@ -264,13 +264,13 @@ def test_leaves_flatten_what_effective_gives() -> None:
         (f"optim.lr={'9' * 400}", "optim.lr = 9+.* it must be a number"),
     ],
 )
-def test_values_that_cannot_be_read_are_problems(override: str, message: str) -> None:
+def test_unreadable_values_are_problems(override: str, message: str) -> None:
     _, problems = load_recipe("tiny-cpu", [override])
     assert any(re.search(message, str(problem)) for problem in problems), problems
 
 
-def test_encoded_words_are_what_they_were() -> None:
+def test_encoded_words_can_be_decoded() -> None:
     words = ["r", 'a=it\'s "x" $HOME', "b=一"]
     assert decoded_words(encoded_words(words)) == words
-    with pytest.raises(ValueError, match="--words: '!' is not what `moetune launch` renders there"):
+    with pytest.raises(ValueError, match="--words: '!' is not text that `moetune launch` wrote"):
         decoded_words("!")

@@ -1,4 +1,4 @@
-"""YaRN: frequencies by the formula, both spellings read alike, each known trap of a config.json caught or prevented."""
+"""Tests of YaRN: frequencies follow the formula, both spellings are read, and known traps of config.json are caught."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ THREE = Extension(factor=3.0, original=262_144, length=1_000_000)
 
 
 def paper(theta: float, dim: int, factor: float, original: int) -> torch.Tensor:
-    """YaRN's blend of stretched and plain frequencies, written from its description, in float64."""
+    """Return YaRN's blend of stretched and plain frequencies in float64, written from its description."""
     even = torch.arange(0, dim, 2, dtype=torch.float64)
     plain = theta ** (-even / dim)
     wavelengths = original / torch.tensor([32, 1], dtype=torch.float64)
@@ -49,7 +49,7 @@ def paper(theta: float, dim: int, factor: float, original: int) -> torch.Tensor:
 
 
 def embedding(config: dict, folder: Path) -> Qwen3VLMoeTextRotaryEmbedding:
-    """What transformers makes of a config.json."""
+    """Return the rotary embedding that transformers builds from a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return Qwen3VLMoeTextRotaryEmbedding(AutoConfig.from_pretrained(folder).text_config)
@@ -93,7 +93,7 @@ def test_time_height_and_width_stay_interleaved(tmp_path: Path) -> None:
 
 
 def test_an_edit_of_a_loaded_config_keeps_theta_and_sections(tmp_path: Path) -> None:
-    """Setting rope_scaling on it, as old recipes do, loses theta: nothing here does."""
+    """Setting rope_scaling, as old recipes do, would lose theta."""
     embedding(hub_config(BIG), tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     extend(config, None)
@@ -110,7 +110,7 @@ def test_an_edit_of_a_loaded_config_keeps_theta_and_sections(tmp_path: Path) -> 
     assert config.text_config.max_position_embeddings == 1_000_000
 
 
-def test_without_an_extension_config_json_stays_the_published_one() -> None:
+def test_without_an_extension_config_json_is_the_published_one() -> None:
     assert extended_config(hub_config(BIG), None) == hub_config(BIG)
     yarn = extended_config(hub_config(BIG), THREE)
     assert extended_config(to_hub_spelling(yarn), None) == yarn
@@ -151,7 +151,7 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_each_trap_of_a_config_json_is_a_message(trap: str, tmp_path: Path) -> None:
+def test_each_trap_of_a_config_json_is_reported(trap: str, tmp_path: Path) -> None:
     changes, message = TRAPS[trap]
     config = hub_config(BIG)
     text = config["text_config"] | changes
@@ -172,17 +172,17 @@ def test_a_block_at_the_top_level_is_refused(tmp_path: Path) -> None:
 
 
 def built_model(config: dict, folder: Path) -> SimpleNamespace:
-    """As much of a built model as has rotary positions."""
+    """Return a stand-in for a built model, with its rotary embedding only."""
     return SimpleNamespace(model=SimpleNamespace(language_model=SimpleNamespace(rotary_emb=embedding(config, folder))))
 
 
-def test_a_built_model_is_held_to_the_formula(tmp_path: Path) -> None:
+def test_a_built_model_is_checked_against_the_formula(tmp_path: Path) -> None:
     plain, yarn = hub_config(BIG), extended_config(hub_config(BIG), THREE)
     assert "yarn x 3 over 262,144, theta 5,000,000" in check_rotary(built_model(yarn, tmp_path), BIG, THREE)
     assert "64 frequencies equal the float64 formula" in check_rotary(built_model(plain, tmp_path), BIG, None)
     wrong = {
         "plain frequencies": (plain, THREE),
-        "yarn unasked": (yarn, None),
+        "yarn without an extension": (yarn, None),
         "default theta": (_edited(yarn, rope_theta=500_000), THREE),
         "ramp over the new length": (_edited(yarn, original_max_position_embeddings=1_000_000), THREE),
     }
@@ -213,7 +213,7 @@ def context(length: int | None = None, factor: float | None = None) -> ContextCo
     return ContextConfig(length=length, yarn=YarnConfig(factor=factor))
 
 
-def test_what_the_section_asks_of_a_base() -> None:
+def test_the_context_section_is_checked_against_the_base() -> None:
     assert extension(context(), BIG) is None
     assert extension(context(factor=2), BIG) == Extension(factor=2, original=262_144, length=524_288)
     assert extension(context(1_000_000, 3), BIG) == THREE
@@ -228,7 +228,7 @@ def test_what_the_section_asks_of_a_base() -> None:
     assert "Set 2 or 3" in four
     assert "it must be at least 1" in problems(context(0))[0]
     assert "Set context.yarn.factor=3, or leave context.length out" in problems(context(700_000))[0]
-    assert "serves 262,144 positions already" in problems(context(4096))[0]
+    assert "serves 262,144 positions; a shorter context" in problems(context(4096))[0]
     assert problems(context(), 300_000)[0].startswith("warning: data.tokens_per_pack = 300000")
 
 
@@ -244,7 +244,7 @@ def test_the_largest_position_decides() -> None:
     assert "reaches position 786,432" in lines(THREE, 900_000)[1]
 
 
-def test_how_to_serve_is_said_where_a_server_computes_otherwise() -> None:
+def test_serving_advice_is_given_if_a_server_computes_differently() -> None:
     assert serving_lines(BIG, None) == []
     sglang, vllm, older = serving_lines(BIG, THREE)
     assert "--context-length 1000000" in sglang
@@ -253,10 +253,10 @@ def test_how_to_serve_is_said_where_a_server_computes_otherwise() -> None:
     overrides = json.loads(older.split("--hf-overrides '")[1].removesuffix("'"))["text_config"]["rope_parameters"]
     rope = extended_rope(BIG.text.rope, THREE)
     served = rotary(rope, 128, ramp_over=4 * overrides["original_max_position_embeddings"])
-    assert served == rotary(rope, 128), "with the flags the ramp is ours"
+    assert served == rotary(rope, 128), "with these flags the server uses our ramp"
 
 
-def test_positions_of_a_corpus_are_those_of_its_samples(tmp_path: Path) -> None:
+def test_positions_of_a_corpus_come_from_its_samples(tmp_path: Path) -> None:
     Image.new("RGB", (320, 320)).save(tmp_path / "a.png")
     rows = [
         {

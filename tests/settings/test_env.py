@@ -1,4 +1,4 @@
-"""`moetune env`: what an issue report needs, and no secret."""
+"""Tests of `moetune env`, which prints the facts for an issue report and no secret."""
 
 import json
 
@@ -9,7 +9,7 @@ from launchers.cli import main
 from launchers.env import packages, variables
 
 
-def test_the_report_has_what_an_issue_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_has_the_facts_for_an_issue(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["packages"].keys() >= TESTED.keys()
@@ -21,7 +21,7 @@ def test_the_report_has_what_an_issue_needs(capsys: pytest.CaptureFixture[str]) 
     assert all(f"{name}:" in text for name in report)
 
 
-def test_a_package_that_is_missing_or_outside_of_its_range_says_so() -> None:
+def test_missing_and_untested_packages_are_marked() -> None:
     here = packages({"torch": "0.1", "peft": "0.21.2", "wandb": "1", "something": "2"})
     assert here == {
         "torch": f"0.1, outside of the tested {TESTED['torch']}",
@@ -32,7 +32,7 @@ def test_a_package_that_is_missing_or_outside_of_its_range_says_so() -> None:
     }
 
 
-def test_values_of_secrets_are_never_shown() -> None:
+def test_secrets_are_never_shown() -> None:
     here = {
         "HF_TOKEN": "a",
         "HF_HOME": "/hf",

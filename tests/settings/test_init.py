@@ -1,4 +1,4 @@
-"""`moetune init`: what it makes of data, base and GPUs, and what it says where it cannot."""
+"""Tests of `moetune init`: recipes for data, base and GPUs, and messages about wrong input."""
 
 import json
 import re
@@ -27,7 +27,7 @@ MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
 
 
 def _rows(folder: Path, count: int = 60, name: str = "rows.jsonl") -> Path:
-    """Rows of which two share each image."""
+    """Write rows of which each two share an image."""
     folder.mkdir(exist_ok=True)
     turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A circle."}]
     rows = [{"id": str(at), "image": f"images/{at // 2}.png", "conversations": turns} for at in range(count)]
@@ -56,7 +56,7 @@ def test_a_folder_of_rows_becomes_a_recipe_that_fits(
     assert plan(config, base_family(config), cluster("h100-80gb", gpus=8, per_node=None, price=None)).fits
     assert main(["plan", "my-recipe.yaml", "--gpus", "8", "--gpu", "h100-80gb", "--fit", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["fit"]["proposals"][0]["changes"]
-    assert not {"parallel.ep", "parallel.sp", "parallel.recompute"} & best.keys()  # the proposal is what is written
+    assert not {"parallel.ep", "parallel.sp", "parallel.recompute"} & best.keys()  # the recipe has the proposed values
     assert (config.schedule.epochs, config.data.packs_per_step, config.data.remainder) == (2, 8, "keep")
     train, held = (_read(source.path) for source in (config.data.sources["train"], config.eval.sources["held-out"]))
     assert sorted(row["id"] for row in train + held) == sorted(row["id"] for row in rows)
@@ -64,7 +64,7 @@ def test_a_folder_of_rows_becomes_a_recipe_that_fits(
     assert main(words) == 2
     assert "--out: my-recipe.yaml is there already; name another file" in capsys.readouterr().err
     assert Path("my-recipe.yaml").read_text() == text
-    assert main([*words, "--out", "other.yaml"]) == 0  # the rows held out are the same
+    assert main([*words, "--out", "other.yaml"]) == 0  # holds out the same rows
     printed = capsys.readouterr().out
     assert "held out, in mine/rows.held-out.jsonl; rows that share media or `group` stay together" in printed
     assert printed.splitlines()[-1] == "next: moetune train other.yaml --ranks 8"
@@ -101,9 +101,7 @@ def test_a_toy_base_in_a_folder_is_not_planned(
         ("router", "qwen3-vl-4b", 3, "h100-80gb"),
     ],
 )
-def test_every_goal_fits_what_it_is_planned_for_and_draws_no_warning(
-    goal: str, model: str, gpus: int, gpu: str
-) -> None:
+def test_recipes_of_all_goals_fit_their_hardware_without_warnings(goal: str, model: str, gpus: int, gpu: str) -> None:
     base, machines = family(model), cluster(gpu, gpus=gpus, per_node=None, price=None)
     data = UserData(train="rows.jsonl", held_out="held.jsonl", samples=None)
     tree = starter(Facts(goal=goal, model=f"Qwen/{model}", family=model, gpus=gpus, data=data), base)
@@ -117,7 +115,7 @@ def test_every_goal_fits_what_it_is_planned_for_and_draws_no_warning(
     assert keys <= WHY.keys()
 
 
-def test_rows_of_a_step_follow_from_the_data() -> None:
+def test_rows_per_step_depend_on_the_data() -> None:
     def packs(samples: int | None, gpus: int = 8) -> int:
         data = UserData(train="rows.jsonl", samples=samples)
         facts = Facts(goal="general", model=MODEL, family="qwen3-vl-30b-a3b", gpus=gpus, data=data)
@@ -128,7 +126,7 @@ def test_rows_of_a_step_follow_from_the_data() -> None:
     assert [packs(100), packs(3000), packs(100_000)] == [8, 24, 32]
 
 
-def test_shards_are_sources_and_the_last_of_many_is_held_out(tmp_path: Path) -> None:
+def test_shards_become_sources_and_the_last_of_many_is_held_out(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "many", count=12, per_shard=1)
     data = hold_out(find_data(tmp_path / "many"))
     assert data.train == f"{tmp_path}/many/part-{{000..010}}.tar"
@@ -142,7 +140,7 @@ def test_shards_are_sources_and_the_last_of_many_is_held_out(tmp_path: Path) -> 
     assert "none is held out: `moetune shards split` parts so few shards" in data.how
 
 
-def test_a_file_of_held_out_rows_beside_those_to_train_on_is_taken(tmp_path: Path) -> None:
+def test_a_file_of_held_out_rows_next_to_the_training_rows_is_used(tmp_path: Path) -> None:
     train, held = _rows(tmp_path, name="train.jsonl"), _rows(tmp_path, 4, name="val.jsonl")
     data = hold_out(find_data(tmp_path))
     assert (data.train, data.held_out, data.samples) == (str(train), str(held), 60)
@@ -162,7 +160,7 @@ def test_a_file_of_held_out_rows_beside_those_to_train_on_is_taken(tmp_path: Pat
         ({"a.tar": b"x"}, "`moetune shards check "),
     ],
 )
-def test_what_is_no_source_is_explained(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
+def test_data_that_cannot_be_a_source_is_explained(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
@@ -184,7 +182,7 @@ def test_what_is_no_source_is_explained(tmp_path: Path, files: dict[str, bytes],
         ({"data": "", "gpus": ""}, "--data, --gpus must be given where there is no terminal to ask on"),
     ],
 )
-def test_a_wrong_flag_is_named_and_nothing_is_written(
+def test_a_wrong_flag_is_named_and_no_file_is_written(
     tmp_path: Path,
     flags: dict[str, str],
     message: str,
@@ -200,7 +198,7 @@ def test_a_wrong_flag_is_named_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "table.csv"]
 
 
-def test_on_a_terminal_it_asks_five_questions(
+def test_init_asks_five_questions_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The reference of keys: complete, true as far as a program can tell, and current in every file made from it."""
+"""Tests of the reference of keys: it is complete and consistent, and every file made from it is current."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from launchers.reference import pages
 KEYS = keys()
 
 
-def test_every_key_is_there_with_the_default_that_a_user_would_write() -> None:
+def test_every_key_is_listed_with_its_default_as_written_in_a_recipe() -> None:
     here = {name: key.default for name, key in KEYS.items() if "<" not in name}
     assert set(here) == {name for name in leaves(effective(RunConfig()))} | {"engine.extra"}
     written = load_recipe("", [f"{name}={default}" for name, default in here.items()])
@@ -41,7 +41,7 @@ def test_every_key_is_explained(key: Key) -> None:
         assert "Empty: " in key.meaning or key.dotted == "model.path"
 
 
-def test_keys_that_an_explanation_names_are_there() -> None:
+def test_keys_named_in_explanations_exist() -> None:
     tops = {section.dotted.split(".")[0] for section in sections()}
     texts = {name: f"{key.meaning} {key.change} {key.related}" for name, key in KEYS.items()}
     named = {(name, word.split("=")[0]) for name, text in texts.items() for word in re.findall(r"`([\w.<>=]+)`", text)}
@@ -50,7 +50,7 @@ def test_keys_that_an_explanation_names_are_there() -> None:
     assert not {(name, word) for name, word in dotted if find(word) is None}
 
 
-def test_a_name_of_the_user_s_own_finds_its_key() -> None:
+def test_a_name_chosen_by_the_user_finds_its_key() -> None:
     for asked in ("data.sources.charts.weight", "data.sources.<name>.weight"):
         found = find(asked)
         assert isinstance(found, Key)
@@ -71,8 +71,8 @@ def test_a_name_of_the_user_s_own_finds_its_key() -> None:
         (["eval.sources.held.path"], r"it must be set"),
         (["overlong"], r"  data.overlong\n  stages.<name>.data.overlong"),
         (["z_coefficient"], r"^moe.z_coefficient: a number; default 0"),
-        (["parallel"], r"parallel.recompute +What decoder layers compute again"),
-        ([], r"stages.<name> +What changes from a given step on"),
+        (["parallel"], r"parallel.recompute +The activations that decoder layers recompute"),
+        ([], r"stages.<name> +Changes from a given step on"),
         (["--schema"], re.escape(editor_line(str(schema_file())))),
     ],
 )
@@ -81,7 +81,7 @@ def test_explain(words: list[str], text: str, capsys: pytest.CaptureFixture[str]
     assert re.search(text, capsys.readouterr().out)
 
 
-def test_explain_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_suggests_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "data.mixtur"]) == 2
     assert "'data.mixtur' is no key and no section. Did you mean `data.mixture`." in capsys.readouterr().err
 
@@ -91,7 +91,7 @@ def test_generated_files_are_current(path: str) -> None:
     assert (ROOT / path).read_text() == pages()[path], "run: python -m launchers.reference"
 
 
-def test_links_of_the_page_of_keys_lead_somewhere() -> None:
+def test_links_of_the_page_of_keys_are_valid() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     anchors = {re.sub(r"[^\w-]", "", heading.lower()) for heading in re.findall(r"^#+ `?(.+?)`?$", page, re.MULTILINE)}
     links = set(re.findall(r"\]\(#([^)]+)\)", page))
@@ -111,7 +111,7 @@ def _wrong(recipe: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_shipped_recipes_suit_the_schema_that_they_name(name: str) -> None:
+def test_shipped_recipes_match_the_schema_that_they_name(name: str) -> None:
     Draft7Validator.check_schema(recipe_schema())
     path = find_recipe(name)
     assert path.read_text().splitlines()[0] == editor_line(schema_file().name)
@@ -119,7 +119,7 @@ def test_shipped_recipes_suit_the_schema_that_they_name(name: str) -> None:
     assert _wrong(OmegaConf.to_container(OmegaConf.load(path))) == []
 
 
-def test_the_schema_finds_what_an_editor_shall_underline() -> None:
+def test_the_schema_rejects_wrong_recipes() -> None:
     wrong = {
         "optim": {"lr": "fast", "wd": 1},
         "data": {"mixture": "token", "sources": {"a": {"weight": True}, "b": {"pth": "x"}}},
@@ -130,7 +130,7 @@ def test_the_schema_finds_what_an_editor_shall_underline() -> None:
     }
 
 
-def test_the_schema_takes_what_a_recipe_may_say() -> None:
+def test_the_schema_accepts_valid_recipes() -> None:
     fine = """
         base: tiny-cpu
         optim:

@@ -1,4 +1,4 @@
-"""The shipped recipes: what their first lines say, and that each fits the hardware that it names."""
+"""Tests of the shipped recipes: their first lines, and the fit on the hardware that each names."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ MIXED = {"tokens", "samples"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=IDS)
-def test_a_recipe_draws_no_warning_on_the_hardware_that_it_names(recipe: Shipped) -> None:
+def test_a_recipe_causes_no_warning_on_the_hardware_that_it_names(recipe: Shipped) -> None:
     config, problems = load_recipe(recipe.name)
     assert [str(wrong) for wrong in [*problems, *cross_check(config, ranks=recipe.devices)]] == []
 
@@ -33,8 +33,8 @@ def test_a_recipe_fits_the_hardware_that_it_names(recipe: Shipped) -> None:
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_a_mixture_has_no_source_that_its_recipe_does_not_weigh(name: str) -> None:
-    """A source that is inherited would come in with a weight of 1, beside shares that add up to 1."""
+def test_the_weights_of_a_mixture_add_up_to_1(name: str) -> None:
+    """An inherited source would have a weight of 1, in addition to shares that add up to 1."""
     data = load_recipe(name)[0].data
     if data.mixture in MIXED:
         assert sum(source.weight for source in data.sources.values()) == pytest.approx(1)
@@ -64,7 +64,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
         ("{}", ["adapters.attention.r=4", "adapters.attention.mode=full"], ["adapters.attention.r"]),
     ],
 )
-def test_freezing_a_part_warns_only_of_numbers_that_its_recipe_sets(
+def test_freezing_a_part_warns_only_about_numbers_that_its_recipe_sets(
     tmp_path: Path, text: str, words: list[str], warned: list[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(f"base: tiny-cpu\nadapters: {text}\n")
@@ -73,7 +73,7 @@ def test_freezing_a_part_warns_only_of_numbers_that_its_recipe_sets(
     assert [wrong.key for wrong in cross_check(config, ranks=2)] == warned
 
 
-def test_a_frozen_part_that_trains_again_has_the_numbers_of_before(tmp_path: Path) -> None:
+def test_a_frozen_part_that_trains_again_keeps_its_numbers(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: tiny-cpu\nadapters: {vision_blocks: {mode: frozen}}\n")
     config, _ = load_recipe(str(tmp_path / "mine.yaml"), ["adapters.vision_blocks.mode=lora"])
     assert config.adapters.vision_blocks.r == 8

@@ -105,8 +105,8 @@ def test_of_steps_and_epochs_the_last_one_decides(tmp_path: Path) -> None:
     assert _length(tmp_path, "epochs: 2, steps: 0") == (0, 2, [])  # as config.yaml of a run has it
     *_, problems = _length(tmp_path, "epochs: 2, steps: 9")
     assert problems == [
-        "schedule.epochs = 2 (mine.yaml): schedule.steps is set as well, to 9, and one of them decides how long the "
-        "run is. Remove one of the two."
+        "schedule.epochs = 2 (mine.yaml): schedule.steps is also set, to 9, but only one of them can decide the "
+        "length of the run. Remove one of the two."
     ]
 
 
@@ -120,9 +120,9 @@ def _problems(*words: str) -> list[str]:
     [
         (["schedule.epochs=-1"], "schedule.epochs = -1.0: it must be a finite number above 0"),
         (["schedule.warmup_steps=-1"], "schedule.warmup_steps = -1: it must be at least 0."),
-        (["schedule.shape=wsd"], "schedule.decay_steps = 0: wsd comes down over at least 1 step."),
-        (["stages.late.from_step=-5"], "stages.late.from_step = -5: the first step is 0."),
-        (["stages.late.data.packs_per_step=4"], "the stages read different data, of which no epoch has one length"),
+        (["schedule.shape=wsd"], "schedule.decay_steps = 0: with shape wsd it must be at least 1."),
+        (["stages.late.from_step=-5"], "stages.late.from_step = -5: it must be at least 0."),
+        (["stages.late.data.packs_per_step=4"], "the stages read different data, so an epoch has no fixed length"),
     ],
 )
 def test_what_no_number_of_epochs_can_be(words: list[str], message: str) -> None:
@@ -138,9 +138,9 @@ def test_what_depends_on_the_number_of_steps_is_checked_when_that_is_known() -> 
     assert "steps = those of 2 epochs, known when the shards are indexed" in texts
     assert any(text.startswith("stage late: from step 20 on train") for text in texts)
     assert with_steps(config, 40).schedule.steps == 40
-    with pytest.raises(ValueError, match=r"schedule.warmup_steps = 30: it must be 0 to the 10 steps") as error:
+    with pytest.raises(ValueError, match=r"schedule.warmup_steps = 30: it must be from 0 to the 10 steps") as error:
         with_steps(config, 10)
-    assert "stages.late.from_step = 20: the run has the steps 0 to 9" in str(error.value)
+    assert "stages.late.from_step = 20: it must be a step of the run, 0 to 9" in str(error.value)
 
 
 @pytest.mark.parametrize(

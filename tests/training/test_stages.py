@@ -94,7 +94,7 @@ def test_a_stage_has_its_own_plan_and_rate(finished: Path) -> None:
         "from step 2, stage all: attention, experts, router, merger train",
         "from step 4, stage experts: experts, merger train",
         "data, stage align: ",
-        "stage align: steps 0 to 1 train merger at 0.002; 8 packs x 512 = 4,096 tokens a step",
+        "stage align: steps 0 to 1 train merger at 0.002; 8 packs x 512 = 4,096 tokens per step",
     ):
         assert text in log
 
@@ -141,9 +141,12 @@ def _problems(*words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["stages.a.from_step=1000"], "stages.a.from_step = 1000: the run has the steps 0 to 999"),
-        (["stages.a.from_step=3", "stages.b.from_step=3"], "stages.b.from_step = 3: two stages begin there"),
-        (["stages.a.train=[mergr]"], "stages.a.train = 'mergr': no such family. Did you mean `merger`"),
+        (["stages.a.from_step=1000"], "stages.a.from_step = 1000: it must be a step of the run, 0 to 999"),
+        (
+            ["stages.a.from_step=3", "stages.b.from_step=3"],
+            "stages.b.from_step = 3: another stage begins at the same step",
+        ),
+        (["stages.a.train=[mergr]"], "stages.a.train = 'mergr': no such part. Did you mean `merger`"),
         (["stages.a.train=[merger]"], "stages.a.train = 'merger': adapters.merger.mode is frozen"),
         (["stages.a.train=[attention]"], "adapters.experts.mode = 'lora': no stage trains it"),
         (["stages.a.lr=-1"], "stages.a.lr = -1.0: it must be a finite number above 0, or 0 for optim.lr"),
@@ -157,22 +160,31 @@ def _problems(*words: str) -> str:
             ["stages.a.data.tokens_per_pack=0"],
             "stages.a.data.tokens_per_pack = 0: it must be at least 1. Set stages.a.data.tokens_per_pack=1",
         ),
-        (["stages.a.data.packs_per_step=9"], "stages.a.data.packs_per_step = 9: it must divide by the 8 data ranks"),
+        (
+            ["stages.a.data.packs_per_step=9"],
+            "stages.a.data.packs_per_step = 9: it must be divisible by the 8 data ranks",
+        ),
         (["schedule.steps=0"], "schedule.steps = 0: it must be at least 1"),
-        (["schedule.warmup_steps=2000"], "schedule.warmup_steps = 2000: it must be 0 to the 1000 steps of the run"),
+        (
+            ["schedule.warmup_steps=2000"],
+            "schedule.warmup_steps = 2000: it must be from 0 to the 1000 steps of the run",
+        ),
         (["schedule.final_share=2"], "schedule.final_share = 2.0: it must be a share from 0 to 1"),
-        (["schedule.shape=wsd"], "schedule.decay_steps = 0: wsd comes down over 1 to 1000 steps"),
-        (["schedule.decay_steps=5"], "schedule.decay_steps = 5: schedule.shape is cosine, so nothing reads it"),
-        (["optim.betas=[1.0,0.9]"], "optim.betas = 1.0: the first must be from 0 to below 1"),
+        (["schedule.shape=wsd"], "schedule.decay_steps = 0: with shape wsd it must be from 1 to 1000"),
+        (["schedule.decay_steps=5"], "schedule.decay_steps = 5: it has no effect, because schedule.shape is cosine"),
+        (["optim.betas=[1.0,0.9]"], "optim.betas = 1.0: the first one must be from 0 to below 1"),
         (["optim.eps=-1"], "optim.eps = -1.0: it must be a finite number of 0 or more"),
         (["adapters.attention.lr=-1"], "adapters.attention.lr = -1.0: it must be a finite number above 0, or 0"),
-        (["adapters.merger.lr=1e-5"], "warning: adapters.merger.lr = 1e-05: the family is frozen"),
-        (["optim.lr=1e-2"], "warning: optim.lr = 0.01: published are for LoRA on attention 2e-05 to 0.0005"),
+        (["adapters.merger.lr=1e-5"], "warning: adapters.merger.lr = 1e-05: the part is frozen"),
+        (["optim.lr=1e-2"], "warning: optim.lr = 0.01: published rates are 2e-05 to 0.0005 for LoRA on attention"),
         (
             ["adapters.merger.mode=full", "adapters.merger.lr=1e-2"],
-            "published are for full tuning of merger 1e-06 to 0.001",
+            "published rates are 1e-06 to 0.001 for full tuning of merger",
         ),
-        (["stages.a.lr=1e-2"], "warning: stages.a.lr = 0.01: published are for LoRA on attention"),
+        (
+            ["stages.a.lr=1e-2"],
+            "warning: stages.a.lr = 0.01: published rates are 2e-05 to 0.0005 for LoRA on attention",
+        ),
         (["adapters.attention.r=1024", "adapters.attention.alpha=1024"], "attention.r = 1024: published ranks are 1"),
         (["adapters.attention.alpha=1000"], "published alpha / r are 0.25 to 4"),
         (["data.packs_per_step=2048"], "warning: data.packs_per_step = 2048: published batches are 4 to 512 rows"),
@@ -190,5 +202,7 @@ def test_check_prints_the_stages() -> None:
     config, _ = load_recipe("tiny-cpu", ["stages.a.train=[merger]", "stages.b.from_step=7", "adapters.merger.lr=3e-4"])
     lines = {line.name: line for line in derive(config, ranks=2)}
     assert lines["stage.a"].value == 7
-    assert lines["stage.a"].text == "stage a: steps 0 to 6 train merger at 0.0003; 8 packs x 512 = 4,096 tokens a step"
+    assert (
+        lines["stage.a"].text == "stage a: steps 0 to 6 train merger at 0.0003; 8 packs x 512 = 4,096 tokens per step"
+    )
     assert "stage b: steps 7 to 999 train attention at 0.001, experts at 0.001" in lines["stage.b"].text

@@ -162,7 +162,7 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
     assert again.returncode == 0, again.stderr[-2000:]
     assert len(re.findall(r"took over runs/cut from process .*: that process has ended", again.stdout)) == 1
     assert not (place / "runs" / "cut" / "lock.json").exists()
-    assert "of 3 data ranks 2 take 3 packs a step" in again.stdout
+    assert "2 of 3 data ranks take 3 packs per step" in again.stdout
     assert again.stderr == ""
     logs = place / "runs" / "cut" / "logs"
     alarming = "assuming the intent is to load in a single process"  # a warning of torch's, at each resume

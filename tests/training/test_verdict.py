@@ -101,21 +101,27 @@ def _parallel(**changes: Any) -> RunConfig:
 GUARDED: dict[str, Any] = {"guard": "flag", "max_kl": 1.0}
 WRONG: dict[str, tuple[RunConfig, str]] = {
     "steps": (_run(_config(every_steps=-1)), r"eval.every_steps = -1: it must be at least 0"),
-    "patience": (_run(_config(patience=2)), r"eval.patience = 2: it waits for a better eval.metric. Set eval.metric="),
+    "patience": (
+        _run(_config(patience=2)),
+        r"eval.patience = 2: it counts evaluations without a better eval.metric, which is not set. Set eval.metric=",
+    ),
     "source": (
         _run(_config(metric="b/loss")),
-        r"eval.metric = 'b/loss': it must be a source and .*One of a/loss, a/accuracy",
+        r"eval.metric = 'b/loss': it must be <source>/loss.*Use one of a/loss, a/accuracy",
     ),
-    "quantity": (_run(_config(metric="a/los")), r"eval.metric = 'a/los': .*One of a/loss"),
+    "quantity": (_run(_config(metric="a/los")), r"eval.metric = 'a/los': .*Use one of a/loss"),
     "none": (_run(EvalConfig(metric="a/loss")), r"Add eval.sources.<name>.path=..., or drop eval.metric"),
-    "kl": (_run(_config(metric="a/kl"), lora=False), r"eval.metric = 'a/kl': no family trains as lora, so.*a/loss"),
-    "bound": (_run(_config(guard="stop")), r"eval.sources.a.guard = 'stop': it has no bound to .* Set .*a.max_kl or"),
+    "kl": (_run(_config(metric="a/kl"), lora=False), r"eval.metric = 'a/kl': no part trains in mode lora, so.*a/loss"),
+    "bound": (
+        _run(_config(guard="stop")),
+        r"eval.sources.a.guard = 'stop': the source has no bound. Set .*a.max_kl or",
+    ),
     "guard": (_run(_config(max_kl=1.0)), r"eval.sources.a.max_kl = 1.0: no guard reads it. Set .*guard to flag"),
     "range": (
         _run(_config(guard="flag", max_loss_rise=-1.0)),
         r"max_loss_rise = -1.0: it must be a finite number of 0 or more",
     ),
-    "no lora": (_run(_config(**GUARDED), lora=False), r"max_kl = 1.0: no family .*Bound .*max_loss_rise"),
+    "no lora": (_run(_config(**GUARDED), lora=False), r"max_kl = 1.0: no part .*Set .*max_loss_rise"),
     "answers": (
         _run(EvalConfig(answers=1)),
         r"eval.answers = 1: there is no held-out source to ask about. Add eval.sou",
