@@ -44,6 +44,13 @@ PHRASES = (
     r"\b[Mm]ake so many\b",
     r"\bbeside (?:the peer|PEFT)\b",
     r"\bas ranks go\b",
+    r"\bmust divide by\b",
+    r"\bso nothing reads\b",
+    r"\bread off the code\b",
+    r"\bcomes? down over\b",
+    r"\blets go of\b",
+    r"\bbeside what\b",
+    r"\bwhat (?:it|a rank|one rank|each rank) keeps\b",
 )
 """Regular expressions that no source, page or message may match."""
 LONGEST = 30
