@@ -52,10 +52,11 @@ def train(
 ) -> int:
     """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this.
 
-    Returns its exit code. `replayed` is a saved step to replay instead; a run that rehearses has no last words.
+    Returns its exit code. `replayed` is a saved step to replay instead. A run that rehearses evaluates one row of each
+    source, and sums nothing up.
     """
     # 1. Put the run together: base, data, weights, engine
-    run = assemble(config, folder, say, watch)
+    run = assemble(config, folder, say, watch, rehearses=rehearses)
 
     # 2. Replay a step, or go on where an earlier start left off
     if replayed is not None:

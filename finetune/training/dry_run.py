@@ -1,26 +1,23 @@
-"""`--dry-run`: all that a run does, once: checks, shards, one real step, a checkpoint, an adapter; nothing stays.
+"""`--dry-run`: all that a run does, once: checks, shards, an evaluation, one real step, a checkpoint, an adapter.
 
 The step is the run's own, in a folder beside the run's that is removed: what would fail later because of memory, the
-disk or the data, fails now.
+disk or the data, fails now. Evaluations before and after it take one row of each source.
 """
 
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from data.format.printable import count_of, size_of
-from data.format.record import RecordError
 from data.open import find_sources
 from data.prepare.audit import AuditOptions, Finding, audit_shards
 from data.shards.bytes import places_of
-from data.shards.reader import SampleReader
-from finetune.config import CheckpointConfig, EvalConfig, RunConfig, TrackConfig
+from finetune.config import CheckpointConfig, RunConfig, TrackConfig
 from finetune.ranks.collectives import barrier, gather_lists, rank_and_world
 from finetune.ranks.engine import engine_device
 from finetune.ranks.log import RankLog, remove_logs
@@ -77,21 +74,18 @@ def memory_lines() -> list[str]:
 
 
 def _one_step(config: RunConfig) -> RunConfig:
-    """Return the run's first step, from the base, without what others would see of it."""
+    """Return the run's first step, from the base, without what others would see of it; it is evaluated as well."""
     return replace(
         config,
         schedule=replace(config.schedule, steps=1, epochs=0.0),
         checkpoint=CheckpointConfig(resume="never"),
-        eval=EvalConfig(),
+        eval=replace(config.eval, every_steps=0, answers=min(1, config.eval.answers)),
         track=TrackConfig(),
     )
 
 
 def _look_at_shards(config: RunConfig) -> list[Finding]:
-    """Return what is wrong with the headers of the shards; rank 0 looks, and every rank must call this.
-
-    One sample of each evaluation source is read, as the rehearsed step does not evaluate.
-    """
+    """Return what is wrong with the headers of the shards; rank 0 looks, and every rank must call this."""
     findings: list[Finding] = []
     if rank_and_world()[0] == 0:
         cache = Path(config.data.cache_dir) if config.data.cache_dir else None
@@ -99,21 +93,7 @@ def _look_at_shards(config: RunConfig) -> list[Finding]:
         evaluated = find_sources(held_out(config, packs_per_step=1), section="eval")
         for shards in (*find_sources(config.data).values(), *evaluated.values()):
             findings += audit_shards(shards, options)
-        for name, shards in evaluated.items():
-            _read_one(name, shards, SampleReader(cache_dir=cache, places=options.places))
     return gather_lists(findings)
-
-
-def _read_one(name: str, shards: Sequence[Path], reader: SampleReader) -> None:
-    for shard in shards:
-        for number in range(len(reader.index(shard))):
-            with suppress(RecordError):
-                record, members = reader.sample(shard, number)
-                reader.media(record, members, shard.parent)
-                return
-    raise ValueError(
-        f"eval.sources.{name}: not one of its samples can be read. Look at them with `moetune shards check`"
-    )
 
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:

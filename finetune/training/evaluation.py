@@ -19,6 +19,8 @@ from data.config import DataConfig, SourceConfig
 from data.open import open_stream
 from data.render.sample import Renderer
 from data.stream.batch import BadSample, Batch
+from data.stream.corpus import Corpus
+from data.stream.plan import Units
 from finetune.config import RunConfig
 from finetune.files.hubfiles import stop_tokens
 from finetune.model.divergence import Compared, compare_row
@@ -79,15 +81,26 @@ class Evaluation:
         resident: bool,
         say: Callable[[str], None],
         watch: Watch,
+        rehearses: bool = False,
     ) -> None:
-        """`rows` say what trains, `resident` whether frozen weights are; a signal in `watch` breaks it off."""
+        """`rows` say what trains, `resident` whether frozen weights are; a signal in `watch` breaks it off.
+
+        A run that rehearses reads one row of each source.
+        """
         self.judge = Judge(config.eval)
         self._every_steps, self._last_step = config.eval.every_steps, config.schedule.steps
         self._say, self._watch = say, watch
         self._held_out: HeldOut | None = None
         if config.eval.sources:
             self._held_out = HeldOut(
-                config, renderer, rows, base_folder=base_folder, resident=resident, say=say, watch=watch
+                config,
+                renderer,
+                rows,
+                base_folder=base_folder,
+                resident=resident,
+                say=say,
+                watch=watch,
+                rehearses=rehearses,
             )
 
     def start(self, engine: Any, done: int, *, tracker: Tracker, owed: bool = False) -> bool:
@@ -140,13 +153,15 @@ class HeldOut:
         resident: bool,
         say: Callable[[str], None],
         watch: Watch,
+        rehearses: bool = False,
     ) -> None:
         self._names, self._seed = list(config.eval.sources), config.run.seed
         self._renderer, self._say = renderer, say
         self._watch = watch
         self._data = held_out(config, packs_per_step=rank_and_world()[1] // config.parallel.sp)
         self._with_base = any(row.mode == "lora" for row in rows)
-        self._corpus = open_together(self._data, renderer, section="eval")
+        corpus = open_together(self._data, renderer, section="eval")
+        self._corpus = one_row_each(corpus, tokens=self._data.tokens_per_pack) if rehearses else corpus
         self._predictions: Predictions | None = None
         if config.eval.answers:
             _require_resident(config.eval.answers, rows, resident)
@@ -203,6 +218,16 @@ def held_out(config: RunConfig, *, packs_per_step: int) -> DataConfig:
         balance_steps=0,
         packs_per_step=packs_per_step,
     )
+
+
+def one_row_each(corpus: Corpus, *, tokens: int) -> Corpus:
+    """Return the corpus with as many of each source's samples as a row of so many tokens holds, at least one."""
+    return replace(corpus, sources=tuple(_first_row(units, tokens) for units in corpus.sources))
+
+
+def _first_row(units: Units, tokens: int) -> Units:
+    count = max(1, int((units.tokens.cumsum() <= tokens).sum()))
+    return replace(units, **{name: column[:count] for name, column in vars(units).items() if name != "name"})
 
 
 def _require_resident(answers: int, rows: Sequence[PartRow], resident: bool) -> None:

@@ -86,8 +86,11 @@ class Run:
         share_rows(self.model, self.balance, self.sequence_groups[sp])
 
 
-def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run:
-    """Put a run together, from its base to its engine; every rank must call this."""
+def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, rehearses: bool = False) -> Run:
+    """Put a run together, from its base to its engine; every rank must call this.
+
+    A run that rehearses evaluates one row of each source.
+    """
     device = engine_device()
     stages = run_stages(config)
     say("\n".join(number.text for number in derive(config, ranks=rank_and_world()[1])))
@@ -118,6 +121,7 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch) -> Run
         resident=options.resident,
         say=say,
         watch=watch,
+        rehearses=rehearses,
     )
     if rank_and_world()[0] == 0:
         say("\n".join(context_lines(empty.context, base, data.corpora, renderer, config.data)))

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from finetune.settings.recipes import load_recipe
 from finetune.settings.schedule import learning_rate
 from finetune.train import main
 from finetune.training.dry_run import rehearse
+from finetune.training.evaluation import one_row_each
 from finetune.training.steps import open_together
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
@@ -240,9 +240,11 @@ def test_the_learning_rate_warms_up_and_comes_down() -> None:
 
 
 def test_a_dry_run_takes_one_real_step_and_leaves_nothing(place: Path) -> None:
-    done = _train(place, "dry", *LORA, "track.wandb=offline", "--dry-run")
+    done = _train(place, "dry", *LORA, "track.wandb=offline", "eval.sources.held.path=rows.jsonl", "--dry-run")
     assert done.returncode == 0, done.stderr[-2000:]
     for text in (
+        "evaluation at step 0, held: loss",
+        "evaluation at step 1, held: loss",
         "shards: every header is sound",
         "step 0: loss",
         "memory of rank 1: at most",
@@ -297,13 +299,19 @@ def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
     assert len([text for text in caplog.messages if text.startswith("left out: ")]) == 1
 
 
-def test_a_dry_run_reads_a_sample_of_each_evaluation_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_looks_at_the_places_of_evaluation_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "shards", count=4, per_shard=4)
     with pytest.raises(ValueError, match="eval.sources.held.path names 'nowhere', which does not exist"):
         _rehearse("data.sources.general.path=shards", "eval.sources.held.path=nowhere")
-    (tmp_path / "held").mkdir()
-    with tarfile.open(tmp_path / "held" / "part-000.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("00000.json"))
-    with pytest.raises(ValueError, match="eval.sources.held: not one of its samples can be read"):
-        _rehearse("data.sources.general.path=shards", "eval.sources.held.path=held")
+
+
+def test_a_rehearsed_evaluation_takes_one_row_of_each_source(tmp_path: Path) -> None:
+    sources = {name: SourceConfig(path=str(write_shards(tmp_path / name)[0].parent)) for name in ("a", "b")}
+    corpus = open_together(DataConfig(sources=sources), renderer(), section="eval")
+    for tokens in (1, 100):
+        for whole, row in zip(corpus.sources, one_row_each(corpus, tokens=tokens).sources, strict=True):
+            assert row.name == whole.name
+            assert 0 < len(row) < len(whole)
+            assert len(row) == 1 or row.tokens.sum() <= tokens < row.tokens.sum() + whole.tokens[len(row)]
+            assert [*row.sample] == [*whole.sample[: len(row)]]
