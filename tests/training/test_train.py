@@ -15,6 +15,7 @@ import torch
 from corpora import renderer, write_shards
 from limits import LIMIT_S
 from peft import PeftModel
+from safetensors.torch import load_file
 from starts import environment, toy_run
 from transformers import AutoModelForImageTextToText
 from user_runs import TORCHRUN, TRAIN, metrics, start
@@ -34,6 +35,7 @@ from finetune.training.evaluation import one_row_each
 from finetune.training.steps import open_together
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
+BITS = ("step", "loss", "loss_balance", "grad_norm", "tokens", "tokens_supervised")
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,24 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
     for uncut, cut in zip(metrics(place, "whole"), metrics(place, "cut"), strict=True):
         assert cut["step"] == uncut["step"]
         assert cut["loss"] == pytest.approx(uncut["loss"], rel=1e-4)
+
+
+@pytest.mark.slow  # three starts
+def test_a_killed_run_with_dropout_goes_on_bit_for_bit(place: Path) -> None:
+    words = [f"adapters.{part}.dropout=0.3" for part in ("attention", "experts", "vision_blocks")]
+    words += [*LORA, "schedule.steps=6", "checkpoint.every_steps=2", "data.packs_per_step=4"]
+    uncut = _train(place, "masks", *words)
+    assert uncut.returncode == 0, uncut.stderr[-3000:]
+    _train(place, "masks-cut", *words, kill_after="step 4:")
+    again = _train(place, "masks-cut", *words)
+    assert "resumed: runs/masks-cut/checkpoints/step-000004" in again.stdout, again.stderr[-2000:]
+    for whole, cut in zip(metrics(place, "masks"), metrics(place, "masks-cut"), strict=True):
+        assert {key: whole[key] for key in BITS} == {key: cut[key] for key in BITS}
+    ours, theirs = (
+        load_file(place / "runs" / name / "adapter" / "adapter_model.safetensors") for name in ("masks", "masks-cut")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("text", ["run: {name: [", "\0", "a: b: c", ""])
