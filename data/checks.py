@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, as data; and what is wrong with the `data:` section by itself. No torch."""
+"""Problems of a configuration as values, and the checks of the `data:` section by itself. No torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _LEAST = {
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One finding: the dotted key, what was found there, what is allowed, what to do, and where it was set."""
+    """One problem: the dotted key, the value found, what is allowed, what to do, and where the value was set."""
 
     key: str
     found: Any
@@ -37,7 +37,7 @@ class Problem:
 
 
 def data_problems(config: DataConfig) -> list[Problem]:
-    """Return every problem at once."""
+    """Return all problems of the section."""
     return [*_out_of_range(config), *_source_problems(config)]
 
 
@@ -59,6 +59,6 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
             allowed = "it must be a finite number above 0"
             yield Problem(key=key, found=weight, allowed=allowed, remedy=f"Set another {key}")
         elif config.mixture == "natural" and weight != 1:
-            allowed = "it has no effect with data.mixture=natural, which reads every sample once an epoch"
-            remedy = "Set data.mixture to tokens or samples, or drop the weight"
+            allowed = "it has no effect with data.mixture=natural, which reads every sample once per epoch"
+            remedy = "Set data.mixture to tokens or samples, or remove the weight"
             yield Problem(key=key, found=weight, allowed=allowed, remedy=remedy)

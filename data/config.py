@@ -22,7 +22,7 @@ class SourceConfig:
     weight: float = 1.0
     """This source's share of an epoch relative to the other sources; only the ratios of the weights count.
 
-    Change: to see a source more or less often than its size says. A source is repeated, or read in part, to fit.
+    Change: to read a source more or less often than its size implies. A source is repeated, or read in part, to fit.
     With: `data.mixture` (the unit of the share; with `natural` any weight but 1 is an error),
     `stages.<name>.data.weights` (other shares in a stage).
     """
@@ -40,7 +40,7 @@ class ImageConfig:
     With: `data.image.max_tokens` (must not be smaller).
     """
     max_tokens: int | None = None
-    """The most tokens of an image; larger images are reduced, and keep their shape. `null`: the limit of the base's
+    """The most tokens of an image; larger images are scaled down, and keep their shape. `null`: the limit of the base's
     preprocessor_config.json, 16384 as released.
 
     Change: lower it to fit more images into a row; keep it high for small print, as in documents and screenshots. Serve
@@ -54,13 +54,13 @@ class VideoConfig:
     """The frames that are taken from a video, their size, and their form in the text."""
 
     fps: float = 2.0
-    """Frames that are taken from each second of a video. 2 is the rate of the base's own processor.
+    """Frames taken from each second of a video. 2 is the rate of the base's own processor.
 
     Change: raise it for fast motion, lower it for long videos. A record's own `fps` or `num_frames` wins.
     With: `data.video.min_frames`, `data.video.max_frames` (bounds of the resulting number of frames).
     """
     min_frames: int = 4
-    """The fewest frames that are taken at `fps`, as far as the video has them.
+    """The fewest frames taken from one video, if it has that many.
 
     Change: raise it when your videos last one or two seconds.
     With: `data.video.max_frames` (must not be smaller).
@@ -85,9 +85,9 @@ class VideoConfig:
     With: `data.tokens_per_pack` (a sample must fit a row), `data.video.max_tokens_per_frame`.
     """
     frame_cap: bool = True
-    """Whether `max_tokens_per_frame` limits each frame, as the authors' reference does.
+    """Apply `max_tokens_per_frame` to each frame, as the authors' reference does.
 
-    Change: to false when your server prepares videos with transformers, which sets no such limit unless
+    Change: to false when your server prepares videos with transformers, which applies no such limit unless
     `cap_pixels_per_frame` is passed.
     With: `data.video.max_tokens_per_frame`.
     """
@@ -104,10 +104,10 @@ class VideoConfig:
     Change: to `hms` when your answers use clock times; to `mixed` so that the model understands both.
     """
     layout: Literal["nested", "flat"] = "nested"
-    """Whether the pairs of frames of a video stand inside a further pair of vision marks. `nested`: as transformers 5
-    writes them. `flat`: without, as transformers 4.57 does.
+    """Vision marks around a video. `nested`: one more pair of marks around all pairs of frames, as transformers 5
+    writes it. `flat`: no further marks, as in transformers 4.57.
 
-    Change: to what your server writes; training and serving must agree. `moetune serve-check` compares them.
+    Change: to the form that your server writes; training and serving must agree. `moetune serve-check` compares them.
     """
     single_frame: Literal["double", "refuse"] = "double"
     """The treatment of a video with only one frame, as the model needs two. `double`: the frame is shown twice.
@@ -117,7 +117,7 @@ class VideoConfig:
     With: `data.max_bad_samples` (counts refused samples).
     """
     timeout_seconds: float = 60.0
-    """Seconds that the decoding of one video may take; after that the sample counts as unreadable.
+    """Seconds that decoding one video may take; after that the sample counts as unreadable.
 
     Change: raise it for long videos or slow disks.
     With: `data.max_bad_samples` (counts those samples), `data.stall_seconds` (should stay longer).
@@ -135,10 +135,10 @@ class ChatConfig:
     Change: to `mask` when only the answers are of good quality, to `drop` to train answers without thinking.
     """
     keep_control_tokens: tuple[str, ...] = ()
-    """Special tokens of the base's tokenizer that stay special where an assistant's text spells them. All others are
+    """Special tokens of the base's tokenizer that stay special when an assistant's text contains them. All others are
     read as plain text, so that no text can open or close a turn.
 
-    Change: when your answers are meant to write such a token: `["<|box_start|>", "<|box_end|>"]`.
+    Change: when your answers must contain such tokens: `["<|box_start|>", "<|box_end|>"]`.
     """
 
 
@@ -158,14 +158,14 @@ class DataConfig:
     tokens_per_pack: int = 8192
     """The most tokens of a packed row. A row combines samples, each of which attends only to itself.
 
-    Change: raise it when samples are longer, lower it when memory is short. Keep `packs_per_step` times it constant to
-    keep the tokens of a step.
+    Change: raise it when samples are longer, lower it when memory is short. To keep the tokens of a step, keep its
+    product with `packs_per_step` constant.
     With: `data.overlong` (samples longer than a row), `parallel.sp` (shares a row over ranks), `parallel.recompute`.
     """
     vision_tokens_per_pack: int | None = None
     """The most tokens of images and videos in a row. `null`: only `tokens_per_pack` limits them.
 
-    Change: set it when rows full of images need more memory in the vision tower than rows of text need elsewhere.
+    Change: set it when rows full of images need too much memory in the vision tower.
     With: `data.tokens_per_pack`, `data.overlong` (a sample above this limit does not fit either).
     """
     mixture: Literal["natural", "tokens", "samples"] = "natural"
@@ -187,31 +187,31 @@ class DataConfig:
     """The treatment of rows at the end of an epoch that do not fill a step. `drop`: they are left out of this epoch;
     each epoch has another order. `keep`: the last step of the epoch is smaller.
 
-    Change: to `keep` when the data fill only a few steps, or when every sample must be seen in every epoch.
+    Change: to `keep` when the data fills only a few steps, or when every sample must be read in every epoch.
     With: `data.packs_per_step` (with `drop`, at least that many rows are needed).
     """
     balance_steps: int = 32
-    """Steps among which rows of similar cost are put into the same step, so that ranks wait less for each other. 0:
-    rows are only shuffled.
+    """Number of steps whose rows are sorted by cost, so that a step has rows of similar cost and ranks wait less for
+    each other. 0: rows are only shuffled.
 
-    Change: raise it when rows differ much in cost and there are many steps; set 0 for a plain random order.
+    Change: raise it when rows differ greatly in cost and there are many steps; set 0 for a plain random order.
     """
     pad_multiple: int = 1
     """Rows are padded to a multiple of this many tokens. 1: no padding.
 
-    Change: only for a kernel that needs a certain multiple. Padding costs time and is never counted as useful.
+    Change: only for a kernel that needs a certain multiple. Padding costs time and is never counted as useful tokens.
     """
     workers: int = 2
-    """Processes of each rank that read and prepare rows. 0: the rank does it by itself, between steps.
+    """Processes of each rank that read and prepare rows. 0: the rank itself prepares them, between steps.
 
-    Change: raise it when ranks wait for data (`seconds_data` in `metrics.jsonl`), as with video; ranks of a node add
-    up.
-    With: `data.prefetch` (rows that each worker holds).
+    Change: raise it when ranks wait for data (`seconds_data` in `metrics.jsonl`), as with video. Each rank of a node
+    starts this many.
+    With: `data.prefetch` (rows that each worker keeps ready).
     """
     prefetch: int = 2
     """Rows that each worker prepares in advance.
 
-    Change: raise it when reading times vary much; lower it when host memory is short.
+    Change: raise it when reading times vary greatly; lower it when host memory is short.
     With: `data.workers` (0: nothing is prefetched).
     """
     max_bad_samples: int = 100
@@ -220,12 +220,12 @@ class DataConfig:
     Change: to 0 for data that must be complete; raise it for scraped data. `moetune shards check` lists them before.
     """
     stall_seconds: float = 420.0
-    """Seconds after which a rank that waits for a row ends, with the samples that were being read. 0: never. Seven
-    minutes let a shared disk recover.
+    """Longest wait of a rank for a row, in seconds. After it the rank ends, and names the samples being read. 0: no
+    limit. Seven minutes let a shared disk recover.
 
     Change: raise it for media behind slow servers.
     With: `run.stall_seconds` (should stay longer, so that the rank without data is named before those that wait for
-    it), `data.workers` (without workers only `run.stall_seconds` counts).
+    it), `data.workers` (without workers only `run.stall_seconds` applies).
     """
     media_root: str = ""
     """The folder in which relative paths of media begin, and which no path may leave. Empty: paths begin at the folder
@@ -234,15 +234,15 @@ class DataConfig:
     Change: when media are stored apart from the rows, and for rows from others, which could name any of your files.
     """
     allow_private_addresses: bool = False
-    """Whether urls of media may name addresses that are not public. Whoever writes a row chooses what this machine
-    asks, so the default is false.
+    """Allow urls of media with addresses that are not public. The author of a row decides what this machine requests,
+    so the default is false.
 
     Change: to true when media are served inside your own network, and you trust the rows.
     """
     cache_dir: str = ""
     """The folder for indexes of shards and for converted files. Empty: next to the data.
 
-    Change: when the data's folder cannot be written. On several nodes it should be a disk that all of them share.
+    Change: when the data's folder is not writable. For several nodes it should be on a disk that all of them share.
     """
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)

@@ -1,4 +1,4 @@
-"""Opens what the `data:` section names: finds or converts the sources, indexes and measures them, plans, reads."""
+"""Opens the sources of the `data:` section: finds or converts them, indexes and measures them, plans, and reads."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from data.checks import data_problems
 from data.config import DataConfig
+from data.format.printable import count_of
 from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
 from data.shards.bytes import places_of
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") -> Mapping[str, Sequence[Path]]:
     """Return the shards of every source; a JSONL or JSON file is converted the first time.
 
-    `section` is what errors call the configuration that names them.
+    Errors name the keys of `section`.
     """
 
     def find(name: str, path: str) -> Sequence[Path]:
@@ -33,7 +34,7 @@ def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") ->
 
 
 def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, section: str = "data") -> Corpus:
-    """Index and measure all sources. The first caller does the work; let one rank of a node be first."""
+    """Index and measure all sources. The first caller does the work, so let one rank per node go first."""
     if problems := data_problems(config):
         raise ValueError("\n".join(map(str, problems)))
     settings = plan_settings(config, seed=0)
@@ -51,20 +52,20 @@ def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, sectio
     shown = [f"source {item.source}, shard {item.shard}, sample {item.key}: {item.reason}" for item in corpus.unusable]
     if len(shown) > config.max_bad_samples:
         raise ValueError(
-            f"{len(shown)} samples cannot be used, data.max_bad_samples={config.max_bad_samples}: "
+            f"{count_of(len(shown), 'sample')} cannot be used, but data.max_bad_samples is {config.max_bad_samples}: "
             f"{'; '.join(shown[:5])}; ... Run: moetune shards check"
         )
     for line in shown:
         log.warning("left out: %s", line)
     if corpus.overlong:
-        log.warning("data.overlong=%s left out %d samples", config.overlong, len(corpus.overlong))
+        log.warning("data.overlong=%s left out %s", config.overlong, count_of(len(corpus.overlong), "sample"))
     return corpus
 
 
 def open_stream(
     config: DataConfig, corpus: Corpus, renderer: Renderer, *, seed: int, rank: int, size: int
 ) -> DataStream:
-    """Open the steps of one data rank out of `size`."""
+    """Open the stream of steps for one data rank out of `size`."""
     settings = StreamSettings(
         workers=config.workers,
         prefetch=config.prefetch,

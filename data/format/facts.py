@@ -1,4 +1,4 @@
-"""What an index stores of an image or a video, so that it need not be decoded again. Loads no torch."""
+"""Facts about an image or a video that an index stores, so that it need not be decoded again. No torch."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where the images, videos and boxes of a record are, and how they are to be shown. No torch."""
+"""The images, videos and boxes of a record: their places, and how they are to be shown. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ BOX_TYPES = ("real", "norm1", "norm1000")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a medium's bytes are: in a member, or at a path or url (with a byte range) that samples may share."""
+    """The place of a medium's bytes: a member, or a path or url (with a byte range) that samples may share."""
 
     member: str | None = None
     path: str | None = None

@@ -72,7 +72,7 @@ class Record:
 
     @property
     def supervised(self) -> bool:
-        """Whether any turn carries loss."""
+        """Return whether any turn carries loss."""
         return any(message.weight > 0 for message in self.messages)
 
 

@@ -33,7 +33,7 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of a file in the tar are."""
+    """The name of a file in the tar, and the place of its bytes."""
 
     name: str
     offset: int

@@ -21,12 +21,12 @@ from data.shards.scan import scan_shard
 
 _KEY = re.compile(r"[a-z0-9_/-]+")
 _DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|[\[(][^\[\]()]*[\])]|\S*/\S*|\S*\d\S*")
-"""What tells apart two reasons of one kind: quoted text, lists, paths, numbers."""
+"""Details in which two reasons of one kind differ: quoted text, lists, paths, numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something wrong with a shard, or with one sample of it; a warning where training takes it as it is."""
+    """A fault of a shard, or of one sample in it; a warning if training accepts it."""
 
     shard: str
     key: str  # empty: the shard as a whole
@@ -35,7 +35,7 @@ class Finding:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """Equal for findings that differ in names and numbers only."""
+        """The level and the reason without details: equal for findings that differ only in names and numbers."""
         return self.level, _DETAIL.sub("...", self.reason)
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
-    """How closely to look. With a renderer every sample is rendered as training would."""
+    """Depth of the check. With a renderer every sample is rendered as in training."""
 
     renderer: Renderer | None = None
     tokens_per_pack: int | None = None  # longer samples are reported; needs the renderer

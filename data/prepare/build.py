@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How rows become shards."""
+    """Settings for building shards from rows."""
 
     name: str
     samples_per_shard: int = 1000
     media: Literal["embed", "reference"] = "embed"
-    media_root: str = ""  # where relative paths of media start, and what none leaves; empty: the input file's folder
+    media_root: str = ""  # folder where relative paths of media start and which none may leave; "": that of the input
     allow_private: bool = False  # urls may name addresses that are not public
     group: str = ""  # the column that becomes the record's group; empty: `group` itself
 

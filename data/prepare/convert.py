@@ -13,7 +13,7 @@ from data.format.record import load_json
 from data.shards.bytes import Places
 
 REJECTS = "rejects.jsonl"
-"""What a build writes last: the rows that it refused, with reasons."""
+"""The refused rows with reasons; a build writes this file last."""
 _FROM = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _FROM |= {"observation": "tool", "tool": "tool", "tool_response": "tool"}
 _FROM |= {"developer": "system"}  # OpenAI's newer word
@@ -36,7 +36,7 @@ _ALPACA = ("instruction", "input", "output", "history")
 
 
 def stamp_of_rows(source: Path) -> str:
-    """Changes when the content of the file does."""
+    """Return a hash of the file's content."""
     digest = blake2b(digest_size=8)
     with source.open("rb") as file:
         while block := file.read(1 << 22):
@@ -45,12 +45,12 @@ def stamp_of_rows(source: Path) -> str:
 
 
 def folder_of_shards(source: Path, cache_dir: Path | None, places: Places) -> Path:
-    """Where the shards of a file of rows go: beside it or in the cache, under a name made from its content."""
+    """Return the folder for the shards of a file of rows: next to it or in the cache, with its hash in the name."""
     return (cache_dir or source.parent) / f"{source.stem}-{stamp_of_rows(source)}{places.suffix}"
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield number and row of a JSON Lines file or a JSON list, from 1; a row that is no JSON comes as a ValueError."""
+    """Yield number (from 1) and row of a JSON Lines file or a JSON list; a row that is not JSON is a ValueError."""
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -22,7 +22,7 @@ class FolderInUse(ValueError):
 
 
 ATTEMPTS = 20
-"""How often a lock may vanish or change hands while it is being taken."""
+"""Attempts to take a lock that vanishes or changes hands meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +30,16 @@ class Holder:
     """The process that holds a lock."""
 
     launch: str
-    """What started the process. Restarts within one launch share it, on any host."""
+    """The launch that started the process. Restarts within one launch share it, on any host."""
     meeting: str
-    """Where the ranks of this start meet, so that they recognise the lock of their own rank 0."""
+    """The rendezvous of this start's ranks, by which they recognise the lock of their own rank 0."""
     host: str
     boot: str
     namespace: str
-    """Where `pid` counts: containers of one host may each have a process of that number."""
+    """The namespace of `pid`: containers of one host may each have a process with that number."""
     pid: int
     started: int
-    """When the process started, in the kernel's ticks since boot: process ids are used again."""
+    """Start of the process, in the kernel's ticks since boot; process ids are reused."""
     since: str
 
     def __str__(self) -> str:

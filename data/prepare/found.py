@@ -1,4 +1,4 @@
-"""What a user's file or folder is as a source of `data:`, and a part of it that is held out. No torch."""
+"""Recognises a user's file or folder as a source of `data:`, and holds a part of it out. No torch."""
 
 import json
 import re
@@ -29,18 +29,18 @@ _ROW = '{"image": "images/1.png", "conversations": [{"from": "human", "value": "
 
 @dataclass(frozen=True, kw_only=True)
 class UserData:
-    """A source to train on, one to evaluate with where there is one, and how many samples the first has."""
+    """A source to train on with its number of samples, and one to evaluate on, if there is one."""
 
     train: str
     held_out: str = ""
     how: str = ""
-    """A sentence on what is held out, or why nothing is."""
+    """A sentence that names the held-out part, or the reason why there is none."""
     samples: int | None = None
-    """None where counting them would take long."""
+    """None if counting them would take long."""
 
 
 def find_data(path: Path) -> UserData:
-    """Say what a file or a folder is as a source; ValueError, with what to do, where it is none."""
+    """Recognise a file or a folder as a source; if it is none, raise a ValueError that says what to do."""
     if not path.exists():
         raise ValueError(f"there is no {path}")
     if path.is_file():

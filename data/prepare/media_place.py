@@ -1,4 +1,4 @@
-"""Where a row of another tool says that its images and videos are. No decoder, no torch."""
+"""Finds the images and videos of rows written for other tools. No decoder, no torch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from data.format.fields import BadField, redact
 
 Put = Callable[[dict[str, Any], str], dict[str, Any]]
-"""Gets the place of a medium and its name for messages; returns what the record says in its stead."""
+"""Receives the place of a medium and its name for messages; returns the place for the record."""
 
 
 def media_entries(raw: Mapping[str, Any], *, image: Put, video: Put) -> dict[str, list[dict[str, Any]]]:
-    """The `images` and `videos` of a record, from those of a converted row; what a row has none of is left out."""
+    """Return the `images` and `videos` of a record, from a converted row; empty lists are left out."""
     images = [_entry(item, f"images[{n}]", image) for n, item in enumerate(raw.get("images", ()))]
     videos = [_video(item, f"videos[{n}]", image, video) for n, item in enumerate(raw.get("videos", ()))]
     return {name: entries for name, entries in (("images", images), ("videos", videos)) if entries}
@@ -22,7 +22,7 @@ def _entry(item: Any, where: str, put: Put) -> dict[str, Any]:
 
 
 def _video(item: Any, where: str, image: Put, video: Put) -> dict[str, Any]:
-    if isinstance(item, list):  # ms-swift: a list of frames, two a second
+    if isinstance(item, list):  # ms-swift: a list of frames, two per second
         item = {"frames": item, "rate": 2.0}
     if isinstance(item, Mapping) and "frames" in item:
         frames = item["frames"] if isinstance(item["frames"], list) else []
@@ -31,7 +31,7 @@ def _video(item: Any, where: str, image: Put, video: Put) -> dict[str, Any]:
 
 
 def place_of(item: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(path, url or bytes with a range; the rest of the entry). Text is a path, a url or a data: url."""
+    """Return (path, url or bytes with a range; the rest of the entry). Text is a path, a url or a data: url."""
     if isinstance(item, str):
         item = {"path": item}
     if not isinstance(item, Mapping):

@@ -22,7 +22,7 @@ from data.shards.scan import probe_media
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """Where relative media are found, where the shards will be, and whether media go into them."""
+    """Settings for one row: the folders of its media and of the shards, and whether media go into the shards."""
 
     folder: Path  # of the shards
     origin: Path  # of relative paths in rows, unless `places` has a root

@@ -23,7 +23,7 @@ from data.shards.reader import SampleReader
 from data.shards.sidecar import read_note
 
 KEPT = ("group", "key", "id", "source", "license")
-"""What a shard keeps of a row that can name a group."""
+"""Columns of a row that a shard keeps and that can name a group."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,50 +14,52 @@ from data.shards.fetch import fetch_url
 
 _OPEN_FILES = 64
 MAX_MEDIUM = 1 << 32
-"""Most bytes that are read of a medium outside of the shards."""
+"""Most bytes read from one medium outside the shards."""
 
 VideoBytes = bytes | list[bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Which media outside of the shards a reader may read."""
+    """The media outside the shards that a reader may read."""
 
-    root: Path | None = None  # where relative paths start, and what no path leaves; None: the folder of the shards
+    root: Path | None = None  # folder where relative paths start and which no path may leave; None: that of the shards
     allow_private: bool = False  # urls may name addresses that are not public
 
     @property
     def name(self) -> str:
-        """A name for these places, kept in an index: with others, other media may be found."""
+        """A name for these places, kept in an index, because other places may have other media."""
         return f"{'' if self.root is None else self.root.absolute()} {self.allow_private}"
 
     @property
     def suffix(self) -> str:
-        """What ends the names of files that depend on these places; empty for the default."""
+        """The suffix of file names that depend on these places; empty for the default."""
         return "" if self == Places() else f"-{blake2b(self.name.encode(), digest_size=4).hexdigest()}"
 
     def find(self, path: str, folder: Path) -> Path:
-        """Return the file of a medium; ValueError where the path, its links followed, leaves the root."""
+        """Return the file of a medium; raise ValueError if the path, with its links followed, leaves the root."""
         if self.root is None:
             return folder / path
         place = Path(os.path.realpath(self.root / path))
         if not place.is_relative_to(os.path.realpath(self.root)):
-            raise ValueError(f"{path} leads out of data.media_root={self.root}; move the file there, or the root up")
+            raise ValueError(
+                f"{path} leads out of data.media_root={self.root}; move the file there, or set a parent folder"
+            )
         return place
 
 
 def places_of(config: DataConfig) -> Places:
-    """Where media outside of the shards may be."""
+    """Return the places of media outside the shards."""
     root = Path(config.media_root) if config.media_root else None
     return Places(root=root, allow_private=config.allow_private_addresses)
 
 
 class ByteReader:
-    """Reads at positions, with few files held open. One for each process: a fork would share file handles."""
+    """Reads at positions, with few files held open. Each process needs its own, because a fork shares file handles."""
 
     def __init__(self, places: Places | None = None) -> None:
         self.places = places or Places()
-        self.outside = False  # whether a medium was read that lies in no shard
+        self.outside = False  # whether a medium outside the shards was read
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:

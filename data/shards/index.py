@@ -20,10 +20,10 @@ _EDGE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """What one shard holds. Rows of members follow samples; rows of images, videos and times follow their owners."""
+    """The content of one shard. Members are in order of samples; images, videos and times in order of their owners."""
 
-    stamp: str  # size and both ends of the tar: tells a stale index from a good one
-    places: str = ""  # where media outside of the shard were looked for; empty: it has none, and holds anywhere
+    stamp: str  # made from size and both ends of the tar, to recognise a stale index
+    places: str = ""  # of media outside the shard; empty: it has none, so the index is valid anywhere
     digest: str  # names, checksums, sizes of media: the same content has the same digest anywhere
     keys: tuple[str, ...]
     names: tuple[str, ...]

@@ -49,7 +49,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """Lengths with the fingerprints of what counted them; those of older versions have none of its files."""
+    """Lengths with the fingerprints of their renderer; files from older versions lack that of the base's files."""
 
     text: str
     full: str
@@ -65,7 +65,7 @@ def load_lengths(
     cache_dir: Path | None,
     tick: Callable[[int], object] = lambda number: None,
 ) -> Lengths:
-    """Load stored lengths where they fit index and settings; else count (text only if its settings changed) and store.
+    """Load stored lengths if they match index and settings; else count (text only if its settings changed) and store.
 
     `tick` gets the number of samples counted, after each.
     """
@@ -99,7 +99,7 @@ def load_lengths(
 
 
 def known_lengths(shard: Path, files_fingerprint: str, *, places: Places, cache_dir: Path | None) -> Lengths | None:
-    """Stored lengths of a shard where they were counted with these files and settings; None where they were not."""
+    """Return the stored lengths of a shard if they were counted with these files and settings, else None."""
     stored = _read(sidecar(shard, ".len", cache_dir), stamp_of(shard), places.name)
     return stored.lengths if stored is not None and stored.files == files_fingerprint else None
 

@@ -1,4 +1,4 @@
-"""Turns held-out samples into questions: a model is asked for the last answer of the conversation. No torch."""
+"""Turns held-out samples into questions, each without the last answer of its conversation. No torch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from data.shards.reader import SampleReader
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A sample whose last answer a model is asked for. Its media stay in the shard until they are read."""
+    """A sample whose last answer the model must give. Its media stay in the shard until they are read."""
 
     shard: Path
     number: int

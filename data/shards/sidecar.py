@@ -57,7 +57,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path) -> Arrays | None:
-    """Read arrays; None if there is no file, or none that we wrote."""
+    """Read arrays; None if the file is missing, or not written by us."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -69,7 +69,7 @@ def read_arrays(path: Path) -> Arrays | None:
 
 
 def _unpack(body: bytes) -> Arrays | None:
-    """Return what the archive holds, unless it is compressed and may take more memory than it is long."""
+    """Return the arrays of the archive, or None if it is compressed and may need more memory than it is long."""
     try:
         members = zipfile.ZipFile(io.BytesIO(body)).infolist()
         if len(members) > _MOST_MEMBERS or sum(member.file_size for member in members) > len(body):
@@ -87,7 +87,7 @@ def write_note(path: Path, note: dict[str, Any]) -> None:
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """Read the object, without its checksum; None if there is no file, or none that we wrote."""
+    """Read the object, without its checksum; None if the file is missing, or not written by us."""
     try:
         note = load_json(path.read_bytes())
     except (OSError, ValueError):

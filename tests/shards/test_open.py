@@ -144,7 +144,7 @@ def test_unusable_samples_are_named_counted_and_limited(tmp_path, caplog):
     )
     assert len(corpus.sources[0]) == 27
     with pytest.raises(
-        ValueError, match="3 samples cannot be used, data.max_bad_samples=2: source a, shard x.tar, sample 000"
+        ValueError, match="3 samples cannot be used, but data.max_bad_samples is 2: source a, shard x.tar, sample 000"
     ):
         open_corpus(config_of(folder, max_bad_samples=2), renderer())
 
@@ -194,7 +194,7 @@ def test_a_sample_over_the_budget_is_refused_skipped_or_split(tmp_path, caplog):
         open_corpus(config_of(folder), renderer())
     with caplog.at_level(logging.WARNING):
         assert len(keys_of(config_of(folder, overlong="skip", remainder="keep"))) == 12
-    assert "data.overlong=skip left out 1 samples" in caplog.text
+    assert "data.overlong=skip left out 1 sample" in caplog.text
     keys = keys_of(config_of(folder, overlong="split-turns", remainder="keep"))
     parts = [key for key in keys if key.endswith("talk")]
     assert len(parts) >= 2
