@@ -1,7 +1,7 @@
-"""Held-out questions, asked and scored: one JSON line an answer, one row a source. Torch is loaded for JSONL only.
+"""Asks held-out questions and scores the answers: one JSON line per answer, one row per source. No torch but for JSONL.
 
-A callable answers them: a loaded model or an endpoint. Controls change what is shown: with shuffled media each question
-gets those of another, with blank media grey pictures; a model that looks does badly then.
+A callable answers: a loaded model or an endpoint. A control replaces the media: `shuffled` shows each question those
+of another, `blank` shows grey pictures. A model that uses its media scores badly under a control.
 """
 
 import io
@@ -25,7 +25,7 @@ Control = Literal["kept", "shuffled", "blank"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShownQuestion:
-    """One question as it is shown: a record without its answer, and the bytes of its media."""
+    """A question for a model: a record without its answer, and the bytes of its media."""
 
     key: str
     record: Record
@@ -35,19 +35,19 @@ class ShownQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """One answer. `finished`: it ended by itself, not at the limit of tokens."""
+    """One answer. `finished` means that it ended by itself, not at the limit of tokens."""
 
     text: str
     finished: bool
 
 
 Respond = Callable[[Iterator[ShownQuestion]], Iterator[Reply]]
-"""One reply for each question, in their order."""
+"""Gives one reply to each question, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One question with its answer and scores, a line in the file of answers."""
+    """One question with its answer and scores: a line in the file of answers."""
 
     question: Question
     reply: Reply
@@ -84,7 +84,7 @@ def find_questions(
         if not sign:
             name, path = Path(word).stem, word
         if path.endswith((".jsonl", ".json")):
-            from data.prepare.converted import shards_of_rows  # its decoders take a second to load
+            from data.prepare.converted import shards_of_rows  # here, because its decoders take a second to load
 
             shards = shards_of_rows(Path(path), "DATA", cache_dir=cache_dir, jobs=jobs, places=places)
         else:
@@ -92,7 +92,7 @@ def find_questions(
         questions += read_questions(shards, reader, source=name)
     if not questions:
         raise ValueError(
-            f"{', '.join(paths)}: no sample there ends with an assistant's turn, so nothing is asked. "
+            f"{', '.join(paths)}: no sample ends with an assistant's turn, so there is nothing to ask. "
             f"Look at one with `moetune shards show`"
         )
     return (questions if limit is None else _drawn(questions, limit, seed)), reader
@@ -112,13 +112,13 @@ def _drawn(questions: list[Question], limit: int, seed: int) -> list[Question]:
 
 
 def metrics_of(words: Sequence[str], sources: Sequence[str]) -> dict[str, dict[str, Metric]]:
-    """Find every source's metrics, from `METRIC` (all sources) and `SOURCE=METRIC`; `exact` where none is named."""
+    """Return the metrics of every source, from `METRIC` (all sources) and `SOURCE=METRIC`; `exact` by default."""
     of_all = [word for word in words if "=" not in word]
     of_source: dict[str, list[str]] = defaultdict(list)
     for word in words:
         source, sign, metric = word.partition("=")
         if sign and source not in sources:
-            raise ValueError(f"--metric {word}: no sample is of source {source!r}; there are {', '.join(sources)}")
+            raise ValueError(f"--metric {word}: no sample has source {source!r}; the sources are {', '.join(sources)}")
         if sign:
             of_source[source].append(metric)
     named = {source: of_source.get(source) or of_all or ["exact"] for source in sources}
@@ -128,12 +128,12 @@ def metrics_of(words: Sequence[str], sources: Sequence[str]) -> dict[str, dict[s
 def with_media(
     questions: Sequence[Question], reader: SampleReader, *, control: Control, seed: int
 ) -> Iterator[ShownQuestion]:
-    """Yield the questions with their media, or with what a control shows instead."""
+    """Yield the questions with their media, or with those that a control shows instead."""
     owners = _shuffled(questions, seed) if control == "shuffled" else range(len(questions))
     for question, owner in zip(questions, owners, strict=True):
         images, videos = questions[owner].media(reader)
         record = question.record
-        if control == "shuffled":  # frames, times and rates describe the media, so they come along
+        if control == "shuffled":  # with the frames, times and rates, because they describe the media
             record = replace(record, images=questions[owner].record.images, videos=questions[owner].record.videos)
         elif control == "blank":
             if videos:
@@ -143,7 +143,10 @@ def with_media(
 
 
 def _shuffled(questions: Sequence[Question], seed: int) -> list[int]:
-    """Return whose media each question gets: those of another with as many images and videos, by one drawn circle."""
+    """Return the index of the question whose media each question gets: another one with as many images and videos.
+
+    Each group is shuffled into one circle, so that no question keeps its own media.
+    """
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for at, question in enumerate(questions):
         alike[(len(question.record.images), len(question.record.videos))].append(at)
@@ -153,8 +156,8 @@ def _shuffled(questions: Sequence[Question], seed: int) -> list[int]:
             continue
         if len(group) == 1:
             raise ValueError(
-                f"--media shuffled: no other question shows {images} images and {videos} videos as "
-                f"{questions[group[0]].key} does; give more samples"
+                f"--media shuffled: no other question shows {count_of(images, 'image')} and "
+                f"{count_of(videos, 'video')}, as {questions[group[0]].key} does; use more samples"
             )
         circle = random.Random(seed).sample(group, len(group))
         for at, other in zip(circle, circle[1:] + circle[:1], strict=True):
@@ -175,9 +178,9 @@ def _grey(data: bytes) -> bytes:
 def unfit_questions(
     questions: Sequence[Question], metrics: Mapping[str, Mapping[str, Metric]]
 ) -> dict[tuple[Path, str], str]:
-    """Find the samples, by shard and key, whose reference a metric of their source cannot read, and why.
+    """Find samples whose reference a metric of their source cannot read; return reasons by shard and key.
 
-    Each reference is measured against itself, so that this is known before a model is asked.
+    Each reference is scored against itself, so this is known before the model is asked.
     """
     unfit = {}
     for question in questions:
@@ -192,14 +195,17 @@ def unfit_questions(
 def require_fit(
     questions: Sequence[Question], metrics: Mapping[str, Mapping[str, Metric]], *, skip: bool
 ) -> tuple[list[Question], dict[tuple[Path, str], str]]:
-    """Return the questions that all metrics can score, and those that are left out; ValueError unless `skip`."""
+    """Return the questions that all metrics can score, and the others with reasons.
+
+    Raise ValueError if there are others, unless `skip` allows it and every source keeps some.
+    """
     unfit = unfit_questions(questions, metrics)
     fit = [question for question in questions if (question.shard, question.key) not in unfit]
     lost = sorted({question.source for question in questions} - {question.source for question in fit})
     if unfit and (not skip or lost):
         (shard, key), reason = next(iter(unfit.items()))
         how_many = f"{len(unfit)} of {count_of(len(questions), 'sample')}"
-        cure = f"No sample of {', '.join(lost)} is left. Give" if skip else "Leave them out with --skip-unfit, or give"
+        cure = f"No sample of {', '.join(lost)} is left. Give" if skip else "Skip them with --skip-unfit, or give"
         raise ValueError(
             f"{how_many} cannot be scored; the first is {shard}, sample {key}: {reason}. {cure} "
             f"the source another metric: --metric SOURCE=METRIC"
@@ -213,7 +219,7 @@ def ask_all(
     respond: Respond,
     metrics: Mapping[str, Mapping[str, Metric]],
 ) -> Iterator[Scored]:
-    """Yield every question with its reply and scores, as they come."""
+    """Yield every question with its reply and scores, as replies arrive."""
     for question, reply in zip(questions, respond(shown), strict=True):
         answer = spoken(reply.text)
         scores = {name: metric(answer, question.references) for name, metric in metrics[question.source].items()}
@@ -222,7 +228,7 @@ def ask_all(
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One source, or all: the number of samples and of answers cut at the limit of tokens, mean scores by metric."""
+    """A row for one source, or for all: samples, answers cut at the limit of tokens, and mean scores by metric."""
 
     source: str
     samples: int
@@ -231,7 +237,7 @@ class Row:
 
 
 def table(scored: Sequence[Scored]) -> list[Row]:
-    """Return a row a source, and one of all; there a metric's mean is taken over the samples that it measured."""
+    """Return one row per source, and one for all; a mean in it covers the samples that the metric scored."""
     by_source: dict[str, list[Scored]] = defaultdict(list)
     for item in scored:
         by_source[item.question.source].append(item)

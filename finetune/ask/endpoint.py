@@ -1,7 +1,7 @@
-"""Questions over HTTP to any server that speaks OpenAI's chat completions: vLLM, sglang, or a hosted one. No torch.
+"""Asks questions over HTTP of any server with OpenAI's chat completions: vLLM, sglang, or a hosted one. No torch.
 
-Media are sent as data URLs, unchanged from the shard: the server resizes them itself. A request that a busy or
-restarting server refuses is repeated; an error in the request or the key is raised at once.
+Media are sent as data URLs, unchanged from the shard; the server resizes them. A request that a busy or restarting
+server refuses is repeated; an error in the request or the key is raised at once.
 """
 
 import base64
@@ -30,14 +30,14 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """HTTP codes after which a request is repeated."""
 _LONGEST_WAIT_S = 60.0
 _FIRST_ERROR = 300
-"""Below it are HTTP's codes of success; redirects were followed."""
+"""HTTP codes below this one mean success; redirects have been followed."""
 _REASON_BYTES = 4096
 _MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp", b"GIF8": "image/gif"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion(Reply):
-    """An answer with what the server tells of its tokens; what it does not tell is empty or None."""
+    """An answer with its tokens and log-probabilities; those that the server does not return are empty or None."""
 
     prompt_ids: tuple[int, ...] = ()
     prompt_tokens: int | None = None
@@ -47,11 +47,11 @@ class Completion(Reply):
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server, and how to ask it. `url` may end with or without /v1."""
+    """A server and the settings for requests. `url` may end with or without /v1."""
 
     url: str
     model: str = ""
-    """The model's name at the server; empty: the only one that the server has."""
+    """The model's name on the server; empty: the only one that it serves."""
     key_variable: str = "OPENAI_API_KEY"
     """The environment variable with the key; if it is not set, no key is sent."""
     timeout: float = 600.0
@@ -61,9 +61,9 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--url is {self.url!r}; write http://host:port/v1, as the server prints it at start")
+            raise ValueError(f"--url is {self.url!r}; write http://host:port/v1, as the server prints at its start")
         if not self.timeout > 0:
-            raise ValueError(f"--timeout is {self.timeout:g}; a request needs some seconds, above 0")
+            raise ValueError(f"--timeout must be a number of seconds above 0, got {self.timeout:g}")
 
     @property
     def root(self) -> str:
@@ -71,7 +71,7 @@ class Endpoint:
         return self.url.rstrip("/").removesuffix("/v1")
 
     def call(self, path: str, body: Mapping[str, Any] | None = None, *, parse: Callable[[Any], Result]) -> Result:
-        """POST a body, or GET without one, and parse the JSON that comes back; EndpointError if none does."""
+        """POST a body, or GET without one, and parse the JSON answer; raise EndpointError if there is none."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.key_variable):
             headers["Authorization"] = f"Bearer {key}"
@@ -91,11 +91,11 @@ class Endpoint:
                 return understood(answer.body, parse, address=address)
             problem, pause = self._temporary(answer, path), answer.retry_after
         raise EndpointError(
-            f"{address}: no answer after {count_of(self.attempts, 'attempt')}, the last said: {problem}"
+            f"{address}: no answer after {count_of(self.attempts, 'attempt')}; the last failed with: {problem}"
         )
 
     def _temporary(self, answer: Answer, path: str) -> str:
-        """Describe an error after which the request is repeated; raise any other."""
+        """Describe an error after which the request is repeated; raise EndpointError for any other."""
         reason = _reason(answer)
         if answer.status in AGAIN:
             return f"HTTP {answer.status}: {reason}"
@@ -104,7 +104,7 @@ class Endpoint:
             is_set = "is set but refused" if os.environ.get(self.key_variable) else "is not set"
             advice = f". The key is read from the environment variable {self.key_variable}, which {is_set}"
         if answer.status == 404:
-            advice = f". --url should be the server's address up to /v1, and --name a model it has ({self.url})"
+            advice = f". --url must be the server's address up to /v1, and --name a model that it has ({self.url})"
         raise EndpointError(f"{self.root}{path}: HTTP {answer.status}: {reason}{advice}")
 
     def complete(self, body: Mapping[str, Any]) -> Completion:
@@ -112,7 +112,7 @@ class Endpoint:
         return self.call("/v1/chat/completions", body, parse=completion_of)
 
     def model_name(self) -> str:
-        """Return the name given, or the only one that the server lists."""
+        """Return the model's name as given, or the only one that the server lists."""
         if self.model:
             return self.model
         names = self.call("/v1/models", parse=lambda tree: [text_of(entry["id"]) for entry in tree["data"]])
@@ -130,14 +130,14 @@ def _in_threads(
     def in_turn(question: ShownQuestion) -> Reply:
         with turns:
             if stop.is_set():
-                raise EndpointError("no longer wanted")
+                raise EndpointError("the question was cancelled")
             return work(question)
 
     return lambda question: in_thread(partial(in_turn, question)), stop
 
 
 def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
-    """Answer through a server, several questions at a time; `options` are OpenAI's, such as max_tokens."""
+    """Return a callable that asks a server several questions at a time; `options` are OpenAI's, such as max_tokens."""
 
     def respond(questions: Iterator[ShownQuestion]) -> Iterator[Reply]:
         name = endpoint.model_name()
@@ -164,11 +164,11 @@ def remote(endpoint: Endpoint, options: Mapping[str, Any]) -> Respond:
 
 
 def completion_body(question: ShownQuestion, model: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the request: the conversation in OpenAI's form."""
+    """Return the request's body: the conversation in OpenAI's form."""
     images, videos = iter(question.images), iter(question.videos)
     messages = [_message(message, images, videos) for message in question.record.messages]
     calls = 0
-    for message in messages:  # OpenAI joins results and calls by name, we by order
+    for message in messages:  # OpenAI matches results to calls by id, our records by order
         calls = calls + 1 if message["role"] == "tool" else 0
         if calls:
             message["tool_call_id"] = f"call-{calls - 1}"
@@ -179,7 +179,7 @@ def completion_body(question: ShownQuestion, model: str, options: Mapping[str, A
 
 
 def completion_of(tree: Any) -> Completion:
-    """Return the first choice of a completion; any exception where it is none."""
+    """Return the first choice of a completion; an invalid tree may raise any exception."""
     choice = tree["choices"][0]
     entries = (choice.get("logprobs") or {}).get("content") or []
     usage = tree.get("usage") or {}
@@ -195,7 +195,7 @@ def completion_of(tree: Any) -> Completion:
 
 def _finite(value: Any) -> float:
     if not math.isfinite(number := float(value)):
-        raise ValueError(f"a log-probability must be finite, and is {number}")
+        raise ValueError(f"a log-probability must be finite, got {number}")
     return number
 
 
@@ -204,16 +204,16 @@ def _ids(values: Any) -> tuple[int, ...]:
 
 
 def check_sendable(record: Record) -> None:
-    """Raise on what OpenAI's protocol cannot express."""
+    """Raise ValueError if OpenAI's protocol cannot express the record."""
     for message in record.messages:
         for part in message.contents:
             if part.kind not in ("text", "image", "video"):
-                raise ValueError(f"<{part.kind}> stands in a question; a server is sent text, images and videos only")
+                raise ValueError(f"a question contains <{part.kind}>; a server takes only text, images and videos")
     for video in record.videos:
         if video.frames or video.start is not None or video.end is not None:
             raise ValueError(
-                "a question shows a range or a list of frames of a video; a server is sent whole files only. Cut the "
-                "file, or ask a local model with --model"
+                "a question shows a range or a list of frames of a video, but a server takes only complete files. Cut "
+                "the file, or ask a local model with --model"
             )
 
 
@@ -248,7 +248,7 @@ def _data_url(data: bytes, kind: str = "") -> str:
 
 
 def _reason(answer: Answer) -> str:
-    """Return the server's own message, whatever form it has."""
+    """Return the server's own message, in any of the usual forms."""
     text = answer.body[:_REASON_BYTES].decode(errors="replace")
     try:
         tree = json.loads(text)

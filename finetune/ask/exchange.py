@@ -1,4 +1,4 @@
-"""One HTTP request, bounded in time and in size, and the only place where a stranger's answer is taken apart."""
+"""Makes one HTTP request, bounded in time and size. Only this file parses answers, which cannot be trusted."""
 
 import http.client
 import json
@@ -16,33 +16,33 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 MOST_BYTES = 64 * 2**20
-"""What an answer may weigh: one with the log-probabilities of 100,000 tokens weighs a tenth of it."""
+"""Largest answer. One with the log-probabilities of 100,000 tokens takes a tenth of it."""
 _CHUNK_BYTES = 2**16
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class EndpointError(RuntimeError):
-    """The server could not be reached, or refused, or said what nobody understands."""
+    """The server could not be reached, refused the request, or sent an invalid answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back."""
+    """A server's answer."""
 
     status: int
     reason: str
     body: bytes
     retry_after: float
-    """Seconds after which the server wants to be asked again; 0 where it does not say."""
+    """Seconds after which the server asks for another attempt; 0 if it does not say."""
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Takes the key to the server that it was meant for, and to no other."""
+    """Follows redirects, but sends the key only to the server that it was meant for."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         before, after = _origin(req.full_url), _origin(newurl)
         if after[0] not in ("http", "https"):
-            raise urllib.error.HTTPError(newurl, code, f"a redirect to {after[0]}: is not followed", headers, fp)
+            raise urllib.error.HTTPError(newurl, code, f"a redirect to {after[0]}: was not followed", headers, fp)
         request = super().redirect_request(req, fp, code, msg, headers, newurl)
         if request is not None and before != after:
             request.remove_header("Authorization")
@@ -53,9 +53,9 @@ _OPENER = urllib.request.build_opener(_Redirect)
 
 
 def exchange(request: urllib.request.Request, *, timeout: float) -> Answer:
-    """Send a request and return the whole answer within so many seconds, from whatever server.
+    """Send a request and return the complete answer within `timeout` seconds, else raise OSError or HTTPException.
 
-    OSError or HTTPException where none comes. A thread waits for it: a socket's own limit is for each read.
+    A thread waits for the answer, because a socket's own limit applies to each read.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -65,9 +65,9 @@ def exchange(request: urllib.request.Request, *, timeout: float) -> Answer:
 
 
 def in_thread(work: Callable[[], Result]) -> Future[Result]:
-    """Run `work` in a daemon thread; what it raises is raised where its result is waited for.
+    """Run `work` in a daemon thread. Its future returns the result or raises the exception.
 
-    No pool: Python waits for a pool's threads before it ends, and a silent server would keep it for hours.
+    This is not a pool: Python joins a pool's threads at exit, and a silent server could delay that for hours.
     """
     future: Future[Result] = Future()
 
@@ -82,22 +82,22 @@ def in_thread(work: Callable[[], Result]) -> Future[Result]:
 
 
 def understood(body: bytes, parse: Callable[[Any], Result], *, address: str) -> Result:
-    """Parse the JSON that a server sent: whatever is wrong with it, the error names the address."""
+    """Parse the JSON that a server sent; any error in it becomes an EndpointError that names the address."""
     try:
         return parse(json.loads(body))
-    except Exception as error:  # noqa: BLE001 - a stranger's words may be wrong in any way
+    except Exception as error:  # noqa: BLE001 - a server's answer may be wrong in any way
         raise EndpointError(
-            f"{address}: what came back is not what OpenAI's protocol says ({type(error).__name__}: {error!s:.100}); "
-            f"it begins with {body[:100]!r}. Is it the right address?"
+            f"{address}: the answer does not follow OpenAI's protocol ({type(error).__name__}: {error!s:.100}); "
+            f"it begins with {body[:100]!r}. Check the address"
         ) from error
 
 
 def text_of(value: Any) -> str:
-    """Return a text that a server wrote, without halves of surrogate pairs, which no file takes; "" for null."""
+    """Return a text that a server wrote, without lone surrogates, which UTF-8 cannot encode; "" for null."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise TypeError(f"text must be a string, and is a {type(value).__name__}")
+        raise TypeError(f"text must be a string, got {type(value).__name__}")
     return _HALF_PAIR.sub("\ufffd", value)
 
 
@@ -120,10 +120,10 @@ def _read(reply: Any, address: str, deadline: float) -> bytes:
     while chunk := reply.read1(_CHUNK_BYTES):
         body += chunk
         if len(body) > MOST_BYTES:
-            raise EndpointError(f"{address}: more than {MOST_BYTES // 2**20} MiB came back. Is it the right address?")
+            raise EndpointError(f"{address}: the answer has more than {MOST_BYTES // 2**20} MiB. Check the address")
         if time.monotonic() > deadline:
             raise TimeoutError
-    if reply.length:  # read1 says nothing of it
+    if reply.length:  # the answer is incomplete, which read1 does not report
         raise http.client.IncompleteRead(bytes(body), reply.length)
     return bytes(body)
 

@@ -1,4 +1,4 @@
-"""A picture of scores by length and depth: one grid for each model, side by side. Pillow draws it."""
+"""Draws scores by length and depth as a picture, with one grid for each model. Uses Pillow."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ CELL = (72, 36)
 LEFT, TOP = 64, 46
 GAP = 40
 BELOW = 30
-"""Pixels: of a cell, left of the cells and above them, between two grids, below the cells."""
+"""Pixels: the size of a cell, the margins left of and above the cells, between grids, and below the cells."""
 
 
 def draw_heatmap(

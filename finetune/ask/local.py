@@ -8,11 +8,11 @@ from finetune.ask.answers import Reply, Respond, ShownQuestion
 from finetune.ask.speaker import Sampling, Speaker
 
 WINDOW = 4
-"""Batches that are filled together, so that prompts of similar length share one and little is padding."""
+"""Batches that are formed together, so that prompts of similar length share one and padding is small."""
 
 
 def prompt_of(speaker: Speaker, question: ShownQuestion) -> Sample:
-    """Return the prompt that the model gets; an error in it names the sample."""
+    """Render the prompt of a question; errors name the sample."""
     try:
         prompt = speaker.renderer.build(
             question.record, question.images, question.videos, key=question.key, prompt=True
@@ -23,7 +23,10 @@ def prompt_of(speaker: Speaker, question: ShownQuestion) -> Sample:
 
 
 def local(speaker: Speaker, sampling: Sampling, *, batch: int) -> Respond:
-    """Answer with a loaded model, `batch` prompts at a time; an answer does not depend on the rest of its batch."""
+    """Return a callable that answers with a loaded model, `batch` prompts at a time.
+
+    An answer does not depend on the rest of its batch.
+    """
 
     def respond(questions: Iterator[ShownQuestion]) -> Iterator[Reply]:
         first = 0

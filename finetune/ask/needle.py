@@ -1,7 +1,8 @@
-"""Needles in haystacks of a given length: a fact in filler text, or one coloured frame in a grey video. From a seed.
+"""Builds needles in haystacks from a seed and scores a model on them, by length and depth.
 
-A model finds a needle if its own first choice is the right answer, token by token, given the question; one forward a
-trial, nothing is generated. Haystacks are made to measure with the model's own tokenizer and frame sizes.
+The needle is a fact in filler text, or one coloured moment in a grey video. The model finds it if each token of the
+right answer is its first choice. This takes one forward per trial; nothing is generated. Haystacks are fitted to their
+length with the model's own tokenizer and frame sizes.
 """
 
 import io
@@ -25,10 +26,10 @@ THINGS = ("harbour", "garden", "kettle", "ladder", "violin", "lantern", "bridge"
 DOINGS = ("stood near the wall", "was painted again", "was sold in spring", "belonged to nobody", "stayed where it was")
 COLOURS = {"red": (220, 30, 30), "green": (30, 190, 40), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 FRAME = 64
-"""Side of a frame of a haystack of video, in pixels: 4 tokens."""
+"""Side of a video haystack's frames in pixels: 4 tokens."""
 
 MARKS = 8
-"""Tokens that open and close an answer, at most."""
+"""The most tokens that open and close an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,12 @@ class Cell:
     """The scores of all trials of one length and depth."""
 
     length: int
-    """The wanted length in tokens."""
+    """The nominal length in tokens."""
     depth: float
     tokens: float
     """Mean length of the prompts in tokens."""
     found: float
-    """Share of the trials in which the whole answer was the model's first choice."""
+    """Share of the trials in which every token of the answer was the model's first choice."""
     right_tokens: float
     """Share of the answers' tokens that were the model's first choice."""
 
@@ -67,7 +68,7 @@ def text_haystack(count: int, depth: float, *, seed: int) -> Haystack:
 
 
 def video_haystack(count: int, depth: float, *, seed: int) -> Haystack:
-    """Make a video of `count` grey frames, one a second, of which one pair shows a colour; the answer is its name."""
+    """Make a video of `count` grey frames, one per second, with one coloured pair; the answer is the colour's name."""
     draw = random.Random(seed)
     name, noise = draw.choice(list(COLOURS)), np.random.default_rng(seed)
     count += count % 2
@@ -93,7 +94,7 @@ def _record(row: dict[str, Any]) -> Record:
 
 
 def count_tokens(haystack: Haystack, renderer: Renderer) -> int:
-    """Count the tokens of a haystack with its answer and the marks around it, without looking at a pixel."""
+    """Count the tokens of a haystack with its answer and the marks around it, without its pixels."""
     sizes = [ImageFacts(height=FRAME, width=FRAME)]
     videos = [
         frame_list_facts(ref, sizes * len(frames))
@@ -117,13 +118,13 @@ def fitted(kind: str, length: int, depth: float, *, seed: int, renderer: Rendere
             return haystack
         count -= max(1, int((count_tokens(haystack, renderer) - length) / tokens_each))
     raise ValueError(
-        f"--lengths: a {kind} needle does not fit {length} tokens; the shortest haystack here takes {few}. "
-        f"Name longer ones"
+        f"--lengths: a {kind} needle does not fit in {length} tokens; the shortest haystack takes {few}. "
+        f"Give longer lengths"
     )
 
 
 def prompt_of(haystack: Haystack, renderer: Renderer) -> Sample:
-    """Return the prompt: the haystack, the question, and the answer's turn opened."""
+    """Return the prompt: the haystack, the question, and the opening of the answer's turn."""
     return renderer.build(haystack.record, [], list(haystack.videos), key="needle", prompt=True)
 
 

@@ -1,7 +1,7 @@
-"""Opens a model to be asked, with our loader: a base, a base with an adapter, or a merged model.
+"""Opens a model for questions, with our loader: a base, a base with an adapter, or a merged model.
 
-An adapter of ours stays beside its weights: the model computes as it did in training. An adapter of another tool is
-added to them in memory, in float32 with one rounding.
+Our own adapter is kept apart from the weights, so the model computes as in training. Another tool's adapter is added
+to the weights in memory, in float32 with one rounding.
 """
 
 from dataclasses import replace
@@ -43,9 +43,9 @@ def open_speaker(
     layout: str = "auto",
     other_base: bool = False,
 ) -> Speaker:
-    """Load a base or merged model, with an adapter on it or without, into one process.
+    """Load a base or merged model, with or without an adapter, into one process.
 
-    Only data.image, data.video, data.chat, context and moe.router_float32 of the configuration have an effect.
+    Of the configuration, only data.image, data.video, data.chat, context and moe.router_float32 have an effect.
     """
     opened_device = open_device(device)
     folder, config = model_folder(model), config or RunConfig()

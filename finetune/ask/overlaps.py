@@ -26,7 +26,7 @@ def _contains(box: Box, point: tuple[float, float]) -> bool:
 
 
 def time_iou(answer: str, references: Sequence[str]) -> float:
-    """Return the overlap of two spans of time over their union; an answer's span is between its first two times."""
+    """Return the intersection over union of two spans of time; an answer's span is between its first two times."""
     spans = [_span(reference) for reference in references]
     need(all(spans), references, "pair of times, in seconds or as 00:01:30", "time-iou")
     answered = _span(answer)
@@ -34,12 +34,12 @@ def time_iou(answer: str, references: Sequence[str]) -> float:
 
 
 def time_iou_at(answer: str, references: Sequence[str], limit: float) -> bool:
-    """Whether the spans overlap by at least `limit`."""
+    """Return whether the spans overlap by at least `limit`."""
     return time_iou(answer, references) >= limit
 
 
 def iou_at(answer: str, references: Sequence[str], limit: float) -> float:
-    """Return the share of boxes that match one to one with an overlap of at least `limit`: for one box, 0 or 1."""
+    """Return the share of boxes matched one to one with an overlap of at least `limit`; for one box it is 0 or 1."""
     answered = find_boxes(answer)
     best = 0.0
     for reference in references:
@@ -50,13 +50,13 @@ def iou_at(answer: str, references: Sequence[str], limit: float) -> float:
 
 
 def need(is_there: object, references: Sequence[str], what: str, metric: str) -> None:
-    """Raise unless the references hold what their metric measures."""
+    """Raise ValueError unless the references contain what their metric measures."""
     if not is_there:
-        raise ValueError(f"--metric {metric}: the reference {list(references)!r:.200} holds no {what}")
+        raise ValueError(f"--metric {metric}: the reference {list(references)!r:.200} contains no {what}")
 
 
 def find_boxes(text: str) -> list[Box]:
-    """Return every [x1, y1, x2, y2] in a text, corners in order."""
+    """Return every [x1, y1, x2, y2] in a text, with the corners in order."""
     boxes = []
     for numbers in _BOX.findall(text):
         x1, y1, x2, y2 = map(float, numbers)
@@ -83,7 +83,7 @@ def box_iou(first: Box, second: Box) -> float:
 
 
 def _matched(answered: Sequence[Box], expected: Sequence[Box], limit: float) -> int:
-    """Count the most pairs that overlap enough, each box in one pair: augmenting paths."""
+    """Return the largest number of pairs that overlap enough, each box in one pair, by augmenting paths."""
     near = [[at for at, other in enumerate(expected) if box_iou(box, other) >= limit] for box in answered]
     partner: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""Scores answers from 0 to 1, by published definitions where there are any. Pure Python, loads no torch.
+"""Scores answers from 0 to 1, by published definitions where they exist. Pure Python, no torch.
 
 A metric takes the answer and the accepted references; with several references the best one counts. The caller removes
 the thinking before an answer (`spoken`).
@@ -40,12 +40,14 @@ def find_metric(name: str) -> Metric:
         except ValueError:
             limit = math.nan
         if not 0 < limit <= 1:
-            raise ValueError(f"--metric {name}: what follows @ is an overlap above 0, at most 1; {plain}@0.5 is common")
+            raise ValueError(
+                f"--metric {name}: after @ there must be an overlap above 0 and at most 1, for instance {plain}@0.5"
+            )
         measure = _AT[plain]
         return lambda answer, references: float(measure(answer, references, limit))
     if at or name not in _PLAIN:
         raise ValueError(
-            f"--metric {name!r} is not known; there are {', '.join(METRICS)}, and module:function for one of your own"
+            f"--metric {name!r} is not known; use {', '.join(METRICS)}, or module:function for one of your own"
         )
     return _PLAIN[name]
 
@@ -56,26 +58,26 @@ def spoken(answer: str) -> str:
 
 
 def exact(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if the texts are equal, apart from surrounding white space and the way Unicode composes a character."""
+    """Return 1 if the texts are equal, apart from surrounding white space and Unicode composition."""
     return float(_composed(answer) in map(_composed, references))
 
 
 def contains(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if the answer contains a reference as full words, in upper or lower case: 9 is not in 19."""
+    """Return 1 if the answer contains a reference as whole words, in upper or lower case; 19 does not contain 9."""
     text = _composed(answer).casefold()
     words = (re.escape(_composed(reference).casefold()) for reference in references)
     return float(any(re.search(rf"(?<!\w){word}(?!\w)", text) for word in words if word))
 
 
 def choice(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if the answer names the reference's letter alone: `B`, `(b) a horse`, `The answer is B`."""
+    """Return 1 if the answer chooses the letter of the reference: `B`, `(b) a horse`, `The answer is B`."""
     letters = [chosen_letter(reference) for reference in references]
     need(all(letters), references, "letter of an option", "choice")
     return float(chosen_letter(answer) in letters)
 
 
 def chosen_letter(text: str) -> str | None:
-    """Return the option that an answer chooses: the last one named as such, one marked in front, or the only letter."""
+    """Return the option that an answer chooses: the last named as such, one marked at the start, or the only letter."""
     if named := [upper or lower for upper, lower in _NAMED.findall(text)]:
         return str(named[-1]).upper()
     if marked := _MARKED.match(text):
@@ -83,7 +85,7 @@ def chosen_letter(text: str) -> str | None:
     alone = [letter for letter in _ALONE.finditer(text) if letter[1] != "I"]
     if len({letter[1] for letter in alone}) != 1:
         return None
-    # "A horse" begins with an article, it does not choose
+    # "A horse" begins with an article and chooses nothing
     return None if alone[0][1] == "A" and _ARTICLE.match(text, alone[0].start()) else alone[0][1]
 
 
@@ -99,7 +101,7 @@ def anls(answer: str, references: Sequence[str]) -> float:
         answered, expected = " ".join(answer.lower().split()), " ".join(reference.lower().split())
         longest = max(len(answered), len(expected))
         if 2 * abs(len(answered) - len(expected)) >= longest > 0:
-            continue  # so far apart in length that no character needs a look
+            continue  # the lengths differ so much that the similarity is below one half
         distance = levenshtein(answered, expected) / longest if longest else 0.0
         best = max(best, 1 - distance if distance < 0.5 else 0.0)
     return best
@@ -111,7 +113,7 @@ def relaxed(answer: str, references: Sequence[str]) -> float:
 
 
 def json_field_f1(answer: str, references: Sequence[str]) -> float:
-    """Return F1 over the fields of a JSON object, each a path and a value; numbers by value, text by its words."""
+    """Return F1 over the fields of a JSON object, each a path and a value. Numbers compare by value, text by words."""
     fields = _fields(find_json(answer))
     best = 0.0
     for reference in references:
@@ -138,17 +140,19 @@ METRICS = (*_PLAIN, *(f"{name}@t" for name in _AT))
 
 def _of_user(name: str) -> Metric:
     module, _, function = name.partition(":")
-    if str(Path.cwd()) not in sys.path:  # last, so that no file where the user stands hides a package
+    if str(Path.cwd()) not in sys.path:  # last, so that no file in the current folder hides a package
         sys.path.append(str(Path.cwd()))
     try:
         metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--metric {name}: {error}. Write module:function, importable from here") from error
+        raise ValueError(f"--metric {name}: {error}. Write module:function, importable from this folder") from error
 
     def measured(answer: str, references: Sequence[str]) -> float:
         score = metric(answer, list(references))
         if not isinstance(score, (bool, int, float)) or not 0 <= score <= 1:
-            raise ValueError(f"--metric {name} gave {score!r} for the answer {answer!r:.80}; a score is from 0 to 1")
+            raise ValueError(
+                f"--metric {name} gave {score!r} for the answer {answer!r:.80}; a score must be from 0 to 1"
+            )
         return float(score)
 
     return measured
@@ -173,8 +177,8 @@ def _word_f1(answered: Sequence[Any], expected: Sequence[Any]) -> float:
 def levenshtein(first: str, second: str) -> int:
     """Return the fewest insertions, deletions and replacements of characters between two texts.
 
-    A column of the usual table is held as two numbers, with a bit where it rises and where it falls from row to row
-    (Hyyro 2003): texts of thousands of characters take milliseconds.
+    A column of the usual table is stored as two numbers, with a bit where it rises and where it falls from row to row
+    (Hyyro 2003), so that texts of thousands of characters take milliseconds.
     """
     if not first:
         return len(second)
@@ -212,8 +216,8 @@ def _value(text: str) -> float | None:
 
 
 def find_json(text: str) -> Any:
-    """Return the first JSON object or list in a text, in a fence or bare; None if there is none."""
-    decoder = json.JSONDecoder(parse_int=float)  # a model that repeats itself writes integers of any length
+    """Return the first JSON object or list in a text, fenced or bare; None if there is none."""
+    decoder = json.JSONDecoder(parse_int=float)  # a model that repeats itself may write integers of any length
     for start in (bracket.start() for bracket in re.finditer(r"[{\[]", text)):
         try:
             return decoder.raw_decode(text, start)[0]
@@ -225,7 +229,7 @@ def find_json(text: str) -> Any:
 
 
 def _fields(value: Any) -> list[tuple[str, Any]]:
-    """Return the leaves with their paths; the order of a list does not count. Any depth will do."""
+    """Return the leaves with their paths, at any depth; the order of a list does not count."""
     fields: list[tuple[str, Any]] = []
     left = [("", value)]
     while left:

@@ -1,14 +1,15 @@
 """Compares a live server with our own computation: token ids, image grids, greedy choices and log-probabilities.
 
-The server writes; our model then reads what it wrote in one forward. So one differing token is one difference, and a
-near tie, where rounding decides, can be told from a wrong model. What a server does not return is reported, not
-guessed.
+The server writes an answer, and our model scores its tokens in one forward. So one differing token is one difference,
+and a near tie, where rounding decides, can be distinguished from a wrong model. Values that a server does not return
+are reported as such, not guessed.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+from data.format.printable import count_of
 from data.render.sample import Sample
 from finetune.ask.answers import ShownQuestion
 from finetune.ask.endpoint import Completion, Endpoint, completion_body
@@ -23,7 +24,7 @@ TOPICS = ("token ids", "image grids", "greedy text", "log-probabilities")
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One thing that differs between the server and us."""
+    """One difference between the server and us."""
 
     key: str
     topic: str
@@ -35,7 +36,7 @@ class Difference:
 
 @dataclass(kw_only=True)
 class Card:
-    """What was compared so far, and what differed."""
+    """The comparisons so far, and the differences found."""
 
     tolerance: float
     max_tokens: int
@@ -48,21 +49,21 @@ class Card:
     cause: str = ""
     """What of an adapter the server leaves out, where that explains the differences."""
     note: str = ""
-    """What the model's folder says of images and videos, where that is not what this comparison goes by."""
+    """Settings for images and videos in the model's folder, if they differ from those of this comparison."""
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines of the printed card, one a topic."""
+        """Yield the lines of the printed card, one per topic."""
         units = {"token ids": "prompts", "image grids": "grids", "greedy text": "tokens", "log-probabilities": "tokens"}
         for topic in TOPICS:
             wrong = sum(difference.topic == topic for difference in self.differences)
             status = "FAIL" if wrong else "pass" if self.compared[topic] else "none"
             notes = [f"{self.compared[topic]} {units[topic]} compared"]
             notes += [f"{wrong} differ"] if wrong else []
-            notes += [f"{self.untold[topic]} samples not told by the server"] if self.untold[topic] else []
+            notes += [f"not returned for {count_of(self.untold[topic], 'sample')}"] if self.untold[topic] else []
             if topic == "greedy text" and self.near_ties:
                 notes.append(f"{self.near_ties} near ties within {self.tolerance:g}")
             if topic == "log-probabilities" and self.compared[topic]:
-                notes.append(f"farthest {self.farthest:.4f}, allowed {self.tolerance:g}")
+                notes.append(f"largest difference {self.farthest:.4f}, allowed {self.tolerance:g}")
             yield f"{status}  {topic:<18} {', '.join(notes)}"
         if self.cause:
             yield f"cause {self.cause}"
@@ -79,14 +80,14 @@ def serve_check(
     max_tokens: int,
     note: str = "",
 ) -> Iterator[Card]:
-    """Compare sample by sample, and yield the growing card after each."""
+    """Compare sample by sample, and yield the card after each."""
     card, name = Card(tolerance=tolerance, max_tokens=max_tokens, note=note), endpoint.model_name()
     options = {
         "max_tokens": max_tokens,
         "temperature": 0.0,
         "logprobs": True,
         "top_logprobs": 1,
-        "return_token_ids": True,  # vLLM's, for the ids of the prompt and of the answer; other servers ignore it
+        "return_token_ids": True,  # of vLLM, for the ids of prompt and answer; other servers ignore it
     }
     wrong: list[Written] = []
     for question in questions:
@@ -121,7 +122,7 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, completion: Completion
         detail = f"token {at} (media as one) is {there} there, {here} here"
         card.differences.append(Difference(key=key, topic="token ids", detail=detail))
     elif their_runs and all(run == 1 for run in their_runs) and their_runs != our_runs:
-        card.untold["image grids"] += 1  # ids from before the media were widened
+        card.untold["image grids"] += 1  # the server returned one placeholder per medium
     else:
         card.compared["image grids"] += len(our_runs)
         for number, (mine, other) in enumerate(zip(our_runs, their_runs, strict=True)):
@@ -133,7 +134,7 @@ def _compare_prompt(card: Card, key: str, prompt: Sample, completion: Completion
 
 
 def _compare_length(card: Card, key: str, prompt: Sample, theirs: int | None) -> bool:
-    """Compare how many tokens the prompt took, media included; a server without ids returns no more."""
+    """Compare the length of the prompt, media included: a server without ids returns nothing else."""
     card.untold["token ids"] += 1
     card.untold["image grids"] += 1
     ours = len(prompt.input_ids)
@@ -168,7 +169,7 @@ def _compare_answer(card: Card, key: str, prompt: Sample, completion: Completion
 
 
 def _answer_ids(completion: Completion, speaker: Speaker) -> list[int] | None:
-    """Return the tokens that the server wrote: as it names them, or from a text that only so many can spell."""
+    """Return the tokens that the server wrote: its own list, or those of the text if their number fits."""
     if completion.ids:
         return list(completion.ids)
     text, count = completion.text, len(completion.logprobs)
@@ -178,7 +179,7 @@ def _answer_ids(completion: Completion, speaker: Speaker) -> list[int] | None:
 
 
 def _compare_text(card: Card, key: str, prompt: Sample, text: str, speaker: Speaker) -> None:
-    """Compare greedy text alone, as tokens are not known: a near tie cannot be told from a difference."""
+    """Compare only greedy text, because tokens are not known. A near tie then counts as a difference."""
     (ours,) = speaker.answer([prompt], Sampling(max_tokens=card.max_tokens))
     card.compared["greedy text"] += len(ours.ids)
     if ours.text != text:
@@ -189,7 +190,7 @@ def _compare_text(card: Card, key: str, prompt: Sample, text: str, speaker: Spea
 
 
 def _compare_choices(card: Card, key: str, ids: Sequence[int], judged: Sequence[Judged], speaker: Speaker) -> None:
-    """Compare each token written there with our own best one at its place."""
+    """Compare each token that the server wrote with our own best one in its place."""
     for at, (token, mine) in enumerate(zip(ids, judged, strict=True)):
         card.compared["greedy text"] += 1
         if token == mine.best_id:
@@ -213,12 +214,12 @@ def _without_runs(ids: Sequence[int], pads: frozenset[int]) -> tuple[list[int], 
 
 
 def _grids(prompt: Sample, card: Card) -> str:
-    """What the images and videos of a prompt became here, and where to look when a server makes other grids."""
+    """Describe our grids of a prompt's images and videos, and where to look if the server's differ."""
     grids = [*prompt.image_grids.tolist(), *prompt.video_grids.tolist()]
     if not grids:
         return ""
     sizes = ", ".join("x".join(map(str, grid)) for grid in grids)
-    look = card.note or "look at the sizes in preprocessor_config.json and in the server's options"
+    look = card.note or "compare the sizes in preprocessor_config.json with the server's options"
     return f" (grids here: {sizes}; {look})"
 
 

@@ -1,7 +1,7 @@
-"""A loaded model that answers: greedy or sampled, alone or in a batch, token by token, in one process.
+"""Answers with a loaded model in one process: greedy or sampled, one prompt or a batch, token by token.
 
-Prompts of a batch are padded on their left side; a single prompt has neither padding nor mask. With a temperature
-every prompt has a random generator of its own, so that an answer does not depend on the rest of its batch.
+Prompts of a batch are padded on the left; a single prompt has neither padding nor mask. With a temperature, every
+prompt has a random generator of its own, so that an answer does not depend on the rest of its batch.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +21,7 @@ from finetune.model.lora import adapters_off
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
+    """Settings for the choice of tokens; temperature 0 is greedy."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -29,14 +29,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"--max-tokens is {self.max_tokens}; an answer has at least 1")
+            raise ValueError(f"--max-tokens must be at least 1, got {self.max_tokens}")
         if not 0 <= self.temperature < 100:
-            raise ValueError(f"--temperature is {self.temperature}; 0 is greedy, 1 is the model's own distribution")
+            raise ValueError(
+                f"--temperature must be at least 0 and below 100, got {self.temperature}. 0 is greedy, 1 is the "
+                f"model's own distribution"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer of a model. `finished`: it ended by itself, not at max_tokens."""
+    """An answer of a model. `finished` means that it ended by itself, not at max_tokens."""
 
     ids: tuple[int, ...]
     text: str
@@ -45,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A token that another model wrote: our log-probabilities of it and of our own choice in its place."""
+    """Our log-probabilities of a token that another model wrote, and of our own choice in its place."""
 
     chosen: float
     best: float
@@ -53,7 +56,7 @@ class Judged:
 
 
 class Speaker:
-    """A loaded model, and everything that it takes to ask it."""
+    """A loaded model with everything needed to ask it."""
 
     def __init__(
         self,
@@ -69,16 +72,16 @@ class Speaker:
         self.module = module.eval()
         self.renderer, self.spec = renderer, spec
         self.stops, self.device = stops, device
-        # transformers 5.24 gave the argument a shorter name, and warns of the one that 5.23 has
+        # transformers 5.24 renamed the argument, and warns about the name in 5.23
         self.keyword = "cache" if "cache" in signature(module.model.forward).parameters else "past_key_values"
         self.switches = switches
-        """Whether everything that the adapter does can be switched off again."""
+        """True if the adapter can be switched off completely."""
         self.adapted = tuple(adapted)
         """The parts of the model whose low-rank factors can be switched off."""
 
     def base_alone(self) -> AbstractContextManager[None]:
         """Return a context in which the adapter is switched off."""
-        assert self.switches, "what was trained in full or added to the weights cannot be left out"
+        assert self.switches, "fully trained parts, and changes added to the weights, cannot be switched off"
         return adapters_off(self.module)
 
     def without(self, parts: Collection[str]) -> AbstractContextManager[None]:
@@ -86,19 +89,19 @@ class Speaker:
         return adapters_off(self.module, parts)
 
     def require_room(self, prompt: Sample) -> Sample:
-        """Return the prompt; raise if it takes more positions than the model was made for."""
+        """Return the prompt; raise ValueError if it has more positions than the model supports."""
         positions = int(prompt.positions[1:].max()) + 1
         known = self.module.config.get_text_config().max_position_embeddings
         if positions > known:
             raise ValueError(
-                f"the prompt takes {positions:,} positions ({len(prompt.input_ids):,} tokens), the model reads "
-                f"{known:,}. Shorten it, show smaller images or fewer frames, or set context.yarn.factor where it was "
-                f"trained so"
+                f"the prompt takes {positions:,} positions ({len(prompt.input_ids):,} tokens), but the model supports "
+                f"{known:,}. Shorten it, show smaller images or fewer frames, or set context.yarn.factor if the model "
+                f"was trained with it"
             )
         return prompt
 
     def stream(self, prompt: Sample, sampling: Sampling) -> Iterator[str]:
-        """Yield the text of one answer piece by piece; an incomplete character waits for its next token."""
+        """Yield the text of one answer piece by piece; an incomplete character is held until its next token."""
         ids: list[int] = []
         streamed = ""
         for (token,) in self._tokens([prompt], sampling, [0]):
@@ -127,7 +130,7 @@ class Speaker:
 
     @torch.inference_mode()
     def judge(self, prompt: Sample, continuation: Sequence[int]) -> list[Judged]:
-        """Judge each token of a continuation, given the prompt and those before it, by one forward."""
+        """Score each token of a continuation, given the prompt and the tokens before it, in one forward."""
         continued = replace(
             prompt,
             input_ids=torch.cat([torch.from_numpy(prompt.input_ids), torch.tensor(continuation[:-1])]).int().numpy(),
@@ -142,7 +145,7 @@ class Speaker:
         return [Judged(chosen=chosen, best=best, best_id=best_id) for chosen, best, best_id in rows]
 
     def _tokens(self, prompts: Sequence[Sample], sampling: Sampling, numbers: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the next token of every prompt, until all have ended; ignore what follows the end of one."""
+        """Yield the next token of every prompt until all have ended; tokens after the end of one have no meaning."""
         generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in numbers]
         ended = [False] * len(prompts)
         cache, inputs = DynamicCache(config=self.module.config), self._inputs(prompts)
@@ -159,14 +162,14 @@ class Speaker:
             ids = torch.tensor(tokens, device=self.device)[:, None]
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
-    @torch.inference_mode()  # not around the loop: a generator would leave the mode on for its caller
+    @torch.inference_mode()  # not around the loop, because a generator would leave the mode on for its caller
     def _next_logits(self, inputs: dict[str, Any], cache: DynamicCache) -> Tensor:
         hidden_BTD = self.module.model(**inputs, **{self.keyword: cache}, use_cache=True).last_hidden_state
         logits_BV: Tensor = self.module.lm_head(hidden_BTD[:, -1]).float()
         return logits_BV
 
     def _inputs(self, prompts: Sequence[Sample]) -> dict[str, Any]:
-        """Return rows padded on the left, and the pixels of all of them, in the order of the rows."""
+        """Return rows padded on the left, and the pixels of all prompts in the order of the rows."""
         longest = max(len(prompt.input_ids) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.renderer.pad_id)
         mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -178,7 +181,7 @@ class Speaker:
         is_padded = not bool(mask.all())
         inputs: dict[str, Any] = {
             "input_ids": ids.to(self.device),
-            "attention_mask": mask.to(self.device) if is_padded else None,  # none, so that no mask of T x T is built
+            "attention_mask": mask.to(self.device) if is_padded else None,  # None avoids building a T x T mask
             "position_ids": (positions if self.spec is not None else positions[0]).to(self.device),
         }
         return inputs | self._pixels(prompts)
@@ -191,7 +194,7 @@ class Speaker:
             if not sum(map(len, patches)):
                 continue
             if self.spec is None:
-                raise ValueError(f"an {kind} was given, but this model has no vision tower; ask it about text")
+                raise ValueError(f"the prompt has {kind}s, but this model has no vision tower; ask it about text only")
             all_patches = torch.cat(patches).to(self.device)
             inputs[name] = normalise(all_patches, spec=self.spec, dtype=self.module.model.visual.dtype)
             inputs[f"{kind}_grid_thw"] = torch.cat(grids).to(self.device)
@@ -207,7 +210,7 @@ def _choose(logits_BV: Tensor, temperature: float, generators: Sequence[torch.Ge
 
 
 def _next(positions: Tensor) -> Tensor:
-    """Return the next positions: row 0 counts tokens, the rotary rows go on from the farthest of the three."""
+    """Return the next positions: row 0 counts tokens; the rotary rows continue from the largest of the three."""
     if positions.ndim == 2:
         return positions[:, -1:] + 1
     first = positions[:1, :, -1:] + 1
@@ -216,7 +219,7 @@ def _next(positions: Tensor) -> Tensor:
 
 
 def _continued(positions: Tensor, count: int) -> Tensor:
-    """Return the positions of a prompt with `count` tokens of text behind it."""
+    """Return the positions of a prompt followed by `count` tokens of text."""
     more = torch.arange(1, count + 1)
     first = positions[:1, -1:] + more
     return torch.cat([positions, torch.cat([first, (positions[1:].max() + more).expand(3, -1)])], dim=1)

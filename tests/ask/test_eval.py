@@ -131,8 +131,8 @@ def test_samples_that_a_metric_cannot_read_are_left_out_and_named(tmp_path, caps
     assert main(words) == 2
     message = capsys.readouterr().err
     assert "2 of 4 samples cannot be scored; the first is " in message
-    assert "sample 000000002: --metric time-iou: the reference ['never'] holds no pair of times" in message
-    assert "Leave them out with --skip-unfit, or give the source another metric" in message
+    assert "sample 000000002: --metric time-iou: the reference ['never'] contains no pair of times" in message
+    assert "Skip them with --skip-unfit, or give the source another metric" in message
     assert main([*words, "--skip-unfit", "--out", str(tmp_path / "out.jsonl")]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^rain +2 ", shown, re.MULTILINE)
@@ -153,7 +153,7 @@ def test_controls_show_other_media_or_none(rows):
     questions, reader = find_questions([str(rows)])
     kept = list(with_media(questions, reader, control="kept", seed=0))
     assert [len(one.images) for one in kept] == [2, 2, 2, 2, 0, 1]
-    with pytest.raises(ValueError, match="--media shuffled: no other question shows 1 images and 0 videos"):
+    with pytest.raises(ValueError, match="--media shuffled: no other question shows 1 image and 0 videos"):
         list(with_media(questions, reader, control="shuffled", seed=0))
     shuffled = list(with_media(questions[:5], reader, control="shuffled", seed=0))
     for one, other in zip(kept[:4], shuffled[:4], strict=True):
@@ -225,11 +225,15 @@ def test_a_busy_server_is_asked_again(server):
 @pytest.mark.parametrize(
     ("status", "body", "text"),
     [
-        (503, '{"error": {"message": "overloaded"}}', r"no answer after 3 .*, the last said: HTTP 503: overloaded"),
+        (
+            503,
+            '{"error": {"message": "overloaded"}}',
+            r"no answer after 3 .*; the last failed with: HTTP 503: overloaded",
+        ),
         (401, '{"error": {"message": "bad key"}}', r"HTTP 401: bad key. The key is read .* NO_KEY, which is not set"),
-        (404, '{"detail": "Not Found"}', r"HTTP 404: .*Not Found.*--url should be the server's address up to /v1"),
+        (404, '{"detail": "Not Found"}', r"HTTP 404: .*Not Found.*--url must be the server's address up to /v1"),
         (400, '{"message": "image too large"}', r"HTTP 400: image too large$"),
-        (200, "<html>", r"127.0.0.1:\d+/v1/chat/completions: what came back is not .* begins with b'<html>'"),
+        (200, "<html>", r"127.0.0.1:\d+/v1/chat/completions: the answer does not follow .* begins with b'<html>'"),
     ],
 )
 def test_what_a_server_refuses_is_said_in_its_words(server, status, body, text):
@@ -267,7 +271,7 @@ def completion(content: str, **more: object) -> dict:
 def test_what_no_server_should_say_is_one_message_with_its_address(server, path, said):
     endpoint, _ = patient(server)
     server.refuse += [(200, {}, said if isinstance(said, str | bytes) else json.dumps(said))]
-    with pytest.raises(EndpointError, match=f"127.0.0.1:\\d+{path}: what came back is not what OpenAI's protocol says"):
+    with pytest.raises(EndpointError, match=f"127.0.0.1:\\d+{path}: the answer does not follow OpenAI's protocol"):
         endpoint.model_name() if path == "/v1/models" else endpoint.complete({"messages": []})
 
 
@@ -307,7 +311,7 @@ def test_an_answer_that_comes_drop_by_drop_or_never_ends_is_broken_off(server):
                 with pytest.raises(EndpointError, match=text):
                     endpoint.complete({"messages": []})
                 continue
-            with pytest.raises(EndpointError, match="more than 64 MiB came back"):
+            with pytest.raises(EndpointError, match="the answer has more than 64 MiB"):
                 patient(server, attempts=1)[0].complete({"messages": []})
     finally:
         over.set()
@@ -329,7 +333,7 @@ def test_the_key_follows_no_redirect_to_another_host(server, monkeypatch):
 
 def test_no_server_at_all_ends_with_1_and_names_the_sample(rows, server, capsys):
     assert main(["eval", str(rows), "--url", "http://127.0.0.1:1/v1", "--attempts", "1"]) == 1
-    assert re.search("no answer after 1 .*, the last said: .*refused", capsys.readouterr().err)
+    assert re.search("no answer after 1 .*; the last failed with: .*refused", capsys.readouterr().err)
     server.refuse += [(400, {}, '{"message": "no"}')]
     assert main(["eval", str(rows), "--url", server.url, "--name", "a", "--concurrency", "1", "--limit", "1"]) == 1
     assert "sample 00000000" in capsys.readouterr().err
@@ -381,7 +385,7 @@ def test_only_one_model_needs_no_name(server):
     [
         (
             {"messages": [("user", "<image><bbox>?")], "images": ["0.jpg"], "objects": {"bbox": [[0, 0, 1, 1]]}},
-            "<bbox> stands in a question; a server is sent text, images and videos only",
+            "a question contains <bbox>; a server takes only text, images and videos",
         ),
         (
             {"messages": [("user", "<video>?")], "videos": [{"member": "0.mp4", "start": 1.0}]},
@@ -398,8 +402,8 @@ def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--metric", "docs=anls"], r"--metric docs=anls: no sample is of source 'docs'; there are pairs, rows"),
-        (["--metric", "iou@0.5"], r"sample 00000\d+: --metric iou@t: the reference \['Alike.'\] holds no box"),
+        (["--metric", "docs=anls"], r"--metric docs=anls: no sample has source 'docs'; the sources are pairs, rows"),
+        (["--metric", "iou@0.5"], r"sample 00000\d+: --metric iou@t: the reference \['Alike.'\] contains no box"),
         (["--at-least", "f1=0.5"], r"--at-least f1=0.5: write METRIC=X, X from 0 to 1, METRIC one of exact"),
         (["--at-most", "exact=2"], r"--at-most exact=2: write METRIC=X"),
         (["--url", "http://x/v1", "--adapter", "a"], r"--adapter belongs to a local model; the server at --url has"),
@@ -416,7 +420,7 @@ def test_wrong_words_end_with_2(rows, words, text, capsys):
 
 def test_data_without_an_answer_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x", "loss": True}]}))
-    with pytest.raises(ValueError, match="no sample there ends with an assistant's turn, so nothing is asked"):
+    with pytest.raises(ValueError, match="no sample ends with an assistant's turn, so there is nothing to ask"):
         find_questions([str(tmp_path / "a.jsonl")])
     with pytest.raises(ValueError, match="DATA is 'nowhere.jsonl', which does not exist"):
         find_questions(["nowhere.jsonl"])
@@ -455,7 +459,7 @@ def test_a_server_that_computes_as_we_do_passes(rows, server, capsys, monkeypatc
     server.tells = {"logprobs"}
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "none  token ids          0 prompts compared, 6 samples not told by the server" in shown
+    assert "none  token ids          0 prompts compared, not returned for 6 samples" in shown
     server.tells = set()
     assert main(words) == 0
     server.enlarge = 4
@@ -552,7 +556,7 @@ def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: p
             ["eval", data, *local, "--set", "context.yarn.factor=0.5"],
             "context.yarn.factor must be above 1, or unset, got 0.5",
         ),
-        (["eval", data, *url, "--timeout", "0"], "--timeout is 0; a request needs some seconds"),
+        (["eval", data, *url, "--timeout", "0"], "--timeout must be a number of seconds above 0, got 0"),
         (
             ["serve-check", url[1], data, "--model", str(base()), "--tolerance", "-1"],
             "--tolerance is -1.0; it must be a number",

@@ -44,7 +44,7 @@ def test_a_haystack_fills_its_length(renderer: Renderer, kind: str, lengths: tup
         prompt = prompt_of(haystack, renderer).input_ids
         assert tokens - 16 <= len(prompt) < tokens
         assert renderer.decode(prompt).count(haystack.answer) == (1 if kind == "text" else 0), "only in the needle"
-    with pytest.raises(ValueError, match=f"a {kind} needle does not fit 20 tokens; the shortest haystack here takes"):
+    with pytest.raises(ValueError, match=f"a {kind} needle does not fit in 20 tokens; the shortest haystack takes"):
         fitted(kind, 20, 0.5, seed=3, renderer=renderer)
 
 

@@ -146,7 +146,7 @@ def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     assert find_metric("my_metrics:close")("3.5", ["3"]) == 1.0
-    with pytest.raises(ValueError, match="my_metrics:wrong gave 2 for the answer '3'; a score is from 0 to 1"):
+    with pytest.raises(ValueError, match="my_metrics:wrong gave 2 for the answer '3'; a score must be from 0 to 1"):
         find_metric("my_metrics:wrong")("3", ["3"])
     with pytest.raises(ValueError, match="has no attribute 'far'. Write module:function"):
         find_metric("my_metrics:far")
@@ -169,11 +169,11 @@ def test_answers_without_end_are_scored_too() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("bleu", "--metric 'bleu' is not known; there are exact, contains"),
+        ("bleu", "--metric 'bleu' is not known; use exact, contains"),
         ("iou", "--metric 'iou' is not known"),
         ("exact@0.5", "--metric 'exact@0.5' is not known"),
-        ("iou@1.5", "what follows @ is an overlap above 0, at most 1; iou@0.5 is common"),
-        ("iou@x", "what follows @ is an overlap"),
+        ("iou@1.5", "after @ there must be an overlap above 0 and at most 1, for instance iou@0.5"),
+        ("iou@x", "after @ there must be an overlap"),
     ],
 )
 def test_an_unknown_metric_is_refused(name: str, text: str) -> None:
@@ -192,7 +192,7 @@ def test_an_unknown_metric_is_refused(name: str, text: str) -> None:
     ],
 )
 def test_a_reference_that_the_metric_cannot_measure_is_refused(name: str, wanted: str) -> None:
-    with pytest.raises(ValueError, match=rf"the reference \['a horse'\] holds no {wanted}"):
+    with pytest.raises(ValueError, match=rf"the reference \['a horse'\] contains no {wanted}"):
         find_metric(name)("[1, 2, 3, 4] {} 1 2", ["a horse"])
 
 

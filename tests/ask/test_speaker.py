@@ -213,9 +213,9 @@ def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match="--max-tokens is 0; an answer has at least 1"):
+    with pytest.raises(ValueError, match="--max-tokens must be at least 1, got 0"):
         Sampling(max_tokens=0)
-    with pytest.raises(ValueError, match="--temperature is -1; 0 is greedy"):
+    with pytest.raises(ValueError, match="--temperature must be at least 0 and below 100, got -1"):
         Sampling(temperature=-1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device is cuda:1, but torch sees 0 GPUs here"):
@@ -224,7 +224,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     blind = Speaker(
         speaker().module, renderer=speaker().renderer, spec=None, stops=speaker().stops, device=torch.device("cpu")
     )
-    with pytest.raises(ValueError, match="an image was given, but this model has no vision tower"):
+    with pytest.raises(ValueError, match="the prompt has images, but this model has no vision tower"):
         blind.answer([ours], SHORT)
     write_tiny(tmp_path / "mute", TinyModel(layers=1))
     (tmp_path / "mute" / "generation_config.json").unlink()
