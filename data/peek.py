@@ -1,6 +1,6 @@
-"""Checks the first samples of every source, and counts the packs of an epoch, before anything is loaded. No torch.
+"""Looks at the first samples of every source, and counts the packs of an epoch, before anything is loaded. No torch.
 
-A run would find the same problems later, once all ranks are up. Rows are read as in a build, but without pixels.
+A start would find the same later, when all ranks are up. Rows are read as a build reads them, without their pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,6 @@ import numpy as np
 from data.config import DataConfig
 from data.format.fields import BadField
 from data.format.media import Place
-from data.format.printable import count_of
 from data.format.record import Record, RecordError, parse_record
 from data.format.tar import BLOCK, KeyedMembers, group_members, walk_tar
 from data.prepare.convert import REJECTS, convert_row, folder_of_shards, read_rows
@@ -25,34 +24,35 @@ from data.stream.corpus import Limits, find_shards
 from data.stream.plan import Plan, PlanSettings, Units, make_plan
 
 LOOKED_AT = 8
-"""Samples of a source that are checked."""
+"""Samples of a source that are looked at."""
+MOST_SHARDS = 1000
+"""Shards whose end is looked at, spread over a source."""
 LARGE_JSON = 1 << 26
-"""A JSON list with more bytes is not read, because that takes seconds."""
+"""Bytes of a JSON list from which on it is not read: that takes seconds."""
 LARGE_ROWS = 1 << 29
-"""A file of rows with more bytes is not hashed, so its converted shards are not looked up."""
+"""Bytes of a file of rows from which on its content is not hashed, which is how its shards are found."""
 MANY = 500_000
-"""No plan is made for more samples, because that takes seconds."""
+"""Samples from which on no plan is made: it takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peek:
-    """Findings on the first samples of a source."""
+    """What the first samples of a source say."""
 
     looked_at: int
-    """Samples that were checked."""
     refused: tuple[str, ...]
-    """Samples that cannot be used, with reasons."""
+    """Those that could not be used, with reasons."""
     at_least: int
-    """Samples of the source; counting stops at the number that the caller needs."""
+    """Samples of the source, counted up to what was asked for."""
 
 
 def is_rows(path: str) -> bool:
-    """Return whether a source is a file of rows, which is converted into shards."""
+    """Say whether a source is a file of rows, which is converted into shards."""
     return path.endswith((".jsonl", ".json"))
 
 
 def peek(path: str, key: str, places: Places, *, enough: int) -> Peek:
-    """Check the first samples, and count up to `enough`. Raise ValueError or OSError for an unreadable source."""
+    """Look at the first samples, and count up to `enough`. ValueError or OSError for a source that cannot be read."""
     if not is_rows(path):
         return _peek_shards(find_shards(path, key), places, enough)
     source = Path(path)
@@ -61,7 +61,7 @@ def peek(path: str, key: str, places: Places, *, enough: int) -> Peek:
     count = max(enough, LOOKED_AT)
     rows = list(islice(read_rows(source), count))
     if not rows:
-        raise ValueError("it contains no rows")
+        raise ValueError("it holds no row")
     refused = []
     for number, row in rows[:LOOKED_AT]:
         try:
@@ -76,7 +76,7 @@ def _reason(error: ValueError) -> str:
 
 
 def _look_at_row(row: Any, folder: Path, places: Places) -> None:
-    """Raise ValueError if a build would refuse the row, for any reason that can be seen without pixels."""
+    """Raise ValueError with the reason for which a build would refuse the row, so far as it shows without pixels."""
     if isinstance(row, ValueError):
         raise row
     raw, _ = convert_row(row)
@@ -96,7 +96,7 @@ def _require_media(record: Record, folder: Path, places: Places) -> None:
         media += [(f"videos[{at}]", place) for place in (video.frames or (video,))]
     for name, place in media:
         if place.path is not None and not places.find(place.path, folder).is_file():
-            raise ValueError(f"{name}: {places.find(place.path, folder)} is not a file that exists")
+            raise ValueError(f"{name}: there is no file {places.find(place.path, folder)}")
 
 
 def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
@@ -111,7 +111,9 @@ def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
             except ValueError as error:
                 refused.append(f"{shard.name}, sample {sample.key}: {_reason(error)}")
     if not counted:
-        raise ValueError("its shards contain no samples")
+        raise ValueError("its shards hold no sample")
+    for shard in shards[:: -(-len(shards) // MOST_SHARDS)]:
+        _require_end(shard)
     return Peek(looked_at=looked_at, refused=tuple(refused), at_least=counted)
 
 
@@ -146,10 +148,10 @@ def _look_at_sample(shard: Path, sample: KeyedMembers, places: Places) -> None:
 
 def packs_of_an_epoch(
     config: DataConfig, settings: PlanSettings, places: Places, *, files_fingerprint: str
-) -> tuple[int, int] | None:
-    """Return the packs and steps of the first epoch, or None if some samples have not been measured yet.
+) -> int | None:
+    """The packs that the first epoch fills, where every sample has been counted; None where that is not known yet.
 
-    Raise ValueError if no sample fits in a pack, or if the packs do not fill a step.
+    ValueError where samples do not fit a pack.
     """
     whole = replace(settings, remainder="keep")
     plans = plans_of_epochs(config, whole, places, files_fingerprint=files_fingerprint)
@@ -179,7 +181,7 @@ def plans_of_epochs(
 
 
 def _known_shards(path: str, cache: Path | None, places: Places, key: str) -> Sequence[Path]:
-    """Return the shards of a source, or of its converted rows; an empty list if they are not converted yet."""
+    """The shards of a source, or those that its rows were converted into; none where they are not."""
     if not is_rows(path):
         return find_shards(path, key)
     if Path(path).stat().st_size > LARGE_ROWS:
@@ -189,7 +191,7 @@ def _known_shards(path: str, cache: Path | None, places: Places, key: str) -> Se
 
 
 def _units(name: str, lengths: Sequence[Lengths], limits: Limits) -> Units | None:
-    """Return the samples of a source that a plan uses; None if some must be split by turns, which needs a tokenizer."""
+    """The samples of a source that a plan uses; None where turns would be cut, or nothing is left."""
     tokens, patches = (np.concatenate([getattr(one, kind) for one in lengths]) for kind in ("tokens", "patches"))
     shard = np.repeat(np.arange(len(lengths)), [len(one.text) for one in lengths])
     sample = np.concatenate([np.arange(len(one.text)) for one in lengths])
@@ -199,13 +201,13 @@ def _units(name: str, lengths: Sequence[Lengths], limits: Limits) -> Units | Non
         return None
     if over.any() and (limits.overlong == "error" or not (usable & ~over).any()):
         raise ValueError(
-            f"{over.sum():,} of {count_of(int(usable.sum()), 'sample')} of data.sources.{name} cannot fit in a pack of "
-            f"{limits.tokens:,} tokens and {limits.patches:,} patches; the largest numbers are {tokens[over].max():,} "
-            f"tokens and {patches[over].max():,} patches"
+            f"{over.sum():,} of {usable.sum():,} samples of data.sources.{name} do not fit a pack of "
+            f"{limits.tokens:,} tokens and {limits.patches:,} patches; the longest has {tokens[over].max():,} tokens "
+            f"and {patches[over].max():,} patches"
         )
     rows = np.flatnonzero(usable & ~over)
     if not len(rows):
-        raise ValueError(f"data.sources.{name} has no usable sample")
+        return None
     return Units(
         name=name,
         shard=shard[rows],
