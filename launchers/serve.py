@@ -55,8 +55,9 @@ def run(args: argparse.Namespace) -> int:
     able = [server for server in servers if not obstacles(served, server) and is_installed(server)]
     if not able:
         raise ValueError(
-            f"--run found none of {', '.join(servers)} in {sys.executable} that takes it. Install one there, or start "
-            f"the server yourself (without --run the commands are printed) and use `moetune serve-check`"
+            f"--run found none of {', '.join(servers)} that takes it: no program vllm, and no other in "
+            f"{sys.executable}. Install one, or start the server yourself (without --run the commands are printed) "
+            f"and use `moetune serve-check`"
         )
     return _start(args, served, able[0])
 

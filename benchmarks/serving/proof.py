@@ -44,15 +44,24 @@ class Proof:
     def cells(self, case: Case) -> Iterator[Cell]:
         """Serve a case and yield its cells: equal to ours, and different from what it must differ from."""
         cell = Cell(server=self.server, version=self.version, case=case.name, outcome="equal", expected="equal")
-        if reason := case.refused.get(self.server):
-            cell = replace(cell, expected="refused", reason=reason)
+        refusal = case.refused.get(self.server)
+        if refusal is not None:
+            cell = replace(cell, expected="refused")
         try:
             with self._running(case) as server:
                 yield from self._compared(case, server, cell)
         except EndpointError as error:
-            print(f"  {error}", flush=True)
-            first = str(error).splitlines()[0]
-            yield replace(cell, outcome="refused", reason=cell.reason or first)
+            proved = refusal is not None and refusal.is_proved_by(self._log(case).read_text(errors="replace"))
+            if refusal is not None and proved:
+                yield replace(cell, outcome="refused", reason=refusal.reason)
+            else:
+                print(f"  {error}", flush=True)
+                first = str(error).splitlines()[0]
+                yield replace(cell, outcome="refused", expected="equal", reason=f"not for a known reason: {first}")
+
+    def _log(self, case: Case) -> Path:
+        name = f"{self.server}-{case.name}".replace(" ", "-").replace(",", "")
+        return self.material.folder / "logs" / f"{name}.log"
 
     def _running(self, case: Case) -> AbstractContextManager[Server]:
         model, adapter = self.material.served(case)
@@ -60,9 +69,13 @@ class Proof:
         port = free_port()
         words = command(served, self.server, port=port, length=LENGTH, dtype="float32", more=FLAGS[self.server])
         words = self._in_environment(words)
-        log = self.material.folder / "logs" / f"{self.server}-{case.name.replace(' ', '-').replace(',', '')}.log"
         return running(
-            words, port=port, names=[NAME], log=log, environment=self.environment.variables(), seconds=READY_S
+            words,
+            port=port,
+            names=[NAME],
+            log=self._log(case),
+            environment=self.environment.variables(),
+            seconds=READY_S,
         )
 
     def _in_environment(self, words: list[str]) -> list[str]:

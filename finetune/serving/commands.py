@@ -6,6 +6,7 @@ A flag says only what the folder's own files do not. Loads no torch before an ad
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,7 +28,7 @@ from finetune.files.hubconfig import read_family
 ServerName = Literal["vllm", "sglang", "transformers"]
 SERVERS: tuple[ServerName, ...] = ("vllm", "sglang", "transformers")
 """In the order in which the first that is installed is started."""
-_PROGRAMS = {"vllm": ("vllm",), "sglang": ("sglang",), "transformers": ("transformers", "torchvision")}
+_PACKAGES = {"sglang": ("sglang",), "transformers": ("transformers", "torchvision")}
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes."""
 _VISION = {"vision_blocks", "merger", "deepstack_mergers"}
@@ -103,8 +104,10 @@ def find_served(folder: Path, adapter: Path | None = None, *, name: str) -> Serv
 
 
 def is_installed(server: ServerName) -> bool:
-    """Say whether this Python has the server."""
-    return all(find_spec(package) is not None for package in _PROGRAMS[server])
+    """Say whether a server can be started here: the program `vllm`, or the packages of this Python."""
+    if server == "vllm":
+        return shutil.which("vllm") is not None
+    return all(find_spec(package) is not None for package in _PACKAGES[server])
 
 
 def obstacles(served: Served, server: ServerName) -> list[str]:
@@ -117,7 +120,9 @@ def obstacles(served: Served, server: ServerName) -> list[str]:
         problems.append(f"{server} takes no tensor in full, and the adapter holds {len(adapter.full)}")
     parts = {part_of(name) for name in adapter.changes}
     if "router" in parts:
-        problems.append(f"{server} takes no adapter on routers")
+        problems.append(f"it is not proved that {server} computes an adapter on routers")
+    if server == "vllm" and "vision_blocks" in parts and served.family.text.experts:
+        problems.append("vllm 0.32 leaves out an adapter on the tower's attn.qkv if the model has experts")
     if server == "sglang" and served.context is not None:
         problems.append("sglang reads the context from config.json, and the base's is not extended")
     if server == "sglang" and parts & _VISION:

@@ -10,14 +10,15 @@ from locked import PROJECT
 from places import ROOT
 
 from benchmarks import pages
+from benchmarks.serving.record import CONTROL, read_cells
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "llms.txt")] + DOCS
 
 
-def _block(name: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
+def _block(name: str, page: str = "README.md") -> list[str]:
+    text = (ROOT / page).read_text()
     (block,) = re.findall(
         f"<!-- {name}: python -m benchmarks.pages -->\n(.*?)\n<!-- end of {name} -->", text, re.DOTALL
     )
@@ -40,6 +41,19 @@ def test_readme_has_the_gpus_that_the_planner_finds_for_one_model() -> None:
 @pytest.mark.slow
 def test_readme_has_the_gpus_that_the_planner_finds() -> None:
     assert _block("gpus") == pages.gpu_table(**pages.read_status(ROOT)["gpus"])
+
+
+def test_the_page_of_serving_has_what_was_proved_on_live_servers() -> None:
+    assert _block("served", "docs/serving.md") == pages.served_table(read_cells())
+
+
+def test_every_recorded_comparison_is_as_expected_and_has_a_control() -> None:
+    cells = read_cells()
+    assert [cell for cell in cells if cell.outcome != cell.expected] == []
+    compared = {(cell.server, cell.case) for cell in cells if not cell.is_control and cell.outcome != "refused"}
+    controls = {(cell.server, cell.case.removeprefix(CONTROL)) for cell in cells if cell.is_control}
+    assert compared == controls
+    assert all(cell.outcome == "differs" for cell in cells if cell.is_control)
 
 
 def test_llms_txt_lists_the_pages_of_the_index() -> None:

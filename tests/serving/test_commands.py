@@ -69,8 +69,10 @@ def test_a_model_folder_says_the_rest_itself() -> None:
 def test_what_a_server_cannot_take_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     router = drawn_adapter(tmp_path / "router", replace(WIDE, router=RouterPartConfig(mode="lora")))
     full = drawn_adapter(tmp_path / "full", WIDE)
-    found = [obstacles(find_served(folder, name="m"), "vllm") for folder in (router, full)]
-    assert found == [["vllm takes no adapter on routers"], ["vllm takes no tensor in full, and the adapter holds 3"]]
+    on_router, in_full = (obstacles(find_served(folder, name="m"), "vllm") for folder in (router, full))
+    tower = "vllm 0.32 leaves out an adapter on the tower's attn.qkv if the model has experts"
+    assert on_router == ["it is not proved that vllm computes an adapter on routers", tower]
+    assert in_full == ["vllm takes no tensor in full, and the adapter holds 3", tower]
     assert obstacles(find_served(full, name="m"), "transformers") == []
     assert main(["serve", str(full)]) == 0
     shown = capsys.readouterr().out
@@ -112,12 +114,9 @@ HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).
 def test_a_server_is_started_and_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").touch()
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "vllm").write_text(FAKE)
     (tmp_path / "bin" / "vllm").chmod(0o755)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "B"}]
@@ -138,7 +137,7 @@ def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     for words, message in (
         ([str(tmp_path)], "is neither a run with an adapter or a model, nor a model folder, nor an adapter's"),
         ([str(run), "--run"], "give held-out samples with --data"),
-        ([str(base()), "--run", "--server", "sglang", "--data", "x"], "--run found none of sglang in "),
+        ([str(base()), "--run", "--server", "sglang", "--data", "x"], "--run found none of sglang that takes it"),
         ([str(base()), "--gpu", "abacus"], "'abacus' is not in the table"),
     ):
         assert main(["serve", *words]) == 2
