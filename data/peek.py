@@ -37,7 +37,7 @@ MANY = 500_000
 
 @dataclass(frozen=True, kw_only=True)
 class Peek:
-    """What the first samples of a source say."""
+    """Findings on the first samples of a source."""
 
     looked_at: int
     refused: tuple[str, ...]
@@ -96,7 +96,7 @@ def _require_media(record: Record, folder: Path, places: Places) -> None:
         media += [(f"videos[{at}]", place) for place in (video.frames or (video,))]
     for name, place in media:
         if place.path is not None and not places.find(place.path, folder).is_file():
-            raise ValueError(f"{name}: there is no file {places.find(place.path, folder)}")
+            raise ValueError(f"{name}: the file {places.find(place.path, folder)} does not exist")
 
 
 def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
@@ -161,7 +161,7 @@ def packs_of_an_epoch(
 def plans_of_epochs(
     config: DataConfig, settings: PlanSettings, places: Places, *, files_fingerprint: str
 ) -> Callable[[int], Plan] | None:
-    """What plans an epoch by its number, where every sample has been counted; None where that is not known yet."""
+    """Return a function that plans an epoch by its number; None if the samples have not all been counted yet."""
     cache = Path(config.cache_dir) if config.cache_dir else None
     limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
     units = []

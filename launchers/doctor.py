@@ -18,9 +18,9 @@ EXAMPLE = """\
   srun --ntasks-per-node=1 moetune doctor --cluster --nnodes 8 --rdzv-endpoint node-a:29501   # the nodes together"""
 
 MACHINE = "versions, kernels, driver, GPUs, shared memory, open files"
-"""What is looked at of a machine."""
+"""The checks of a machine."""
 RUN = "disk, base, shards, Weights & Biases"
-"""What is looked at of a run, too."""
+"""The further checks of a run."""
 EXIT_CODES = {3: "something was found"}
 
 

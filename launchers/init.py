@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     answers = _answers(args)
     gpus, goal = _count(answers["gpus"]), answers["goal"]
     if goal not in GOALS:
-        raise ValueError(f"--goal is {goal!r}; allowed are {', '.join(GOALS)}")
+        raise ValueError(f"--goal is {goal!r}; it must be one of {', '.join(GOALS)}")
     base, name = _base(answers["model"])
     data = _find(answers["data"])
     facts = Facts(goal=goal, model=answers["model"], family=name, gpus=gpus, data=data)
@@ -125,7 +125,7 @@ def _base(model: str) -> tuple[Family, str]:
     try:
         base = family(model)
     except ValueError as error:
-        raise ValueError(f"--model: there is no folder {model}, and as a hub id: {error}") from error
+        raise ValueError(f"--model: the folder {model} does not exist, and as a hub id: {error}") from error
     return base, base.name
 
 

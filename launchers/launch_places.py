@@ -1,4 +1,4 @@
-"""What `moetune launch` can see of a cluster's disks from where it is called: the paths of a recipe, or the mounts."""
+"""Checks the places of a cluster that `moetune launch` can see: the paths of a recipe, or a profile's mounts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import chdir

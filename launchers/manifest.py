@@ -10,7 +10,7 @@ from launchers.render import Job, Rendered, environment_of, train_words
 RECIPES = "/etc/moetune"
 """Where a pod finds a recipe of the user's own."""
 PREEMPTED = 143
-"""What a preempted pod exits with: the operator takes codes above 127 as ended from outside, and starts it again."""
+"""The exit code of a preempted pod: the operator starts a pod again if its code is above 127."""
 
 
 def render_kubernetes(job: Job, profile: Profile, *, folder: str) -> Rendered:

@@ -32,7 +32,7 @@ class ContainerProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmProfile:
-    """What a job asks of Slurm."""
+    """The options of a Slurm job."""
 
     partition: str = ""
     account: str = ""
@@ -55,7 +55,7 @@ class VolumeProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesProfile:
-    """What a PyTorchJob asks of Kubernetes."""
+    """The options of a PyTorchJob."""
 
     namespace: str = "default"
     image: str = ""

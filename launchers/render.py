@@ -23,7 +23,7 @@ SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained: the recipe with its overrides, and the run's name."""
+    """A run to start: its recipe with overrides, and its name."""
 
     recipe: str
     overrides: Sequence[str]
@@ -31,7 +31,7 @@ class Job:
     files: Mapping[str, str] = field(default_factory=dict)
     """A recipe of the user's own, and those that it builds on, by their paths below one folder: `recipe` is there."""
     mark: str = field(default_factory=lambda: uuid4().hex[:8])
-    """What tells two jobs of one run apart: torchrun's ranks meet under it, and a run's lock is handed on by it."""
+    """A mark that tells two jobs of one run apart: torchrun's ranks meet under it, and it passes the run's lock on."""
 
     def words(self, place: str) -> list[str]:
         """Return the words as the training module takes them, where the recipe's files lie in the folder `place`."""

@@ -24,7 +24,7 @@ EXAMPLE = """\
 GRACE_S = 30
 """Seconds that torchrun waits after SIGTERM: a checkpoint takes at most 25, or it is not the last one."""
 LOG = "launcher.log"
-"""What torchrun and its ranks write to their standard error, in the run's logs."""
+"""The log of torchrun's and its ranks' standard error, in the run's logs."""
 LOOK_S = 0.5
 """Seconds between two looks at why ranks ended, before torchrun has them started again."""
 ROOM_BYTES = 64 * 2**10
@@ -143,7 +143,7 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
         return _end("a machine was lost; another start goes on from the last save", PREEMPTED)
     if reason := _why_unwritable(logs):
         return _end(f"a rank ended, and could not write why: {reason}. Make room there, and run the same command", 1)
-    text = f"a rank ended without a word; {logs / LOG} has what it and torchrun wrote"
+    text = f"a rank ended without a message; {logs / LOG} has what it and torchrun wrote"
     return _end(f"{text}, and `moetune doctor {logs.parent}` says where each rank was", 1)
 
 

@@ -22,7 +22,7 @@ def run() -> Iterator[Figure]:
         counted: Waits = few[kind]
         same_tensors({"loss": counted.ours_loss}, {"loss": counted.peer_loss}, relative=1e-5)
         yield Figure(
-            f"waits a micro-batch, {kind}",
+            f"waits per micro-batch, {kind}",
             sum(counted.ours.values()),
             "waits",
             config={"layers": LAYERS[0], "tower_blocks": TOWER_BLOCKS, "ours": counted.ours, "peer": counted.peer},

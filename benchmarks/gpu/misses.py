@@ -19,7 +19,7 @@ FIELDS = ("name", "gpu", "gpus", "words", "layers", "assumed", *METRICS)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the predictions in a file, each with all fields; empty if there is no file."""
+    """Return the predictions in a file, each with all fields; empty if the file is missing."""
     if not path.exists():
         return []
     predictions: list[dict[str, Any]] = json.loads(path.read_text())

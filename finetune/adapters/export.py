@@ -51,7 +51,7 @@ class Exported:
 def export(adapter: Path, out: Path, *, form: OutForm, shapes: Mapping[str, Shape] | None = None) -> Exported:
     """Write the adapter in another form; the base's `shapes` settle what the adapter's own shapes leave ambiguous."""
     if form not in FORMS:
-        raise ValueError(f"--format {form!r} is unknown; allowed are {', '.join(FORMS)}")
+        raise ValueError(f"--format {form!r} is unknown; use {', '.join(FORMS)}")
     source = open_source(adapter, shapes)
     if source.full and form == "per-expert":
         raise ValueError(

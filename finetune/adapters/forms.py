@@ -224,7 +224,7 @@ def _check_rank(context: FileContext, name: str, stored: int, configured: int) -
 def _check_fits(context: FileContext, target: str, shape: Shape, tensor: Stored) -> None:
     if tensor.dtype not in FLOAT_TYPES:
         raise ValueError(
-            f"{context.folder}: {tensor.name} is stored as {tensor.dtype}; allowed are {', '.join(FLOAT_TYPES)}"
+            f"{context.folder}: {tensor.name} is stored as {tensor.dtype}; it must be one of {', '.join(FLOAT_TYPES)}"
         )
     if context.shapes is None or context.shapes.get(target) == shape:
         return

@@ -47,7 +47,7 @@ class MergePlan:
     files: tuple[OutFile, ...]
     side_files: Mapping[str, bytes | Path]
     origin: str
-    """What the adapter's metadata says about its base, in a sentence."""
+    """Return a sentence on the base that the adapter's metadata names."""
     context: Extension | None = None
     """The context extension of the training, which the merged config.json records."""
     seen: Mapping[str, Any] = field(default_factory=dict)

@@ -27,7 +27,7 @@ def missing_parts(speaker: Speaker, written: Sequence[Written], tolerance: float
 
 
 def missing_line(parts: Sequence[str], adapted: Sequence[str]) -> str:
-    """Say it for people."""
+    """Return a sentence for people."""
     if set(parts) == set(adapted):
         return (
             "the server computes the base alone: it was started without the adapter, dropped it, or was asked for "

@@ -47,7 +47,7 @@ class Card:
     farthest: float = 0.0
     differences: list[Difference] = field(default_factory=list)
     cause: str = ""
-    """What of an adapter the server leaves out, where that explains the differences."""
+    """The parts of an adapter that the server leaves out, if that explains the differences."""
     note: str = ""
     """Settings for images and videos in the model's folder, if they differ from those of this comparison."""
 

@@ -58,7 +58,7 @@ class Resumed:
     ranks: int
     state: dict[str, Any]
     config: Mapping[str, Any]
-    """That of the run that was saved."""
+    """The configuration of the run that was saved."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class Slice:
     canonical: str
     shape: tuple[int, ...]
     ep: int | None
-    """As in its cut."""
+    """The number of slices, as in its cut."""
     views: dict[str, Tensor]
     steps: Tensor
 

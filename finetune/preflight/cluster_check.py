@@ -36,12 +36,12 @@ SETTINGS_THAT_MUST_AGREE = (
     "FI_PROVIDER",
 )
 UNITS = {"matmul": 1e12, "beside": 1e9, "all_to_all": 1e9}
-"""What is compared between nodes, and the unit in which it is shown."""
+"""The figures compared between nodes, and the units in which they are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """What one rank reports of itself and of its links."""
+    """The report of one rank on itself and its links."""
 
     rank: int
     host: str

@@ -1,4 +1,4 @@
-"""What rank 0 does before it imports torch: it looks at all that would stop the run, where no launcher of ours did.
+"""Checks on rank 0, before it imports torch, everything that would stop the run, unless our launcher has done so.
 
 Rank 0 alone, so that there is one message: the other ranks read the same recipe from the same disks. They import torch
 meanwhile, then wait for rank 0 to take the run's folder. When rank 0 ends, its launcher ends them, on every node.

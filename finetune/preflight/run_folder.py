@@ -21,7 +21,7 @@ from finetune.settings.recipes import effective
 PROBE_BYTES = 64 * 2**10
 """Bytes that a disk must take to count as one that can be written."""
 
-ANEW = "start anew with another run.name or checkpoint.resume=never"
+ANEW = "start again with another run.name or checkpoint.resume=never"
 
 
 def lock_problems(config: RunConfig, run_id: str) -> Iterator[Problem]:
@@ -47,7 +47,7 @@ def room_problems(config: RunConfig, base: Family) -> Iterator[Problem]:
             file.write(bytes(PROBE_BYTES))
     except OSError as error:
         text = f"{existing} cannot be written: {error.strerror}"
-        yield problem("run.folder", config.run.folder, text, "Free room there, or set run.folder to another disk")
+        yield problem("run.folder", config.run.folder, text, "Free some space there, or set run.folder to another disk")
         return
     parts = run_bytes(config, base, trained=trained_elements(config, base))
     earlier = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
@@ -55,7 +55,7 @@ def room_problems(config: RunConfig, base: Family) -> Iterator[Problem]:
     if free < needed:
         listed = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
         text = f"{existing} has {free / 1e9:,.1f} GB free, and the run still writes {needed / 1e9:,.1f} GB ({listed})"
-        remedy = "Free room, lower checkpoint.keep, or set run.folder to another disk"
+        remedy = "Free some space, lower checkpoint.keep, or set run.folder to another disk"
         yield problem("run.folder", config.run.folder, text, remedy)
 
 

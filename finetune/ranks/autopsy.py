@@ -37,7 +37,7 @@ _LATEST = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class RankTrace:
-    """What one rank left."""
+    """The traces of one rank."""
 
     rank: int
     beat: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +140,7 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
     dead = _dead(traces) if not failed or failed[0].failure.get("kind") == "lost" else []
     for trace in dead:
         yield (
-            f"rank {trace.rank} is dead: its process {trace.beat['pid']} on {trace.beat['host']} ended without a word, "
+            f"rank {trace.rank} is dead: its process {trace.beat['pid']} on {trace.beat['host']} ended silently, "
             f"as one does that is killed (out of memory? look at the kernel's log)"
         )
     traces = [trace for trace in traces if trace not in dead]

@@ -1,4 +1,4 @@
-"""What errors of the machine and of libraries mean: cause and cure, in place of their pages of text. No torch."""
+"""Turns errors of the machine and of libraries into a cause and a cure of a few lines. No torch."""
 
 import re
 from textwrap import shorten
@@ -18,7 +18,7 @@ GPU_LOST = (
     "system not yet initialized",
     "GPU is lost",
 )
-"""What CUDA says when a GPU has failed or is gone; its other errors are those of a program."""
+"""Phrases of CUDA for a GPU that has failed or is gone; its other errors are errors of a program."""
 CURES = (
     (
         r"No space left on device|Disk quota exceeded",

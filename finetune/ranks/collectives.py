@@ -1,4 +1,4 @@
-"""What ranks exchange outside the model: sums, and whether they agree on what they are about to do."""
+"""Exchanges between ranks outside the model: sums, and agreement on the next action."""
 
 import hashlib
 import os

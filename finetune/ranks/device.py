@@ -11,7 +11,7 @@ import torch
 def open_device(name: str) -> torch.device:
     """Return the device and make it the current one."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device is {name!r}; allowed are cpu, cuda, or one GPU by its number, as cuda:1")
+        raise ValueError(f"--device is {name!r}; use cpu, cuda, or one GPU by its number, such as cuda:1")
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -51,7 +51,7 @@ LIMITS = {
     "autotuning": "the engine would start runs of its own, and write outside of the run's folder",
     "compile": "the layers exchange rows between ranks and cannot be compiled by the engine",
 }
-"""What `engine.extra` may not ask for, by dotted key, and why."""
+"""The keys that `engine.extra` may not set, and the reasons."""
 
 
 class NotFinite(RuntimeError):
@@ -60,7 +60,7 @@ class NotFinite(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What decides a step; `extra` may add keys to the DeepSpeed config, never change one that is made here."""
+    """Settings that decide a step; `extra` may add keys to the DeepSpeed config, but never change one of these."""
 
     micro_batches_per_step: int = 1
     clip_norm: float = 1.0
@@ -70,7 +70,7 @@ class EngineOptions:
     eps: float = 1e-8
     weight_decay: float = 0.0
     persistence_threshold: int = PERSISTENCE
-    """Smaller parameters are gathered once a step, not once a micro-batch."""
+    """Smaller parameters are gathered once per step, not once per micro-batch."""
     prefetch_elements: int | None = None
     """How far ahead partitioned weights are fetched; None: beyond the largest layer, as the engine's default is not."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -210,7 +210,7 @@ def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
 
 
 def require_step_applied(engine: Any, step: int) -> None:
-    """Raise unless the last `engine.step()` changed the weights: ZeRO-3 skips a non-finite norm without a word."""
+    """Raise unless the last `engine.step()` changed the weights: ZeRO-3 skips a non-finite norm silently."""
     if not engine.was_step_applied():
         keep_whole(engine)
         raise NotFinite(
@@ -231,7 +231,7 @@ def _check(module: nn.Module, options: EngineOptions) -> None:
 
 
 def _largest_layer(module: nn.Module) -> int:
-    """Return the elements of the largest block of a stack, all of which is wanted at once."""
+    """Return the elements of the largest block of a stack, all of which is needed at once."""
     stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     sizes = (sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters()) for m in stacks for block in m)
     return max(sizes, default=0)

@@ -1,4 +1,4 @@
-"""What ended a run, for people: the message of the rank that failed first, not of those that only lost it.
+"""The reason why a run ended, for people: the message of the rank that failed first, not of those that only lost it.
 
 Each failing rank leaves `logs/failure-0007.json`; a run that ends otherwise leaves `logs/outcome.json`. No torch here:
 the launcher reads both.
@@ -32,7 +32,7 @@ LOST = (
     "remote process exited",
     "communicator was aborted",
 )
-"""What a backend says when the rank at the other end is gone."""
+"""Phrases of a backend for a lost rank at the other end."""
 FAILED_S = 0.5
 """Seconds a failing rank waits before it looks for one that failed before it."""
 LOST_S = 3.0

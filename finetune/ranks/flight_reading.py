@@ -29,12 +29,12 @@ _DAMAGE = (
     MemoryError,
     RecursionError,
 )
-"""What a damaged dump, or one of another form, makes of its reading: pickle promises no smaller set."""
+"""Errors that reading a damaged dump may raise: pickle promises no smaller set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flight:
-    """What one rank's recorders kept: its collectives, oldest first, and the ranks of each group."""
+    """The records of one rank: its collectives, oldest first, and the ranks of each group."""
 
     entries: tuple[Mapping[str, Any], ...] = ()
     members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

@@ -121,7 +121,7 @@ def keep_whole(engine: Any) -> None:
 
 
 def forget_order(engine: Any) -> None:
-    """Let the engine learn anew in which order modules run; every rank must call this where another order begins.
+    """Let the engine trace again in which order modules run; every rank must call this where another order begins.
 
     It would notice by itself, in the middle of a forward or backward, and fetch nothing ahead for one more.
     """

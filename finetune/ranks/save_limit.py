@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class SaveState(Enum):
-    """What a rank does in a save, as far as its limit is concerned."""
+    """The state of a rank during a save, as its time limit sees it."""
 
     WORKING = "it works on a file of its own"
     WAITING = "it waits for others"
@@ -17,7 +17,7 @@ class SaveState(Enum):
 
 
 PATIENCE = {SaveState.WORKING: 8.0, SaveState.WAITING: 1.0, SaveState.IDLE_ONCE: 0.5}
-"""How many times the limit of a step each state may last. WORKING lasts anew with every byte that arrives on the disk,
+"""Multiples of a step's limit that each state may last. WORKING starts again with every byte that arrives on the disk,
 and longer than the others, because the disk may still be flushing what it has taken."""
 
 

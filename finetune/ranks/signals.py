@@ -28,7 +28,7 @@ _cares_for_children = False
 
 
 class Wishes:
-    """What signals ask of this rank: caught in the main thread, heard in another one.
+    """Requests of signals to this rank: caught in the main thread, read in another one.
 
     The main thread may be inside a collective that never returns; then no Python handler runs, but the wake-up pipe is
     written to all the same.

@@ -24,7 +24,7 @@ CAUSES = {
     signal.SIGBUS: "killed by SIGBUS, as a process is whose shared memory is full."
     "\nGive the container a larger /dev/shm, or set data.workers=0. The same command goes on from the last save",
 }
-"""What most often ends a process by a signal, and what to do."""
+"""The most frequent causes of a process ended by a signal, and their cures."""
 CRASH = "killed by {name}: a library crashed. `moetune env` lists the versions, which an issue report needs"
 
 

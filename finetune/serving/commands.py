@@ -1,4 +1,4 @@
-"""What each server must be told to serve a folder as it was trained: flags, limits, and why a server cannot.
+"""The command of each server for a folder as it was trained: flags, limits, and the reason why a server cannot.
 
 A flag says only what the folder's own files do not. Loads no torch before an adapter is opened.
 """
@@ -30,7 +30,7 @@ SERVERS: tuple[ServerName, ...] = ("vllm", "sglang", "transformers")
 """In the order in which the first that is installed is started."""
 _PACKAGES = {"sglang": ("sglang",), "transformers": ("transformers", "torchvision")}
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes."""
+"""Values that vLLM's --max-lora-rank accepts."""
 _VISION = {"vision_blocks", "merger", "deepstack_mergers"}
 
 

@@ -1,4 +1,4 @@
-"""The figures of a step: each rank's share of it, exchanged once a step, and what is computed from all shares."""
+"""The figures of a step: each rank's share of it, exchanged once per step, and what is computed from all shares."""
 
 import resource
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ OWN = ("row_tokens", "images", "video_seconds", "seconds", "seconds_data", "memo
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSums:
-    """What one source adds to a step."""
+    """The share of one source in a step."""
 
     samples: int = 0
     tokens: int = 0

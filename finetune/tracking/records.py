@@ -8,7 +8,7 @@ from finetune.files.atomic import write_file
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file that a start has begun to write, and so cleaned; none where there is no file."""
+    """Return the records of a file that a start has begun to write, and so cleaned; none if the file is missing."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

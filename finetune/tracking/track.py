@@ -44,7 +44,7 @@ def pictures(batch: Batch, spec: VisionSpec) -> Iterator[Pixels]:
 
 
 class Tracker:
-    """Records one start of a run, from its step `done` on; use it as a context, so that it is closed in any case."""
+    """Records one start of a run, from its step `done` on; use it as a context, so that it is always closed."""
 
     def __init__(
         self, config: RunConfig, folder: Path, *, base: Family, device: torch.device, log: RankLog, done: int
@@ -208,6 +208,6 @@ def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
     if device.type != "cuda":
         return None, "as the peak of a CPU is not known"
     if config.model.dtype != "bfloat16":
-        return None, f"as the peaks that are known are of bfloat16, and model.dtype={config.model.dtype}"
+        return None, f"as only peaks of bfloat16 are known, and model.dtype={config.model.dtype}"
     name = torch.cuda.get_device_name(device)
     return peak_flops(name), f"as the peak of {name!r} is not known"

@@ -87,7 +87,7 @@ def open_run(start: dict[str, Any]) -> Any:
     folder = Path(start["folder"])
     wandb_folder = folder / "wandb"
     wandb_folder.mkdir(exist_ok=True)
-    (wandb_folder / ".writable").touch()  # the client would write somewhere else without a word
+    (wandb_folder / ".writable").touch()  # the client would silently write somewhere else
     (wandb_folder / ".writable").unlink()
     old = sorted(wandb_folder.glob(f"offline-run-*-{start['id']}"))
     run = wandb.init(

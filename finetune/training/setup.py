@@ -68,7 +68,7 @@ class Run:
     model: PackedModel
     balance: Balance | None
     sequence_groups: Mapping[int, SequenceGroup | None]
-    """By their size: the ranks that share a row with this one; None for whole rows."""
+    """Groups of ranks that share a row with this one, by size; None for complete rows."""
     data: RunData
     evaluation: Evaluation
     foresight: Foresight

@@ -13,7 +13,7 @@ from finetune.training.verdict import scores
 
 
 class RunState:
-    """What changes in a run from step to step, besides its weights, its data and its judge."""
+    """The state of a run that changes from step to step, besides its weights, its data and its judge."""
 
     def __init__(self, run: Run) -> None:
         self.first = 0

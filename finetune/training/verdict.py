@@ -27,7 +27,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What follows from an evaluation: sentences for people, whether to keep this state, why to end the run."""
+    """The consequences of an evaluation: sentences for people, whether to keep this state, why to end the run."""
 
     is_best: bool = False
     sentences: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ class Judge:
         return {"first": self.first, "last": self.last, "best": self.best, "stale": self.stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint, with the present bounds and patience; a metric that was changed begins anew."""
+        """Continue from a checkpoint, with the present bounds and patience; a metric that was changed begins again."""
         if not state:
             return
         self.first, self.last = dict(state["first"]), dict(state["last"])

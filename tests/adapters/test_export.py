@@ -142,7 +142,7 @@ def test_full_tensors_are_exported_only_for_peft(tmp_path: Path) -> None:
 def test_an_unknown_format_and_a_file_that_reads_back_differently(
     plain: tuple[Path, torch.Tensor], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="--format 'gguf' is unknown; allowed are peft, per-expert"):
+    with pytest.raises(ValueError, match="--format 'gguf' is unknown; use peft, per-expert"):
         export(plain[0], tmp_path / "out", form="gguf")
     from finetune.adapters.write import OutChange
 

@@ -334,7 +334,7 @@ def test_impossible_requests_are_refused_before_the_merge_starts(
         ([str(tmp_path / "out"), "--jobs", "-1"], "--jobs is -1; it must be a number from 0 on"),
         ([str(tmp_path / "out"), "--verify", "--samples", "0"], "--samples is 0; it must be a number from 1 on"),
         ([str(tmp_path / "out"), "--verify", "--device", "cuda:99"], "--device is cuda:99, but torch sees"),
-        ([str(tmp_path / "out"), "--verify", "--device", "gpu"], "--device is 'gpu'; allowed are cpu, cuda"),
+        ([str(tmp_path / "out"), "--verify", "--device", "gpu"], "--device is 'gpu'; use cpu, cuda"),
         ([str(tmp_path / "out"), "--verify", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),
     ):
         assert main(["merge", str(own), str(adapter[0]), *words]) == 2

@@ -211,7 +211,7 @@ def test_unknown_content_is_refused_by_name(tmp_path: Path) -> None:
             "changes nowhere.weight, which this base does not have. The": lambda t: t.update(
                 {"nowhere.weight": torch.ones(3)}
             ),
-            "F64; allowed are F32, BF16, F16": lambda t: t.update(
+            "F64; it must be one of F32, BF16, F16": lambda t: t.update(
                 {f"{q}.lora_A.weight": torch.ones(4, 48).double(), f"{q}.lora_B.weight": torch.ones(128, 4).double()}
             ),
             "gate_up_proj has 47 rows in lora_A; with r 4 .* not 12 experts": lambda t: t.update(

@@ -40,7 +40,7 @@ LEFT_OUT = {
     "experts": (3, "cause the server leaves out the adapter's part experts: merge the adapter"),
     "layers.1.": (3, "FAIL  log-probabilities"),
 }
-"""What of the names of factors the server leaves out, the exit code, and what is said."""
+"""Names of factors that the server leaves out, the exit code, and the message."""
 
 
 @pytest.mark.parametrize("left_out", LEFT_OUT)

@@ -28,7 +28,7 @@ SETTING = (
 
 
 def runs(rank: int, world: int, jobs: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
-    """By name of the run: what this rank's log says, every evaluation's numbers, its steps' metrics, its exit code."""
+    """Return by run: what this rank's log says, every evaluation's numbers, its steps' metrics, its exit code."""
     start_distributed()
     found: dict[str, dict[str, Any]] = {}
     for name, words in jobs.items():

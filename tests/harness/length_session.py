@@ -1,4 +1,4 @@
-"""What ranks do for the tests of a run's length: runs one after the other, some from a checkpoint of an earlier one."""
+"""The ranks of the tests of a run's length: runs one after the other, some from a checkpoint of an earlier one."""
 
 import shutil
 from collections.abc import Sequence

@@ -302,7 +302,7 @@ def test_a_rank_whose_process_is_gone_is_dead_and_nobody_waits_for_it(tmp_path: 
     _put(run, "rank-0001.json", **beat, step=None, stage="evaluation")
     _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="lost", message="Connection closed by peer")
     page = _page(run)
-    assert f"rank 1 is dead: its process {gone.pid} on {socket.gethostname()} ended without a word" in page
+    assert f"rank 1 is dead: its process {gone.pid} on {socket.gethostname()} ended silently" in page
     assert "wait for it" not in page
     _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="stall", message="step 7 stands")
     assert "is dead" not in _page(run)  # the launcher has ended it since
@@ -363,7 +363,7 @@ def test_real_flight_recorders_name_the_rank_that_did_not_join(
 
 
 def test_ranks_of_one_group_in_different_collectives(tmp_path: Path) -> None:
-    """As NCCL's recorder says it: what is to be equal differs; the rows that ranks give to an all-to-all may."""
+    """Arguments in the form of NCCL's recorder: those that must be equal differ; the rows of an all-to-all may."""
     run = _run(tmp_path / "r")
     for rank, (what, rows) in enumerate((("all_to_all", 5), ("all_to_all", 3), ("_all_gather_base", 5))):
         entry = {

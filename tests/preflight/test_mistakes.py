@@ -125,7 +125,7 @@ MISTAKES = {
         prepare=another_base,
         words=("model.path=other",),
         cause="model.path = 'other': runs/tiny-cpu/checkpoints/step-000002 was trained on another base, base",
-        cure="Set model.path to the same weights, or start anew with another run.name",
+        cure="Set model.path to the same weights, or start again with another run.name",
     ),
     "two starts": Mistake(
         prepare=another_start,
@@ -137,7 +137,7 @@ MISTAKES = {
         prepare=save,
         words=("optim.lr=0.5", "schedule.shape=constant"),
         cause="optim.lr: 0.001 in the checkpoint, 0.5 now; schedule.shape: 'cosine' in the checkpoint, 'constant' now",
-        cure="Restore these values to continue it, or start anew with another run.name",
+        cure="Restore these values to continue it, or start again with another run.name",
     ),
 }
 

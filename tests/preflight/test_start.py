@@ -1,4 +1,4 @@
-"""What a start looks at besides the typical mistakes: the run's folder, the base, the packs, evaluation sources."""
+"""Checks before a start besides the typical mistakes: the run's folder, the base, the packs, evaluation sources."""
 
 import shutil
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_a_base_must_be_whole_and_of_the_family(place: Path) -> None:
         ('{"messages": 3}\n', "no sample can be used: row 1: messages is a int; write a list of turns"),
         (
             '{"instruction": "a", "output": "b", "image": "x.png"}\n',
-            "no sample can be used: row 1: images[0]: there is no file x.png",
+            "no sample can be used: row 1: images[0]: the file x.png does not exist",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What errors of libraries and of the machine become: the cause and the cure in a few lines, whoever reports them."""
+"""Errors of libraries and of the machine become a cause and a cure in a few lines, whoever reports them."""
 
 import os
 import re

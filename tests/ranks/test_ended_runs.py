@@ -78,7 +78,7 @@ atexit.register(tell)
 
 @pytest.fixture(scope="module")
 def whole(place: Path) -> str:
-    """What a run that nothing happens to says."""
+    """Return the output of an undisturbed run."""
     words = [*RUN, "track.wandb=offline", "track.load_every=2"]
     done = start(place, [*TRAIN, "--ranks", "2"], "whole", *words, site=AT_EXIT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -582,7 +582,7 @@ def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path: Path, ca
     [
         (-9, {0: "lost"}, "torchrun was ended by SIGKILL, and its ranks with it", 1),
         (1, {0: "interrupted", 1: "lost"}, "rank 0 failed first: of 0", 130),
-        (1, {0: "lost"}, "a rank ended without a word; {logs}/launcher.log has what it and torchrun wrote", 1),
+        (1, {0: "lost"}, "a rank ended without a message; {logs}/launcher.log has what it and torchrun wrote", 1),
         (1, {0: "input"}, "moetune train: of 0\n", 2),
         (1, {0: "lost", 1: "killed"}, "rank 1 failed first: of 1\nIts log: {logs}/rank-0001.log\n", 1),
         (0, {}, "ended by a signal before it could save", 75),

@@ -83,7 +83,7 @@ def test_a_limit_of_the_user_s_holds_for_the_groups_of_nccl_too(monkeypatch: pyt
 
 
 def _asked(monkeypatch: pytest.MonkeyPatch, *, world: int, restarts: int) -> dict[str, Any]:
-    """What torch is asked for, of a group on two GPUs that torch's agent starts."""
+    """Return the calls to torch for a group on two GPUs that torch's agent starts."""
 
     class Asked(Exception):
         pass

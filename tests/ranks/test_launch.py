@@ -392,7 +392,7 @@ def test_deepspeed_s_remote_shells_change_no_word_and_no_value(tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["torchrun", "slurm", "kubernetes"])
 def test_a_restart_on_several_machines_has_a_store_of_its_own(kind: str, tmp_path: Path) -> None:
-    """What starts ranks on each of them says so to torchrun; else they would meet where those before them did."""
+    """Ranks that start on several machines are announced to torchrun; else they would meet at an earlier address."""
     assert "launchers.cli" in str(render(JOB, _profile(tmp_path, PROFILES[kind]), folder=Path("/x")))
     assert rank_environment({})["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
 

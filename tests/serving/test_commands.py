@@ -1,4 +1,4 @@
-"""What servers are told: flags for what a folder's own files do not say, and why a server cannot take an adapter."""
+"""Flags for servers where a folder's own files are silent, and the reason why a server cannot take an adapter."""
 
 import json
 import os

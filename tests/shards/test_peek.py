@@ -35,7 +35,7 @@ def test_samples_are_counted_as_far_as_it_matters(tmp_path: Path) -> None:
     [
         ('["1.png"]', "a.tar, sample a0: media names ["),
         ('["0.png", "0.png"]', "a.tar, sample a0: images has 2 items, but the messages hold 1 <image> mark"),
-        ('[{"path": "far.png"}]', "a.tar, sample a0: images[0]: there is no file"),
+        ('[{"path": "far.png"}]', "a.tar, sample a0: images[0]: the file"),
     ],
 )
 def test_what_a_sample_names_must_be_there(images: str, reason: str, tmp_path: Path) -> None:

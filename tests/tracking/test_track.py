@@ -1,4 +1,4 @@
-"""What is told of a run: figures by hand, files, pictures, the bar, and W&B going wrong in every way."""
+"""Reports of a run: figures by hand, files, pictures, the bar, and every failure of W&B."""
 
 import io
 import json

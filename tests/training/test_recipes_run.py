@@ -107,6 +107,6 @@ def lines(path: Path) -> list[dict]:
 
 
 def exact(line: dict) -> dict:
-    """What does not depend on the clock."""
+    """Return the fields that do not depend on the clock."""
     kept = ("step", "loss", "grad_norm", "tokens", "lr", "held/loss", "held/accuracy", "held/kl", "held/loss_base")
     return {name: line[name] for name in kept if name in line}

@@ -1,4 +1,4 @@
-"""What a run leaves: the newer adapter takes the earlier one's place when it is complete, and the user's files stay."""
+"""Results of a run: the newer adapter takes the earlier one's place when it is complete, and the user's files stay."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Who may work in a run's folder: one start at a time, its restarts on any host, and whoever comes after a dead one."""
+"""Holders of a run's folder: one start at a time, its restarts on any host, and a start after a dead one."""
 
 import json
 import os

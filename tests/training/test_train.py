@@ -136,7 +136,7 @@ def test_two_ranks_learn_and_stock_peft_reads_the_adapter(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(place: Path) -> list[str]:
-    """What was asked of a run of two ranks that nothing happens to."""
+    """Return the answers of an undisturbed run of two ranks."""
     words = [*LORA, "schedule.steps=6", "optim.eps=1e-6", "checkpoint.every_steps=2", "moe.balance=off"]
     words += ["context.yarn.factor=2", "stages.grown.from_step=3"]
     done = _train(place, "whole", *words)

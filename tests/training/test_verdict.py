@@ -1,4 +1,4 @@
-"""What follows from an evaluation, what `eval:` may not say, and the tiles that it is computed in."""
+"""Consequences of an evaluation, errors of `eval:`, and the tiles of its computation."""
 
 import re
 from dataclasses import replace
@@ -41,7 +41,7 @@ def test_the_best_is_the_first_of_equals_and_never_the_start(metric: str) -> Non
     verdicts = [judge.judge(step, _found(loss, accuracy=hits)) for step, (loss, hits) in enumerate(pairs, 1)]
     assert [verdict.is_best for verdict in verdicts] == [True, True, False, True]
     assert judge.best["step"] == 4
-    assert verdicts[-1].stop is None, "patience 0 waits for ever"
+    assert verdicts[-1].stop is None, "patience 0 waits forever"
 
 
 def test_patience_ends_a_run_and_a_resumed_one_too() -> None:
@@ -62,7 +62,7 @@ def test_patience_ends_a_run_and_a_resumed_one_too() -> None:
     other = Judge(_config(metric="a/kl", patience=2))
     other.load_state_dict(judge.state_dict())
     assert other.stop() is None
-    assert other.judge(5, _found(7, kl=3.0)).is_best, "another metric begins anew"
+    assert other.judge(5, _found(7, kl=3.0)).is_best, "another metric begins again"
 
 
 @pytest.mark.parametrize(
