@@ -31,6 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
     parser.add_argument("--layout", default="auto", help="how the base holds experts: auto, hub, memory, per_expert")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one more than cores)")
+    parser.add_argument(
+        "--shard-bytes", type=int, metavar="N", help="largest weight file (default: the base's own files)"
+    )
     parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
     parser.add_argument(
         "--verify",
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be a number from {least} on")
     base = open_base(model_folder(args.base), layout=args.layout)
-    plan = plan_merge(base, args.adapter, other_base=args.other_base)
+    plan = plan_merge(base, args.adapter, other_base=args.other_base, shard_bytes=args.shard_bytes)
     for line in plan.lines(args.out):
         say(line)
     if args.plan:

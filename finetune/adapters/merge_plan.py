@@ -22,7 +22,7 @@ from finetune.files.hubconfig import read_family
 from finetune.files.jsonblock import load_json
 from finetune.files.layouts import HUB_METADATA, stored_shape
 from finetune.files.tensorfile import file_size
-from finetune.files.writer import REPORT, links_outside, plan_shards, side_files_of
+from finetune.files.writer import REPORT, SHARD_BYTES, links_outside, plan_shards, side_files_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,15 @@ class MergePlan:
         ]
 
 
-def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> MergePlan:
-    """Return the plan. Raise if the adapter was trained on another base, unless `other_base` allows that."""
+def plan_merge(
+    base: BaseFiles, adapter: Path, *, other_base: bool = False, shard_bytes: int | None = None
+) -> MergePlan:
+    """Return the plan. Raise if the adapter was trained on another base, unless `other_base` allows that.
+
+    Without `shard_bytes`, the merged folder has the base's own files.
+    """
+    if shard_bytes is not None and shard_bytes < 1:
+        raise ValueError(f"--shard-bytes is {shard_bytes}; it must be a number from 1 on, 5000000000 is usual")
     source = open_source(adapter, base.shapes)
     origin = "merged into another base on purpose" if other_base else require_same_base(adapter, source.metadata, base)
     source.check_copies(base)
@@ -103,7 +110,7 @@ def plan_merge(base: BaseFiles, adapter: Path, *, other_base: bool = False) -> M
     return MergePlan(
         base=base,
         source=source,
-        files=_out_files(base),
+        files=_out_files(base, shard_bytes),
         side_files={**side_files_of(base.folder), **media},
         origin=origin,
         context=recorded_context(source, base.folder),
@@ -159,16 +166,16 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _out_files(base: BaseFiles) -> tuple[OutFile, ...]:
-    """The base's own division into files if each tensor lies in one file; else a division by size."""
+def _out_files(base: BaseFiles, shard_bytes: int | None) -> tuple[OutFile, ...]:
+    """Return the base's own division into files if each tensor is in one file and no size is given, else one by size."""
     kinds = base.dtypes
     stored = {name: (kinds[name], stored_shape(name, shape, "hub")) for name, shape in base.shapes.items()}
-    if all(name in base.stored for name in stored):
+    if shard_bytes is None and all(name in base.stored for name in stored):
         groups: dict[str, dict[str, tuple[str, Shape]]] = {}
         for name in sorted(stored, key=lambda name: (base.stored[name].file.name, base.stored[name].begin)):
             groups.setdefault(base.stored[name].file.name, {})[name] = stored[name]
     else:
-        groups = plan_shards(stored)
+        groups = plan_shards(stored, shard_bytes or SHARD_BYTES)
     return tuple(OutFile(name=file, tensors=tensors) for file, tensors in groups.items())
 
 

@@ -153,6 +153,26 @@ def test_all_small_files_are_copied_and_every_file_has_a_checksum(
     assert any(line.startswith("applied") for line in done)
 
 
+def test_weight_files_have_the_size_that_was_asked_for(
+    adapter: tuple[Path, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged(base(), adapter[0], tmp_path / "one")
+    words = ["merge", str(base()), str(adapter[0]), str(tmp_path / "many"), "--shard-bytes"]
+    assert main([*words, "200000"]) == 0
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 3
+    assert all(len(load_file(file)) == 1 or file.stat().st_size < 210_000 for file in files)
+    one, many = cases.raw(tmp_path / "one"), cases.raw(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(np.array_equal(one[name], many[name]) for name in one)
+    ours = cases.logits(cases.stock(tmp_path / "many"))
+    assert (ours - adapter[1]).abs().max() <= 1e-5 * adapter[1].abs().max()
+    capsys.readouterr()
+    assert main([*words, "0"]) == 2
+    assert "--shard-bytes is 0; it must be a number from 1 on" in capsys.readouterr().err
+
+
 def test_a_plan_writes_nothing(adapter: tuple[Path, torch.Tensor], tmp_path: Path, capsys: Any) -> None:
     assert main(["merge", str(base()), str(adapter[0]), str(tmp_path / "out"), "--plan"]) == 0
     assert "free there: " in capsys.readouterr().out
