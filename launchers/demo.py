@@ -22,7 +22,7 @@ LEAST = 0.90
 CHANCE = 0.25
 """Accuracy that must not be exceeded with other images before the same questions."""
 
-_TOWER = "--vision-depth 2 --vision-hidden 64 --vision-intermediate 128 --vision-heads 2"
+_TOWER = "--vision-depth 2 --vision-hidden 64 --vision-intermediate 128 --vision-heads 4"
 _SIZES = "--hidden 64 --head-dim 32 --expert-hidden 96"
 """vLLM's kernels for a CPU take hidden sizes that 32 divides, and heads of 32: what the demo trains can be served."""
 _ASK = "eval shards/held-out --max-tokens 4 --batch 64"

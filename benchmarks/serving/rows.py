@@ -95,7 +95,8 @@ def _clip(rate: Fraction, *, frames: int) -> bytes:
     still, buffer = _picture(64, 96, 9), io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        stream.height, stream.width = still.shape[:2]
+        stream.pix_fmt = "yuv420p"
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(np.roll(still, 4 * number, axis=1), format="rgb24")
             container.mux(stream.encode(frame))

@@ -167,7 +167,7 @@ def free_bytes(out: Path) -> int:
 
 
 def _out_files(base: BaseFiles, shard_bytes: int | None) -> tuple[OutFile, ...]:
-    """Return the base's own division into files if each tensor is in one file and no size is given, else one by size."""
+    """Return the base's own division into files if no tensor spans files and no size is given, else one by size."""
     kinds = base.dtypes
     stored = {name: (kinds[name], stored_shape(name, shape, "hub")) for name, shape in base.shapes.items()}
     if shard_bytes is None and all(name in base.stored for name in stored):
