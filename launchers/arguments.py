@@ -1,4 +1,4 @@
-"""Arguments that several commands have: the model to ask, the server to ask, counts."""
+"""Arguments that several commands share: the model or server to ask, places of media, and counts."""
 
 import argparse
 import os
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 
 def place_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare where media outside of the shards may be: the keys of `data:` as flags."""
+    """Declare the flags for media outside the shards; each stands for a key of `data:`."""
     parser.add_argument(
         "--media-root", type=Path, metavar="DIR", help="folder where relative paths of media start (data.media_root)"
     )
     parser.add_argument(
         "--allow-private-addresses",
         action="store_true",
-        help="urls of media may name servers of your own network (data.allow_private_addresses)",
+        help="allow urls of media on servers of your own network (data.allow_private_addresses)",
     )
 
 
 def media_places(args: argparse.Namespace) -> "Places":
-    """Return what `place_arguments` declared."""
+    """Return the places of media that the flags of `place_arguments` set."""
     from data.shards.bytes import Places
 
     return Places(root=args.media_root, allow_private=args.allow_private_addresses)
 
 
 def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of a command that loads a model to ask it; the model is the command's own argument."""
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter on top of the model")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): a GPU when there is one")
+    """Declare the options for loading a model to ask; each command declares the model itself."""
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="folder of an adapter for the model")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto (default): a GPU if there is one")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -51,7 +51,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         default="",
         metavar="CONFIG",
-        help="recipe with data.image, data.video, data.chat and context (default: what the adapter was trained with)",
+        help="recipe with data.image, data.video, data.chat and context (default: those of the adapter's training)",
     )
     parser.add_argument(
         "--set",
@@ -59,13 +59,13 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="settings",
         metavar="KEY=VALUE",
-        help="change one of these settings: --set data.image.max_tokens=1024",
+        help="change one of these settings, for instance data.image.max_tokens=1024",
     )
     parser.add_argument("--other-base", action="store_true", help="accept an adapter that was trained on another base")
 
 
 def answer_config(args: argparse.Namespace, model: str) -> "RunConfig":
-    """Return how images, videos and conversations become tokens: as in training, changed by the recipe and --set."""
+    """Return the settings of images, videos and conversations: those of training, changed by the recipe and --set."""
     from finetune.adapters.provenance import SEEN
     from finetune.files.hub import model_folder
     from finetune.settings.recipes import load_recipe
@@ -73,7 +73,9 @@ def answer_config(args: argparse.Namespace, model: str) -> "RunConfig":
     allowed = [f"{section}.{key}" for section, keys in SEEN.items() for key in keys]
     for word in args.settings:
         if not word.startswith(tuple(allowed)):
-            raise ValueError(f"--set {word} would change nothing here; what counts is {', '.join(allowed)}")
+            raise ValueError(
+                f"--set {word} would have no effect here; the keys with an effect are {', '.join(allowed)}"
+            )
     config, problems = load_recipe(args.config, args.settings, below=_trained_with(args.adapter, model_folder(model)))
     if problems:
         raise ValueError("\n".join(map(str, problems)))
@@ -81,7 +83,7 @@ def answer_config(args: argparse.Namespace, model: str) -> "RunConfig":
 
 
 def _trained_with(adapter: Path | None, model: Path) -> tuple[dict[str, Any], str]:
-    """Return what an adapter of ours was trained with; without one, what the adapter merged into the model was."""
+    """Return the training settings of our adapter; without an adapter, those of the adapter merged into the model."""
     from finetune.adapters.merge_plan import merge_settings
     from finetune.adapters.provenance import seen_settings
     from finetune.files.tensorfile import read_header
@@ -92,7 +94,7 @@ def _trained_with(adapter: Path | None, model: Path) -> tuple[dict[str, Any], st
 
 
 def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) -> "Speaker":
-    """Load the model; what libraries print when they are first loaded goes to standard error."""
+    """Load the model. The output of libraries as they are imported goes to standard error."""
     config = answer_config(args, model)
     with redirect_stdout(sys.stderr):
         device = _device(args.device)
@@ -110,13 +112,13 @@ def load_speaker(model: str, args: argparse.Namespace, *, adapter: Path | None) 
 
 
 def _device(name: str) -> str:
-    """Return the device, before the engine's library looks for one by itself."""
+    """Return the device, and set it before DeepSpeed is imported, which would search for one by itself."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device is {name!r}; allowed are auto, cpu, cuda, or one GPU by its number, as cuda:1")
+        raise ValueError(f"--device must be auto, cpu, cuda, or one GPU by its number, such as cuda:1; got {name!r}")
     import torch
 
     if name == "auto":
-        accelerator = os.environ.get("DS_ACCELERATOR", "cuda")  # the engine's own variable: the user's choice
+        accelerator = os.environ.get("DS_ACCELERATOR", "cuda")  # DeepSpeed's own variable, which a user may set
         name = "cuda" if accelerator == "cuda" and torch.cuda.is_available() else "cpu"
     os.environ["DS_ACCELERATOR"] = name.partition(":")[0]
     return name

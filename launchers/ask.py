@@ -1,4 +1,4 @@
-"""`moetune ask`: put one question, with images and videos, to a base, a base with its adapter, or a merged model."""
+"""`moetune ask`: ask a base, a base with its adapter, or a merged model one question, with images and videos."""
 
 import argparse
 import json
@@ -22,12 +22,12 @@ EXAMPLE = """\
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
-    parser.add_argument("text", metavar="TEXT", help="the question; <image> and <video> say where media stand in it")
+    parser.add_argument("text", metavar="TEXT", help="the question; <image> and <video> mark the places of media in it")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="an image, a file or URL; once for each"
+        "--image", action="append", default=[], metavar="FILE", help="file or URL of an image; may be repeated"
     )
     parser.add_argument(
-        "--video", action="append", default=[], metavar="FILE", help="a video, a file or URL; once for each"
+        "--video", action="append", default=[], metavar="FILE", help="file or URL of a video; may be repeated"
     )
     parser.add_argument("--system", default="", metavar="TEXT", help="system message before the question")
     model_arguments(parser)
@@ -36,14 +36,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) always takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default 0)")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object on standard output, when the answer is complete"
+        "--json", action="store_true", help="one JSON object on standard output, once the answer is complete"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, ask, and print the answer as it is written."""
+    """Load the model, ask, and print the answer as it is written."""
     if args.compare and args.adapter is None:
-        raise ValueError("--compare sets an adapter beside its base: give --adapter")
+        raise ValueError("--compare compares an adapter with its base: give --adapter")
     record, images, videos = question(args.text, args.image, args.video, system=args.system)
     answers = []
     for model, pieces in _answers(args, record, images, videos):
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 def question(
     text: str, images: list[str], videos: list[str], *, system: str = ""
 ) -> tuple["Record", list[bytes], list["VideoBytes"]]:
-    """Return the record of one question, and the bytes of its media; those without a mark stand before the text."""
+    """Return the record of one question, and the bytes of its media; media without marks go before the text."""
     from data.format.printable import count_of
     from data.format.record import RecordError, parse_record
     from data.prepare.convert import convert_row
@@ -77,8 +77,8 @@ def question(
         if marks and marks != len(words):
             has, given = count_of(marks, f"<{name}> mark"), count_of(len(words), "time")
             raise ValueError(
-                f"the question has {has}, and --{name} is given {given}. Give --{name} once for each mark, in their "
-                f"order; without marks, all stand before the text"
+                f"the question has {has}, but --{name} is given {given}. Give --{name} once for each mark, in their "
+                f"order; without marks, all media go before the text"
             )
     row: dict[str, Any] = {"messages": [{"role": "user", "content": text}]}
     if system:
@@ -92,14 +92,17 @@ def question(
 
 
 def _place(word: str) -> dict[str, str]:
-    """Return where an image or a video lies, as a row names it."""
+    """Return the place of an image or a video, as in a row."""
     return {"url": word} if word.startswith(("http://", "https://")) else {"path": str(Path(word).absolute())}
 
 
 def _answers(
     args: argparse.Namespace, record: "Record", images: list[bytes], videos: list["VideoBytes"]
 ) -> Iterator[tuple[str, Iterator[str]]]:
-    """Yield each model's name and the pieces of its answer; the base is the adapted model without adapter if exact."""
+    """Yield each model's name and the pieces of its answer.
+
+    If the adapter can be switched off completely, that gives the base; else the base is loaded by itself.
+    """
     from finetune.ask.speaker import Sampling
 
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)

@@ -1,7 +1,7 @@
-"""The command `moetune`. Each command is a module of this package, loaded only when called.
+"""The command `moetune`. Each command is a module of this package, imported only when called.
 
-argparse, because a command's name, its few flags and `key=value` are all there is, and it costs no start time.
-docs/commands.md is made from the parsers (`launchers/reference.py`).
+argparse is enough for a command's name, a few flags and `key=value`, and it adds no start time. docs/commands.md is
+generated from the parsers (`launchers/reference.py`).
 """
 
 import argparse
@@ -15,28 +15,28 @@ from typing import NoReturn
 
 from data.format.printable import printable
 
-COMMANDS = {  # in the order in which people meet them
+COMMANDS = {  # in the order in which users need them
     "init": "write a small recipe of your own, from a few answers or flags, with the planner's layout",
-    "recipes": "the shipped recipes, each with its hardware and a line; or the text of one, to copy from",
-    "check": "read a recipe, print the effective config and every derived number, name every problem",
-    "explain": "what a configuration key means, when to change it, and what it interacts with",
-    "plan": "what a run takes before it runs: memory, traffic, time, cost; --fit proposes a layout",
-    "doctor": "known traps before GPUs are taken; the nodes together; why a run hung or died",
-    "tiny": "write a small base model, in the hub's own layout, with random weights",
-    "verify-base": "one pass/fail card for a base checkpoint: files, config, tokenizer, template, logits",
+    "recipes": "list the shipped recipes with their hardware, or print one to copy from",
+    "check": "read a recipe, print the effective config and every derived number, and name every problem",
+    "explain": "explain a configuration key: its meaning, when to change it, and what it interacts with",
+    "plan": "estimate a run's memory, traffic, time and cost before it starts; --fit proposes a layout",
+    "doctor": "check for known problems before a run, test the nodes together, or find out why a run hung or died",
+    "tiny": "write a small base model with random weights, in the hub's own layout",
+    "verify-base": "check a base checkpoint: files, config, tokenizer, template, logits; one pass/fail card",
     "shards": "build, index, check, show, count and split webdataset shards",
-    "train": "train on this machine: from a base and shards, or a JSONL file, to an adapter",
-    "launch": "the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, from one profile a cluster",
+    "train": "train an adapter on this machine, from a base and shards or a JSONL file",
+    "launch": "start the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, with one profile per cluster",
     "eval": "ask a model or a server held-out questions, and score the answers by source",
-    "ask": "put a question, with images and videos, to a base, a base with its adapter, or a merged model",
-    "probe": "needles in long contexts, of text and of video: base against adapted, as a heatmap and JSON",
-    "merge": "a base and an adapter into one model folder in the hub's layout, and the proof of it",
-    "export": "an adapter in the form that a server reads: PEFT's packed one, or 2-D keys expert by expert",
-    "combine": "a weighted sum of adapters, experts included: exact, or of a smaller rank with its error stated",
-    "serve": "the exact command for vLLM, sglang and transformers, or a server started and checked",
-    "serve-check": "does a live server compute what we compute, from pixels to log-probabilities?",
-    "env": "what an issue report needs: versions, GPUs, memory, disks and variables of this machine",
-    "demo": "the whole way on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",
+    "ask": "ask a base, a base with its adapter, or a merged model one question, with images and videos",
+    "probe": "look for needles in long contexts, text and video: base and adapted model, as a heatmap and JSON",
+    "merge": "merge a base and an adapter into one model folder in the hub's layout, and verify it",
+    "export": "convert an adapter to the form that a server reads: PEFT's packed one, or 2-D keys per expert",
+    "combine": "add adapters with weights, experts included: exact, or reduced in rank with the error printed",
+    "serve": "print the exact command for vLLM, sglang and transformers, or start a server and check it",
+    "serve-check": "compare a live server with our own computation, from pixels to log-probabilities",
+    "env": "print what an issue report needs: versions, GPUs, memory, disks and variables of this machine",
+    "demo": "run every step on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",
 }
 
 EXIT_CODES = {
@@ -48,11 +48,11 @@ EXIT_CODES = {
     76: "a guard stopped the run",
     130: "Ctrl-C",
 }
-"""What the exit codes of all commands mean; a command's own EXIT_CODES say what one means there."""
+"""Meanings of the exit codes in all commands; a command's own EXIT_CODES are more specific."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments of one command line, with `run` for what carries it out."""
+    """Parse one command line; `run` of the result is the command's function."""
     parser = argparse.ArgumentParser(
         prog="moetune",
         description="Fine-tune Qwen3-VL mixture-of-experts models.",
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             continue
         add_command(commands, name)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes positional words only where they stand together; a key=value behind an option is one as well
+    # argparse accepts positional words only in one group; accept a key=value after an option as well
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         _complain(args, error)
         return 2
-    except OSError as error:  # a full disk, a folder that may not be written: the run failed, the input is not wrong
+    except OSError as error:  # a full disk or a folder without write permission: a failure, not a wrong input
         if args.debug:
             raise
         if not _reader_is_gone():
@@ -107,7 +107,7 @@ def _complain(args: argparse.Namespace, error: object) -> None:
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> argparse.ArgumentParser:
-    """Add the whole parser of one command, from its module."""
+    """Add the complete parser of one command, from its module."""
     module, summary = import_module(f"launchers.{name.replace('-', '_')}"), COMMANDS[name]
     own = [f"exit code {code}: {meaning}" for code, meaning in getattr(module, "EXIT_CODES", {}).items()]
     command = commands.add_parser(
@@ -125,7 +125,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
 
 
 def _reader_is_gone() -> bool:
-    """Say whether the reader of our lines has closed the pipe, as `head` does; later output then goes nowhere."""
+    """Return whether the reader of our output has closed the pipe, as `head` does; if so, discard later output."""
     stdout = select.poll()
     stdout.register(1, 0)  # a pipe without a reader reports an error whatever events are registered
     if not any(event & select.POLLERR for _, event in stdout.poll(0)):
@@ -143,7 +143,7 @@ def _version() -> str:
     try:
         return version("moetune")
     except PackageNotFoundError:
-        return "(not installed, running from its source)"
+        return "(not installed, running from source)"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`moetune demo`: every step on a CPU: a base, shards, two-rank LoRA on real images, the adapter, the proof.
+"""`moetune demo`: run every step on a CPU: a base, shards, two-rank LoRA on real images, the adapter, the proof.
 
-First all weights of a tiny base are trained on letters. Then LoRA, on two ranks with ZeRO-3 and expert parallelism,
-teaches it handwritten digits; held-out ones are asked before, after, and with the images shuffled.
+First a tiny base is fully trained on letters. Then LoRA, on two ranks with ZeRO-3 and expert parallelism, teaches it
+handwritten digits. It is tested on held-out digits before, after, and with shuffled images.
 """
 
 import argparse
@@ -18,9 +18,9 @@ EXAMPLE = """\
   moetune demo runs/demo"""
 
 LEAST = 0.90
-"""Accuracy that must be reached on held-out digits."""
+"""Least accuracy on held-out digits."""
 CHANCE = 0.25
-"""Accuracy that must not be exceeded with other images before the same questions."""
+"""Largest accuracy with shuffled images."""
 
 _TOWER = "--vision-depth 2 --vision-hidden 64 --vision-intermediate 128 --vision-heads 4"
 _SIZES = "--hidden 64 --head-dim 32 --expert-hidden 96"
@@ -45,7 +45,7 @@ COMMANDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One row of the table at the end."""
+    """One row of the final table."""
 
     what: str
     score: float
@@ -58,11 +58,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run each command as a user would type it; the first that fails ends the demo."""
+    """Run each command as a user would type it; stop at the first that fails."""
     out: Path = args.out
     if out.exists():
         raise ValueError(f"{out} exists; give another folder, or remove it")
-    os.environ["DS_ACCELERATOR"] = "cpu"  # the same everywhere, so that its figures can be compared
+    os.environ["DS_ACCELERATOR"] = "cpu"  # the same device everywhere, so that results can be compared
     try:
         from launchers.demo_material import picture_lines, write_material
 
@@ -89,18 +89,18 @@ def run(args: argparse.Namespace) -> int:
         print(f"the digit shown is a {first['references'][0]}")
         print(_report(lines, time.monotonic() - began))
         if not same:
-            print("demo: the merged model answered otherwise than base and adapter")
+            print("demo: the answers of the merged model differ from those of base and adapter")
     return 0 if same else 1
 
 
 def _run(command: str) -> bool:
-    """Print the command, run it, and say whether it did what it should."""
+    """Print the command, run it, and return whether it succeeded."""
     from launchers.cli import main
 
     print(f"\n$ moetune {command}", flush=True)
     code = main(shlex.split(command))
     if code:
-        print(f"demo: stopped, `moetune {shlex.split(command)[0]}` ended with {code}")
+        print(f"demo: stopped, because `moetune {shlex.split(command)[0]}` ended with exit code {code}")
     return not code
 
 
@@ -114,6 +114,6 @@ def _accuracy(file: str) -> float:
 
 
 def _report(lines: list[Line], seconds: float) -> str:
-    table = [f"{'held-out digits, exact':<26}{'score':>8}  wanted"]
+    table = [f"{'held-out digits, exact':<26}{'score':>8}  required"]
     table += [f"{line.what:<26}{line.score:>8.3f}  {line.bound}".rstrip() for line in lines]
     return "\n" + "\n".join([*table, f"in {seconds / 60:.1f} minutes"])

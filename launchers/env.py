@@ -1,4 +1,4 @@
-"""`moetune env`: what an issue report needs to say about a machine."""
+"""`moetune env`: print the facts about a machine that an issue report needs."""
 
 import argparse
 import json
@@ -23,9 +23,9 @@ PACKAGES = (
     *("huggingface-hub", "numpy", "av", "pillow", "simplejpeg", "omegaconf", "wandb", "triton"),
     *("nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"),
 )
-"""Packages whose releases matter; those that are not installed are left out, but for those with a tested range."""
+"""Packages whose releases matter. Missing ones are left out, except for those with a tested range."""
 GPU = "index,name,memory.total,memory.used,driver_version,compute_cap"
-"""What nvidia-smi is asked of each GPU."""
+"""Properties of each GPU that nvidia-smi prints."""
 VARIABLES = (
     "CUDA_",
     "DS_",
@@ -40,12 +40,12 @@ VARIABLES = (
     "SLURM_",
     "TORCH_",
 )
-"""What variables begin with that change how a run goes."""
+"""Prefixes of the variables that affect a run."""
 NAMED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "PYTHONPATH", "RANK", "TOKENIZERS_PARALLELISM", "WANDB_MODE", "WORLD_SIZE")
 SECRET = ("AUTH", "CREDENTIAL", "KEY", "PASS", "SECRET", "TOKEN")
-"""What names of variables hold whose values are never printed."""
+"""Parts of variables' names whose values are never printed."""
 _PATIENCE_S = 60
-"""Seconds that nvidia-smi may take: the first call after a start is slow."""
+"""Seconds that nvidia-smi may take. Its first call after a boot is slow."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Return everything by name, as JSON can hold it. Nothing of it is imported."""
+    """Return all facts by name, ready for JSON, without importing any of the packages."""
     return {
         "moetune": _ours(),
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -78,15 +78,15 @@ def environment() -> dict[str, Any]:
 
 
 def packages(installed: Mapping[str, str]) -> dict[str, str]:
-    """Return the release of each package, with what is wrong with it; those that may be missing are left out."""
+    """Return the release of each package, with a note if it is untested; packages that may be missing are left out."""
     outside = dict(untested(installed))
-    ranges = {name: f", outside of the tested {TESTED[name]}" for name in outside}
+    ranges = {name: f", outside the tested {TESTED[name]}" for name in outside}
     named = [name for name in PACKAGES if name in installed or name in TESTED]
     return {name: installed.get(name, "not installed") + ranges.get(name, "") for name in named}
 
 
 def variables(values: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that change how a run goes; of those that may hold a secret, only that they are set."""
+    """Return the variables that affect a run; of those that may be secret, only the fact that they are set."""
     chosen = sorted(name for name in values if name.startswith(VARIABLES) or name in NAMED)
     return {name: "(set, not shown)" if any(word in name for word in SECRET) else values[name] for name in chosen}
 
@@ -109,14 +109,14 @@ def _glibc() -> str:
 
 
 def _gpus() -> list[str]:
-    """Return a line for each GPU."""
+    """Return one line per GPU."""
     names = GPU.split(",")
     rows = [row.split(", ") for row in _asked("nvidia-smi", f"--query-gpu={GPU}", "--format=csv,noheader").splitlines()]
     return [", ".join(f"{name} {cell}" for name, cell in zip(names, row, strict=False)) for row in rows]
 
 
 def _asked(*command: str) -> str:
-    """Return what a program answers; empty where there is none, or where it fails."""
+    """Return the output of a program, or "" if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -125,7 +125,7 @@ def _asked(*command: str) -> str:
 
 
 def _memory(text: str) -> str:
-    """Return what /proc/meminfo says."""
+    """Return free and total memory from the text of /proc/meminfo."""
     kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()}
     return f"{kilobytes['MemAvailable'] / 2**20:.1f} of {kilobytes['MemTotal'] / 2**20:.1f} GiB free"
 

@@ -24,33 +24,35 @@ EXIT_CODES = {3: "a score missed the bound of --at-least or --at-most"}
 
 
 SHOWN = 5
-"""Samples left out that are named; --json names all."""
+"""Skipped samples that are named; --json names all."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("data", nargs="+", metavar="DATA", help="shards, .jsonl or .json; NAME=PATH names the source")
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="shards, a .jsonl or a .json file; NAME=PATH names the source"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a base or merged model: a folder or a hub id")
-    source.add_argument("--url", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
+    source.add_argument("--url", help="a server with OpenAI's protocol, such as http://host:8000/v1")
     model_arguments(parser)
     parser.add_argument(
         "--metric",
         action="append",
         default=[],
         metavar="METRIC",
-        help="a metric of all sources, or SOURCE=METRIC of one; may be given more than once (default exact)",
+        help="a metric for all sources, or SOURCE=METRIC for one; may be repeated (default exact)",
     )
     parser.add_argument(
         "--skip-unfit",
         action="store_true",
-        help="leave out samples whose reference a metric cannot read, and count them",
+        help="skip samples whose reference a metric cannot read, and count them",
     )
     parser.add_argument(
         "--media",
         choices=("kept", "shuffled", "blank"),
         default="kept",
-        help="shuffled or blank: show other media or grey pictures, to see whether the model looks (default kept)",
+        help="show other media (shuffled) or grey pictures (blank), to see whether the model uses them (default kept)",
     )
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="ask only N samples of each source, drawn by --seed"
@@ -62,7 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=8, help="prompts that a local model takes at once (default 8)"
     )
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time to a server (default 8)")
-    parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
+    parser.add_argument("--name", default="", help="the model's name on the server (default: its only one)")
     parser.add_argument(
         "--key-variable",
         default="OPENAI_API_KEY",
@@ -71,9 +73,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
     parser.add_argument(
-        "--attempts", type=positive, default=5, help="attempts while a server is busy or away (default 5)"
+        "--attempts", type=positive, default=5, help="attempts while a server is busy or down (default 5)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write every answer with its scores, one JSON a line")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write every answer with its scores, one JSON object per line"
+    )
     for name, about in (("least", "below"), ("most", "above")):
         parser.add_argument(
             f"--at-{name}",
@@ -83,19 +87,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
             help=f"exit code 3 if the metric's mean over all samples is {about} X",
         )
     place_arguments(parser)
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="for indexes, where DATA cannot be written")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="folder for indexes, if the folder of DATA is not writable"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask, score, print the table; 3 when a bound is missed, 1 when the server fails."""
+    """Ask, score, and print the table; return 3 if a bound is missed, 1 if the server fails."""
     from finetune.ask import answers
     from finetune.ask.exchange import EndpointError
     from finetune.ask.scores import find_metric
 
     if args.out is not None and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-        raise ValueError(f"--out is {args.out}; it must be a file in a folder that exists")
-    for word in args.metric:  # before anything is read
+        raise ValueError(f"--out must be a file in a folder that exists, got {args.out}")
+    for word in args.metric:  # refuse unknown names before anything is read
         find_metric(word.rpartition("=")[2])
     questions, reader = answers.find_questions(
         args.data, limit=args.limit, seed=args.seed, cache_dir=args.cache_dir, places=media_places(args)
@@ -129,7 +135,7 @@ def _respond(args: argparse.Namespace, records: Sequence[Any]) -> "Respond":
 
     ignored = [f"--{name}" for name, value in (("adapter", args.adapter), ("config", args.config)) if value]
     if ignored or args.settings:
-        raise ValueError(f"{(ignored or ['--set'])[0]} belongs to a local model; the server at --url has its own")
+        raise ValueError(f"{(ignored or ['--set'])[0]} applies only to --model; the server at --url has its own")
     for record in records:
         check_sendable(record)
     options = {"max_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
@@ -137,7 +143,7 @@ def _respond(args: argparse.Namespace, records: Sequence[Any]) -> "Respond":
 
 
 def _collect(answers: Iterable["Scored"], total: int, out: Path | None) -> list["Scored"]:
-    """Take answers as they come; each is on disk before the next one is awaited."""
+    """Collect answers as they arrive; each is on disk before the next one is awaited."""
     from contextlib import nullcontext
 
     from data.prepare.progress import Progress
@@ -154,7 +160,7 @@ def _collect(answers: Iterable["Scored"], total: int, out: Path | None) -> list[
 
 
 def _bounds(args: argparse.Namespace, known: set[str]) -> list[Any]:
-    """Return functions from the last row to a sentence when it misses the bound."""
+    """Return one function per bound: it describes how the last row misses the bound, or returns ""."""
     bounds = []
     for option, words in (("--at-least", args.at_least), ("--at-most", args.at_most)):
         for word in words:
@@ -165,7 +171,7 @@ def _bounds(args: argparse.Namespace, known: set[str]) -> list[Any]:
                 number = -1.0
             if name not in known or not 0 <= number <= 1:
                 raise ValueError(
-                    f"{option} {word}: write METRIC=X, X from 0 to 1, METRIC one of {', '.join(sorted(known))}"
+                    f"{option} {word}: write METRIC=X, with X from 0 to 1 and METRIC one of {', '.join(sorted(known))}"
                 )
             bounds.append(_bound(name, number, option))
     return bounds
@@ -175,7 +181,7 @@ def _bound(name: str, limit: float, option: str) -> Any:
     def check(row: "Row") -> str:
         score = row.scores[name]
         fine = score >= limit if option == "--at-least" else score <= limit
-        return "" if fine else f"{name} is {score:.4f} over all, {option} {limit:g}"
+        return "" if fine else f"{name} is {score:.4f} over all samples, {option} {limit:g}"
 
     return check
 
@@ -202,7 +208,7 @@ def _print(
     if unfit:
         names = listed([f"{shard.name} {key}" for shard, key in unfit], SHOWN)
         print(
-            f"left out, as a metric cannot read the reference: {count_of(len(unfit), 'sample')} ({names}). The first:"
+            f"skipped, since a metric cannot read the reference: {count_of(len(unfit), 'sample')} ({names}). The first:"
         )
         print(printable(f"    {next(iter(unfit.values()))}"))
     if cut := rows[-1].cut:

@@ -1,4 +1,4 @@
-"""`moetune explain`: what a configuration key means, when to change it, and what it interacts with."""
+"""`moetune explain`: explain a configuration key: its meaning, when to change it, and what it interacts with."""
 
 import argparse
 import textwrap
@@ -11,12 +11,12 @@ from finetune.settings.schema import editor_line, schema_file
 EXAMPLE = """\
   moetune explain data.mixture
   moetune explain mixture                             # the last word is enough
-  moetune explain data.sources.charts.weight          # of a source of yours
+  moetune explain data.sources.charts.weight          # a key of one of your sources
   moetune explain parallel                            # the keys of a section, one line each
-  moetune explain --schema                            # the first line of a recipe that editors shall complete"""
+  moetune explain --schema                            # the first line of a recipe for completion in editors"""
 
 WIDTH = 100
-"""Characters of a line."""
+"""Characters per line."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def _explanation(asked: str) -> str:
         found = find(same[0])
     if found is None:
         known = [*keys(), *(section.dotted for section in sections())]
-        raise ValueError(f"{asked!r} is no key and no section. {did_you_mean(asked, known)}.")
+        raise ValueError(f"{asked!r} is neither a key nor a section. {did_you_mean(asked, known)}.")
     return _key_text(found) if isinstance(found, Key) else _section_text(found)
 
 
@@ -63,7 +63,7 @@ def _section_text(section: Section) -> str:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    """Return a line for each name, with the first sentence of its text."""
+    """Return one line per name, with the first sentence of its text."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(
         f"{name:<{width}}  {textwrap.shorten(first_sentence(text), WIDTH - width - 2, placeholder=' ...')}"

@@ -1,4 +1,4 @@
-"""`moetune merge`: a base and an adapter into one model folder, in the hub's layout."""
+"""`moetune merge`: merge a base and an adapter into one model folder, in the hub's layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify held-out.jsonl
-  moetune merge base runs/mine/adapter merged --plan        # what would be written, and the room it takes"""
+  moetune merge base runs/mine/adapter merged --plan        # print what would be written, and its size"""
 
 EXIT_CODES = {3: "a change was lost in rounding, or the proof failed"}
 
@@ -29,29 +29,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter folder: ours, PEFT's, or per expert")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist or be empty")
-    parser.add_argument("--layout", default="auto", help="how the base holds experts: auto, hub, memory, per_expert")
-    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="files at once (default: one more than cores)")
+    parser.add_argument("--layout", default="auto", help="how the base stores experts: auto, hub, memory, per_expert")
     parser.add_argument(
-        "--shard-bytes", type=int, metavar="N", help="largest weight file (default: the base's own files)"
+        "--jobs", type=int, default=0, metavar="N", help="files merged at once (default: one more than cores)"
     )
-    parser.add_argument("--plan", action="store_true", help="say what would be done, and stop")
+    parser.add_argument(
+        "--shard-bytes", type=int, metavar="N", help="bytes of the largest weight file (default: the base's own files)"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the plan, and stop")
     parser.add_argument(
         "--verify",
         nargs="?",
         const="",
         metavar="SAMPLES",
-        help="then compare logits with base + adapter, layer by layer: on drawn samples, or on your shards or JSONL",
+        help="then compare logits with base + adapter, layer by layer: on random samples, or on your shards or JSONL",
     )
-    parser.add_argument("--samples", type=int, default=8, metavar="N", help="how many of SAMPLES (default 8)")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="number of SAMPLES to compare (default 8)")
     place_arguments(parser)
-    parser.add_argument("--device", default="cpu", help="where to verify: cpu (default) or cuda:0")
-    parser.add_argument("--other-base", action="store_true", help="the adapter was trained on another base, on purpose")
+    parser.add_argument("--device", default="cpu", help="device for --verify: cpu (default) or cuda:0")
+    parser.add_argument("--other-base", action="store_true", help="accept an adapter that was trained on another base")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan, merge, print what became of the changes; 3 when one was lost in rounding, or the proof fails."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
+    """Print the plan, merge, and print the result; return 3 if a change was lost in rounding, or the proof fails."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for a GPU, and print so
     from finetune.adapters.merge import merge
     from finetune.adapters.merge_plan import plan_merge
     from finetune.files.basefiles import open_base
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name, least in (("jobs", 0), ("samples", 1)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be a number from {least} on")
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     base = open_base(model_folder(args.base), layout=args.layout)
     plan = plan_merge(base, args.adapter, other_base=args.other_base, shard_bytes=args.shard_bytes)
     for line in plan.lines(args.out):
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         return _finish(args, 0, {"need_bytes": plan.need_bytes, "intended": plan.intended})
     samples: list[Trial] = []
-    if args.verify is not None:  # what the proof needs is looked at before the work is done
+    if args.verify is not None:  # check what the proof needs before the merge
         from finetune.ranks.device import open_device
         from finetune.verify.merged import proof_samples
 

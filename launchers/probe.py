@@ -1,4 +1,4 @@
-"""`moetune probe`: does a model find one fact, or one frame, in a long context? Base against adapted."""
+"""`moetune probe`: test whether a base and an adapted model find one fact, or one frame, in a long context."""
 
 import argparse
 import json
@@ -24,14 +24,14 @@ OUT_HELP = "folder for needle.json and heatmaps; an earlier needle.json is not o
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument(
-        "what", choices=("needle",), metavar="needle", help="needle: one fact, or one frame, in a long context"
+        "what", choices=("needle",), metavar="needle", help="the probe: one fact, or one frame, in a long context"
     )
     parser.add_argument("model", metavar="MODEL", help="a base or merged model: a folder or a hub id")
     parser.add_argument(
         "--kind",
         choices=("text", "video", "both"),
         default="both",
-        help="haystacks of text, of video, or both (default both)",
+        help="haystacks of text, of video, or of both (default both)",
     )
     parser.add_argument(
         "--lengths",
@@ -43,7 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--depths",
         type=_depths,
         default=(0.0, 0.25, 0.5, 0.75, 1.0),
-        help="depths of the needle, from 0, the beginning, to 1, the end (default 0,0.25,0.5,0.75,1)",
+        help="depths of the needle, from 0 (beginning) to 1 (end) (default 0,0.25,0.5,0.75,1)",
     )
     parser.add_argument("--trials", type=positive, default=3, help="haystacks for each length and depth (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the haystacks (default 0)")
@@ -53,13 +53,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Probe, print a table, write needle.json and a heatmap for each kind."""
+    """Probe, print a table, and write needle.json and a heatmap for each kind."""
     from finetune.ask.heatmap import draw_heatmap
 
     if (args.out / "needle.json").exists():
         raise ValueError(
-            f"--out: {args.out / 'needle.json'} is of an earlier probe, and is not overwritten. Name another folder "
-            f"with --out"
+            f"--out: {args.out / 'needle.json'} exists from an earlier probe, and is not overwritten. Name another "
+            f"folder with --out"
         )
     report: dict[str, dict[str, list[dict[str, float]]]] = {}
     for model, kind, cells in _probes(args):
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         grids = {model: _grid(cells, args) for model, cells in models.items()}
         path = args.out / f"needle-{kind}.png"
         draw_heatmap(grids, lengths=args.lengths, depths=args.depths, title=f"{kind} needles", path=path)
-    print(json.dumps(content, indent=1) if args.json else f"wrote {args.out}/needle.json and a heatmap of each kind")
+    print(json.dumps(content, indent=1) if args.json else f"wrote {args.out}/needle.json and a heatmap for each kind")
     return 0
 
 
@@ -115,5 +115,5 @@ def _depths(text: str) -> tuple[float, ...]:
     except ValueError:
         depths = (-1.0,)
     if not all(0 <= depth <= 1 for depth in depths):
-        raise argparse.ArgumentTypeError(f"{text!r}: it must be numbers from 0 to 1, with commas between")
+        raise argparse.ArgumentTypeError(f"it must be numbers from 0 to 1, separated by commas, found {text!r}")
     return depths

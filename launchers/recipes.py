@@ -1,4 +1,4 @@
-"""`moetune recipes`: what is shipped, for which hardware; and the text of one, to copy from."""
+"""`moetune recipes`: list the shipped recipes with their hardware, or print one to copy from."""
 
 import argparse
 
@@ -12,11 +12,11 @@ EXAMPLE = """\
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("name", metavar="NAME", nargs="?", help="print the file of this recipe; without: list them all")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="print this recipe's file (default: list all recipes)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one recipe, or a line for each."""
+    """Print one recipe, or one line per recipe."""
     if args.name is not None:
         if args.name not in recipe_names():
             raise ValueError(f"{args.name!r} is not a shipped recipe. Shipped: {', '.join(recipe_names())}")

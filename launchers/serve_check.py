@@ -1,4 +1,4 @@
-"""`moetune serve-check`: does a live server compute what we compute, from the pixels to the log-probabilities?"""
+"""`moetune serve-check`: compare a live server with our own computation, from pixels to log-probabilities."""
 
 import argparse
 import json
@@ -25,17 +25,17 @@ EXAMPLE = """\
   moetune serve-check http://localhost:8000/v1 held-out.jsonl --model base --adapter runs/mine/adapter --name mine"""
 
 ATTEMPTS = 3
-"""A busy server is asked again; one that hangs is given up after so many timeouts."""
-EXIT_CODES = {3: "the server computes something else, or nothing could be compared"}
+"""Requests to a busy server before it is given up, and timeouts of one that hangs."""
+EXIT_CODES = {3: "the server's results differ, or nothing could be compared"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
-    parser.add_argument("url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
-    parser.add_argument("data", nargs="+", metavar="DATA", help="shards, .jsonl or .json")
-    parser.add_argument("--model", required=True, help="what the server serves: a folder or a hub id")
+    parser.add_argument("url", metavar="URL", help="a server with OpenAI's protocol, such as http://host:8000/v1")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="shards, a .jsonl or a .json file")
+    parser.add_argument("--model", required=True, help="the model that the server serves: a folder or a hub id")
     check_arguments(parser)
-    parser.add_argument("--name", default="", help="the model's name at the server (default: its only one)")
+    parser.add_argument("--name", default="", help="the model's name on the server (default: its only one)")
     parser.add_argument(
         "--key-variable",
         default="OPENAI_API_KEY",
@@ -62,7 +62,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, print a card; 3 when something differs, with the first difference in full, 1 when the server fails."""
+    """Compare and print a card with the first difference; return 3 if there is one, 1 if the server fails."""
     from finetune.ask.endpoint import Endpoint
     from finetune.ask.exchange import EndpointError
 
@@ -111,5 +111,5 @@ def check(args: argparse.Namespace, endpoint: "Endpoint", *, model: str, adapter
         if card.differences:
             print(printable(f"first of {len(card.differences)} differences: {card.differences[0]}"))
         elif not any(card.compared.values()):
-            print("nothing could be compared: the server tells neither token ids nor log-probabilities")
+            print("nothing could be compared: the server returns neither token ids nor log-probabilities")
     return 3 if card.differences or not any(card.compared.values()) else 0

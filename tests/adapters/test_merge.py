@@ -351,8 +351,8 @@ def test_impossible_requests_are_refused_before_the_merge_starts(
     (tmp_path / "link").symlink_to(own)
     for words, message in (
         ([str(tmp_path / "link" / "merged")], "merged lies inside the base"),
-        ([str(tmp_path / "out"), "--jobs", "-1"], "--jobs is -1; it must be a number from 0 on"),
-        ([str(tmp_path / "out"), "--verify", "--samples", "0"], "--samples is 0; it must be a number from 1 on"),
+        ([str(tmp_path / "out"), "--jobs", "-1"], "--jobs must be at least 0, got -1"),
+        ([str(tmp_path / "out"), "--verify", "--samples", "0"], "--samples must be at least 1, got 0"),
         ([str(tmp_path / "out"), "--verify", "--device", "cuda:99"], "--device is cuda:99, but torch sees"),
         ([str(tmp_path / "out"), "--verify", "--device", "gpu"], "--device is 'gpu'; use cpu, cuda"),
         ([str(tmp_path / "out"), "--verify", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),

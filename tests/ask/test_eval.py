@@ -117,12 +117,12 @@ def test_bounds_decide_the_exit_code(rows, capsys):
     words = ["eval", str(rows), "--model", str(base()), "--max-tokens", "1", "--limit", "1", "--metric", "f1"]
     assert main([*words, "--at-least", "f1=0.5"]) == 3
     shown = capsys.readouterr().out
-    assert "missed: f1 is 0.0000 over all, --at-least 0.5" in shown
+    assert "missed: f1 is 0.0000 over all samples, --at-least 0.5" in shown
     assert "answers cut at --max-tokens 1: 2 of 2" in shown
     assert main([*words, "--at-most", "f1=0.5"]) == 0
 
 
-def test_samples_that_a_metric_cannot_read_are_left_out_and_named(tmp_path, capsys):
+def test_samples_that_a_metric_cannot_read_are_skipped_and_named(tmp_path, capsys):
     asked = {"role": "user", "content": "When does it rain?"}
     answers = ["from 1.0 to 2.5", "never", "00:10 to 00:20", "never"]
     rows = [{"messages": [asked, {"role": "assistant", "content": answer}]} for answer in answers]
@@ -189,7 +189,7 @@ def test_boxes_of_an_answer_are_read_as_a_model_writes_them(tmp_path):
     assert question.record.objects.boxes == ((0, 0, 20, 10),)
 
 
-def test_the_table_means_what_it_says(rows):
+def test_the_table_has_means_by_source_and_over_all(rows):
     questions, _ = find_questions([str(rows)])
     scores = [{"exact": at / 5} | ({"f1": 1.0} if at == 5 else {}) for at in range(6)]
     replies = [Reply(text="", finished=at > 0) for at in range(6)]
@@ -236,7 +236,7 @@ def test_a_busy_server_is_asked_again(server):
         (200, "<html>", r"127.0.0.1:\d+/v1/chat/completions: the answer does not follow .* begins with b'<html>'"),
     ],
 )
-def test_what_a_server_refuses_is_said_in_its_words(server, status, body, text):
+def test_a_refusal_is_reported_with_the_servers_message(server, status, body, text):
     endpoint, _ = patient(server, attempts=3, key_variable="NO_KEY")
     server.refuse += [(status, {}, body)] * (3 if status == 503 else 1)
     with pytest.raises(EndpointError, match=text):
@@ -268,7 +268,7 @@ def completion(content: str, **more: object) -> dict:
         ("/v1/chat/completions", "1" * 5000),
     ],
 )
-def test_what_no_server_should_say_is_one_message_with_its_address(server, path, said):
+def test_an_invalid_answer_gives_one_message_with_the_address(server, path, said):
     endpoint, _ = patient(server)
     server.refuse += [(200, {}, said if isinstance(said, str | bytes) else json.dumps(said))]
     with pytest.raises(EndpointError, match=f"127.0.0.1:\\d+{path}: the answer does not follow OpenAI's protocol"):
@@ -276,7 +276,7 @@ def test_what_no_server_should_say_is_one_message_with_its_address(server, path,
 
 
 @pytest.mark.parametrize("seconds", ["-5", "nan", "inf", "soon"])
-def test_a_wait_that_cannot_be_is_our_own(server, seconds):
+def test_an_invalid_wait_is_replaced_by_our_own(server, seconds):
     endpoint, waits = patient(server)
     server.refuse += [(503, {"Retry-After": seconds}, "starting"), (200, {}, json.dumps(completion("B")))]
     assert endpoint.complete({"messages": []}).text == "B"
@@ -292,7 +292,7 @@ def test_half_a_surrogate_pair_is_replaced(server, tmp_path):
     (tmp_path / "out").write_text(text)
 
 
-def test_an_answer_that_comes_drop_by_drop_or_never_ends_is_broken_off(server):
+def test_a_slow_or_endless_answer_is_cut_off(server):
     over = Event()
 
     def drops():
@@ -317,7 +317,7 @@ def test_an_answer_that_comes_drop_by_drop_or_never_ends_is_broken_off(server):
         over.set()
 
 
-def test_the_key_follows_no_redirect_to_another_host(server, monkeypatch):
+def test_the_key_is_not_sent_to_the_host_of_a_redirect(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     endpoint, _ = patient(server, attempts=1)
     elsewhere = server.url.replace("127.0.0.1", "localhost")
@@ -331,7 +331,7 @@ def test_the_key_follows_no_redirect_to_another_host(server, monkeypatch):
         endpoint.model_name()
 
 
-def test_no_server_at_all_ends_with_1_and_names_the_sample(rows, server, capsys):
+def test_a_missing_server_exits_with_1_and_names_the_sample(rows, server, capsys):
     assert main(["eval", str(rows), "--url", "http://127.0.0.1:1/v1", "--attempts", "1"]) == 1
     assert re.search("no answer after 1 .*; the last failed with: .*refused", capsys.readouterr().err)
     server.refuse += [(400, {}, '{"message": "no"}')]
@@ -339,7 +339,7 @@ def test_no_server_at_all_ends_with_1_and_names_the_sample(rows, server, capsys)
     assert "sample 00000000" in capsys.readouterr().err
 
 
-def test_the_server_is_spoken_to_in_openais_words(server):
+def test_requests_follow_openais_protocol(server):
     call = {"tool_calls": [{"name": "look", "arguments": {"at": 1}}], "role": "assistant", "content": ""}
     asked = {"role": "user", "content": "<video>Then <image>"}
     record = parse_record(
@@ -367,7 +367,7 @@ def test_the_server_is_spoken_to_in_openais_words(server):
     check_sendable(record)
 
 
-def test_only_one_model_needs_no_name(server):
+def test_a_server_with_one_model_needs_no_name(server):
     server.names = ["a", "b"]
     endpoint, _ = patient(server)
     with pytest.raises(ValueError, match="serves a, b; choose one with --name"):
@@ -377,7 +377,7 @@ def test_only_one_model_needs_no_name(server):
         Endpoint(url="localhost:8000")
 
 
-# --- what cannot be asked
+# --- refused questions
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_only_one_model_needs_no_name(server):
         ),
     ],
 )
-def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
+def test_records_that_openais_protocol_cannot_express_are_refused(row, text):
     turns = [{"role": role, "content": content} for role, content in row["messages"]]
     with pytest.raises(ValueError, match=text):
         check_sendable(parse_record({"v": 1, **row, "messages": turns}, shard="", key=""))
@@ -404,15 +404,18 @@ def test_what_openais_protocol_has_no_word_for_is_refused(row, text):
     [
         (["--metric", "docs=anls"], r"--metric docs=anls: no sample has source 'docs'; the sources are pairs, rows"),
         (["--metric", "iou@0.5"], r"sample 00000\d+: --metric iou@t: the reference \['Alike.'\] contains no box"),
-        (["--at-least", "f1=0.5"], r"--at-least f1=0.5: write METRIC=X, X from 0 to 1, METRIC one of exact"),
+        (["--at-least", "f1=0.5"], r"--at-least f1=0.5: write METRIC=X, with X from 0 to 1 and METRIC one of exact"),
         (["--at-most", "exact=2"], r"--at-most exact=2: write METRIC=X"),
-        (["--url", "http://x/v1", "--adapter", "a"], r"--adapter belongs to a local model; the server at --url has"),
-        (["--url", "http://x/v1", "--set", "data.image.max_tokens=9"], r"--set belongs to a local model"),
-        (["--set", "optim.lr=1"], r"--set optim.lr=1 would change nothing here; what counts is data.image, data.video"),
+        (["--url", "http://x/v1", "--adapter", "a"], r"--adapter applies only to --model; the server at --url has"),
+        (["--url", "http://x/v1", "--set", "data.image.max_tokens=9"], r"--set applies only to --model"),
+        (
+            ["--set", "optim.lr=1"],
+            r"--set optim.lr=1 would have no effect here; the keys with an effect are data.image, data.video",
+        ),
         (["--set", "data.image.max_token=9"], r"data.image.max_token: .*Did you mean|no such key"),
     ],
 )
-def test_wrong_words_end_with_2(rows, words, text, capsys):
+def test_wrong_arguments_exit_with_2(rows, words, text, capsys):
     who = [] if "--url" in words else ["--model", str(base())]
     assert main(["eval", str(rows), *who, *words]) == 2
     assert re.search(text, capsys.readouterr().err)
@@ -449,7 +452,7 @@ def test_a_sample_that_cannot_be_shown_is_named(rows):
 # --- serve-check
 
 
-def test_a_server_that_computes_as_we_do_passes(rows, server, capsys, monkeypatch):
+def test_a_server_with_the_same_results_passes(rows, server, capsys, monkeypatch):
     words = ["serve-check", server.url, str(rows), "--model", str(base()), "--max-tokens", "8", "--tolerance", "0.001"]
     assert main([*words, "--json"]) == 0
     card = report(capsys)
@@ -477,7 +480,7 @@ def test_other_image_sizes_are_named_first(rows, server, capsys):
     assert main(words) == 3
     shown = capsys.readouterr().out
     assert "FAIL  image grids" in shown
-    assert "differences: sample 00000000" in shown
+    assert "differences; the first: sample 00000000" in shown
     assert "tokens there, 70 here (grids here: 1x" in shown or "tokens there" in shown
 
 
@@ -524,14 +527,14 @@ def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
     assert main([*words, "--system", "Be brief."]) == 0
     assert capsys.readouterr().out != text
     assert main([*words, "--compare"]) == 2
-    assert "--compare sets an adapter beside its base: give --adapter" in capsys.readouterr().err
+    assert "--compare compares an adapter with its base: give --adapter" in capsys.readouterr().err
     for question, flags, message in (
         (
             "<image> or <image>?",
             ["--image", image],
-            "has 2 <image> marks, and --image is given 1 time. Give --image once",
+            "has 2 <image> marks, but --image is given 1 time. Give --image once",
         ),
-        ("<video>?", [], "has 1 <video> mark, and --video is given 0 times"),
+        ("<video>?", [], "has 1 <video> mark, but --video is given 0 times"),
         ("<bbox>?", ["--image", image], "the question cannot be asked: objects.bbox has 0 "),
     ):
         assert main(["ask", str(base()), question, *flags]) == 2
@@ -540,7 +543,7 @@ def test_ask_streams_what_eval_would_answer(rows, tmp_path, capsys):
     assert "nowhere.png" in capsys.readouterr().err
 
 
-def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_arguments_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"messages": [{"role": "user", "content": "word " * 9000}, {"role": "assistant", "content": "ho"}]}
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     data, url = str(tmp_path / "long.jsonl"), ["--url", "http://127.0.0.1:9/v1", "--name", "any"]
@@ -549,9 +552,9 @@ def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: p
         (["eval", data, *local], "sample 000000001: the prompt takes"),
         (
             ["eval", data, *local, "--out", str(tmp_path / "no" / "a.jsonl")],
-            "it must be a file in a folder that exists",
+            "--out must be a file in a folder that exists",
         ),
-        (["eval", data, *local, "--out", str(tmp_path)], "it must be a file in a folder that exists"),
+        (["eval", data, *local, "--out", str(tmp_path)], "--out must be a file in a folder that exists"),
         (
             ["eval", data, *local, "--set", "context.yarn.factor=0.5"],
             "context.yarn.factor must be above 1, or unset, got 0.5",
@@ -559,7 +562,7 @@ def test_what_an_evaluation_cannot_use_is_said_at_once(tmp_path: Path, capsys: p
         (["eval", data, *url, "--timeout", "0"], "--timeout must be a number of seconds above 0, got 0"),
         (
             ["serve-check", url[1], data, "--model", str(base()), "--tolerance", "-1"],
-            "--tolerance is -1.0; it must be a number",
+            "--tolerance must be at least 0, got -1.0",
         ),
         (["ask", str(base()), row["messages"][0]["content"]], "the prompt takes 18,0"),
     ):

@@ -64,7 +64,7 @@ def test_a_needle_lies_at_its_depth(renderer: Renderer) -> None:
     assert again == haystack, "the same seed gives the same haystack"
 
 
-def test_scores_are_by_length_and_depth(renderer: Renderer) -> None:
+def test_scores_are_grouped_by_length_and_depth(renderer: Renderer) -> None:
     cells = list(probe(Knowing(renderer), "text", lengths=(700,), depths=(0.0, 1.0), trials=2, seed=0))
     scores = {cell.depth: (cell.length, cell.found, cell.right_tokens) for cell in cells}
     assert scores == {0.0: (700, 1.0, 1.0), 1.0: (700, 0.0, 0.0)}
@@ -94,7 +94,7 @@ def test_a_tiny_model_is_probed_from_the_command_line(tmp_path: Path, capsys: py
     assert depths == {"text": [0.0, 1.0], "video": [0.0, 1.0]}
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["needle-text.png", "needle-video.png"]
     assert main(["probe", "needle", str(base()), *words]) == 2
-    assert "needle.json is of an earlier probe, and is not overwritten" in capsys.readouterr().err
+    assert "needle.json exists from an earlier probe, and is not overwritten" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["probe", "needle", str(base()), "--depths", "2"])
     assert "it must be numbers from 0 to 1" in capsys.readouterr().err

@@ -17,7 +17,7 @@ BY_HAND = [
     ("exact", "cafe\u0301", ["café"], 1),
     ("exact", "Horse", ["horse"], 0),
     ("exact", "7", ["6", "7"], 1),
-    # contains: whole words, any case
+    # contains: whole words, upper or lower case
     ("contains", "It is a Horse.", ["horse"], 1),
     ("contains", "19", ["9"], 0),
     ("contains", "C++ it is", ["c++"], 1),
@@ -79,7 +79,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("name", "answer", "references", "score"), BY_HAND)
-def test_by_hand(name: str, answer: str, references: list[str], score: float) -> None:
+def test_scores_equal_values_computed_by_hand(name: str, answer: str, references: list[str], score: float) -> None:
     assert find_metric(name)(answer, references) == pytest.approx(score)
 
 
@@ -130,7 +130,7 @@ def test_boxes_are_matched_as_well_as_any_pairing_can(answered: list, expected: 
     assert score == pytest.approx(best / max(len(answered), len(expected)))
 
 
-def test_reading_what_models_write() -> None:
+def test_boxes_letters_and_json_are_read_from_model_answers() -> None:
     assert find_boxes("[[3, 4, 1, 2.5]]") == [(1, 2.5, 3, 4)]
     assert find_json('so {x} and {"a": [1]} {"b": 2}') == {"a": [1]}
     assert find_json("[" * 100_000) is None
@@ -139,7 +139,7 @@ def test_reading_what_models_write() -> None:
     assert chosen_letter("I.") == "I"
 
 
-def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_metric_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_metrics.py").write_text(
         "def close(a, r): return abs(float(a) - float(r[0])) < 1\nwrong = lambda a, r: 2\n"
     )
@@ -155,7 +155,7 @@ def test_a_metric_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     del sys.modules["my_metrics"]
 
 
-def test_answers_without_end_are_scored_too() -> None:
+def test_endless_answers_are_scored_too() -> None:
     """Score deep brackets, and lengths at which a table of all pairs would have 40 million entries."""
     for depth in (400, 900, 5000):
         deep = "[" * depth + "1" + "]" * depth

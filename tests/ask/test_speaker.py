@@ -88,7 +88,7 @@ def test_a_batch_answers_as_each_prompt_alone():
     assert {len(answer.ids) for answer in sampled} == {6}
 
 
-def test_whoever_reads_an_answer_piece_by_piece_computes_as_before():
+def test_streaming_leaves_no_inference_mode_on():
     for _ in speaker().stream(prompt("image"), SHORT):
         assert not torch.is_inference_mode_enabled()
 
@@ -209,10 +209,13 @@ def test_image_settings_reach_the_prompt():
 
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["ask", str(base()), "?", "--device", "gpu"]) == 2
-    assert "--device is 'gpu'; allowed are auto, cpu, cuda, or one GPU by its number" in capsys.readouterr().err
+    assert (
+        "--device must be auto, cpu, cuda, or one GPU by its number, such as cuda:1; got 'gpu'"
+        in capsys.readouterr().err
+    )
 
 
-def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unusable_prompts_and_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="--max-tokens must be at least 1, got 0"):
         Sampling(max_tokens=0)
     with pytest.raises(ValueError, match="--temperature must be at least 0 and below 100, got -1"):

@@ -205,7 +205,7 @@ def test_command_writes_the_requested_model(tmp_path, capsys):
     assert family.text.experts.num_experts_per_tok == 3
     files_written = len(list((tmp_path / "out").glob("*.safetensors")))
     assert files_written > 1
-    assert f"in {files_written} file(s)" in capsys.readouterr().out
+    assert f"in {files_written} files" in capsys.readouterr().out
     assert run_command(tmp_path / "dense", "--dense", "--tied") == 0
     assert read_family(tmp_path / "dense").model_type == "qwen3_vl"
     assert read_family(tmp_path / "dense").tie_word_embeddings

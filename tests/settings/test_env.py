@@ -24,7 +24,7 @@ def test_the_report_has_the_facts_for_an_issue(capsys: pytest.CaptureFixture[str
 def test_missing_and_untested_packages_are_marked() -> None:
     here = packages({"torch": "0.1", "peft": "0.21.2", "wandb": "1", "something": "2"})
     assert here == {
-        "torch": f"0.1, outside of the tested {TESTED['torch']}",
+        "torch": f"0.1, outside the tested {TESTED['torch']}",
         "transformers": "not installed",
         "deepspeed": "not installed",
         "peft": "0.21.2",

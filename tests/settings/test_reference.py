@@ -83,7 +83,7 @@ def test_explain(words: list[str], text: str, capsys: pytest.CaptureFixture[str]
 
 def test_explain_suggests_the_nearest_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "data.mixtur"]) == 2
-    assert "'data.mixtur' is no key and no section. Did you mean `data.mixture`." in capsys.readouterr().err
+    assert "'data.mixtur' is neither a key nor a section. Did you mean `data.mixture`." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", pages())

@@ -112,7 +112,7 @@ def test_tools_are_written_by_the_template(name):
         assert ids == tokenizer(name).apply_chat_template(openai(turns), tools=TOOLS)["input_ids"]
 
 
-def test_loss_is_on_what_the_assistant_writes_and_its_end():
+def test_loss_covers_the_assistants_text_and_its_end_mark():
     assert runs(CONVERSATIONS["one turn"]) == [("A horse.<|im_end|>", 1.0)]
     assert [text for text, _ in runs(CONVERSATIONS["tools"])] == [
         "Let me look.\n"
@@ -141,7 +141,7 @@ def test_loss_per_turn():
     assert runs(messages) == [("S<|im_end|>", 0.25), ("Q<|im_end|>", 1.0), ("B<|im_end|>", 0.5)]
 
 
-def test_loss_on_tool_messages_is_each_ones_own():
+def test_each_tool_message_has_its_own_loss():
     messages = [user("Q"), says("", tool_calls=[CALL]), *[{"role": "tool", "content": text} for text in "xyz"]]
     messages[2]["loss"], messages[4]["loss"] = 2, 3
     assert runs([*messages, says("A", loss=0)])[1:] == [("x", 2.0), ("z", 3.0)]
@@ -309,14 +309,14 @@ def test_thinking_equals_qwen3s_own_template():
 
 
 @pytest.mark.parametrize("template", [None, THINKING], ids=["instruct", "thinking"])
-def test_dropped_thinking_is_nowhere(template):
+def test_dropped_thinking_is_absent(template):
     messages = [user("Q"), says("A", thinking="T"), user("R"), says(block("T") + "B")]
     found = rendered(messages, template=template, thinking="drop").text
     assert "T" not in found
     assert found == rendered([user("Q"), says("A"), user("R"), says("B")], template=template).text
 
 
-def test_history_of_a_thinking_model_is_trained_where_the_record_asks():
+def test_history_of_a_thinking_model_is_trained_if_the_record_asks():
     messages = [user("Q1"), says("A1", loss=True), user("Q2"), says("A2")]
     assert [text for text, _ in runs(messages, template=THINKING)] == ["A1<|im_end|>", "A2<|im_end|>"]
 
@@ -338,7 +338,7 @@ def test_a_thinking_models_own_output_lacks_the_opening_tag():
         ([user("Q"), {"role": "system", "content": "late"}, says("A")], r"\['user', 'assistant'\] of a conversation"),
     ],
 )
-def test_what_cannot_be_rendered_is_refused(messages, message):
+def test_conversations_that_cannot_be_rendered_are_refused(messages, message):
     with pytest.raises(ValueError, match=message):
         rendered(messages)
 
@@ -371,7 +371,7 @@ TURN = "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>
         ),
     ],
 )
-def test_a_template_that_cannot_be_followed_is_refused(template, message):
+def test_an_unusable_template_is_refused(template, message):
     opening = PROMPT if "raise" in template else "{%- if messages[0].content == '?' %}" + PROMPT + "{%- else %}"
     whole = opening + template + ("" if "raise" in template else "{%- endif %}")
     with pytest.raises(ValueError, match=message):

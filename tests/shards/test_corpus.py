@@ -150,7 +150,7 @@ def test_every_reader_names_a_record_that_is_nested_too_deep_and_goes_on(tmp_pat
     assert trained_keys(shard) == good_keys()
 
 
-def test_what_is_nested_less_is_rendered(tmp_path):
+def test_a_record_nested_less_deeply_is_rendered(tmp_path):
     shard = tmp_path / "in/x.tar"
     write(shard, ("deep.json", json.dumps({**GOOD[0], "tools": [nested(97)]}).encode()))
     assert not load_index(shard).problems

@@ -208,7 +208,7 @@ def test_key_ends_at_the_first_dot_of_the_last_component():
     assert split_name("a") == ("a", "")
 
 
-def test_unusable_samples_are_listed_with_reasons_and_cost_no_other(tmp_path):
+def test_unusable_samples_are_listed_with_reasons_and_affect_no_others(tmp_path):
     path = write(
         tmp_path / "x.tar",
         ("good.json", text_record()),

@@ -1,4 +1,4 @@
-"""From the `data:` section to a stream, and the policies for samples that do not fit."""
+"""Opening a stream from the `data:` section, and the policies for samples that do not fit."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ def test_shards_and_rows_open_alike(tmp_path):
     assert from_shards == from_rows
 
 
-def test_a_corpus_says_where_its_vision_tokens_lie(tmp_path):
+def test_lines_of_a_corpus_show_its_vision_tokens(tmp_path):
     write_shards(tmp_path / "x", 40)
     corpus = open_corpus(config_of(tmp_path / "x"), renderer())
     whole, vision = corpus_lines(corpus, patches_per_token=4)
@@ -89,7 +89,7 @@ def test_shards_are_found_by_file_folder_pattern_and_braces(tmp_path):
             find_shards(path, "k")
 
 
-def test_a_shard_of_a_build_that_is_gone_is_missed(tmp_path):
+def test_a_missing_shard_of_a_build_is_reported(tmp_path):
     rows = [{"messages": [{"role": "assistant", "content": str(n)}]} for n in range(6)] + [{"text": "bad"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shards = build_shards(tmp_path / "rows.jsonl", tmp_path / "out", BuildOptions(name="t", samples_per_shard=2)).shards

@@ -1,4 +1,4 @@
-"""Media outside of the shards: which may be read, from where and how much of them, and the messages about them."""
+"""Media outside the shards: which may be read, from where and up to what size, and the messages about them."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def server(monkeypatch):
     listening.server_close()
 
 
-def test_bodies_ranges_and_redirects_are_read_whole(server):
+def test_bodies_ranges_and_redirects_are_read_completely(server):
     for path in ("picture", "to-picture", "short-once"):
         assert fetch_url(f"{server.url}/{path}", None, allow_private=True) == PNG
     for path in ("range", "picture"):  # "picture" ignores ranges
@@ -134,7 +134,7 @@ def test_bodies_ranges_and_redirects_are_read_whole(server):
         ("to-user", None, "after 1 attempts: urls with a user name or password are not fetched", 1),
     ],
 )
-def test_what_a_server_does_wrong_is_named(server, path, span, message, asked):
+def test_faults_of_a_server_are_named(server, path, span, message, asked):
     with pytest.raises(ValueError, match=f"cannot fetch {server.url}/{path} {message}"):
         fetch_url(f"{server.url}/{path}", span, allow_private=True, attempts=2)
     assert len(server.asked) == asked
@@ -147,13 +147,13 @@ def test_a_body_without_a_length_is_limited_too(server, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["drip", "drip-header"])
-def test_a_server_that_drips_is_left(server, path):
+def test_a_slow_server_is_given_up(server, path):
     with pytest.raises(ValueError, match=f"cannot fetch .*/{path} after . attempts: it took longer than 0.2 s"):
         fetch_url(f"{server.url}/{path}", None, allow_private=True, seconds=0.2)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "2130706433", "0x7f.1", "10.0.0.1"])
-def test_addresses_that_are_not_public_are_asked_only_where_that_is_allowed(server, host):
+def test_private_addresses_are_used_only_if_allowed(server, host):
     with pytest.raises(ValueError, match=r"is no public address; set data.allow_private_addresses=true"):
         fetch_url(f"http://{host}:{server.server_port}/picture", None)
     assert server.asked == []
@@ -186,7 +186,7 @@ def image_row(place):
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_url_that_cannot_be_fetched_costs_its_row_and_shows_no_secret(tmp_path, url):
+def test_a_url_that_fails_costs_only_its_row_and_shows_no_secret(tmp_path, url):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in (image_row(url), GOOD)))
     report = build_shards(rows, tmp_path / "out", BuildOptions(name="t"))
@@ -211,7 +211,7 @@ def shard_of(folder, *places):
     return folder / "x.tar"
 
 
-def test_paths_that_are_no_files_or_too_short_cost_their_sample(tmp_path):
+def test_missing_or_short_files_cost_only_their_sample(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "a.png").write_bytes(PNG)
     with (tmp_path / "hole").open("wb") as file:
@@ -235,7 +235,7 @@ def test_paths_that_are_no_files_or_too_short_cost_their_sample(tmp_path):
     assert build_shards(rows, tmp_path / "out", BuildOptions(name="t")).rejected == len(places)
 
 
-def test_with_a_root_relative_paths_start_there_and_none_leaves_it(tmp_path):
+def test_relative_paths_start_at_the_root_and_cannot_leave_it(tmp_path):
     (tmp_path / "media/deep").mkdir(parents=True)
     (tmp_path / "media/deep/a.png").write_bytes(PNG)
     (tmp_path / "secret.png").write_bytes(PNG)
@@ -261,7 +261,7 @@ def test_an_index_without_outside_media_holds_for_any_places(tmp_path):
     assert (tmp_path / "x.tar.idx").stat().st_mtime_ns == time
 
 
-def test_the_flags_of_shards_say_what_the_keys_do(tmp_path, server, capsys):
+def test_the_flags_of_shards_act_like_the_keys(tmp_path, server, capsys):
     (tmp_path / "media").mkdir()
     (tmp_path / "media/a.png").write_bytes(PNG)
     rows = tmp_path / "rows.jsonl"

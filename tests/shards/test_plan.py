@@ -42,7 +42,7 @@ sizes = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 40)), min_size=1,
 
 
 @given(sizes)
-def test_packs_hold_every_sample_once_inside_both_budgets(rows):
+def test_packs_contain_every_sample_once_within_both_budgets(rows):
     tokens, patches = np.array(rows, dtype=np.int64).T
     packs = best_fit(tokens, patches, token_budget=100, patch_budget=40)
     assert sorted(packs.members.tolist()) == list(range(len(rows)))
@@ -187,7 +187,7 @@ def test_too_little_data_for_a_step_names_every_remedy():
     assert make_plan(units, plan_settings(remainder="keep"), epoch=0).steps == 1
 
 
-def test_a_step_outside_of_the_epoch_is_refused():
+def test_a_step_outside_the_epoch_is_refused():
     plan = make_plan([make_units("a", [60] * 6)], plan_settings(), epoch=4)
     with pytest.raises(ValueError, match="step 2 is outside epoch 4, which has steps 0 to 1"):
         plan.share(2, 0, 1)

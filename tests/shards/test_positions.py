@@ -76,7 +76,7 @@ def test_a_sample_without_tokens_has_no_positions():
 
 
 def write_golden():
-    """PYTHONPATH=.:tests/harness python tests/shards/test_positions.py, then with transformers 5.23.0."""
+    """Run this file with PYTHONPATH=.:tests/harness to write it. Written with transformers 5.23.0."""
     built = build_model()
     rows = {name: theirs(built, *tokens(mix)).tolist() for name, mix in MIXES.items()}
     GOLDEN.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in rows.items()) + "\n}\n")

@@ -177,7 +177,7 @@ def oriented(kind, orientation):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_images_are_turned_upright_and_lose_their_notes(kind, orientation):
+def test_images_are_turned_upright_and_lose_their_metadata(kind, orientation):
     data = oriented(kind, orientation)
     assert b"SecretCamera" in data
     cleaned, extension = clean_image(data, name="x")
@@ -202,7 +202,7 @@ def test_a_comment_and_a_colour_profile_part_ways():
     assert b"profile" in cleaned
 
 
-def test_videos_lose_their_notes_without_moving_a_byte():
+def test_videos_lose_their_metadata_without_moving_a_byte():
     data = clip(moving(6))
     at = data.find(b"udta")
     assert at > 0
@@ -297,7 +297,7 @@ def test_build_may_refer_to_media_instead(tmp_path):
     assert reader.media(record, members, shard.parent) == ([PNG], [])
 
 
-def test_an_interrupted_build_goes_on_and_workers_change_nothing(tmp_path):
+def test_an_interrupted_build_continues_and_workers_change_nothing(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(25)] + [{"text": "bad"}])
     options = BuildOptions(name="t", samples_per_shard=5)
     whole = build_shards(source, tmp_path / "whole", options, jobs=2)
@@ -347,7 +347,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         build_shards(tmp_path / "none.jsonl", tmp_path / "out2", BuildOptions(name="t"))
 
 
-def test_copies_of_earlier_versions_go_when_nobody_reads_them(tmp_path, caplog):
+def test_unused_copies_of_earlier_versions_are_removed(tmp_path, caplog):
     source = tmp_path / "rows.jsonl"
 
     def convert(number):
@@ -383,7 +383,7 @@ shards_of_rows(Path({str(source)!r}), "{KEY}", cache_dir=None, jobs=1, limit=0)"
     assert read_by_us.is_dir()
 
 
-def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path, caplog):
+def test_a_source_of_rows_is_converted_once_and_again_when_it_changes(tmp_path, caplog):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(3)] + [{"text": "bad"}])
     cache = tmp_path / "cache"
     first = shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=1)
@@ -410,7 +410,7 @@ def test_a_source_of_rows_is_converted_once_and_anew_when_it_changes(tmp_path, c
         shards_of_rows(tmp_path / "no.jsonl", KEY, cache_dir=None, jobs=1, limit=0)
 
 
-def test_two_builds_of_one_folder_do_not_meet(tmp_path, capsys):
+def test_two_builds_cannot_share_a_folder(tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(1)])
     words = ["shards", "build", str(source), "--out", str(tmp_path / "out")]
     with building(tmp_path / "out", waits=False):
@@ -464,7 +464,7 @@ def no_room_beyond(size):
 
 
 @pytest.mark.parametrize("missing", [512, 9000])  # too little space for the last block, or for a row
-def test_a_build_without_room_names_the_path_and_leaves_no_part(tmp_path, missing):
+def test_a_build_on_a_full_disk_names_the_path_and_leaves_no_part(tmp_path, missing):
     source = write_rows(tmp_path / "rows.jsonl", [text_row("long " * 4000), text_row(1)])
     options = BuildOptions(name="t")
     whole = build_shards(source, tmp_path / "whole", options).shards[0].stat().st_size
@@ -494,7 +494,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_in_a_file(tmp_path):
     assert file.getvalue() == f"{end}\n"
 
 
-def test_progress_of_no_known_end_leaves_no_half_line():
+def test_progress_without_a_total_leaves_no_partial_line():
     screen, file = Terminal(), io.StringIO()
     for out in (screen, file):
         with Progress("rows", 0, out=out) as show:

@@ -35,7 +35,7 @@ def renderer(name="tiny", *, image=SMALL, video=None, chat=None, template=None):
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("name", MIXES)
-def test_a_sample_is_what_the_models_processor_makes(name, tokenizer):
+def test_a_sample_equals_the_output_of_the_models_processor(name, tokenizer):
     question = asked(name)
     wanted = oracle.ask(oracle.conversation, folder=str(base(tokenizer)), **question)
     found = built(renderer(tokenizer, image=ImageConfig()), name)
@@ -111,7 +111,7 @@ def test_layouts_and_timestamps_of_a_video():
     assert len(both) == 2
 
 
-def test_real_times_are_written_where_the_frame_rate_varies():
+def test_real_times_are_written_if_the_frame_rate_varies():
     text = text_of(built(renderer(video=VideoConfig(fps=1.0, min_frames=6)), "varying"))
     assert re.findall("<([0-9.]+) seconds>", text) == ["0.1", "1.1", "4.0"]
 
@@ -156,7 +156,7 @@ def test_relative_boxes(kind, box):
     assert box_texts(parse_record(raw, shard="s", key="k"), sizes) == ["[200, 250, 400, 500]"]
 
 
-def test_a_box_outside_of_its_image_is_refused():
+def test_a_box_outside_its_image_is_refused():
     with pytest.raises(ValueError, match=r"objects.bbox\[0\] is \[200.0, 75.0, 400.0, 150.0\], outside"):
         box_texts(record("boxes"), [ImageFacts(height=300, width=399)])
 
@@ -168,7 +168,7 @@ def test_a_single_frame_is_seen_twice_at_one_time():
     np.testing.assert_array_equal(frames[:, 0], frames[:, 1])
 
 
-def test_fewer_frames_than_asked_are_noted():
+def test_fewer_frames_than_requested_are_noted():
     found = built(renderer(video=VideoConfig(max_frames=4, fps=5.0)), "video")
     assert found.notes == ("video 1 (3.mp4): 4 frames of 3 s instead of 15, because max_frames is 4",)
 
@@ -198,7 +198,7 @@ def test_bad_sizes_are_named_without_pixels():
         renderer().count_vision(record("video"), [], [thin])
 
 
-def test_fingerprints_change_with_what_they_stand_for():
+def test_fingerprints_change_with_settings_and_files():
     plain = renderer()
     assert renderer(video=VideoConfig(timeout_seconds=1)).fingerprint == plain.fingerprint
     bigger = renderer(image=ImageConfig(max_tokens=200))
@@ -235,14 +235,14 @@ def test_any_conversation_is_built_to_its_length_or_refused(template, messages):
     assert (found.loss_weights > 0).any() <= of.supervised
 
 
-def test_a_renderer_survives_the_way_to_a_worker():
+def test_a_renderer_survives_pickling_for_a_worker():
     here = renderer()
     there = pickle.loads(pickle.dumps(here))
     assert there.fingerprint == here.fingerprint
     np.testing.assert_array_equal(built(there, "image and videos").input_ids, built(here, "image and videos").input_ids)
 
 
-def test_a_folder_that_is_no_base_is_refused(tmp_path):
+def test_a_folder_without_a_base_is_refused(tmp_path):
     configs = {"image": ImageConfig(), "video": VideoConfig(), "chat": ChatConfig()}
     with pytest.raises(ValueError, match="has no tokenizer_config.json"):
         Renderer(tmp_path, **configs)

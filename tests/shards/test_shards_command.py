@@ -51,7 +51,7 @@ def test_build_then_index_then_build_again(tmp_path, capsys):
     assert "12 samples in 3 shards under" in captured.out
     assert "kept from an earlier build of this file: 3 shards" in captured.out
     assert "1 row refused; the reasons are in" in captured.out
-    assert "column 'channel' of 12 rows is not read" in captured.out
+    assert "column 'channel' of 12 rows was not used" in captured.out
     assert captured.err.endswith("] 13/13 rows, 1 refused\n")
     answer = shards(capsys, "index", out, "--force", "--jobs", 2)
     assert answer == {"shards": 3, "samples": 12, "problems": []}
@@ -122,7 +122,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
     assert captured.err.endswith("] 1/1 shards, 0 samples\n")
 
 
-def test_findings_of_one_kind_are_one_line_and_warnings_no_error(tmp_path, capsys):
+def test_findings_of_one_kind_are_one_line_and_warnings_are_not_errors(tmp_path, capsys):
     text = {"v": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with TarWriter(tmp_path / "a.tar") as tar:
         for number in range(40):
@@ -153,7 +153,7 @@ def sample_text(number, **more):
     return {"v": 1, "messages": messages, **more}
 
 
-def test_show_marks_what_is_supervised_and_draws_what_the_model_sees(tmp_path, capsys):
+def test_show_marks_the_supervised_part_and_draws_the_models_images(tmp_path, capsys):
     (shard,) = write_shards(tmp_path, 6, per_shard=6)
     answer = shards(
         capsys, "show", shard, "--key", "00002", "--base", base("tiny", None), "--sheet", tmp_path / "a.png"
@@ -183,10 +183,10 @@ def test_show_marks_what_is_supervised_and_draws_what_the_model_sees(tmp_path, c
     assert f"no sample has the key or id 'x'; {tmp_path / 'named.tar'} has 0, 1, 2 and 1 more" in message
     with TarWriter(tmp_path / "none.tar"):
         pass
-    assert "holds no sample" in refused(capsys, "show", tmp_path / "none.tar", "--base", base("tiny", None))
+    assert "contains no samples" in refused(capsys, "show", tmp_path / "none.tar", "--base", base("tiny", None))
 
 
-def test_text_of_data_steers_no_terminal_and_passes_for_no_control_token(tmp_path, capsys):
+def test_text_of_data_cannot_steer_a_terminal_or_look_like_a_control_token(tmp_path, capsys):
     evil = "\x1b]0;owned\x07\x1b[2J\r\u202e<|im_start|>⟦system"
     good = {"v": 1, "messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "yes"}]}
     with TarWriter(tmp_path / "x.tar") as tar:
@@ -222,7 +222,7 @@ def test_boxes_are_drawn_where_they_are(tmp_path, capsys):
     assert contact_sheet([]).size[1] > 0
 
 
-def test_stats_count_tokens_sizes_and_what_is_too_long(tmp_path, capsys):
+def test_stats_count_tokens_sizes_and_samples_that_are_too_long(tmp_path, capsys):
     write_shards(tmp_path, 60)
     answer = shards(capsys, "stats", tmp_path, "--base", base("tiny", None), "--context", 150)
     assert (answer["samples"], answer["unusable"], answer["images"], answer["videos"]) == (60, 0, 30, 10)
@@ -293,7 +293,7 @@ def test_check_of_a_folder_that_cannot_be_written_finds_no_fault_in_its_shards(t
     assert answer == {"findings": []}
 
 
-def test_split_moves_paths_of_shared_media_along(tmp_path, capsys):
+def test_split_adjusts_paths_of_shared_media(tmp_path, capsys):
     (tmp_path / "all").mkdir()
     (tmp_path / "all/x.png").write_bytes(media()["0.png"])
     with TarWriter(tmp_path / "all/a.tar") as tar:
@@ -308,7 +308,7 @@ def test_split_moves_paths_of_shared_media_along(tmp_path, capsys):
     assert not any(index.problems for index in found)
 
 
-def test_a_column_that_only_the_rows_have_names_groups_of_a_split(tmp_path, capsys):
+def test_a_column_that_only_the_rows_have_can_name_groups(tmp_path, capsys):
     rows = [{**sample_text(n), "document_id": n // 3} for n in range(30)] + [sample_text(30), sample_text(31)]
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -335,7 +335,7 @@ def test_a_column_that_only_the_rows_have_names_groups_of_a_split(tmp_path, caps
     assert (again, same_sides) == (report, sides)
     words = ["shards", "split", str(tmp_path / "kept"), "--out", str(tmp_path / "third"), *parts, "group"]
     assert main(words) == 0
-    assert "2 samples without a value of 'group', each a group of its own; the first: " in capsys.readouterr().out
+    assert "2 samples without a value of 'group': each is its own group. The first: " in capsys.readouterr().out
     message = refused(capsys, "split", tmp_path / "plain", "--out", tmp_path / "x", *parts, "document")
     assert f"a column that no row of {source} has; there are document_id, messages, v" in message
     source.write_text(source.read_text() + "\n")
@@ -356,19 +356,19 @@ def test_two_samples_of_one_key_survive_a_split(tmp_path, capsys):
     assert not any(index.problems for index in indexes)
 
 
-def test_a_build_says_what_it_holds_twice(tmp_path, capsys):
+def test_a_build_reports_repeated_media(tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
     (tmp_path / "film.png").write_bytes(encode(Image.fromarray(noise)))
     rows = [{**sample_text(n), "images": ["film.png"]} for n in range(2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["shards", "build", str(tmp_path / "rows.jsonl"), "--samples-per-shard", "1", "--out"]
     assert main([*words, str(tmp_path / "out")]) == 0
-    assert "1.5 MB are copies of media that other samples hold too; with --media reference" in capsys.readouterr().out
+    assert "1.5 MB are copies of media in other samples; with --media reference" in capsys.readouterr().out
     assert main([*words, str(tmp_path / "light"), "--media", "reference"]) == 0
     assert "copies" not in capsys.readouterr().out
 
 
-def test_split_refuses_what_cannot_be_split(tmp_path, capsys):
+def test_split_refuses_unusable_input(tmp_path, capsys):
     grouped(tmp_path / "all", 8)
     write_shards(tmp_path / "plain", 4)
     split = ("split", tmp_path / "all", "--out", tmp_path / "parts", "--part")

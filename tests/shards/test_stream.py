@@ -75,7 +75,7 @@ def test_global_steps_are_the_same_for_every_layout(corpus, whole, size, workers
     assert read(corpus, size, workers=workers, epochs=2) == whole
 
 
-def test_every_sample_comes_once_an_epoch_but_for_the_counted_remainder(corpus):
+def test_every_sample_comes_once_per_epoch_except_the_counted_remainder(corpus):
     mine = stream(corpus, plan=PlanSettings(**{**vars(PLAN), "packs_per_step": 4}))
     for _ in range(2):
         keys = Counter(key for step in mine for batch in step.batches for key in batch.keys)
@@ -106,7 +106,7 @@ def test_resume_at_any_step_and_layout_continues_exactly(corpus, whole, size):
     assert not tail  # the last state is the end of the epoch
 
 
-def test_resume_at_an_epochs_boundary_goes_on_with_the_next(corpus, whole):
+def test_resume_at_the_end_of_an_epoch_continues_with_the_next(corpus, whole):
     mine = stream(corpus)
     list(mine)
     mine.next_epoch()
@@ -122,13 +122,13 @@ def test_reading_draws_nothing_from_the_random_state_of_dropout(corpus, workers)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_state_is_small_and_holds_no_layout(corpus):
+def test_state_is_small_and_independent_of_the_layout(corpus):
     one, other = stream(corpus), stream(corpus, 2, 3, workers=2)
     assert one.state_dict() == other.state_dict()
     assert len(json.dumps(one.state_dict())) < 400
 
 
-def test_batches_hold_what_the_model_needs(corpus):
+def test_batches_contain_the_inputs_of_the_model(corpus):
     for step in stream(corpus, pad_multiple=16):
         sums = LossSums()
         for batch in step.batches:
@@ -226,7 +226,7 @@ def test_bad_samples_shrink_their_packs_and_are_left_out_from_the_next_epoch(tmp
     assert len(set(keys)) == len(keys) == 37
 
 
-def test_quarantine_does_not_touch_the_present_epoch(tmp_path):
+def test_quarantine_does_not_affect_the_current_epoch(tmp_path):
     corpus = damaged(tmp_path)
     plan = PlanSettings(**{**vars(PLAN), "packs_per_step": 2, "remainder": "keep"})
     mine = stream(corpus, plan=plan)
@@ -258,7 +258,7 @@ def test_a_file_that_changed_under_the_plan_is_a_bad_sample(tmp_path):
     assert len(bad) == 20 or [item.key for item in bad] == ["00000"]
 
 
-def test_a_shard_that_is_gone_makes_bad_samples_not_a_dead_rank(tmp_path):
+def test_a_missing_shard_gives_bad_samples_not_a_failed_rank(tmp_path):
     paths = write_shards(tmp_path, 20, per_shard=10)
     corpus = corpus_of({"one": paths})
     paths[0].unlink()

@@ -68,7 +68,7 @@ def test_patches_are_bit_identical_to_transformers(cap, tokens):
 
 
 def test_patches_equal_the_golden_digests():
-    """To renew: run this file with PYTHONPATH=.:tests/harness; written with transformers 5.23.0, torchvision 0.28.0."""
+    """Run this file with PYTHONPATH=.:tests/harness to renew them. Written with transformers 5.23.0, torchvision 0.28.0."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(CASES)
     for (n, height, width), wanted in zip(CASES, golden, strict=True):
@@ -126,7 +126,7 @@ def test_a_range_without_frames_is_refused():
         plan(facts(300, 30.0), VideoRef(member="0.mp4", start=20.0, end=30.0))
 
 
-def test_where_the_rate_varies_frames_are_chosen_by_time():
+def test_frames_are_chosen_by_time_if_the_rate_varies():
     times = (0.0, 0.1, 0.2, 0.3, 5.0, 10.0)
     found = plan(facts(6, 0.6, times=times), fps=0.3, min_frames=3)
     assert found.frames == (0, 4, 5)
@@ -197,7 +197,7 @@ def test_sought_frames_are_those_of_a_full_decode(kind, codec):
             np.testing.assert_array_equal(frame, everything[number])
 
 
-def test_only_the_frames_behind_a_keyframe_are_decoded(monkeypatch):
+def test_decoding_starts_at_the_last_keyframe(monkeypatch):
     """Decoded frames are counted, because a clip of a long film must not cost as much as the film."""
     data, walked, walk = clip(moving(70), gop=12), [], Clip._walk
 
@@ -336,7 +336,7 @@ def sound():
         (sound(), "a.mp4: the file has no video stream"),
     ],
 )
-def test_what_is_no_video_is_refused_by_name(data, message):
+def test_files_that_are_not_videos_are_refused_by_name(data, message):
     with pytest.raises(ValueError, match=message):
         probe_video(data, name="a.mp4")
 
@@ -371,7 +371,7 @@ def test_a_file_without_pictures_is_refused():
         probe_video(buffer.getvalue(), name="0.mp4")
 
 
-def test_a_file_cut_short_names_the_frame():
+def test_a_truncated_file_names_the_frame():
     data = without_pictures(0.5)
     assert probe_video(data).frames == 40
     with pytest.raises(ValueError, match="0.mp4: frame [1-3][0-9] of 40 cannot be decoded"):
@@ -412,10 +412,10 @@ if __name__ == "__main__":
     write_golden()
 
 
-def test_only_a_video_needs_the_package_that_decodes(tmp_path):
+def test_only_videos_need_the_package_av(tmp_path):
     script = """
 import sys
-sys.modules["av"] = None  # as where it is not installed
+sys.modules["av"] = None  # as if it were not installed
 import finetune.train
 from data.render.frames import probe_video
 probe_video(b"a film")

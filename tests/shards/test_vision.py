@@ -55,7 +55,7 @@ def test_patches_are_bit_identical_to_torchvision_backend():
 
 
 def test_pixels_equal_the_golden_digests():
-    """To renew: run this file with PYTHONPATH=.:tests/harness; written with transformers 5.23.0, torchvision 0.28.0."""
+    """Run this file with PYTHONPATH=.:tests/harness to renew them. Written with transformers 5.23.0, torchvision 0.28.0."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(SHAPES)
     for (h, w), wanted in zip(SHAPES, golden, strict=True):
@@ -64,7 +64,7 @@ def test_pixels_equal_the_golden_digests():
         assert {"shape": [h, w], "grid": list(grid), "sha256": digest} == wanted
 
 
-def test_patches_go_back_to_the_pictures_they_came_from():
+def test_unpatch_restores_the_pictures():
     spec = VisionSpec(patch=4, merge=2)
     frames = torch.stack([torch.from_numpy(picture(16, 24, seed)) for seed in range(4)])
     image = image_patches(frames[0], grid=(1, 4, 6), spec=spec)
@@ -92,7 +92,7 @@ def test_grid_stays_inside_the_limits(height, width):
     assert fit_h * fit_w <= 262144 or min(fit_h, fit_w) == 32
 
 
-def test_aspect_of_200_is_the_last_one_taken():
+def test_an_aspect_of_200_is_the_largest_accepted():
     assert grid_tokens(image_grid(10, 2000, limits=(65536, 16777216), spec=SPEC), SPEC) > 0
     with pytest.raises(ValueError, match="2010 x 10 pixels: one side is more than 200 times"):
         image_grid(10, 2010, limits=(65536, 16777216), spec=SPEC)
@@ -158,7 +158,7 @@ def test_the_fast_jpeg_decoder_gives_pillows_pixels(options, orientation, monkey
     assert probe_image(data) == ImageFacts(height=wanted.shape[0], width=wanted.shape[1])
 
 
-def test_a_jpeg_cut_short_is_judged_by_pillow():
+def test_a_truncated_jpeg_is_left_to_pillow():
     data = encode(Image.fromarray(picture(41, 63)), "JPEG")
     with pytest.raises(ValueError, match="a.jpg: not a readable image .OSError: .*runcated"):
         decode_image(data[: len(data) // 2], name="a.jpg")
@@ -222,7 +222,7 @@ def test_several_frames_are_refused_by_name(kind):
             read(animation(kind), name="x/1.png")
 
 
-def test_a_phones_photo_with_a_preview_behind_it_is_one_picture():
+def test_a_phones_photo_with_a_preview_is_one_picture():
     frames = [Image.fromarray(picture(24, 40, seed)) for seed in range(2)]
     data = encode(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert decode_image(data, name="a").shape == (24, 40, 3)
@@ -236,7 +236,7 @@ def test_formats_without_a_defined_range_are_refused_by_name(mode):
 
 
 @pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF"])
-def test_formats_that_are_not_pictures_of_data_sets_are_not_opened(kind):
+def test_formats_not_used_in_data_sets_are_not_opened(kind):
     with pytest.raises(ValueError, match="x/1.eps: not a readable image .UnidentifiedImageError"):
         decode_image(encode(Image.fromarray(picture(24, 40)), kind), name="x/1.eps")
 
@@ -274,7 +274,7 @@ def test_damaged_images_decode_or_are_named(data, changes, draw):
         assert refusal is None or refusal.startswith("k/1.png: ")
 
 
-def test_spec_is_the_bases_own(tmp_path):
+def test_the_spec_comes_from_the_base(tmp_path):
     size = {"longest_edge": 7 * 1024, "shortest_edge": 1024}
     common = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**common, "size": size}))
