@@ -55,7 +55,7 @@ def test_patches_are_bit_identical_to_torchvision_backend():
 
 
 def test_pixels_equal_the_golden_digests():
-    """Run this file with PYTHONPATH=.:tests/harness to renew them. Written with transformers 5.23.0, torchvision 0.28.0."""
+    """Run this file with PYTHONPATH=.:tests/harness to renew them. Made with transformers 5.23, torchvision 0.28."""
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == len(SHAPES)
     for (h, w), wanted in zip(SHAPES, golden, strict=True):
