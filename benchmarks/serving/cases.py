@@ -1,4 +1,4 @@
-"""What is served: short runs on tiny bases, the form in which each is served, and what is expected of each server."""
+"""The served models: short runs on tiny bases, the form in which each is served, and the outcome expected of each server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Tuned:
 
 
 IGNORED = "It will be ignored"
-"""What vLLM's log says of a part of an adapter that it leaves out."""
+"""The line of vLLM's log about a part of an adapter that it leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ def why_not(name: str) -> str:
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq"]
     done = subprocess.run([*pip, "--requirement", f"{name}.txt"], cwd=LISTS, capture_output=True, text=True)
     errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-    return (errors or ["pip failed without a word"])[0] if done.returncode else ""
+    return (errors or ["pip failed and printed no error"])[0] if done.returncode else ""
 
 
 def let_torchvision_be_imported(packages: Path) -> None:

@@ -22,7 +22,7 @@ from finetune.serving.process import Server, free_port, running
 from finetune.settings.recipes import load_recipe
 
 TOLERANCE = 1e-3
-"""What log-probabilities in float32 may differ by."""
+"""The largest difference allowed between log-probabilities in float32."""
 TOKENS = 16
 LENGTH = 1024
 READY_S = 240.0

@@ -1,4 +1,4 @@
-"""What came out of a proof: the cells of the matrix, the file that keeps them, the table that shows them."""
+"""The results of a proof: the cells of the matrix, the file that keeps them, the table that shows them."""
 
 import json
 import re

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 KINDS = ("images", "several images", "turns", "videos", "tools")
-"""What every model is asked; a thinking model is asked THINKING as well."""
+"""The questions to every model; a thinking model gets THINKING as well."""
 THINKING = "thinking"
 ODD_TOOLS = "tools without a description"
 RATES = {"29.97": Fraction(30000, 1001), "12.5": Fraction(25, 2), "7": Fraction(7)}

@@ -141,7 +141,7 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
     for trace in dead:
         yield (
             f"rank {trace.rank} is dead: its process {trace.beat['pid']} on {trace.beat['host']} ended silently, "
-            f"as one does that is killed (out of memory? look at the kernel's log)"
+            f"like a killed process (out of memory? look at the kernel's log)"
         )
     traces = [trace for trace in traces if trace not in dead]
     silent = [t for t in traces if not t.failure and t.beat and now - float(t.beat.get("time", now)) > OLD_S]
