@@ -1,4 +1,4 @@
-"""The served models: short runs on tiny bases, the form in which each is served, and the outcome expected of each server."""
+"""The served models: short runs on tiny bases, the form in which each is served, and the expected outcome per server."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
