@@ -1,8 +1,8 @@
-"""Says why a run hung or died: one page from what its ranks left in its logs. Loads no torch.
+"""Explains why a run hung or died, on one page, from what its ranks left in its logs. Loads no torch.
 
-A rank leaves: rank-0007.log, its log; rank-0007.json, where it last was; rank-0007.stack, its stacks when it stood
-still; failure-0007.json, why it ended; flight-7 and flight-gloo-7, the last collectives of NCCL and of gloo, when it
-stood still. The run leaves outcome.json, how it ended.
+A rank leaves rank-0007.log (its log), rank-0007.json (its last heartbeat) and failure-0007.json (why it ended). A rank
+that stalled also leaves rank-0007.stack (its stacks), and flight-7 and flight-gloo-7 (the last collectives of NCCL and
+of gloo). The run leaves outcome.json (how it ended).
 """
 
 import json
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.format.printable import count_of
 from finetune.ranks.flight_reading import Flight, flight_lines, missed, read_flight
 from finetune.ranks.heartbeats import is_dead
-from finetune.ranks.log import listed
+from finetune.ranks.log import listed, ranks_named
 
 OLD_S = 60.0
 """A rank whose last heartbeat is older than this is silent."""
@@ -32,12 +33,12 @@ _KINDS: Mapping[str, Any] = {
     "outcome": str,
 }
 _LATEST = 1e12
-"""Seconds: no clock shows as many."""
+"""Seconds since 1970. A later time can only come from a damaged file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTrace:
-    """The traces of one rank."""
+    """The files that one rank left."""
 
     rank: int
     beat: Mapping[str, Any] = field(default_factory=dict)
@@ -46,16 +47,16 @@ class RankTrace:
     log_end: str = ""
     flight: Flight = field(default_factory=Flight)
     damaged: tuple[str, ...] = ()
-    """The names of its files that could not be understood."""
+    """The names of its files that could not be read."""
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run."""
+    """Return whether a folder is the folder of a run."""
     return (folder / "config.yaml").is_file()
 
 
 def read_traces(logs: Path) -> list[RankTrace]:
-    """Read what every rank left, in order of rank."""
+    """Read the files that every rank left, in order of rank."""
     ranks = {
         int(match[1])
         for path in logs.iterdir()
@@ -83,7 +84,7 @@ def _trace(logs: Path, rank: int) -> RankTrace:
 
 
 def _json(path: Path, *, needed: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Read what a rank wrote: {} where it wrote nothing, None where that is damaged, as when it was cut off."""
+    """Read a file of a rank. Return {} if there is none, and None if it is damaged, for example cut off."""
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
@@ -109,11 +110,14 @@ def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
     damaged = [name for trace in traces for name in trace.damaged] + (["outcome.json"] if outcome is None else [])
     outcome = outcome or {}
     if not traces:
-        return [f"{folder}: no rank has left anything in {logs}; it never started, or elsewhere"], True
-    lines = [f"{folder}: {len(traces)} rank(s), outcome {outcome.get('outcome', 'none: it did not end by itself')}"]
+        return [
+            f"{folder}: no rank has left anything in {logs}: the run never started, or its logs are elsewhere"
+        ], True
+    ending = f"outcome {outcome.get('outcome', 'none: the run did not end by itself')}"
+    lines = [f"{folder}: {count_of(len(traces), 'rank')}, {ending}"]
     verdict = list(_verdict(traces, outcome, now))
-    lines += ["", *(verdict or ["nothing is wrong that ranks could tell"]), ""]
-    lines += [f"damaged, and passed over: {listed(damaged)}", ""] if damaged else []
+    lines += ["", *(verdict or ["the ranks report nothing wrong"]), ""]
+    lines += [f"damaged, and ignored: {listed(damaged)}", ""] if damaged else []
     lines += ["rank  host            step  stage                last seen  collective / samples"]
     lines += [_row(trace, now) for trace in traces]
     for trace in traces:
@@ -122,7 +126,7 @@ def page(folder: Path, *, now: float | None = None) -> tuple[list[str], bool]:
 
 
 def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) -> Iterator[str]:
-    """Yield sentences, the likeliest cause first, each with what to do."""
+    """Yield sentences, the likeliest cause first, each with a remedy."""
     failed = sorted(
         (t for t in traces if t.failure), key=lambda t: (t.failure.get("kind") == "lost", t.failure["time"])
     )
@@ -134,36 +138,36 @@ def _verdict(traces: list[RankTrace], outcome: Mapping[str, Any], now: float) ->
         )
         lost = [t.rank for t in failed[1:]]
         if lost:
-            yield f"rank(s) {listed(lost)} ended after it: look at rank {first.rank} first"
+            yield f"{ranks_named(lost)} ended after it: look at rank {first.rank} first"
     if outcome.get("outcome") in ("done", "preempted", "guarded"):
         return
     dead = _dead(traces) if not failed or failed[0].failure.get("kind") == "lost" else []
     for trace in dead:
         yield (
-            f"rank {trace.rank} is dead: its process {trace.beat['pid']} on {trace.beat['host']} ended silently, "
-            f"like a killed process (out of memory? look at the kernel's log)"
+            f"rank {trace.rank} is dead: its process {trace.beat['pid']} on {trace.beat['host']} ended without a "
+            f"message. It was probably killed, perhaps because memory ran out: look at the kernel's log (dmesg)"
         )
     traces = [trace for trace in traces if trace not in dead]
     silent = [t for t in traces if not t.failure and t.beat and now - float(t.beat.get("time", now)) > OLD_S]
     if silent and failed:
         yield (
-            f"rank(s) {listed([t.rank for t in silent])} left no word: killed from outside (out of memory? look at the "
-            f"kernel's log of {listed(sorted({str(t.beat.get('host')) for t in silent}))}), or cut off"
+            f"{ranks_named([t.rank for t in silent])} left no message: killed from outside, or cut off. If memory ran "
+            f"out, the kernel's log of {listed(sorted({str(t.beat.get('host')) for t in silent}))} says so"
         )
     yield from _behind(traces)
     yield from _odd_stack(traces)
     yield from missed({trace.rank: trace.flight for trace in traces})
     if silent and not failed and len(silent) == sum(bool(trace.beat) for trace in traces):
-        yield "no rank has been heard for a minute and none said why: the machine or the job was stopped from outside"
+        yield "no rank has written for a minute, and none left a message: the machine or job was stopped from outside"
 
 
 def _dead(traces: Sequence[RankTrace]) -> list[RankTrace]:
-    """Return the ranks of this machine whose processes ended and left no reason."""
+    """Return the ranks of this machine whose processes ended without leaving a reason."""
     return [trace for trace in traces if not trace.failure and is_dead(trace.beat)]
 
 
 def _behind(traces: list[RankTrace]) -> Iterator[str]:
-    """Name the ranks in another step or stage than most: the others wait for them."""
+    """Name the ranks that are in a different step or stage from most ranks, which wait for them."""
     places = {t.rank: (t.beat.get("step"), t.beat.get("stage")) for t in traces if t.beat}
     if len(set(places.values())) < 2:
         return
@@ -173,24 +177,24 @@ def _behind(traces: list[RankTrace]) -> Iterator[str]:
             samples = next(t for t in traces if t.rank == rank).beat.get("samples") or []
             reading = f"; its samples: {', '.join(map(str, samples[:4]))}" if samples else ""
             yield (
-                f"rank {rank} is in step {step}, {stage}, most are in step {usual[0]}, {usual[1]}: they wait for "
+                f"rank {rank} is in step {step}, {stage}; most ranks are in step {usual[0]}, {usual[1]}, and wait for "
                 f"it{reading}. See its stack below"
             )
 
 
 def _odd_stack(traces: list[RankTrace]) -> Iterator[str]:
-    """Name the ranks whose main thread stands in another innermost frame than most."""
+    """Name the ranks whose main thread is in a different innermost frame from most ranks."""
     tops = {t.rank: top for t in traces if (top := _top(t.stack))}
     if len(tops) < 2 or len(set(tops.values())) == 1:
         return
     usual, _ = Counter(tops.values()).most_common(1)[0]
     for rank, top in tops.items():
         if top != usual:
-            yield f"rank {rank} stands in {top}, others in {usual}"
+            yield f"rank {rank} is in {top}, the others are in {usual}"
 
 
 def _top(stack: str) -> str:
-    """Return the innermost frame of ours, or else the innermost of all."""
+    """Return the innermost frame of our own code, or else the innermost frame of all."""
     frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', stack.rpartition("most recent call first")[2])
     ours = [f for f in frames if re.search(r"/(finetune|moe|data)/", f[0])]
     if not frames:
@@ -218,5 +222,5 @@ def _details(trace: RankTrace) -> Iterator[str]:
         yield f"\nrank {trace.rank}, stack, innermost first:"
         yield from frames[:SHOWN]
     if trace.failure and trace.log_end:
-        yield f"\nrank {trace.rank}, its last words:"
+        yield f"\nrank {trace.rank}, the end of its log:"
         yield from trace.log_end.splitlines()

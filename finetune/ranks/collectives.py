@@ -1,4 +1,4 @@
-"""Exchanges between ranks outside the model: sums, and agreement on the next action."""
+"""Exchanges between ranks outside the model: sums, lists, and checks that all ranks agree."""
 
 import hashlib
 import os
@@ -11,17 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from finetune.ranks.log import listed
+from finetune.ranks.log import listed, ranks_named
 from moe.experts import GroupedExperts
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-"""How long a collective waits for the slowest rank, which may fetch or index terabytes, or write a model, while others
-stand in it. Dead ranks are noticed sooner, by broken connections or by the watch."""
+"""The timeout of a collective. It is long because one rank may fetch or index terabytes, or write a model, while the
+others wait for it. Dead ranks are noticed sooner, by broken connections or by the watch."""
 
 
 class Preempted(Exception):
-    """A signal asked some rank for an end, and all ranks know it: what is under way is left undone."""
+    """A signal asked some rank to stop, and all ranks know it: the work in progress is abandoned."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -29,23 +29,23 @@ class Preempted(Exception):
 
 
 def be_patient(limit: timedelta) -> None:
-    """Set the timeout of all groups that are made from here on without one.
+    """Set the timeout of all groups that are made from now on without one.
 
-    DeepSpeed names none, and groups of NCCL would end a run after ten minutes: counted from when a collective is
-    issued, which on a GPU is long before its turn comes, if rank 0 writes what the others hand over.
+    DeepSpeed passes none, and NCCL's groups would end a run after ten minutes. They count from when a collective is
+    issued. On a GPU that is long before its turn comes, if rank 0 still writes what the others have sent.
     """
     torch_s = dist.distributed_c10d
     torch_s.default_pg_timeout = torch_s.default_pg_nccl_timeout = limit  # type: ignore[attr-defined]  # not exported
 
 
 def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | None = None) -> None:
-    """After an elastic restart, meet the other ranks under names that the start before did not use.
+    """Meet the other ranks after an elastic restart, under names that the start before did not use.
 
-    `device` is what the group is bound to; None: to the device of its collectives' tensors.
+    `device` is the device that the group is bound to; None: the device of the tensors in its collectives.
 
-    torchrun keeps one store over its restarts, with the addresses of ranks that are gone: a group that reads one waits
-    forever. On several machines their counts of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in
-    torchrun's environment gives each restart a store of its own.
+    torchrun keeps one store over its restarts. It still has the addresses of ranks that are gone, and a group that
+    reads one of them waits forever. On several machines the counts of restarts may differ. There,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment gives each restart a store of its own.
     """
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -58,7 +58,7 @@ def join_restarted(backend: str, timeout: timedelta, *, device: torch.device | N
 
 
 def has_group() -> bool:
-    """Whether there is a process group."""
+    """Return whether there is a process group."""
     return dist.is_initialized()
 
 
@@ -68,7 +68,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Return the sums, in float64; every rank must call this with as many values."""
+    """Return the sums over ranks, in float64; every rank must call this with the same number of values."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -76,7 +76,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def require_no_wish(stop: int, device: torch.device) -> None:
-    """Raise Preempted on every rank if a signal has asked any of them for an end; every rank must call this.
+    """Raise Preempted on every rank if a signal has asked any of them to stop; every rank must call this.
 
     `stop` is the signal that this rank got, 0 for none.
     """
@@ -88,7 +88,7 @@ def require_no_wish(stop: int, device: torch.device) -> None:
 
 
 def gather_numbers(values: Sequence[float], device: torch.device) -> list[list[float]]:
-    """Return every rank's values, in float64, by rank; every rank must call this with as many values."""
+    """Return the values of each rank, in float64; every rank must call this with the same number of values."""
     mine = torch.tensor(values, dtype=torch.float64, device=device)
     everyone = [torch.empty_like(mine) for _ in range(rank_and_world()[1])]
     if len(everyone) == 1:
@@ -126,8 +126,8 @@ def parameter_table(module: nn.Module) -> dict[str, str]:
 def require_equal_tables(what: str, table: Mapping[str, str], device: torch.device) -> None:
     """Raise ValueError on every rank, naming the entries, unless all ranks hold the same table in the same order.
 
-    An engine that partitions parameters pairs its collectives by their order: ranks that differ hang, or train on each
-    other's bytes. Every rank must call this.
+    An engine that partitions parameters pairs its collectives by the order of the parameters. If ranks differ, they
+    hang, or train on each other's bytes. Every rank must call this.
     """
     rank, world = rank_and_world()
     if world == 1:
@@ -144,7 +144,7 @@ def require_equal_tables(what: str, table: Mapping[str, str], device: torch.devi
     other = different[0]
     lines = _differences(tables[0], tables[other], other)
     raise ValueError(
-        f"{what} differ between ranks (rank 0 against rank {', '.join(map(str, different))}):\n  "
+        f"{what} differ between ranks (rank 0 and {ranks_named(different)}):\n  "
         + listed(lines, between="\n  ")
         + "\nEvery rank must build the same model: same configuration, same code, same versions"
     )
@@ -159,15 +159,17 @@ def _differences(zero: Mapping[str, str], one: Mapping[str, str], rank: int) -> 
     ]
     if not lines:
         first = next(i for i, (a, b) in enumerate(zip(zero, one, strict=True)) if a != b)
-        lines = [f"entry {first} is {list(zero)[first]} on rank 0, {list(one)[first]} on rank {rank}: another order"]
+        lines = [
+            f"entry {first} is {list(zero)[first]} on rank 0, {list(one)[first]} on rank {rank}: the order differs"
+        ]
     return lines
 
 
 def at_rank_zero(tensor: Tensor, owner: nn.Module) -> Iterator[tuple[int, Tensor]]:
-    """Yield (0, the whole tensor), or a stack's rows from each rank of the first expert-parallel group.
+    """Yield (0, the complete tensor), or the rows of a stack from each rank of the first expert-parallel group.
 
-    Rank 0 sees all experts, by the first global id of each piece; other ranks their own at most. Every rank must
-    exhaust this.
+    Rank 0 gets all experts, in pieces with the first global id of each; other ranks get at most their own. Every rank
+    must exhaust this.
     """
     rank, _ = rank_and_world()
     whole = tensor.detach()
@@ -187,7 +189,7 @@ def at_rank_zero(tensor: Tensor, owner: nn.Module) -> Iterator[tuple[int, Tensor
 
 
 def raise_together(what: str, error: Exception | None) -> None:
-    """Raise on every rank if rank 0 has an error, so that none waits forever; every rank must call this."""
+    """Raise on every rank if rank 0 has an error, so that no rank waits forever; every rank must call this."""
     rank, world = rank_and_world()
     message = [f"{type(error).__name__}: {error}" if error is not None else ""]
     if world > 1:
@@ -195,4 +197,4 @@ def raise_together(what: str, error: Exception | None) -> None:
     if error is not None:
         raise error
     if message[0]:
-        raise RuntimeError(f"rank {rank} stops, as {what} failed on rank 0: {message[0]}")
+        raise RuntimeError(f"rank {rank} stops because {what} failed on rank 0: {message[0]}")

@@ -1,7 +1,7 @@
-"""The engine: DeepSpeed ZeRO-3, from typed options, and the one rule by which losses are scaled.
+"""The engine: DeepSpeed ZeRO-3, built from typed options, and the one rule that scales losses.
 
-Scale contract: every loss term hands `local_sum * world / N_step` to `backward`; the engine averages over the ranks and
-nothing divides by the accumulation count, so N_step alone decides. A gradient injected in backward obeys the same rule.
+The rule: every loss term passes `local_sum * world / N_step` to `backward`. The engine averages over the ranks, and
+nothing divides by the accumulation count, so N_step alone decides. A gradient injected in backward follows the rule.
 """
 
 import os
@@ -26,10 +26,11 @@ from finetune.ranks.collectives import (
 )
 from finetune.ranks.engine_sizes import LEAST_PREFETCH, PERSISTENCE, PREFETCHED_LAYERS, bucket_elements
 from finetune.ranks.hooks import keep_whole, only_root_runs, settle_hooks
+from finetune.ranks.log import listed
 
 _TRACKED = "metrics are tracked by track.* in the run's folder"
 LIMITS = {
-    "zero_optimization.stage": "the engine is ZeRO-3 in every case",
+    "zero_optimization.stage": "the engine is always ZeRO-3",
     "zero_optimization.zero_quantized_gradients": "expert parallelism cannot use quantized gradients",
     "zero_optimization.zero_quantized_weights": "expert parallelism cannot use quantized weights",
     "zero_optimization.zero_hpz_partition_size": "expert parallelism cannot use hpZeRO's secondary partitions",
@@ -38,29 +39,29 @@ LIMITS = {
     "zero_optimization.offload_param": "checkpoints hold the device's parameter slices, not offloaded ones",
     "expert_parallel": "the experts are placed by parallel.ep, before the engine starts",
     "tensor_parallel": "expert parallelism cannot be combined with the engine's tensor parallelism",
-    "sequence_parallel_size": "sequence parallelism is parallel.sp, which the engine must not know",
-    "pipeline": "there is no pipeline parallelism here",
-    "fp16": "train in bfloat16 or float32: there is no loss scaling here",
-    "optimizer": "the optimizer is made from optimizer.*",
-    "scheduler": "the learning rate is set by the training loop",
-    "csv_monitor": f"{_TRACKED}, and this one writes outside of it",
+    "sequence_parallel_size": "parallel.sp sets sequence parallelism, and the engine must not know of it",
+    "pipeline": "pipeline parallelism is not supported",
+    "fp16": "loss scaling is not supported: train in bfloat16 or float32",
+    "optimizer": "optim.* sets the optimizer",
+    "scheduler": "schedule.* and optim.lr set the learning rate",
+    "csv_monitor": f"{_TRACKED}, and this monitor writes outside it",
     "tensorboard": f"{_TRACKED}: set track.tensorboard",
     "wandb": f"{_TRACKED}: set track.wandb",
     "comet": _TRACKED,
-    "flops_profiler.output_file": f"{_TRACKED}, and this file may lie outside of it",
-    "autotuning": "the engine would start runs of its own, and write outside of the run's folder",
+    "flops_profiler.output_file": f"{_TRACKED}, and this file may be outside it",
+    "autotuning": "the engine would start its own runs, and write outside the run's folder",
     "compile": "the layers exchange rows between ranks and cannot be compiled by the engine",
 }
-"""The keys that `engine.extra` may not set, and the reasons."""
+"""Dotted keys that `engine.extra` must not set, and why."""
 
 
 class NotFinite(RuntimeError):
-    """A step whose loss or gradient is not finite, on every rank alike; the weights are those of the step before."""
+    """The loss or gradient of a step is not finite, on every rank alike; the weights are those of the step before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Settings that decide a step; `extra` may add keys to the DeepSpeed config, but never change one of these."""
+    """The options of a step; `extra` may add keys to the DeepSpeed config, but not change one that is set here."""
 
     micro_batches_per_step: int = 1
     clip_norm: float = 1.0
@@ -72,20 +73,20 @@ class EngineOptions:
     persistence_threshold: int = PERSISTENCE
     """Smaller parameters are gathered once per step, not once per micro-batch."""
     prefetch_elements: int | None = None
-    """How far ahead partitioned weights are fetched; None: beyond the largest layer, as the engine's default is not."""
+    """Elements of partitioned weights to fetch ahead; None: more than the largest layer, unlike DeepSpeed's default."""
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that share their learning rates: the highest in each stage, 0 in one that does not train them."""
+    """Parameters with the same learning rates: the highest in each stage, or 0 in a stage that does not train them."""
 
     parameters: Sequence[nn.Parameter]
     peaks: Sequence[float]
 
 
 def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: int = 0) -> dict[str, Any]:
-    """Return the DeepSpeed dict; `largest_layer` and `trained` are the partitioned and trained elements of a rank."""
+    """Return the DeepSpeed config; `largest_layer` and `trained` are numbers of elements."""
     ahead = options.prefetch_elements
     if ahead is None:
         ahead = max(LEAST_PREFETCH, int(PREFETCHED_LAYERS * largest_layer))
@@ -94,7 +95,7 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
         "gradient_accumulation_steps": options.micro_batches_per_step,
         "gradient_clipping": options.clip_norm,
         "bf16": {"enabled": options.dtype == "bfloat16"},
-        # or gradients of a bfloat16 model are added up and reduced in bfloat16
+        # otherwise gradients of a bfloat16 model are accumulated and reduced in bfloat16
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
@@ -110,7 +111,9 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
     refused = [f"engine.extra.{key}: {why}" for key, why in LIMITS.items() if _has(options.extra, key)]
     shared = (f"engine.extra.{key}" for key in _shared(ours, options.extra))
     taken = [
-        f"{key}: is made from typed options and cannot be overridden" for key in shared if key not in "".join(refused)
+        f"{key}: moetune sets this key itself, and it cannot be overridden"
+        for key in shared
+        if key not in "".join(refused)
     ]
     if refused or taken:
         raise ValueError("\n".join([*refused, *taken]))
@@ -120,8 +123,8 @@ def engine_config(options: EngineOptions, *, largest_layer: int = 0, trained: in
 def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group] | None = None) -> Any:
     """Start the engine on `module` and return it; every rank must call this with the same parameters.
 
-    `groups` hold every parameter that trains, each once; None: all of them at options.lr.
-    The ranks compare names, shapes and dtypes first: a difference is a ValueError on all of them, not a hang.
+    `groups` hold each trained parameter once; None: all of them at options.lr. The ranks compare names, shapes and
+    dtypes first: a difference is a ValueError on all of them, not a hang.
     """
     _check(module, options)
     start_distributed()
@@ -131,7 +134,7 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
     config = engine_config(
         options, largest_layer=_largest_layer(module), trained=sum(getattr(p, "ds_numel", p.numel()) for p in trained)
     )
-    # torch's fused AdamW, on the float32 masters: one kernel a group on CPU and CUDA, nothing compiled at start
+    # torch's fused AdamW, on the float32 masters: one kernel per group on CPU and CUDA, nothing compiled at start
     groups = [Group(parameters=trained, peaks=(options.lr,))] if groups is None else groups
     assert {id(p) for group in groups for p in group.parameters} == {id(p) for p in trained}
     made = [made for group in groups for made in _decay_groups(group, options.weight_decay)]
@@ -142,7 +145,7 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
 
 
 def take_device() -> None:
-    """Make this rank's device the current one of this thread: a thread begins with device 0, whatever the others use.
+    """Make this rank's device the current device of this thread: every new thread begins with device 0.
 
     The engine binds rank LOCAL_RANK to the device of that number, so a rank must see its neighbours' devices too.
     """
@@ -152,16 +155,16 @@ def take_device() -> None:
     except RuntimeError as error:
         raise ValueError(
             f"LOCAL_RANK is {local}, but this process cannot use device {local} ({str(error).splitlines()[0]}). Start "
-            f"as many ranks as there are GPUs, and let each see all of its node's: with Slurm --gpus-per-node, not "
-            f"--gpus-per-task; or set CUDA_VISIBLE_DEVICES alike for all"
+            f"one rank per GPU, and let each rank see all GPUs of its node: with Slurm, use --gpus-per-node instead of "
+            f"--gpus-per-task; otherwise set the same CUDA_VISIBLE_DEVICES for all ranks"
         ) from error
 
 
 def start_distributed() -> bool:
-    """Take the device, then tell the engine of the process group, or start one from the launcher's environment.
+    """Take the device, then give the engine the process group, or start one from the launcher's environment.
 
-    Every rank must call this. What asks for the current device before would find device 0 on every rank. Returns
-    whether one was started, which is then the caller's to end.
+    Every rank must call this, before anything asks for the current device: that would be device 0 on every rank.
+    Returns whether a group was started, which the caller must then end.
     """
     take_device()
     was_there = has_group()
@@ -176,13 +179,13 @@ def start_distributed() -> bool:
             port = str(free.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(alone)
-    # or each reduction of a gradient on CPU starts a program that counts the sockets
+    # otherwise each reduction of a gradient on CPU starts a program that counts the sockets
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     accelerator = deepspeed.accelerator.get_accelerator()
-    # not DeepSpeed's ten minutes, in which rank 0 does not fetch a base; who stands still in a step, the watch ends
+    # not DeepSpeed's ten minutes: rank 0 may take longer to fetch a base. The watch ends ranks that stall in a step
     limit = deepspeed.constants.default_pg_timeout if "DEEPSPEED_TIMEOUT" in os.environ else PATIENCE
     be_patient(limit)
-    # bound to the device as the engine binds it: a world of one is not (DeepSpeed issue 8248)
+    # bound to a device where the engine binds it, which it does not in a world of one (DeepSpeed issue 8248)
     is_bound = accelerator.device_name() == "cuda" and os.environ["WORLD_SIZE"] != "1"
     device = engine_device() if is_bound else None
     join_restarted(accelerator.communication_backend_name(), limit, device=device)
@@ -193,7 +196,7 @@ def start_distributed() -> bool:
 def end_distributed() -> None:
     """End every process group, after the last collective; every rank must call this.
 
-    What an exit tears down itself, NCCL complains about, and sometimes hangs in.
+    NCCL complains, and sometimes hangs, if the exit of the process has to tear them down.
     """
     deepspeed.comm.destroy_process_group()
 
@@ -204,7 +207,7 @@ def engine_device() -> torch.device:
 
 
 def backward(engine: Any, local_sum: Tensor, step_total: float) -> None:
-    """Back-propagate one micro-batch's share: a sum over this rank's part of a step whose total weight is given."""
+    """Back-propagate the loss sum of one micro-batch of this rank; `step_total` is the total weight of the step."""
     engine.backward(local_sum * (engine.world_size / step_total), scale_wrt_gas=False)
     only_root_runs(engine.module)
 
@@ -220,25 +223,27 @@ def require_step_applied(engine: Any, step: int) -> None:
 
 def _check(module: nn.Module, options: EngineOptions) -> None:
     if options.dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"engine dtype {options.dtype!r} is not one of bfloat16, float32")
+        raise ValueError(f"engine dtype must be bfloat16 or float32, got {options.dtype!r}")
     if options.micro_batches_per_step < 1:
-        raise ValueError(f"micro_batches_per_step: {options.micro_batches_per_step} must be at least 1")
+        raise ValueError(f"micro_batches_per_step must be at least 1, got {options.micro_batches_per_step}")
     if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError("nothing trains: no parameter requires a gradient; choose what to adapt or to train")
+        raise ValueError("nothing trains: no parameter requires a gradient. Choose parts to adapt or to train in full")
     meta = [name for name, p in [*module.named_parameters(), *module.named_buffers()] if p.is_meta]
     if meta:
-        raise ValueError(f"{len(meta)} tensors are still on meta, first {meta[0]}: load the weights before the engine")
+        raise ValueError(
+            f"the weights are not loaded yet ({listed(meta, 1)} on the meta device): load them before the engine starts"
+        )
 
 
 def _largest_layer(module: nn.Module) -> int:
-    """Return the elements of the largest block of a stack, all of which is needed at once."""
+    """Return the elements of the largest block of a stack; a block is needed all at once."""
     stacks = [m for m in module.modules() if isinstance(m, nn.ModuleList)]
     sizes = (sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters()) for m in stacks for block in m)
     return max(sizes, default=0)
 
 
 def _decay_groups(group: Group, weight_decay: float) -> list[dict[str, Any]]:
-    """Split so that vectors (norms, biases) are never decayed."""
+    """Split a group, so that vectors (norms, biases) are never decayed."""
     ndim = [len(getattr(p, "ds_shape", p.shape)) for p in group.parameters]
     matrices = [p for p, n in zip(group.parameters, ndim, strict=True) if n > 1]
     vectors = [p for p, n in zip(group.parameters, ndim, strict=True) if n <= 1]
@@ -273,9 +278,9 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
 
 
 def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which a partitioned parameter is whole; every rank of its group must enter it.
+    """Return a context in which a partitioned parameter is complete; every rank of its group must enter it.
 
-    One that is whole already stays so: the engine's context would leave it partitioned.
+    A parameter that is complete already stays so; the engine's context would leave it partitioned.
     """
     in_pieces = getattr(tensor, "ds_status", ZeroParamStatus.AVAILABLE) is not ZeroParamStatus.AVAILABLE
     whole: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([tensor], enabled=in_pieces)

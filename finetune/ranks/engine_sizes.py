@@ -1,4 +1,4 @@
-"""Sizes of the engine's buffers, in elements: what it is configured with, what the planner counts. Loads no torch."""
+"""Sizes of the engine's buffers, in elements, for its configuration and for the planner. Loads no torch."""
 
 PERSISTENCE = 1_000_000
 """Smaller parameters stay gathered between steps; above any router (524,288 at 235B)."""
@@ -11,7 +11,7 @@ LEAST_BUCKET = 1_000_000
 MOST_BUCKET = 100_000_000
 """The bucket through which gradients leave is at most this large."""
 PREFETCHED_LAYERS = 1.2
-"""Decoder layers that are fetched ahead."""
+"""The number of decoder layers that are fetched ahead."""
 LEAST_PREFETCH = 50_000_000
 """At least this many elements are fetched ahead."""
 

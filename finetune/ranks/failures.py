@@ -1,7 +1,7 @@
-"""The reason why a run ended, for people: the message of the rank that failed first, not of those that only lost it.
+"""The reason why a run ended: the message of the rank that failed first, not of ranks that only lost it.
 
-Each failing rank leaves `logs/failure-0007.json`; a run that ends otherwise leaves `logs/outcome.json`. No torch here:
-the launcher reads both.
+Each failing rank leaves `logs/failure-0007.json`; a run that ends otherwise leaves `logs/outcome.json`. Loads no torch,
+because the launcher reads both.
 """
 
 import json
@@ -32,16 +32,16 @@ LOST = (
     "remote process exited",
     "communicator was aborted",
 )
-"""Phrases of a backend for a lost rank at the other end."""
+"""Texts in the errors of a backend when the rank at the other end is gone."""
 FAILED_S = 0.5
-"""Seconds a failing rank waits before it looks for one that failed before it."""
+"""Seconds a failing rank waits before it looks for a rank that failed earlier."""
 LOST_S = 3.0
 """Seconds a rank waits after losing a peer, so that the peer's own error is reported first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why one rank ended."""
+    """The reason why one rank ended."""
 
     rank: int
     host: str
@@ -49,19 +49,19 @@ class Failure:
     kind: Kind
     message: str
     start: str
-    """Which start it ended: a clock that was set back tells nothing of that."""
+    """The start that it ended; times do not tell, because a clock may have been set back."""
 
     @property
     def code(self) -> int:
-        """The rank's exit code."""
+        """The exit code of the rank."""
         return {"input": 2, "interrupted": 128 + signal.SIGINT}.get(self.kind, 1)
 
 
 def meeting(environment: Mapping[str, str]) -> str:
-    """Return what the ranks of one start have in common, and of a restart have not.
+    """Return a name that all ranks of one start have in common, and that no restart shares.
 
-    A start with a store of its own has a port of its own. Its count of restarts is then left out: of several machines
-    one that starts again because another did counts none.
+    A start with a store of its own has a port of its own. Its count of restarts is then left out, because a machine
+    that starts again only because another one did does not count that restart.
     """
     names = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"]
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "False":
@@ -70,7 +70,7 @@ def meeting(environment: Mapping[str, str]) -> str:
 
 
 def keep_failure(log: RankLog, kind: Kind, message: str) -> Failure:
-    """Write down why this rank ends."""
+    """Record why this rank ends."""
     failure = Failure(
         rank=log.rank,
         host=socket.gethostname(),
@@ -85,14 +85,14 @@ def keep_failure(log: RankLog, kind: Kind, message: str) -> Failure:
 
 
 def write_failure(logs: Path, failure: Failure) -> None:
-    """Write a failure where the other ranks and the launcher look; on a full disk the launcher finds that out."""
+    """Write a failure where the other ranks and the launcher look; if the disk is full, the launcher finds that out."""
     with suppress(OSError):
         logs.mkdir(parents=True, exist_ok=True)
         (logs / f"failure-{failure.rank:04d}.json").write_text(json.dumps(asdict(failure)))
 
 
 def forget_failure(log: RankLog) -> None:
-    """Remove what ended the start before; rank 0 forgets for ranks that this start has not."""
+    """Remove the failure of an earlier start; rank 0 also removes those of ranks that this start does not have."""
     for path in log.folder.glob("failure-*.json" if log.rank == 0 else f"failure-{log.rank:04d}.json"):
         failure = _read(path)
         if failure is None or failure.start != meeting(os.environ):
@@ -102,14 +102,14 @@ def forget_failure(log: RankLog) -> None:
 
 
 def first_failure(folder: Path, *, start: str) -> Failure | None:
-    """Return the earliest failure of a start, named by its meeting or a part of that; a lost rank's comes last."""
+    """Return the earliest failure of a start, given its meeting or a part of that; lost ranks come last."""
     failures = [failure for path in folder.glob("failure-*.json") if (failure := _read(path)) is not None]
     ours = [failure for failure in failures if start in failure.start]
     return min(ours, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
 
 
 def _read(path: Path) -> Failure | None:
-    """Read a failure; None where it is being written, or was cut off by a full disk."""
+    """Read a failure; return None if it is still being written, or was cut off by a full disk."""
     try:
         return Failure(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -117,16 +117,16 @@ def _read(path: Path) -> Failure | None:
 
 
 def keep_outcome(log: RankLog, outcome: Outcome, step: int | None) -> None:
-    """Write down that a run ended well, or should be started again; `step` is None if no step was begun."""
+    """Record that a run ended well, or should be started again; `step` is None if no step has begun."""
     log.folder.mkdir(parents=True, exist_ok=True)  # a user may have removed it meanwhile
     partial = log.folder / f"outcome-{log.rank:04d}.new"
     record = {"outcome": outcome, "step": step, "time": time.time(), "start": meeting(os.environ)}
     partial.write_text(json.dumps(record))
-    partial.replace(log.folder / "outcome.json")  # complete at any time: several ranks may write it
+    partial.replace(log.folder / "outcome.json")  # always complete, although several ranks may write it
 
 
 def outcome_of(folder: Path, start: str) -> str:
-    """Return the outcome of a start, named by its meeting or a part of that; "" where it left none."""
+    """Return the outcome of a start, given its meeting or a part of that; "" if it left none."""
     try:
         record = json.loads((folder / "outcome.json").read_text())
         return str(record["outcome"]) if start in record["start"] else ""
@@ -135,7 +135,7 @@ def outcome_of(folder: Path, start: str) -> str:
 
 
 def report_failure(log: RankLog, error: BaseException) -> Failure:
-    """Write a failure down, with its traceback in the log, and tell of it."""
+    """Record a failure, with its traceback in the log, and print it."""
     log.note("".join(traceback.format_exception(error)).rstrip())
     text = str(error) or type(error).__name__
     is_lost = isinstance(error, RuntimeError) and any(words in text for words in LOST)
@@ -149,9 +149,9 @@ def report_failure(log: RankLog, error: BaseException) -> Failure:
 
 
 def tell(log: RankLog, failure: Failure, text: str) -> None:
-    """Print why this rank ends, unless another rank failed before, whose message is the cause.
+    """Print why this rank ends, unless another rank failed earlier: then that rank's message is the cause.
 
-    Ranks of `moetune train` print nothing: it shows the message of the first when all have ended.
+    Ranks of `moetune train` print nothing: the command shows the message of the first when all have ended.
     """
     time.sleep(LOST_S if failure.kind == "lost" else FAILED_S)
     first = first_failure(log.folder, start=failure.start) or failure
@@ -160,9 +160,10 @@ def tell(log: RankLog, failure: Failure, text: str) -> None:
 
 
 def report_early(rank: int, error: Exception) -> int:
-    """Report what ends a rank before it has a log of its own, and return its exit code.
+    """Report an error that ends a rank before it has a log of its own, and return the exit code.
 
-    It mostly is the same on all ranks. So the first of a host speaks at once: then the launcher ends the others.
+    The error is usually the same on all ranks. So the first rank of a host reports it at once, and the launcher then
+    ends the others.
     """
     if logs := os.environ.get(LAUNCHER_LOGS):
         log = RankLog(Path(logs), rank)
@@ -176,7 +177,7 @@ def report_early(rank: int, error: Exception) -> int:
 
 
 def end_at_failure(log: RankLog) -> Callable[..., None]:
-    """Return a hook for `sys.excepthook`: the rank ends at once, so that no library's clean-up waits for dead ranks."""
+    """Return a `sys.excepthook` that ends the rank at once, so that no library's clean-up waits for dead ranks."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failure = report_failure(log, error)

@@ -1,21 +1,21 @@
-"""Compares the flight recorders of a run's ranks: which collective some wait in, and which did not join it. No torch.
+"""Compares the flight recorders of a run's ranks: who waits in which collective, and who did not join it. No torch.
 
-Every rank counts the collectives of each of its groups. If a rank's count is behind, it took another way; if counts are
-equal and collectives differ, the ranks met in different ones.
+Every rank counts the collectives of each of its groups. A rank whose count is behind took another path. If the counts
+are equal and the collectives differ, the ranks called different ones.
 """
 
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.ranks.log import listed
+from finetune.ranks.log import ranks_named
 
 NCCL, GLOO = "flight-", "flight-gloo-"
-"""How the files of each backend begin; a rank's number follows."""
+"""Beginnings of the file names of each backend; the number of the rank follows."""
 _DAMAGE = (
     pickle.UnpicklingError,
     OSError,
@@ -29,7 +29,7 @@ _DAMAGE = (
     MemoryError,
     RecursionError,
 )
-"""Errors that reading a damaged dump may raise: pickle promises no smaller set."""
+"""Errors that a damaged dump, or one of another form, may raise when it is read: pickle promises no smaller set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Flight:
     entries: tuple[Mapping[str, Any], ...] = ()
     members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
-    """The names of files, all or a part of which could not be understood."""
+    """The names of files that could not be read, or only in part."""
 
     def last(self) -> dict[str, Mapping[str, Any]]:
         """Return the newest collective of each group; a message between two ranks does not count."""
@@ -50,11 +50,11 @@ class _Plain(pickle.Unpickler):
     """Reads the recorder's dumps, which are pickles of plain containers; refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} in a dump of plain values")
+        raise pickle.UnpicklingError(f"a dump must hold plain values only, got {module}.{name}")
 
 
 def read_flight(logs: Path, rank: int) -> Flight:
-    """Read what a rank left, of every backend; an empty flight if nothing can be read."""
+    """Read the dumps of a rank, of every backend; the flight is empty if nothing can be read."""
     entries: list[Mapping[str, Any]] = []
     members: dict[str, tuple[int, ...]] = {}
     damaged: list[str] = []
@@ -81,7 +81,7 @@ def read_flight(logs: Path, rank: int) -> Flight:
 
 
 def _is_sound(entry: Any) -> bool:
-    """Whether everything that is said of a collective can be said of this one."""
+    """Return whether an entry has all that a report says about a collective."""
     try:
         _group(entry), _number(entry), _waits(entry), _kind(entry), _called(entry)
     except _DAMAGE:
@@ -90,7 +90,7 @@ def _is_sound(entry: Any) -> bool:
 
 
 def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
-    """Yield a sentence for each group whose ranks do not stand in the same collective."""
+    """Yield a sentence for each group whose ranks are not in the same collective."""
     last = {rank: flight.last() for rank, flight in flights.items() if flight.entries}
     for group in sorted({group for collectives in last.values() for group in collectives}):
         ranks = _members(flights, last, group)
@@ -108,19 +108,19 @@ def missed(flights: Mapping[int, Flight]) -> Iterator[str]:
             late_entry = last[late[0]].get(group)
             latest = f"{_what(late_entry)}, number {counts[late[0]]}" if late_entry is not None else "none yet"
             yield (
-                f"rank(s) {listed(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}, which rank(s) "
-                f"{listed(late)} did not join: the last there was {latest}"
+                f"{_waiting(ahead)} in {_called(entry)}, number {most} of {_name(group)}, which {ranks_named(late)} "
+                f"did not join: the last one there was {latest}"
             )
         elif others:
             other_entry = last[others[0]][group]
             yield (
-                f"rank(s) {listed(first)} wait in {_called(entry)}, and rank(s) {listed(others)} in "
-                f"{_called(other_entry)}, both number {most} of {_name(group)}: they took different ways"
+                f"{_waiting(first)} in {_called(entry)}, and {ranks_named(others)} in "
+                f"{_called(other_entry)}, both number {most} of {_name(group)}: they took different paths"
             )
         elif silent:
             yield (
-                f"rank(s) {listed(ahead)} wait in {_called(entry)}, number {most} of {_name(group)}; rank(s) "
-                f"{listed(silent)} left no record of theirs"
+                f"{_waiting(ahead)} in {_called(entry)}, number {most} of {_name(group)}; {ranks_named(silent)} "
+                f"left no record"
             )
 
 
@@ -135,6 +135,10 @@ def _members(flights: Mapping[int, Flight], last: Mapping[int, Mapping[str, Any]
     name = group.partition(":")[2].partition(" ")[0]
     members = {rank for flight in flights.values() for rank in flight.members.get(name, ())}
     return sorted(members | {rank for rank, collectives in last.items() if group in collectives})
+
+
+def _waiting(ranks: Sequence[int]) -> str:
+    return f"{ranks_named(ranks)} wait{'s' if len(ranks) == 1 else ''}"
 
 
 def _group(entry: Mapping[str, Any]) -> str:
@@ -158,7 +162,7 @@ def _waits(entry: Mapping[str, Any]) -> bool:
 
 
 def _kind(entry: Mapping[str, Any]) -> str:
-    """Return what must be the same on all ranks of a group; the rows of an all-to-all may differ."""
+    """Return the part that must be the same on all ranks of a group; the rows of an all-to-all may differ."""
     return "all_to_all" if ":all_to_all" in str(entry["profiling_name"]) else _what(entry)
 
 
@@ -167,8 +171,8 @@ def _what(entry: Mapping[str, Any]) -> str:
 
 
 def _called(entry: Mapping[str, Any]) -> str:
-    """Describe a collective, and the line of ours that called it."""
+    """Describe a collective, and the line of our code that called it."""
     for frame in entry.get("frames", ()):
         if re.search(r"/(finetune|moe|data)/[\w/]+\.py$", frame["filename"]):
-            return f"{_what(entry)} of {frame['name']} ({Path(frame['filename']).name}:{frame['line']})"
+            return f"{_what(entry)} called by {frame['name']} ({Path(frame['filename']).name}:{frame['line']})"
     return _what(entry)

@@ -1,7 +1,7 @@
-"""How the ranks of a run know of each other when no collective returns: a small file of each, in the run's logs.
+"""Heartbeats: small files in the run's logs, by which ranks know of each other when no collective returns.
 
-Each rank writes where it is, again and again, and watches the one rank after it. A silent rank has a living rank
-before it, unless all are silent, and 256 ranks on one file system ask for 256 files at a time, not for 65,536.
+Each rank repeatedly writes where it is, and watches only the rank after it. A silent rank has a living rank before it,
+unless all are silent. So 256 ranks ask one file system for 256 files at a time, not for 65,536.
 """
 
 import json
@@ -18,14 +18,14 @@ from finetune.ranks.log import RankLog
 INTERVAL_S = 10.0
 """Seconds between heartbeats. A change of stage is written immediately."""
 PER_LIMIT = 4
-"""A rank writes at least this often within the time after which it counts as silent."""
+"""The least number of heartbeats within the time after which a rank counts as silent."""
 LAST_STAGES = ("ended", "failed")
-"""The stages of a rank that writes no more."""
+"""The stages of a rank that writes no more heartbeats."""
 SHOWN = 4
 
 
 class Heartbeats:
-    """This rank's file, and what it knows of the others'."""
+    """The heartbeats of this rank, and those that it reads of others."""
 
     def __init__(self, log: RankLog, *, limit: float) -> None:
         self.interval = min(INTERVAL_S, limit / PER_LIMIT) if limit else INTERVAL_S
@@ -41,22 +41,22 @@ class Heartbeats:
         return self._path.with_name(f"rank-{rank:04d}.json")
 
     def _mark_of_next(self) -> int:
-        """Return when the next rank's file was written, as the file system counts; 0 where there is none."""
+        """Return when the next rank's file was written, by the clock of the file system; 0 if there is none."""
         try:
             return self._next.stat().st_mtime_ns if self._next else 0
         except OSError:
             return 0
 
     def is_due(self) -> bool:
-        """Whether it is time to write again."""
+        """Return whether it is time to write again."""
         return time.monotonic() - self._written >= self.interval
 
     def write_soon(self) -> None:
-        """Make the next heartbeat due now, as what the rank does has changed."""
+        """Make the next heartbeat due now, because the work of the rank has changed."""
         self._written = 0.0
 
     def write(self, here: Mapping[str, Any]) -> None:
-        """Write where this rank is. On a full disk, set the file's time: a sign of life needs no room."""
+        """Write where this rank is. On a full disk, only set the time of the file: that needs no space."""
         self._written = time.monotonic()
         beat = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), **here}
         partial = self._path.with_suffix(".json.new")
@@ -72,14 +72,14 @@ class Heartbeats:
                 os.utime(self._path)
 
     def add_silence(self, seconds: float) -> None:
-        """Do not count time during which this process was itself suspended: it could hear nobody."""
+        """Do not count time during which this process itself was suspended and could read no heartbeat."""
         self._next_heard += seconds
 
     def silent_rank(self) -> str:
         """Describe the next rank if it has been silent for longer than the limit; "" otherwise.
 
-        A rank that has never written in this start is handled elsewhere: the ranks do not come together in time. A rank
-        that cannot write its own heartbeat does not judge others.
+        A rank that has never written in this start is handled elsewhere: the meeting of all ranks has its own limit. A
+        rank that cannot write its own heartbeat does not judge others.
         """
         now, mark = time.monotonic(), self._mark_of_next()
         if mark != self._next_mark:
@@ -90,18 +90,18 @@ class Heartbeats:
         return "" if beat is None or beat["stage"] in LAST_STAGES else _described(beat)
 
     def slowest(self) -> list[str]:
-        """Describe the other ranks that are the farthest behind, or silent for longest."""
+        """Describe the other ranks that are farthest behind, or have been silent longest."""
         beats = self._others()
         beats.sort(key=lambda beat: (beat["step"] if beat["step"] is not None else -1, beat["time"]))
         return [_described(beat) for beat in beats[:SHOWN]]
 
     def another_works(self) -> bool:
-        """Whether any other rank lives and says that it works on a file of its own."""
+        """Return whether any other rank is alive and says that it works on a file of its own."""
         alive_s = max(self._limit, 2 * self.interval)
         return any(beat.get("busy") and time.time() - beat["time"] < alive_s for beat in self._others())
 
     def dead_neighbours(self) -> list[int]:
-        """Return the ranks of this machine and start that ended without saying so."""
+        """Return the ranks of this start, on this machine, that ended without saying so."""
         local, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         first = self._rank - local
         beats = [read_beat(self._path_of(rank)) for rank in range(first, first + size)]
@@ -114,7 +114,7 @@ class Heartbeats:
 
 
 def read_beat(path: Path) -> dict[str, Any] | None:
-    """Read the last heartbeat of a rank; None where there is no complete one."""
+    """Read the last heartbeat of a rank; return None if there is no complete one."""
     try:
         beat: dict[str, Any] = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):
@@ -128,7 +128,7 @@ def _described(beat: Mapping[str, Any]) -> str:
 
 
 def is_dead(beat: Mapping[str, Any]) -> bool:
-    """Whether the rank that left this heartbeat has ended without saying so; false where it ran on another machine."""
+    """Return whether the rank of this heartbeat ended without saying so; False if it ran on another machine."""
     is_here = beat.get("host") == socket.gethostname() and "pid" in beat
     return is_here and beat.get("stage") != "ended" and not _is_alive(beat["pid"])
 

@@ -1,8 +1,8 @@
-"""ZeRO-3's hooks: they hang only where something is fetched, and what no hook fetches is whole at every forward.
+"""ZeRO-3's hooks: only modules with fetched parameters have them, and kept parameters are complete at every forward.
 
-A parameter is *kept* (small: whole on every rank from one update to the next) or *fetched* (whole while its module
-runs). The engine hangs four hooks on every module, two of which put a node into the graph; with resident weights a
-layer would pay them some fifty times for nothing.
+A parameter is *kept* (small: complete on every rank from one update to the next) or *fetched* (complete while its
+module runs). The engine puts four hooks on every module, two of which add a node to the graph. With resident weights,
+a layer would run some fifty of them for nothing.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ WAITING = 16_000_000
 
 
 def settle_hooks(engine: Any, always: Sequence[nn.Parameter]) -> None:
-    """Leave the hooks on where they fetch, and make whole what is kept; every rank must call this once.
+    """Remove the hooks that fetch nothing, and gather the kept parameters; every rank must call this once.
 
-    `always` are the parameters that train in every stage. Around fetched ones that do not, the hooks stay: a recompute
-    finds by them when to release these.
+    `always` are the parameters that train in every stage. The hooks stay around fetched parameters that do not: by
+    them, a recompute finds out when to release these.
     """
     offload, trained = engine.optimizer.parameter_offload, {id(parameter) for parameter in always}
     needed = {
@@ -43,19 +43,19 @@ def settle_hooks(engine: Any, always: Sequence[nn.Parameter]) -> None:
 
 
 def only_root_runs(root: nn.Module, *_: Any) -> None:
-    """Take everything else off the engine's stack of running modules, which is one for all engines of a process.
+    """Remove everything else from the engine's stack of running modules, which all engines of a process share.
 
-    A checkpoint ends its second pass by raising through the forward, and what was running stays on the stack for good:
-    the engine would take a parameter that is read outside its module for one of theirs.
+    A checkpoint ends its second pass by raising through the forward, so the modules that were running stay on the
+    stack. If a parameter is then read outside its module, the engine takes it for a parameter of theirs.
     """
     FWD_MODULE_STACK[:] = [root]
 
 
 def _watch_fetched(engine: Any) -> None:
-    """Tell only the owners of fetched parameters when a forward begins and ends, where the engine tells every module.
+    """Tell only the owners of fetched parameters when a forward begins and ends; the engine tells every module.
 
-    They notice by it that one is read outside its module. Left out too is a timer for which the engine would wait for
-    the device at each forward; what it does there on request stays its own.
+    By this they notice that a parameter is read outside its module. A timer is left out too, for which the engine would
+    wait for the device at each forward. If the user asks for profiling, the engine's own hooks stay.
     """
     if engine.flops_profiler_enabled() or engine.random_ltd_enabled() or engine.memory_breakdown():
         return
@@ -72,10 +72,10 @@ def _watch_fetched(engine: Any) -> None:
 
 
 def _average_by_group(optimizer: Any) -> None:
-    """Let the small gradients of experts wait for each other until the engine averages them.
+    """Collect the small gradients of experts before the engine averages them.
 
-    It has one bucket for all, and empties it whenever the ranks change that share a parameter: where attention and
-    experts train, twice a layer.
+    The engine has one bucket for all gradients, and empties it whenever the next parameter is shared by other ranks.
+    Where attention and experts train, that happens twice per layer.
     """
     average, end = (
         optimizer.reduce_independent_p_g_buckets_and_remove_grads,
@@ -110,10 +110,10 @@ def _average_by_group(optimizer: Any) -> None:
 
 
 def keep_whole(engine: Any) -> None:
-    """Gather the kept parameters that are in pieces; every rank must call this after whatever leaves them so.
+    """Gather the kept parameters that are partitioned; every rank must call this after anything that leaves them so.
 
-    An applied update gathers them itself, hooks never do. A layer that met one in pieces would compute on an empty
-    tensor, or the engine would note it as a parameter of the module that happens to run.
+    An applied update gathers them itself; hooks never do. A layer with a partitioned one would compute on an empty
+    tensor, or the engine would record it as a parameter of the module that happens to run.
     """
     kept = engine.optimizer.persistent_parameters
     if kept:
@@ -121,9 +121,10 @@ def keep_whole(engine: Any) -> None:
 
 
 def forget_order(engine: Any) -> None:
-    """Let the engine trace again in which order modules run; every rank must call this where another order begins.
+    """Let the engine learn again in which order modules run; every rank must call this where another order begins.
 
-    It would notice by itself, in the middle of a forward or backward, and fetch nothing ahead for one more.
+    The engine would notice by itself, but in the middle of a forward or backward, and then fetch nothing ahead in the
+    next one either.
     """
     coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():

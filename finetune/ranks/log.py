@@ -1,4 +1,4 @@
-"""One rank's log, logs/rank-0007.log in the run's folder: its messages, its stages, and what it writes to its streams.
+"""One rank's log, logs/rank-0007.log in the run's folder: its messages, its stages and the output of its streams.
 
 Only rank 0 writes to the terminal: the standard streams of all others go into their logs.
 """
@@ -16,19 +16,27 @@ from pathlib import Path
 from data.format.printable import printable
 
 LAUNCHER_LOGS = "MOETUNE_LAUNCHER_LOGS"
-"""The variable by which `moetune train` tells its ranks where it looks for why they ended: it tells the user itself."""
+"""The environment variable with the folder in which `moetune train` looks for the reasons why its ranks ended.
+
+The command itself shows these to the user.
+"""
 
 
 _WARNINGS = logging.getLogger("py.warnings")
-"""Where Python's warnings go once logging takes them."""
+"""The logger that receives Python's warnings once logging captures them."""
 
 
 def listed(items: Sequence[object], most: int = 8, between: str = ", ") -> str:
-    """Join the first few of many, and count the rest: `a, b and 3 more`."""
+    """Join the first few items, and count the rest: `a, b and 3 more`."""
     shown, rest = between.join(map(str, items[:most])), len(items) - most
     if rest <= 0:
         return shown
     return f"{shown}{' ' if between == ', ' else f'{between}... '}and {rest} more"
+
+
+def ranks_named(ranks: Sequence[int]) -> str:
+    """Return the numbers of ranks as text: `rank 3`, or `ranks 3, 4`."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {listed(ranks)}"
 
 
 def print_line(text: str) -> None:
@@ -40,7 +48,7 @@ def print_line(text: str) -> None:
 class RankLog:
     """Call it with a message: it goes into the log, and from rank 0 to the terminal as well.
 
-    Keys and texts of data may hold escape sequences: they are shown as text, in the log too, which people `cat`.
+    Keys and texts of data may hold escape sequences. They are shown as text, also in the log, because people `cat` it.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -52,7 +60,7 @@ class RankLog:
         self._can_write = True
         self._streams: list[int] = []
         self._noted = _Noted(self)
-        self._lock = threading.Lock()  # the watch and W&B speak from threads of their own
+        self._lock = threading.Lock()  # the watch and W&B write from their own threads
         self._file = self.path.open("a", buffering=1)
 
     def __call__(self, text: str) -> None:
@@ -62,7 +70,7 @@ class RankLog:
             self.show(printable(text))
 
     def note(self, text: str) -> None:
-        """Write into the log alone. A log that cannot be written, as on a full disk, ends no run: it is said once."""
+        """Write into the log only. If the log cannot be written (full disk), warn once; the run goes on."""
         with self._lock:
             try:
                 self._file.write(f"{datetime.now().isoformat(timespec='milliseconds')} {printable(text)}\n")
@@ -81,21 +89,21 @@ class RankLog:
         self.terminal.flush()
 
     def close(self) -> None:
-        """Give the streams back; nothing is logged after this."""
+        """Restore the streams; nothing is logged after this."""
         if self._noted in _WARNINGS.handlers:
             _WARNINGS.removeHandler(self._noted)
             logging.captureWarnings(False)
         for number, stream in zip((1, 2), self._streams, strict=False):
             os.dup2(stream, number)
             os.close(stream)
-        with suppress(OSError):  # a full disk, of which `note` has told
+        with suppress(OSError):  # a full disk, which `note` has reported
             self._file.close()
 
     def take_streams(self) -> None:
-        """Send what this process, and the libraries in it, write to its streams into the log; not on rank 0.
+        """Redirect the output of this process, and of the libraries in it, to the log; not on rank 0.
 
         Python's warnings go into the log on every rank. Where `moetune train` keeps the ranks' standard error, rank 0
-        shows on standard output what is for people.
+        writes messages for the user to standard output.
         """
         _WARNINGS.addHandler(self._noted)
         _WARNINGS.propagate = False
@@ -123,7 +131,7 @@ class _Noted(logging.Handler):
 
 
 def remove_logs(logs: Path) -> None:
-    """Remove the logs of a dry run, and the folders around them that nothing else lies in."""
+    """Remove the logs of a dry run, and the folders around them that are then empty."""
     shutil.rmtree(logs, ignore_errors=True)
     with suppress(OSError):
         for folder in logs.parents[:-1]:

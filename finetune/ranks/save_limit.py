@@ -1,4 +1,4 @@
-"""How long a rank may stand still in a save: its own files must grow, or another rank must be at work."""
+"""The time limit of a rank in a save: its own files must grow, or another rank must be working."""
 
 import threading
 import time
@@ -9,16 +9,16 @@ from pathlib import Path
 
 
 class SaveState(Enum):
-    """The state of a rank during a save, as its time limit sees it."""
+    """The states of a rank in a save, each with a limit of its own."""
 
     WORKING = "it works on a file of its own"
     WAITING = "it waits for others"
-    IDLE_ONCE = "it waits, and at the last look no other rank was working"
+    IDLE_ONCE = "it waits, and at the last check no other rank was working"
 
 
 PATIENCE = {SaveState.WORKING: 8.0, SaveState.WAITING: 1.0, SaveState.IDLE_ONCE: 0.5}
-"""Multiples of a step's limit that each state may last. WORKING starts again with every byte that arrives on the disk,
-and longer than the others, because the disk may still be flushing what it has taken."""
+"""The length of each state, in limits of a step. WORKING starts again with every byte that arrives on the disk. It may
+last longer than the others, because the disk may still be flushing the bytes that it has taken."""
 
 
 class SaveLimit:
@@ -30,7 +30,7 @@ class SaveLimit:
                         IDLE_ONCE  -- half a limit, another works -----> WAITING
                                    -- half a limit, still none works --> passed
 
-    It looks twice, because a rank that has just begun to work may not have said so yet. The rank itself calls `begin`
+    It checks twice, because a rank that has just begun to work may not have said so yet. The rank itself calls `begin`
     and `work`; another thread calls `passed`.
     """
 
@@ -45,11 +45,11 @@ class SaveLimit:
 
     @property
     def is_working(self) -> bool:
-        """Whether this rank works on a file of its own."""
+        """True while this rank works on a file of its own."""
         return self.state is SaveState.WORKING
 
     def begin(self, folder: Path) -> None:
-        """Begin a save whose files arrive in `folder`."""
+        """Begin a save that writes into `folder`."""
         self._folder = folder
         self._looked_at, self._content = time.monotonic(), None
         self.work(self.is_working)
@@ -88,7 +88,7 @@ class SaveLimit:
                 self.state, self._since = after, time.monotonic()
 
     def _see_growth(self) -> None:
-        """Count from the last time that the folder changed, and look at it as seldom as the limit allows."""
+        """Start the time again if the folder has changed; look at it as rarely as the limit allows."""
         if self._folder is None or not self._limit or time.monotonic() - self._looked_at < self._limit:
             return
         content = _content(self._folder)
@@ -98,9 +98,9 @@ class SaveLimit:
 
 
 def _content(folder: Path) -> object:
-    """List what is in a run's checkpoints: it changes with every file that grows, gets a name, or goes."""
+    """List the files of a run's checkpoints: the list changes if a file grows, is renamed or is removed."""
     entries = []
-    with suppress(OSError):  # a file is being renamed or removed: another look sees the rest
+    with suppress(OSError):  # a file is being renamed or removed: the next look sees the rest
         for path in sorted(folder.glob("*/*")):
             entries.append((path.parent.name, path.name, path.stat().st_size))
     return entries

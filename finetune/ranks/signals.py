@@ -1,8 +1,8 @@
-"""Signals of a rank: which ask for an end, how another thread hears them, and how a rank that was stopped exits.
+"""Signals of a rank: which of them ask it to stop, how another thread receives them, and how a stopped rank exits.
 
 SIGTERM, SIGUSR1 and SIGHUP ask the rank to stop; the ranks agree on it at the end of the step, or before one begins.
-Until the first step there is nothing to lose, and they end the rank at once, as Ctrl-C always does. No torch here: the
-launcher reads the exit code.
+Before the first step there is nothing to lose, so they end the rank at once, as Ctrl-C always does. Loads no torch,
+because the launcher reads the exit code.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from finetune.ranks.failures import keep_failure, keep_outcome
 from finetune.ranks.log import RankLog
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Signals that ask for an end."""
+"""Signals that ask a rank to stop."""
 PREEMPTED = 75
 """The exit code of a run that should be started again."""
 GUARDED = 76
@@ -28,26 +28,26 @@ _cares_for_children = False
 
 
 class Wishes:
-    """Requests of signals to this rank: caught in the main thread, read in another one.
+    """The signals that ask this rank to stop: caught in the main thread, received in another one.
 
-    The main thread may be inside a collective that never returns; then no Python handler runs, but the wake-up pipe is
-    written to all the same.
+    The main thread may be inside a collective that never returns. Then no Python handler runs, but the signal is still
+    written to the wake-up pipe.
     """
 
     def __init__(self, log: RankLog, release: Callable[[], None]) -> None:
         self.stop = 0
-        """The first signal that asked for an end; 0 for none."""
+        """The first signal that asked this rank to stop; 0 for none."""
         self.has_begun = False
-        """Whether a step was begun since the start: from then on there is something to save."""
+        """True once a step has begun in this start: from then on there is something to save."""
         self._log, self._release = log, release
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Catch signals while the block runs; in the main thread.
+        """Catch signals while the block runs; call this in the main thread.
 
-        After a block that fails, wishes are ignored: the rank ends once the reason is written down.
+        After a block that fails, requests to stop are ignored: the rank ends once the reason is recorded.
         """
         _care_for_children()
         handlers: dict[signal.Signals, Any] = {
@@ -67,27 +67,27 @@ class Wishes:
             os.close(self._write_end)
 
     def wake(self) -> None:
-        """Let a call of `hear` return now."""
+        """Make a waiting call of `hear` return now."""
         os.write(self._write_end, b"\0")
 
     def hear(self, seconds: float) -> None:
-        """Wait this long for signals, and do what they ask for."""
+        """Wait up to this many seconds for signals, and obey them."""
         ready, _, _ = select.select([self._read_end], [], [], seconds)
         for number in os.read(self._read_end, 64) if ready else b"":
             self._obey(number)
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGINT:
-            self._log.note("Ctrl-C: ends now")
-            failure = keep_failure(self._log, "interrupted", "it was interrupted (SIGINT)")
+            self._log.note("Ctrl-C: the rank ends now")
+            failure = keep_failure(self._log, "interrupted", "interrupted (SIGINT)")
             self._release()
             os._exit(failure.code)
         if number in WISHES:
             self.stop = self.stop or number
-            self._log.note(f"{signal.Signals(number).name}: stops when this step is done")
+            self._log.note(f"{signal.Signals(number).name}: the rank stops at the end of this step")
             if not self.has_begun:
-                self._log.note("no step was begun since the start: ends now")
-                if number != signal.SIGTERM:  # launchers send that one too, when another rank has failed
+                self._log.note("no step has begun since the start: the rank ends now")
+                if number != signal.SIGTERM:  # launchers also send SIGTERM when another rank has failed
                     keep_outcome(self._log, "preempted", None)
                 self._release()
                 os._exit(exit_code(number))
@@ -96,8 +96,8 @@ class Wishes:
 def exit_code(stop: int) -> int:
     """Return the exit code of a rank that was stopped by this signal; 0 stands for none.
 
-    torchrun passes SIGTERM on and ends with an error itself; a rank that does so too would only look like the cause.
-    Any other signal, or launcher, needs the rank's own word that the run is not done.
+    torchrun passes SIGTERM on and ends with an error itself; a rank that did so too would look like the cause. With any
+    other signal or launcher, only the exit code of the rank says that the run is not done.
     """
     if not stop or (stop == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ):
         return 0
@@ -105,16 +105,16 @@ def exit_code(stop: int) -> int:
 
 
 def _wake_thread(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the thread hears of the signal through the pipe."""
+    """Do nothing: the thread receives the signal through the pipe."""
 
 
 def _care_for_children() -> None:
-    """Let forked children (the data's workers) leave signals to their parent, and never outlive it.
+    """Make forked children (the data's workers) leave signals to their parent, and never outlive it.
 
-    torchrun signals a rank's whole group, and torch's workers die of SIGTERM even if they were set to ignore it: they
-    get a group of their own.
+    torchrun signals the entire process group of a rank, and torch's workers die of SIGTERM even if they were set to
+    ignore it. So they get a group of their own.
     """
-    global _cares_for_children  # noqa: PLW0603  # the hook is the process's, and cannot be taken back
+    global _cares_for_children  # noqa: PLW0603  # the hook is for the entire process, and cannot be removed
     if not _cares_for_children:
         os.register_at_fork(after_in_child=_leave_signals_to_parent)
         _cares_for_children = True

@@ -1,6 +1,6 @@
 """torchrun, as `moetune train` starts it: `python -m finetune.ranks.torchrun ...` takes the same arguments.
 
-A rank that is killed cannot say so. torchrun knows, and its word is kept as that rank's failure.
+A rank that is killed cannot say so. torchrun knows, and its report is kept as the failure of that rank.
 """
 
 import os
@@ -14,22 +14,23 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
+from finetune.ranks.causes import ONWARD
 from finetune.ranks.failures import Failure, first_failure, write_failure
 from finetune.ranks.log import LAUNCHER_LOGS
 
 CAUSES = {
-    signal.SIGKILL: "killed by SIGKILL, as the kernel does to a process when memory runs out (its log, dmesg, says so)."
-    "\nGive the run less to hold: lower data.tokens_per_pack, data.workers or --ranks; `moetune plan` says what a rank "
-    "takes.\nThe same command goes on from the last save",
-    signal.SIGBUS: "killed by SIGBUS, as a process is whose shared memory is full."
-    "\nGive the container a larger /dev/shm, or set data.workers=0. The same command goes on from the last save",
+    signal.SIGKILL: "killed by SIGKILL, usually by the kernel when memory runs out (dmesg then says so)."
+    "\nReduce the memory of the run: lower data.tokens_per_pack, data.workers or --ranks; `moetune plan` shows what a "
+    f"rank needs.\n{ONWARD}",
+    signal.SIGBUS: "killed by SIGBUS, usually because shared memory is full."
+    f"\nGive the container a larger /dev/shm, or set data.workers=0. {ONWARD}",
 }
-"""The most frequent causes of a process ended by a signal, and their cures."""
-CRASH = "killed by {name}: a library crashed. `moetune env` lists the versions, which an issue report needs"
+"""The usual causes and remedies, by the signal that ended a process."""
+CRASH = "killed by {name}: a library crashed. `moetune env` lists the versions for an issue report"
 
 
 def keep_killed(failures: Mapping[int, ProcessFailure], *, logs: Path, run_id: str) -> None:
-    """Write down which ranks a signal ended first; what torchrun did to the others later tells nothing."""
+    """Record the ranks that a signal ended first; torchrun itself ended the others later, which says nothing."""
     began = min(failure.timestamp for failure in failures.values())
     for rank, failure in failures.items():
         if failure.exitcode >= 0 or -failure.exitcode == signal.SIGTERM or failure.timestamp > began:
@@ -43,7 +44,7 @@ def keep_killed(failures: Mapping[int, ProcessFailure], *, logs: Path, run_id: s
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run torchrun, and keep the word of it about ranks that were killed."""
+    """Run torchrun, and keep its report of ranks that were killed."""
     run_id = next(word.partition("=")[2] for word in argv if word.startswith("--rdzv_id="))
     logs = Path(os.environ[LAUNCHER_LOGS])
     try:

@@ -1,4 +1,4 @@
-"""The tested versions of the packages whose insides we build on. Loads none of them."""
+"""The tested versions of the packages whose internals we rely on. Loads none of them."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,13 +13,13 @@ TESTED = {
 }
 """The same ranges as in pyproject.toml, which is not installed with the package; a test compares the two."""
 WHY = {
-    "deepspeed": "older ones leak and misreduce the experts of ZeRO-3",
-    "peft": "older ones do not read adapters on stacks of experts",
+    "deepspeed": "older versions leak and misreduce the experts of ZeRO-3",
+    "peft": "older versions do not read adapters on stacks of experts",
 }
 
 
 def installed_versions(names: Iterable[str] = TESTED) -> dict[str, str]:
-    """Return the versions of those of the packages that are installed."""
+    """Return the versions of the packages that are installed."""
     versions = {}
     for name in names:
         try:
@@ -38,7 +38,7 @@ def untested(installed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def demand(name: str) -> str:
-    """Say which range of a package is tested, and what older ones do wrong."""
+    """Say which range of a package is tested, and what is wrong with older versions."""
     return f"moetune is tested with {name}{TESTED[name]}" + (f" ({WHY[name]})" if name in WHY else "")
 
 
@@ -48,7 +48,7 @@ def command(name: str) -> str:
 
 
 def torch_problem() -> str:
-    """Say what is wrong with the installed torch, in one sentence; nothing if its version is tested."""
+    """Say what is wrong with the installed torch, in one sentence; "" if its version is tested."""
     installed = installed_versions(["torch"])
     if not installed and find_spec("torch") is None:
         return f"torch is not installed, and {demand('torch')}: {command('torch')}"
@@ -57,6 +57,6 @@ def torch_problem() -> str:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Return the numbers a version begins with; a version without any is older than all."""
+    """Return the numbers that a version begins with; a version without any is older than all others."""
     digits = re.match(r"\d+(\.\d+)*", text.strip())
     return tuple(int(part) for part in digits[0].split(".")) if digits else ()

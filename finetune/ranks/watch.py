@@ -1,9 +1,9 @@
-"""A thread beside each rank: it says where the rank is, hears signals at once, and ends a rank that stands still.
+"""A thread in each rank: it writes heartbeats, receives signals at once, and ends the rank if it stalls.
 
-The rank itself may be inside a collective that never returns; then no Python of its own runs, but this thread does.
-Outside of steps, where nobody knows how long a rank may take, a rank ends when the rank after it has fallen silent;
-only the first meeting of all ranks has the limit of a step, as networks fail there. A wait for data is broken off when
-a signal asks for an end. A rank of this machine that has died, and a lost launcher, end this rank now.
+The main thread may be inside a collective that never returns; then it runs no Python, but this thread still does.
+Outside of steps, nobody knows how long a rank may take, so a rank ends only if the rank after it has fallen silent. The
+first meeting of all ranks does have the limit of a step, because networks fail there. A signal that asks the rank to
+stop also interrupts a wait for data. If another rank of this machine or the launcher has died, this rank ends at once.
 """
 
 import faulthandler
@@ -27,19 +27,19 @@ from finetune.ranks.stall_text import stall_text
 
 SAVING = "the checkpoint"
 LOOK_S = 0.5
-"""Seconds between two looks of the thread."""
+"""Seconds between two checks of the thread."""
 RECORD_S = 10.0
-"""Seconds that a rank which ends may take to write its last collectives."""
+"""Seconds that an ending rank may take to write its last collectives."""
 SUSPENDED_S = 5.0
-"""If this thread itself did not run for this long, the whole process was suspended rather than stuck."""
+"""Seconds without a check after which the entire process must have been suspended, rather than stuck."""
 
 
 class Watch:
-    """One rank's watch. `stop` is the signal that asks for an end, 0 for none.
+    """The watch of one rank.
 
-    `data_stall` is after how many seconds of waiting for a pack the rank ends, `step_stall` of waiting for other ranks
-    where nobody works alone: at the start of the run and its end, in a step, in a save. `release` gives back what the
-    rank holds, where a signal ends it at once.
+    The rank ends after waiting `data_stall` seconds for a pack, or `step_stall` seconds for other ranks where none
+    works alone: at the start and the end of the run, in a step, in a save. `release` gives up what the rank holds, if a
+    signal ends it at once.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Watch:
         self.reading: Callable[[], Sequence[str]] = list
         """Names the samples that are being read now."""
         self.broken_off: Exception | None = None
-        """Where the wait for data was left: while it is known, no reader is torn down, which waits for it to end."""
+        """The exception that ended a wait for data. While it is kept, no reader is joined, which could take forever."""
         self._log, self._wishes = log, Wishes(log, release)
         self._heartbeats = Heartbeats(log, limit=step_stall)
         self._limits = {"data": data_stall, "step": step_stall, "together": step_stall}  # a save has a limit of its own
@@ -61,41 +61,41 @@ class Watch:
 
     @property
     def stop(self) -> int:
-        """The signal that asks this rank for an end; 0 for none."""
+        """The signal that asks this rank to stop; 0 for none."""
         return self._wishes.stop
 
-    # --- what the rank says of itself
+    # --- called by the rank, to say where it is
 
     def stage(self, name: str, *, quiet: bool = False) -> None:
-        """Enter a stage of the run outside of its steps; it may take as long as it takes."""
+        """Enter a stage of the run outside of its steps; it has no time limit."""
         self._enter("", step=None, stage=name, samples=[], collective=None)
         if not quiet:
             self._log.note(f"--- {name}")
             self._write_heartbeat()
 
     def together(self, stage: str) -> None:
-        """From here the rank only waits for all others to be there: at the start of the run, or at its end."""
+        """Note that the rank now only waits for all others: at the start of the run, or at its end."""
         self._enter("together", step=None, stage=stage, samples=[], collective="the meeting of all ranks")
         self._write_heartbeat()
 
     def save(self, step: int, folder: Path) -> None:
-        """From here the rank writes a checkpoint into `folder`, together with all others."""
+        """Note that the rank now writes a checkpoint into `folder`, together with all others."""
         self._save.begin(folder)
         self._log.note(f"--- checkpoint after {count_of(step, 'step')}")
         self._enter("save", step=step, stage=SAVING, samples=[], collective=SAVING)
 
     def busy(self, is_busy: bool) -> None:
-        """Within a save: from here the rank works on a file, or waits for others that do."""
+        """Note, within a save, that the rank now works on a file, or waits for others that do."""
         self._save.work(is_busy)
         if self._kind == "save":
             self._heartbeats.write_soon()
 
     def data(self, step: int) -> None:
-        """From here the rank waits for the data of a step."""
+        """Note that the rank now waits for the data of a step."""
         self._enter("data", step=step, stage="waiting for data", samples=[], collective=None)
 
     def work(self, step: int, what: str, samples: Sequence[str] = ()) -> None:
-        """From here the rank computes, in step with all others: any collective may wait for another rank."""
+        """Note that the rank now computes, together with all others: any collective may wait for another rank."""
         self._wishes.has_begun = True
         self._enter("step", step=step, stage=what, samples=list(samples), collective=what)
 
@@ -107,7 +107,7 @@ class Watch:
 
     @contextmanager
     def on(self) -> Iterator["Watch"]:
-        """Watch while the block runs; in the main thread, and before the first process group is made."""
+        """Watch while the block runs; call this in the main thread, before the first process group is made."""
         forget_flight(self._log.folder, self._log.rank)
         record_flight(self._log.folder)
         thread = threading.Thread(target=self._watch, daemon=True, name="watch")
@@ -151,7 +151,7 @@ class Watch:
         if os.getppid() != self._launcher and not self.stop:
             self._end("lost", "the launcher that started this rank is gone")
         if self.stop and (dead := self._heartbeats.dead_neighbours()):
-            self._end("lost", f"rank {dead[0]} beside this one is gone")
+            self._end("lost", f"rank {dead[0]} of this machine is gone")
         if not self._heartbeats.is_due():
             return
         self._write_heartbeat()
@@ -160,8 +160,8 @@ class Watch:
         if self._kind in ("", "save") and (silent := self._heartbeats.silent_rank()):
             self._end(
                 "stall",
-                f"a silent rank: nothing was heard of {silent}. It was killed or suspended, or its machine is cut off; "
-                f"this rank waits in {self._here['stage']}. run.stall_seconds is the limit",
+                f"a silent rank. Last heartbeat: {silent}. It was killed or suspended, or its machine is cut off. "
+                f"This rank waits in {self._here['stage']}. run.stall_seconds is the limit",
             )
 
     def _passed_limit(self) -> float:
@@ -197,6 +197,6 @@ class Watch:
         if kind == "stall":
             tell(self._log, failure, message)
         recording = threading.Thread(target=write_flight, args=(self._log.folder, self._log.rank), daemon=True)
-        recording.start()  # what it reads may be held by the collective that never returns
+        recording.start()  # it may block on data that the stuck collective holds
         recording.join(RECORD_S)
         os._exit(failure.code)

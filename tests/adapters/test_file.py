@@ -269,7 +269,7 @@ def test_an_error_on_the_writing_rank_ends_all_ranks(trained: tuple[Path, dict[s
     first, second = (rank["error"] for rank in trained[1]["taken"])
     assert first.startswith("ValueError: ")
     assert "exists and is not empty" in first
-    assert second.startswith("RuntimeError: rank 1 stops, as writing")
+    assert second.startswith("RuntimeError: rank 1 stops because writing")
     assert "failed on rank 0: ValueError" in second
 
 

@@ -57,9 +57,13 @@ def test_this_machine_s_versions_are_good() -> None:
         ({"torch": "2.10.0+cu128"}, "torch 2.10.0+cu128 is installed, and moetune is tested", "'torch>=2.11,<2.16'"),
         ({"torch": "2.16.0.dev20270101"}, "moetune is tested with torch>=2.11,<2.16", "'torch>=2.11,<2.16'"),
         ({"deepspeed": "0.19.3"}, "0.19.3 is installed, and moetune is tested", "'deepspeed>=0.19.8,<0.20'"),
-        ({"deepspeed": "0.20.0"}, "older ones leak and misreduce the experts of ZeRO-3", "'deepspeed>=0.19.8,<0.20'"),
+        (
+            {"deepspeed": "0.20.0"},
+            "older versions leak and misreduce the experts of ZeRO-3",
+            "'deepspeed>=0.19.8,<0.20'",
+        ),
         ({"transformers": "6.0.1"}, "transformers 6.0.1 is installed", "pip install 'transformers>=5.23,<6'"),
-        ({"peft": "0.18.0"}, "older ones do not read adapters on stacks of experts", "'peft>=0.21,<1'"),
+        ({"peft": "0.18.0"}, "older versions do not read adapters on stacks of experts", "'peft>=0.21,<1'"),
         ({"flash-attn": "2.5.8"}, "older than 2.8", "torch's own kernel"),
         ({"nvidia-nccl-cu12": "2.21.5"}, "older than 2.27", "brings its own"),
     ],
@@ -288,10 +292,8 @@ def test_the_rank_that_failed_first_leads_the_page(tmp_path: Path) -> None:
     _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="lost", message="Connection closed by peer")
     _put(run, "failure-0002.json", rank=2, host="node-2", time=1002.0, kind="failed", message="CUDA out of memory")
     page = _page(run, now=1100.0)
-    assert page.index("rank 2 on node-2 ended first (failed): CUDA out of memory") < page.index(
-        "rank(s) 0 ended after it"
-    )
-    assert "rank(s) 1 left no word: killed from outside" in page
+    assert page.index("rank 2 on node-2 ended first (failed): CUDA out of memory") < page.index("rank 0 ended after it")
+    assert "rank 1 left no message: killed from outside" in page
     assert "rank 2 says" in page
 
 
@@ -302,7 +304,7 @@ def test_a_rank_whose_process_is_gone_is_dead_and_nobody_waits_for_it(tmp_path: 
     _put(run, "rank-0001.json", **beat, step=None, stage="evaluation")
     _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="lost", message="Connection closed by peer")
     page = _page(run)
-    assert f"rank 1 is dead: its process {gone.pid} on {socket.gethostname()} ended silently" in page
+    assert f"rank 1 is dead: its process {gone.pid} on {socket.gethostname()} ended without a message" in page
     assert "wait for it" not in page
     _put(run, "failure-0000.json", rank=0, host="node-0", time=1001.0, kind="stall", message="step 7 stands")
     assert "is dead" not in _page(run)  # the launcher has ended it since
@@ -314,8 +316,10 @@ def test_a_rank_that_others_wait_for_is_named_with_its_samples_and_stack(tmp_pat
     for rank in range(3):
         (run / "logs" / f"rank-{rank:04d}.stack").write_text(ELSEWHERE if rank == 1 else STACK)
     page = _page(run)
-    assert "rank 1 is in step 7, data, most are in step 7, backward: they wait for it; its samples: s/bad.mp4" in page
-    assert "rank 1 stands in decode (frames.py:7), others in exchange (dispatch.py:9)" in page
+    assert (
+        "rank 1 is in step 7, data; most ranks are in step 7, backward, and wait for it; its samples: s/bad.mp4" in page
+    )
+    assert "rank 1 is in decode (frames.py:7), the others are in exchange (dispatch.py:9)" in page
 
 
 def record(rank: int, world: int, logs: Path) -> None:
@@ -342,10 +346,8 @@ def test_real_flight_recorders_name_the_rank_that_did_not_join(
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
     run_ranks(record, 3, run / "logs")
     page = _page(run)
-    wanted = (
-        "rank(s) 0, 1 wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg), which rank(s) 2 did not join"
-    )
-    assert f"{wanted}: the last there was all_reduce [[3]], number 1" in page
+    wanted = "ranks 0, 1 wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg), which rank 2 did not join"
+    assert f"{wanted}: the last one there was all_reduce [[3]], number 1" in page
     assert "group 1" not in page.partition("rank  host")[0]  # there all have come
     assert "  gloo group 0 (default_pg) 2: all_reduce [[7]] waits" in page
     if numbers(GOOD["torch"]) >= (
@@ -359,7 +361,7 @@ def test_real_flight_recorders_name_the_rank_that_did_not_join(
         ]
     # a rank that left nothing, and one whose dump holds more than plain values: it is not opened
     (run / "logs" / "flight-gloo-2").write_bytes(pickle.dumps({"entries": [Path("x")]}))
-    assert "wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg); rank(s) 2 left no record" in _page(run)
+    assert "wait in all_reduce [[7]], number 2 of gloo group 0 (default_pg); rank 2 left no record" in _page(run)
 
 
 def test_ranks_of_one_group_in_different_collectives(tmp_path: Path) -> None:
@@ -379,9 +381,9 @@ def test_ranks_of_one_group_in_different_collectives(tmp_path: Path) -> None:
         dump = {"entries": [entry], "pg_config": {"2": {"name": "2", "desc": "ep", "ranks": "[0, 1, 2]"}}}
         (run / "logs" / f"flight-{rank}").write_bytes(pickle.dumps(dump))
     wanted = (
-        "rank(s) 0, 1 wait in all_to_all [[5]] of exchange (dispatch.py:9), and rank(s) 2 in _all_gather_base [[5]]"
+        "ranks 0, 1 wait in all_to_all [[5]] called by exchange (dispatch.py:9), and rank 2 in _all_gather_base [[5]]"
     )
-    assert f"{wanted} of exchange (dispatch.py:9), both number 41 of nccl group 2 (ep)" in _page(run)
+    assert f"{wanted} called by exchange (dispatch.py:9), both number 41 of nccl group 2 (ep)" in _page(run)
 
 
 def test_runs_of_which_nothing_is_known_or_all_is_well(tmp_path: Path, capsys) -> None:
@@ -390,7 +392,7 @@ def test_runs_of_which_nothing_is_known_or_all_is_well(tmp_path: Path, capsys) -
     _put(run, "outcome.json", outcome="done", step=9)
     assert page(run, now=5000.0)[1] is False
     assert main(["doctor", str(run)]) == 0
-    assert "nothing is wrong that ranks could tell" in capsys.readouterr().out
+    assert "the ranks report nothing wrong" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").write_text("")
     assert main(["doctor", str(tmp_path / "empty"), "--json"]) == 3
@@ -401,7 +403,7 @@ def test_a_cut_off_heartbeat_is_passed_over(tmp_path: Path) -> None:
     run = _run(tmp_path / "r")
     (run / "logs" / "rank-0000.json").write_text('{"rank": 0, "st')
     assert "stopped from outside" in _page(run, now=9000.0)
-    assert "damaged, and passed over: rank-0000.json" in _page(run, now=9000.0)
+    assert "damaged, and ignored: rank-0000.json" in _page(run, now=9000.0)
 
 
 @pytest.mark.parametrize("name", ["rank-0001.json", "failure-0001.json", "outcome.json"])
@@ -428,7 +430,7 @@ def test_damaged_words_of_a_rank_are_named(tmp_path: Path, name: str, text: str)
     run = _run(tmp_path / "r")
     (run / "logs" / name).write_text(text, errors="surrogateescape")
     lines, _ = page(run, now=1005.0)
-    assert f"damaged, and passed over: {name}" in lines
+    assert f"damaged, and ignored: {name}" in lines
 
 
 def test_damaged_flight_recorders_are_named(tmp_path: Path) -> None:
@@ -447,7 +449,7 @@ def test_damaged_flight_recorders_are_named(tmp_path: Path) -> None:
     records += [{"entries": [5]}, {"entries": [{}]}, {"pg_config": {"2": {"ranks": '["a"]'}}}]
     for record in records:
         (run / "logs" / "flight-1").write_bytes(pickle.dumps(record))
-        assert "damaged, and passed over: flight-1" in page(run, now=1005.0)[0], record
+        assert "damaged, and ignored: flight-1" in page(run, now=1005.0)[0], record
     whole = pickle.dumps({"entries": [sound], "pg_config": {"2": {"ranks": "[0, 1]"}}})
     for dump in [pickle.dumps({"entries": [sound, entry]}) for entry in odd] + [
         whole[:at] + bytes([byte]) + whole[at + 1 :] for at in range(len(whole)) for byte in (ord("."), 255)

@@ -193,7 +193,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     assert "step 0:" not in done.stdout
     logs = place / "runs" / name / "logs"
     for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
-        assert "no step was begun since the start: ends now" in (logs / f"rank-{rank:04d}.log").read_text()
+        assert "no step has begun since the start: the rank ends now" in (logs / f"rank-{rank:04d}.log").read_text()
     if command[: len(TRAIN)] == TRAIN:
         assert done.returncode == 75, done.stderr[-3000:]
         words = "ended by a signal before it could save; the same command goes on from the last save"
@@ -364,7 +364,12 @@ def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
 @pytest.mark.parametrize(
     ("name", "stop", "limit", "text"),
     [
-        ("stands", _stopped_rank, "run.stall_seconds=15", r"rank 0: collective stall: step \d+ has stood for 15 s"),
+        (
+            "stands",
+            _stopped_rank,
+            "run.stall_seconds=15",
+            r"rank 0: collective stall: step \d+ has been stuck for 15 s",
+        ),
         (
             "starves",
             _stopped_worker,
@@ -398,8 +403,8 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
         (
             "suspended",
             "os.kill(os.getpid(), signal.SIGSTOP)",
-            r"rank 0: a silent rank: nothing was heard of rank 1, .*"
-            r"this rank waits in the checkpoint. run.stall_seconds",
+            r"rank 0: a silent rank. Last heartbeat: rank 1, .*"
+            r"This rank waits in the checkpoint. run.stall_seconds",
         ),
         ("killed-in-save", "os.kill(os.getpid(), signal.SIGKILL)", r"\(exitcode: -9\)|Signal 9"),
         ("slow-disk", "time.sleep(25)", ""),
@@ -431,7 +436,7 @@ def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.Mo
     words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
     words += ["data.packs_per_step=2", "run.stall_seconds=15", "data.stall_seconds=0"]
     done = start(place, raw, "hangs", *words, at="step 1:", then=_stopped_worker(place, "hangs"))
-    assert re.search(r"rank 0: collective stall: step \d+ has stood for 15 s", done.stderr), done.stderr[-3000:]
+    assert re.search(r"rank 0: collective stall: step \d+ has been stuck for 15 s", done.stderr), done.stderr[-3000:]
     doctor = subprocess.run(
         [*TRAIN[:-1], "doctor", "runs/hangs"],
         cwd=place,
@@ -444,8 +449,8 @@ def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.Mo
     assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", page), page
     assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*part-000000.tar", page), page
     assert re.search(
-        r"rank\(s\) 0 wait in all_reduce .* of require_no_wish \(collectives.py:\d+\), number (\d+) of gloo group 0 "
-        r"\(default_pg\), which rank\(s\) 1 did not join: the last there was .*, number \d+",
+        r"rank 0 waits in all_reduce .* called by require_no_wish \(collectives.py:\d+\), number (\d+) of gloo group 0 "
+        r"\(default_pg\), which rank 1 did not join: the last one there was .*, number \d+",
         page,
     ), page
     assert re.search(r"rank 1, stack, innermost first:\n.*\n", page), page
@@ -457,7 +462,7 @@ def test_ranks_that_do_not_meet_say_so_within_the_limit(place: Path) -> None:
     done = start(place, command, "alone", *RUN, "run.stall_seconds=4")
     assert done.returncode != 0
     words = (
-        r"rank 0: the ranks have not come together for 4 s at the start of the run: some are missing, .*others last sa"
+        r"rank 0: the ranks have not come together within 4 s at the start of the run: some are missing, .*Last heartb"
     )
     assert re.search(words, done.stderr), done.stderr[-3000:]
     failure = json.loads((place / "runs" / "alone" / "logs" / "failure-0000.json").read_text())
@@ -475,7 +480,7 @@ def test_ctrl_c_ends_every_process(place: Path) -> None:
     assert done.returncode == 130
     assert not (place / "runs" / "interrupted" / "lock.json").exists()
     for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
-        assert "Ctrl-C: ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
+        assert "Ctrl-C: the rank ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
     assert done.stderr == "moetune train: interrupted; the same command goes on from the last save\n"
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 

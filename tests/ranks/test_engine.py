@@ -57,7 +57,7 @@ def test_extra_may_not_override_and_every_key_is_listed() -> None:
     with pytest.raises(ValueError, match="cannot be overridden") as error:
         engine_config(EngineOptions(extra=extra))
     for key in ("gradient_clipping", "bf16.enabled", "zero_optimization.reduce_bucket_size"):
-        assert f"engine.extra.{key}: is made from typed options" in str(error.value)
+        assert f"engine.extra.{key}: moetune sets this key itself" in str(error.value)
 
 
 @pytest.mark.parametrize("key", LIMITS)
@@ -69,8 +69,8 @@ def test_what_the_engine_cannot_do_is_refused_with_its_reason(key: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float16"}, "engine dtype 'float16' is not one of bfloat16, float32"),
-        ({"micro_batches_per_step": 0}, "micro_batches_per_step: 0 must be at least 1"),
+        ({"dtype": "float16"}, "engine dtype must be bfloat16 or float32, got 'float16'"),
+        ({"micro_batches_per_step": 0}, "micro_batches_per_step must be at least 1, got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -83,7 +83,9 @@ def test_a_model_that_trains_nothing_or_is_not_loaded_is_refused() -> None:
         initialize(nn.Linear(3, 5).requires_grad_(False), EngineOptions())
     with torch.device("meta"):
         model = nn.Linear(3, 5)
-    with pytest.raises(ValueError, match="2 tensors are still on meta, first weight: load the weights"):
+    with pytest.raises(
+        ValueError, match=r"weights are not loaded yet \(weight and 1 more on the meta device\): load them"
+    ):
         initialize(model, EngineOptions())
 
 
@@ -226,14 +228,14 @@ def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
     for messages, _ in two_ranks:
         assert messages["sum"] == "[3.0]"
         assert messages["shape"].startswith(
-            "Parameters differ between ranks (rank 0 against rank 1):\n  weight: (5, 3) float32"
+            "Parameters differ between ranks (rank 0 and rank 1):\n  weight: (5, 3) float32"
         )
         assert "weight: (5, 3) float32 trained on rank 0, (7, 3) float32 trained on rank 1" in messages["shape"]
         assert "b: x on rank 0, absent on rank 1" in messages["name"]
         assert "bias: (5,) float32 trained on rank 0, (5,) bfloat16 trained on rank 1" in messages["dtype"]
         assert "float32 trained on rank 0, (5, 3) float32 frozen on rank 1" in messages["training"]
         assert "running_mean: (3,) float32 buffer on rank 0, (4,) float32 buffer on rank 1" in messages["buffer"]
-        assert "entry 0 is a on rank 0, b on rank 1: another order" in messages["order"]
+        assert "entry 0 is a on rank 0, b on rank 1: the order differs" in messages["order"]
         assert "... and 12 more" in messages["many"]
         assert "same" not in messages
 

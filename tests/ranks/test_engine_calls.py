@@ -124,8 +124,6 @@ def test_a_rank_that_does_not_see_its_device_says_what_to_do(monkeypatch: pytest
 
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(type(get_accelerator()), "set_device", refuse)
-    words = (
-        r"^LOCAL_RANK is 3, but this process cannot use device 3 \(CUDA error: invalid device ordinal\)\. Start as many"
-    )
+    words = r"^LOCAL_RANK is 3, but this process cannot use device 3 \(CUDA error: invalid device ordinal\)\. Start one"
     with pytest.raises(ValueError, match=words):
         start_distributed()

@@ -55,5 +55,5 @@ def test_a_full_disk(place: Path) -> None:
     (place / "runs/disk/media/step-000000-0.png").symlink_to("/dev/full")
     done = start(place, TRAIN, "disk", "data.workers=0", "parallel.ep=1")
     _is_one_message(
-        done, 1, r"rank 0 failed first: \[Errno 28\] No space left on device.*\.\nThe disk is full: make room"
+        done, 1, r"rank 0 failed first: \[Errno 28\] No space left on device.*\.\nThe disk is full: free space"
     )
