@@ -239,7 +239,7 @@ def _number(name: str) -> signal.Signals:
 
 
 def _end_with_parent() -> None:
-    """In the child, before it becomes torchrun: should we be killed, it is killed too, and its ranks see that."""
+    """Have the kernel kill this child if its parent is killed; called before the child becomes torchrun."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

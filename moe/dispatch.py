@@ -21,7 +21,7 @@ from moe.recompute import kept
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Where each of this rank's T*K assignments goes, and how the rows that arrive are laid out."""
+    """The destinations of this rank's T*K assignments, and the order of the rows that arrive."""
 
     top_k: int
     group: dist.ProcessGroup | None

@@ -32,7 +32,7 @@ BalanceCall = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOptions:
-    """How every replaced block computes and trains."""
+    """Options of computing and training for every replaced block."""
 
     experts: Literal["frozen", "lora", "full"] = "frozen"
     lora: ExpertLora | None = None

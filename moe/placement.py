@@ -1,4 +1,4 @@
-"""Which rank owns which expert. Plain arithmetic, no torch.
+"""The rank that owns each expert. Plain arithmetic, no torch.
 
 Each rank owns a contiguous block of experts. The ranks of an expert-parallel group are neighbours, so that its
 all-to-all stays inside a node. The ranks that hold the same experts form an expert-data group, over which the

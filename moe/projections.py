@@ -20,7 +20,7 @@ from moe.recompute import kept
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """How one call computes."""
+    """Options of one call."""
 
     scale: float
     """The factor of the low-rank part, divided by the share that dropout keeps: 1 / 0.9 in bfloat16 would be 1.109."""
@@ -61,7 +61,7 @@ Thins = tuple[Tensor | None, Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Wants:
-    """Which gradients backward must return; it always returns those of the LoRA factors."""
+    """Gradients that backward must return; it always returns those of the LoRA factors."""
 
     rows: bool
     gate_up: bool

@@ -95,7 +95,7 @@ def z_loss(logits_TE: Tensor, valid_T: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadStatistics:
-    """How evenly one layer's experts were used."""
+    """The evenness of one layer's use of its experts."""
 
     max_over_mean: float
     entropy: float

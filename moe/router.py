@@ -14,7 +14,7 @@ RouterMode = Literal["frozen", "lora", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
-    """How the router trains and in which precision it scores; r and alpha are used in mode "lora" only."""
+    """The router's training mode and the precision of its scores; r and alpha are used in mode "lora" only."""
 
     mode: RouterMode = "frozen"
     r: int = 8

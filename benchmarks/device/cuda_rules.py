@@ -40,7 +40,7 @@ class Refused(RuntimeError):
 
 
 def waits_for_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the host needs values of the device's tensors before it can queue the operation."""
+    """Return whether the host needs values of the device's tensors before it can queue the operation."""
     if func in INDEXED:
         fills = len(args) > 2 and args[2].numel() == 1  # one value for one mask: a masked fill of known shape
         return not fills and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])

@@ -116,7 +116,7 @@ class SecondDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         return func(*args, **kwargs)
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether the tensor's memory was allocated as page-locked."""
+        """Return whether the tensor's memory was allocated as page-locked."""
         return any(tensor.untyped_storage().data_ptr() == pinned.untyped_storage().data_ptr() for pinned in self.pinned)
 
 

@@ -17,11 +17,11 @@ class Target:
     goal: float | None = None
 
     def passes(self, value: float) -> bool:
-        """Whether the value reaches the floor; NaN never does."""
+        """Return whether the value reaches the floor; NaN never does."""
         return self._reaches(value, self.floor)
 
     def meets_goal(self, value: float) -> bool:
-        """Whether the value reaches the goal, or the floor if there is no goal."""
+        """Return whether the value reaches the goal, or the floor if there is no goal."""
         return self.passes(value) if self.goal is None else self._reaches(value, self.goal)
 
     def _reaches(self, value: float, bound: float) -> bool:
@@ -76,7 +76,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How many times better than the peer: 2.0 means half the time, half the bytes or twice the throughput."""
+        """Return the ratio to the peer, more is better: 2.0 is half the time, half the bytes or twice the throughput."""
         if self.peer is None:
             return None
         over, under = (self.peer.value, self.value) if self.better == "lower" else (self.value, self.peer.value)
@@ -84,12 +84,12 @@ class Figure:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the floor is reached; None for a figure without a target."""
+        """Return whether the floor is reached; None for a figure without a target."""
         return None if self.target is None else self.target.passes(self._judged())
 
     @property
     def met_goal(self) -> bool | None:
-        """Whether the goal is reached; None for a figure without a target."""
+        """Return whether the goal is reached; None for a figure without a target."""
         return None if self.target is None else self.target.meets_goal(self._judged())
 
     def _judged(self) -> float:

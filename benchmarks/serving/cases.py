@@ -1,4 +1,4 @@
-"""The served models: short runs on tiny bases, the form in which each is served, and the expected outcome per server."""
+"""The served models: short runs on tiny bases, the form in which each is served, and the outcome that is expected."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -33,7 +33,7 @@ class TrainedTensor:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the file stores the factors of all experts side by side in one 2-D tensor."""
+        """Return whether the file stores the factors of all experts side by side in one 2-D tensor."""
         return isinstance(self.owner, GroupedExperts) and ".lora_" in self.name
 
     @property
@@ -76,7 +76,7 @@ def read_families(text: str) -> dict[str, Lora | None]:
 
 
 def _is_sound(lora: Lora) -> bool:
-    """Whether all values, which come from a file, have the right type and range."""
+    """Return whether all values, which come from a file, have the right type and range."""
     numbers = (lora.r, lora.alpha, lora.dropout)
     plain = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers)
     return plain and lora.r >= 1 and lora.r == int(lora.r) and isinstance(lora.rslora, bool)

@@ -157,7 +157,7 @@ def _reader(change: Change, r: int, ratio: float, dtype: str) -> Callable[[], tu
 
 
 def _ratio_is_exact(ratio: float) -> bool:
-    """Whether the ratio is a power of two, which changes exponents only."""
+    """Return whether the ratio is a power of two, which changes exponents only."""
     return abs(math.frexp(ratio)[0]) == 0.5
 
 

@@ -85,7 +85,7 @@ def _shape_text(shape: Shape | None) -> str:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether moetune wrote the adapter in a folder; adapters of other tools lack its metadata."""
+    """Return whether moetune wrote the adapter in a folder; adapters of other tools lack its metadata."""
     return (folder / WEIGHTS).is_file() and FAMILIES_KEY in read_header(folder / WEIGHTS)[1]
 
 

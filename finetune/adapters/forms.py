@@ -122,7 +122,7 @@ def _packed(context: FileContext, target: str, pair: Pair, turned: bool) -> Chan
 
 
 def _are_turned(context: FileContext, packed: Mapping[str, Pair]) -> bool:
-    """Whether A and B of experts are swapped, as PEFT before 0.19.1 wrote them; a file must not mix both kinds."""
+    """Return whether A and B of experts are swapped, as PEFT before 0.19.1 did; a file must not mix both kinds."""
     if ORIENTATION_KEY in context.metadata or not packed:
         return False
     straight, turned = "", ""
@@ -152,7 +152,7 @@ def _are_turned(context: FileContext, packed: Mapping[str, Pair]) -> bool:
 
 
 def _orientations(context: FileContext, name: str, packed: Mapping[str, Pair]) -> tuple[bool, bool]:
-    """Whether (out, in) of a stack fit as stored, and transposed: the base or the layer's other stack decides."""
+    """Return whether (out, in) of a stack fit as stored, and transposed; the base or the other stack decides."""
     out_in = _out_in(packed[name])
     if context.shapes is not None:
         _, out, into = context.shapes.get(name, (0, 0, 0))

@@ -63,12 +63,12 @@ class Key:
 
     @property
     def is_inner(self) -> bool:
-        """Whether the factor lies inside down_proj's wrapper: gate_up_proj's factors do, as PEFT wraps it first."""
+        """Return whether the factor is inside down_proj's wrapper, as gate_up_proj's are: PEFT wraps it first."""
         return self.module.endswith(".mlp.experts.base_layer")
 
     @property
     def is_outer(self) -> bool:
-        """Whether the factor lies in the outer wrapper: that of down_proj, or of the only adapted stack."""
+        """Return whether the factor lies in the outer wrapper: that of down_proj, or of the only adapted stack."""
         return self.module.endswith(".mlp.experts")
 
 
@@ -159,7 +159,7 @@ def packed_stack(module: str) -> str:
 
 
 def turns_parameters(config: Mapping[str, Any]) -> bool | None:
-    """Whether the config's version of PEFT reads [E, out, in] correctly (0.19.1 and newer); None if unknown."""
+    """Return whether the config's version of PEFT reads [E, out, in] correctly (0.19.1 and newer); None if unknown."""
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(config.get("peft_version") or ""))
     return None if version is None else tuple(map(int, version.groups())) >= (0, 19, 1)
 

@@ -29,7 +29,7 @@ With smaller blocks, threads wait for the interpreter; larger blocks exceed the 
 
 @dataclass(kw_only=True)
 class Realised:
-    """How well one tensor's change survived rounding: counts and sums of squares over all its values."""
+    """The loss of one tensor's change to rounding: counts and sums of squares over all its values."""
 
     values: int = 0
     unchanged: int = 0
@@ -48,7 +48,7 @@ class Realised:
 
     @property
     def lost(self) -> bool:
-        """Whether rounding removed the change completely."""
+        """Return whether rounding removed the change completely."""
         return self.intended_square > 0 and self.unchanged == self.values
 
 

@@ -113,7 +113,7 @@ def _within(layers: Collection[int], module: str) -> bool:
 
 
 def _named(targets: str | frozenset[str], name: str) -> bool:
-    """Whether targets match a name: a string is a regular expression for it, a list has names or their endings."""
+    """Return whether targets match a name: a string is a regular expression, a list has names or their endings."""
     if isinstance(targets, str):
         return targets != "all-linear" and re.fullmatch(targets, name) is not None
     words = name.split(".")

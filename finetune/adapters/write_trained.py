@@ -169,7 +169,7 @@ def _packed(pieces: Iterable[Piece], missing: Mapping[str, set[int]]) -> Iterato
 
 
 def _metadata(empty: EmptyModel) -> dict[str, str]:
-    """How and with which versions it was trained; nothing about ranks, so that every layout writes the same file."""
+    """Return a training's configuration and versions; nothing about ranks, so that all layouts write one file."""
     return {
         "format": "pt",
         FAMILIES_KEY: families_text(lora_by_part(empty)),

@@ -33,7 +33,7 @@ KERNEL_AGAIN = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How one part of the model trains."""
+    """The training of one part of the model."""
 
     mode: Literal["frozen", "lora", "full"] = "frozen"
     r: int = 0  # of its LoRA

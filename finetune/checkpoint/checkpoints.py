@@ -51,7 +51,7 @@ BLOCK_BYTES = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """Where a restored run continues; `state` is the one that was passed to `save`."""
+    """The point where a restored run continues; `state` is the one that was passed to `save`."""
 
     path: Path
     step: int

@@ -17,7 +17,7 @@ FREE_IT = "Set another run.name, or remove that folder"
 
 
 def _is_same(path: Path, config: RunConfig) -> bool:
-    """Whether a run with this configuration began there: if it ended before its first checkpoint, it begins again."""
+    """Return whether a run with this configuration began there; without a checkpoint it begins again."""
     if config.checkpoint.resume != "auto" or not path.exists():
         return False
     try:
@@ -28,7 +28,7 @@ def _is_same(path: Path, config: RunConfig) -> bool:
 
 
 def is_taken(folder: Path, config: RunConfig) -> bool:
-    """Whether the folder has results of another run, and nothing to go on from."""
+    """Return whether the folder has results of another run, and nothing to go on from."""
     return (folder / "metrics.jsonl").exists() and not (
         starting_point(folder / "checkpoints", config.checkpoint.resume) or _is_same(folder / "config.yaml", config)
     )

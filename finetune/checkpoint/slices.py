@@ -23,7 +23,7 @@ KINDS = ("master", *MOMENTS)
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How one trainable tensor is cut over the ranks, and the part of one rank, in elements."""
+    """The cut of one trainable tensor over the ranks, and the part of one rank, in elements."""
 
     canonical: str
     shape: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""How a checkpoint's files store the expert weights, and which tensors the files of a layout contain. Loads no torch.
+"""Layouts of the expert weights in a checkpoint's files, and the tensors of each layout. Loads no torch.
 
 hub          gate_up_proj [E, D, 2F], down_proj [E, F, D]: the published files; transformers 4, vLLM and sglang read
              it without looking at shapes. The only layout that this package writes.

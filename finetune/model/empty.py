@@ -17,7 +17,7 @@ from moe.parallel import LayerOptions
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a model is built. `train` names the dense parts (of `shapes.py`) to train in full; `layer` has the others."""
+    """Options for building a model. `train` names the dense parts to train in full; `layer` has the others."""
 
     ep_size: int = 1
     layer: LayerOptions = field(default_factory=LayerOptions)

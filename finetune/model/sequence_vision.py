@@ -30,7 +30,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """Where the tower's tokens go: `order` sorts the rows of this rank's output by the rank that receives them."""
+    """The destinations of the tower's tokens: `order` sorts this rank's rows by the rank that receives them."""
 
     order: Tensor
     send: list[int]

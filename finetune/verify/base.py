@@ -19,7 +19,7 @@ from finetune.verify.card import Check
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the checks by computation run, and the family that the base should be."""
+    """Options of the checks by computation, and the family that the base should be."""
 
     family: str = ""
     layout: str = "auto"

@@ -37,7 +37,7 @@ _PREFERENCE = 0.05  # nats per token, and every video must prefer the same layou
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """How far logits may differ, in standard deviations of the logits, and which share of next tokens must be equal.
+    """The allowed difference of logits, in their standard deviations, and which share of next tokens must be equal.
 
     Rounding to bfloat16 swaps experts with nearly equal scores, which can change single positions by any amount.
     """

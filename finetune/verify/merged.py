@@ -61,7 +61,7 @@ class Proof:
 
     @property
     def passed(self) -> bool:
-        """Whether the merge is close to base plus adapter, and closer than the base; written so that a NaN fails."""
+        """Return whether the merge is close to base plus adapter, and closer than the base; a NaN fails."""
         close = self.worst <= _WORST.get(self.stored, float("inf"))
         near = self.typical <= _TYPICAL.get(self.stored, _TYPICAL_NARROW)
         return not self.media and close and near and self.equal >= 0.9 and self.typical < self.moved

@@ -46,7 +46,7 @@ def frozen_sums(empty: EmptyModel) -> dict[str, float]:
 
 
 def session(rank: int, world: int, out: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each case: load (from an adapter), write the file, train two steps on the same global rows, write it again.
+    """Load each case (from an adapter), write the file, train two steps on the same global rows, write it again.
 
     eps is above the noise of the smallest gradients, from which Adam would otherwise make full steps.
     """

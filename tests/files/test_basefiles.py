@@ -105,7 +105,7 @@ def test_metadata_decides_before_shapes_and_the_users_setting_before_both(bases,
 
 
 def test_with_equal_shapes_the_user_must_set_the_layout(tmp_path):
-    """If D == 2F, transformers 5 itself silently loads such a hub file without transposing it."""
+    """Transformers 5 itself silently loads such a hub file without transposing it if D == 2F."""
     entry = parameter_shapes(family("tiny-moe"))
     square = {name: (8, 48, 48) if name.endswith("gate_up_proj") else shape for name, shape in entry.items()}
     with pytest.raises(ValueError, match=r"has the shape \[8, 48, 48\] both in the hub's layout and in .* recognised"):

@@ -27,7 +27,7 @@ def direct() -> set[str]:
 
 
 def is_locked(name: str) -> bool:
-    """Whether the locked release is installed; a local part (+cpu, +cu130) names the build, not the release."""
+    """Return whether the locked release is installed; a local part (+cpu, +cu130) names the build, not the release."""
     try:
         return Version(version(name)).public == LOCKED[name]
     except PackageNotFoundError:

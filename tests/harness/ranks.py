@@ -229,7 +229,7 @@ def _alive(rank: int, folder: Path) -> Iterator[None]:
 
 
 def _gone(rank: int, folder: Path) -> bool:
-    """Whether a rank has started and ended."""
+    """Return whether a rank has started and ended."""
     path = folder / f"{rank}.alive"
     if not path.exists():
         return False

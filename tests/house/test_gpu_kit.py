@@ -39,7 +39,7 @@ KIT_PARTS = {
 
 
 def is_alive(number: int) -> bool:
-    """Whether a process runs; a killed one that its parent has not reaped does not."""
+    """Return whether a process runs; a killed one that its parent has not reaped does not."""
     status = Path(f"/proc/{number}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 

@@ -1,5 +1,6 @@
 """Prose stays plain: no phrases of the old dialect, no long sentences, docstrings that begin with a verb or a noun."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -53,6 +54,10 @@ PHRASES = (
     r"\bwhat (?:it|a rank|one rank|each rank) keeps\b",
 )
 """Regular expressions that no source, page or message may match."""
+ODD_OPENINGS = set(
+    "What Where When Which Whether How Of From In By If For On To As Not It Without So Who Found With".split()
+)
+"""Words that no docstring of a module, class or function may begin with."""
 LONGEST = 30
 """Words that a sentence of README and docs may have."""
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
@@ -74,6 +79,17 @@ def test_no_page_or_source_uses_an_odd_phrase() -> None:
             odd += [
                 f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for phrase in PHRASES if re.search(phrase, line)
             ]
+    assert odd == []
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    odd = []
+    for path in _tracked(".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or "-"
+                if text.split()[0] in ODD_OPENINGS:
+                    odd.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
     assert odd == []
 
 

@@ -163,7 +163,7 @@ def test_ranks_end_when_the_test_run_is_killed(tmp_path):
 
 
 def still_runs(pid):
-    """Whether a process runs; a zombie does not, and without an init that reaps them, orphans stay zombies."""
+    """Return whether a process runs; a zombie does not, and without an init that reaps them, orphans stay zombies."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

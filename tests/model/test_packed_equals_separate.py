@@ -119,7 +119,7 @@ def wrong_ways(batch):
 
 
 def test_the_four_known_wrong_ways_leak_between_samples():
-    """If one of these stops leaking, this project may allow it again."""
+    """Leaks that stop here may be allowed again by this project."""
     names = ROWS["all"]
     chosen = [samples()[name] for name in names]
     wanted = np.array([alone(name) for name in names])

@@ -1,4 +1,4 @@
-"""In which order a run takes its device, makes groups and starts threads: what only a GPU would complain about."""
+"""The order in which a run takes its device, makes groups and starts threads: what only a GPU would complain about."""
 
 import datetime
 import functools

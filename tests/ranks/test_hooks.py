@@ -34,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(job: Job) -> Job:
-    """How it would be with every hook; neither recompute nor where weights are kept may move a loss."""
+    """Compare with a run that keeps every hook; neither recompute nor where weights are kept may move a loss."""
     return Job(vision=job.vision, dropout=job.dropout, recompute="none", stock=True)
 
 

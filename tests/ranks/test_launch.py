@@ -101,7 +101,7 @@ def _text(name: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_what_is_rendered_is_what_it_was(name: str, tmp_path: Path) -> None:
-    """To renew after a wanted change: RENEW=1 python -m pytest tests/ranks/test_launch.py, and read the diff."""
+    """Compare with the golden files. RENEW=1 python -m pytest tests/ranks/test_launch.py renews them."""
     path = GOLDEN / f"launch-{name}.txt"
     text = _text(name, tmp_path)
     if os.environ.get("RENEW"):

@@ -69,7 +69,7 @@ def test_a_suspended_process_did_not_stand_still(tmp_path: Path, clock: Clock) -
 
 
 def test_what_the_rank_says_meanwhile_wins(tmp_path: Path, clock: Clock) -> None:
-    """It begins to work while the other thread looks at the other ranks."""
+    """A rank begins to work while the other thread looks at the other ranks."""
 
     def look() -> bool:
         save.work(True)

@@ -66,7 +66,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended may wait for whoever reaps it."""
+    """Return whether a process runs; one that has ended may wait for whoever reaps it."""
     status = Path(f"/proc/{pid}/status")
     return status.is_file() and not re.search(r"^State:\tZ", status.read_text(), re.MULTILINE)
 

@@ -122,7 +122,7 @@ def test_a_rank_log_has_what_was_said_and_rank_0_says_it_aloud(
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine the client needs more than the seconds that a run gives it."""
+    """The client needs more time on a busy machine than a run gives it."""
     for name in ("START_S", "FINISH_S"):
         monkeypatch.setattr(f"finetune.tracking.wandb_link.{name}", LIMIT_S)
 

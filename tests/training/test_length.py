@@ -1,4 +1,4 @@
-"""How long a run is: epochs become steps, also where it goes on; and more steps, where the rates taken allow them."""
+"""The length of a run: epochs become steps, also where it goes on; and more steps, where the rates taken allow them."""
 
 import json
 from pathlib import Path
