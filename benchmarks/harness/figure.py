@@ -76,7 +76,7 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """Return the ratio to the peer, more is better: 2.0 is half the time, half the bytes or twice the throughput."""
+        """Return the ratio to the peer; 2.0 is half the time, half the bytes or twice the throughput."""
         if self.peer is None:
             return None
         over, under = (self.peer.value, self.value) if self.better == "lower" else (self.value, self.peer.value)

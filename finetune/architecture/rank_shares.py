@@ -54,7 +54,7 @@ The predicted peak is exact within 10 %, not counting the weights, and a run mus
 
 @dataclass(frozen=True, kw_only=True)
 class ResidentChoice:
-    """Whether each rank keeps complete frozen weights, and why; the reason is printed at start."""
+    """The choice to keep complete frozen weights on each rank, with its reason, which is printed at the start."""
 
     resident: bool
     reason: str

@@ -15,7 +15,13 @@ from typing import Any
 import av
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
 
 CHAT = "/v1/chat/completions"
 
@@ -37,7 +43,11 @@ class Served:
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.processor: Any = AutoProcessor.from_pretrained(folder)
         self.name: str = args.served_model_name
-        self.settings: dict[str, Any] = args.processor
+        # arguments of a call would not reach the rules by which frames are chosen
+        if images := args.processor.get("images_kwargs"):
+            self.processor.image_processor = AutoImageProcessor.from_pretrained(folder, **images)
+        if videos := args.processor.get("videos_kwargs"):
+            self.processor.video_processor = AutoVideoProcessor.from_pretrained(folder, **videos)
 
     @torch.inference_mode()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -92,11 +102,8 @@ class Served:
         text = self.processor.apply_chat_template(
             messages, tools=body.get("tools"), tokenize=False, add_generation_prompt=True
         )
-        how = {"images_kwargs": dict(self.settings.get("images_kwargs", {})), "videos_kwargs": {}}
-        if videos:
-            chosen = {"video_metadata": metadata, "do_sample_frames": True}
-            how["videos_kwargs"] = self.settings.get("videos_kwargs", {}) | chosen
-        return self.processor(text=[text], images=images or None, videos=videos or None, return_tensors="pt", **how)
+        video = {"video_metadata": metadata, "do_sample_frames": True} if videos else {}
+        return self.processor(text=[text], images=images or None, videos=videos or None, return_tensors="pt", **video)
 
 
 def _message(
