@@ -55,7 +55,30 @@ PHRASES = (
 )
 """Regular expressions that no source, page or message may match."""
 ODD_OPENINGS = set(
-    "What Where When Which Whether How Of From In By If For On To As Not It Without So Who Found With".split()
+    [
+        "What",
+        "Where",
+        "When",
+        "Which",
+        "Whether",
+        "How",
+        "Of",
+        "From",
+        "In",
+        "By",
+        "If",
+        "For",
+        "On",
+        "To",
+        "As",
+        "Not",
+        "It",
+        "Without",
+        "So",
+        "Who",
+        "Found",
+        "With",
+    ]
 )
 """Words that no docstring of a module, class or function may begin with."""
 LONGEST = 30
