@@ -1,7 +1,7 @@
 """The training loop, as one story: `torchrun --nproc_per_node N -m finetune.train CONFIG [key=value ...]`.
 
 The same command starts a run and resumes it, on this number of ranks or another, from the newest checkpoint in its
-folder. After the last step it writes what was learned.
+folder. After the last step it writes the adapter or the model.
 """
 
 import logging
@@ -50,15 +50,15 @@ def train(
     replayed: Path | None = None,
     rehearses: bool = False,
 ) -> int:
-    """Train from a base to an adapter, or to a model where nothing is adapted; every rank must call this.
+    """Train from a base to an adapter, or to a model if nothing is adapted; every rank must call this.
 
-    Returns its exit code. `replayed` is a saved step to replay instead. A run that rehearses evaluates one row of each
-    source, and sums nothing up.
+    Returns the exit code. `replayed` is a saved step to replay instead. A run that `rehearses` evaluates one row of
+    each source, and prints no summary.
     """
     # 1. Put the run together: base, data, weights, engine
     run = assemble(config, folder, say, watch, rehearses=rehearses)
 
-    # 2. Replay a step, or go on where an earlier start left off
+    # 2. Replay a step, or continue where an earlier start stopped
     if replayed is not None:
         say("\n".join(replay(run, replayed)))
         return 0
@@ -66,7 +66,7 @@ def train(
     state.resume()
 
     with Tracker(run.config, folder, base=run.base, device=run.device, log=say, done=state.done) as tracker:
-        # 3. Evaluate before the first step; a run that was over when it stopped stays so
+        # 3. Evaluate before the first step; a run that was already over takes no steps
         run.share_rows(run.stage(state.first).sp)
         is_over = run.evaluation.start(run.engine, state.first, tracker=tracker, owed=state.owes_evaluation)
 
@@ -76,8 +76,8 @@ def train(
             say(tracker.preempted(signal, done=state.done))
             return exit_code(signal)
 
-        # 5. Write what was learned
-        watch.stage("writing what was learned")
+        # 5. Write the result
+        watch.stage("writing the result")
         run.checkpoints.wait()
         write_learned(run.empty, folder, state.provenance, range(state.first, state.done), say)
         hand_over(folder, state.done, tracker, say)
@@ -107,7 +107,7 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
             tracker.stage(stage.peaks)
         run.checkpoints.poll()
 
-        # 4.2 Wait for data; if a signal asks for an end, no rank begins the step
+        # 4.2 Wait for data; if a signal asks for a stop, no rank begins the step
         data = run.data.state_dict()
         try:
             step = take_together(run.data, at, watch, run.device)
@@ -125,13 +125,13 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
         run.data.leave_out_bad_samples(step, run.say)
         state.done = at + 1
 
-        # 4.4 Record what the step was
+        # 4.4 Record the step
         seconds = time.perf_counter() - began + step.wait_seconds
         figures = {**losses, **rates}
         signal = tracker.step(at, step, figures, load=load, by_sample=by_sample, seconds=seconds, stop=watch.stop)
         run.foresight.after(at - state.first, seconds, step.batches, sp=stage.sp)
 
-        # 4.5 Evaluate; a run that a signal stops has no time for it, and does it when it goes on
+        # 4.5 Evaluate; a run that a signal stops has no time for it, and evaluates when it is resumed
         is_last = state.done == config.schedule.steps
         verdict = Verdict()
         if is_last or not signal:
@@ -152,7 +152,7 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
 def main(argv: Sequence[str]) -> int:
     """Run one rank, as torchrun or deepspeed starts it."""
     args = rank_arguments(argv)
-    # the engine calls collectives by names that torch 2.13 has renamed, thousands of times
+    # thousands of times, the engine calls collectives by names that torch 2.13 has deprecated
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     sys.excepthook = before
     release()
     log.close()
-    if watch.broken_off is not None:  # readers that may never end are not waited for
+    if watch.broken_off is not None:  # do not wait for readers that may never end
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -194,14 +194,14 @@ def _trains(args: Namespace) -> bool:
 
 
 def _hold(args: Namespace, config: RunConfig, folder: Path, messages: list[str]) -> Callable[[], None]:
-    """Hold the run's folder, unless it is only read; returns what gives it back."""
+    """Hold the run's folder, unless it is only read; return a function that releases it."""
     if not _trains(args):
         return lambda: None
     return take_run(folder, stall_seconds=config.run.stall_seconds, say=messages.append)
 
 
 def _run_with_others(args: Namespace, config: RunConfig, folder: Path, log: RankLog, watch: Watch) -> int:
-    """Meet the other ranks, train or rehearse, and part; returns the exit code."""
+    """Meet the other ranks, train or rehearse, and leave them; return the exit code."""
     with watch.on():
         watch.together("start")
         is_ours = start_distributed()
@@ -212,14 +212,14 @@ def _run_with_others(args: Namespace, config: RunConfig, folder: Path, log: Rank
         else:
             code = train(config, folder, log, watch, replayed=args.replay)
         if is_ours:
-            barrier()  # rank 0 may still hand things over, for as long as it takes
+            barrier()  # without a time limit: rank 0 may still be writing or uploading
             watch.together("end")
             end_distributed()
     return code
 
 
 if __name__ == "__main__":
-    require_fit(program=True)  # a foreign finetune/__init__.py did not ask
+    require_fit(program=True)  # a foreign finetune/__init__.py has not checked this
     ended = main(sys.argv[1:])
     sys.stdout.flush()
     if ended in (0, PREEMPTED, GUARDED):

@@ -20,13 +20,13 @@ from finetune.ranks.failures import meeting
 LOCK = "lock.json"
 LOOK_S = 0.1
 WAIT_S = 600.0
-"""How long ranks wait for rank 0 to take the lock. If it cannot, it ends at once, and the launcher ends the others."""
+"""Seconds that ranks wait for rank 0 to take the lock. If it cannot, it ends, and the launcher ends the rest."""
 
 
 def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) -> Callable[[], None]:
-    """Hold the run's folder, before anything is written there; every rank must call this, and rank 0 takes the lock.
+    """Hold the run's folder before anything is written there; every rank must call this, and rank 0 takes the lock.
 
-    Returns what gives it back.
+    Returns a function that releases it.
     """
     mine = this_process(launch=launch_id(os.environ, os.getppid()), meeting=meeting(os.environ))
     if int(os.environ.get("RANK", "0")) == 0:
@@ -41,9 +41,9 @@ def take_run(folder: Path, *, stall_seconds: float, say: Callable[[str], None]) 
         if time.monotonic() > deadline:
             raise ValueError(
                 f"rank 0 of this start did not take {folder / LOCK} within {WAIT_S:g} s. Every rank must see that "
-                f"folder: set run.folder to one on a disk that all nodes share"
+                f"folder: set run.folder to a folder on a disk that all nodes share"
             )
-        time.sleep(LOOK_S)  # another machine holds or takes it: nothing here can be waited on
+        time.sleep(LOOK_S)  # polling, because the holder may be on another machine
     return lambda: None
 
 
@@ -52,16 +52,16 @@ def take_run_for_ranks(
 ) -> Callable[[], None]:
     """Hold the run's folder in the launcher until rank 0 does: a second start is refused before it has any ranks.
 
-    `run_id` is that of the torchrun which follows. Returns what gives the folder back if rank 0 never took it.
+    `run_id` is the id of the torchrun that follows. Returns a function that releases a folder rank 0 never took.
     """
     launch = launch_id(os.environ | {"TORCHELASTIC_RUN_ID": run_id}, os.getpid())
     return _take(folder, this_process(launch=launch, meeting=run_id), stall_seconds=stall_seconds, say=say)
 
 
 def holder_of(folder: Path, *, run_id: str = "", stall_seconds: float) -> Holder | None:
-    """Return the start that works in the run's folder, other than this one; writes nothing.
+    """Return the other start that works in the run's folder, if there is one; write nothing.
 
-    `run_id` is that of the torchrun which this process is about to start, if it is a launcher.
+    `run_id` is the id of the torchrun that this process is about to start, if it is a launcher.
     """
     holder = read_holder(folder / LOCK)
     if holder is None or holder.meeting == os.environ.get("TORCHELASTIC_RUN_ID"):  # our launcher holds it for us
@@ -89,10 +89,10 @@ def _take(folder: Path, mine: Holder, *, stall_seconds: float, say: Callable[[st
 
 
 def launch_id(environment: Mapping[str, str], parent: int) -> str:
-    """Return what all restarts of one start have in common, and no other start has."""
+    """Return an id that all restarts of one start share, and that no other start has."""
     run_id = environment.get("TORCHELASTIC_RUN_ID", "none")
     torchrun = "" if run_id in ("", "none") else f"torchrun {run_id}"  # its default is the same for every start
-    if job := environment.get("SLURM_JOB_ID"):  # of which two steps may each start a run
+    if job := environment.get("SLURM_JOB_ID"):  # two of its steps may each start a run
         return f"Slurm job {job}.{environment.get('SLURM_RESTART_COUNT', '0')} {torchrun}".rstrip()
     if torchrun:
         return torchrun
@@ -102,7 +102,7 @@ def launch_id(environment: Mapping[str, str], parent: int) -> str:
 
 
 def _was_requeued(earlier: str, launch: str) -> bool:
-    """Return whether a launch is of the same Slurm job before it was queued again: nothing of that is alive."""
+    """Return whether `earlier` is the same Slurm job before it was queued again: none of its processes is alive."""
     before, now = (re.match(r"Slurm job (\S+)\.(\d+)(?: |$)", text) for text in (earlier, launch))
     return bool(before and now and before[1] == now[1] and int(before[2]) < int(now[2]))
 

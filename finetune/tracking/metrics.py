@@ -1,4 +1,4 @@
-"""The figures of a step: each rank's share of it, exchanged once per step, and what is computed from all shares."""
+"""The figures of a step, computed from the shares of all ranks, which are exchanged once per step."""
 
 import resource
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ class SourceSums:
     samples: int = 0
     tokens: int = 0
     weight: float = 0.0
-    """The sum of the loss weights of its tokens: what the loss divides by to be a mean."""
+    """The sum of the loss weights of its tokens; the mean loss is the loss divided by this."""
     loss: float = 0.0
     """The sum over its tokens of weight x cross entropy."""
 
@@ -44,11 +44,11 @@ class Share:
     """One rank's part of a step."""
 
     work: Work
-    row_tokens: int = 0  # of its packed rows, padding included; dummies are no part of a step
+    row_tokens: int = 0  # of its packed rows, including padding; dummy rows do not count
     images: int = 0
     video_seconds: float = 0.0
     seconds: float = 0.0  # from the moment it asked for data to the end of the update
-    seconds_data: float = 0.0  # of these, waiting for data
+    seconds_data: float = 0.0  # the part of these that it waited for data
     memory_gb: float = 0.0  # the most it held so far
     stop: int = 0  # the number of the signal that asks it to stop; 0: none
     sources: Mapping[str, SourceSums] = field(default_factory=dict)
@@ -56,20 +56,20 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """How many ranks compute, and what the device of one can do."""
+    """The number of ranks, and the peak performance of the device of one rank."""
 
     world: int
-    peak_flops: float | None  # of one, in bfloat16; None: not known, so there is no MFU
+    peak_flops: float | None  # of one device, in bfloat16; None: unknown, so there is no MFU
 
 
 def share_of(
     step: Step, *, seconds: float, stop: int, sources: Iterable[str] = (), losses: Sequence[float] = ()
 ) -> Share:
-    """Return this rank's part; it reads tensors on the host, so give it the step as it came from the stream.
+    """Return this rank's share. It reads tensors on the host, so pass the step as it came from the stream.
 
     `sources` are all of the run's; `losses` are this rank's part of the loss of each of the step's samples.
     """
-    # of the ranks that share a row's slices one counts it: the others' steps are emptied by `counted_once`
+    # of the ranks that share a row, only one counts it: `counted_once` empties the steps of the others
     real = [batch for batch in step.batches if batch.keys] if step.tokens else []
     return Share(
         work=sum((batch_work(batch) for batch in real), Work()),
@@ -85,9 +85,9 @@ def share_of(
 
 
 def _by_source(step: Step, sources: Iterable[str], losses: Sequence[float]) -> dict[str, SourceSums]:
-    """Return what each source adds to this rank's part; of ranks that share a row each adds a part of the loss."""
+    """Return the sums of each source on this rank; if ranks share a row, each adds a part of the loss."""
     sums = {name: SourceSums() for name in sources}
-    for key, loss in zip(keys_of(step.batches), losses, strict=False):  # no losses where nothing is supervised
+    for key, loss in zip(keys_of(step.batches), losses, strict=False):  # there are no losses if nothing is supervised
         sums[key.partition("/")[0]] += SourceSums(loss=loss)
     for batch in step.batches if step.tokens else ():
         ids_T, weights_T = batch.sample_ids[0].long() + 1, batch.loss_weights[0].double()  # the first bin: padding
@@ -117,9 +117,9 @@ def gather_shares(mine: Share, device: torch.device) -> list[Share]:
 
 
 def figures(shares: Sequence[Share], meter: FlopMeter, ranks: Ranks) -> dict[str, Any]:
-    """Return a step's figures over all ranks: sums of the work, the slowest rank's seconds.
+    """Return a step's figures over all ranks: the sums of the work, and the seconds of the slowest rank.
 
-    Tokens a second count useful tokens; FLOP/s are those that this training needs, of one device.
+    Tokens per second count useful tokens. FLOP/s are per device, and count only operations that this training needs.
     """
     work = sum((share.work for share in shares), Work())
     seconds = max(share.seconds for share in shares)
@@ -141,7 +141,7 @@ def figures(shares: Sequence[Share], meter: FlopMeter, ranks: Ranks) -> dict[str
 
 
 def source_figures(shares: Sequence[Share]) -> dict[str, dict[str, Any]]:
-    """Return a step's figures by source, of those that it has samples of; the loss is a mean over their tokens."""
+    """Return a step's figures by source, for sources with samples; the loss is a mean over their tokens."""
     sums = {
         name: sum((share.sources[name] for share in shares), SourceSums())
         for name in (shares[0].sources if shares else ())
@@ -159,7 +159,7 @@ def source_figures(shares: Sequence[Share]) -> dict[str, dict[str, Any]]:
 
 
 def load_figures(load: StepLoad | None) -> Mapping[str, Any]:
-    """Return the figures of the experts' load; None for each where the base is dense."""
+    """Return the figures of the experts' load; all are None if the base is dense."""
     if load is None:
         return dict.fromkeys(
             ("expert_load_max_over_mean", "expert_load_entropy", "experts_dead", "router_agreement"), None

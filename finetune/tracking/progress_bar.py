@@ -1,4 +1,4 @@
-"""Shows the progress of a run: a bar on a terminal, one plain line a step everywhere else."""
+"""Shows the progress of a run: a bar on a terminal, one plain line per step everywhere else."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 class Follower:
-    """Shows each step as it ends. While a bar is drawn, all other output must go through `print`."""
+    """Shows each step when it ends. While a bar is drawn, all other output must go through `print`."""
 
     def __init__(
         self,
@@ -63,13 +63,13 @@ class Follower:
 
     @property
     def is_bar(self) -> bool:
-        """Whether steps are drawn, not printed line by line."""
+        """True if steps are drawn as a bar, not printed line by line."""
         return self._bar is not None
 
     def step(self, figures: Mapping[str, Any]) -> str:
         """Show one step, and return its line."""
         seconds = float(figures["seconds"])
-        # the first step of a start is slower than any other: it is forgotten when there is a second
+        # the first step of a start is slower than all others: the second one replaces its time
         if self._mean is None or figures["step"] == self._done + 1:
             self._mean = seconds
         else:
@@ -86,18 +86,18 @@ class Follower:
         return line
 
     def evaluation(self, seconds: float) -> None:
-        """Note how long an evaluation took: those to come count as time that is left."""
+        """Note how long an evaluation took, to count those to come in the time left."""
         self._evaluation_seconds = seconds
 
     def _evaluations_left(self, step: int) -> int:
-        """Count the evaluations that follow a step: after every so many, and after the last."""
+        """Count the evaluations after a step: the regular ones, and that after the last step."""
         every, last = self._evaluates_every, self._steps - 1
         if every is None:
             return 0
         return 1 + (last // every - step // every if every else 0)
 
     def print(self, text: str) -> None:
-        """Print a line that is not a step's, above the bar if there is one."""
+        """Print a line that is not about a step, above the bar if there is one."""
         if self._bar is None:
             print_line(text)
         else:

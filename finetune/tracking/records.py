@@ -1,4 +1,4 @@
-"""The records of a run's folder: one JSON object a line, of a step or of an evaluation."""
+"""The records in a run's folder: one JSON object per line, for a step or an evaluation."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from finetune.files.atomic import write_file
 
 
 def records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file that a start has begun to write, and so cleaned; none if the file is missing."""
+    """Return the records of a file, or none if it is missing; `forget_steps` must have cleaned it before."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def forget_steps(path: Path, steps: int) -> int:
-    """Drop the lines of steps that an earlier start took after its last checkpoint, and damaged ones; count the latter.
+    """Drop lines of steps from `steps` on, which an earlier start took after its last checkpoint, and damaged lines.
 
-    The last line may have been cut off when that start was killed, which is no damage.
+    Returns the number of damaged lines. The last line does not count: it may be cut off because that start was killed.
     """
     if not path.exists():
         return 0
@@ -30,7 +30,7 @@ def forget_steps(path: Path, steps: int) -> int:
 
 
 def _step_of(line: bytes) -> int:
-    """Return the step that a line is about; -1 where it is damaged."""
+    """Return the step that a line is about; -1 if the line is damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -1,6 +1,6 @@
-"""The last words of a run: what it took, what it learned by source, which adapter is which, and what to do next.
+"""The summary at the end of a run: its duration, its losses by source, its adapters, and the next commands.
 
-All of it is read from the run's folder, so that a run which was interrupted sums up as one that was not.
+All of it is read from the run's folder, so that the summary of an interrupted run covers all its starts.
 """
 
 import shlex
@@ -17,16 +17,18 @@ from finetune.tracking.progress_bar import duration
 from finetune.tracking.records import records
 
 PART = 10
-"""A loss by source is told of the first and of the last of so many parts of the steps."""
+"""Losses by source are shown for the first and the last of this many parts of the steps."""
 COLUMNS = ("source", "samples", "tokens", "loss at first", "loss at last")
 
 
 def work_line(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], *, done: int) -> str:
-    """Say what the steps took, those of all starts."""
+    """Describe the time and the tokens of the steps of all starts."""
     seconds, judged = (sum(float(one["seconds"]) for one in each) for each in (steps, evaluations))
     tokens = sum(one["tokens_nonpad"] for one in steps)
-    known = "" if len(steps) == done else f" (of {count_of(len(steps), 'step')}: the lines of others were damaged)"
-    evaluated = f", and {duration(judged)} of evaluations" if judged else ""
+    known = (
+        "" if len(steps) == done else f" (of {count_of(len(steps), 'step')}: the records of the others were damaged)"
+    )
+    evaluated = f", evaluations in {duration(judged)}" if judged else ""
     return f"{count_of(done, 'step')} in {duration(seconds)}{evaluated}; {tokens:,} useful tokens{known}"
 
 
@@ -44,9 +46,7 @@ def source_lines(steps: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for row in rows
     ]
-    return (
-        [*lines, "losses by source are means over the first and the last tenth of the steps"] if len(rows) > 1 else []
-    )
+    return [*lines, "the losses are means over the first and the last tenth of the steps"] if len(rows) > 1 else []
 
 
 def _sums(steps: Sequence[Mapping[str, Any]]) -> dict[str, SourceSums]:
@@ -63,7 +63,7 @@ def _mean(sums: SourceSums | None) -> str:
 
 
 def evaluation_lines(evaluations: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> list[str]:
-    """Return a line of each held-out source's loss, and one of the metric that chose the best adapter."""
+    """Return a line with the loss of each held-out source, and one with the metric that chose the best adapter."""
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
@@ -77,7 +77,7 @@ def evaluation_lines(evaluations: Sequence[Mapping[str, Any]], best: Mapping[str
 
 
 def summary(config: RunConfig, folder: Path, *, done: int, best: Mapping[str, Any], ending: str) -> list[str]:
-    """Return the last words of a run that is over after `done` steps; `ending` says why, `best` is the best metric."""
+    """Return the summary of a run that ended after `done` steps; `ending` says why, `best` is the best metric."""
     steps, evaluations = records(folder / "metrics.jsonl"), records(folder / "evaluations.jsonl")
     lines = [f"{ending}: {work_line(steps, evaluations, done=done)}", *source_lines(steps)]
     lines += evaluation_lines(evaluations, best)
@@ -101,7 +101,7 @@ def _best_adapter(folder: Path) -> Path | None:
 
 
 def _ask(config: RunConfig, model: Path) -> str:
-    """Return the command that asks a complete model: what was held out, or a question."""
+    """Return the command that tries the model, with the held-out sources or with a question."""
     sources = config.eval.sources
     named = [source.path if len(sources) == 1 else f"{name}={source.path}" for name, source in sources.items()]
     words = ["eval", *named, "--model", str(model)] if named else ["ask", str(model), "What can you do?"]

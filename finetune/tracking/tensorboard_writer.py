@@ -1,6 +1,6 @@
 """Writes a run's figures as TensorBoard's files: `tensorboard/train` by step, `tensorboard/eval` by steps done.
 
-A start begins files of its own, which say that what earlier ones hold from its first step on is void.
+Every start writes new files. They mark steps in earlier files as void if this start takes them again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ NAMES = {"metrics": "train", "evaluations": "eval"}
 
 
 class TensorBoard:
-    """The writers of one start; `begins` says by kind of record from which step on earlier ones are void."""
+    """The writers of one start; `begins` has the step from which earlier records are void, by kind of record."""
 
     def __init__(self, folder: Path, begins: Mapping[str, int]) -> None:
         self._writers = {
@@ -23,19 +23,19 @@ class TensorBoard:
         }
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Write every number of a record; records of other kinds are for files alone."""
+        """Write every number of a record; kinds of records without a curve are ignored."""
         if writer := self._writers.get(kind):
             for name, value in numbers(values):
                 writer.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write the rest, and close the files."""
         for writer in self._writers.values():
             writer.close()
 
 
 def numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield each number of a record by its name, those of a source as `source/<name>/<quantity>`; without the step."""
+    """Yield each number of a record by its name, of a source as `source/<name>/<quantity>`; leave the step out."""
     for name, value in values.items():
         if name == "sources":
             for source, of_source in value.items():

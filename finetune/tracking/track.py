@@ -64,13 +64,13 @@ class Tracker:
         if not self._writes:
             return
         if peak is None:
-            log(f"mfu: null in metrics.jsonl, {reason}")
-        # the last two are numbered by the steps that are done; a run without a save begins again with its first
+            log(f"mfu is null in metrics.jsonl: {reason}")
+        # evaluations and predictions are numbered by the steps done; a run without a save starts again at 0
         judged = done + 1 if done else 0
         ends = {"metrics": done, "expert_load": done, "evaluations": judged, "predictions": judged}
         for kind, end in ends.items():
             if damaged := forget_steps(folder / f"{kind}.jsonl", end):
-                log(f"warning: {folder / kind}.jsonl: {damaged} damaged line(s) were dropped; the run goes on")
+                log(f"warning: {folder / kind}.jsonl: {count_of(damaged, 'damaged line')} removed; the run continues")
         if config.track.wandb != "off":
             self._link = WandbLink(
                 config.track,
@@ -121,10 +121,10 @@ class Tracker:
         seconds: float,
         stop: int = 0,
     ) -> int:
-        """Gather one step's figures, write and show them; every rank must call this, with the step as it was read.
+        """Gather the figures of a step, write and show them; every rank must call this, with the step as it was read.
 
-        `losses` are the same on all ranks, `by_sample` is this rank's part of the loss of each of its samples. Returns
-        the signal that any rank got, on every rank alike; 0 for none.
+        `losses` are the same on all ranks, `by_sample` is this rank's part of the loss of each of its samples. Returns,
+        on every rank, the signal that any of them received; 0 for none.
         """
         share = share_of(step, seconds=seconds, stop=stop, sources=self._sources, losses=by_sample)
         shares = gather_shares(share, self._device)
@@ -133,7 +133,7 @@ class Tracker:
             values |= {**figures(shares, self._meter, self._ranks), **load_figures(load), **losses}
             self._write("metrics", values)
             line = self._follower.step(values)
-            if self._follower.is_bar:  # else it is in the log already
+            if self._follower.is_bar:  # otherwise it is in the log already
                 self._log.note(line)
             every = self._config.track.load_every
             if load is not None and every and at % every == 0:
@@ -141,33 +141,33 @@ class Tracker:
         return max(share.stop for share in shares)
 
     def stage(self, parts: Collection[str]) -> None:
-        """From here these parts of the model train, which decides what counts as work."""
+        """Note the parts of the model that train from now on: they decide what counts as work."""
         of_stage = {part: training for part, training in trainings(self._config.adapters).items() if part in parts}
         self._meter = FlopMeter(self._base, of_stage, recompute=self._config.parallel.recompute)
 
     def evaluation(self, numbers: Mapping[str, Any]) -> None:
-        """Write the numbers of an evaluation by name; `step` is how many steps were done."""
+        """Write the numbers of an evaluation by name; `step` is the number of steps done."""
         if self._writes:
             self._write("evaluations", numbers)
             self._follower.evaluation(float(numbers["seconds"]))
 
     def predictions(self, steps: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the model answers after `steps` steps: rows of texts and numbers with the same names."""
+        """Write the answers of the model after `steps` steps: rows of texts and numbers with the same names."""
         if self._writes and rows:
             self._write("predictions", {"step": steps, "rows": [dict(row) for row in rows]})
 
     def adapter(self, steps: int, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Hand a finished adapter folder to W&B, under aliases like `last` and `best`."""
+        """Send a finished adapter folder to W&B, with aliases like `last` and `best`."""
         if self._link is not None:
             self._link.send("adapter", {"step": steps, "folder": str(folder.absolute()), "aliases": list(aliases)})
 
     def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None) -> None:
-        """Keep the first pictures of a run's first step as the model sees them, in the run folder's media/."""
+        """Write the first pictures of a run's first step, as the model sees them, to media/ in the run's folder."""
         most = self._config.track.media_samples
         if at or not self._writes or spec is None or not most:
             return
         media = self._folder / "media"
-        files: list[tuple[str, str]] = []  # each with the keys of its row's samples
+        files: list[tuple[str, str]] = []  # each file with the keys of the samples in its row
         media.mkdir(exist_ok=True)
         for batch in batches:
             keys = ", ".join(batch.keys)
@@ -179,9 +179,11 @@ class Tracker:
             self._link.send("pictures", {"step": at, "files": files})
 
     def preempted(self, number: int, *, done: int) -> str:
-        """Note that a signal ends this start after `done` steps, and return sentences about it."""
+        """Record that a signal ends this start after `done` steps, and return a message about it."""
         self._preempted = True
-        text = f"stopped by {Signals(number).name} after {count_of(done, 'step')}; the same command goes on from there"
+        text = (
+            f"stopped by {Signals(number).name} after {count_of(done, 'step')}; the same command continues from there"
+        )
         if self._writes:
             keep_outcome(self._log, "preempted", done)
             steps, evaluations = (records(self._folder / f"{kind}.jsonl") for kind in ("metrics", "evaluations"))
@@ -198,16 +200,16 @@ class Tracker:
 
 
 def _open_board(folder: Path, begins: Mapping[str, int]) -> "TensorBoard":
-    from finetune.tracking.tensorboard_writer import TensorBoard  # its package is an extra
+    from finetune.tracking.tensorboard_writer import TensorBoard  # its package is optional
 
     return TensorBoard(folder, begins)
 
 
 def _peak(config: RunConfig, device: torch.device) -> tuple[float | None, str]:
-    """Return the peak FLOP/s of one device, or None, and then why it is not known."""
+    """Return the peak FLOP/s of one device; or None, and why it is unknown."""
     if device.type != "cuda":
-        return None, "as the peak of a CPU is not known"
+        return None, "the peak of a CPU is unknown"
     if config.model.dtype != "bfloat16":
-        return None, f"as only peaks of bfloat16 are known, and model.dtype={config.model.dtype}"
+        return None, f"only peaks in bfloat16 are known, and model.dtype is {config.model.dtype}"
     name = torch.cuda.get_device_name(device)
-    return peak_flops(name), f"as the peak of {name!r} is not known"
+    return peak_flops(name), f"the peak of {name!r} is unknown"

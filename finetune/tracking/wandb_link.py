@@ -1,7 +1,7 @@
 """The trainer's end of Weights & Biases: messages go to a separate process, and nothing ever waits for it.
 
-Whatever goes wrong is one warning, and the run goes on: metrics.jsonl has everything. A run that cannot be opened
-online is recorded offline, to be uploaded later with `wandb sync`.
+Every failure gives one warning, and the run continues: metrics.jsonl has everything. A run that cannot be opened online
+is recorded offline, and can be uploaded later with `wandb sync`.
 """
 
 import json
@@ -25,13 +25,13 @@ from finetune.config import TrackConfig
 START_S = 12.0
 """Seconds that the client may take to open a run, online or offline."""
 FINISH_S = 12.0
-"""Seconds that the end of a run waits for the rest to be written or uploaded."""
+"""Seconds that the end of a run waits until the rest is written or uploaded."""
 WAITING = 10_000
-"""Messages that may wait for a slow client, before it is given up."""
+"""The number of messages that may wait for a slow client before it is given up."""
 
 
 def run_id(folder: Path) -> str:
-    """Return the run's id at W&B, the same at every start: it is stored in the run folder."""
+    """Return the run's id at W&B; it is stored in the run folder, so every start uses the same one."""
     path = folder / "wandb" / "run-id"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -72,8 +72,8 @@ class WandbLink:
         self._thread = threading.Thread(target=self._serve, daemon=True, name="wandb")
         self._process_made = threading.Event()
         self._thread.start()
-        # Readers are forked next. A reader that is forked while the process is being made inherits a pipe of that, and
-        # the thread would wait until that reader ends.
+        # Readers are forked next. A reader that is forked while the process starts would inherit one of its pipes, and
+        # the thread would then wait until that reader ends.
         self._process_made.wait(START_S)
 
     def send(self, kind: str, values: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class WandbLink:
         try:
             self._messages.put_nowait({"kind": kind, "values": values})
         except queue.Full:
-            self._give_up(f"it is {WAITING:,} messages behind")
+            self._give_up(f"the client is {WAITING:,} messages behind")
 
     def close(self, *, code: int, preempted: bool = False) -> None:
         """Let the client finish, but do not wait for long."""
@@ -91,22 +91,22 @@ class WandbLink:
             self.send("finish", {"code": code, "preempted": preempted})
             self._thread.join(FINISH_S)
             if self._thread.is_alive():
-                self._give_up(f"it did not finish within {FINISH_S:g} s; `wandb sync` uploads what is left")
+                self._give_up(f"the client did not finish within {FINISH_S:g} s; `wandb sync` uploads the rest")
         self._kill()
-        self._thread.join(1.5)  # it closes its end of the pipes
+        self._thread.join(1.5)  # the thread closes its ends of the pipes
 
     def abandon(self) -> None:
         """Wait for nothing: the process sees its input end, marks the run as failed, and ends by itself."""
         self._over = True
 
     def _serve(self) -> None:
-        """Open the run, then send message by message, waiting as long as it takes; this runs in the thread."""
+        """Open the run, then send message by message, without a time limit; this runs in the thread."""
         reason = self._open(self._config.wandb)
         if reason and self._config.wandb == "online" and not self._over:
             offline = self._open("offline")
             if not offline:
                 self._say(
-                    f"no run online ({reason}); recorded offline, upload it with: wandb sync {self._folder}/wandb"
+                    f"no run online ({reason}); it is recorded offline, upload it with: wandb sync {self._folder}/wandb"
                 )
             reason = offline and f"{reason}; and offline: {offline}"
         if reason:
@@ -117,7 +117,7 @@ class WandbLink:
         try:
             self._hand_over(process)
         except OSError:
-            self._give_up("its process died" + self._log_tail())
+            self._give_up("the client's process died" + self._log_tail())
         finally:
             _close(process)
 
@@ -133,7 +133,7 @@ class WandbLink:
             process.stdin.flush()
             if message["kind"] == "finish":
                 if "finished" not in _answer(process.stdout, FINISH_S):
-                    self._give_up("its process ended before all was written" + self._log_tail())
+                    self._give_up("the client ended before everything was written" + self._log_tail())
                 return
 
     def _make(self) -> "subprocess.Popen[str]":
@@ -149,10 +149,10 @@ class WandbLink:
             )
 
     def _open(self, mode: str) -> str:
-        """Start the process and open a run; return why that failed, or nothing."""
+        """Start the process and open a run; return why that failed, or ""."""
         try:
             if find_spec("wandb") is None:
-                return "it is not installed: pip install 'moetune[wandb]'"
+                return "wandb is not installed: pip install 'moetune[wandb]'"
             start = {**self._start, "mode": mode, "id": run_id(self._folder)}
             process = self._process = self._make()
         except OSError as error:
@@ -173,7 +173,7 @@ class WandbLink:
         is_late = time.monotonic() - began >= START_S
         self._kill()
         _close(process)
-        return f"no answer within {START_S:g} s" if is_late else "it could not start" + self._log_tail()
+        return f"no answer within {START_S:g} s" if is_late else "the client could not start" + self._log_tail()
 
     def _give_up(self, reason: str) -> None:
         with self._lock:
@@ -181,7 +181,7 @@ class WandbLink:
                 return
             self._over = True
         self._kill()
-        self._say(f"{reason}. The run goes on without it; metrics.jsonl has everything")
+        self._say(f"{reason}. The run continues without it; metrics.jsonl has everything")
 
     def _say(self, text: str) -> None:
         self._warn(f"warning: W&B: {text}")
@@ -203,7 +203,7 @@ class WandbLink:
 
 
 def _close(process: "subprocess.Popen[str]") -> None:
-    """Close our ends of the pipes of a process that is over."""
+    """Close our ends of the pipes of a process that has ended."""
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with suppress(OSError):
@@ -211,6 +211,6 @@ def _close(process: "subprocess.Popen[str]") -> None:
 
 
 def _answer(stream: IO[str], seconds: float) -> str:
-    """Return the next line of a process, or nothing if none comes in time."""
+    """Return the next line of a process, or "" if none comes in time."""
     ready, _, _ = select.select([stream], [], [], seconds)
     return stream.readline() if ready else ""

@@ -1,9 +1,9 @@
 """The process that talks to Weights & Biases: this file as a script, started by `finetune.tracking.wandb_link`.
 
 It is a separate process because the client may hang in a login, die, or install signal handlers, and none of that may
-reach the training. It imports nothing of ours. One JSON object a line comes in on standard input, the first says how
-to start; one line goes out when the run is open, another when everything is written. If the input ends without a
-`finish`, the training has died.
+affect the training. It imports none of our code. It reads one JSON object per line from standard input; the first one
+says how to start. It writes one line when the run is open, and another when everything is written. If the input ends
+without a `finish`, the training has died.
 """
 
 import json
@@ -20,11 +20,11 @@ import wandb
 from PIL import Image
 
 PATIENCE_S = 10
-"""Seconds that the upload of the rest may take after the last message."""
+"""Seconds that uploading the rest may take after the last message."""
 CELL = (4, 6)
 """Width and height in pixels of one expert of one layer in the heatmap."""
 REPLAYED = {"metrics.jsonl": 0, "expert_load.jsonl": 0, "evaluations.jsonl": 1, "predictions.jsonl": 1}
-"""The files of a run folder that are sent again to an offline run, and the number of the first step in each."""
+"""The files in the run folder that are sent again to an offline run, with the number of the first step in each."""
 
 
 def heatmap(counts: list[list[int]]) -> Image.Image:
@@ -38,7 +38,7 @@ def heatmap(counts: list[list[int]]) -> Image.Image:
 
 
 def log(run: Any, message: dict[str, Any]) -> None:
-    """Hand one message to the client; the x axis of every value is its step."""
+    """Pass one message to the client; the x axis of every value is its step."""
     kind, values = message["kind"], message["values"]
     at = {"step": values["step"]}
     if kind == "metrics":
@@ -67,12 +67,12 @@ def log(run: Any, message: dict[str, Any]) -> None:
 
 
 def earlier(folder: Path, done: int) -> Iterator[dict[str, Any]]:
-    """Yield as messages what earlier starts of the run left in its folder, up to step `done`."""
+    """Yield the records of earlier starts, up to step `done`, as messages."""
     for name, first in REPLAYED.items():
         if (folder / name).exists():
             for line in (folder / name).read_text().splitlines(keepends=True):
                 if not line.endswith("\n"):
-                    break  # being written: the trainer has begun its own steps
+                    break  # still being written: the trainer has begun its own steps
                 values = json.loads(line)
                 if values["step"] < done + first:
                     yield {"kind": name.removesuffix(".jsonl"), "values": values}
@@ -81,13 +81,13 @@ def earlier(folder: Path, done: int) -> Iterator[dict[str, Any]]:
 def open_run(start: dict[str, Any]) -> Any:
     """Open the run, the same one at every start.
 
-    An offline run of an earlier start cannot be continued, and two would be uploaded as two runs: so the new one is
-    filled from the run folder, and the old one removed.
+    An offline run of an earlier start cannot be continued, and two would be uploaded as two runs. So the new one is
+    filled from the run folder, and the old one is removed.
     """
     folder = Path(start["folder"])
     wandb_folder = folder / "wandb"
     wandb_folder.mkdir(exist_ok=True)
-    (wandb_folder / ".writable").touch()  # the client would silently write somewhere else
+    (wandb_folder / ".writable").touch()  # otherwise the client would silently write somewhere else
     (wandb_folder / ".writable").unlink()
     old = sorted(wandb_folder.glob(f"offline-run-*-{start['id']}"))
     run = wandb.init(
@@ -104,7 +104,7 @@ def open_run(start: dict[str, Any]) -> Any:
         allow_val_change=True,
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=start["timeout"]),
     )
-    run.define_metric("*", step_metric="step")  # a resumed run takes steps again that were logged before
+    run.define_metric("*", step_metric="step")  # a resumed run may log steps again
     if start["mode"] == "offline":
         for message in earlier(folder, start["done"]):
             log(run, message)
@@ -116,7 +116,7 @@ def open_run(start: dict[str, Any]) -> Any:
 def main() -> None:
     """Serve one run until its input ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the trainer gets them too, and decides when it is over
+        signal.signal(number, signal.SIG_IGN)  # the trainer gets them too, and decides when to end
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     start = json.loads(sys.stdin.readline())
@@ -131,7 +131,7 @@ def main() -> None:
                 run.mark_preempting()
             break
         log(run, message)
-    signal.alarm(PATIENCE_S)  # without a handler: it ends here
+    signal.alarm(PATIENCE_S)  # without a handler, it ends this process
     run.finish(exit_code=code)
     answers.write(json.dumps({"finished": True}) + "\n")
 

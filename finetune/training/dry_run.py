@@ -1,7 +1,7 @@
-"""`--dry-run`: all that a run does, once: checks, shards, an evaluation, one real step, a checkpoint, an adapter.
+"""`--dry-run`: every part of a run once: checks, shards, an evaluation, one real step, a checkpoint, an adapter.
 
-The step is the run's own, in a folder beside the run's that is removed: what would fail later because of memory, the
-disk or the data, fails now. Evaluations before and after it take one row of each source.
+The step is a step of the real run, in a folder next to the run's that is removed. Errors of memory, disk or data that
+would come later come now. The evaluations before and after the step take one row of each source.
 """
 
 import resource
@@ -30,9 +30,9 @@ SHOWN = 20
 def rehearse(
     config: RunConfig, folder: Path, train: Callable[[RunConfig, Path, RankLog, Watch], int], say: RankLog, watch: Watch
 ) -> int:
-    """Do one step of the run and leave nothing; every rank must call this.
+    """Take one step of the run and leave nothing behind; every rank must call this.
 
-    Samples with problems are listed, and then treated as training treats them: left out and counted.
+    Samples with problems are listed, and then treated as in training: left out and counted.
     """
     rank, _ = rank_and_world()
     dry_folder = folder.with_name(f"{folder.name}.dry-run")
@@ -45,8 +45,8 @@ def rehearse(
         say("\n".join(_finding_lines(findings)))
         train(_one_step(config), dry_folder, say, watch)
         say("\n".join(memory_lines()))
-        say("dry run: passed; nothing of it is kept")
-        barrier()  # or the folder would go while another rank still writes
+        say("dry run: passed; no files are kept")
+        barrier()  # otherwise the folder would be removed while another rank still writes
     finally:
         if rank == 0:
             shutil.rmtree(dry_folder, ignore_errors=True)
@@ -61,7 +61,7 @@ def memory_lines() -> list[str]:
     rank, _ = rank_and_world()
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
-        owner = "of the device's"
+        owner = "of the GPU's"
     else:
         peak, total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0
         peak *= 1 if sys.platform == "darwin" else 1024
@@ -74,7 +74,7 @@ def memory_lines() -> list[str]:
 
 
 def _one_step(config: RunConfig) -> RunConfig:
-    """Return the run's first step, from the base, without what others would see of it; it is evaluated as well."""
+    """Return a run of the first step only, from the base, with its evaluations but without outside trackers."""
     return replace(
         config,
         schedule=replace(config.schedule, steps=1, epochs=0.0),
@@ -85,7 +85,7 @@ def _one_step(config: RunConfig) -> RunConfig:
 
 
 def _look_at_shards(config: RunConfig) -> list[Finding]:
-    """Return what is wrong with the headers of the shards; rank 0 looks, and every rank must call this."""
+    """Return the problems in the headers of the shards; rank 0 looks, and every rank must call this."""
     findings: list[Finding] = []
     if rank_and_world()[0] == 0:
         cache = Path(config.data.cache_dir) if config.data.cache_dir else None
@@ -99,12 +99,12 @@ def _look_at_shards(config: RunConfig) -> list[Finding]:
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     errors = [finding for finding in findings if finding.level == "error"]
     if warnings := len(findings) - len(errors):
-        yield f"shards: {count_of(warnings, 'warning')} on samples that training takes; see `moetune shards check`"
+        yield f"shards: {count_of(warnings, 'warning')} on samples that training uses; see `moetune shards check`"
     if not errors:
-        yield "shards: every header is sound; `moetune shards check` looks at every pixel too"
+        yield "shards: every header is valid; `moetune shards check` also decodes every image and video"
         return
     problems = count_of(len(errors), "problem")
-    yield f"shards: {problems}; training goes on with up to data.max_bad_samples unusable samples"
+    yield f"shards: {problems}; training continues with up to data.max_bad_samples unusable samples"
     yield from (f"  {finding}" for finding in errors[:SHOWN])
     if len(errors) > SHOWN:
         yield "  ..."

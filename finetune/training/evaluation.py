@@ -1,8 +1,8 @@
-"""Evaluation on held-out samples while a run trains: loss, hits, and the distance from the base that it came from.
+"""Evaluation on held-out samples while a run trains: loss, hits, and the distance from its base.
 
-Every sample of every source is read exactly once, packed as in training, whatever the number of ranks: all take equally
-many rows, some of them blank. Nothing of the training run is touched: no gradient, no statistic of the router, no
-random state. What trains in full has no copy of its base, so KL covers the low-rank parts, and the router.
+Every sample of every source is read exactly once, packed as in training, on any number of ranks: all take the same
+number of rows, and some rows are blank. The training run is not touched: no gradient, no statistic of the router, no
+random state. Parts that train in full have no copy of their base, so KL covers the low-rank parts and the router.
 """
 
 import time
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from data.config import DataConfig, SourceConfig
+from data.format.printable import count_of
 from data.open import open_stream
 from data.render.sample import Renderer
 from data.stream.batch import BadSample, Batch
@@ -36,40 +37,40 @@ from finetune.training.steps import data_share, open_together
 from finetune.training.verdict import Judge, Measured, Verdict
 
 FULL_SHARE = 0.05
-"""At most this share of the parameters may train in full, and so be partitioned, where questions are answered."""
+"""The largest share of parameters that may train in full, and so be partitioned, if questions are answered."""
 
 SUMS = ("samples", "tokens", "weight", "loss", "hits", "loss_base", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """All sources at one step; step 0 is before the first update."""
+    """The results of all sources at one step; step 0 is before the first update."""
 
     step: int
     seconds: float
     sources: Mapping[str, Measured]
 
     def flat(self) -> dict[str, float]:
-        """Return every number by name, `<source>/<quantity>`; what was not measured is absent."""
+        """Return every number by name, `<source>/<quantity>`; quantities that were not measured are absent."""
         numbers: dict[str, float] = {"step": self.step, "seconds": self.seconds}
         for name, measured in self.sources.items():
             numbers |= {f"{name}/{key}": value for key, value in vars(measured).items() if value is not None}
         return numbers
 
     def lines(self) -> list[str]:
-        """Return a line a source, for people."""
+        """Return a line for each source, to be printed."""
         return [
             f"evaluation at step {self.step}, {name}: loss {m.loss:.4f}"
             + (f" ({m.loss_base:.4f} with adapters off)" if m.loss_base is not None else "")
             + f", accuracy {m.accuracy:.4f}"
             + (f", KL {m.kl:.4g}" if m.kl is not None else "")
-            + f", {m.samples:,} samples, {m.tokens:,} tokens"
+            + f", {count_of(m.samples, 'sample')}, {count_of(m.tokens, 'token')}"
             for name, m in self.sources.items()
         ]
 
 
 class Evaluation:
-    """When one run evaluates, and what follows from it. Every rank must make one and call it at the same steps."""
+    """The evaluations of one run, and their consequences. Every rank must make one and call it at the same steps."""
 
     def __init__(
         self,
@@ -83,9 +84,9 @@ class Evaluation:
         watch: Watch,
         rehearses: bool = False,
     ) -> None:
-        """`rows` say what trains, `resident` whether frozen weights are; a signal in `watch` breaks it off.
+        """Open the sources. `rows` say what trains, `resident` whether frozen weights are complete on each rank.
 
-        A run that rehearses reads one row of each source.
+        A run that `rehearses` reads one row of each source.
         """
         self.judge = Judge(config.eval)
         self._every_steps, self._last_step = config.eval.every_steps, config.schedule.steps
@@ -104,7 +105,7 @@ class Evaluation:
             )
 
     def start(self, engine: Any, done: int, *, tracker: Tracker, owed: bool = False) -> bool:
-        """Evaluate before the first step of a run, and return whether the run is over: a resumed one may be.
+        """Evaluate before the first step of a run, and return whether the run is over, as a resumed one may be.
 
         `owed`: the start before was stopped by a signal after `done` steps, and did not evaluate then.
         """
@@ -118,9 +119,9 @@ class Evaluation:
         return reason is not None
 
     def after(self, engine: Any, step: int, *, tracker: Tracker, last: bool = False) -> Verdict:
-        """Evaluate if it is due after so many steps, report it, and return what follows; every rank must call this.
+        """Evaluate if it is due after `step` steps, report it, and return the verdict; every rank must call this.
 
-        A signal breaks it off, and nothing is reported then.
+        If a signal interrupts the evaluation, nothing is reported.
         """
         self._watch.stage("evaluation", quiet=True)
         is_due = last or step == 0 or bool(self._every_steps and step % self._every_steps == 0)
@@ -130,7 +131,7 @@ class Evaluation:
             result = self._held_out.measure(engine, step)
             answers = self._held_out.answers(engine)
         except Preempted as wish:
-            self._say(f"the evaluation at step {step} is left for the next start")
+            self._say(f"the evaluation at step {step} was interrupted; the next start repeats it")
             return Verdict(preempted=wish.number)
         tracker.evaluation(result.flat())
         tracker.predictions(step, answers)
@@ -141,7 +142,7 @@ class Evaluation:
 
 
 class HeldOut:
-    """The held-out sources of one run, opened. Every rank must make one and call it at the same steps."""
+    """The open held-out sources of one run. Every rank must make one and call it at the same steps."""
 
     def __init__(
         self,
@@ -168,10 +169,10 @@ class HeldOut:
             stops = stop_tokens(base_folder)
             self._predictions = Predictions(config.eval, self._data, renderer, stops=stops, say=say, watch=watch)
         count = sum(len(units) for units in self._corpus.sources)
-        say(f"evaluation: {count:,} samples of {', '.join(self._names)}; {_scope(rows)}")
+        say(f"evaluation: {count_of(count, 'sample')} of {', '.join(self._names)}; {_scope(rows)}")
 
     def measure(self, engine: Any, step: int) -> EvaluationResult:
-        """Measure the model as it is; every rank must call this, between steps, and gets the same result."""
+        """Measure the present model. Every rank must call this between steps, and all get the same result."""
         began, device = time.perf_counter(), engine_device()
         sums = torch.zeros(len(self._names), len(SUMS), dtype=torch.float64)
         measure = partial(compare_row, with_base=self._with_base)
@@ -206,7 +207,7 @@ class HeldOut:
 
 
 def held_out(config: RunConfig, *, packs_per_step: int) -> DataConfig:
-    """Return the `data:` section by which held-out samples are read: all of them, each once."""
+    """Return the `data:` section for the held-out samples: all of them are read, each once."""
     sources = {name: SourceConfig(path=source.path) for name, source in config.eval.sources.items()}
     longest = longest_pack(run_stages(config))
     return replace(
@@ -221,7 +222,7 @@ def held_out(config: RunConfig, *, packs_per_step: int) -> DataConfig:
 
 
 def one_row_each(corpus: Corpus, *, tokens: int) -> Corpus:
-    """Return the corpus with as many of each source's samples as a row of so many tokens holds, at least one."""
+    """Return the corpus with as many samples of each source as fit into a row of `tokens`, and at least one."""
     return replace(corpus, sources=tuple(_first_row(units, tokens) for units in corpus.sources))
 
 
@@ -231,34 +232,34 @@ def _first_row(units: Units, tokens: int) -> Units:
 
 
 def _require_resident(answers: int, rows: Sequence[PartRow], resident: bool) -> None:
-    """Raise unless nearly all weights are complete on every rank, as answering takes a forward for each token."""
+    """Raise unless nearly all weights are complete on every rank: an answer takes a forward per token."""
     full = sum(row.trained for row in rows if row.mode == "full") / sum(row.total for row in rows)
     if resident and full <= FULL_SHARE:
         return
-    why = f"{full:.0%} of them train in full" if resident else "they do not fit a rank"
+    why = f"{full:.0%} of them train in full" if resident else "they do not fit on one rank"
     raise ValueError(
-        f"eval.answers: {answers}, but the weights are partitioned over the ranks, as {why}: "
-        f"they would be gathered for each token. Set eval.answers=0, and ask a checkpoint's adapter"
+        f"eval.answers is {answers}, but the weights are partitioned over the ranks because {why}: "
+        f"they would be gathered for each token. Set eval.answers=0, and ask a checkpoint's adapter instead"
     )
 
 
 def _scope(rows: Sequence[PartRow]) -> str:
-    """Say what KL(base || tuned) covers."""
+    """Describe which parts KL(base || tuned) covers."""
     lora = [row.part for row in rows if row.mode == "lora"]
     full = [row.part for row in rows if row.mode == "full" and row.part != "router"]
     if not lora:
-        return "no KL: nothing trains as lora, and what trains in full has no copy of its base"
+        return "no KL: no part trains as LoRA, and parts that train in full keep no copy of their base"
     covered = lora + [row.part for row in rows if row.mode == "full" and row.part == "router"]
-    text = f"KL(base || tuned) is that of {', '.join(covered)}"
+    text = f"KL(base || tuned) covers {', '.join(covered)}"
     if not full:
         return text
-    moves = "moves" if len(full) == 1 else "move"
-    return f"{text}; not of {', '.join(full)}, which also {moves} the loss with adapters off: base values are not kept"
+    keeps = "keeps no base values and also changes" if len(full) == 1 else "keep no base values and also change"
+    return f"{text}, but not {', '.join(full)}: {'it' if len(full) == 1 else 'they'} {keeps} the loss with adapters off"
 
 
 @contextmanager
 def untouched(engine: Any) -> Any:
-    """Evaluate without dropout or gradient, and leave random states as they were: readers draw from them."""
+    """Evaluate without dropout or gradients, and restore the random states, because readers draw from them."""
     device = engine_device()
     engine.eval()
     forget_order(engine)
@@ -271,7 +272,7 @@ def untouched(engine: Any) -> Any:
 
 
 def _add(sums: torch.Tensor, names: list[str], batch: Batch, compared: Compared, *, count_samples: bool) -> None:
-    """Add a row's tokens up by the source of their samples, in float64 on the host; a shared row's samples once."""
+    """Add up a row's tokens by source, in float64 on the host; samples of a shared row count once."""
     source_S = torch.tensor([names.index(key.partition("/")[0]) for key in batch.keys], dtype=torch.long)
     if not len(source_S):
         return
@@ -295,8 +296,8 @@ def measured(name: str, row: list[float], with_base: bool) -> Measured:
     sums = dict(zip(SUMS, row, strict=True))
     if not sums["tokens"]:
         raise ValueError(
-            f"eval.sources.{name}: not one token of its samples is supervised, so there is nothing to measure. Look at "
-            f"it with `moetune shards show`"
+            f"eval.sources.{name}: no token of its samples is supervised, so there is nothing to measure. Look at the "
+            f"samples with `moetune shards show`"
         )
     return Measured(
         samples=int(sums["samples"]),

@@ -1,7 +1,7 @@
-"""The optimiser's groups: parameters with one learning rate that train in the same stages; and how a stage begins.
+"""The optimiser's groups: parameters with the same learning rate in every stage; and the start of a stage.
 
-All that may ever train has its masters and moments from the start. A stage pauses what it does not train: its
-parameters ask for no gradient, so that none is computed, and its groups' rate is 0, which leaves every bit as it is.
+All parameters that may ever train have their masters and moments from the start. A stage pauses those that it does not
+train: they require no gradient, so none is computed, and the rate of their groups is 0, which changes no bit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from finetune.settings.stages import Stage
 
 
 def trained_groups(empty: EmptyModel, stages: Sequence[Stage]) -> list[Group]:
-    """Sort the parameters that train by their learning rates in all stages; as few groups as that takes."""
+    """Group the parameters that train by their learning rates in all stages, in as few groups as possible."""
     by_peaks: dict[tuple[float, ...], list[nn.Parameter]] = {}
     for name in empty.trained:
         part = adapted_part(empty.canonical(name))
@@ -29,9 +29,10 @@ def trained_groups(empty: EmptyModel, stages: Sequence[Stage]) -> list[Group]:
 
 
 def enter(engine: Any, stage: Stage, *, at: int) -> str:
-    """Train what the stage trains, and nothing else; every rank must call this before step `at` of the stage.
+    """Make only the stage's parameters trainable; every rank must call this before step `at` of the stage.
 
-    At its first step, what did not train in the stage before starts without moments. Returns a sentence about it.
+    At its first step, parameters that did not train in the stage before start without moments. Returns a sentence that
+    describes the stage.
     """
     for group, parameters, flat in _groups(engine):
         trains = group["peaks"][stage.number] > 0
@@ -55,7 +56,7 @@ def set_rates(engine: Any, step: int, stage: Stage, config: RunConfig) -> Mappin
 
 
 def _groups(engine: Any) -> Iterator[tuple[dict[str, Any], Sequence[nn.Parameter], Any]]:
-    """Yield each group, with its parameters, and the flat tensor that ZeRO-3 made of this rank's slices."""
+    """Yield each group with its parameters and the flat tensor of this rank's slices, which ZeRO-3 made."""
     zero = engine.optimizer
     for number, (parameters, flat) in enumerate(zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)):
         yield zero.param_groups[zero.sub_group_to_group_id[number]], parameters, flat

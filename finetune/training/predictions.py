@@ -1,8 +1,8 @@
-"""A few held-out questions, answered by the model while it is tuned: greedily, up to a limit of tokens.
+"""Answers of the model to a few held-out questions while it trains: greedy, up to a limit of tokens.
 
 All ranks answer the same questions at the same time, so that each calls the engine equally often. Packed rows have no
-cache of keys: a row is run once more for each token, on the very path that training takes. That costs a forward a
-token, and is why weights must be resident: partitioned ones would be gathered for each.
+cache of keys: a row is run again for each token, on the same path as in training. That costs a forward per token, so
+weights must be resident: partitioned ones would be gathered for each token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,13 +61,13 @@ class Predictions:
                 images, videos = question.media(reader)
                 sample = renderer.build(question.record, images, videos, key=question.key, prompt=True)
                 if len(sample.input_ids) + config.answer_tokens > self._budget:
-                    say(f"not asked: {source}/{question.key} leaves no room for an answer in data.tokens_per_pack")
+                    say(f"not asked: {source}/{question.key} leaves no space for an answer in data.tokens_per_pack")
                     continue
                 self.questions.append(HeldOutQuestion(source=source, question=question, sample=sample))
         reader.bytes.close()
 
     def rows(self, engine: Any, device: torch.device) -> list[Mapping[str, Any]]:
-        """Answer all questions, and return each answer beside its reference; every rank must call this."""
+        """Answer all questions, and return each answer with its reference; every rank must call this."""
         rows: list[Mapping[str, Any]] = []
         for packed in self._packed():
             for held_out, ids in zip(packed, self._answered(engine, packed, device), strict=True):
@@ -84,7 +84,7 @@ class Predictions:
         return rows
 
     def _packed(self) -> list[list[HeldOutQuestion]]:
-        """Put as many questions into each row as leave room for their answers."""
+        """Put as many questions into each row as fit with their answers."""
         rows: list[list[HeldOutQuestion]] = []
         room = 0
         for question in self.questions:
@@ -97,7 +97,7 @@ class Predictions:
         return rows
 
     def _answered(self, engine: Any, packed: Sequence[HeldOutQuestion], device: torch.device) -> list[list[int]]:
-        """Return the tokens of each answer of a row, without the one that ends it."""
+        """Return the tokens of each answer of a row, without the token that ends it."""
         samples = [question.sample for question in packed]
         answers: list[list[int]] = [[] for _ in samples]
         ended = [False] * len(samples)
@@ -116,7 +116,7 @@ class Predictions:
                 if not ended[at]:
                     answers[at].append(token)
                 samples[at] = longer(samples[at], token)
-            # ranks may round differently: they stop when all of them have ended
+            # ranks may round differently: all of them stop when all have ended
             if sum_over_ranks([float(all(ended))], device)[0] == rank_and_world()[1]:
                 break
         return answers
@@ -124,7 +124,7 @@ class Predictions:
 
 @torch.no_grad()
 def next_tokens(packed: PackedModel, row: Row) -> Tensor:
-    """Return the likeliest token behind each sample of a complete row; every rank must call this."""
+    """Return the likeliest next token after each sample of a complete row; every rank must call this."""
     batch = row.batch
     assert row.part == slice(0, batch.input_ids.shape[1])
     ends_S = batch.cu_seq_lens[1 : len(batch.keys) + 1].long() - 1
@@ -133,7 +133,7 @@ def next_tokens(packed: PackedModel, row: Row) -> Tensor:
 
 
 def longer(sample: Sample, token: int) -> Sample:
-    """Return a sample with a token of text behind it: its rotary positions go on from the farthest."""
+    """Append a token of text to a sample; its rotary positions continue from the largest one."""
     positions = sample.positions
     next_position = np.array([positions[0, -1] + 1, *[positions[1:].max() + 1] * 3], dtype=positions.dtype)
     return replace(

@@ -1,4 +1,4 @@
-"""A saved step once more, with a probe on every module: which was the first to make something that is not finite."""
+"""Replays a saved step with a probe on every module, to find the first one that makes a value that is not finite."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True, kw_only=True)
 class NotFiniteValue:
-    """The first value that one rank met which is not finite; `place` orders those of several ranks."""
+    """The first value of one rank that is not finite; `place` orders those of several ranks."""
 
     place: tuple[int, int, int]  # micro-batch, forward (0) or backward (1), how many modules came before
     rank: int
@@ -31,13 +31,13 @@ class NotFiniteValue:
 
 
 def not_finite_weights(model: nn.Module) -> list[str]:
-    """Return the names of the parameters and buffers whose part on this rank is not finite."""
+    """Return the names of parameters and buffers with values on this rank that are not finite."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return [_canonical(name) for name, tensor in tensors if _is_bad(getattr(tensor, "ds_tensor", tensor))]
 
 
 class Probe:
-    """Looks at every output of every module, and at every gradient that reaches one; keeps the first bad value."""
+    """Checks every output of every module, and every gradient that reaches one; keeps the first bad value."""
 
     def __init__(self, model: nn.Module) -> None:
         self.first: NotFiniteValue | None = None
@@ -60,7 +60,7 @@ class Probe:
         self._last_finite = "the loss"
 
     def close(self) -> None:
-        """Take the probes away."""
+        """Remove the probes."""
         for hook in self._hooks:
             hook.remove()
 
@@ -78,7 +78,7 @@ class Probe:
     def _gradient(self, name: str, gradient: Tensor) -> None:
         self._modules_seen += 1
         if _is_bad(gradient):
-            self._keep(1, f"the gradient that reaches the output of {name}; it was finite at {self._last_finite}")
+            self._keep(1, f"the gradient of the output of {name}; it was still finite at {self._last_finite}")
         self._last_finite = name
 
     def _parameter(self, name: str, gradient: Tensor) -> None:
@@ -94,7 +94,7 @@ class Probe:
 
 
 def replay(run: Run, folder: Path) -> list[str]:
-    """Take a saved step again, but for its update, and return sentences on what is not finite in it.
+    """Take a saved step again without its update, and return sentences about values that are not finite.
 
     Every rank must call this.
     """
@@ -132,7 +132,7 @@ def _take(run: Run, rows: list[Batch], probe: Probe, folder: Path) -> None:
 
 
 def _share(rows: list[Batch], rank: int, world: int) -> Iterator[Batch]:
-    """Yield this rank's rows, as many on every rank: repeated ones have no weight."""
+    """Yield this rank's rows, the same number on every rank: rows that fill up have no weight."""
     rows_per_rank = -(-len(rows) // world)
     for at in range(rank * rows_per_rank, (rank + 1) * rows_per_rank):
         if at < len(rows):
@@ -160,5 +160,5 @@ def _is_bad(tensor: Any) -> bool:
 
 
 def _canonical(name: str) -> str:
-    """Return the name in the model's files: inside the wrapper it stands behind one prefix."""
+    """Return the name in the model's files; the wrapper adds a prefix to it."""
     return name.removeprefix("model.")

@@ -1,4 +1,4 @@
-"""Writes what a run leaves after its last step: an adapter or a model."""
+"""Writes the result of a run after its last step: an adapter or a model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from finetune.tracking.track import Tracker
 
 
 def hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], None]) -> None:
-    """Hand the last adapter of a run to the tracker, and its best one."""
+    """Pass the last adapter of a run to the tracker, and its best one."""
     if (folder / "adapter").exists():
         tracker.adapter(steps, folder / "adapter", aliases=["last"])
     best = best_checkpoint(folder / "checkpoints")
@@ -29,7 +29,7 @@ def hand_over(folder: Path, steps: int, tracker: Tracker, say: Callable[[str], N
 
 
 def _which(folder: Path, step: int) -> str:
-    """Say which of a run's adapters that of its last step is, and where the best one is."""
+    """Say which of the run's adapters the last one is, and where the best one is."""
     best = best_checkpoint(folder / "checkpoints")
     if best is None:
         return "the last step's"
@@ -42,17 +42,17 @@ def _which(folder: Path, step: int) -> str:
 def write_learned(
     empty: EmptyModel, folder: Path, provenance: Provenance, steps: range, say: Callable[[str], None]
 ) -> None:
-    """Write what the run has learned, an adapter or the complete model; every rank must call this.
+    """Write the result of the run, an adapter or the complete model; every rank must call this.
 
-    A run that was over when it started has written it before; a run that went on replaces it, once the new one is
-    complete. A mark in the earlier one says when it is out of date.
+    A run that was already over when it started has written its result before. A run that went on replaces it once the
+    new one is complete. A mark in the earlier result says that it is out of date.
     """
     is_adapter = any(row.lora is not None for row in trainable_table(empty))
     result = folder / ("adapter" if is_adapter else "model")
     is_written = result.exists() and not is_marked(result, REPLACED)
-    barrier()  # all have looked before rank 0 changes anything
+    barrier()  # all ranks have looked before rank 0 changes anything
     if is_written and not steps:
-        say(f"{result.name}: {result}, of an earlier start")
+        say(f"{result.name}: {result}, written by an earlier start")
         return
     if is_adapter:
         warnings = write_adapter(

@@ -1,4 +1,4 @@
-"""A run put together: from a configuration to model, data, weights and engine; what was chosen is said in sentences."""
+"""Puts a run together, from its configuration to model, data, weights and engine, and reports what it chose."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data.config import DataConfig
+from data.format.printable import count_of
 from data.render.sample import Renderer
 from data.render.vision import read_spec
 from data.stream.corpus import Corpus
@@ -54,7 +55,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that a run consists of. What changes from step to step is in `RunState`."""
+    """All parts of a run. `RunState` has the values that change from step to step."""
 
     config: RunConfig
     folder: Path
@@ -68,21 +69,21 @@ class Run:
     model: PackedModel
     balance: Balance | None
     sequence_groups: Mapping[int, SequenceGroup | None]
-    """Groups of ranks that share a row with this one, by size; None for complete rows."""
+    """The ranks that share a row with this one, by group size; None for complete rows."""
     data: RunData
     evaluation: Evaluation
     foresight: Foresight
     engine: Any
     checkpoints: Checkpoints
     provenance: Provenance
-    """Where its adapter comes from, as far as it is known before the first step."""
+    """The origin of its adapter, as far as it is known before the first step."""
 
     def stage(self, step: int) -> Stage:
         """Return the stage that a step belongs to."""
         return stage_of(self.stages, step)
 
     def share_rows(self, sp: int) -> None:
-        """From now on groups of `sp` ranks hold slices of one row each."""
+        """Make groups of `sp` ranks share rows from now on, with a slice of the row on each rank."""
         share_rows(self.model, self.balance, self.sequence_groups[sp])
 
 
@@ -138,12 +139,12 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, reh
     say(save_memory(model, config))
     engine = initialize(model, engine_options(config), trained_groups(empty, stages))
     engine.train()
-    torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # dropout; a checkpoint brings its own state
+    torch.manual_seed(config.run.seed * 100_003 + rank_and_world()[0])  # for dropout; a checkpoint brings its own state
     provenance = Provenance(
         base=base_files,
         base_name=lasting_name(config.model.path),
         config=effective(config),
-        # the ranks that write adapters need it while the file is there for certain: now
+        # read now, because the file may be gone when an adapter is written
         parent=parent_line(start.folder) if start is not None and rank_and_world()[0] == 0 else "",
     )
     checkpoints = Checkpoints(
@@ -179,7 +180,7 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, reh
 
 
 def fetch_base(path: str) -> Path:
-    """Return the base's folder; a hub id is fetched by rank 0 first. Every rank must call this."""
+    """Return the base's folder; rank 0 downloads a hub id first. Every rank must call this."""
     if not path:
         raise ValueError(
             "model.path: training needs a base model. Set it to a folder (`moetune tiny` makes a small one) or a hub id"
@@ -191,7 +192,7 @@ def fetch_base(path: str) -> Path:
 
 
 def model_options(config: RunConfig, base: Family, device: torch.device, say: Callable[[str], None]) -> ModelOptions:
-    """Choose what is built, what trains, and where weights are kept."""
+    """Choose the parts to build and to train, and where the weights are kept."""
     dtype = DTYPES[config.model.dtype]
     register()
     longest = longest_pack(run_stages(config))
@@ -221,26 +222,27 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
 
 
 def _tiles(config: RunConfig) -> int:
-    """Return in how many tiles a rank's tokens go through the experts: by the longest rows, so equal on all ranks."""
+    """Return the number of tiles of a rank's tokens in the experts, by the longest rows: equal on all ranks."""
     tile = config.parallel.tile_tokens
     tokens = max(-(-stage.data.tokens_per_pack // stage.sp) for stage in run_stages(config))
     return -(-tokens // tile) if tile else 1
 
 
 def save_memory(packed: PackedModel, config: RunConfig) -> str:
-    """Switch on what trades time for memory over long rows, and return a sentence about it."""
+    """Switch on the options that trade time for memory on long rows, and return a sentence about them."""
     parallel = config.parallel
     host_from_bytes = LEAST_HOST_BYTES if parallel.offload_activations else None
     set_recompute(packed.model, parallel.recompute, host_from_bytes=host_from_bytes)
     packed.host_from_bytes = host_from_bytes
     norms = tile_norms(packed.model, parallel.tile_tokens) if parallel.tile_tokens else 0
-    tiled = f"; {norms} norms in tiles of {parallel.tile_tokens:,} tokens, experts in {_tiles(config)} tiles a row"
+    tiles = count_of(_tiles(config), "tile")
+    tiled = f"; {norms} norms in tiles of {parallel.tile_tokens:,} tokens, experts in {tiles} per row"
     where = ", kept in host memory" if host_from_bytes else ""
     return f"activations: recompute {parallel.recompute}{where}" + (tiled if parallel.tile_tokens else "")
 
 
 def engine_options(config: RunConfig) -> EngineOptions:
-    """Return what decides a step; the loop itself sets the number of micro-batches, as stages and last steps differ."""
+    """Return the engine's options; the loop sets the number of micro-batches, because stages and last steps differ."""
     optim = config.optim
     return EngineOptions(
         clip_norm=optim.clip_norm,
@@ -270,7 +272,7 @@ def make_balance(config: RunConfig, base: Family, device: torch.device) -> Balan
 
 
 def share_rows(packed: PackedModel, balance: Balance | None, group: SequenceGroup | None) -> None:
-    """From now on the ranks of this group hold slices of one row; None: each rank has complete rows."""
+    """Make the ranks of this group share rows from now on; None: each rank has complete rows."""
     packed.sequence = group
     if balance is not None:
         balance.share_rows(group.ranks if group else None)

@@ -1,4 +1,4 @@
-"""How far a run is, and how that is saved and resumed."""
+"""The progress of a run, and how it is saved and resumed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,23 +13,23 @@ from finetune.training.verdict import scores
 
 
 class RunState:
-    """The state of a run that changes from step to step, besides its weights, its data and its judge."""
+    """The values of a run that change from step to step, besides its weights, its data and its judge."""
 
     def __init__(self, run: Run) -> None:
         self.first = 0
         """The first step of this start."""
         self.done = 0
-        """Steps that were taken, those of earlier starts included."""
+        """The number of steps taken, including those of earlier starts."""
         self.saved = 0
-        """Steps that the newest checkpoint holds."""
+        """The number of steps in the newest checkpoint."""
         self.owes_evaluation = False
-        """Whether the start before was stopped before it could evaluate after its last step."""
+        """True if the start before was stopped before it could evaluate after its last step."""
         self.provenance = run.provenance
-        """Where the adapter comes from, with the data and scores of the newest checkpoint."""
+        """The origin of the adapter, with the data and scores of the newest checkpoint."""
         self._run = run
 
     def resume(self) -> None:
-        """Go on from the checkpoint that checkpoint.resume means, if there is one; every rank must call this."""
+        """Resume from the checkpoint that checkpoint.resume selects, if there is one; every rank must call this."""
         run = self._run
         path = starting_point(run.checkpoints.folder, run.config.checkpoint.resume)
         if path is None:
@@ -43,17 +43,17 @@ class RunState:
             run.evaluation.judge.load_state_dict(resumed.state.get("eval", {}))
             self.provenance = reached(self.provenance, resumed.state)
         for line in schedule_changes(resumed.config, effective(run.config)):
-            run.say(f"{line}; the {self.done} steps taken had the same learning rates")
+            run.say(f"{line}; the {count_of(self.done, 'step')} taken had the same learning rates")
         steps_left = run.config.schedule.steps - self.done
         run.say(f"resumed: {path}, saved by {count_of(resumed.ranks, 'rank')}; {count_of(steps_left, 'step')} to go")
 
     def is_due(self) -> bool:
-        """Whether checkpoint.every_steps asks for a checkpoint now."""
+        """Return whether checkpoint.every_steps asks for a checkpoint now."""
         every = self._run.config.checkpoint.every_steps
         return every > 0 and self.done % every == 0
 
     def save_if_new(self, data: Mapping[str, Any], *, stop: int) -> None:
-        """Save before the run ends, unless the newest checkpoint is of this step; every rank must call this."""
+        """Save before the run ends, unless the newest checkpoint is from this step; every rank must call this."""
         if self.saved != self.done:
             self.save(data, stop=stop)
         self._run.checkpoints.wait()

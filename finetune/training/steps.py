@@ -1,7 +1,7 @@
-"""The data of a run, step by step: over the epochs of a stage, and from one stage's data to the next one's.
+"""The data of a run, step by step: over the epochs of a stage, and from the data of one stage to the next.
 
-A stage that reads other data than the stage before has a plan of its own. It starts with the epoch after the one that
-was broken off, so that no source begins at its first sample again.
+A stage that reads other data than the stage before has its own plan. It starts with the epoch after the interrupted
+one, so that no source begins again at its first sample.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ class RunData:
         self._corpora: dict[int, Corpus] = {}
         self._steps: Iterator[Step] = iter(())
         for stage in stages:
-            self._open(stage)  # all of them before the first step: what is wrong with the last one's data is known then
+            self._open(stage)  # all before the first step, so that problems in the data of the last stage show early
         self._stage = stages[0]
 
     @property
@@ -60,12 +60,12 @@ class RunData:
         if config.schedule.steps:
             return config
         config = with_steps(config, self.stream.steps_of(config.schedule.epochs))
-        self.stages = run_stages(config)  # they read what those without an end read
+        self.stages = run_stages(config)  # the data of the stages has not changed, only their ends
         self._stage = self.stages[0]
         return config
 
     def lines(self) -> Iterator[str]:
-        """Describe what there is to read: where its tokens lie, and how long an epoch of each stage is."""
+        """Describe the data: where its tokens are, and how long an epoch of each stage is."""
         described: set[int] = set()
         for stage in self.stages:
             stream = self._streams[stage.number]
@@ -80,7 +80,7 @@ class RunData:
             yield f"data{name}: {count_of(epoch_steps, 'step')} per epoch of {packs}{epochs}"
 
     def take(self, number: int, *, is_over: Callable[[], bool] = lambda: False) -> Step:
-        """Return this rank's share of step `number` of the run; steps must be taken in their order.
+        """Return this rank's share of step `number` of the run; steps must be taken in order.
 
         Raises WaitIsOver if `is_over` returns true while it waits for readers.
         """
@@ -96,29 +96,29 @@ class RunData:
                 self.stream.next_epoch()
             self._steps = iter(self.stream)
         raise ValueError(
-            "data: an epoch has not one step: fewer packs than data.packs_per_step. Give more data, set "
-            "data.packs_per_step lower, or data.remainder=keep"
+            "data: an epoch has fewer packs than data.packs_per_step, so it has no step. Add data, lower "
+            "data.packs_per_step, or set data.remainder=keep"
         )
 
     def leave_out_bad_samples(self, step: Step, say: Callable[[str], None]) -> None:
-        """Leave out, from the next epoch on, what any rank could not read; every rank must call this."""
+        """Leave out samples that any rank could not read, from the next epoch on; every rank must call this."""
         bad = gather_lists(list(step.bad))
         for item in bad:
             say(f"left out: {item}")
         self.stream.quarantine(bad)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the data is, equal on every rank."""
+        """Return the position in the data, which is the same on every rank."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state: dict[str, Any], *, done: int) -> None:
-        """Continue where it was after `done` steps of the run."""
+        """Continue at the position after `done` steps of the run."""
         self._stage = stage_of(self.stages, max(0, done - 1))
         self.stream.load_state_dict(state)
         self._steps = iter(())
 
     def _open(self, stage: Stage) -> None:
-        """Open a stage's stream; where both stages read the same, it is the one of the stage before."""
+        """Open a stage's stream, or use that of the stage before if both read the same data."""
         before = self.stages[stage.number - 1] if stage.number else None
         if before is not None and before.data == stage.data and before.sp == stage.sp:
             self._streams[stage.number] = self._streams[before.number]
@@ -128,7 +128,7 @@ class RunData:
             )
 
     def _move(self, stage: Stage) -> None:
-        """Enter a stage, and take the position over from the stream of the stage before."""
+        """Enter a stage, and continue from the position of the stage before."""
         before, data_before = self.stream, self._stage.data
         self._stage = stage
         if self.stream is not before:
@@ -142,7 +142,7 @@ class RunData:
 def take_together(data: RunData, number: int, watch: Watch, device: torch.device) -> Step:
     """Return this rank's share of a step that all ranks begin; every rank must call this.
 
-    If a signal asks any rank for an end, Preempted is raised on all, and none waits for its data any longer.
+    If a signal has asked any rank to stop, all raise Preempted, and none waits for its data any longer.
     """
     step = None
     watch.data(number)
@@ -150,9 +150,9 @@ def take_together(data: RunData, number: int, watch: Watch, device: torch.device
         step = data.take(number, is_over=lambda: bool(watch.stop))
     except WaitIsOver as over:
         watch.broken_off = over
-    watch.work(number, "the question whether to begin it", keys_of(step.batches) if step is not None else ())
+    watch.work(number, "the agreement to begin the step", keys_of(step.batches) if step is not None else ())
     require_no_wish(watch.stop, device)
-    assert step is not None, "no data without a wish"
+    assert step is not None, "no data, although no rank was asked to stop"
     return step
 
 
@@ -166,7 +166,7 @@ def open_data(
 
 
 def open_together(config: DataConfig, renderer: Renderer, *, section: str) -> Corpus:
-    """Open a corpus on every rank, rank 0 first: it indexes and converts what is new. Every rank must call this."""
+    """Open a corpus on every rank, first on rank 0, which indexes and converts new files. Every rank must call this."""
     is_first = rank_and_world()[0] == 0
     corpus = open_corpus(config, renderer, section=section) if is_first else None
     barrier()
@@ -174,7 +174,7 @@ def open_together(config: DataConfig, renderer: Renderer, *, section: str) -> Co
 
 
 def data_share(sequence: SequenceGroup | None) -> tuple[int, int]:
-    """Return which share of a stream this rank reads, and of how many; the ranks of a sequence group read the same."""
+    """Return the number of this rank's share of a stream, and how many there are; a sequence group reads one share."""
     rank, world = rank_and_world()
     ranks_per_row = sequence.size if sequence is not None else 1
     return rank // ranks_per_row, world // ranks_per_row

@@ -26,9 +26,9 @@ def take_step(
 ) -> tuple[dict[str, float], StepLoad | None, list[float]]:
     """Update the weights once; every rank must call this with its share of the same step.
 
-    Calls `announce(step, what, samples)` before anything that waits for other ranks. Without one supervised token in
-    the step nothing is computed, and the loss is zero. Returns the losses and the gradient's norm, the experts' load,
-    and this rank's part of the loss of each of its samples, in their order.
+    Calls `announce(step, what, samples)` before anything that waits for other ranks. If no token of the step is
+    supervised, nothing is computed, and the loss is zero. Returns the losses and the gradient's norm, the experts'
+    load, and this rank's part of the loss of each of its samples, in order.
     """
     announce(number, "the sums before the first forward", keys_of(step.batches))
     sums = step_sums(step.sums, device)
@@ -47,7 +47,7 @@ def take_step(
         if balance is not None:
             balance.start_micro_batch(row.valid_T)
         row_losses = engine(batch=row)
-        # with this forward queued, and before backward, at whose end the engine waits for the device
+        # sent while this forward is queued, and before backward, at whose end the engine waits for the device
         if at + 1 < len(step.batches):
             next_row = engine.module.send(step.batches[at + 1], device)
         backward(engine, row_losses.objective, total)

@@ -1,6 +1,6 @@
-"""Judges an evaluation: is it the best so far, has a guard's bound been passed, is it time to stop.
+"""Judges an evaluation: whether it is the best so far, whether it passes the bound of a guard, whether to stop.
 
-No torch. The state is JSON and goes with the checkpoint, so that a resumed run judges as the uninterrupted one would.
+Loads no torch. The state is JSON in the checkpoint, so that a resumed run judges like an uninterrupted one.
 """
 
 from collections.abc import Mapping
@@ -14,40 +14,40 @@ from finetune.settings.check_evaluation import HIGHER_IS_BETTER
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """The means of one source over its supervised tokens; that of the loss is weighted as in training."""
+    """The means of one source over its supervised tokens; the mean of the loss is weighted as in training."""
 
     samples: int
     tokens: int
     loss: float
     accuracy: float
     loss_base: float | None
-    """The loss with the adapters switched off; None, like `kl`, if there is no low-rank part to switch off."""
+    """The loss with the adapters switched off; like `kl`, it is None if there is no low-rank part to switch off."""
     kl: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The consequences of an evaluation: sentences for people, whether to keep this state, why to end the run."""
+    """The verdict on an evaluation: sentences to print, whether to keep this state, and why to end the run."""
 
     is_best: bool = False
     sentences: tuple[str, ...] = ()
     stop: str | None = None
     preempted: int = 0
-    """The signal that broke the evaluation off; the next start repeats it."""
+    """The signal that interrupted the evaluation, which the next start repeats; 0 for none."""
 
 
 class Judge:
-    """Remembers the first losses, the best metric and how long ago it was."""
+    """Remembers the first losses, the best metric, and the number of evaluations since then."""
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
         self.first: dict[str, float] = {}
         self.best: dict[str, Any] = {}
         self.stale = 0
-        self.last: dict[str, dict[str, float | None]] = {}  # by source, everything measured
+        self.last: dict[str, dict[str, float | None]] = {}  # everything measured, by source
 
     def judge(self, step: int, sources: Mapping[str, Measured]) -> Verdict:
-        """Judge one evaluation; call this in the order of steps. The one before the first step is the reference."""
+        """Judge one evaluation; call this in the order of steps. The first evaluation is the reference."""
         for name, measured in sources.items():
             self.first.setdefault(name, measured.loss)
             self.last[name] = dict(vars(measured))
@@ -58,7 +58,7 @@ class Judge:
         return Verdict(is_best=is_best, sentences=tuple(sentences), stop=self.stop())
 
     def tripped(self) -> list[str]:
-        """Return a sentence for each bound passed of a guard that ends the run, judged by the present configuration."""
+        """Return a sentence for each passed bound of a guard that ends the run, by the present configuration."""
         return [
             text
             for name, source in self.config.sources.items()
@@ -67,18 +67,18 @@ class Judge:
         ]
 
     def stop(self) -> str | None:
-        """Return why the run ends, judged by the present configuration; None if it goes on."""
+        """Return why the run ends, by the present configuration; None if it goes on."""
         if tripped := self.tripped():
             return "; ".join(tripped)
         if self.config.patience and self.stale >= self.config.patience:
             return (
-                f"eval.patience={self.config.patience}: {self.config.metric} has not been better than "
-                f"{self.best['value']:.4f} at step {self.best['step']} for {count_of(self.stale, 'evaluation')}"
+                f"eval.patience={self.config.patience}: {self.config.metric} has not improved on "
+                f"{self.best['value']:.4f} of step {self.best['step']} for {count_of(self.stale, 'evaluation')}"
             )
         return None
 
     def _is_best(self, step: int, sources: Mapping[str, Measured]) -> bool:
-        """Whether the metric is better than ever before, which is remembered."""
+        """Return whether the metric is the best so far, and remember it."""
         source, _, quantity = self.config.metric.rpartition("/")
         value = getattr(sources[source], quantity)
         sign = 1 if HIGHER_IS_BETTER[quantity] else -1
@@ -89,7 +89,7 @@ class Judge:
         return True
 
     def _passed_bounds(self, name: str) -> list[str]:
-        """Return a sentence for each bound of a guard that is passed."""
+        """Return a sentence for each bound of a source's guard that the last evaluation passed."""
         source, last = self.config.sources[name], self.last.get(name)
         if source.guard == "none" or last is None:
             return []
@@ -106,11 +106,11 @@ class Judge:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that is remembered, for a checkpoint."""
+        """Return the state for a checkpoint."""
         return {"first": self.first, "last": self.last, "best": self.best, "stale": self.stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint, with the present bounds and patience; a metric that was changed begins again."""
+        """Continue from a checkpoint, with the present bounds and patience; a changed metric begins again."""
         if not state:
             return
         self.first, self.last = dict(state["first"]), dict(state["last"])
@@ -119,7 +119,7 @@ class Judge:
 
 
 def scores(state: Mapping[str, Any]) -> dict[str, float]:
-    """Return the last numbers that a judge's state holds, by `<source>/<quantity>`."""
+    """Return the last numbers in a judge's state, by `<source>/<quantity>`."""
     return {
         f"{name}/{key}": value
         for name, measured in state.get("last", {}).items()
