@@ -38,7 +38,7 @@ class Wishes:
         self.stop = 0
         """The first signal that asked this rank to stop; 0 for none."""
         self.has_begun = False
-        """True once a step has begun in this start: before that there is nothing to save."""
+        """True when a step has begun in this start: before that there is nothing to save."""
         self._log, self._release = log, release
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
