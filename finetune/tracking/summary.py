@@ -18,7 +18,7 @@ from finetune.tracking.records import records
 
 PART = 10
 """Losses by source are shown for the first and the last of this many parts of the steps."""
-COLUMNS = ("source", "samples", "tokens", "loss at first", "loss at last")
+COLUMNS = ("source", "samples", "tokens", "first loss", "last loss")
 
 
 def work_line(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], *, done: int) -> str:

@@ -90,7 +90,7 @@ class Run:
 def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, rehearses: bool = False) -> Run:
     """Put a run together, from its base to its engine; every rank must call this.
 
-    A run that rehearses evaluates one row of each source.
+    A run that `rehearses` evaluates one row of each source.
     """
     device = engine_device()
     stages = run_stages(config)

@@ -78,11 +78,11 @@ class Told:
     missing: list[int] = field(default_factory=list)
     """Kept parameters that were partitioned at each forward, except those of modules with hooks."""
     follows: list[bool] = field(default_factory=list)
-    """Whether the engine knew the order of modules at each forward."""
+    """True for each forward at which the engine knew the order of modules."""
     left: list[int] = field(default_factory=list)
     """Elements of fetched parameters that were still gathered after each backward."""
     averaged: list[int] = field(default_factory=list)
-    """How often each backward averaged gradients over ranks."""
+    """The number of times that each backward averaged gradients over ranks."""
     external: list[tuple[str, str]] = field(default_factory=list)
     """Parameters that the engine saw being read outside their module, and where it noted them."""
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from finetune.train import main
 
 Job = tuple[str, Sequence[str], str]
-"""The name of a run, its words, and the checkpoint that is put into its folder first; empty: none."""
+"""The name of a run, its words, and the checkpoint to put into its folder first; empty: none."""
 
 
 def runs(rank: int, world: int, jobs: Sequence[Job]) -> list[int]:

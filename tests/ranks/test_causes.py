@@ -37,13 +37,13 @@ CUDA = (
         ("step 3: loss is nan", r"^step 3: loss is nan$"),
     ],
 )
-def test_a_page_of_a_library_becomes_cause_and_cure(text: str, says: str) -> None:
+def test_long_errors_of_libraries_become_a_cause_and_a_cure(text: str, says: str) -> None:
     shown = told(text, place="GPU 3 of h")
     assert re.search(says, shown), shown
     assert len(shown.splitlines()) <= LINES
 
 
-def test_a_rank_that_a_signal_ended_is_named_and_those_that_torchrun_ended_are_not(tmp_path: Path, capsys) -> None:
+def test_only_the_rank_that_a_signal_ended_first_is_named(tmp_path: Path, capsys) -> None:
     def ended(code: int, after: int = 0) -> ProcessFailure:
         failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="")
         failure.timestamp += after
@@ -63,7 +63,7 @@ def test_a_rank_that_a_signal_ended_is_named_and_those_that_torchrun_ended_are_n
         assert words in killed.message
 
 
-def test_what_ends_a_rank_before_it_has_a_log_reaches_the_launcher_and_survives_rank_0(
+def test_an_error_before_a_rank_has_a_log_reaches_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv(LAUNCHER_LOGS, str(tmp_path))
@@ -81,11 +81,11 @@ def test_what_ends_a_rank_before_it_has_a_log_reaches_the_launcher_and_survives_
     assert capsys.readouterr().err == "moetune train: this rank sees no GPU\n"
 
 
-def test_under_a_bare_launcher_the_first_rank_of_a_host_speaks_for_all(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_without_our_launcher_the_first_rank_of_a_host_reports(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     for local, waits in (("0", 0), ("1", 1)):
         monkeypatch.setitem(os.environ, "LOCAL_RANK", local)
         assert report_early(int(local), OSError(13, "Permission denied", "runs")) == 1
-        assert len(slept) == waits  # the launcher ends it meanwhile, unless it alone has failed
+        assert len(slept) == waits  # in the meantime, the launcher ends it, unless only this rank has failed
     assert capsys.readouterr().err.count("moetune train, rank 1: [Errno 13] Permission denied: 'runs'\n") == 1

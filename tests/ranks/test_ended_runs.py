@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, or go wrong, as real processes: what goes on is what would have been."""
+"""Runs that are stopped, killed, or go wrong, as real processes: a resumed run equals an uninterrupted one."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from launchers.train import verdict
 
 LORA = ["adapters.attention.mode=lora", "adapters.experts.mode=lora", "adapters.router.mode=full", "moe.balance=global"]
 RUN = [*LORA, "schedule.steps=5", "schedule.warmup_steps=2", "checkpoint.every_steps=2", "data.workers=1"]
-RUN += ["data.tokens_per_pack=256"]  # two steps an epoch: a signal finds workers that read ahead
+RUN += ["data.tokens_per_pack=256"]  # two steps per epoch: a signal comes while workers read ahead
 EVERY_FIGURE = {
     "step",
     "epoch",
@@ -85,12 +85,12 @@ def whole(place: Path) -> str:
     return done.stdout
 
 
-def test_a_run_that_is_over_has_ended_its_process_groups(place: Path, whole: str) -> None:
+def test_a_finished_run_has_ended_its_process_groups(place: Path, whole: str) -> None:
     assert sorted((place / "at-exit").read_text().splitlines()) == [f"rank {n}: no process group" for n in (0, 1)]
 
 
 def _same_as_whole(place: Path, name: str) -> None:
-    """Bit for bit: every figure of every step but the clocks', and the adapter."""
+    """Compare the adapter, and every figure of every step except times, bit for bit."""
     for one, other in zip(metrics(place, "whole"), metrics(place, name), strict=True):
         assert {k: v for k, v in one.items() if k not in CLOCKS} == {k: v for k, v in other.items() if k not in CLOCKS}
     ours, theirs = (
@@ -110,7 +110,7 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
     assert all(step["mfu"] is None and step["tflops_model"] > 0 and step["images"] > 0 for step in steps)
     assert [step["epoch"] for step in steps] == [0, 0, 1, 1, 2]
     assert all(one["images"] + other["images"] <= 36 for one, other in zip(steps[:4:2], steps[1:4:2], strict=True))
-    assert whole.count("mfu: null in metrics.jsonl, as the peak of a CPU is not known") == 1
+    assert whole.count("mfu is null in metrics.jsonl: the peak of a CPU is unknown") == 1
     loads = [json.loads(line) for line in (folder / "expert_load.jsonl").read_text().splitlines()]
     assert [load["step"] for load in loads] == [0, 2, 4]
     assert sum(loads[0]["counts"][0]) == 2 * steps[0]["tokens_nonpad"]  # top-2 of the tiny base
@@ -130,7 +130,7 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
         log = (folder / "logs" / f"rank-{rank:04d}.log").read_text()
         stages = re.findall(r"--- (.*)", log)
         assert stages[:3] == ["base and empty model", "data", "weights and engine"]
-        assert "writing what was learned" in stages
+        assert "writing the result" in stages
         assert beat(place, "whole", rank)["stage"] == "ended"
     assert json.loads((folder / "logs" / "outcome.json").read_text())["outcome"] == "done"
 
@@ -150,11 +150,11 @@ sys.addaudithook(at_its_file)
 """
 
 
-def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(place: Path, whole: str) -> None:
+def test_sigterm_saves_and_exits_75_and_the_same_command_continues_bit_for_bit(place: Path, whole: str) -> None:
     words = [*RUN, "track.wandb=offline", "track.load_every=2"]
     cut = start(place, [*TRAIN, "--ranks", "2"], "cut", *words, at="step 0:", then=_stop(signal.SIGTERM))
     assert cut.returncode == 75, cut.stderr[-3000:]
-    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command goes on from there", cut.stdout)[1])
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command continues from there", cut.stdout)[1])
     assert done in (1, 2, 3)
     assert re.search(rf"^so far: {done} steps? in 0:0\d:\d\d; [\d,]+ useful tokens$", cut.stdout, re.M)
     assert cut.stderr == "moetune train: preempted; run the same command again to go on\n"
@@ -169,7 +169,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on_bit_for_bit(pla
 
 
 def _last_words(said: str, name: str) -> list[str]:
-    """The closing summary without its times; it tells of all starts."""
+    """Return the closing summary, which covers all starts, without its times."""
     words = said[said.index("\ndone: 5 steps in ") :].replace(f"runs/{name}/", "")
     return re.sub(r"\d+:\d\d:\d\d", "", words).splitlines()
 
@@ -178,7 +178,7 @@ def _last_words(said: str, name: str) -> list[str]:
     ("name", "command", "number"),
     [
         ("early", [*TRAIN, "--ranks", "2"], signal.SIGUSR1),
-        pytest.param(  # the same with what a rendered job starts
+        pytest.param(  # the same with the command of a rendered job
             "warned",
             [*TORCHRUN, "--nproc_per_node=2", "--signals-to-handle=SIGTERM,SIGUSR1", "-m", "finetune.train"],
             signal.SIGUSR1,
@@ -192,18 +192,18 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
     done = start(place, command, name, *RUN, at="loaded:", then=_stop(number))
     assert "step 0:" not in done.stdout
     logs = place / "runs" / name / "logs"
-    for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
+    for rank in (0, 1):  # the ranks end themselves; torchrun would end them 30 s later
         assert "no step has begun since the start: the rank ends now" in (logs / f"rank-{rank:04d}.log").read_text()
     if command[: len(TRAIN)] == TRAIN:
         assert done.returncode == 75, done.stderr[-3000:]
         words = "ended by a signal before it could save; the same command goes on from the last save"
         assert done.stderr == f"moetune train: {words}\n"
-    else:  # torchrun has one exit code for all: the job looks here whether it is to be queued again
+    else:  # torchrun has one exit code for all: the job reads here whether to queue itself again
         assert json.loads((logs / "outcome.json").read_text())["outcome"] == "preempted"
 
 
 @pytest.mark.slow  # two starts
-def test_a_signal_breaks_off_an_evaluation_also_the_last_and_the_next_start_makes_up_for_it(place: Path) -> None:
+def test_a_signal_interrupts_any_evaluation_and_the_next_start_repeats_it(place: Path) -> None:
     turns = [[{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": "Yes."}] for n in range(3000)]
     (place / "held-out.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     words = [*RUN, "schedule.steps=1", "schedule.warmup_steps=0", "eval.sources.words.path=held-out.jsonl"]
@@ -211,7 +211,7 @@ def test_a_signal_breaks_off_an_evaluation_also_the_last_and_the_next_start_make
     folder = place / "runs" / "judged"
     cut = start(place, [*TRAIN, "--ranks", "2"], "judged", *words, at="step 0:", then=_stop(signal.SIGTERM))
     assert cut.returncode == 75, cut.stderr[-3000:]
-    assert "the evaluation at step 1 is left for the next start" in cut.stdout
+    assert "the evaluation at step 1 was interrupted; the next start repeats it" in cut.stdout
     assert "stopped by SIGTERM after 1 step" in cut.stdout
     assert (folder / "checkpoints" / "step-000001").exists()
     assert not (folder / "adapter").exists()
@@ -236,7 +236,7 @@ sys.addaudithook(second_epoch)
 
 
 @pytest.mark.slow  # two starts
-def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, whole: str) -> None:
+def test_a_signal_interrupts_a_wait_for_data_and_nothing_is_lost(place: Path, whole: str) -> None:
     words = [*RUN, "checkpoint.every_steps=0", "track.wandb=offline", "track.load_every=2"]
 
     def stop(pid: int) -> None:
@@ -245,7 +245,7 @@ def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, 
             time.time() - (heartbeat := beat(place, "waits", 1))["time"] > 2 or heartbeat["stage"] != "waiting for data"
         ):
             assert time.monotonic() < deadline, heartbeat
-            time.sleep(0.1)  # it writes where it is every 4 s
+            time.sleep(0.1)  # it writes a heartbeat every 4 s
         time.sleep(1)
         os.kill(pid, signal.SIGTERM)
 
@@ -261,7 +261,7 @@ def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, 
         site=HANGS,
     )
     assert cut.returncode == 75, cut.stderr[-3000:]
-    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command goes on from there", cut.stdout)[1])
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command continues from there", cut.stdout)[1])
     assert done == 2
     again = start(place, [*TRAIN, "--ranks", "2"], "waits", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -270,20 +270,20 @@ def test_a_signal_breaks_off_the_wait_for_data_and_nothing_is_lost(place: Path, 
 
 
 @pytest.mark.slow  # two starts
-def test_a_signal_waits_for_the_save_behind_the_run_and_writes_one_more(place: Path, whole: str) -> None:
+def test_a_signal_waits_for_the_asynchronous_save_and_writes_one_more(place: Path, whole: str) -> None:
     slow = IN_SAVE.format(what="time.sleep(5)")
     words = [*RUN, "checkpoint.every_steps=1", "checkpoint.asynchronous=true", "track.wandb=offline"]
     words += ["track.load_every=2"]
     cut = start(place, [*TRAIN, "--ranks", "2"], "behind", *words, at="step 0:", then=_stop(signal.SIGTERM), site=slow)
     assert cut.returncode == 75, cut.stderr[-3000:]
-    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command goes on from there", cut.stdout)[1])
+    done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command continues from there", cut.stdout)[1])
     assert (place / "runs" / "behind" / "checkpoints" / f"step-{done:06d}").exists()
     again = start(place, [*TRAIN, "--ranks", "2"], "behind", *words)
     assert again.returncode == 0, again.stderr[-3000:]
     _same_as_whole(place, "behind")
 
 
-@pytest.mark.slow  # two starts; test_train.py kills a whole run
+@pytest.mark.slow  # two starts; test_train.py kills an entire run
 def test_a_killed_rank_ends_the_others_and_an_elastic_restart_resumes(place: Path, whole: str) -> None:
     raw = [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=1", "-m", "finetune.train"]
     killed = []
@@ -302,8 +302,8 @@ def test_a_killed_rank_ends_the_others_and_an_elastic_restart_resumes(place: Pat
     _same_as_whole(place, "killed")
 
 
-@pytest.mark.slow  # a start of its own; the parts are tested apart
-def test_deepspeed_starts_it_and_a_broken_wandb_stops_nothing(
+@pytest.mark.slow  # a start of its own; the parts have their own tests
+def test_deepspeed_starts_a_run_and_a_broken_wandb_does_not_stop_it(
     place: Path, whole: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "broken")
@@ -319,7 +319,7 @@ def test_deepspeed_starts_it_and_a_broken_wandb_stops_nothing(
 
 
 @pytest.mark.slow  # two starts
-def test_a_step_that_is_not_finite_is_kept_and_a_replay_names_the_module(place: Path) -> None:
+def test_a_step_that_is_not_finite_is_saved_and_a_replay_names_the_module(place: Path) -> None:
     broken = place / "broken"
     broken.mkdir()
     for file in (place / "base").iterdir():
@@ -378,7 +378,7 @@ def _stopped_worker(place: Path, name: str) -> Callable[[int], None]:
         ),
     ],
 )
-def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
+def test_stalls_of_data_and_of_collectives_have_different_messages(
     place: Path,
     name: str,
     stop: Callable[[Path, str], Callable[[int], None]],
@@ -388,7 +388,7 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
 ) -> None:
     monkeypatch.setenv(SHUTDOWN, "3")
     raw = [*TORCHRUN, "--nproc_per_node=2", "-m", "finetune.train"]
-    # short packs: an epoch of 24 steps, so that a worker has more to read than it holds ready
+    # short packs: an epoch of 24 steps, so that a worker has more to read than it keeps ready
     words = [*RUN, "schedule.steps=200", "checkpoint.every_steps=0", "data.tokens_per_pack=128"]
     words += ["data.packs_per_step=2", limit]
     done = start(place, raw, name, *words, at="step 1:", then=stop(place, name))
@@ -410,7 +410,7 @@ def test_a_stall_of_data_and_one_of_a_collective_are_told_apart(
         ("slow-disk", "time.sleep(25)", ""),
     ],
 )
-def test_a_rank_lost_in_a_save_is_missed_in_one_limit_and_a_slow_disk_is_waited_for(
+def test_a_rank_lost_in_a_save_is_missed_within_one_limit_but_a_slow_disk_may_take_longer(
     place: Path, name: str, what: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SHUTDOWN, "3")
@@ -479,7 +479,7 @@ def test_ctrl_c_ends_every_process(place: Path) -> None:
     done = start(place, [*TRAIN, "--ranks", "2"], "interrupted", *RUN, at="loaded:", then=press)
     assert done.returncode == 130
     assert not (place / "runs" / "interrupted" / "lock.json").exists()
-    for rank in (0, 1):  # by themselves, and not 30 s later by torchrun
+    for rank in (0, 1):  # the ranks end themselves; torchrun would end them 30 s later
         assert "Ctrl-C: the rank ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
     assert done.stderr == "moetune train: interrupted; the same command goes on from the last save\n"
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
@@ -489,7 +489,7 @@ def test_ctrl_c_ends_every_process(place: Path) -> None:
 
 
 class Clock:
-    """A clock that goes when it is told to: the test's own pace on a busy machine is no rank's silence."""
+    """A clock that the test moves, so that a slow test on a busy machine does not look like a silent rank."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -504,7 +504,7 @@ class Clock:
         time.sleep(0.02)  # two files written within one tick of the kernel have the same time
 
 
-def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_ended(
+def test_the_next_rank_is_silent_if_it_stops_writing_but_not_if_it_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
@@ -523,7 +523,7 @@ def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_
     clock.goes_on(5.0)
     assert re.fullmatch(r"rank 0, \S+: step 4, evaluation, 5 s ago", last.silent_rank())
     assert not last.another_works()
-    last.add_silence(10.0)  # it was suspended itself
+    last.add_silence(10.0)  # the rank itself was suspended
     assert last.silent_rank() == ""
     last.add_silence(-10.0)
     first.write(here | {"stage": "ended"})
@@ -536,13 +536,13 @@ def test_the_rank_after_one_is_silent_when_it_stops_telling_and_not_when_it_has_
     assert last.silent_rank()
     for log in logs:
         log.close()
-    shutil.rmtree(tmp_path / "logs")  # who cannot write does not judge
+    shutil.rmtree(tmp_path / "logs")  # a rank that cannot write does not judge others
     last.write(here)
     assert last.silent_rank() == ""
 
 
-def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Path) -> None:
-    """Rank 3's is of an earlier start, whatever the clock says of it."""
+def test_the_earliest_failure_is_the_cause_but_never_a_lost_rank(tmp_path: Path) -> None:
+    """The failure of rank 3 belongs to an earlier start, regardless of its time."""
     for rank, when, kind in ((0, 1.0, "lost"), (1, 3.0, "failed"), (2, 2.0, "stall"), (3, 0.5, "failed")):
         start = f"host 29500 - {'earlier' if rank == 3 else 'now'} 0"
         failure = Failure(rank=rank, host="h", time=100 + when, kind=kind, message=f"of {rank}", start=start)  # type: ignore[arg-type]
@@ -555,7 +555,9 @@ def test_the_earliest_failure_is_the_cause_and_a_lost_rank_never_is(tmp_path: Pa
     assert first_failure(tmp_path, start="later") is None
 
 
-def test_an_outcome_is_that_of_its_start_and_survives_logs_that_were_removed(tmp_path: Path, monkeypatch) -> None:
+def test_an_outcome_belongs_to_its_start_and_is_written_even_if_the_logs_were_removed(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "now")
     log = RankLog(tmp_path / "logs", 0)
     shutil.rmtree(tmp_path / "logs")
@@ -567,8 +569,8 @@ def test_an_outcome_is_that_of_its_start_and_survives_logs_that_were_removed(tmp
         assert outcome_of(log.folder, "now") == ""
 
 
-def test_a_log_on_a_full_disk_ends_no_run_and_hides_no_reason(tmp_path: Path, capsys) -> None:
-    """/dev/full takes nothing, as a full disk; a folder takes no text."""
+def test_a_log_on_a_full_disk_neither_ends_a_run_nor_hides_the_reason(tmp_path: Path, capsys) -> None:
+    """Write to /dev/full, which fails like a full disk, and to a folder, which cannot hold text."""
     (tmp_path / "rank-0000.log").symlink_to("/dev/full")
     (tmp_path / "failure-0000.json").mkdir()
     log = RankLog(tmp_path, 0)
@@ -611,7 +613,7 @@ def test_the_last_sentence_is_the_reason(
         ("done", 0, 0, ""),
     ],
 )
-def test_torchrun_s_one_code_becomes_that_of_the_outcome(
+def test_the_exit_code_of_torchrun_becomes_that_of_the_outcome(
     tmp_path: Path, outcome: Outcome, code: int, wanted: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "now")
@@ -622,13 +624,13 @@ def test_torchrun_s_one_code_becomes_that_of_the_outcome(
     assert capsys.readouterr().err.removeprefix("moetune train: ") == says
 
 
-def test_a_disk_that_takes_nothing_is_the_reason_where_no_rank_could_write_one(tmp_path: Path, capsys) -> None:
+def test_a_full_disk_is_the_reason_if_no_rank_could_write_one(tmp_path: Path, capsys) -> None:
     (tmp_path / "room").symlink_to("/dev/full")
     assert verdict(1, [], logs=tmp_path, run_id="now", leaves_outcome=True) == 1
     assert "could not write why: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
-def test_steps_that_teach_nothing_stop_the_run() -> None:
+def test_idle_steps_stop_the_run() -> None:
     idle = IdleSteps(3)
     for step, loss in enumerate((0.0, 0.0, 1e-30, 0.0, 0.0)):
         idle.see(step, loss, ["a/b/c"])
@@ -636,15 +638,15 @@ def test_steps_that_teach_nothing_stop_the_run() -> None:
         idle.see(5, 0.0, ["a/b/c"])
     with pytest.raises(RuntimeError, match=r"step 4: loss is nan, loss_z is inf; the weights are those of the step"):
         require_finite({"loss": float("nan"), "loss_balance": 1.0, "loss_z": float("inf")}, 4)
-    assert RunConfig().run.stall_seconds > RunConfig().data.stall_seconds  # a rank without data speaks first
+    assert RunConfig().run.stall_seconds > RunConfig().data.stall_seconds  # so that a rank without data reports first
 
 
-def test_a_folder_without_rows_is_no_kept_step(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"it holds no rows/. Name a folder that a stopped run said it kept"):
+def test_a_folder_without_rows_is_not_a_saved_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no rows/ in it. Name the folder in which a stopped run saved"):
         saved_rows(tmp_path)
 
 
-def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
+def test_a_step_without_supervised_tokens_does_not_call_the_engine() -> None:
     announced = list[str]()
     step = Step(
         epoch=0,
@@ -665,9 +667,7 @@ def test_a_step_with_nothing_supervised_leaves_the_engine_alone() -> None:
     assert announced == ["the sums before the first forward"]
 
 
-def test_escape_sequences_in_messages_are_shown_and_not_obeyed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_escape_sequences_in_messages_are_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RankLog(tmp_path, 0)
     log.terminal = sys.stderr
     log("left out: sample \x1b[2Ja")

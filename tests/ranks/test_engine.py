@@ -1,4 +1,4 @@
-"""The engine's dictionary, its limits, what ranks compare before it starts, and steps that it silently skips."""
+"""The engine's dictionary, its limits, the comparison of ranks before it starts, and steps that it silently skips."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def test_the_dictionary_is_the_golden_one() -> None:
+def test_the_dictionary_equals_the_golden_one() -> None:
     # To renew: PYTHONPATH=.:tests/harness python -c \
     #   'from tests.ranks.test_engine import *; GOLDEN.write_text(json.dumps(golden(), indent=2) + "\n")'
     assert golden() == json.loads(GOLDEN.read_text())
@@ -44,7 +44,7 @@ def golden() -> dict[str, Any]:
     return engine_config(EngineOptions(micro_batches_per_step=4), largest_layer=302_000_000, trained=80_000_000)
 
 
-def test_extra_adds_keys_beside_ours() -> None:
+def test_extra_adds_keys_to_ours() -> None:
     extra = {"zero_optimization": {"round_robin_gradients": True}, "dump_state": True}
     config = engine_config(EngineOptions(extra=extra))
     assert config["dump_state"] is True
@@ -61,7 +61,7 @@ def test_extra_may_not_override_and_every_key_is_listed() -> None:
 
 
 @pytest.mark.parametrize("key", LIMITS)
-def test_what_the_engine_cannot_do_is_refused_with_its_reason(key: str) -> None:
+def test_unsupported_keys_are_refused_with_the_reason(key: str) -> None:
     with pytest.raises(ValueError, match=rf"engine\.extra\.{key}: {LIMITS[key][:20]}"):
         engine_config(EngineOptions(extra=nested(key, 2)))
 
@@ -96,7 +96,7 @@ def test_outside_a_process_group_there_is_one_rank() -> None:
 
 
 def comparing(rank: int, world: int) -> dict[str, str]:
-    """Ranks that hold other names, other dtypes, another order, or the same."""
+    """Return the errors of ranks with different shapes, names, dtypes or orders, and of equal ranks."""
     small, wide = nn.Linear(3, 5), nn.Linear(3, 7)
     tables = {
         "shape": parameter_table(small if rank == 0 else wide),
@@ -118,7 +118,7 @@ def comparing(rank: int, world: int) -> dict[str, str]:
 
 
 class Toy(nn.Module):
-    """A linear model whose loss is a sum over the tokens given."""
+    """A linear model whose loss is a sum over the given tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def whole(model: nn.Module) -> list[bool]:
 
 
 def fetching() -> dict[str, Any]:
-    """An engine that keeps vectors and fetches matrices; a forward that fails inside a module that fetches."""
+    """Observe an engine that keeps vectors and fetches matrices, and a forward that fails in a fetching module."""
     model, running = Toy(), list[list[nn.Module]]()
     engine = initialize(model, EngineOptions(dtype="float32", persistence_threshold=3))
     model.register_forward_pre_hook(lambda *_: running.append(list(FWD_MODULE_STACK)))
@@ -156,7 +156,7 @@ def fetching() -> dict[str, Any]:
 
 
 def stepping(rank: int, world: int) -> dict[str, Any]:
-    """An engine in bfloat16: dtypes on the wire and of masters; weight decay; a step with an infinite gradient."""
+    """Observe an engine in bfloat16: dtypes of collectives and masters, weight decay, an infinite gradient."""
     start_distributed()
     state: dict[str, Any] = fetching()
     model = Toy()
@@ -202,15 +202,15 @@ def two_ranks() -> list[tuple[dict[str, str], dict[str, Any]]]:
     return run_ranks(both, 2)
 
 
-def test_only_modules_that_fetch_pay_for_it(two_ranks: Any) -> None:
+def test_only_modules_that_fetch_have_hooks(two_ranks: Any) -> None:
     for _, state in two_ranks:
         assert state["hooks"] == {
-            "all kept": {"": 4, "inner": 0, "norm": 0},  # the outermost has the engine's own
-            "matrices fetched": {"": 5, "inner": 4, "norm": 0},  # and the test's
+            "all kept": {"": 4, "inner": 0, "norm": 0},  # the outermost module has the engine's own hooks
+            "matrices fetched": {"": 5, "inner": 4, "norm": 0},  # and one of the test
         }
 
 
-def test_what_is_kept_is_whole_whatever_happened(two_ranks: Any) -> None:
+def test_kept_parameters_are_always_complete(two_ranks: Any) -> None:
     for _, state in two_ranks:
         assert state["whole"] == dict.fromkeys(
             ("after the start", "after a skipped step", "after it was asked for whole"), [True] * 4
@@ -219,12 +219,12 @@ def test_what_is_kept_is_whole_whatever_happened(two_ranks: Any) -> None:
         assert state["partitioned"] == [False, True, True, True]
 
 
-def test_a_forward_that_failed_leaves_nothing_to_the_next(two_ranks: Any) -> None:
+def test_a_failed_forward_does_not_affect_the_next(two_ranks: Any) -> None:
     for _, state in two_ranks:
         assert state["running"] == [True] * 3
 
 
-def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
+def test_all_ranks_name_the_differences(two_ranks: Any) -> None:
     for messages, _ in two_ranks:
         assert messages["sum"] == "[3.0]"
         assert messages["shape"].startswith(
@@ -240,7 +240,7 @@ def test_ranks_name_what_differs_on_all_of_them(two_ranks: Any) -> None:
         assert "same" not in messages
 
 
-def test_the_engine_compares_before_it_starts(two_ranks: Any) -> None:
+def test_ranks_are_compared_before_the_engine_starts(two_ranks: Any) -> None:
     for _, state in two_ranks:
         assert "inner.weight: (3, 5) float32 trained on rank 0, absent on rank 1" in state["other"]
 

@@ -43,7 +43,7 @@ def test_a_rank_takes_its_own_device_before_anything_else(ranks: list[list[Call]
         assert whats.index("set_device") < whats.index(MADE) < whats.index("current_device_name")
 
 
-def test_groups_are_made_at_set_up_alone_and_by_the_main_thread(ranks: list[list[Call]]) -> None:
+def test_groups_are_made_only_at_setup_and_by_the_main_thread(ranks: list[list[Call]]) -> None:
     for calls in ranks:
         assert {(call.phase, call.thread) for call in calls if call.what == MADE} == {("set-up", "MainThread")}
 
@@ -54,7 +54,7 @@ def test_streams_are_entered_in_steps_by_the_main_thread(ranks: list[list[Call]]
         assert places == {("step", "MainThread"), ("step after", "MainThread")}
 
 
-def test_no_group_ends_a_run_while_rank_0_works_for_all(ranks: list[list[Call]]) -> None:
+def test_no_group_ends_a_run_while_all_wait_for_rank_0(ranks: list[list[Call]]) -> None:
     for calls in ranks:
         assert {call.value.limit for call in calls if call.what == MADE} == {PATIENCE}
 
@@ -68,13 +68,13 @@ def test_the_thread_that_saves_takes_the_rank_s_device_first(ranks: list[list[Ca
 
 @pytest.mark.parametrize("restarts", [0, 1])
 @pytest.mark.parametrize(("world", "bound"), [(2, torch.device("cuda", 1)), (1, None)])
-def test_a_group_on_gpus_is_bound_to_the_rank_s_own_also_after_a_restart(
+def test_a_group_on_gpus_is_bound_to_the_device_of_the_rank_even_after_a_restart(
     world: int, bound: torch.device | None, restarts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert _asked(monkeypatch, world=world, restarts=restarts) == {"device_id": bound, "timeout": PATIENCE}
 
 
-def test_a_limit_of_the_user_s_holds_for_the_groups_of_nccl_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_s_timeout_also_applies_to_groups_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = datetime.timedelta(minutes=7)
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "7")
     monkeypatch.setattr(deepspeed.constants, "default_pg_timeout", mine)  # read when it was imported
@@ -88,7 +88,7 @@ def _asked(monkeypatch: pytest.MonkeyPatch, *, world: int, restarts: int) -> dic
     class Asked(Exception):
         pass
 
-    @functools.wraps(dist.init_process_group)  # the engine looks at its parameters
+    @functools.wraps(dist.init_process_group)  # the engine inspects its parameters
     def ask(*_: Any, **options: Any) -> None:
         raise Asked(options)
 
@@ -103,9 +103,9 @@ def _asked(monkeypatch: pytest.MonkeyPatch, *, world: int, restarts: int) -> dic
         "TORCHELASTIC_RESTART_COUNT": restarts,
     }.items():
         monkeypatch.setenv(name, str(value))
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # put back afterwards
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # restored after the test
         monkeypatch.setattr(dist.distributed_c10d, name, datetime.timedelta(0))
-    # as cuda_accelerator.py answers: from torch's current device
+    # like cuda_accelerator.py: from torch's current device
     current, kind = [0], type(get_accelerator())
     monkeypatch.setattr(kind, "set_device", lambda _, number: current.insert(0, number))
     monkeypatch.setattr(kind, "current_device_name", lambda _: f"cuda:{current[0]}")
@@ -118,7 +118,7 @@ def _asked(monkeypatch: pytest.MonkeyPatch, *, world: int, restarts: int) -> dic
     return {name: options.get(name) for name in ("device_id", "timeout")}
 
 
-def test_a_rank_that_does_not_see_its_device_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_see_its_device_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Any, number: int) -> None:
         raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be ...")
 

@@ -1,4 +1,4 @@
-"""The engine's hooks: losses are those of an engine with all of them, and what has none is whole at every forward."""
+"""The engine's hooks: losses equal those with all hooks, and parameters without hooks are complete at every forward."""
 
 import functools
 from itertools import product
@@ -34,26 +34,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reference(job: Job) -> Job:
-    """Compare with a run that keeps every hook; neither recompute nor where weights are kept may move a loss."""
+    """Compare with a run that keeps every hook; neither recompute nor the place of weights may change a loss."""
     return Job(vision=job.vision, dropout=job.dropout, recompute="none", stock=True)
 
 
 @functools.cache
 def found(base: Path, world: int, jobs: tuple[Job, ...]) -> dict[Job, list[Told]]:
-    """One start for all jobs and their references; by job what each rank told."""
+    """Run all jobs and their references in one start; return the observations of each rank by job."""
     jobs = (*dict.fromkeys(map(reference, jobs)), *jobs)
     ranks = run_ranks(session, world, base, list(jobs))
     return {job: [rank[number] for rank in ranks] for number, job in enumerate(jobs)}
 
 
 @pytest.mark.parametrize(("world", "job"), [(world, job) for world, jobs in CHOSEN.items() for job in jobs], ids=str)
-def test_hooks_that_are_gone_are_not_missed(base: Path, world: int, job: Job) -> None:
+def test_removed_hooks_change_no_loss(base: Path, world: int, job: Job) -> None:
     require_sound(job, found(base, world, tuple(CHOSEN[world])))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_nor_are_they_in_any_other_way_to_train(base: Path, world: int) -> None:
+def test_removed_hooks_change_no_loss_in_other_forwards_and_backwards(base: Path, world: int) -> None:
     everything = found(base, world, tuple(MATRIX))
     for job in MATRIX:
         require_sound(job, everything)
@@ -65,14 +65,14 @@ def require_sound(job: Job, everything: dict[Job, list[Told]]) -> None:
         assert rank.stack == [1] * 2 * ROWS, job
         assert not any(rank.missing), job
         assert rank.left == [0] * 2 * ROWS, job
-        assert rank.averaged == [2] * 2 * ROWS, f"{job}: once for the experts of all layers, once for all else"
+        assert rank.averaged == [2] * 2 * ROWS, f"{job}: once for the experts of all layers, once for the rest"
         assert min(stock.averaged) > 2, "in the order of the layers, one after the other"
         recorded = [False, *[True] * (ROWS - 1), False, *[True] * (HELD_OUT - 1)]
         assert rank.follows == 2 * recorded, job
         if job.threshold is None:
-            assert (rank.hooks, rank.external) == (0, []), f"{job}: all of a tiny model is kept"
+            assert (rank.hooks, rank.external) == (0, []), f"{job}: all parameters of a tiny model are kept"
         else:
             assert 0 < rank.hooks < stock.hooks, job
-            assert rank.external, f"{job}: what is read outside its module is noticed"
+            assert rank.external, f"{job}: a parameter read outside its module is noticed"
         for name, place in rank.external:
-            assert not place or name.startswith(f"{place}."), f"{job}: {name} was taken for one of {place}"
+            assert not place or name.startswith(f"{place}."), f"{job}: {name} was taken for a parameter of {place}"

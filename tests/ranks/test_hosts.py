@@ -1,4 +1,4 @@
-"""Several hosts for real: TCP rendezvous between namespaces, one cut off mid-run, and the run goes on exactly."""
+"""Several real hosts: TCP rendezvous between namespaces, one is cut off mid-run, and the run continues exactly."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def _start(
     ranks: int = 2,
     site: Path | None = None,
 ) -> list[tuple[subprocess.Popen, Path]]:
-    """Start one run, an agent on each host, from the rendered command."""
+    """Start one run with an agent on each host, from the rendered command."""
     profile = Profile(
         kind="torchrun",
         nodes=len(here),
@@ -63,7 +63,7 @@ def _start(
         command = list(rendered.command)
         if len(here) > 1:
             at = next(index for index, word in enumerate(command) if word.startswith("--rdzv_conf="))
-            # hosts of one machine have one name: who holds the store has to be said; a dead host is missed sooner
+            # hosts of one machine have one name, so the holder of the store is set; a dead host is noticed sooner
             command[at] += f",is_host={'true' if number == 0 else 'false'},last_call_timeout=2,keep_alive_interval=1"
             command.insert(at, f"--local_addr={host.address}")
         settings = environment() | dict(rendered.environment) | {"GLOO_SOCKET_IFNAME": "eth0"}
@@ -106,7 +106,7 @@ def _finish(started, limit: float = 150) -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_hosts_train_and_a_cut_off_one_ends_the_run_in_time_and_it_resumes_on_one_host_fewer(
+def test_a_host_cut_off_mid_run_ends_it_in_time_and_it_resumes_on_one_host_fewer(
     tmp_path: Path,
 ) -> None:
     toy_run(tmp_path, rows=216)
@@ -149,7 +149,7 @@ sys.addaudithook(at_its_file)
 
 
 @pytest.mark.slow
-def test_a_host_cut_off_in_a_save_that_still_reaches_the_disk_is_missed_soon(tmp_path: Path) -> None:
+def test_a_host_cut_off_in_a_save_is_missed_soon_even_if_it_still_reaches_the_disk(tmp_path: Path) -> None:
     toy_run(tmp_path, rows=216)
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(IN_SAVE)
@@ -161,7 +161,7 @@ def test_a_host_cut_off_in_a_save_that_still_reaches_the_disk_is_missed_soon(tmp
         here[1].cut_off()
         began = time.monotonic()
         assert cut[0][0].wait(120) != 0
-        assert time.monotonic() - began < 4 + 2 * STALL_S + 45  # not the eight limits of a disk
+        assert time.monotonic() - began < 4 + 2 * STALL_S + 45  # not the eight limits of a slow disk
         log = cut[0][1].read_text()
         assert re.search(r"in the checkpoint. No rank is writing, and another rank has not arrived", log), log[-3000:]
         assert not (tmp_path / "runs" / "cut" / "checkpoints" / "step-000003").exists()
@@ -170,7 +170,7 @@ def test_a_host_cut_off_in_a_save_that_still_reaches_the_disk_is_missed_soon(tmp
 
 
 @pytest.mark.slow
-def test_four_hosts_restart_by_themselves_without_the_one_that_was_cut_off(tmp_path: Path) -> None:
+def test_four_hosts_restart_without_the_one_that_was_cut_off(tmp_path: Path) -> None:
     toy_run(tmp_path, rows=216)
     with hosts(4) as here:
         words = [f"schedule.steps={STEPS}", "parallel.ep=1", "data.packs_per_step=12"]

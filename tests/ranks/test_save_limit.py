@@ -1,4 +1,4 @@
-"""The limit of a rank in a save, state by state, by a clock that the test moves."""
+"""The limit of a rank in a save, state by state, with a clock that the test moves."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_rank_that_waits_ends_when_it_has_twice_seen_nobody_work(tmp_path: Path, clock: Clock) -> None:
+def test_a_waiting_rank_ends_if_no_other_rank_works_at_two_checks(tmp_path: Path, clock: Clock) -> None:
     others: list[str] = []
     save = SaveLimit(LIMIT, another_works=lambda: bool(others))
     save.begin(tmp_path)
@@ -44,14 +44,14 @@ def test_a_rank_that_waits_ends_when_it_has_twice_seen_nobody_work(tmp_path: Pat
     assert _passed_after(1.0, save, clock) == LIMIT
 
 
-def test_a_rank_that_works_has_eight_limits_since_the_last_byte(tmp_path: Path, clock: Clock) -> None:
+def test_a_working_rank_has_eight_limits_since_the_last_byte(tmp_path: Path, clock: Clock) -> None:
     save = SaveLimit(LIMIT, another_works=lambda: False)
     save.begin(tmp_path)
     save.work(True)
     part = tmp_path / "step-000001.partial" / "shard"
     part.parent.mkdir()
     part.write_bytes(b"1")
-    assert _passed_after(LIMIT + 1, save, clock) == 0.0, "the first look"
+    assert _passed_after(LIMIT + 1, save, clock) == 0.0, "the first check"
     part.write_bytes(b"12")
     assert _passed_after(7 * LIMIT, save, clock) == 0.0, "it has grown"
     assert _passed_after(8 * LIMIT, save, clock) == 0.0
@@ -60,7 +60,7 @@ def test_a_rank_that_works_has_eight_limits_since_the_last_byte(tmp_path: Path, 
     assert (save.state, save.passed()) == (SaveState.WAITING, 0.0)
 
 
-def test_a_suspended_process_did_not_stand_still(tmp_path: Path, clock: Clock) -> None:
+def test_a_suspended_process_is_not_stuck(tmp_path: Path, clock: Clock) -> None:
     save = SaveLimit(LIMIT, another_works=lambda: False)
     save.begin(tmp_path)
     clock.now += 100.0
@@ -68,7 +68,7 @@ def test_a_suspended_process_did_not_stand_still(tmp_path: Path, clock: Clock) -
     assert (save.state, save.passed()) == (SaveState.WAITING, 0.0)
 
 
-def test_what_the_rank_says_meanwhile_wins(tmp_path: Path, clock: Clock) -> None:
+def test_a_change_by_the_rank_itself_takes_precedence(tmp_path: Path, clock: Clock) -> None:
     """A rank begins to work while the other thread looks at the other ranks."""
 
     def look() -> bool:
@@ -81,7 +81,7 @@ def test_what_the_rank_says_meanwhile_wins(tmp_path: Path, clock: Clock) -> None
     assert save.is_working
 
 
-def test_without_a_limit_it_never_ends(tmp_path: Path, clock: Clock) -> None:
+def test_without_a_limit_a_rank_never_ends(tmp_path: Path, clock: Clock) -> None:
     save = SaveLimit(0.0, another_works=lambda: False)
     save.begin(tmp_path)
     assert _passed_after(1e6, save, clock) == 0.0

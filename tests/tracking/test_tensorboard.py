@@ -1,4 +1,4 @@
-"""TensorBoard's files hold what metrics.jsonl and evaluations.jsonl do, also when steps were taken twice."""
+"""TensorBoard's files have the numbers of metrics.jsonl and evaluations.jsonl, even if steps were taken twice."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from finetune.tracking.track import Tracker
 
 
 def _start(folder: Path, steps: range, evaluated: int) -> None:
-    """One start of a run: its steps, then an evaluation."""
+    """Write one start of a run: its steps, then an evaluation."""
     log = RankLog(folder / "logs", 0)
     config = RunConfig(track=TrackConfig(tensorboard=True))
     base, device = family("qwen3-vl-30b-a3b"), torch.device("cpu")
@@ -45,13 +45,13 @@ def _start(folder: Path, steps: range, evaluated: int) -> None:
 
 
 def _read(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's own reading of a folder: by name, each value with its step."""
+    """Read a folder with TensorBoard's own reader; return each value with its step, by name."""
     events = EventAccumulator(str(folder)).Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's reader
-def test_files_hold_every_number_once_although_a_step_was_taken_again(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in TensorBoard's reader
+def test_files_have_every_number_once_even_if_a_step_was_repeated(tmp_path: Path) -> None:
     _start(tmp_path, range(3), 2)  # saved after two steps, killed after three
     _start(tmp_path, range(2, 4), 4)
     for kind, name in (("metrics", "train"), ("evaluations", "eval")):
@@ -65,14 +65,14 @@ def test_files_hold_every_number_once_although_a_step_was_taken_again(tmp_path: 
         assert {"train": "images", "eval": "held/loss"}[name] in wanted
 
 
-def test_a_run_without_a_save_begins_again_with_its_first_evaluation(tmp_path: Path) -> None:
+def test_a_run_without_a_save_starts_again_at_its_first_evaluation(tmp_path: Path) -> None:
     for _ in range(2):
         _start(tmp_path, range(0), 0)
     assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
     assert _read(tmp_path / "tensorboard" / "eval")["held/loss"] == [(0, 3.5)]
 
 
-def test_numbers_of_sources_have_names_of_their_own() -> None:
+def test_numbers_of_sources_have_their_own_names() -> None:
     record = {"step": 3, "loss": 2.0, "mfu": None, "sources": {"docs": {"samples": 4, "loss": None}}}
     assert dict(numbers(record)) == {"loss": 2.0, "source/docs/samples": 4}
 

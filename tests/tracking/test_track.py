@@ -59,7 +59,7 @@ def test_the_heatmap_is_white_blue_red() -> None:
     assert drawn[0, 8].tolist() == [178, 24, 43]
 
 
-def test_damaged_lines_of_a_log_are_dropped_and_stop_no_resume(tmp_path: Path) -> None:
+def test_damaged_lines_of_a_log_are_removed_and_do_not_prevent_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
         b'{"step": 0, "loss": 1.0}\n\xff\xfe\n[1]\n{"loss": 3}\n{"step": "1"}\n\x00\x00\n'
@@ -72,14 +72,16 @@ def test_damaged_lines_of_a_log_are_dropped_and_stop_no_resume(tmp_path: Path) -
     assert [one.name for one in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_terminal_gets_a_bar_and_everything_else_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_shows_a_bar_and_other_outputs_get_lines(capsys: pytest.CaptureFixture[str]) -> None:
     step_lines: list[str] = []
     follower = Follower(step_lines.append, done=0, steps=10, console=Console(file=io.StringIO()))
     for at, seconds in enumerate((90.0, 2.0, 2.0)):
         follower.step({**SHOWN, "step": at, "seconds": seconds, "mfu": 0.25})
     follower.close()
     assert step_lines[2].startswith("step 2: loss 2.5000, norm 1, ")
-    assert step_lines[2].endswith("450 useful tokens/s, MFU 25.0%, 0:00:14 left")  # the slow first step is forgotten
+    assert step_lines[2].endswith(
+        "450 useful tokens/s, MFU 25.0%, 0:00:14 left"
+    )  # the slow first step no longer counts
     assert duration(3725.4) == "1:02:05"
 
     screen, lines = io.StringIO(), list[str]()
@@ -96,8 +98,8 @@ def test_a_terminal_gets_a_bar_and_everything_else_lines(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("every", "evaluations"), [(None, 0), (0, 1), (4, 3), (1, 9)])
-def test_the_time_that_is_left_has_the_evaluations_in_it(every: int | None, evaluations: int) -> None:
-    """After step 1 there are 8 steps of 1 s, and evaluations of 20 s: by 4 steps after the 4th, 8th and last."""
+def test_the_time_left_includes_evaluations(every: int | None, evaluations: int) -> None:
+    """Expect 8 more steps of 1 s after step 1, and evaluations of 20 s after the 4th, the 8th and the last step."""
     lines: list[str] = []
     follower = Follower(lines.append, done=0, steps=10, evaluates_every=every, console=Console(file=io.StringIO()))
     follower.evaluation(20.0)
@@ -106,7 +108,7 @@ def test_the_time_that_is_left_has_the_evaluations_in_it(every: int | None, eval
     assert lines[-1].endswith(f"{duration(8 + 20 * evaluations)} left")
 
 
-def test_a_rank_log_has_what_was_said_and_rank_0_says_it_aloud(
+def test_messages_go_to_the_log_and_from_rank_0_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank in (0, 7):
@@ -149,7 +151,7 @@ def _offline_runs(folder: Path) -> list[Path]:
     return sorted(folder.glob("wandb/offline-run-*"))
 
 
-def test_an_offline_run_is_one_folder_also_when_it_is_resumed(tmp_path: Path) -> None:
+def test_an_offline_run_has_one_folder_even_after_a_resume(tmp_path: Path) -> None:
     folder, warnings = _run_folder(tmp_path / "runs" / "mine"), list[str]()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "file").write_text("x")
@@ -159,7 +161,7 @@ def test_an_offline_run_is_one_folder_also_when_it_is_resumed(tmp_path: Path) ->
     link.close(code=1, preempted=True)
     (first,) = _offline_runs(folder)
 
-    time.sleep(1.1)  # the client names a folder by the second
+    time.sleep(1.1)  # the client names a folder by the time in seconds
     link = _link(folder, warnings, done=2)
     _step(folder, link, 2)
     link.send("expert_load", {"step": 2, "layers": [0, 1], "counts": [[1, 2], [3, 0]]})
@@ -185,7 +187,7 @@ def test_an_offline_run_is_one_folder_also_when_it_is_resumed(tmp_path: Path) ->
     assert {"last", "best"} <= set(adapter.aliases)
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_gives_one_warning(tmp_path: Path) -> None:
     folder, warnings = _run_folder(tmp_path), list[str]()
     (folder / "wandb").write_text("a file where the client wants its folder")
     link = _link(folder, warnings)
@@ -194,10 +196,10 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path) -> None:
     _step(folder, link, 1)
     assert len(warnings) == 1
     assert warnings[0].startswith("warning: W&B: ")
-    assert "The run goes on without it; metrics.jsonl has everything" in warnings[0]
+    assert "The run continues without it; metrics.jsonl has everything" in warnings[0]
 
 
-def test_a_client_that_dies_midway_is_one_warning(tmp_path: Path) -> None:
+def test_a_client_that_dies_gives_one_warning(tmp_path: Path) -> None:
     folder, warnings = _run_folder(tmp_path), list[str]()
     link = _link(folder, warnings)
     _step(folder, link, 0)
@@ -210,9 +212,9 @@ def test_a_client_that_dies_midway_is_one_warning(tmp_path: Path) -> None:
         _step(folder, link, at)
     began = time.monotonic()
     link.close(code=0)
-    assert time.monotonic() - began < LIMIT_S  # which is FINISH_S here: nothing waits for the dead
+    assert time.monotonic() - began < LIMIT_S  # that is FINISH_S here: nothing waits for a dead client
     assert len(warnings) == 1
-    assert "W&B: its process" in warnings[0]
+    assert "W&B: the client" in warnings[0]
 
 
 def _is_writer(process: Path) -> bool:
@@ -224,7 +226,9 @@ def _is_writer(process: Path) -> bool:
     return parent == os.getpid() and any(word.endswith(b"wandb_writer.py") for word in words)
 
 
-def test_a_broken_key_records_offline_and_says_how_to_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_an_invalid_key_a_run_is_recorded_offline_and_can_be_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "broken")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     folder, warnings = _run_folder(tmp_path), list[str]()

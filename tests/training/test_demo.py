@@ -1,4 +1,4 @@
-"""The demo's material and recipes are sound; the whole of it runs, and asserts what it learned, in the slow suite."""
+"""The demo's material and recipes are valid; the slow suite runs the complete demo and checks what it learned."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_held_out_digits_are_scikit_learns_and_none_is_trained_on(material: Path) -> None:
+def test_held_out_digits_come_from_scikit_learn_and_are_not_trained_on(material: Path) -> None:
     digits = load_digits()
     held_out, train = rows(material / "held-out.jsonl"), rows(material / "train.jsonl")
     names = [row["images"][0] for row in held_out + train]
@@ -62,19 +62,19 @@ def test_every_command_of_the_demo_exists() -> None:
     assert {command.split()[0] for command in COMMANDS} <= set(KNOWN)
 
 
-def test_an_existing_folder_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", str(tmp_path)]) == 2
     assert "exists; give another folder, or remove it" in capsys.readouterr().err
 
 
-def test_missing_digits_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_digits_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ValueError, match=r"digits come with scikit-learn: pip install 'moetune\[demo\]'"):
         main(["demo", "--debug", str(tmp_path / "out")])
 
 
 @pytest.mark.slow
-def test_the_whole_demo_learns_digits(tmp_path: Path) -> None:
+def test_the_complete_demo_learns_digits(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launchers.cli", "demo", "shown"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=2 * LIMIT_S)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: the numbers of transformers and PEFT, equal at any layout, and nothing disturbed."""
+"""Evaluation while a run trains: the numbers of transformers and PEFT, at any layout, without an effect on training."""
 
 import json
 import re
@@ -91,11 +91,11 @@ def two(place: Path) -> dict:
         by_rank = run_ranks(runs, 2, jobs)
     for name in jobs:
         lines = [re.findall(r"evaluation at step .*", rank[name]["said"]) for rank in by_rank]
-        assert lines[0] == lines[1], "every rank is told the same"
+        assert lines[0] == lines[1], "every rank has the same result"
     return by_rank[0]
 
 
-def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_measures_the_same_as_transformers_and_peft(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     first, *_, last = two["learns"]["evaluations"]
     assert [sums["step"] for sums in two["learns"]["evaluations"]] == [0, 2, 3]
@@ -119,10 +119,10 @@ def test_it_measures_what_transformers_and_peft_do(place: Path, two: dict, monke
     ours = [last[f"words/{key}"] for key in ("loss", "accuracy", "loss_base", "kl")]
     assert ours == pytest.approx(wanted, rel=1e-4)
     assert ours[3] > 1e-4
-    assert ours[0] < ours[2], "it learned what the held-out rows are like"
+    assert ours[0] < ours[2], "it learned from rows like the held-out ones"
 
 
-def test_it_answers_as_the_loaded_adapter_does(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_answers_like_the_loaded_adapter(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     first, *_, last = two["learns"]["predictions"]
     assert (first["step"], last["step"]) == (0, 3)
@@ -150,9 +150,9 @@ def test_answers_need_resident_weights(place: Path, tmp_path: Path, monkeypatch:
     log.close()
     config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT, "eval.answers=1"])
     rows = [PartRow(part="experts", mode="full", tensors=1, trained=3, total=4, lora=None)]
-    for resident, why in ((False, "they do not fit a rank"), (True, "75% of them train in full")):
+    for resident, why in ((False, "they do not fit on one rank"), (True, "75% of them train in full")):
         with pytest.raises(
-            ValueError, match=f"eval.answers: 1, but the weights are partitioned .*, as {why}: they would"
+            ValueError, match=f"eval.answers is 1, but the weights are partitioned .* because {why}: they would"
         ):
             Evaluation(
                 config,
@@ -168,17 +168,15 @@ def test_answers_need_resident_weights(place: Path, tmp_path: Path, monkeypatch:
     data = held_out(config, packs_per_step=1)
     predictions = Predictions(config.eval, data, _renderer(config), stops=frozenset([1]), say=lines.append, watch=watch)
     assert not predictions.questions
-    assert re.search(r"not asked: words/\S+ leaves no room for an answer in data.tokens_per_pack", lines[0])
+    assert re.search(r"not asked: words/\S+ leaves no space for an answer in data.tokens_per_pack", lines[0])
 
 
-def test_what_it_cannot_measure_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_that_cannot_be_measured_are_errors(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     config, _ = load_recipe("tiny-cpu", [*SETTING, "eval.sources.words.path=nowhere.jsonl"])
     with pytest.raises(ValueError, match=r"eval.sources.words.path is 'nowhere.jsonl', which does not exist"):
         open_corpus(held_out(config, packs_per_step=1), _renderer(config), section="eval")
-    with pytest.raises(
-        ValueError, match=r"eval.sources.words: not one token of its samples is supervised, so .*shards"
-    ):
+    with pytest.raises(ValueError, match=r"eval.sources.words: no token of its samples is supervised, so .*shards"):
         measured("words", [3.0, *[0.0] * 6], True)
 
 
@@ -187,7 +185,7 @@ def _renderer(config: RunConfig) -> Renderer:
 
 
 def _samples(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids of each held-out sample by itself, and which of them are supervised."""
+    """Return the token ids of each held-out sample alone, and which of them are supervised."""
     config, _ = load_recipe("tiny-cpu", [*SETTING, *HELD_OUT])
     renderer = _renderer(config)
     data = held_out(config, packs_per_step=1)
@@ -201,8 +199,8 @@ def _samples(source: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return samples
 
 
-def test_training_does_not_notice_it(two: dict) -> None:
-    """Dropout's masks, the router's statistics and the gradients are what they are without evaluation, bit for bit."""
+def test_evaluation_does_not_change_training(two: dict) -> None:
+    """Compare runs with and without evaluation: dropout, router statistics and gradients are equal bit for bit."""
     assert len(two["watched"]["evaluations"]) == 4
     assert not two["alone"]["evaluations"]
     kept = ("loss", "loss_balance", "grad_norm", "tokens", "expert_load_entropy", "router_agreement")
@@ -215,16 +213,14 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
     saved = place / "runs" / "stale" / "checkpoints"
     assert sorted(path.name for path in saved.iterdir()) == ["BEST", "LATEST", "step-000001", "step-000002"]
     assert (saved / "BEST").read_text() == "step-000001\n"
-    stopped = r"stopped: eval.patience=1: words/accuracy has not been better than \S+ at step 1 for 1 evaluation"
+    stopped = r"stopped: eval.patience=1: words/accuracy has not improved on \S+ of step 1 for 1 evaluation"
     for name in ("stale", "stale+again"):
         assert re.search(stopped, two[name]["said"])
         assert [step["step"] for step in two[name]["metrics"]] == [0, 1]
         assert "best checkpoint: runs/stale/checkpoints/step-000001" in two[name]["said"]
         last_words = two[name]["said"].rpartition("stopped (eval.patience=1: words/accuracy")[2].splitlines()
         best = "runs/stale/checkpoints/step-000001/adapter"
-        assert re.search(
-            r"\): 2 steps in 0:00:\d\d, and 0:00:\d\d of evaluations; [\d,]+ useful tokens$", last_words[0]
-        )
+        assert re.search(r"\): 2 steps in 0:00:\d\d, evaluations in 0:00:\d\d; [\d,]+ useful tokens$", last_words[0])
         assert last_words[-5:] == [
             "adapter, last: runs/stale/adapter, after 2 steps",
             f"adapter, best: {best}, after 1 step",
@@ -232,20 +228,20 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
             f"  moetune merge base {best} runs/stale/merged --verify",
             "  moetune eval words=words.jsonl seen=seen.jsonl --model runs/stale/merged",
         ]
-    assert "resumed: runs/stale/checkpoints/step-000002" in two["stale+again"]["said"], "it is over, and stays so"
+    assert "resumed: runs/stale/checkpoints/step-000002" in two["stale+again"]["said"], "a finished run stays finished"
     readme = (place / "runs/stale/adapter/README.md").read_text()
     assert "the last step's; the best by eval.metric, of step 1, is checkpoints/step-000001/adapter" in readme
     config = json.loads((place / "runs/stale/adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(place / "base"), "in any folder"
-    assert "adapter: runs/stale/adapter, of an earlier start" in two["stale+again"]["said"]
+    assert "adapter: runs/stale/adapter, written by an earlier start" in two["stale+again"]["said"]
     assert {name: run["code"] for name, run in two.items() if run["code"]} == {"guarded": 76}
     assert outcome_of(place / "runs/guarded/logs/guarded", "") == "guarded"
     output = two["guarded"]["said"]
     assert re.search(
         r"stopped: guard words: KL\(base \|\| tuned\) is 0.0\d+, above eval.sources.words.max_kl=1e-07", output
     )
-    scope = "KL(base || tuned) is that of attention, experts, router; not of merger, which also moves the loss with"
-    assert f"{scope} adapters off: base values are not kept" in output
+    scope = "KL(base || tuned) covers attention, experts, router, but not merger: it keeps no base values and also"
+    assert f"{scope} changes the loss with adapters off" in output
     assert "step-000001 is being written" in output
     beside, last = (
         load_file(place / "runs" / "guarded" / part / "adapter_model.safetensors")
@@ -258,7 +254,7 @@ def test_a_run_ends_early_and_keeps_its_best_state(place: Path, two: dict) -> No
     assert scores["words/kl"] == two["guarded"]["evaluations"][-1]["words/kl"]
 
 
-def test_a_step_is_told_by_source_also_where_ranks_share_its_rows(two: dict) -> None:
+def test_a_step_is_reported_by_source_even_if_ranks_share_rows(two: dict) -> None:
     for whole, halves in zip(two["learns"]["metrics"], two["halves"]["metrics"], strict=True):
         (figures,) = whole["sources"].values()
         assert figures == pytest.approx(halves["sources"]["general"], rel=1e-4)
@@ -267,7 +263,7 @@ def test_a_step_is_told_by_source_also_where_ranks_share_its_rows(two: dict) -> 
         assert figures["samples"] > 1
 
 
-def test_another_layout_finds_the_same(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_are_the_same_at_another_layout(place: Path, two: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     (one,) = run_ranks(runs, 1, {"one": [*LEARN, *HELD_OUT, "parallel.ep=1", "parallel.resident=none"]})
     for other in (one["one"], two["halves"]):

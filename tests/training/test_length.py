@@ -1,4 +1,4 @@
-"""The length of a run: epochs become steps, also where it goes on; and more steps, where the rates taken allow them."""
+"""The length of a run: epochs become steps, also in a resumed run; and more steps if the learning rates allow them."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ CONSTANT = (*WORDS, "schedule.shape=constant")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_epochs_read_every_sample_as_often_and_a_longer_run_goes_on(
+def test_epochs_read_every_sample_equally_often_and_can_be_extended(
     tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def _exact(step: dict) -> dict:
 
 
 def _tokens(lengths: str) -> int:
-    """Tokens of all samples, as they were counted beside their shard."""
+    """Return the tokens of all samples, as counted in the index next to their shard."""
     arrays = read_arrays(Path(lengths))
     assert arrays is not None
     return int(arrays["text"].sum() + arrays["vision"].sum())
@@ -97,12 +97,12 @@ def _length(tmp_path: Path, text: str, *words: str) -> tuple[int, float, list[st
     return config.schedule.steps, config.schedule.epochs, [str(problem) for problem in problems]
 
 
-def test_of_steps_and_epochs_the_last_one_decides(tmp_path: Path) -> None:
+def test_the_later_setting_of_steps_and_epochs_decides(tmp_path: Path) -> None:
     assert _length(tmp_path, "") == (70, 0, [])
     assert _length(tmp_path, "epochs: 2") == (0, 2, [])
     assert _length(tmp_path, "epochs: 2", "schedule.steps=5") == (5, 0, [])
     assert _length(tmp_path, "epochs: 2", "schedule.epochs=0") == (70, 0, [])
-    assert _length(tmp_path, "epochs: 2, steps: 0") == (0, 2, [])  # as config.yaml of a run has it
+    assert _length(tmp_path, "epochs: 2, steps: 0") == (0, 2, [])  # as in config.yaml of a run
     *_, problems = _length(tmp_path, "epochs: 2, steps: 9")
     assert problems == [
         "schedule.epochs = 2 (mine.yaml): schedule.steps is also set, to 9, but only one of them can decide the "
@@ -125,12 +125,12 @@ def _problems(*words: str) -> list[str]:
         (["stages.late.data.packs_per_step=4"], "the stages read different data, so an epoch has no fixed length"),
     ],
 )
-def test_what_no_number_of_epochs_can_be(words: list[str], message: str) -> None:
+def test_invalid_numbers_of_epochs(words: list[str], message: str) -> None:
     (problem,) = _problems(*words)
     assert message in problem
 
 
-def test_what_depends_on_the_number_of_steps_is_checked_when_that_is_known() -> None:
+def test_checks_of_the_number_of_steps_run_once_it_is_known() -> None:
     words = ["schedule.epochs=2", "schedule.warmup_steps=30", "stages.late.from_step=20"]
     assert _problems(*words) == []
     config, _ = load_recipe("tiny-cpu", words)
@@ -153,11 +153,13 @@ def test_what_depends_on_the_number_of_steps_is_checked_when_that_is_known() -> 
         (ScheduleConfig(steps=10, shape="linear"), ScheduleConfig(steps=20, shape="linear"), 1),
     ],
 )
-def test_where_two_schedules_part(before: ScheduleConfig, now: ScheduleConfig, first: int | None) -> None:
+def test_the_first_step_at_which_two_schedules_differ(
+    before: ScheduleConfig, now: ScheduleConfig, first: int | None
+) -> None:
     assert first_difference(before, now) == first
 
 
-def test_a_run_goes_on_under_a_schedule_that_agrees_with_the_steps_taken() -> None:
+def test_a_run_continues_under_a_schedule_that_agrees_with_the_steps_taken() -> None:
     def config(*words: str) -> dict:
         return effective(load_recipe("tiny-cpu", words)[0])
 
@@ -166,7 +168,7 @@ def test_a_run_goes_on_under_a_schedule_that_agrees_with_the_steps_taken() -> No
     assert config_difference(decays, longer, done=6) == []
     lines = [f"schedule.{key} in the checkpoint, {now} now" for key, now in (("steps: 10", 30), ("decay_steps: 4", 9))]
     assert config_difference(decays, longer, done=7) == config_difference(decays, longer) == lines
-    assert config_difference(longer, decays, done=12) != []  # that many are taken
+    assert config_difference(longer, decays, done=12) != []  # so many steps are taken
     assert config_difference(decays, {**longer, "optim": {"lr": 5.0}}, done=6) != []
     uncounted, counted = config("schedule.epochs=2"), config("schedule.epochs=2")
     counted["schedule"]["steps"] = 34

@@ -34,7 +34,7 @@ def _is_one_message(done: CompletedProcess[str], code: int, says: str) -> None:
 
 
 def test_too_little_memory(place: Path) -> None:
-    """The kernel ends the process that it chose: no Python of that runs any more."""
+    """Let the kernel kill a process, which then runs no more Python."""
     killed = AT_THE_WEIGHTS.format(what="os.kill(os.getpid(), signal.SIGKILL)")
     done = start(place, [*TRAIN, "--ranks", "2"], "memory", "data.workers=0", site=killed)
     _is_one_message(
@@ -50,7 +50,7 @@ def test_a_lost_gpu(place: Path) -> None:
 
 
 def test_a_full_disk(place: Path) -> None:
-    """/dev/full takes nothing; the first picture goes there."""
+    """Write the first picture to /dev/full, which accepts nothing."""
     (place / "runs/disk/media").mkdir(parents=True)
     (place / "runs/disk/media/step-000000-0.png").symlink_to("/dev/full")
     done = start(place, TRAIN, "disk", "data.workers=0", "parallel.ep=1")

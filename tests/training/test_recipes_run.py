@@ -1,4 +1,4 @@
-"""The shipped recipes as they are, on tiny bases and small rows: they train, evaluate, and go on from a checkpoint."""
+"""The shipped recipes unchanged, on tiny bases and small rows: they train, evaluate, and resume from a checkpoint."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SHORT = (
     "data.remainder=keep",
     "data.workers=0",
 )
-"""A short run over few samples: the last packs of an epoch are all that there are."""
+"""The words of a short run over few samples: the last packs of an epoch are all that there are."""
 TINY = {"tiny-cpu": ("model.path=tiny", *SHORT)}
 LONG = "qwen3-vl-30b-a3b-long"
 FULL = "qwen3-vl-30b-a3b-full"
@@ -43,7 +43,7 @@ BIG = {
 }
 HALVED = {name: (*words, "parallel.ep=2") for name, words in BIG.items()}
 HALVED[LONG] += ("stages.middle.sp=2", "stages.long.sp=2")
-"""For two ranks: the eight that the recipes are for take minutes on a small machine."""
+"""The words for two ranks: the eight ranks of the recipes would take minutes on a small machine."""
 SMALL = (*BASE, "data.image.min_tokens=4", "data.image.max_tokens=16")
 DOMAINS = {
     "documents": SMALL,
@@ -58,7 +58,7 @@ DOMAINS = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Bases, and shards where the recipes look for them: text, images, and a video."""
+    """Make bases, and shards where the recipes look for them: text, images, and a video."""
     write_tiny(tmp_path / "tiny", TinyModel(image_min_tokens=4))
     big = TinyModel(layers=2, vision_depth=2, heads=8, kv_heads=4, max_positions=262_144, image_min_tokens=4)
     write_tiny(tmp_path / "base", big)

@@ -32,15 +32,15 @@ def step(folder: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_newer_adapter_replaces_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+def test_a_newer_adapter_replaces_only_the_earlier_one(tmp_path: Path) -> None:
     config = AdaptersConfig(attention=DENSE.attention)
     learned(config, tmp_path, range(3))
     (tmp_path / "adapter" / "mine.txt").write_text("precious")
     learned(config, tmp_path, range(3, 5))
     assert step(tmp_path) == "5"
     assert (tmp_path / "adapter" / "mine.txt").read_text() == "precious"
-    assert learned(config, tmp_path, range(7, 7)) == [f"adapter: {tmp_path / 'adapter'}, of an earlier start"]
-    (tmp_path / "adapter" / REPLACED).write_text("")  # a start that went on was killed while it wrote a newer one
+    assert learned(config, tmp_path, range(7, 7)) == [f"adapter: {tmp_path / 'adapter'}, written by an earlier start"]
+    (tmp_path / "adapter" / REPLACED).write_text("")  # a resumed start was killed while it wrote a newer one
     learned(config, tmp_path, range(7, 7))
     assert step(tmp_path) == "7"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

@@ -19,7 +19,7 @@ ELSEWHERE = {"host": "another-machine"}
 
 
 def alive() -> Holder:
-    """A process of this machine that is not this one, and lives."""
+    """Return the lock of a living process on this machine that is not this one."""
     return replace(this_process("launch 1"), pid=os.getppid(), started=process_start(os.getppid()))
 
 
@@ -48,10 +48,10 @@ def start(
     return mine, lines
 
 
-def test_the_first_start_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_first_start_holds_the_folder_and_removes_its_lock(tmp_path: Path) -> None:
     mine, lines = start(tmp_path / "run")
     assert lines == []
-    release(tmp_path / "run" / LOCK, replace(mine, pid=1))  # another's is left alone
+    release(tmp_path / "run" / LOCK, replace(mine, pid=1))  # the lock of another start stays
     assert (tmp_path / "run" / LOCK).exists()
     release(tmp_path / "run" / LOCK, mine)
     release(tmp_path / "run" / LOCK, mine)
@@ -70,7 +70,7 @@ def test_a_living_process_of_this_host_keeps_its_folder(tmp_path: Path, launch: 
     assert read_holder(tmp_path / LOCK) == holder
 
 
-def test_a_process_that_ended_is_replaced_and_named(tmp_path: Path) -> None:
+def test_the_lock_of_an_ended_process_is_taken_over_with_a_message(tmp_path: Path) -> None:
     holder = dead()
     write(tmp_path, holder)
     _, (line,) = start(tmp_path)
@@ -78,14 +78,16 @@ def test_a_process_that_ended_is_replaced_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"started": 1}, {"boot": "before", "namespace": "pid:[1]"}])
-def test_a_number_that_another_process_has_now_keeps_nothing(tmp_path: Path, other: dict) -> None:
+def test_a_reused_process_id_does_not_hold_the_folder(tmp_path: Path, other: dict) -> None:
     write(tmp_path, replace(alive(), **other))
     _, (line,) = start(tmp_path)
     assert "that process has ended" in line
 
 
 @pytest.mark.parametrize("other", [ELSEWHERE, {"namespace": "pid:[1]"}], ids=["another host", "another container"])
-def test_what_cannot_be_seen_lives_until_it_was_silent_for_the_limit(tmp_path: Path, other: dict) -> None:
+def test_a_holder_on_another_host_counts_as_alive_until_it_was_silent_for_the_limit(
+    tmp_path: Path, other: dict
+) -> None:
     holder = replace(dead(), **other)
     path = write(tmp_path, holder, silence=100)
     with pytest.raises(ValueError, match="is in use by"):
@@ -99,20 +101,20 @@ def test_what_cannot_be_seen_lives_until_it_was_silent_for_the_limit(tmp_path: P
 
 
 @pytest.mark.parametrize("other", [{}, ELSEWHERE], ids=["this host", "another host"])
-def test_a_restart_of_one_launch_goes_on_without_a_word(tmp_path: Path, other: dict) -> None:
+def test_a_restart_of_one_launch_continues_silently(tmp_path: Path, other: dict) -> None:
     write(tmp_path, replace(dead(), **other))
     assert start(tmp_path, "launch 1")[1] == []
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"pid": "1"}'])
-def test_a_file_that_is_no_lock_is_not_removed(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_lock_is_not_removed(tmp_path: Path, text: str) -> None:
     (tmp_path / LOCK).write_text(text)
     with pytest.raises(ValueError, match="is not a lock that moetune wrote. Remove it if nothing uses that folder"):
         start(tmp_path)
     assert (tmp_path / LOCK).read_text() == text
 
 
-def test_of_many_that_take_over_at_once_one_holds_it(tmp_path: Path) -> None:
+def test_only_one_of_many_concurrent_takeovers_succeeds(tmp_path: Path) -> None:
     write(tmp_path, dead())
     program = (
         "import sys, time; from pathlib import Path; from data.prepare.folder_lock import *\n"
@@ -131,7 +133,7 @@ def test_of_many_that_take_over_at_once_one_holds_it(tmp_path: Path) -> None:
     assert sorted(codes) == [0, 2, 2, 2, 2, 2]
 
 
-def test_a_launch_is_known_by_its_job_its_run_or_the_process_that_started_the_ranks() -> None:
+def test_a_launch_is_identified_by_its_job_its_run_or_the_process_that_started_the_ranks() -> None:
     run = {"TORCHELASTIC_RUN_ID": "3f2a", "RANK": "0"}
     slurm = {**run, "SLURM_JOB_ID": "77"}
     assert launch_id(slurm, 1) == "Slurm job 77.0 torchrun 3f2a"
@@ -140,11 +142,11 @@ def test_a_launch_is_known_by_its_job_its_run_or_the_process_that_started_the_ra
     assert launch_id(run, 1) == "torchrun 3f2a"
     parent = os.getppid()
     assert launch_id({**run, "TORCHELASTIC_RUN_ID": "none"}, parent) == f"launcher {parent}.{process_start(parent)}"
-    assert launch_id({}, parent) == ""  # the shell's
+    assert launch_id({}, parent) == ""  # the parent of the shell
 
 
-def test_a_second_start_of_a_slurm_job_is_refused_and_its_next_round_goes_on(tmp_path: Path, monkeypatch) -> None:
-    """The first one runs on another node, where its process cannot be seen."""
+def test_a_second_start_of_a_slurm_job_is_refused_but_a_requeued_one_continues(tmp_path: Path, monkeypatch) -> None:
+    """Refuse it although the first one runs on another node, where its process cannot be seen."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     write(tmp_path, replace(alive(), launch="Slurm job 77.0 torchrun first", **ELSEWHERE))
     start = partial(take_run_for_ranks, tmp_path, run_id="second", stall_seconds=60, say=print)
@@ -176,7 +178,7 @@ def test_the_other_ranks_write_nothing_before_rank_0_holds_the_folder(tmp_path: 
     give_back = take_run(tmp_path, stall_seconds=60, say=print)
     monkeypatch.setenv("RANK", "1")
     take_run(tmp_path, stall_seconds=60, say=print)()
-    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # rank 1 gives nothing back
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]  # rank 1 releases nothing
     give_back()
     assert list(tmp_path.iterdir()) == []
     parents = iter([7, 7, 1])
@@ -200,7 +202,7 @@ def test_the_launcher_holds_the_folder_until_its_own_rank_0_does(tmp_path: Path,
     assert lines == []
     holder = read_holder(tmp_path / LOCK)
     assert (first.launch, first.meeting) == (holder.launch, "3f2a")
-    give_back()  # rank 0's is left alone
+    give_back()  # the lock of rank 0 stays
     assert read_holder(tmp_path / LOCK) == holder
 
 

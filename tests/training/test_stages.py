@@ -1,4 +1,4 @@
-"""Stages: which step belongs to which, what they change, and a run through three of them, cut and resumed anywhere."""
+"""Stages: their steps, their changes, and a run through three of them, interrupted and resumed anywhere."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ from finetune.settings.stages import longest_pack, run_stages, stage_of
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and rows of which every second has an image."""
+    """Make a base, and rows of which every second has an image."""
     folder = tmp_path_factory.mktemp("stages")
     write_tiny(folder / "base")
     rows = []
@@ -47,7 +47,7 @@ def finished(place: Path) -> Path:
 
 
 def test_a_run_resumed_anywhere_equals_the_uninterrupted_one(finished: Path) -> None:
-    """Bit for bit, in a stage or at its boundary; at another layout as near as sums in another order are."""
+    """Compare them bit for bit, in a stage or at its boundary; at another layout, up to the order of sums."""
     whole = metrics(finished, "whole")
     assert [step["step"] for step in whole] == list(range(6))
     last = whole_tensors(finished / "runs/whole/checkpoints/step-000006")
@@ -68,7 +68,7 @@ def test_a_run_resumed_anywhere_equals_the_uninterrupted_one(finished: Path) -> 
                 assert torch.equal(tensors[name], tensor), name
 
 
-def test_a_stage_moves_what_it_trains_and_not_a_bit_of_the_rest(finished: Path) -> None:
+def test_a_stage_changes_only_the_parameters_that_it_trains(finished: Path) -> None:
     saved = {n: whole_tensors(finished / f"runs/whole/checkpoints/step-{n:06d}") for n in range(1, 7)}
 
     def moved(first: int, last: int) -> set[str]:
@@ -108,7 +108,7 @@ def _config(**stages: StageConfig) -> RunConfig:
     )
 
 
-def test_stages_cut_the_run() -> None:
+def test_stages_divide_the_run() -> None:
     config = _config(
         late=StageConfig(from_step=6, data=StageDataConfig(tokens_per_pack=99, weights={"b": 3.0})),
         early=StageConfig(from_step=2, train=["merger"], lr=4e-4, warmup_steps=2),
@@ -126,7 +126,7 @@ def test_stages_cut_the_run() -> None:
     assert [stage.steps for stage in run_stages(_config())] == [10]
 
 
-def test_wsd_stays_and_comes_down_over_its_last_steps() -> None:
+def test_wsd_is_constant_and_decays_over_its_last_steps() -> None:
     schedule = ScheduleConfig(steps=10, warmup_steps=2, shape="wsd", decay_steps=4, final_share=0.2)
     rates = [learning_rate(step, peak=1.0, schedule=schedule) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
@@ -190,11 +190,11 @@ def _problems(*words: str) -> str:
         (["data.packs_per_step=2048"], "warning: data.packs_per_step = 2048: published batches are 4 to 512 rows"),
     ],
 )
-def test_what_cannot_be_meant_is_said(words: list[str], text: str) -> None:
+def test_invalid_stages_are_reported(words: list[str], text: str) -> None:
     assert text in _problems(*words)
 
 
-def test_the_shipped_recipe_is_within_what_was_published() -> None:
+def test_the_shipped_recipe_is_within_the_published_values() -> None:
     assert "published" not in _problems()
 
 

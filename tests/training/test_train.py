@@ -40,7 +40,7 @@ BITS = ("step", "loss", "loss_balance", "grad_norm", "tokens", "tokens_supervise
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and rows of which every fourth has no image."""
+    """Make a base, and rows of which every fourth has no image."""
     return toy_run(tmp_path_factory.mktemp("user"), 48, images=True)
 
 
@@ -59,7 +59,7 @@ sys.addaudithook(at_its_record)
 def _train(place: Path, name: str, *words: str, ranks: int = 2, kill_after: str = "") -> CompletedProcess[str]:
     """Run to the end, or until a line of standard output begins with `kill_after`: then kill every process.
 
-    Before that a second start of the same run is refused.
+    A second start of the same run is refused before that.
     """
 
     def kill(pid: int) -> None:
@@ -81,7 +81,7 @@ def _assert_refused(second: Popen[str], name: str) -> None:
     lines = second.communicate(timeout=LIMIT_S)[1].splitlines()
     assert second.returncode == 2, lines
     assert len(lines) <= 2, lines
-    # the check before a start finds it, or the lock itself where both start at once
+    # the check before the start finds it; if both start at once, the lock does
     assert re.fullmatch(
         rf"(moetune train|  run.name = '{name}'): runs/{name} is in use by process \d+ on \S+, since \d{{4}}-.* "
         r"\(started by torchrun \w+\). Wait for it to end, or set another run.name\.?",
@@ -99,7 +99,7 @@ def test_of_two_starts_of_one_run_at_once_one_trains(place: Path) -> None:
         assert first.wait(LIMIT_S) == -signal.SIGKILL
 
 
-def test_a_rank_that_no_launcher_of_ours_started_leaves_a_run_in_use_alone(
+def test_a_rank_started_by_another_launcher_does_not_touch_a_run_in_use(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
@@ -145,7 +145,7 @@ def whole(place: Path) -> list[str]:
 
 
 def test_one_rank_takes_the_same_steps_as_two(place: Path, whole: list[str]) -> None:
-    """Also by the second way in, the raw module under torchrun, as a cluster starts it; and without its logs."""
+    """Start it as a cluster does, with the raw module under torchrun; and remove its logs."""
     raw, logs = [*TORCHRUN, "--nproc_per_node=1", "-m", "finetune.train"], place / "runs" / "one" / "logs"
     words = [*whole, "data.workers=0", "parallel.ep=1", "parallel.resident=none"]
     done = start(place, raw, "one", *words, at="step 1:", then=lambda _: shutil.rmtree(logs, ignore_errors=True))
@@ -156,8 +156,8 @@ def test_one_rank_takes_the_same_steps_as_two(place: Path, whole: list[str]) -> 
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
-def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Path, whole: list[str]) -> None:
-    """Two ranks shared each row in the first stage; three go on with whole rows, by which 8 packs do not divide."""
+def test_a_killed_run_continues_on_another_number_of_ranks(place: Path, whole: list[str]) -> None:
+    """Continue with three ranks and complete rows; two ranks shared each row before, and 3 does not divide 8 packs."""
     first = _train(place, "cut", *whole, "parallel.sp=2", "stages.grown.sp=1", kill_after="step 4:")
     assert first.returncode != 0
     again = _train(place, "cut", *whole, "parallel.ep=1", ranks=3)
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
     assert "2 of 3 data ranks take 3 packs per step" in again.stdout
     assert again.stderr == ""
     logs = place / "runs" / "cut" / "logs"
-    alarming = "assuming the intent is to load in a single process"  # a warning of torch's, at each resume
+    alarming = "assuming the intent is to load in a single process"  # torch warns at each resume
     assert alarming in (logs / "rank-0000.log").read_text()
     assert alarming not in again.stdout + (logs / "launcher.log").read_text()
     assert "resumed: runs/cut/checkpoints/step-000004, saved by 2 ranks; 2 steps to go" in again.stdout
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_where_it_was_on_another_number_of_ranks(place: Pat
 
 
 @pytest.mark.slow  # three starts
-def test_a_killed_run_with_dropout_goes_on_bit_for_bit(place: Path) -> None:
+def test_a_killed_run_with_dropout_continues_bit_for_bit(place: Path) -> None:
     words = [f"adapters.{part}.dropout=0.3" for part in ("attention", "experts", "vision_blocks")]
     words += [*LORA, "schedule.steps=6", "checkpoint.every_steps=2", "data.packs_per_step=4"]
     uncut = _train(place, "masks", *words)
@@ -197,7 +197,7 @@ def test_a_killed_run_with_dropout_goes_on_bit_for_bit(place: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["run: {name: [", "\0", "a: b: c", ""])
-def test_a_config_that_was_cut_off_is_a_run_that_nobody_knows(
+def test_a_truncated_config_is_taken_for_another_run(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -234,20 +234,20 @@ def test_wrong_input_is_found_before_anything_starts(
     assert re.search(text, capsys.readouterr().err)
 
 
-def test_the_usage_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([])
     assert "usage: torchrun" in capsys.readouterr().err
 
 
-def test_what_only_the_ranks_can_see_is_one_message_too(place: Path) -> None:
+def test_an_error_that_only_the_ranks_can_see_is_one_message_too(place: Path) -> None:
     done = _train(place, "wrong", "data.sources.general.path=nowhere.jsonl", *LORA)
     assert done.returncode == 2
     assert re.fullmatch(r"moetune train: .*nowhere.jsonl.*\n", done.stderr)
     assert sorted(path.name for path in (place / "runs" / "wrong").iterdir()) == ["config.yaml", "logs"]
 
 
-def test_the_learning_rate_warms_up_and_comes_down() -> None:
+def test_the_learning_rate_warms_up_and_decays() -> None:
     schedule = ScheduleConfig(steps=10, warmup_steps=4, shape="linear", final_share=0.1)
     rates = [learning_rate(step, peak=2.0, schedule=schedule) for step in range(12)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
@@ -265,18 +265,18 @@ def test_a_dry_run_takes_one_real_step_and_leaves_nothing(place: Path) -> None:
     for text in (
         "evaluation at step 0, held: loss",
         "evaluation at step 1, held: loss",
-        "shards: every header is sound",
+        "shards: every header is valid",
         "step 0: loss",
         "memory of rank 1: at most",
         "adapter: runs/dry.dry-run/adapter",
-        "dry run: passed; nothing of it is kept",
+        "dry run: passed; no files are kept",
     ):
         assert text in done.stdout
     assert not list((place / "runs").glob("dry*"))
 
 
 def _rehearse(*words: str) -> list[tuple[int, str]]:
-    """The steps and the folder of what a dry run trains."""
+    """Return the steps and the folder of the run that a dry run trains."""
     config, problems = load_recipe("tiny-cpu", words)
     assert problems == []
     trained = []
@@ -293,7 +293,7 @@ def _rehearse(*words: str) -> list[tuple[int, str]]:
     return trained
 
 
-def test_a_dry_run_lists_bad_samples_and_goes_on_as_training_does(
+def test_a_dry_run_lists_bad_samples_and_continues_like_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -303,13 +303,13 @@ def test_a_dry_run_lists_bad_samples_and_goes_on_as_training_does(
         tar.add("bad.json", b'{"v": 1}')
     assert _rehearse("data.sources.general.path=shards", "eval.sources.held.path=shards") == [(1, "runs/dry.dry-run")]
     output = capsys.readouterr().out
-    assert "shards: 8 warnings on samples that training takes; see `moetune shards check`" in output
+    assert "shards: 8 warnings on samples that training uses; see `moetune shards check`" in output
     assert "shards: 2 problems; training goes on" in output
     assert "sample bad: messages is " in output
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # and no runs/
 
 
-def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_that_are_left_out_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shards(tmp_path, count=4, per_shard=4)
     with TarWriter(tmp_path / "part-010.tar") as tar:
         tar.add("bad.json", b'{"v": 1}')
@@ -319,7 +319,7 @@ def test_what_is_left_out_is_said_once(tmp_path: Path, caplog: pytest.LogCapture
     assert len([text for text in caplog.messages if text.startswith("left out: ")]) == 1
 
 
-def test_a_dry_run_looks_at_the_places_of_evaluation_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_checks_the_places_of_evaluation_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "shards", count=4, per_shard=4)
     with pytest.raises(ValueError, match="eval.sources.held.path names 'nowhere', which does not exist"):

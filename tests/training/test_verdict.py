@@ -33,7 +33,7 @@ BETTER = {
 
 
 @pytest.mark.parametrize("metric", BETTER)
-def test_the_best_is_the_first_of_equals_and_never_the_start(metric: str) -> None:
+def test_the_best_evaluation_is_the_first_of_equals_but_never_that_before_training(metric: str) -> None:
     losses, accuracies = BETTER[metric]
     judge = Judge(_config(metric=metric))
     assert not judge.judge(0, _found(0.1, accuracy=0.9)).is_best, "nothing is learned yet"
@@ -44,12 +44,12 @@ def test_the_best_is_the_first_of_equals_and_never_the_start(metric: str) -> Non
     assert verdicts[-1].stop is None, "patience 0 waits forever"
 
 
-def test_patience_ends_a_run_and_a_resumed_one_too() -> None:
+def test_patience_also_ends_a_resumed_run() -> None:
     config = _config(metric="a/loss", patience=2)
     judge = Judge(config)
     stops = [judge.judge(step, _found(loss)).stop for step, loss in enumerate((9, 5, 6, 5.5))]
     assert stops[:3] == [None, None, None]
-    words = "eval.patience=2: a/loss has not been better than 5.0000 at step 1 for 2 evaluations"
+    words = "eval.patience=2: a/loss has not improved on 5.0000 of step 1 for 2 evaluations"
     assert stops[3] == words
     again = Judge(config)
     again.load_state_dict({})
@@ -135,14 +135,14 @@ WRONG: dict[str, tuple[RunConfig, str]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_what_cannot_be_meant_is_found_by_check(wrong: str) -> None:
+def test_invalid_settings_are_found_by_check(wrong: str) -> None:
     config, text = WRONG[wrong]
     (problem,) = eval_problems(config)
     assert (problem.level == "warning") == (wrong == "trained on")
     assert re.search(text, str(problem))
 
 
-def test_a_sound_section_has_no_problem_and_reads_each_sample_once() -> None:
+def test_a_valid_section_has_no_problems_and_reads_each_sample_once() -> None:
     config = _run(_config(metric="a/kl", patience=1, guard="stop", max_kl=0.2))
     assert eval_problems(config) == []
     data = held_out(config, packs_per_step=3)
@@ -151,7 +151,7 @@ def test_a_sound_section_has_no_problem_and_reads_each_sample_once() -> None:
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 12 * 50 * 4, 1 << 30])
-def test_tiles_give_what_full_logits_do(tile_bytes: int) -> None:
+def test_tiles_give_the_same_as_full_logits(tile_bytes: int) -> None:
     generator = torch.Generator().manual_seed(1)
     hidden_ND, base_ND = (torch.randn(11, 8, generator=generator) for _ in range(2))
     weight_VD, labels_N = torch.randn(50, 8, generator=generator), torch.arange(11)
