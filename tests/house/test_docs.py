@@ -119,3 +119,18 @@ def test_recipes_in_docs_fit_the_hardware_that_they_name(
 def test_every_recipe_in_docs_names_its_hardware() -> None:
     named = sum(page.read_text().count("```yaml\n# recipe:") for page in PAGES)
     assert named == len(_recipes()) > 0
+
+
+def _fragments() -> list[tuple[str, str]]:
+    """Return the YAML blocks without a file's name: parts of a recipe."""
+    blocks = [(page.name, re.findall(r"```yaml\n(?!# )(.*?)```", page.read_text(), re.DOTALL)) for page in PAGES]
+    return [(page, text) for page, texts in blocks for text in texts]
+
+
+@pytest.mark.parametrize(("page", "text"), _fragments(), ids=lambda value: value.split("\n")[0])
+def test_parts_of_recipes_in_docs_are_sound(
+    page: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("part.yaml").write_text(f"base: qwen3-vl-30b-a3b-lora\n{text}")
+    assert main(["check", "part.yaml", "--ranks", "8"]) == 0, f"{page}: {text}"
