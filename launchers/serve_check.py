@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.format.printable import printable
+from data.format.printable import count_of, printable
 from launchers.arguments import (
     answer_config,
     load_speaker,
@@ -89,7 +89,7 @@ def check(args: argparse.Namespace, endpoint: "Endpoint", *, model: str, adapter
     from finetune.files.hub import model_folder
 
     if not args.tolerance >= 0:
-        raise ValueError(f"--tolerance is {args.tolerance}; it must be a number from 0 on, 0.1 is usual for bfloat16")
+        raise ValueError(f"--tolerance must be at least 0, got {args.tolerance}; 0.1 is usual for bfloat16")
     questions, reader = find_questions(args.data, limit=args.samples, seed=args.seed, places=media_places(args))
     for question in questions:
         check_sendable(question.record)
@@ -109,7 +109,7 @@ def check(args: argparse.Namespace, endpoint: "Endpoint", *, model: str, adapter
     else:
         print("\n".join(card.lines()))
         if card.differences:
-            print(printable(f"first of {len(card.differences)} differences: {card.differences[0]}"))
+            print(printable(f"{count_of(len(card.differences), 'difference')}; the first: {card.differences[0]}"))
         elif not any(card.compared.values()):
             print("nothing could be compared: the server returns neither token ids nor log-probabilities")
     return 3 if card.differences or not any(card.compared.values()) else 0

@@ -90,6 +90,6 @@ def test_a_full_disk_is_noticed_before_the_first_tensor(
     empty = made(base, WIDE)
     load_weights(empty, open_base(base, empty.expected))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"the disk that holds .* is full"):
+    with pytest.raises(OSError, match=r"the disk of .* is full"):
         write_adapter(empty, tmp_path / "out", base="")
     assert list(tmp_path.iterdir()) == []

@@ -104,6 +104,6 @@ def test_waits_of_a_real_device_are_counted_and_its_errors_are_raised() -> None:
         "mixed weights": "are on the CPU, not on second",
         "rows 12 bytes apart": "rows of [4, 3] lie 12 bytes apart",
         "long offsets": "ffsets",
-        "shifted": "begins 1 elements into its memory",
+        "shifted": "starts 1 elements into its memory",
     }.items():
         assert why in str(found[name]), (name, found[name])

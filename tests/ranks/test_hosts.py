@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hosts import Host, hosts
 from starts import environment, toy_run
 
-from launchers.profile import Profile
-from launchers.render import Job, render
+from launchers.render import SAFE, SHUTDOWN
 
 STALL_S = 8
 STEPS = 9
@@ -43,30 +43,35 @@ def _start(
     ranks: int = 2,
     site: Path | None = None,
 ) -> list[tuple[subprocess.Popen, Path]]:
-    """Start one run with an agent on each host, from the rendered command."""
-    profile = Profile(
-        kind="torchrun",
-        nodes=len(here),
-        gpus_per_node=ranks,
-        hosts=[host.address for host in here],
-        restarts=restarts,
-        min_nodes=min_nodes,
-        python=sys.executable,
-        rendezvous_timeout=60,
-        shutdown_timeout=5,
-    )
-    rendered = render(
-        Job(recipe="tiny-cpu", overrides=[*WORDS, f"run.name={name}", *words], run=name), profile, folder=""
-    )
+    """Start one run with a bare torchrun on each host."""
+    words = ["tiny-cpu", *WORDS, f"run.name={name}", *words]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    if len(here) == 1:
+        torchrun += ["--standalone"]
+    else:
+        torchrun += [f"--nnodes={min_nodes or len(here)}:{len(here)}", "--rdzv_backend=c10d"]
+        torchrun += [f"--rdzv_endpoint={here[0].address}:29500", f"--rdzv_id={name}-{uuid4().hex}"]
+        torchrun += ["--rdzv_conf=join_timeout=60,close_timeout=5"]
+    torchrun += [
+        f"--nproc_per_node={ranks}",
+        f"--max_restarts={restarts}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    ]
+    torchrun += ["-m", "finetune.train", *words]
     started = []
     for number, host in enumerate(here):
-        command = list(rendered.command)
+        command = list(torchrun)
         if len(here) > 1:
             at = next(index for index, word in enumerate(command) if word.startswith("--rdzv_conf="))
             # hosts of one machine have one name, so the holder of the store is set; a dead host is noticed sooner
             command[at] += f",is_host={'true' if number == 0 else 'false'},last_call_timeout=2,keep_alive_interval=1"
             command.insert(at, f"--local_addr={host.address}")
-        settings = environment() | dict(rendered.environment) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        settings = (
+            environment()
+            | SAFE
+            | {SHUTDOWN: "5", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+            | {"GLOO_SOCKET_IFNAME": "eth0"}
+        )
         settings["PYTHONPATH"] += f"{os.pathsep}{site}" if site else ""
         output = folder / f"{name}-{number}.txt"
         started.append((host.start(command, folder=folder, environment=settings, output=output), output))

@@ -539,6 +539,7 @@ def _two_machines(folder: Path, name: str, *words: str, restarts: int) -> list[s
     return machines
 
 
+@pytest.mark.slow  # two starts
 def test_torchrun_does_not_start_again_what_a_wrong_input_ended(tmp_path: Path) -> None:
     toy_run(tmp_path)
     machines = _two_machines(tmp_path, "wrong", "data.overlong=error", "data.tokens_per_pack=8", restarts=3)

@@ -111,6 +111,7 @@ def test_one_that_answers_nothing_is_given_up(start):
         ask(server, timeout=0.2)
 
 
+@pytest.mark.slow  # waits until it is killed
 def test_one_that_does_not_end_is_killed(start):
     with start("stubborn") as server:
         assert server.process.poll() is None

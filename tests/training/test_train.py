@@ -240,11 +240,12 @@ def test_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: torchrun" in capsys.readouterr().err
 
 
-def test_an_error_that_only_the_ranks_can_see_is_one_message_too(place: Path) -> None:
+def test_a_path_that_does_not_exist_is_one_message_before_any_rank(place: Path) -> None:
     done = _train(place, "wrong", "data.sources.general.path=nowhere.jsonl", *LORA)
     assert done.returncode == 2
-    assert re.fullmatch(r"moetune train: .*nowhere.jsonl.*\n", done.stderr)
-    assert sorted(path.name for path in (place / "runs" / "wrong").iterdir()) == ["config.yaml", "logs"]
+    key = "  data.sources.general.path = 'nowhere.jsonl': "
+    assert re.fullmatch(rf"moetune train: 1 problem that keeps the run from starting:\n{key}.*\n", done.stderr)
+    assert not (place / "runs" / "wrong").exists()
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
@@ -304,7 +305,7 @@ def test_a_dry_run_lists_bad_samples_and_continues_like_training(
     assert _rehearse("data.sources.general.path=shards", "eval.sources.held.path=shards") == [(1, "runs/dry.dry-run")]
     output = capsys.readouterr().out
     assert "shards: 8 warnings on samples that training uses; see `moetune shards check`" in output
-    assert "shards: 2 problems; training goes on" in output
+    assert "shards: 2 problems; training continues" in output
     assert "sample bad: messages is " in output
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]  # and no runs/
 
