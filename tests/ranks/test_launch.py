@@ -279,6 +279,7 @@ def test_of_a_container_only_the_mounts_are_looked_at(kind: str, tmp_path: Path,
     assert "What a run writes there goes with the container." in folder
 
 
+@pytest.mark.slow  # a start of its own
 def test_deepspeed_s_own_launcher_runs_what_was_rendered(tmp_path: Path) -> None:
     toy_run(tmp_path)
     profile = _profile(tmp_path, {"kind": "deepspeed", "gpus_per_node": 2, "python": sys.executable})
