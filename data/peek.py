@@ -61,7 +61,7 @@ def peek(path: str, key: str, places: Places, *, enough: int) -> Peek:
     count = max(enough, LOOKED_AT)
     rows = list(islice(read_rows(source), count))
     if not rows:
-        raise ValueError("it holds no row")
+        raise ValueError("it contains no row")
     refused = []
     for number, row in rows[:LOOKED_AT]:
         try:
@@ -111,7 +111,7 @@ def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
             except ValueError as error:
                 refused.append(f"{shard.name}, sample {sample.key}: {_reason(error)}")
     if not counted:
-        raise ValueError("its shards hold no sample")
+        raise ValueError("its shards contain no sample")
     for shard in shards[:: -(-len(shards) // MOST_SHARDS)]:
         _require_end(shard)
     return Peek(looked_at=looked_at, refused=tuple(refused), at_least=counted)

@@ -124,15 +124,15 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
     if outcome == "preempted":
         return _end("preempted; run the same command again to go on", PREEMPTED)
     if outcome == "guarded":
-        return _end("a guard stopped the run. Raise its bound, and the same command goes on", GUARDED)
+        return _end("a guard stopped the run. Raise its bound, and the same command continues", GUARDED)
     if signals and signals[0] == signal.SIGINT:
-        return _end("interrupted; the same command goes on from the last save", 128 + signal.SIGINT)
+        return _end("interrupted; the same command continues from the last save", 128 + signal.SIGINT)
     if signals or code == 0:
-        return _end("ended by a signal before it could save; the same command goes on from the last save", PREEMPTED)
+        return _end("ended by a signal before it could save; the same command continues from the last save", PREEMPTED)
     if code < 0:
         name = signal.Signals(-code).name
         return _end(
-            f"torchrun was ended by {name}, and its ranks with it; the same command goes on from the last save", 1
+            f"torchrun was ended by {name}, and its ranks with it; the same command continues from the last save", 1
         )
     if first is not None and first.kind == "input":
         return _end(first.message, first.code)
@@ -140,7 +140,7 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
         log = logs / f"rank-{first.rank:04d}.log"
         return _end(f"rank {first.rank} failed first: {first.message}\nIts log: {log}", first.code)
     if first is not None and nodes > 1:  # no rank failed, and one is gone: with its machine, or torchrun there
-        return _end("a machine was lost; another start goes on from the last save", PREEMPTED)
+        return _end("a machine was lost; another start continues from the last save", PREEMPTED)
     if reason := _why_unwritable(logs):
         return _end(f"a rank ended, and could not write why: {reason}. Make room there, and run the same command", 1)
     text = f"a rank ended without a message; {logs / LOG} has what it and torchrun wrote"

@@ -225,7 +225,9 @@ def _check_marks(record: Record) -> None:
     )
     for name, entries, marks, spelled in rows:
         if entries != marks:
-            raise BadField(name, f"has {count_of(entries, 'item')}, but the messages hold {count_of(marks, spelled)}")
+            raise BadField(
+                name, f"has {count_of(entries, 'item')}, but the messages contain {count_of(marks, spelled)}"
+            )
     for index, (kind, box) in enumerate(zip(boxes, objects.boxes, strict=True)):
         if kind == "point" and len(box) != 2:
             raise BadField(f"objects.bbox[{index}]", f"is {list(box)}, but its mark is <point>; write [x, y]")

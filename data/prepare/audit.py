@@ -81,7 +81,7 @@ def audit_shards(
         with suppress(ShardError):  # a folder that cannot be written is nothing of its shards
             store_index(index, shard, cache_dir=options.cache_dir)
         if not len(index):
-            yield Finding(shard=str(shard), key="", reason="holds no sample")
+            yield Finding(shard=str(shard), key="", reason="contains no sample")
         for key in index.keys:
             if key in seen:
                 reason = f"the key is used in {seen[key]} too: training tells such samples apart, other tools may not"

@@ -164,7 +164,7 @@ def build_held(
             for future in waiting:
                 finish(future.result())
     if not shards:
-        raise ValueError(f"{source} holds no row; it is empty, or was cut off")
+        raise ValueError(f"{source} contains no row: it is empty, or was cut off")
     return _close(folder, sorted(shards, key=lambda shard: shard.path), reused)
 
 
@@ -183,11 +183,11 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
         differs = [name for name in claim if (earlier.get(name) or "") != (claim[name] or "")]
         if differs:
             raise ValueError(
-                f"{folder} holds shards of another build: {_differences(earlier, claim, differs)}. "
+                f"{folder} contains shards of another build: {_differences(earlier, claim, differs)}. "
                 "Build into another folder, or remove this one"
             )
     elif list(folder.glob("*.tar")):
-        raise ValueError(f"{folder} holds shards already; build into an empty folder")
+        raise ValueError(f"{folder} already contains shards; build into an empty folder")
     else:
         write_note(note, claim)
 

@@ -66,7 +66,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise ValueError(
-            f"{path} holds a {type(rows).__name__}; write a list of rows, or one row a line in a .jsonl file"
+            f"{path} contains a {type(rows).__name__}; write a list of rows, or one row per line in a .jsonl file"
         )
     yield from enumerate(rows, 1)
 

@@ -52,7 +52,7 @@ def find_data(path: Path) -> UserData:
     trains = [file for file in rows if file.stem in TRAINS] or [file for file in rows if file.stem not in HELD_OUT]
     if len(trains) > 1:
         names = ", ".join(file.name for file in trains[:5])
-        raise ValueError(f"{path} holds several files of rows ({names}): name the one to train on")
+        raise ValueError(f"{path} contains several files of rows ({names}): name the one to train on")
     if not trains:
         raise ValueError(_nothing(path))
     found = _file(trains[0])
@@ -68,8 +68,8 @@ def _nothing(folder: Path) -> str:
     images = sum(file.suffix.lower() in IMAGES for file in folder.rglob("*"))
     if not images:
         return (
-            f"{folder} holds no shards (*.tar), no file of rows (*.jsonl, *.json) and no images. docs/data-format.md "
-            f"shows what rows look like"
+            f"{folder} contains no shards (*.tar), no file of rows (*.jsonl, *.json) and no images. "
+            f"docs/data-format.md shows what rows look like"
         )
     return (
         f"{folder} holds {images} image{'s' if images > 1 else ''}, but no file that says what to answer. Write "
@@ -87,7 +87,7 @@ def _file(path: Path) -> UserData:
         )
     number, row = next(iter(read_rows(path)), (0, None))
     if not number:
-        raise ValueError(f"{path} holds no row")
+        raise ValueError(f"{path} contains no row")
     try:
         if isinstance(row, ValueError):
             raise row

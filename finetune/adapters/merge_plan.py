@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
+from data.format.printable import count_of
 from finetune.adapters.media import media_files, trained_data
 from finetune.adapters.provenance import CONFIGURATION, recorded, require_same_base, seen_settings
 from finetune.adapters.source import AdapterSource, open_source
@@ -81,8 +82,8 @@ class MergePlan:
             f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
             f"adapter  {self.source.folder}: {len(self.source.changes)} low-rank changes ({experts} of expert stacks), "
             f"{len(self.source.full)} full tensors; {self.origin}",
-            f"out      {out}: {len(self.files)} weight file(s) and {len(self.side_files) + 1} others in the hub's "
-            f"layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
+            f"out      {out}: {count_of(len(self.files), 'weight file')} and {len(self.side_files) + 1} others in the "
+            f"hub's layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
             *([f"left out {', '.join(outside)}: links to files outside {self.base.folder}"] if outside else []),
             *([f"media    {', '.join(media)}: with the sizes and frame settings of training"] if media else []),
         ]

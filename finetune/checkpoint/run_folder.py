@@ -12,7 +12,7 @@ from finetune.config import RunConfig
 from finetune.files.atomic import write_file
 from finetune.settings.recipes import effective
 
-TAKEN = "holds a run already, and no checkpoint to resume from"
+TAKEN = "already contains a run, and no checkpoint to resume from"
 FREE_IT = "Set another run.name, or remove that folder"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from data.format.printable import count_of
 from finetune.architecture.rank_shares import LEAST_MARGIN
 from finetune.planner.fit import Fit
 from finetune.planner.gpus import GB
@@ -34,7 +35,7 @@ def _title(plan: Plan) -> Iterator[str]:
     )
     stage = f", fullest in stage {plan.stage}" if plan.stage else ""
     yield (
-        f"{cluster.gpus} x {cluster.gpu.name} in {cluster.nodes} node(s): ep {layout.ep}, sp {layout.sp}, "
+        f"{cluster.gpus} x {cluster.gpu.name} in {count_of(cluster.nodes, 'node')}: ep {layout.ep}, sp {layout.sp}, "
         f"recompute {layout.recompute}, {plan.micro_batches} micro-batch(es) per step on each rank{stage}"
     )
     yield f"frozen weights {'resident' if layout.resident else 'partitioned'} ({plan.resident_reason})"

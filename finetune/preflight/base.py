@@ -28,7 +28,11 @@ def look_at_base(config: RunConfig, family: Family | None) -> tuple[BaseFiles | 
     except (ValueError, OSError) as error:
         lines = str(error).removeprefix("model.path: ").rstrip(".").splitlines()
         is_folder = Path(config.model.path).expanduser().is_dir()
-        remedy = "`moetune verify-base` looks at every part of it" if is_folder else "A folder needs no hub"
+        remedy = (
+            "`moetune verify-base` checks every part of it"
+            if is_folder
+            else "Name a local folder if the hub cannot be reached"
+        )
         return None, [problem("model.path", config.model.path, listed(lines, LINES, between="; "), remedy)]
 
 

@@ -119,9 +119,10 @@ def visible_findings(smi: str | None, *, ranks: int, environment: Mapping[str, s
     needed = max(ranks, local_rank + 1)
     if visible < needed:
         cause = "" if setting is None else f" (CUDA_VISIBLE_DEVICES={setting})"
-        text = f"{visible} GPU(s) can be seen{cause}, and {needed} rank(s) of this node take one each"
+        seen = f"{count_of(visible, 'GPU')} can be seen{cause}"
+        text = f"{count_of(needed, 'rank')} of this node need a GPU each, but {seen}"
         remedy = (
-            "Let every rank see all GPUs of its node: Slurm's --gpus-per-node with one task a node, not "
+            "Let every rank see all GPUs of its node: Slurm's --gpus-per-node with one task per node, not "
             "--gpus-per-task or --gpu-bind; or start as many ranks as there are GPUs"
         )
         yield Finding(check="visible GPUs", text=text, remedy=remedy)
@@ -131,7 +132,7 @@ def memory_findings(shm: Path, *, ranks: int) -> Iterator[Finding]:
     """Yield a finding where shared memory is short, through which readers hand samples over."""
     room, needed = shutil.disk_usage(shm).free, ranks * SHM_BYTES_PER_RANK
     if room < needed:
-        text = f"{shm} has {room / 1e9:.2f} GB free, {ranks} rank(s) want {needed / 1e9:.1f}"
+        text = f"{shm} has {room / 1e9:.2f} GB free; {count_of(ranks, 'rank')} need {needed / 1e9:.1f} GB"
         remedy = "Start the container with --ipc=host or --shm-size (Kubernetes: an emptyDir with medium Memory)"
         yield Finding(check="shared memory", text=text, remedy=remedy)
 

@@ -10,7 +10,7 @@ from finetune.settings.problems import Problem, problem
 
 PATTERN = "*?[{"
 """Marks of a pattern, which may match nothing yet."""
-_SOURCE = "Name a folder of shards, a .tar, a pattern, or a .jsonl or .json file"
+SOURCES = "Name a folder of shards, a .tar, a pattern, or a .jsonl or .json file"
 _MODEL = "Name the folder of a Qwen3-VL base, or a hub id (owner/name)"
 
 
@@ -19,7 +19,7 @@ def missing_paths(config: RunConfig) -> Iterator[Problem]:
     for section, sources in (("data", config.data.sources), ("eval", config.eval.sources)):
         for name, source in sources.items():
             if not any(mark in source.path for mark in PATTERN) and "://" not in source.path:
-                yield from _missing(f"{section}.sources.{name}.path", source.path, _SOURCE)
+                yield from _missing(f"{section}.sources.{name}.path", source.path, SOURCES)
     if not may_be_hub_id(config.model.path):
         yield from _missing("model.path", str(Path(config.model.path).expanduser()), _MODEL)
     yield from _missing("adapters.start_from", config.adapters.start_from, "Name the folder of an adapter")

@@ -1,4 +1,4 @@
-"""The folder of a run: free, writable, with room for its checkpoints, and able to go on where it left off. No torch."""
+"""The folder of a run: free, writable, with room for checkpoints, and able to continue from the newest. No torch."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from finetune.settings.recipes import effective
 PROBE_BYTES = 64 * 2**10
 """Bytes that a disk must take to count as one that can be written."""
 
-ANEW = "start again with another run.name or checkpoint.resume=never"
+AGAIN = "start again with another run.name or checkpoint.resume=never"
 
 
 def lock_problems(config: RunConfig, run_id: str) -> Iterator[Problem]:
@@ -29,9 +29,9 @@ def lock_problems(config: RunConfig, run_id: str) -> Iterator[Problem]:
     try:
         holder = holder_of(config.run.path, run_id=run_id, stall_seconds=config.run.stall_seconds)
     except ValueError as error:
-        yield problem("run.name", config.run.name, str(error), "Or set another run.name")
+        yield problem("run.name", config.run.name, str(error), "Otherwise set another run.name")
         return
-    except OSError:  # a folder that cannot be read, of which `room_problems` tells
+    except OSError:  # the folder cannot be read; `room_problems` reports that
         return
     if holder is not None:
         remedy = "Wait for it to end, or set another run.name"
@@ -53,14 +53,14 @@ def room_problems(config: RunConfig, base: Family) -> Iterator[Problem]:
     earlier = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
     needed, free = sum(parts.values()) - earlier, shutil.disk_usage(existing).free
     if free < needed:
-        listed = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
-        text = f"{existing} has {free / 1e9:,.1f} GB free, and the run still writes {needed / 1e9:,.1f} GB ({listed})"
+        sizes = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in parts.items())
+        text = f"{existing} has {free / 1e9:,.1f} GB free, and the run still writes {needed / 1e9:,.1f} GB ({sizes})"
         remedy = "Free some space, lower checkpoint.keep, or set run.folder to another disk"
         yield problem("run.folder", config.run.folder, text, remedy)
 
 
 def resume_problems(config: RunConfig, base: BaseFiles | None) -> Iterator[Problem]:
-    """Yield what keeps the run from going on at its newest checkpoint, or from beginning in its folder."""
+    """Yield problems that keep the run from continuing at its newest checkpoint, or from beginning in its folder."""
     folder, key = config.run.path, "checkpoint.resume"
     value = config.checkpoint.resume
     try:
@@ -68,7 +68,7 @@ def resume_problems(config: RunConfig, base: BaseFiles | None) -> Iterator[Probl
         saved = None if checkpoint is None else read_manifest(checkpoint)
     except (ValueError, OSError) as error:
         text = " ".join(str(error).removeprefix(f"{key}: ").split()).rstrip(".")
-        yield problem(key, value, text, f"Or {ANEW}")
+        yield problem(key, value, text, f"Resume from another checkpoint (checkpoint.resume=PATH), or {AGAIN}")
         return
     if checkpoint is None or saved is None:
         if is_taken(folder, config):
@@ -79,7 +79,7 @@ def resume_problems(config: RunConfig, base: BaseFiles | None) -> Iterator[Probl
     if different:
         text = f"{checkpoint} was saved under another configuration: {listed(different, between='; ')}"
         advice = schedule_advice(checkpoint, saved, now)
-        yield problem(key, value, text, f"Restore these values to continue it, or {ANEW}{advice}")
+        yield problem(key, value, text, f"Restore these values to continue it, or {AGAIN}{advice}")
     if base is not None and not is_trained_on(saved, base, fingerprint(base)):
         text = f"{checkpoint} was trained on another base, {saved.base}"
-        yield problem("model.path", config.model.path, text, f"Set model.path to the same weights, or {ANEW}")
+        yield problem("model.path", config.model.path, text, f"Set model.path to the same weights, or {AGAIN}")

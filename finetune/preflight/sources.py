@@ -9,6 +9,7 @@ from data.render.fingerprint import files_fingerprint
 from data.shards.bytes import places_of
 from data.stream.plan import plan_settings
 from finetune.config import RunConfig
+from finetune.preflight.places import SOURCES
 from finetune.settings.problems import Problem, problem
 from finetune.settings.stages import Stage, run_stages
 
@@ -31,12 +32,12 @@ def source_problems(config: RunConfig, *, missing: Sequence[str]) -> Iterator[Pr
             looked = peek(path, key, places_of(config.data), enough=enough)
         except (ValueError, OSError) as error:
             text = str(error).removeprefix(f"{key} ").removeprefix(f"is {path!r}, which ").rstrip(".")
-            yield problem(key, path, text, "Name a folder of shards, a .tar, a pattern, or a .jsonl or .json file")
+            yield problem(key, path, text, SOURCES)
             continue
         counts[key] = looked.at_least
         if looked.refused:
             every = len(looked.refused) == looked.looked_at
-            share = "no sample" if every else f"not every one of the first {LOOKED_AT} samples"
+            share = "no sample" if every else f"not all of the first {LOOKED_AT} samples"
             yield problem(key, path, f"{share} can be used: {looked.refused[0]}", _ROWS, warning=not every)
     if not missing:
         yield from _too_few_samples(config, counts)

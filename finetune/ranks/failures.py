@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,10 +101,20 @@ def forget_failure(log: RankLog) -> None:
         (log.folder / "outcome.json").unlink(missing_ok=True)
 
 
-def first_failure(folder: Path, *, start: str) -> Failure | None:
-    """Return the earliest failure of a start, given its meeting or a part of that; lost ranks come last."""
+def ranks_here(rank: int) -> range:
+    """Return the ranks that the launcher of this rank has started on this machine."""
+    first = rank - int(os.environ.get("LOCAL_RANK", "0"))
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun's, or DeepSpeed's
+    return range(first, first + int(size))
+
+
+def first_failure(folder: Path, *, start: str, ranks: Container[int] | None = None) -> Failure | None:
+    """Return the earliest failure of a start, given its meeting or a part of that; lost ranks come last.
+
+    `ranks` limits the search to some of the ranks.
+    """
     failures = [failure for path in folder.glob("failure-*.json") if (failure := _read(path)) is not None]
-    ours = [failure for failure in failures if start in failure.start]
+    ours = [failure for failure in failures if start in failure.start and (ranks is None or failure.rank in ranks)]
     return min(ours, key=lambda failure: (failure.kind == "lost", failure.time, failure.rank), default=None)
 
 
@@ -149,14 +159,18 @@ def report_failure(log: RankLog, error: BaseException) -> Failure:
 
 
 def tell(log: RankLog, failure: Failure, text: str) -> None:
-    """Print why this rank ends, unless another rank failed earlier: then that rank's message is the cause.
+    """Print why the run ends, once on each machine: its rank that failed first prints the cause, its own or another's.
 
     Ranks of `moetune train` print nothing: the command shows the message of the first when all have ended.
     """
     time.sleep(LOST_S if failure.kind == "lost" else FAILED_S)
     first = first_failure(log.folder, start=failure.start) or failure
-    if first.rank == log.rank and LAUNCHER_LOGS not in os.environ:
-        log.shout(f"moetune train, rank {log.rank}: {text}")
+    speaker = first_failure(log.folder, start=failure.start, ranks=ranks_here(log.rank)) or failure
+    if speaker.rank != log.rank or LAUNCHER_LOGS in os.environ:
+        return
+    if first.rank != log.rank:
+        text = f"rank {first.rank} on {first.host} failed first: {first.message}"
+    log.shout(f"moetune train, rank {log.rank}: {text}")
 
 
 def report_early(rank: int, error: Exception) -> int:

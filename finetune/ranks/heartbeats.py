@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from finetune.ranks.failures import ranks_here
 from finetune.ranks.log import RankLog
 
 INTERVAL_S = 10.0
@@ -102,9 +103,7 @@ class Heartbeats:
 
     def dead_neighbours(self) -> list[int]:
         """Return the ranks of this start, on this machine, that ended without saying so."""
-        local, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        first = self._rank - local
-        beats = [read_beat(self._path_of(rank)) for rank in range(first, first + size)]
+        beats = [read_beat(self._path_of(rank)) for rank in ranks_here(self._rank)]
         return [beat["rank"] for beat in beats if beat and is_dead(beat)]
 
     def _others(self) -> list[dict[str, Any]]:

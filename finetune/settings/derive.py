@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
-from data.format.printable import size_of
+from data.format.printable import count_of, size_of
 from finetune.architecture.rank_shares import rank_shares
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
 from finetune.architecture.trained import trained_tensors
@@ -42,13 +42,17 @@ def derive(config: RunConfig, *, ranks: int | None, reads: bool = False) -> list
 def _ranks(config: RunConfig, ranks: int | None) -> list[Derived]:
     count, ep = ranks or fewest_ranks(config), config.parallel.ep
     origin = "--ranks" if ranks else "the fewest that this recipe allows; set another number with --ranks N"
-    spread = f"{count // ep} expert-parallel group(s) of {ep}" if ep else "parallel.ep is chosen when the run starts"
+    spread = (
+        f"{count_of(count // ep, 'expert-parallel group')} of {ep}"
+        if ep
+        else "parallel.ep is chosen when the run starts"
+    )
     groups = f"{count} ranks ({origin}): {spread}"
     sp, tokens = config.parallel.sp, config.data.tokens_per_pack
     lines = [Derived(name="data_ranks", value=count // sp, text=groups)]
     if sp > 1:
         each = -(-tokens // sp)
-        text = f"{count // sp} sequence group(s) of {sp}: a row of {tokens:,} tokens is {each:,} on each rank"
+        text = f"{count_of(count // sp, 'sequence group')} of {sp}: a row of {tokens:,} tokens is {each:,} on each rank"
         lines.append(Derived(name="tokens_per_rank", value=each, text=text))
     return lines
 

@@ -147,7 +147,7 @@ def test_all_small_files_are_copied_and_every_file_has_a_checksum(
     assert all(change["intended_norm"] > 0 for change in report["changes"].values())
     assert "does not say which base" in report["origin"]
     plan, *done = output.err.splitlines()[2:]
-    assert plan.startswith(f"out      {tmp_path / 'out'}: 1 weight file(s) and ")
+    assert plan.startswith(f"out      {tmp_path / 'out'}: 1 weight file and ")
     size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors")
     assert f" {size:,} bytes" not in plan, "the small files count too"
     assert any(line.startswith("applied") for line in done)

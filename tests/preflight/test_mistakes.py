@@ -113,7 +113,7 @@ MISTAKES = {
     "wrong image tag count": Mistake(
         prepare=one_tag_too_many,
         words=(),
-        cause="no sample can be used: row 1: images has 1 item, but the messages hold 2 <image> marks",
+        cause="no sample can be used: row 1: images has 1 item, but the messages contain 2 <image> marks",
         cure="Fix the rows; `moetune shards build` lists every row that it refuses",
     ),
     "no packs": Mistake(

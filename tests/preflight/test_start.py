@@ -69,7 +69,7 @@ def test_a_folder_with_another_run_is_refused(place: Path) -> None:
     config, _ = load_recipe("tiny-cpu", [*WORDS, "optim.lr=0.5"])
     make_run_folder(config.run.path, config)
     (config.run.path / "metrics.jsonl").touch()
-    assert "runs/tiny-cpu holds a run already, and no checkpoint to resume from" in only()
+    assert "runs/tiny-cpu already contains a run, and no checkpoint to resume from" in only()
     assert "not known yet" in only("optim.lr=0.5")  # its own
 
 
@@ -78,7 +78,7 @@ def test_a_base_must_be_whole_and_of_the_family(place: Path) -> None:
     weights = Path("base/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "model.safetensors" in only()
-    assert "`moetune verify-base` looks at every part of it" in only()
+    assert "`moetune verify-base` checks every part of it" in only()
     weights.unlink()
     assert "base holds no weights" in only()
     write_tiny(Path("larger"), TinyModel(layers=4))
@@ -92,7 +92,7 @@ def test_a_base_must_be_whole_and_of_the_family(place: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "cause"),
     [
-        ("", "it holds no row"),
+        ("", "it contains no row"),
         ("not JSON\n", "no sample can be used: row 1: "),
         ('{"messages": 3}\n', "no sample can be used: row 1: messages is a int; write a list of turns"),
         (
@@ -110,7 +110,7 @@ def test_one_bad_row_among_good_ones_is_a_warning(place: Path) -> None:
     rows = Path("rows.jsonl")
     rows.write_text("not JSON\n" + rows.read_text())
     warning, line = look()
-    assert warning.startswith("warning: data.sources.general.path = 'rows.jsonl': not every one of the first 8 samples")
+    assert warning.startswith("warning: data.sources.general.path = 'rows.jsonl': not all of the first 8 samples")
     assert "not known yet" in line
 
 

@@ -22,7 +22,17 @@ from user_runs import TORCHRUN, TRAIN, beat, metrics, start
 
 from data.stream.batch import LossSums, Step
 from finetune.config import RunConfig
-from finetune.ranks.failures import Failure, Kind, Outcome, first_failure, keep_outcome, outcome_of, report_failure
+from finetune.ranks.failures import (
+    Failure,
+    Kind,
+    Outcome,
+    first_failure,
+    keep_outcome,
+    outcome_of,
+    report_failure,
+    tell,
+    write_failure,
+)
 from finetune.ranks.heartbeats import Heartbeats
 from finetune.ranks.log import RankLog
 from finetune.training.bad_steps import IdleSteps, require_finite, saved_rows
@@ -196,7 +206,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(
         assert "no step has begun since the start: the rank ends now" in (logs / f"rank-{rank:04d}.log").read_text()
     if command[: len(TRAIN)] == TRAIN:
         assert done.returncode == 75, done.stderr[-3000:]
-        words = "ended by a signal before it could save; the same command goes on from the last save"
+        words = "ended by a signal before it could save; the same command continues from the last save"
         assert done.stderr == f"moetune train: {words}\n"
     else:  # torchrun has one exit code for all: the job reads here whether to queue itself again
         assert json.loads((logs / "outcome.json").read_text())["outcome"] == "preempted"
@@ -481,7 +491,7 @@ def test_ctrl_c_ends_every_process(place: Path) -> None:
     assert not (place / "runs" / "interrupted" / "lock.json").exists()
     for rank in (0, 1):  # the ranks end themselves; torchrun would end them 30 s later
         assert "Ctrl-C: the rank ends now" in (place / f"runs/interrupted/logs/rank-{rank:04d}.log").read_text()
-    assert done.stderr == "moetune train: interrupted; the same command goes on from the last save\n"
+    assert done.stderr == "moetune train: interrupted; the same command continues from the last save\n"
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
@@ -553,6 +563,28 @@ def test_the_earliest_failure_is_the_cause_but_never_a_lost_rank(tmp_path: Path)
         assert first is not None
         assert (first.rank, first.code) == (2, 1)
     assert first_failure(tmp_path, start="later") is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [(0, "rank 0: rank 2 on far failed first: of 2"), (1, ""), (2, "rank 2: of 2"), (3, "")],
+)
+def test_one_rank_of_each_machine_prints_the_cause(
+    rank: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune.ranks.failures.FAILED_S", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    log = RankLog(tmp_path, rank)
+    failures = [
+        Failure(rank=one, host="far" if one > 1 else "near", time=when, kind="stall", message=f"of {one}", start="now")
+        for one, when in ((0, 3.0), (1, 4.0), (2, 1.0), (3, 2.0))
+    ]
+    for failure in failures:
+        write_failure(tmp_path, failure)
+    tell(log, failures[rank], failures[rank].message)
+    log.close()
+    assert capsys.readouterr().err == (f"moetune train, {words}\n" if words else "")
 
 
 def test_an_outcome_belongs_to_its_start_and_is_written_even_if_the_logs_were_removed(

@@ -565,7 +565,7 @@ def test_ranks_of_two_machines_start_again_and_a_lost_machine_is_one_that_anothe
     machines[1].kill()
     machines[1].wait()
     assert machines[0].wait(timeout=LIMIT_S) == 75
-    assert "a machine was lost; another start goes on from the last save" in (tmp_path / "lost-0.out").read_text()
+    assert "a machine was lost; another start continues from the last save" in (tmp_path / "lost-0.out").read_text()
 
 
 def _rank_in_step(folder: Path, name: str) -> int:

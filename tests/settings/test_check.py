@@ -30,7 +30,7 @@ def test_derivations_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "tokens per step = 32 packs x 8,192 = 262,144" in printed
     assert "micro-batches per step = 32 packs / 16 data ranks = 2 per rank" in printed
-    assert "16 ranks (--ranks): 2 expert-parallel group(s) of 8" in printed
+    assert "16 ranks (--ranks): 2 expert-parallel groups of 8" in printed
     assert "= 31,070,754,032" in printed
     assert "experts per rank = 128 / ep 8 = 16 in each of 48 layers" in printed
     assert "packs_per_step: 32" in printed

@@ -150,13 +150,13 @@ def test_a_file_of_held_out_rows_next_to_the_training_rows_is_used(tmp_path: Pat
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no shards (*.tar), no file of rows (*.jsonl, *.json) and no images"),
+        ({}, "contains no shards (*.tar), no file of rows (*.jsonl, *.json) and no images"),
         ({"a/1.PNG": b"", "a/2.jpg": b""}, "holds 2 images, but no file that says what to answer. Write "),
-        ({"a.jsonl": b"{}", "b.json": b"[]"}, "holds several files of rows (a.jsonl, b.json): name the one"),
-        ({"a.jsonl": b""}, "a.jsonl holds no row"),
+        ({"a.jsonl": b"{}", "b.json": b"[]"}, "contains several files of rows (a.jsonl, b.json): name the one"),
+        ({"a.jsonl": b""}, "a.jsonl contains no row"),
         ({"a.jsonl": b'{"prompt": "x"}\n'}, "a.jsonl, row 1: "),
         ({"a.jsonl": b'{"prompt": \n'}, "`moetune shards build "),
-        ({"a.tar": b"\0" * 10240}, "a.tar holds no sample"),
+        ({"a.tar": b"\0" * 10240}, "a.tar contains no sample"),
         ({"a.tar": b"x"}, "`moetune shards check "),
     ],
 )

@@ -34,7 +34,7 @@ def test_samples_are_counted_as_far_as_it_matters(tmp_path: Path) -> None:
     ("images", "reason"),
     [
         ('["1.png"]', "a.tar, sample a0: media names ["),
-        ('["0.png", "0.png"]', "a.tar, sample a0: images has 2 items, but the messages hold 1 <image> mark"),
+        ('["0.png", "0.png"]', "a.tar, sample a0: images has 2 items, but the messages contain 1 <image> mark"),
         ('[{"path": "far.png"}]', "a.tar, sample a0: images[0]: the file"),
     ],
 )
@@ -51,7 +51,7 @@ def test_shards_that_are_cut_off_or_empty_or_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.tar is cut off \([\d,]+ bytes, without the end of a tar\). Copy it again"):
         peek(str(path), "k", Places(), enough=1)
     shard(tmp_path, "a.tar", count=0)
-    with pytest.raises(ValueError, match="its shards hold no sample"):
+    with pytest.raises(ValueError, match="its shards contain no sample"):
         peek(str(path), "k", Places(), enough=1)
     path.write_bytes(b"\x1f\x8b" + bytes(1022))
     with pytest.raises(ValueError, match="is gzip-compressed; unpack it"):

@@ -160,7 +160,7 @@ def test_rows_are_read_from_lines_and_lists(tmp_path):
     (tmp_path / "a.json").write_text('[{"a": 1}]')
     assert list(read_rows(tmp_path / "a.json")) == [(1, {"a": 1})]
     (tmp_path / "b.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="b.json holds a dict; write a list of rows"):
+    with pytest.raises(ValueError, match="b.json contains a dict; write a list of rows"):
         list(read_rows(tmp_path / "b.json"))
     (tmp_path / "c.json").write_text("[")
     with pytest.raises(ValueError, match="c.json is not JSON"):
@@ -268,7 +268,7 @@ def test_build_embeds_media_refuses_bad_rows_and_counts_columns(tmp_path):
         12: "images[0] is 3; write a path",
         13: "images[0].range is 'x'; write [offset, length]",
         14: "messages carry no loss",
-        15: "images has 2 items, but the messages hold 1 <image> mark",
+        15: "images has 2 items, but the messages contain 1 <image> mark",
         16: "Expecting value",
     }
     assert sorted(rejects) == sorted(expected)
@@ -324,7 +324,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(1)])
     build_shards(source, tmp_path / "out", BuildOptions(name="t"))
     write_rows(source, [text_row(2)])
-    with pytest.raises(ValueError, match="out holds shards of another build: the source file changed since the build"):
+    with pytest.raises(ValueError, match="out contains shards of another build: the source file changed"):
         build_shards(source, tmp_path / "out", BuildOptions(name="t"))
     write_rows(source, [text_row(1)])
     with pytest.raises(
@@ -335,10 +335,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"they were built from \.\./rows.jsonl, not \.\./other.jsonl"):
         build_shards(tmp_path / "other.jsonl", tmp_path / "out", BuildOptions(name="t"))
     (tmp_path / "out/build.json").unlink()
-    with pytest.raises(ValueError, match="out holds shards already; build into an empty folder"):
+    with pytest.raises(ValueError, match="out already contains shards; build into an empty folder"):
         build_shards(source, tmp_path / "out", BuildOptions(name="t"))
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="blank.jsonl holds no row; it is empty"):
+    with pytest.raises(ValueError, match="blank.jsonl contains no row: it is empty"):
         build_shards(tmp_path / "blank.jsonl", tmp_path / "out3", BuildOptions(name="t"))
     for name in ("../t", "a b", ".t", ""):
         with pytest.raises(ValueError, match="--name is '.*'; shard names begin with letters"):

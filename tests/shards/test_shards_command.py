@@ -94,7 +94,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
         "Upper": "the key does not match",
         "dot": "a dot in the key?",
         "half": "half a sample?",
-        "marks": "images has 0 items, but the messages hold 1",
+        "marks": "images has 0 items, but the messages contain 1",
         "wide": "factor of 200",
         "cut": "1.jpg|0.jpg|truncated",
         "still": "single frame",
@@ -107,7 +107,7 @@ def test_check_finds_everything_that_is_wrong(tmp_path, capsys):
     assert set(reasons) == {"", *expected}
     for key, reason in expected.items():
         assert any(word in why for word in reason.split("|") for why in reasons[key]), (key, reasons[key])
-    assert sorted(why.split(":")[0] for why in reasons[""]) == ["holds no sample", "truncated"]
+    assert sorted(why.split(":")[0] for why in reasons[""]) == ["contains no sample", "truncated"]
     warned = {finding["key"] for finding in found if finding["level"] == "warning"}
     assert warned == {"00001", "Upper", "still"}, "training takes these"
     fast = shards(capsys, "check", tmp_path, "--fast", code=3)["findings"]
@@ -145,7 +145,9 @@ def test_findings_of_one_kind_are_one_line_and_warnings_are_not_errors(tmp_path,
     assert len(shown) == 45
     assert shown[-1] == "4 errors and 40 warnings in 2 shards"
     assert main(["shards", "check", str(tmp_path)]) == 3
-    assert capsys.readouterr().out.startswith("error: 4 samples, the first: images has 1 item, but the messages hold 0")
+    assert capsys.readouterr().out.startswith(
+        "error: 4 samples, the first: images has 1 item, but the messages contain 0"
+    )
 
 
 def sample_text(number, **more):

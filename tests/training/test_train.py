@@ -206,7 +206,7 @@ def test_a_truncated_config_is_taken_for_another_run(
     (folder / "metrics.jsonl").touch()
     (folder / "config.yaml").write_text(text)
     config, _ = load_recipe("tiny-cpu")
-    with pytest.raises(ValueError, match="runs/tiny-cpu holds a run already, and no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="runs/tiny-cpu already contains a run, and no checkpoint to resume from"):
         make_run_folder(folder, config)
     (folder / "metrics.jsonl").unlink()
     make_run_folder(folder, config)
@@ -221,7 +221,7 @@ def test_a_truncated_config_is_taken_for_another_run(
         (["optim.lr=abc", "data.sourcez=1"], r"2 problems in the configuration:\n  optim.lr = 'abc'"),
         (["optim.lr=abc", "--dry-run", "--replay", "x", "data.sourcez=1"], r"2 problems in the configuration:"),
         (["adapters.embeddings.mode=lora"], r"adapters.embeddings.mode"),
-        (["run.name=old"], r"runs/old holds a run already, and no checkpoint to resume from. Set another run.name"),
+        (["run.name=old"], r"runs/old already contains a run, and no checkpoint to resume from. Set another run.name"),
     ],
 )
 def test_wrong_input_is_found_before_anything_starts(
