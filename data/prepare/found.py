@@ -111,7 +111,7 @@ def _shards(shards: list[Path], path: Path) -> UserData:
     if first is None or "json" not in first.names:
         names = "no sample" if first is None else f"{', '.join(first.names)} for {first.key}, and no json"
         raise ValueError(
-            f"{shards[0]} holds {names}. A sample of a shard is one json record beside its media: write rows "
+            f"{shards[0]} contains {names}. A sample of a shard is one json record with its media: write rows "
             f"(*.jsonl) that name the media, and `moetune shards build ROWS.jsonl --out shards` makes such shards"
         )
     if sum(shard.stat().st_size for shard in shards) > QUICK_BYTES:
