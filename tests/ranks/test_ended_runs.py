@@ -457,7 +457,7 @@ def test_the_doctor_says_why_a_real_run_hung(place: Path, monkeypatch: pytest.Mo
     assert doctor.returncode == 3, doctor.stderr
     page = doctor.stdout
     assert re.search(r"rank 0 on \S+ ended first \(stall\): collective stall", page), page
-    assert re.search(r"rank 1 is in step \d+, waiting for data, .*; its samples: .*part-000000.tar", page), page
+    assert re.search(r"rank 1 is in step \d+, waiting for data; .*; its samples: .*part-000000.tar", page), page
     assert re.search(
         r"rank 0 waits in all_reduce .* called by require_no_wish \(collectives.py:\d+\), number (\d+) of gloo group 0 "
         r"\(default_pg\), which rank 1 did not join: the last one there was .*, number \d+",
