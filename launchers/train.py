@@ -122,7 +122,7 @@ def verdict(code: int, signals: Sequence[int], *, logs: Path, run_id: str, leave
     if code == 0 and (outcome == "done" or not (outcome or leaves_outcome)):
         return 0
     if outcome == "preempted":
-        return _end("preempted; run the same command again to go on", PREEMPTED)
+        return _end("preempted; run the same command again to continue", PREEMPTED)
     if outcome == "guarded":
         return _end("a guard stopped the run. Raise its bound, and the same command continues", GUARDED)
     if signals and signals[0] == signal.SIGINT:

@@ -167,7 +167,7 @@ def test_sigterm_saves_and_exits_75_and_the_same_command_continues_bit_for_bit(p
     done = int(re.search(r"stopped by SIGTERM after (\d) steps?; the same command continues from there", cut.stdout)[1])
     assert done in (1, 2, 3)
     assert re.search(rf"^so far: {done} steps? in 0:0\d:\d\d; [\d,]+ useful tokens$", cut.stdout, re.M)
-    assert cut.stderr == "moetune train: preempted; run the same command again to go on\n"
+    assert cut.stderr == "moetune train: preempted; run the same command again to continue\n"
     assert [path.name for path in (place / "runs" / "cut" / "checkpoints").glob("step-*")][-1:] == [f"step-{done:06d}"]
     again = start(place, [*TRAIN, "--ranks", "2"], "cut", *words)
     assert again.returncode == 0, again.stderr[-3000:]
@@ -640,8 +640,8 @@ def test_the_last_sentence_is_the_reason(
 @pytest.mark.parametrize(
     ("outcome", "code", "wanted", "says"),
     [
-        ("guarded", 1, 76, "a guard stopped the run. Raise its bound, and the same command goes on\n"),
-        ("preempted", 1, 75, "preempted; run the same command again to go on\n"),
+        ("guarded", 1, 76, "a guard stopped the run. Raise its bound, and the same command continues\n"),
+        ("preempted", 1, 75, "preempted; run the same command again to continue\n"),
         ("done", 0, 0, ""),
     ],
 )
