@@ -107,6 +107,11 @@ ENTRIES = (
         about="time from a saved position to the next step, compared with webdataset, which reads up to it",
     ),
     Entry(
+        name="overlap",
+        module="benchmarks.shards.overlap",
+        about="share of copies, crops, re-encodings and rewordings that `moetune shards overlap` finds",
+    ),
+    Entry(
         name="shards-build",
         module="benchmarks.shards.build",
         about="building checked, indexed shards from rows and photos, compared with webdataset's TarWriter in a loop",

@@ -24,7 +24,7 @@ COMMANDS = {  # in the order in which users need them
     "doctor": "check for known problems before a run, test the nodes together, or find out why a run hung or died",
     "tiny": "write a small base model with random weights, in the hub's own layout",
     "verify-base": "check a base checkpoint: files, config, tokenizer, template, logits; one pass/fail card",
-    "shards": "build, index, check, show, count and split webdataset shards",
+    "shards": "build, index, check, show, count, split and compare webdataset shards",
     "train": "train an adapter on this machine, from a base and shards or a JSONL file",
     "launch": "start the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, with one profile per cluster",
     "eval": "ask a model or a server held-out questions, and score the answers by source",

@@ -1,4 +1,4 @@
-"""`moetune shards`: build shards from a file of rows; index, check, show, count and split shards."""
+"""`moetune shards`: build shards from a file of rows; index, check, show, count, split and compare shards."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.format.printable import count_of, one_line, printable, size_of
 from launchers.arguments import media_places, place_arguments, positive
+from launchers.shards_reports import declare_mix, declare_overlap, mix, overlap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,9 @@ EXAMPLE = """\
   moetune shards check shards/train --base Qwen3-VL-30B-A3B --tokens-per-pack 8192
   moetune shards show shards/train/train-000000.tar --key 000000007 --base Qwen3-VL-30B-A3B --sheet seen.png
   moetune shards stats shards/train --base Qwen3-VL-30B-A3B --context 8192
-  moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by document_id"""
+  moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by document_id
+  moetune shards overlap shards/train shards/held-out --jobs 8      # contamination of an evaluation
+  moetune shards mix qwen3-vl-30b-a3b-lora model.path=/models/30b data.sources.general.path=shards/train"""
 
 EMBEDDED_TWICE = 1_000_000
 """Bytes of repeated media from which on `build` suggests --media reference."""
@@ -33,7 +36,9 @@ EMBEDDED_TWICE = 1_000_000
 SHOWN = 3
 """Samples that `check` names for each kind of finding, without --all."""
 
-EXIT_CODES = {3: "`build` refused more rows than --max-rejects, or `index` or `check` found problems"}
+EXIT_CODES = {
+    3: "`build` refused more rows than --max-rejects, `index` or `check` found problems, or `overlap` more than --limit"
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +111,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "(default: group)",
     )
     split.add_argument("--seed", type=int, default=0, help="another seed gives another split (default 0)")
+    declare_overlap(action)
+    declare_mix(actions)
     for sub in (build, index):
         sub.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (default 1)")
 
@@ -119,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         "show": _show,
         "stats": _stats,
         "split": _split,
+        "overlap": overlap,
+        "mix": mix,
     }
     return actions[args.action](args)
 
