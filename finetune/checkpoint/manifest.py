@@ -39,6 +39,7 @@ FREE = (
     "model.path",  # the base's fingerprint is compared instead
     "model.attention",  # like parallel.*: the same sums in another order
     "moe.dispatch",
+    "optim.offload",
     "data.sources.*.path",  # the state of the data identifies its content
     "data.media_root",
     "data.allow_private_addresses",

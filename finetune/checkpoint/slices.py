@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from finetune.model.empty import EmptyModel
+from finetune.ranks.adamw import MOMENTS
 from finetune.ranks.collectives import rank_and_world
 from moe.experts import GroupedExperts
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)
 
 
@@ -96,7 +95,7 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
             "ZeRO-3 cuts tensors into slices of one size, in order"
         )
         flat = zero.fp32_partitioned_groups_flat[group]
-        moments = _moments(zero.optimizer, flat)
+        moments = zero.optimizer.state_of(flat)
         flats = {"master": flat, **{kind: moments[kind] for kind in MOMENTS}}
         yield Slice(
             canonical=cut.canonical,
@@ -105,15 +104,6 @@ def _slices(zero: Any, empty: EmptyModel) -> Iterator[Slice]:
             views={kind: values.detach()[offset : offset + cut.filled] for kind, values in flats.items()},
             steps=moments["step"],
         )
-
-
-def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
-    """The optimiser's state of one flat tensor; before the first step, it is created here as that step would do."""
-    state: dict[str, Tensor] = optimizer.state[flat]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-        state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
-    return state
 
 
 def put_in_service(engine: Any) -> None:

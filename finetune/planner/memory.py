@@ -99,11 +99,18 @@ def _always(
         "frozen weights kept whole": 0 if layout.resident else itemsize * small(frozen, layout),
         "router's memory of the base": _router(config, base, itemsize),
         "masters": WIDE * trained_slices,
-        "optimiser": 2 * WIDE * trained_slices,
+        "optimiser": 2 * _moment_bytes(config) * trained_slices,
         "gradients": WIDE * trained_slices,
         "gradient bucket": WIDE * bucket(trained),
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def _moment_bytes(config: RunConfig) -> int:
+    """Return the bytes on the device of one moment of one element."""
+    if config.optim.offload:
+        return 0
+    return WIDE if config.optim.moments == "float32" else WIDE // 2
 
 
 def _whole(tensors: Sequence[Tensor], layout: RankLayout) -> int:

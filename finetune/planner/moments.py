@@ -14,7 +14,7 @@ from finetune.config import RunConfig
 from finetune.planner.activations import WIDE, Layer, Reach, Rows, embedded, head, layer, row
 from finetune.planner.rank_layout import RankLayout, bucket, gathered, largest_layer, slices
 from finetune.planner.vision import Tower, pixels, tower
-from finetune.ranks.engine_sizes import LEAST_PREFETCH, MOST_BUCKET, PREFETCHED_LAYERS
+from finetune.ranks.engine_sizes import LEAST_PREFETCH, MOST_BUCKET, PREFETCHED_LAYERS, UPDATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def moments(
             *((stays, behind) if bucket_is_full else (of_row,)),
             {"gradients in one tensor": WIDE * min(bucket(trained), group)},
         ),
-        _moment("update", {"gradients as the optimiser sees them": WIDE * _updated(trained, layout)}),
+        _moment("update", _update(config, _updated(trained, layout))),
     ]
     return tuple(moment for moment in every if moment.parts)
 
@@ -108,6 +108,15 @@ def _vision_backward(seen: Tower, gradients: int) -> dict[str, float]:
         "vision features": seen.outputs,
         "one block recomputed": seen.again,
         "one block's gradients": seen.working + gradients,
+    }
+
+
+def _update(config: RunConfig, elements: int) -> dict[str, float]:
+    """Return the bytes that an update of this many elements needs."""
+    stored = config.optim.moments != "float32" or config.optim.offload
+    return {
+        "gradients as the optimiser sees them": WIDE * elements,
+        "moments of a piece": 2 * WIDE * min(elements, UPDATED) if stored else 0,
     }
 
 

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
+from finetune.ranks.adamw import AdamW
 from finetune.ranks.collectives import (
     PATIENCE,
     be_patient,
@@ -35,7 +37,7 @@ LIMITS = {
     "zero_optimization.zero_quantized_weights": "expert parallelism cannot use quantized weights",
     "zero_optimization.zero_hpz_partition_size": "expert parallelism cannot use hpZeRO's secondary partitions",
     "zero_optimization.mics_shard_size": "expert parallelism cannot use MiCS",
-    "zero_optimization.offload_optimizer": "checkpoints hold the device's optimizer slices, not offloaded ones",
+    "zero_optimization.offload_optimizer": "optim.offload keeps the moments in host memory",
     "zero_optimization.offload_param": "checkpoints hold the device's parameter slices, not offloaded ones",
     "expert_parallel": "the experts are placed by parallel.ep, before the engine starts",
     "tensor_parallel": "expert parallelism cannot be combined with the engine's tensor parallelism",
@@ -70,6 +72,8 @@ class EngineOptions:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    moments: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
     persistence_threshold: int = PERSISTENCE
     """Smaller parameters are gathered once per step, not once per micro-batch."""
     prefetch_elements: int | None = None
@@ -138,7 +142,16 @@ def initialize(module: nn.Module, options: EngineOptions, groups: Sequence[Group
     groups = [Group(parameters=trained, peaks=(options.lr,))] if groups is None else groups
     assert {id(p) for group in groups for p in group.parameters} == {id(p) for p in trained}
     made = [made for group in groups for made in _decay_groups(group, options.weight_decay)]
-    optimizer = torch.optim.AdamW(made, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
+    optimizer = AdamW(
+        made,
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        moments=getattr(torch, options.moments),
+        offload=options.offload,
+    )
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # the engine asks for torch's class itself, not for one made from it
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     settle_hooks(engine, [p for group in groups if all(group.peaks) for p in group.parameters])
     return engine

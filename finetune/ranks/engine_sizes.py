@@ -10,6 +10,8 @@ LEAST_BUCKET = 1_000_000
 """The bucket through which gradients leave is at least this large."""
 MOST_BUCKET = 100_000_000
 """The bucket through which gradients leave is at most this large."""
+UPDATED = 1 << 24
+"""Moments that the optimizer brings to the device at a time, if they are of another type or in host memory."""
 PREFETCHED_LAYERS = 1.2
 """The number of decoder layers that are fetched ahead."""
 LEAST_PREFETCH = 50_000_000

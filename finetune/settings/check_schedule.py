@@ -8,14 +8,17 @@ from math import isfinite
 
 from data.checks import data_problems
 from finetune.architecture.parts import PARTS
-from finetune.config import RunConfig, ScheduleConfig, StageConfig
+from finetune.config import OptimConfig, RunConfig, ScheduleConfig, StageConfig
 from finetune.settings.problems import ConfigError, Problem, did_you_mean, problem
 from finetune.settings.stages import run_stages, stage_data, trained_parts
+
+MOST_BETA = 0.99
+"""A mean that moves by less than 1 % a step may stand still in bfloat16, whose steps are 0.4 to 0.8 %."""
 
 
 def schedule_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield numbers that are out of range, and lengths that do not fit the run."""
-    schedule, optim = config.schedule, config.optim
+    schedule = config.schedule
     if not (isfinite(schedule.epochs) and schedule.epochs >= 0):
         allowed = "it must be a finite number above 0, or 0 for schedule.steps"
         yield problem("schedule.epochs", schedule.epochs, allowed, "1 to 3 are usual")
@@ -43,9 +46,18 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         allowed = f"it has no effect, because schedule.shape is {schedule.shape}"
         remedy = "Set schedule.shape=wsd, or leave it out"
         yield problem("schedule.decay_steps", schedule.decay_steps, allowed, remedy)
+    yield from _optim_problems(config.optim)
+
+
+def _optim_problems(optim: OptimConfig) -> Iterator[Problem]:
     for name, beta in zip(("first", "second"), optim.betas, strict=True):
         if not 0 <= beta < 1:
             yield problem("optim.betas", beta, f"the {name} one must be from 0 to below 1", "[0.9, 0.95] are usual")
+    if optim.moments == "bfloat16" and optim.betas[1] > MOST_BETA:
+        allowed = (
+            f"with optim.moments=bfloat16 the second one must be at most {MOST_BETA}: a slower mean would not move"
+        )
+        yield problem("optim.betas", optim.betas[1], allowed, "Set 0.95, or optim.moments=float32")
     for key, value in {"eps": optim.eps, "weight_decay": optim.weight_decay, "clip_norm": optim.clip_norm}.items():
         if not (isfinite(value) and value >= 0):
             yield problem(f"optim.{key}", value, "it must be a finite number of 0 or more", f"Set another optim.{key}")

@@ -251,6 +251,8 @@ def engine_options(config: RunConfig) -> EngineOptions:
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
+        moments=optim.moments,
+        offload=optim.offload,
         extra=config.engine.extra,
     )
 

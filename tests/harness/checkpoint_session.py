@@ -56,6 +56,7 @@ class Job:
     """The folder for the checkpoints that it writes."""
     ep: int
     dtype: str = "float32"
+    """Of the weights, and of the optimiser's moments; those of bfloat16 are kept in host memory too."""
     resume: Path | None = None
     save: bool = False
     resident: bool = True
@@ -117,7 +118,15 @@ def start(rank: int, world: int, base: Path, job: Job, *, train: tuple[str, ...]
     )
     dtype = getattr(torch, job.dtype)
     empty = build(base, ModelOptions(ep_size=job.ep, layer=layer, train=train, resident=job.resident, dtype=dtype))
-    options = EngineOptions(dtype=job.dtype, lr=1e-3, eps=1e-6, clip_norm=0.05, weight_decay=0.1)
+    options = EngineOptions(
+        dtype=job.dtype,
+        lr=1e-3,
+        eps=1e-6,
+        clip_norm=0.05,
+        weight_decay=0.1,
+        moments=job.dtype,
+        offload=job.dtype == "bfloat16",
+    )
     files = open_base(base, empty.expected)
     load_weights(empty, files, engine_config=engine_config(options))
     engine = initialize(empty.module, options)

@@ -43,7 +43,7 @@ STARTS = {
         1,
         8,
         [
-            _case(1, "frozen", "layer", "model.dtype=bfloat16", trains=TOWER, **IMAGES),
+            _case(1, "frozen", "layer", "model.dtype=bfloat16", "optim.moments=bfloat16", trains=TOWER, **IMAGES),
             _case(1, "frozen", "layer", trains=TOWER, samples=(260, 124), videos=((2, 16, 16),)),
         ],
     ),
