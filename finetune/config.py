@@ -299,7 +299,8 @@ class OptimConfig:
     With: `optim.lr` (multiplies it).
     """
     moments: Literal["float32", "bfloat16"] = "float32"
-    """The type in which AdamW's two moments are kept between steps; they are computed in float32 either way.
+    """The type in which AdamW's two moments are kept between steps: `float32`, or `bfloat16` for half the memory. They
+    are computed in float32 either way.
 
     Change: to `bfloat16` when memory is short: it saves 4 bytes for each trained parameter. Results differ a little.
     With: `optim.betas` (with `bfloat16` the second must be at most 0.99: a slower mean would not move),
