@@ -634,7 +634,8 @@ class TrackConfig:
     load_every: int = 20
     """Steps between two records of the load of each expert of each layer, in `expert_load.jsonl`. 0: none.
 
-    Change: lower it to watch the router closely. A record of 235B has about 12,000 numbers.
+    Change: lower it to watch the router closely. A record of 235B has about 12,000 numbers, and as many again for each
+    kind of token and each source.
     With: `moe.balance`.
     """
     media: Literal["local", "wandb"] = "local"
@@ -650,7 +651,8 @@ class TrackConfig:
     With: `track.wandb` (both may be on).
     """
     media_samples: int = 4
-    """Pictures of the first step that are kept, as the model sees them. 0: none.
+    """Samples of the first step that are kept as the model sees them, in `samples.jsonl`, and at most as many of their
+    pictures, in `media/`. 0: none.
 
     Change: raise it to look at more of the data, for example after a change of sizes.
     With: `track.media`.

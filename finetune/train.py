@@ -66,6 +66,8 @@ def train(
     state.resume()
 
     with Tracker(run.config, folder, base=run.base, device=run.device, log=say, done=state.done) as tracker:
+        tracker.begin(run.data.corpora)
+
         # 3. Evaluate before the first step; a run that was already over takes no steps
         run.share_rows(run.stage(state.first).sp)
         is_over = run.evaluation.start(run.engine, state.first, tracker=tracker, owed=state.owes_evaluation)
@@ -117,10 +119,13 @@ def _take_steps(run: Run, state: RunState, tracker: Tracker) -> int:
 
         # 4.3 Update the weights
         began = time.perf_counter()
-        tracker.look(at, step.batches, run.model.spec)
+        tracker.look(at, step.batches, run.model.spec, run.data.renderer)
         rates = set_rates(run.engine, at, stage, config)
         with saved_if_not_finite(run, at, step.batches):
-            losses, load, by_sample = take_step(run.engine, step, config, run.balance, at, run.device, watch.work)
+            groups = run.groups if tracker.records_load(at) else None
+            losses, load, by_sample = take_step(
+                run.engine, step, config, run.balance, at, run.device, watch.work, groups
+            )
         idle_steps.see(at, losses["loss"], keys_of(step.batches))
         run.data.leave_out_bad_samples(step, run.say)
         state.done = at + 1

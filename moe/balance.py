@@ -59,8 +59,11 @@ def _check_active(totals: StepTotals, *, value_needed: bool) -> None:
 class _MicroBatch:
     """The counts of one micro-batch's layers, and the all-reduces that are still under way."""
 
-    def __init__(self, *, valid_T: Tensor | None, layers: int, experts: int, device: torch.device) -> None:
+    def __init__(
+        self, *, valid_T: Tensor | None, groups_DT: Tensor | None, layers: int, experts: int, device: torch.device
+    ) -> None:
         self.given_valid_T = valid_T
+        self.groups_DT = groups_DT
         self.counts_LE = torch.zeros(layers, experts, dtype=torch.int64, device=device)
         self.all_counts_LE = self.counts_LE  # becomes a tensor of its own where counts are summed over ranks
         self.probs_sum_LE = torch.zeros(layers, experts, device=device)
@@ -171,8 +174,11 @@ class Balance:
         """Treat these ranks' micro-batches as one in mode `micro` too: from now on they hold slices of one row."""
         self._row_group = group
 
-    def start_step(self, step_tokens: int) -> None:
-        """Begin a step with `step_tokens` valid tokens over all micro-batches and ranks; drop an unfinished step."""
+    def start_step(self, step_tokens: int, *, groups: int = 0) -> None:
+        """Begin a step with `step_tokens` valid tokens over all micro-batches and ranks; drop an unfinished step.
+
+        With `groups`, the load is also counted for each of that many groups of tokens.
+        """
         if step_tokens < 1:
             raise ValueError(
                 f"A step has {step_tokens} valid tokens over all ranks: nothing to train on. Skip the step."
@@ -181,16 +187,22 @@ class Balance:
         self._micro = None
         # per layer, how many forwards recorded a gradient and how many backwards added one
         self.called, self.injected = [0] * self.layers, [0] * self.layers
-        self.totals = StepTotals.zeros(layers=self.layers, experts=self.experts, device=self._device)
+        self.totals = StepTotals.zeros(layers=self.layers, experts=self.experts, groups=groups, device=self._device)
 
-    def start_micro_batch(self, valid_T: Tensor | None) -> None:
-        """Begin a micro-batch; `valid_T` is False for padding, in the order in which this rank's routers see tokens."""
+    def start_micro_batch(self, valid_T: Tensor | None, groups_DT: Tensor | None = None) -> None:
+        """Begin a micro-batch; `valid_T` is False for padding, in the order in which this rank's routers see tokens.
+
+        `groups_DT` numbers the group of each token in D divisions, such as by kind and by source. A step that counts
+        groups needs it.
+        """
         if self._step_tokens is None:
             raise ValueError("start_micro_batch outside of a step: call start_step with the step's valid tokens first.")
         self.end_micro_batch()
         if valid_T is not None:
             valid_T = valid_T.reshape(-1).to(self._device, torch.bool)
-        self._micro = _MicroBatch(valid_T=valid_T, layers=self.layers, experts=self.experts, device=self._device)
+        self._micro = _MicroBatch(
+            valid_T=valid_T, groups_DT=groups_DT, layers=self.layers, experts=self.experts, device=self._device
+        )
 
     def __call__(
         self,
@@ -249,6 +261,8 @@ class Balance:
             if base_topk_TK is not None:
                 self.totals.agreed_L[layer] += chosen_TE.gather(1, base_topk_TK).sum()
                 self.totals.compared_L[layer] += counts_E.sum()
+            if micro.groups_DT is not None:
+                self._count_groups(layer, micro.groups_DT, topk_TK, valid_T)
         self.called[layer] += probs_TE.requires_grad
         if self._world > 1 and (self.mode == "global" or (self.mode == "micro" and self._row_group is not None)):
             if micro.all_counts_LE is micro.counts_LE:
@@ -258,6 +272,12 @@ class Balance:
             work = dist.all_reduce(counts_E, group=over, async_op=True)
             assert work is not None
             micro.under_way[layer] = work
+
+    def _count_groups(self, layer: int, groups_DT: Tensor, topk_TK: Tensor, valid_T: Tensor) -> None:
+        """Add the choices of each group's valid tokens; sums of ones in float64 are exact in any order."""
+        bins_DTK = groups_DT[..., None] * self.experts + topk_TK
+        ones_DTK = valid_T.to(torch.float64)[:, None].expand(bins_DTK.shape)
+        self.totals.counts_LGE[layer].view(-1).scatter_add_(0, bins_DTK.reshape(-1), ones_DTK.reshape(-1))
 
     def end_micro_batch(self) -> None:
         """Add the micro-batch's counts to the totals; the next micro-batch and the end of the step call this too."""
@@ -279,7 +299,8 @@ class Balance:
         self.totals.injected_L += torch.tensor(self.injected, device=self._device)
         if self._world > 1:
             dist.all_reduce(self.totals.packed_LX, group=self._group)
-        totals = StepTotals(self.totals.packed_LX.cpu())  # the step's one wait for the device
+        packed_LX = self.totals.packed_LX.cpu()  # the step's one wait for the device
+        totals = StepTotals(packed_LX, experts=self.experts)
         step_tokens, self._step_tokens = self._step_tokens, None
         load = step_load(totals, top_k=self.top_k, step_tokens=step_tokens)
         if self.mode != "off" or self.z_coefficient:

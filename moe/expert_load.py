@@ -32,6 +32,7 @@ def step_load(totals: "StepTotals", *, top_k: int, step_tokens: int) -> "StepLoa
         balance=tuple((totals.balance_L / step_tokens).tolist()),
         z=tuple((totals.z_L / step_tokens).tolist()),
         agreement=tuple((totals.agreed_L / totals.compared_L).tolist()) if compared else None,
+        groups=tuple(totals.counts_LGE.transpose(0, 1).to(torch.int64).tolist()),
     )
 
 
@@ -43,6 +44,7 @@ class StepLoad:
     balance: tuple[float, ...]  # E * sum f P, weighted by tokens over the micro-batches; 1 is even, E / top-k is worst
     z: tuple[float, ...]  # mean squared logsumexp of the router logits
     agreement: tuple[float, ...] | None  # share of the top-k choices that the base router makes too
+    groups: tuple[Sequence[Sequence[int]], ...] = ()  # the counts of each group of tokens, if they were given
 
     @property
     def max_over_mean(self) -> tuple[float, ...]:
@@ -97,15 +99,18 @@ class StepTotals:
 
     SUMS = 6
 
-    def __init__(self, packed_LX: Tensor) -> None:
+    def __init__(self, packed_LX: Tensor, *, experts: int) -> None:
         self.packed_LX = packed_LX
-        self.counts_LE = packed_LX[:, : -self.SUMS]
+        self.counts_LE = packed_LX[:, :experts]
+        layers, width = packed_LX.shape
+        self.counts_LGE = packed_LX[:, experts : -self.SUMS].view(layers, (width - self.SUMS) // experts - 1, experts)
         # The balance and z values are sums over valid tokens. The base router makes `agreed` of the `compared` choices
         # too. `called` counts the forwards that recorded a gradient, `injected` the backwards that added one.
         sums_L6 = packed_LX[:, -self.SUMS :]
         self.balance_L, self.z_L, self.agreed_L, self.compared_L, self.called_L, self.injected_L = sums_L6.unbind(1)
 
     @classmethod
-    def zeros(cls, *, layers: int, experts: int, device: torch.device) -> "StepTotals":
+    def zeros(cls, *, layers: int, experts: int, groups: int, device: torch.device) -> "StepTotals":
         """Return the totals before the first layer; float64 holds every count exactly."""
-        return cls(torch.zeros(layers, experts + cls.SUMS, dtype=torch.float64, device=device))
+        width = experts * (1 + groups) + cls.SUMS
+        return cls(torch.zeros(layers, width, dtype=torch.float64, device=device), experts=experts)

@@ -1,9 +1,7 @@
 """Shows a sample as a model sees it: its text with the supervised part marked, its images and frames on a sheet."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,11 @@ from transformers import AutoTokenizer
 from data.config import VideoConfig
 from data.format.record import Record
 from data.render.sample import Sample
+from data.render.spelled import spelled_parts
 from data.render.video import plan_video
 from data.render.vision import read_spec, unpatch
 from data.shards.index import ShardIndex
 
-_PADS = re.compile(r"((?:<\|(?:image|video)_pad\|>)+)")
 _TILE = 224
 _LABEL = 14
 
@@ -38,19 +36,8 @@ def marked_text(sample: Sample, base: Path, *, before: str = "⟦", after: str =
     A control token or mark that is only spelled in a text has a backslash before it.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
-    added = tokenizer.added_tokens_decoder
-    spelled = re.compile("|".join(map(re.escape, [before, after, *(token.content for token in added.values())])))
-    out = []
-    for supervised, group in groupby(
-        zip(sample.input_ids, sample.loss_weights, strict=True), key=lambda pair: pair[1] > 0
-    ):
-        pieces = []
-        for is_control, tokens in groupby((int(token) for token, _ in group), key=added.__contains__):
-            piece = tokenizer.decode(list(tokens), skip_special_tokens=False)
-            pieces.append(piece if is_control else spelled.sub(r"\\\g<0>", piece))
-        text = _PADS.sub(lambda pads: f"{pads[0][: pads[0].index('>') + 1]}×{pads[0].count('>')}", "".join(pieces))
-        out.append(f"{before}{text}{after}" if supervised else text)
-    return "".join(out)
+    parts = spelled_parts(sample.input_ids, sample.loss_weights, tokenizer, marks=(before, after))
+    return "".join(f"{before}{text}{after}" if is_supervised else text for text, is_supervised in parts)
 
 
 def sample_tiles(

@@ -5,7 +5,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -26,6 +26,7 @@ from data.render.fingerprint import RULES, files_fingerprint
 from data.render.frames import decode_images, open_video, video_patches
 from data.render.image import decode_image, probe_image
 from data.render.positions import sample_positions
+from data.render.spelled import spelled_parts
 from data.render.template import read_template
 from data.render.timestamps import box_texts, video_text
 from data.render.tokens import Tokens, tokenise, widen
@@ -153,6 +154,10 @@ class Renderer:
         text: str = self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
         return text
 
+    def spelled(self, ids: Iterable[Any], weights: Iterable[Any]) -> list[tuple[str, bool]]:
+        """Return the text of tokens in parts, control tokens included, each with whether it is supervised."""
+        return list(spelled_parts(ids, weights, self._tokenizer))
+
     def spell(self, token: int) -> str:
         """Return the text of one token, which may be a special one."""
         spelled: str = self._tokenizer.decode([token], skip_special_tokens=False)
@@ -162,6 +167,11 @@ class Renderer:
     def media_ids(self) -> frozenset[int]:
         """The tokens that stand for patches of images and videos."""
         return frozenset((self._image_pad, self._video_pad))
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The tokens that stand for no text, such as those that begin a turn or an image."""
+        return frozenset(map(int, self._tokenizer.added_tokens_decoder))
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text outside any conversation."""

@@ -20,7 +20,7 @@ from data.stream.batch import Batch
 from finetune.model.loss import Losses, Normalise, row_losses, tile_head
 from finetune.model.nodes import join_nodes
 from finetune.model.recompute import offloaded
-from finetune.model.row import Coming, Row, lay_out
+from finetune.model.row import Coming, Grouping, Row, lay_out
 from finetune.model.sequence import SequenceGroup
 from finetune.model.sequence_vision import deliver
 from finetune.model.sight import Look, Sight, embed_flat
@@ -67,12 +67,12 @@ class PackedModel(nn.Module):
         self.host_from_bytes: int | None = None
         """Bytes from which the inputs of layers wait for backward in host memory; None: they stay on the device."""
 
-    def send(self, batch: Batch, device: torch.device) -> Coming[Row]:
+    def send(self, batch: Batch, device: torch.device, grouping: Grouping | None = None) -> Coming[Row]:
         """Lay out a row on the host, and start to copy it to the device; call this before the previous forward ends.
 
         The row is laid out for the sequence group that is set at the time of the call.
         """
-        return Coming(lay_out(batch, self.sequence, self.sight), device)
+        return Coming(lay_out(batch, self.sequence, self.sight, grouping), device)
 
     def forward(self, batch: Batch | Row, measure: Measure | None = None) -> Any:
         """Return the losses of one packed row, or of this rank's slice; every rank must call this equally often.

@@ -19,6 +19,8 @@ from finetune.model.sequence import SequenceGroup, divisible, own_part
 from finetune.model.sight import Look, Sight
 
 T = TypeVar("T")
+Grouping = Callable[[Batch], Tensor]
+"""Numbers the group of each token of a row, in each division of them: int64 [D, T]."""
 
 ALIGN_BYTES = 16
 """Alignment of a tensor in the one buffer that is copied."""
@@ -37,6 +39,8 @@ class Row:
     """Places in the row of the supervised tokens that this rank's tokens predict, in their order."""
     look: Look | None
     """The call of the tower; None: it is not called."""
+    groups_DT: Tensor | None = None
+    """The group of each of this rank's tokens, in each division of them; None: no groups are counted."""
 
     @property
     def valid_T(self) -> Tensor:
@@ -49,10 +53,13 @@ class Row:
         return {**self.batch.attention, "borders": self.borders}
 
 
-def lay_out(batch: Batch, group: SequenceGroup | None = None, sight: Sight | None = None) -> Row:
+def lay_out(
+    batch: Batch, group: SequenceGroup | None = None, sight: Sight | None = None, grouping: Grouping | None = None
+) -> Row:
     """Compute on the CPU everything that a row's forward needs; `sight` is None for a model without a tower."""
     batch = divisible(batch, group)
     part = own_part(batch, group)
+    groups_DT = grouping(batch)[:, part] if grouping is not None else None
     look = None
     if sight is not None:
         batch, look = sight.look(batch, part, group)
@@ -64,7 +71,12 @@ def lay_out(batch: Batch, group: SequenceGroup | None = None, sight: Sight | Non
     labels_N = label_places(batch)
     predicted = (labels_N > part.start) & (labels_N <= part.stop)  # a label is predicted by the token before it
     return Row(
-        batch=batch, part=part, borders=tuple(batch.cu_seq_lens.tolist()), labels_N=labels_N[predicted], look=look
+        batch=batch,
+        part=part,
+        borders=tuple(batch.cu_seq_lens.tolist()),
+        labels_N=labels_N[predicted],
+        look=look,
+        groups_DT=groups_DT,
     )
 
 

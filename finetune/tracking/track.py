@@ -1,8 +1,7 @@
 """Keeps track of a run: metrics, expert load, evaluations, predictions and pictures, in its folder and beyond."""
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from signal import Signals
 from types import TracebackType
@@ -12,8 +11,10 @@ import torch
 from PIL import Image
 
 from data.format.printable import count_of
-from data.render.vision import Pixels, VisionSpec, unpatch
+from data.render.sample import Renderer
+from data.render.vision import VisionSpec
 from data.stream.batch import Batch, Step
+from data.stream.corpus import Corpus
 from finetune.architecture.families import Family
 from finetune.architecture.flops import FlopMeter, trainings
 from finetune.config import RunConfig
@@ -22,25 +23,18 @@ from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.failures import keep_outcome
 from finetune.ranks.log import RankLog, print_line
 from finetune.settings.recipes import effective
-from finetune.settings.stages import run_stages
 from finetune.tracking.metrics import Ranks, figures, gather_shares, load_figures, share_of
 from finetune.tracking.progress_bar import Follower
 from finetune.tracking.records import forget_steps, records
+from finetune.tracking.seen_samples import chosen_samples
+from finetune.tracking.start_record import start_record
 from finetune.tracking.summary import work_line
+from finetune.tracking.token_groups import counts_by_group, run_sources
 from finetune.tracking.wandb_link import WandbLink
 from moe.expert_load import StepLoad
 
 if TYPE_CHECKING:
     from finetune.tracking.tensorboard_writer import TensorBoard
-
-
-def pictures(batch: Batch, spec: VisionSpec) -> Iterator[Pixels]:
-    """Yield each image of a row, then the first frame of each of its videos."""
-    for patches, grids in ((batch.image_patches, batch.image_grids), (batch.video_patches, batch.video_grids)):
-        begin = 0
-        for time, rows, columns in grids.tolist():
-            yield unpatch(patches[begin : begin + rows * columns].numpy(), (1, rows, columns), spec)[0]
-            begin += time * rows * columns
 
 
 class Tracker:
@@ -56,9 +50,10 @@ class Tracker:
         peak, reason = _peak(config, device)
         self._ranks = Ranks(world=world, peak_flops=peak)
         self._writes = rank == 0
+        self._done = done
         self._moe_layers = list(base.moe_layers) if base.text.experts is not None else []
         self._preempted = False
-        self._sources = sorted({name for stage in run_stages(config) for name in stage.data.sources})
+        self._sources = run_sources(config)
         self._link: WandbLink | None = None
         self._board: TensorBoard | None = None
         if not self._writes:
@@ -67,7 +62,7 @@ class Tracker:
             log(f"mfu is null in metrics.jsonl: {reason}")
         # evaluations and predictions are numbered by the steps done; a run without a save starts again at 0
         judged = done + 1 if done else 0
-        ends = {"metrics": done, "expert_load": done, "evaluations": judged, "predictions": judged}
+        ends = {"metrics": done, "expert_load": done, "samples": done, "evaluations": judged, "predictions": judged}
         for kind, end in ends.items():
             if damaged := forget_steps(folder / f"{kind}.jsonl", end):
                 log(f"warning: {folder / kind}.jsonl: {count_of(damaged, 'damaged line')} removed; the run continues")
@@ -110,6 +105,13 @@ class Tracker:
             else:
                 self._link.abandon()  # nothing may delay the report of the failure
 
+    def begin(self, corpora: Iterable[Corpus]) -> None:
+        """Record that this start begins, with the sizes and licences of its sources, in starts.jsonl."""
+        if self._writes:
+            world = self._ranks.world
+            start = start_record(self._config, corpora, done=self._done, ranks=world, device=self._device)
+            self._append("starts", start)
+
     def step(
         self,
         at: int,
@@ -135,10 +137,15 @@ class Tracker:
             line = self._follower.step(values)
             if self._follower.is_bar:  # otherwise it is in the log already
                 self._log.note(line)
-            every = self._config.track.load_every
-            if load is not None and every and at % every == 0:
-                self._write("expert_load", {"step": at, "layers": self._moe_layers, "counts": load.counts})
+            if load is not None and self.records_load(at):
+                counts = {"counts": load.counts, **counts_by_group(load, self._sources)}
+                self._write("expert_load", {"step": at, "layers": self._moe_layers, **counts})
         return max(share.stop for share in shares)
+
+    def records_load(self, at: int) -> bool:
+        """Say whether the load of each expert is recorded in this step."""
+        every = self._config.track.load_every
+        return bool(every) and at % every == 0
 
     def stage(self, parts: Collection[str]) -> None:
         """Note the parts of the model that train from now on: they decide what counts as work."""
@@ -161,20 +168,23 @@ class Tracker:
         if self._link is not None:
             self._link.send("adapter", {"step": steps, "folder": str(folder.absolute()), "aliases": list(aliases)})
 
-    def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None) -> None:
-        """Write the first pictures of a run's first step, as the model sees them, to media/ in the run's folder."""
+    def look(self, at: int, batches: Iterable[Batch], spec: VisionSpec | None, renderer: Renderer) -> None:
+        """Write a few samples of a run's first step as the model sees them: samples.jsonl, and pictures in media/."""
         most = self._config.track.media_samples
-        if at or not self._writes or spec is None or not most:
+        if at or not self._writes or not most:
             return
         media = self._folder / "media"
-        files: list[tuple[str, str]] = []  # each file with the keys of the samples in its row
-        media.mkdir(exist_ok=True)
-        for batch in batches:
-            keys = ", ".join(batch.keys)
-            for pixels in islice(pictures(batch, spec), most - len(files)):
+        files: list[tuple[str, str]] = []  # each file with the key of its sample
+        media_ids = (self._base.image_token_id, self._base.video_token_id)
+        for sample in chosen_samples(batches, spec, media_ids=media_ids, most=most):
+            first = len(files)
+            for frame in sample.frames[: most - first]:
+                media.mkdir(exist_ok=True)
                 file = media / f"step-{at:06d}-{len(files)}.png"
-                Image.fromarray(pixels).save(file)
-                files.append((str(file.absolute()), keys))
+                Image.fromarray(frame.pixels()).save(file)
+                files.append((str(file.absolute()), sample.key))
+            pictures = [f"media/{Path(file).name}" for file, _ in files[first:]]
+            self._append("samples", {"step": at, **sample.record(renderer), "pictures": pictures})
         if self._link is not None and self._config.track.media == "wandb" and files:
             self._link.send("pictures", {"step": at, "files": files})
 
@@ -190,9 +200,12 @@ class Tracker:
             text += f"\nso far: {work_line(steps, evaluations, done=done)}"
         return text
 
-    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+    def _append(self, kind: str, values: Mapping[str, Any]) -> None:
         with (self._folder / f"{kind}.jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
+
+    def _write(self, kind: str, values: Mapping[str, Any]) -> None:
+        self._append(kind, values)
         if self._link is not None:
             self._link.send(kind, values)
         if self._board is not None:

@@ -42,6 +42,7 @@ from finetune.settings.attention import choose_attention
 from finetune.settings.derive import derive
 from finetune.settings.recipes import effective
 from finetune.settings.stages import Stage, longest_pack, run_stages, stage_of
+from finetune.tracking.token_groups import TokenGroups, token_groups
 from finetune.training.evaluation import Evaluation
 from finetune.training.optimiser_groups import trained_groups
 from finetune.training.steps import RunData
@@ -68,6 +69,8 @@ class Run:
     empty: EmptyModel
     model: PackedModel
     balance: Balance | None
+    groups: TokenGroups | None
+    """Numbers the kinds and sources by which the load of the experts is counted; None for a dense base."""
     sequence_groups: Mapping[int, SequenceGroup | None]
     """The ranks that share a row with this one, by group size; None for complete rows."""
     data: RunData
@@ -169,6 +172,7 @@ def assemble(config: RunConfig, folder: Path, say: RankLog, watch: Watch, *, reh
         empty=empty,
         model=model,
         balance=balance,
+        groups=token_groups(config, base, renderer) if balance is not None else None,
         sequence_groups=groups_by_size,
         data=data,
         evaluation=evaluation,

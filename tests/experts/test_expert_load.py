@@ -1,5 +1,7 @@
 """Load statistics of known loads, and that observing them keeps no logits and never waits for the device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from router_stack import EXPERTS, LAYERS, TOP_K, make_balance, route
@@ -48,6 +50,24 @@ def test_statistics_of_a_known_load():
     assert load.expert_load_max_over_mean == 2.0
     assert load.expert_load_entropy == load.entropy[1] == pytest.approx(0.9433483 / 1.3862944)
     assert load.loss_z == pytest.approx(sum(load.z) / 2)
+
+
+def test_counting_groups_of_tokens_changes_nothing_else():
+    even = [(0, 1), (2, 3), (0, 1), (2, 3), (0, 2)]
+    loads, gradients = [], []
+    for groups in (0, 5):
+        balance = make_balance(layers=1, experts=4, top_k=2)
+        balance.start_step(4, groups=groups)
+        logits_TE = forced_logits(even, 4)
+        for rows in (slice(0, 3), slice(3, 5)):  # two micro-batches; the last token is padding
+            groups_DT = torch.tensor([[0, 1, 1, 0, 9], [2, 3, 3, 4, 9]])[:, rows].clamp(max=4)
+            balance.start_micro_batch(torch.arange(5)[rows] < 4, groups_DT if groups else None)
+            route(balance, 0, logits_TE[rows]).square().sum().backward()
+        loads.append(balance.finish_step())
+        gradients.append(logits_TE.grad)
+    assert torch.equal(*gradients)
+    assert loads[1].groups == ([[1, 1, 1, 1]], [[1, 1, 1, 1]], [[1, 1, 0, 0]], [[1, 1, 1, 1]], [[0, 0, 1, 1]])
+    assert replace(loads[1], groups=()) == loads[0]
 
 
 def test_nothing_happens_outside_a_step_or_without_gradients():
@@ -121,9 +141,10 @@ def test_bfloat16_logits_get_bfloat16_gradients_of_the_right_size():
 def test_forward_and_backward_never_wait_for_the_device():
     """Use the meta device, where reading a value raises."""
     balance = make_balance(device=torch.device("meta"))
-    balance.start_step(100)
+    balance.start_step(100, groups=3)
     for _ in range(2):
-        balance.start_micro_batch(torch.ones(4, 25, dtype=torch.bool, device="meta"))
+        groups = torch.zeros(2, 100, dtype=torch.int64, device="meta")
+        balance.start_micro_batch(torch.ones(4, 25, dtype=torch.bool, device="meta"), groups)
         for layer in range(LAYERS):
             logits_TE = torch.randn(100, EXPERTS, device="meta", requires_grad=True)
             base = torch.zeros(100, TOP_K, dtype=torch.int64, device="meta")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from base_folders import dense_model
-from packed_rows import SPEC, row
+from packed_rows import SPEC, row, token_groups
 from sequence_session import adapted_model
 from tiny_moe import start_factors, text_model, vl_model
 from torch import Tensor
@@ -132,20 +132,22 @@ def _step(
     out, batches = Outcome(), {name: row(*ROWS[name]) for name in case.rows}
     torch.manual_seed(3)  # for dropout
     if balance is not None:
-        balance.start_step(sum(int((batch.sample_ids >= 0).sum()) for batch in batches.values()))
+        tokens = sum(int((batch.sample_ids >= 0).sum()) for batch in batches.values())
+        balance.start_step(tokens, groups=len(token_groups()))
     found = {}
     waited()
     for name, batch in batches.items():
-        sent = packed.send(batch, device).arrived()
+        sent = packed.send(batch, device, token_groups()).arrived()
         if balance is not None:
-            balance.start_micro_batch(sent.valid_T)
+            balance.start_micro_batch(sent.valid_T, sent.groups_DT)
         losses = found[name] = packed(batch=sent)
         losses.objective.backward()
         out.waits[name] = waited()
     out.losses = {name: [each.objective.item(), *each.ce_S.tolist()] for name, each in found.items()}
     out.grads = {n: p.grad.cpu() for n, p in packed.named_parameters() if p.grad is not None}
     if balance is not None:
-        out.counts = balance.finish_step().counts
+        load = balance.finish_step()
+        out.counts = (load.counts, load.groups)
     waited()
     evaluated = packed.eval()(batch=batches[case.rows[1]], measure=partial(compare_row, with_base=True))
     out.waits["evaluation"] = waited()

@@ -9,6 +9,7 @@ from data.render.positions import sample_positions
 from data.render.sample import Sample
 from data.render.vision import VisionSpec, normalise
 from data.stream.batch import Batch, collate
+from finetune.tracking.token_groups import TokenGroups
 
 SPEC = VisionSpec(patch=4, merge=2, temporal=2)
 WIDTHS = (3 * 4 * 4, 3 * 2 * 4 * 4)
@@ -52,6 +53,11 @@ def sample(mix: str, *, length: int = 9, seed: int = 0) -> Sample:
         video_patches=patches[1],
         video_grids=arrays["vw"],
     )
+
+
+def token_groups() -> TokenGroups:
+    """Return the numbers of these samples' groups: four kinds and the source `s`, behind one without samples."""
+    return TokenGroups(["none", "s"], image_id=IMAGE, video_id=VIDEO, control_ids=(START, IMAGE, VIDEO, END))
 
 
 def row(*mixes: str, length: int = 9) -> Batch:

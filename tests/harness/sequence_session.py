@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
-from packed_rows import SPEC, WIDTHS, sample
+from packed_rows import SPEC, WIDTHS, sample, token_groups
 from peft.tuners.lora import Linear as LoraLinear
 from tiny_moe import LORA, start_factors, vl_model
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Outcome:
     balance: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     counts: list[Any] = field(default_factory=list)
+    groups: list[Any] = field(default_factory=list)
     grads: list[dict[str, Tensor]] = field(default_factory=list)
     ce: list[float] = field(default_factory=list)
     tower_calls: int = 0
@@ -172,13 +173,14 @@ def _step(
     )
     step = counted_once(step, group)
     total = normaliser(step_sums(step.sums, cpu), case.how)
-    balance.start_step(int(sum_over_ranks([step.tokens], cpu)[0]))
+    groups = token_groups()
+    balance.start_step(int(sum_over_ranks([step.tokens], cpu)[0]), groups=len(groups))
     losses = []
     for batch in rows:
         if losses:
             engine.step()
-        sent = packed.send(batch, cpu).arrived()
-        balance.start_micro_batch(sent.valid_T)
+        sent = packed.send(batch, cpu, groups).arrived()
+        balance.start_micro_batch(sent.valid_T, sent.groups_DT)
         losses.append(engine(batch=sent))
         backward(engine, losses[-1].objective, total)
     trained = {n: p for n, p in packed.named_parameters() if p.requires_grad}
@@ -189,6 +191,7 @@ def _step(
     out.losses.append(step_loss(losses, total)[0])
     out.balance.append(load.loss_balance)
     out.counts.append(load.counts)
+    out.groups.append(load.groups)
     out.norms.append(float(engine.get_global_grad_norm()))
     if engine.world_size == case.sp:  # every rank has a part of the same row
         for each in losses:

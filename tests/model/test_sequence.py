@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_rows import row
+from packed_rows import row, sample
 from ranks import run_ranks
-from sequence_session import Case, Outcome, adapted_model, session
+from sequence_session import PACKS, Case, Outcome, adapted_model, session
+from tiny_moe import END, IMAGE, START, VIDEO
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.long_rows.long_ranks import RankResult, Setup, run_setups
@@ -72,6 +73,7 @@ def test_slices_train_like_whole_rows(world: int, name: str) -> None:
         assert rank.balance == pytest.approx(expected.balance, rel=1e-5)
         assert rank.norms == pytest.approx(expected.norms, rel=1e-5)
         assert rank.counts == expected.counts
+        assert rank.groups == expected.groups
         assert rank.ce == pytest.approx(expected.ce, rel=1e-5) if world == case.sp else rank.ce == []
         assert rank.tower_calls == 3 * (2 // (world // case.sp)), "one call of the tower per micro-batch, on every rank"
     for step in range(3):
@@ -81,6 +83,19 @@ def test_slices_train_like_whole_rows(world: int, name: str) -> None:
             wanted = expected.grads[step][key]
             assert grad.shape == wanted.shape
             assert (grad - wanted).abs().max() <= 1e-5 * wanted.abs().max(), (key, step)
+
+
+def test_the_load_by_kind_and_the_load_by_source_add_up_to_the_load() -> None:
+    for step, groups in enumerate(whole(2, 2, "sqrt", "global", 9).groups):
+        counts = torch.tensor(whole(2, 2, "sqrt", "global", 9).counts[step])
+        text, image, video, other, none, source = torch.tensor(groups)
+        assert torch.equal(text + image + video + other, counts)
+        assert torch.equal(none + source, counts)
+        assert not none.any()
+        samples = [sample(mix, length=9 + at) for pack in PACKS[step] for at, mix in enumerate(pack)]
+        ids = torch.cat([torch.from_numpy(each.input_ids) for each in samples])
+        for kind, tokens in ((image, (IMAGE,)), (video, (VIDEO,)), (other, (START, END))):
+            assert kind.sum(1).tolist() == [2 * int(torch.isin(ids, torch.tensor(tokens)).sum())] * len(counts)
 
 
 def group(size: int, rank: int = 0) -> SequenceGroup:

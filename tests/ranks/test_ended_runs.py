@@ -124,7 +124,23 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
     loads = [json.loads(line) for line in (folder / "expert_load.jsonl").read_text().splitlines()]
     assert [load["step"] for load in loads] == [0, 2, 4]
     assert sum(loads[0]["counts"][0]) == 2 * steps[0]["tokens_nonpad"]  # top-2 of the tiny base
+    for load in loads:
+        assert load["kinds"].keys() == {"text", "image", "other"}
+        assert torch.tensor([*load["kinds"].values()]).sum(0).tolist() == load["counts"]
+        assert load["sources"] == {"general": load["counts"]}
     assert len(list((folder / "media").glob("step-000000-*.png"))) == 4
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4
+    assert all((folder / picture).is_file() for sample in samples for picture in sample["pictures"])
+    assert all(re.match(r"It is \w+\.", "".join(t for t, loss in sample["parts"] if loss)) for sample in samples)
+    (began,) = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert (began["step"], began["steps"], began["ranks"], began["device"]) == (0, 5, 2, "CPU")
+    assert began["versions"]["torch"] == torch.__version__
+    assert began["sources"]["general"] == {
+        "samples": 48,
+        "tokens": began["sources"]["general"]["tokens"],
+        "licences": {"not stated": 24},
+    }
 
     (run,) = folder.glob("wandb/offline-run-*")
     rows = wandb_file.history(run)
