@@ -1,4 +1,4 @@
-"""What is known when a run starts: its steps, its ranks and versions, and the size and licences of its sources."""
+"""The record of a start: its steps, its ranks and versions, and the size and licences of its sources."""
 
 import platform
 from collections.abc import Iterable

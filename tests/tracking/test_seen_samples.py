@@ -1,4 +1,4 @@
-"""What a run keeps of its data: samples of the first step with their own pictures, and the licences of sources."""
+"""The data that a run keeps: samples of the first step with their own pictures, and the licences of sources."""
 
 from itertools import pairwise
 from pathlib import Path
