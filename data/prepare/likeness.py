@@ -1,4 +1,4 @@
-"""What is compared to find a sample again in other data: hashes of its word sequences and of its pictures."""
+"""Hashes of word sequences and of pictures, by which a sample is found again in other data."""
 
 import re
 import unicodedata
@@ -59,7 +59,7 @@ class Pictures:
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What one sample is compared by."""
+    """The hashes of one sample."""
 
     number: int  # in its shard
     sequences: Hashes  # each once, in order of value

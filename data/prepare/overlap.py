@@ -41,7 +41,7 @@ class Match:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """What two sets of shards have in common."""
+    """The samples of an evaluation that training data contains too."""
 
     samples: int  # of the evaluation that could be compared
     matched: int

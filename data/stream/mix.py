@@ -1,4 +1,4 @@
-"""What an epoch of a run contains by source, from its plan and the indexes: tokens, images, seconds, repeats."""
+"""Counts by source of an epoch, from its plan and the indexes: tokens, images, seconds of video, repeats."""
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -56,7 +56,7 @@ class Job:
     """The folder for the checkpoints that it writes."""
     ep: int
     dtype: str = "float32"
-    """Of the weights, and of the optimiser's moments; those of bfloat16 are kept in host memory too."""
+    """Type of the weights and of the optimiser's moments; with bfloat16, the moments are kept in host memory."""
     resume: Path | None = None
     save: bool = False
     resident: bool = True
