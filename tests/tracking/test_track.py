@@ -1,5 +1,6 @@
 """Reports of a run: figures by hand, files, pictures, the bar, and every failure of W&B."""
 
+import base64
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import wandb_file
+import wandb_server
 from limits import LIMIT_S
 from rich.console import Console
 
@@ -240,3 +242,46 @@ def test_with_an_invalid_key_a_run_is_recorded_offline_and_can_be_uploaded(
     assert f"wandb sync {folder}/wandb" in warnings[0]
     (run,) = _offline_runs(folder)
     assert [row["loss"] for row in wandb_file.history(run) if "loss" in row] == [3.0]
+
+
+def test_a_run_is_recorded_online_and_goes_on_after_a_preemption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, warnings = _run_folder(tmp_path / "runs" / "mine"), list[str]()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_text("w" * 100)
+    with wandb_server.serving() as server:
+        monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        link = _link(folder, warnings, mode="online")
+        for at in range(2):
+            _step(folder, link, at)
+        link.close(code=1, preempted=True)
+        (run,) = server.history
+        assert [(row["step"], row["loss"]) for row in server.history[run]] == [(0, 3.0), (1, 2.0)]
+        assert server.preempting == [run]
+        assert server.exit_codes == {run: 1}
+
+        server.failing = 2  # the client tries again by itself
+        link = _link(folder, warnings, mode="online", done=2)
+        _step(folder, link, 2)
+        link.send("expert_load", {"step": 2, "layers": [0, 1], "counts": [[1, 2], [3, 0]]})
+        link.send("adapter", {"step": 3, "folder": str(tmp_path / "adapter"), "aliases": ["last"]})
+        link.close(code=0)
+    assert warnings == []
+    assert list(server.history) == [run], "the same run, not a second one"
+    assert [row["loss"] for row in server.history[run] if "loss" in row] == [3.0, 2.0, 1.0]
+    assert server.exit_codes == {run: 0}
+    started = server.upserts[0]
+    assert (started["project"], started["displayName"], started["tags"]) == ("ours", "mine", ["a"])
+    assert json.loads(started["config"])["optim"]["value"] == {"lr": 0.5}
+    (image,) = [data for path, data in server.uploads.items() if path.endswith(".png")]
+    assert image.startswith(b"\x89PNG")
+    (adapter,) = [artifact for artifact in server.artifacts if artifact["artifactTypeName"] == "model"]
+    assert {alias["alias"] for alias in adapter["aliases"]} >= {"last"}
+    assert b"w" * 100 in server.uploads.values()
+    assert server.committed >= 1
+    basic = base64.b64encode(f"api:{wandb_server.KEY}".encode()).decode()
+    assert server.keys == {f"Basic {basic}"}
+    kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert wandb_server.KEY.encode() not in kept, "no key in the run's folder"
