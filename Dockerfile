@@ -20,7 +20,7 @@ RUN pip install -c constraints.txt setuptools wheel ninja packaging psutil \
  || echo "flash-attn was not built: attention=varlen is used"
 
 COPY . .
-RUN pip install -c constraints.txt ".[wandb]" && pip check
+RUN pip install -c constraints.txt . && pip check
 WORKDIR /work
 ENTRYPOINT ["moetune"]
 CMD ["--help"]

@@ -152,7 +152,7 @@ class WandbLink:
         """Start the process and open a run; return why that failed, or ""."""
         try:
             if find_spec("wandb") is None:
-                return "wandb is not installed: pip install 'moetune[wandb]'"
+                return "wandb is not installed: pip install wandb"
             start = {**self._start, "mode": mode, "id": run_id(self._folder)}
             process = self._process = self._make()
         except OSError as error:
