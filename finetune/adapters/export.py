@@ -20,6 +20,7 @@ from finetune.adapters.card import card
 from finetune.adapters.change import Change
 from finetune.adapters.keys import CHANGES_KEY, FAMILIES_KEY, ORIENTATION_KEY
 from finetune.adapters.provenance import base_of, versions
+from finetune.adapters.readers import tested_section
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.adapters.write import (
     FORMS,
@@ -218,8 +219,9 @@ of the merged model: `moetune serve-check` does that. The safest form to serve i
 
 
 def notes(form: str, base: str, r: int, warnings: Sequence[str]) -> str:
-    """Return the last part of the page: which programs read the export, and the warnings."""
+    """Return the last part of the page: which programs read the export, the warnings, and the tested releases."""
     rank = next((size for size in _RANKS if size >= r), r)
     text = (_PEFT if form == "peft" else _SINGLE).format(base=base, rank=rank, r=r)
     items = "".join(f"- {line}.\n" for line in warnings)
-    return text + (f"\n## Note\n\n{items}" if items else "") + "\n" + _END
+    note = f"## Note\n\n{items}\n" if items else ""
+    return f"{text}\n{note}{tested_section(form)}\n{_END}"

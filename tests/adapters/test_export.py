@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.export import compare, export, notes
+from finetune.adapters.readers import TESTED
 from finetune.adapters.source import open_source
 from finetune.files.basefiles import open_base
 from launchers.cli import main
@@ -119,7 +120,9 @@ def test_the_page_names_the_programs_that_read_it(
     first, second = ((tmp_path / name / "README.md").read_text() for name in "ab")
     assert re.search(r"vllm serve \S+ --enable-lora --max-lora-rank 8 --lora-modules", first)
     assert "it adapts the vision side" in first
+    assert f"- vLLM {TESTED['vllm']} (its CPU build): equal to training on a dense base" in first
     assert re.search(r"sglang.launch_server --model-path \S+ --enable-lora --lora-paths .* --max-lora-rank 4", second)
+    assert "No server was run with this form" in second
     assert "--max-lora-rank 600" in notes("peft", "base", 600, [])
 
 

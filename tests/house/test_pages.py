@@ -10,7 +10,9 @@ from locked import PROJECT
 from places import ROOT
 
 from benchmarks import pages
+from benchmarks.serving.environments import LISTS
 from benchmarks.serving.record import CONTROL, read_cells
+from finetune.adapters.readers import TESTED
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -54,6 +56,18 @@ def test_every_recorded_comparison_is_as_expected_and_has_a_control() -> None:
     controls = {(cell.server, cell.case.removeprefix(CONTROL)) for cell in cells if cell.is_control}
     assert compared == controls
     assert all(cell.outcome == "differs" for cell in cells if cell.is_control)
+
+
+def test_an_export_names_the_releases_that_were_compared_with_training() -> None:
+    cells = read_cells()
+    assert {cell.version for cell in cells if cell.server == "vllm"} == {TESTED["vllm"]}
+    assert {cell.version for cell in cells if cell.server == "transformers"} == {TESTED["transformers"]}
+    assert f"peft=={TESTED['peft']}\n" in (LISTS / "transformers.txt").read_text()
+    outcomes = {(cell.server, cell.case): cell.outcome for cell in cells}
+    assert outcomes["vllm", "exported adapter on a dense base"] == "equal"
+    assert outcomes["vllm", "exported adapter on experts"] == "refused"
+    assert outcomes["transformers", "exported adapter on a dense base"] == "equal"
+    assert outcomes["transformers", "exported adapter on experts"] == "equal"
 
 
 def test_llms_txt_lists_the_pages_of_the_index() -> None:
