@@ -12,6 +12,7 @@ from launchers.serve_check import check, check_arguments
 
 if TYPE_CHECKING:
     from finetune.serving.commands import Served, ServerName
+    from finetune.serving.memory import ServerMemory
 
 EXAMPLE = """\
   moetune serve runs/mine                                    # the commands of vLLM, sglang and transformers
@@ -19,8 +20,6 @@ EXAMPLE = """\
   moetune serve base --adapter runs/mine/adapter --run --data held-out.jsonl"""
 
 EXIT_CODES = {3: "the server computes something else than training, or none can take the adapter as it is"}
-GPU_SHARE = 0.9
-"""Share of a GPU's memory that servers use."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +33,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", dest="start", action="store_true", help="start the first server that is installed, and check it"
     )
-    parser.add_argument("--data", nargs="+", default=[], metavar="DATA", help="with --run: held-out samples")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="with --run: held-out samples (default: those of the run's eval.sources)",
+    )
     parser.add_argument("--start-seconds", type=float, default=1800.0, help="until it must be ready (default 1800)")
     parser.add_argument("--keep", action="store_true", help="with --run: go on serving after the check, until Ctrl-C")
     check_arguments(parser)
@@ -43,28 +48,42 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the commands, or start a server and compare it; 1 if it does not start or fails."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the engine's library would search for a GPU, and say so
-    from finetune.serving.commands import SERVERS, find_served, is_installed, obstacles
+    from finetune.serving.commands import SERVERS, find_served, held_out, is_installed, obstacles
+    from finetune.serving.memory import server_memory
 
-    if args.start and not args.data:
-        raise ValueError("--run compares the server with training: give held-out samples with --data")
+    if args.start:
+        args.data = args.data or held_out(args.folder)
+        if not args.data:
+            raise ValueError(
+                f"--run compares the server with training, and {args.folder} names no held-out samples "
+                f"(eval.sources of a run): give some with --data"
+            )
     served = find_served(args.folder, args.adapter, name=args.name)
     servers: Sequence[ServerName] = (args.server,) if args.server else SERVERS
+    memory = server_memory(served, kind=args.gpu, length=args.length, dtype=args.dtype)
+    print("\n".join(memory.lines()), flush=True)
     if not args.start:
-        print(_memory_line(served, args))
-        return 0 if any([_print(args, served, server) for server in servers]) else 3
-    able = [server for server in servers if not obstacles(served, server) and is_installed(server)]
+        return 0 if any([_print(args, served, memory, server) for server in servers]) else 3
+    able = [name for name in servers if not obstacles(served, name) and memory.suits(name) and is_installed(name)]
     if not able:
         raise ValueError(
             f"--run found none of {', '.join(servers)} that takes it: no program vllm, and no other in "
             f"{sys.executable}. Install one, or start the server yourself (without --run the commands are printed) "
             f"and use `moetune serve-check`"
         )
-    return _start(args, served, able[0])
+    return _start(args, served, memory, able[0])
 
 
-def _print(args: argparse.Namespace, served: "Served", server: "ServerName") -> bool:
-    """Print how a server is started, or why it cannot take the adapter and what to do; say whether it can."""
-    from finetune.serving.commands import command, obstacles
+def _words(args: argparse.Namespace, served: "Served", memory: "ServerMemory", server: "ServerName") -> list[str]:
+    from finetune.serving.commands import command
+
+    words = command(served, server, port=args.port, length=args.length, dtype=args.dtype)
+    return words + memory.flags(server)
+
+
+def _print(args: argparse.Namespace, served: "Served", memory: "ServerMemory", server: "ServerName") -> bool:
+    """Print how a server is started, or why it cannot take the model and what to do; say whether it can."""
+    from finetune.serving.commands import obstacles
 
     print(f"\n{server}")
     problems = obstacles(served, server)
@@ -74,18 +93,19 @@ def _print(args: argparse.Namespace, served: "Served", server: "ServerName") -> 
         print(f"  moetune merge {shlex.quote(str(served.model))} {shlex.quote(str(served.adapter.folder))} merged")
         print("  moetune serve merged")
         return False
-    words = command(served, server, port=args.port, length=args.length, gpus=_gpus(served, args))
-    print(f"  {shlex.join(words)}")
+    if not memory.suits(server):
+        print(f"  cannot serve it on {args.gpu}: this endpoint uses one GPU, and the model needs {memory.gpus}")
+        return False
+    print(f"  {shlex.join(_words(args, served, memory, server))}")
     return True
 
 
-def _start(args: argparse.Namespace, served: "Served", server: "ServerName") -> int:
+def _start(args: argparse.Namespace, served: "Served", memory: "ServerMemory", server: "ServerName") -> int:
     """Start a server, compare it, and end it."""
     from finetune.ask.exchange import EndpointError
-    from finetune.serving.commands import command
     from finetune.serving.process import running
 
-    words = command(served, server, port=args.port, length=args.length, dtype=args.dtype, gpus=_gpus(served, args))
+    words = _words(args, served, memory, server)
     log = Path(f"moetune-serve-{server}.log").absolute()
     words = [sys.executable if word == "python" else word for word in words]  # this one has the server
     print(f"$ {shlex.join(words)}\nits output goes to {log}", flush=True)
@@ -107,33 +127,3 @@ def _start(args: argparse.Namespace, served: "Served", server: "ServerName") -> 
             raise
         print(f"moetune serve: {error}", file=sys.stderr)
         return 1
-
-
-def _memory_line(served: "Served", args: argparse.Namespace) -> str:
-    from finetune.serving.commands import memory_bytes
-
-    weights, context = memory_bytes(served, length=args.length)
-    length = args.length or served.length
-    line = (
-        f"weights take {weights / 1e9:.1f} GB in bfloat16, keys and values of {length:,} tokens {context / 1e9:.1f} GB"
-    )
-    gpus = _gpus(served, args)
-    return f"{line}: {gpus} x {args.gpu}" if args.gpu else f"{line} (--gpu says over how many to spread it)"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _gpus(served: "Served", args: argparse.Namespace) -> int:
-    """Return over how many GPUs of the kind a server must spread the model for one sequence of full length."""
-    from finetune.planner.gpus import gpu
-    from finetune.serving.commands import memory_bytes
-
-    if not args.gpu:
-        return 1
-    room, need = GPU_SHARE * gpu(args.gpu).memory_bytes, sum(memory_bytes(served, length=args.length))
-    gpus = 1
-    while gpus * room < need:
-        gpus *= 2
-    return gpus

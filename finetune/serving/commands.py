@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from omegaconf import OmegaConf
+
 from data.config import DataConfig, VideoConfig
 from finetune.adapters.keys import CONFIG, WEIGHTS
 from finetune.adapters.media import MediaRules, rules_of, trained_data, trained_rules
@@ -58,12 +60,14 @@ class Served:
         assert self.adapter is not None
         return max(change.r for change in self.adapter.changes.values())
 
+    def rules(self) -> MediaRules:
+        """Return the rules of images and videos that the server must follow: those of training, if they are known."""
+        return rules_of(self.model) if self.data is None else trained_rules(self.model, self.data)
+
     def limits(self) -> MediaRules | None:
         """Return the rules of images and videos that the folder's own files do not say; None where they say all."""
-        if self.data is None:
-            return None
-        trained = trained_rules(self.model, self.data)
-        return trained if rules_of(self.model).differences(trained) else None
+        rules = self.rules()
+        return rules if rules_of(self.model).differences(rules) else None
 
 
 def find_served(folder: Path, adapter: Path | None = None, *, name: str) -> Served:
@@ -103,6 +107,14 @@ def find_served(folder: Path, adapter: Path | None = None, *, name: str) -> Serv
     )
 
 
+def held_out(folder: Path) -> list[str]:
+    """Return the held-out sources of a run, as NAME=PATH; none for a run without them, or for another folder."""
+    if not (folder / "config.yaml").is_file():
+        return []
+    sources = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "eval.sources") or {}
+    return [f"{name}={source['path']}" for name, source in sources.items()]
+
+
 def is_installed(server: ServerName) -> bool:
     """Say whether a server can be started here: the program `vllm`, or the packages of this Python."""
     if server == "vllm":
@@ -137,15 +149,12 @@ def command(
     port: int,
     length: int | None = None,
     dtype: str = "auto",
-    gpus: int = 1,
     more: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Return the words that start a server; `more` are further flags, by name."""
     words = {"vllm": _vllm, "sglang": _sglang, "transformers": _transformers}[server](served, length or served.length)
     words += ["--port", str(port)]
     words += ["--dtype", dtype] if dtype != "auto" else []
-    if gpus > 1 and server != "transformers":
-        words += [{"vllm": "--tensor-parallel-size", "sglang": "--tp"}[server], str(gpus)]
     for flag, value in (more or {}).items():
         words += [f"--{flag}", value] if value else [f"--{flag}"]
     return words
@@ -157,7 +166,7 @@ def _vllm(served: Served, length: int) -> list[str]:
     words += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]  # else it refuses requests with tools
     if served.context is not None:
         words += ["--hf-overrides", json.dumps(_longer(served))]
-    if (frames := _frames(served.limits() or rules_of(served.model))) != _frames(VideoConfig()):
+    if (frames := _frames(served.rules())) != _frames(VideoConfig()):
         words += ["--media-io-kwargs", json.dumps({"video": frames})]  # its loader does not read the folder's rules
     if limits := served.limits():
         words += ["--mm-processor-kwargs", json.dumps(_processor_settings(limits))]
@@ -213,18 +222,3 @@ def _transformers(served: Served, length: int) -> list[str]:
     if served.adapter is not None:
         words += ["--adapter", str(served.adapter.folder)]
     return words
-
-
-def memory_bytes(served: Served, *, itemsize: int = 2, length: int | None = None) -> tuple[int, int]:
-    """Return the bytes of the weights, and those that one sequence of the full length keeps of keys and values."""
-    text = served.family.text
-    weights = sum(_size(shape) for shape in parameter_shapes(served.family).values())
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    return itemsize * weights, itemsize * per_token * (length or served.length)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

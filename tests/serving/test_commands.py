@@ -1,9 +1,8 @@
 """Flags for servers where a folder's own files are silent, and the reason why a server cannot take an adapter."""
 
 import json
-import os
 import re
-import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from data.config import DataConfig, ImageConfig, VideoConfig
 from finetune.adapters.media import processor_files
 from finetune.architecture.families import family
 from finetune.config import RouterPartConfig
-from finetune.serving.commands import Served, command, find_served, memory_bytes, obstacles
-from finetune.serving.process import free_port
+from finetune.serving.commands import Served, command, find_served, obstacles
+from finetune.serving.memory import server_memory
 from launchers.cli import main
 
 TRAINED = {
@@ -58,11 +57,11 @@ def test_an_adapter_is_served_with_the_limits_and_the_context_of_training(run: P
 
 
 def test_a_model_folder_says_the_rest_itself() -> None:
-    words = command(find_served(base(), name="mine"), "vllm", port=8000, length=512, gpus=2, dtype="float32")
+    words = command(find_served(base(), name="mine"), "vllm", port=8000, length=512, dtype="float32")
     told = flags(words)
     assert words[:3] == ["vllm", "serve", str(base())]
     assert (told["--served-model-name"], told["--max-model-len"]) == ("mine", "512")
-    assert (told["--tensor-parallel-size"], told["--dtype"]) == ("2", "float32")
+    assert told["--dtype"] == "float32"
     assert not {"--enable-lora", "--mm-processor-kwargs", "--media-io-kwargs", "--hf-overrides"} & told.keys()
 
 
@@ -82,61 +81,37 @@ def test_what_a_server_cannot_take_is_merged(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_memory_of_a_server_decides_how_many_gpus(tmp_path: Path) -> None:
-    served = Served(model=tmp_path, adapter=None, name="m", family=family("qwen3-vl-30b-a3b"), context=None, data=None)
-    weights, context = memory_bytes(served, length=1000)
-    assert weights == pytest.approx(62.1e9, rel=0.01)
-    assert context == 1000 * 48 * 2 * 4 * 128 * 2
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        shutil.copy(base() / name, tmp_path)
+    big = Served(model=tmp_path, adapter=None, name="m", family=family("qwen3-vl-30b-a3b"), context=None, data=None)
+    one = server_memory(big, kind="h200-141gb", length=10_000)
+    assert (one.gpus, one.weights) == (1, pytest.approx(62.1e9, rel=0.01))
+    assert one.conversation == 10_000 * 48 * 2 * 4 * 128 * 2
+    free = 0.9 * one.gpu.memory_bytes - one.weights - one.at_work - one.reserve
+    assert one.conversations == int(free // one.conversation) > 50
+    assert one.flags("vllm") == ["--gpu-memory-utilization", "0.9"]
+    eight = server_memory(big, kind="a100-40gb")
+    assert (eight.gpus, eight.weights, eight.length) == (4, one.weights // 4, 262_144)
+    assert eight.conversation == 262_144 * 48 * 2 * 1 * 128 * 2  # each of four GPUs has one of the four heads
+    assert eight.flags("sglang")[:3] == ["--tp", "4", "--mem-fraction-static"]
+    assert 0.5 < float(eight.flags("sglang")[3]) < 0.9
+    assert not eight.suits("transformers")
+    with pytest.raises(ValueError, match="even 32 of them.*cannot hold the model and one conversation of 90,000,000"):
+        server_memory(big, kind="a100-40gb", length=90_000_000)
 
 
-FAKE = """#!/usr/bin/env python3
-import json, os, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-if os.environ["FAKE"] == "dies":
-    sys.exit("no backend")
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send({"data": [{"id": "mine"}]})
-    def do_POST(self):
-        self.send({"choices": [{"message": {"content": "ab"}, "finish_reason": "stop"}]})
-    def send(self, tree):
-        data = json.dumps(tree).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-    def log_message(self, *_):
-        pass
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-"""
-"""A program called vllm that serves another model than it was told to."""
-
-
-def test_a_server_is_started_and_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "vllm").write_text(FAKE)
-    (tmp_path / "bin" / "vllm").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
-    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "B"}]
-    Path("rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    words = ["serve", str(base()), "--run", "--data", "rows.jsonl", "--max-tokens", "2", "--port", str(free_port())]
-    monkeypatch.setenv("FAKE", "works")
-    assert main(words) == 3
+def test_the_plan_is_printed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(base()), "--gpu", "l40s-48gb"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"$ vllm serve {shlex.quote(str(base()))}")
-    assert "ready at http://127.0.0.1:" in shown
-    assert "greedy text: from character 1 on it is 'ab' there" in shown
-    monkeypatch.setenv("FAKE", "dies")
-    assert main(words) == 1
-    assert re.search(r"moetune serve: the server ended with exit code 1.*\n  no backend", capsys.readouterr().err)
+    assert re.search(r"^memory of each of 1 x l40s-48gb\n  weights +\d", shown)
+    assert re.search(r"a server may use +43.00 GB: [\d,]+ conversations at a time", shown)
+    assert re.search(r"vllm serve .* --gpu-memory-utilization 0.9$", shown, re.MULTILINE)
 
 
 def test_what_cannot_be_served_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Path) -> None:
     for words, message in (
         ([str(tmp_path)], "is neither a run with an adapter or a model, nor a model folder, nor an adapter's"),
-        ([str(run), "--run"], "give held-out samples with --data"),
+        ([str(run), "--run"], f"{run} names no held-out samples (eval.sources of a run): give some with --data"),
         ([str(base()), "--run", "--server", "sglang", "--data", "x"], "--run found none of sglang that takes it"),
         ([str(base()), "--gpu", "abacus"], "'abacus' is not in the table"),
     ):

@@ -1,7 +1,6 @@
 """Servers that fail: each is named in one message, in time, and none of its processes is left."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from limits import LIMIT_S
+from process_table import is_alive
 
 from finetune.ask.exchange import EndpointError
 from finetune.serving.process import ServerError, free_port, require_free, running
@@ -63,12 +63,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     yield started
     for pid in map(int, pids.read_text().split()):
         assert not is_alive(pid)
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process runs; one that has ended may wait for whoever reaps it."""
-    status = Path(f"/proc/{pid}/status")
-    return status.is_file() and not re.search(r"^State:\tZ", status.read_text(), re.MULTILINE)
 
 
 def ask(server, timeout: float = LIMIT_S) -> None:
