@@ -1,4 +1,4 @@
-"""Whether processes that a test has started still run."""
+"""Processes that a test has started, and whether they still run."""
 
 import re
 from pathlib import Path

@@ -73,7 +73,7 @@ DIFFERS = {
     "drops the adapter": "cause the server computes the base alone: it was started without the adapter, dropped it",
     "drops the experts": "cause the server leaves out the adapter's part experts: merge the adapter",
 }
-"""What the server computes otherwise, and what the card says."""
+"""Faults of a server's arithmetic, and the words of the card."""
 
 
 @pytest.fixture(scope="module")
