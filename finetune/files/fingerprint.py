@@ -2,6 +2,7 @@
 
 The hash covers a few values of each tensor, at places that depend on its name. Another model of the same shape, or one
 that was trained further, has other values; a copy in another layout, in other files, or in a wider type has the same.
+The values of an fp8 base are its codes times their scales, so it is another base than the one it was made from.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.files.basefiles import BaseFiles
+from finetune.files.fp8 import value_at
 from finetune.files.layouts import single_expert
-from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, Stored
+from finetune.files.tensorfile import FLOAT_TYPES, ITEM_SIZES, Stored, numpy_values
 
 VALUES = 16
 """Values read from each tensor; this makes about ten thousand small reads for the largest model."""
@@ -40,10 +40,14 @@ def fingerprint(files: BaseFiles) -> str:
             digest.update(repr((name, tuple(shape))).encode())
             for place in _places(name, shape):
                 stored, item = _where(files, name, shape, place)
-                if stored.file not in handles:
-                    handles[stored.file] = os.open(stored.file, os.O_RDONLY)
-                    stack.callback(os.close, handles[stored.file])
-                digest.update(_as_float32(handles[stored.file], stored, item))
+                scale = files.scales.get(stored.name)
+                for file in {stored.file, stored.file if scale is None else scale.file} - handles.keys():
+                    handles[file] = os.open(file, os.O_RDONLY)
+                    stack.callback(os.close, handles[file])
+                if scale is None:
+                    digest.update(_as_float32(handles[stored.file], stored, item))
+                else:
+                    digest.update(value_at(stored, scale, item, handles[stored.file], handles[scale.file]))
     return digest.hexdigest()[:32]
 
 
@@ -73,6 +77,4 @@ def _as_float32(handle: int, stored: Stored, item: int) -> bytes:
     raw = os.pread(handle, size, stored.begin + item * size)
     assert len(raw) == size, "the file's length was checked with its header"
     assert stored.dtype in FLOAT_TYPES, "the types were checked with the keys"
-    if stored.dtype == "BF16":
-        return b"\0\0" + raw  # the upper half of a float32
-    return raw if stored.dtype == "F32" else np.frombuffer(raw, "<f2").astype("<f4").tobytes()
+    return bytes(numpy_values(raw, stored.dtype).tobytes())

@@ -15,6 +15,7 @@ from typing import Any
 from finetune.architecture.families import Experts, Family, Rope, Text, Vision, family_names
 from finetune.architecture.families import family as known_family
 from finetune.architecture.family_problems import family_problems
+from finetune.files.fp8 import is_fp8
 from finetune.files.jsonblock import Block, as_count, as_flag, as_indexes, as_number, as_token, as_word, load_json
 
 TRANSFORMERS_VERSION = "4.57.0.dev0"  # as in the published files; the key does not change how they are read
@@ -23,7 +24,9 @@ TRANSFORMERS_VERSION = "4.57.0.dev0"  # as in the published files; the key does 
 def read_family(path: Path) -> Family:
     """Read the family that a folder's config.json describes; return the table's entry if one is equal."""
     file = path / "config.json" if path.suffix != ".json" else path
-    described = _family(Block(file=file, key="", values=load_json(file)))
+    config = load_json(file)
+    is_fp8(config, file)  # other quantisations are refused
+    described = _family(Block(file=file, key="", values=config))
     problems = family_problems(described)
     if problems:
         raise ValueError(f"{file} contradicts itself: {'; '.join(problems)}")

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from finetune.architecture.shapes import EMBEDDING, HEAD, VISUAL, Shape, is_expert_stack
+from finetune.files.fp8 import FORM, SCALE, scale_shape
 from finetune.files.layouts import Layout, stored_shape, stored_shapes
-from finetune.files.tensorfile import FLOAT_TYPES, Stored
+from finetune.files.tensorfile import FLOAT_TYPES, FP8, Stored
 from finetune.ranks.log import listed
 
 
-def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout: Layout, *, where: str) -> None:
+def check_keys(
+    stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout: Layout, *, where: str, fp8: bool = False
+) -> None:
     """Raise ValueError unless the files hold every tensor of these canonical shapes in this layout, and no others.
 
-    A tied head must be absent: it is not among the shapes.
+    A tied head must be absent: it is not among the shapes. With `fp8`, matrices may be codes.
     """
     expected = stored_shapes(shapes, layout)
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected]
     misshaped = [name for name, shape in expected.items() if name in stored and stored[name].shape != shape]
-    unreadable = [name for name in expected if name in stored and stored[name].dtype not in FLOAT_TYPES]
+    types = (*FLOAT_TYPES, FP8) if fp8 else FLOAT_TYPES
+    unreadable = [name for name in expected if name in stored and stored[name].dtype not in types]
     mixed = _mixed_types(stored, expected)
     if not (missing or unexpected or misshaped or unreadable or mixed):
         return
@@ -33,15 +37,40 @@ def check_keys(stored: Mapping[str, Stored], shapes: Mapping[str, Shape], layout
         lines.append(f"keys with another shape ({len(misshaped)}): {listed(pairs)}")
     if unreadable:
         pairs = [f"{name} is {stored[name].dtype}" for name in unreadable]
-        lines.append(f"keys with a type other than {', '.join(FLOAT_TYPES)} ({len(unreadable)}): {listed(pairs)}")
+        lines.append(f"keys with a type other than {', '.join(types)} ({len(unreadable)}): {listed(pairs)}")
     if mixed:
         lines.append(f"expert stacks of several types ({len(mixed)}): {listed(mixed)}")
     shapes_in_files = {name: tensor.shape for name, tensor in stored.items()}
     causes = _causes(missing, unexpected, misshaped, shapes_in_files, expected)
     if unreadable:
-        causes.append("the checkpoint is quantised; training needs the original checkpoint")
+        causes.append("the checkpoint is quantised, but its config.json has no quantization_config that says so")
     lines += [f"Likely cause: {cause}." for cause in causes]
     raise ValueError("\n  ".join(lines))
+
+
+def check_scales(stored: Mapping[str, Stored], scales: Mapping[str, Stored], *, where: str) -> None:
+    """Raise ValueError unless every fp8 tensor has scales of its shape in blocks, and every scale has its tensor."""
+    codes = {key: tensor for key, tensor in stored.items() if tensor.dtype == FP8}
+    missing = [key for key in codes if key not in scales]
+    stray = [key + SCALE for key in scales if key not in codes]
+    pairs = [(scales[key], tensor.shape) for key, tensor in codes.items() if key in scales]
+    wrong = [
+        f"{scale.name} is {scale.dtype} {list(scale.shape)} for {list(shape)}"
+        for scale, shape in pairs
+        if len(shape) < 2 or scale.shape != scale_shape(shape) or scale.dtype not in FLOAT_TYPES
+    ]
+    lines = []
+    if not codes:
+        lines.append(f"config.json says that it is {FORM}, but no tensor has the type {FP8}")
+    if missing:
+        lines.append(f"fp8 tensors without scales ({len(missing)}): {listed([key + SCALE for key in missing])} missing")
+    if stray:
+        lines.append(f"scales without an fp8 tensor ({len(stray)}): {listed(stray)}")
+    if wrong:
+        lines.append(f"scales that are not one float for each block ({len(wrong)}): {listed(wrong)}")
+    if lines:
+        text = "\n  ".join(lines)
+        raise ValueError(f"{where} is no complete fp8 folder:\n  {text}\n  Fetch it again, or use the original one")
 
 
 def _mixed_types(stored: Mapping[str, Stored], expected: Mapping[str, Shape]) -> list[str]:

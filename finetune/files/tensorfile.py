@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from finetune.architecture.shapes import Shape
 
 if TYPE_CHECKING:
@@ -28,11 +30,22 @@ _TYPES_BY_SIZE = {
     8: ("F64", "I64", "U64"),
     4: ("F32", "I32", "U32"),
     2: ("BF16", "F16", "I16", "U16"),
-    1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"),
+    1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
 }
 ITEM_SIZES = {name: size for size, names in _TYPES_BY_SIZE.items() for name in names}
 FLOAT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TYPE_NAMES = {torch_name: name for name, torch_name in FLOAT_TYPES.items()}
+FP8 = "F8_E4M3"
+"""The type of fp8 codes, which are weights only together with their scales (fp8.py)."""
+FP8_VALUES = np.array(
+    [
+        (-1.0) ** (code >> 7)
+        * (math.nan if code & 127 == 127 else math.ldexp(code % 8 + 8 * bool(code & 120), max(code >> 3 & 15, 1) - 10))
+        for code in range(256)
+    ],
+    dtype=np.float32,
+)
+"""The value of each fp8 code: a sign, four bits of exponent and three of mantissa, with subnormals and NaN."""
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
@@ -151,10 +164,10 @@ def read_tensor(tensor: Stored, rows: range | None = None) -> torch.Tensor:
     """Read a tensor as it is stored, or some of its rows, into one buffer of that size."""
     import torch
 
-    if tensor.dtype not in FLOAT_TYPES:
+    if tensor.dtype not in (*FLOAT_TYPES, FP8):
         raise ValueError(
             f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}, but weights must be one of "
-            f"{', '.join(FLOAT_TYPES)}. A quantised checkpoint cannot be trained; use the original one"
+            f"{', '.join(FLOAT_TYPES)}, or {FP8} with scales. Use the original checkpoint"
         )
     begin, size = 0, tensor.size
     shape = tensor.shape
@@ -177,11 +190,20 @@ def read_bytes(handle: int, tensor: Stored, buffer: memoryview, begin: int) -> N
         done += count
 
 
+def numpy_values(raw: bytes, dtype: str) -> Any:
+    """Return the values in bytes of a file as a flat float32 array; `dtype` is one of `FLOAT_TYPES`, or fp8."""
+    if dtype == FP8:
+        return np.take(FP8_VALUES, np.frombuffer(raw, "u1"))
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")  # the upper half of a float32
+    return np.frombuffer(raw, "<f4" if dtype == "F32" else "<f2").astype("<f4")
+
+
 def torch_type(dtype: str) -> torch.dtype:
-    """Return the torch dtype of a safetensors type name, one of `FLOAT_TYPES`."""
+    """Return the torch dtype of a safetensors type name, one of `FLOAT_TYPES` or fp8."""
     import torch
 
-    kind: torch.dtype = getattr(torch, FLOAT_TYPES[dtype])
+    kind: torch.dtype = getattr(torch, "float8_e4m3fn" if dtype == FP8 else FLOAT_TYPES[dtype])
     return kind
 
 
@@ -212,7 +234,7 @@ class ReservedFile:
 
     def put(self, name: str, tensor: torch.Tensor, begin: int = 0) -> None:
         """Write a tensor, or some of its rows, starting at its byte `begin`."""
-        assert type_name(tensor.dtype) == self.tensors[name].dtype, f"{name} has dtype {tensor.dtype}"
+        assert tensor.dtype == torch_type(self.tensors[name].dtype), f"{name} has dtype {tensor.dtype}"
         self.put_bytes(name, raw_bytes(tensor), begin)
 
     def put_bytes(self, name: str, data: memoryview, begin: int = 0) -> None:

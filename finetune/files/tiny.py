@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.architecture.families import Experts, Family, Rope, Text, Vision
 from finetune.architecture.family_problems import family_problems
-from finetune.architecture.shapes import EMBEDDING, Shape, parameter_shapes
+from finetune.architecture.shapes import EMBEDDING, Shape, is_expert_stack, parameter_shapes
+from finetune.files.fp8 import is_quantised, kept_modules, quantization_config
 from finetune.files.hubconfig import hub_config
 from finetune.files.hubfiles import added_token_ids, side_files
-from finetune.files.tensorfile import TYPE_NAMES
+from finetune.files.layouts import HUB_METADATA, LAYOUT_KEY, Layout, single_expert, stored_shapes
+from finetune.files.tensorfile import FP8, TYPE_NAMES
 from finetune.files.vocabulary import Vocabulary, qwen3_vocabulary, tiny_vocabulary
 from finetune.files.writer import SHARD_BYTES, WrittenModel, write_model
 
@@ -49,6 +51,8 @@ class TinyModel:
     vocabulary: int | None = None
     """Rows of embedding and head; None: one for each token, and some that no token uses."""
     dtype: str = "float32"
+    fp8: Literal["", "stacked", "per-expert"] = ""
+    """How fp8 weights store experts; "": no weight is in fp8. The other weights have `dtype`."""
     tied: bool = False
     seed: int = 0
     shard_bytes: int = SHARD_BYTES
@@ -59,18 +63,40 @@ def write_tiny(folder: Path, model: TinyModel = TinyModel()) -> WrittenModel:
     vocabulary = _vocabulary(model)
     family = tiny_family(model, vocabulary)
     shapes = parameter_shapes(family)
+    layout: Layout = "per_expert" if model.fp8 == "per-expert" else "hub"
+    stored = stored_shapes(shapes, "per_expert") if layout == "per_expert" else shapes
+    types = {
+        name: FP8 if model.fp8 and is_quantised(name, shape) else TYPE_NAMES[model.dtype]
+        for name, shape in stored.items()
+    }
+    quantised = {"quantization_config": quantization_config(kept_modules(types, stored))} if model.fp8 else {}
     return write_model(
         folder,
-        random_weights(shapes, dtype=model.dtype, seed=model.seed),
-        shapes=shapes,
-        dtypes=TYPE_NAMES[model.dtype],
-        config=hub_config(family),
+        _weights(model, shapes, layout, types),
+        shapes=stored,
+        dtypes=types,
+        config=hub_config(family) | quantised,
         side_files={
             **side_files(family, vocabulary.base_size, image_min_tokens=model.image_min_tokens),
             **vocabulary.files,
         },
         shard_bytes=model.shard_bytes,
+        metadata=HUB_METADATA | {LAYOUT_KEY: layout},
     )
+
+
+def _weights(
+    model: TinyModel, shapes: dict[str, Shape], layout: Layout, types: Mapping[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights under the names of a layout, in the type that the writer takes them in."""
+    for name, tensor in random_weights(shapes, dtype=model.dtype, seed=model.seed):
+        if layout == "per_expert" and is_expert_stack(name):
+            for expert, matrix in enumerate(tensor):
+                keys = [key for key, _ in single_expert(name, shapes[name], expert)]
+                parts = zip(keys, matrix.chunk(len(keys)), strict=True)
+                yield from ((key, part.float() if types[key] == FP8 else part) for key, part in parts)
+        else:
+            yield name, tensor.float() if types[name] == FP8 else tensor
 
 
 def tiny_family(model: TinyModel, vocabulary: Vocabulary) -> Family:

@@ -9,7 +9,6 @@ when it is complete.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.architecture.yarn import both_spellings
 from finetune.files.atomic import whole_folder, write_file
+from finetune.files.fp8 import SCALE, quantise, with_scales
 from finetune.files.hubconfig import config_text, to_hub_spelling
 from finetune.files.layouts import HUB_METADATA, stored_shape
-from finetune.files.tensorfile import ITEM_SIZES, ReservedFile, reserve, tensor_bytes, type_name
+from finetune.files.tensorfile import FP8, ReservedFile, reserve, tensor_bytes, type_name
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,22 @@ class ModelWriter:
         if not units <= self.missing[name]:
             again = sorted(units - self.missing[name])
             raise ValueError(f"{name} was written twice" + (f" (experts {again})" if is_expert_stack(name) else ""))
-        if is_expert_stack(name):
+        if file.tensors[name].dtype == FP8:
+            self._quantise(name, tensor if is_expert_stack(name) else tensor[None], first_row)
+        elif is_expert_stack(name):
             row_size = file.tensors[name].row_size
             for expert in range(tensor.shape[0]):  # one matrix at a time: the transposed copy stays small
                 file.put(name, tensor[expert].t(), (first_row + expert) * row_size)
         else:
             file.put(name, tensor)
         self.missing[name] -= units
+
+    def _quantise(self, name: str, matrices: torch.Tensor, first: int) -> None:
+        """Write the codes and the scales of float32 matrices, the first of which has this number in its tensor."""
+        for at, matrix in enumerate(matrices, start=first):
+            pair = quantise(matrix.t() if is_expert_stack(name) else matrix)
+            for key, part in zip((name, name + SCALE), pair, strict=True):
+                self.files[key].put(key, part, at * part.nbytes)
 
     def check_complete(self) -> None:
         """Raise ValueError unless every tensor of the model was written."""
@@ -94,6 +103,7 @@ class ModelWriter:
         fits = tuple(tensor.shape) == shape
         if is_expert_stack(name):
             fits = tuple(tensor.shape[1:]) == shape[1:] and first_row + tensor.shape[0] <= shape[0]
+        dtype = "F32" if dtype == FP8 else dtype
         if not fits or type_name(tensor.dtype) != dtype:
             raise ValueError(
                 f"{name} must be {dtype} {list(shape)}, got {type_name(tensor.dtype) or tensor.dtype} "
@@ -111,16 +121,17 @@ def model_writer(
     side_files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
     replace: bool = False,
+    metadata: Mapping[str, str] = HUB_METADATA,
 ) -> Iterator[ModelWriter]:
     """Yield a writer for the model of these shapes; if the block ends without an error, the folder is complete.
 
-    `dtypes` are safetensors type names, one for all or by canonical name. `side_files` are copied or written next to
-    the weights. After any error `folder` does not exist, and unfinished files are removed. With `replace`, `folder` may
-    hold an earlier model, which stays until the new one is complete.
+    `dtypes` are safetensors type names, one for all or by canonical name; tensors in fp8 are given in float32.
+    `side_files` are copied or written next to the weights. After any error `folder` does not exist, and unfinished
+    files are removed. With `replace`, `folder` may hold an earlier model, which stays until the new one is complete.
     """
     with whole_folder(folder, replace=replace) as beside:
         with ExitStack() as stack:
-            files = _reserve(stack, beside, shapes, dtypes, shard_bytes)
+            files = _reserve(stack, beside, shapes, dtypes, shard_bytes, metadata)
             writer = ModelWriter(folder=folder, shapes=shapes, files=files)
             yield writer
             writer.check_complete()
@@ -139,10 +150,17 @@ def write_model(
     config: Mapping[str, Any],
     side_files: Mapping[str, bytes | Path],
     shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] = HUB_METADATA,
 ) -> WrittenModel:
     """Write a model from an iterator of canonical names and tensors; one tensor is in memory at a time."""
     with model_writer(
-        folder, shapes=shapes, dtypes=dtypes, config=config, side_files=side_files, shard_bytes=shard_bytes
+        folder,
+        shapes=shapes,
+        dtypes=dtypes,
+        config=config,
+        side_files=side_files,
+        shard_bytes=shard_bytes,
+        metadata=metadata,
     ) as writer:
         for name, tensor in tensors:
             writer.write(name, tensor)
@@ -185,15 +203,21 @@ def links_outside(base: Path) -> list[str]:
 def plan_shards(
     tensors: Mapping[str, tuple[str, Shape]], shard_bytes: int = SHARD_BYTES
 ) -> dict[str, dict[str, tuple[str, Shape]]]:
-    """Return file name -> its tensors as (dtype, shape) by name; a file ends before it would exceed `shard_bytes`."""
+    """Return file name -> its tensors as (dtype, shape) by name; a file ends before it would exceed `shard_bytes`.
+
+    The scales of an fp8 tensor follow it, in the same file.
+    """
     groups: list[dict[str, tuple[str, Shape]]] = [{}]
     used = 0
-    for name, (dtype, shape) in tensors.items():
-        size = math.prod(shape) * ITEM_SIZES[dtype]
+    for name in tensors:
+        if name.endswith(SCALE):
+            continue
+        together = {key: tensors[key] for key in (name, name + SCALE) if key in tensors}
+        size = tensor_bytes(together)
         if groups[-1] and used + size > shard_bytes:
             groups.append({})
             used = 0
-        groups[-1][name] = (dtype, shape)
+        groups[-1] |= together
         used += size
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
@@ -206,14 +230,15 @@ def _reserve(
     shapes: Mapping[str, Shape],
     dtypes: Mapping[str, str] | str,
     shard_bytes: int,
+    metadata: Mapping[str, str],
 ) -> dict[str, ReservedFile]:
     """Make every weight file at its full size with its header, and the index if there are several files."""
     types = {name: dtypes if isinstance(dtypes, str) else dtypes[name] for name in shapes}
     kinds = {name: (types[name], stored_shape(name, shape, "hub")) for name, shape in shapes.items()}
-    shards = plan_shards(kinds, shard_bytes)
+    shards = plan_shards(with_scales(kinds), shard_bytes)
     files: dict[str, ReservedFile] = {}
     for file, tensors in shards.items():
-        reserved = stack.enter_context(reserve(beside / file, tensors, HUB_METADATA))
+        reserved = stack.enter_context(reserve(beside / file, tensors, metadata))
         files |= dict.fromkeys(tensors, reserved)
     if len(shards) > 1:
         write_file(beside / INDEX, index_text(shards))
