@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLE = """\
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify
   moetune merge /models/Qwen3-VL-30B-A3B-Instruct runs/mine/adapter /models/mine --verify held-out.jsonl
+  moetune merge base runs/mine/adapter merged --dtype fp8   # half the size, as servers read FP8 models
   moetune merge base runs/mine/adapter merged --plan        # print what would be written, and its size"""
 
 EXIT_CODES = {3: "a change was lost in rounding, or the proof failed"}
@@ -35,6 +36,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-bytes", type=int, metavar="N", help="bytes of the largest weight file (default: the base's own files)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32", "fp8"),
+        help="type of the merged weights (default: the base's own); fp8 quantises the text layers in blocks of 128",
     )
     parser.add_argument("--plan", action="store_true", help="print the plan, and stop")
     parser.add_argument(
@@ -66,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     base = open_base(model_folder(args.base), layout=args.layout)
-    plan = plan_merge(base, args.adapter, other_base=args.other_base, shard_bytes=args.shard_bytes)
+    plan = plan_merge(base, args.adapter, other_base=args.other_base, shard_bytes=args.shard_bytes, dtype=args.dtype)
     for line in plan.lines(args.out):
         say(line)
     if args.plan:

@@ -18,7 +18,8 @@ from torch import Tensor
 from finetune.adapters.change import Change
 from finetune.architecture.shapes import Shape, is_expert_stack
 from finetune.files.basefiles import BaseFiles
-from finetune.files.tensorfile import read_bytes, torch_type
+from finetune.files.fp8 import BLOCK as SIDE
+from finetune.files.tensorfile import FP8, read_bytes, torch_type
 
 BLOCK = 1 << 18
 """Values per block: two float32 buffers of 1 MiB, and the block twice in its own type.
@@ -57,7 +58,7 @@ class Block:
     """A lane's buffers as one block: made once per shape, because creating views costs as much as the arithmetic."""
 
     values: Tensor
-    """The base's values [rows, columns], read through `raw`."""
+    """The base's values [rows, columns], read through `raw`; `out` has the type of the merged file."""
     raw: Any
     flat: Tensor
     out: Tensor
@@ -68,25 +69,39 @@ class Block:
     other_rc: Tensor
     bits: Any
     out_bits: Any
+    out_bits_type: torch.dtype
     differs: Any
 
     def add(self, left: Tensor, right: Tensor, realised: Realised) -> None:
-        """Set `out` to values + left @ right in the values' type, and record the rounding in `realised`."""
+        """Set `out` to values + left @ right, rounded once, and record the rounding in `realised`."""
         total, other = self.total, self.other
-        if self.flat.dtype == torch.float32:  # the addition itself is the only rounding
+        if self.flat.dtype == self.out.dtype == torch.float32:  # the addition itself is the only rounding
             torch.mm(left, right, out=self.other_rc)
             torch.add(self.flat, other, out=self.out)
             torch.sub(self.out, self.flat, out=total).sub_(other)
         else:
-            total.copy_(self.flat)
-            self.total_rc.addmm_(left, right)
-            self.out.copy_(total)
+            self.out.copy_(self.sum(left, right).view(-1))
             total.sub_(other.copy_(self.out))
         count = len(self.differs)
-        np.not_equal(self.bits, self.out_bits, out=self.differs)  # several times faster than torch here
+        bits = self.bits
+        if self.flat.dtype != self.out.dtype:  # without the change, the base's values would be rounded too
+            bits = self.flat.to(self.out.dtype).view(self.out_bits_type).numpy()
+        np.not_equal(bits, self.out_bits, out=self.differs)  # several times faster than torch here
         realised.error_square += float(torch.dot(total, total))
         realised.values += count
         realised.unchanged += count - int(np.count_nonzero(self.differs))
+
+    def sum(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Return values + left @ right in float32; without factors, the values."""
+        self.total.copy_(self.flat)
+        return self.total_rc if left is None or right is None else self.total_rc.addmm_(left, right)
+
+    def converted(self) -> Any:
+        """Return the bytes of the values in the type of the merged file."""
+        if self.flat.dtype == self.out.dtype:
+            return self.raw
+        self.out.copy_(self.flat)
+        return self.out_raw
 
 
 class Lane:
@@ -97,28 +112,29 @@ class Lane:
         self._read, self._rounded = (torch.empty(4 * self.size, dtype=torch.uint8) for _ in range(2))
         self._total, self._other = torch.empty(self.size), torch.empty(self.size)
         self._differs = np.empty(self.size, dtype=bool)
-        self._blocks: dict[tuple[int, int, torch.dtype], Block] = {}
+        self._blocks: dict[tuple[int, int, torch.dtype, torch.dtype], Block] = {}
 
-    def block(self, rows: int, columns: int, dtype: torch.dtype) -> Block:
+    def block(self, rows: int, columns: int, dtype: torch.dtype, out: torch.dtype) -> Block:
         """Return the buffers as a block of this shape; all blocks of a lane share them."""
-        key = (rows, columns, dtype)
+        key = (rows, columns, dtype, out)
         if key not in self._blocks:
             count = rows * columns
-            read, rounded = (buffer[: count * dtype.itemsize] for buffer in (self._read, self._rounded))
-            bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+            read, rounded = self._read[: count * dtype.itemsize], self._rounded[: count * out.itemsize]
+            bits = {kind: torch.int32 if kind.itemsize == 4 else torch.int16 for kind in (dtype, out)}
             total, other = self._total[:count], self._other[:count]
             self._blocks[key] = Block(
                 values=read.view(dtype).view(rows, columns),
                 raw=read.numpy().data,
                 flat=read.view(dtype),
-                out=rounded.view(dtype),
+                out=rounded.view(out),
                 out_raw=rounded.numpy().data,
                 total=total,
                 total_rc=total.view(rows, columns),
                 other=other,
                 other_rc=other.view(rows, columns),
-                bits=read.view(bits).numpy(),
-                out_bits=rounded.view(bits).numpy(),
+                bits=read.view(bits[dtype]).numpy(),
+                out_bits=rounded.view(bits[out]).numpy(),
+                out_bits_type=bits[out],
                 differs=self._differs[:count],
             )
         return self._blocks[key]
@@ -139,23 +155,26 @@ def factors(change: Change) -> tuple[Tensor, Tensor]:
     return b_Eor.contiguous(), a_Eri.float().contiguous()
 
 
-def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tuple[int, range, Block]]:
+def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane, kind: str) -> Iterator[tuple[int, range, Block]]:
     """Yield the blocks of a tensor in the order and orientation of the output file, with their matrix and rows.
 
-    Each block overwrites the one before.
+    `kind` is the type in that file. Each block overwrites the one before.
     """
     experts = stored[0] if is_expert_stack(name) else 1
     matrix = stored[1:] if is_expert_stack(name) else stored
     rows, columns = matrix[0], math.prod(matrix[1:])
-    step = max(1, lane.size // columns)
-    if is_expert_stack(name) and base.layout != "hub":
+    least = SIDE if kind == FP8 else 1
+    step = max(least, lane.size // columns // least * least)
+    out = torch.float32 if kind == FP8 else torch_type(kind)
+    if name in base.scales or (is_expert_stack(name) and base.layout != "hub"):
         for expert in range(experts):
-            stored_matrix = base.read(name, range(expert, expert + 1))[0].t()
+            whole = base.read(name, range(expert, expert + 1))[0].t() if is_expert_stack(name) else None
             for first in range(0, rows, step):
-                part = stored_matrix[first : first + step]
-                block = lane.block(len(part), columns, part.dtype)
+                places = range(first, min(first + step, rows))
+                part = base.read(name, places) if whole is None else whole[first : places.stop]
+                block = lane.block(len(places), columns, part.dtype, out)
                 block.values.copy_(part)
-                yield expert, range(first, first + len(part)), block
+                yield expert, places, block
         return
     tensor = base.stored[name]
     dtype = torch_type(tensor.dtype)
@@ -163,7 +182,7 @@ def blocks(base: BaseFiles, name: str, stored: Shape, lane: Lane) -> Iterator[tu
     with tensor.file.open("rb", buffering=0) as file:
         for expert in range(experts):
             for first in range(0, rows, step):
-                block = lane.block(min(step, rows - first), columns, dtype)
+                block = lane.block(min(step, rows - first), columns, dtype, out)
                 read_bytes(file.fileno(), tensor, block.raw, begin)
                 begin += len(block.raw)
                 yield expert, range(first, first + len(block.values)), block

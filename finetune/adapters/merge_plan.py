@@ -13,12 +13,14 @@ from typing import Any
 from data.config import DataConfig
 from data.format.printable import count_of
 from finetune.adapters.media import media_files, trained_data
+from finetune.adapters.merge_fp8 import merged_types
 from finetune.adapters.provenance import CONFIGURATION, recorded, require_same_base, seen_settings
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.architecture.shapes import Shape
 from finetune.architecture.yarn import Extension, extension
 from finetune.config import ContextConfig, YarnConfig
 from finetune.files.basefiles import BaseFiles
+from finetune.files.fp8 import with_scales
 from finetune.files.hubconfig import read_family
 from finetune.files.jsonblock import load_json
 from finetune.files.layouts import HUB_METADATA, stored_shape
@@ -55,6 +57,15 @@ class MergePlan:
     """The settings of the adapter's configuration that affect answers, without its context; empty if unknown."""
     data: DataConfig | None = None
     """How training prepared images, videos and conversations; None if unknown."""
+    dtype: str | None = None
+    """The type that was asked for; None for the base's own."""
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of each tensor in the merged folder, by canonical name."""
+        return {
+            name: kind for file in self.files for name, (kind, _) in file.tensors.items() if name in self.base.shapes
+        }
 
     @property
     def need_bytes(self) -> int:
@@ -73,29 +84,37 @@ class MergePlan:
     def lines(self, out: Path) -> list[str]:
         """Return the plan as lines for people."""
         experts = sum(len(change.shape) == 3 for change in self.source.changes.values())
-        kinds = ", ".join(sorted({kind for file in self.files for kind, _ in file.tensors.values()}))
+        kinds = ", ".join(sorted(set(self.base.dtypes.values())))
         total = len(self.base.shapes)
         media = [name for name, content in self.side_files.items() if isinstance(content, bytes)]
         outside = [name for name in links_outside(self.base.folder) if not name.endswith(".safetensors")]
         longer = f"; config.json has {self.context.length:,} tokens, yarn" if self.context is not None else ""
+        written = ", ".join(sorted(set(self.types.values())))
+        converted = f"; written as {written}" if written != kinds else ""
         return [
             f"base     {self.base.folder}: {total} tensors of {kinds}, layout {self.base.layout}",
             f"adapter  {self.source.folder}: {len(self.source.changes)} low-rank changes ({experts} of expert stacks), "
             f"{len(self.source.full)} full tensors; {self.origin}",
             f"out      {out}: {count_of(len(self.files), 'weight file')} and {len(self.side_files) + 1} others in the "
-            f"hub's layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}",
+            f"hub's layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}{converted}",
             *([f"left out {', '.join(outside)}: links to files outside {self.base.folder}"] if outside else []),
             *([f"media    {', '.join(media)}: with the sizes and frame settings of training"] if media else []),
         ]
 
 
 def plan_merge(
-    base: BaseFiles, adapter: Path, *, other_base: bool = False, shard_bytes: int | None = None
+    base: BaseFiles,
+    adapter: Path,
+    *,
+    other_base: bool = False,
+    shard_bytes: int | None = None,
+    dtype: str | None = None,
 ) -> MergePlan:
     """Return the plan. Raise if the adapter was trained on another base, unless `other_base` allows that.
 
-    Without `shard_bytes`, the merged folder has the base's own files.
+    Without `shard_bytes` the merged folder has the base's own files, and without `dtype` the base's own types.
     """
+    types = merged_types(base, dtype)
     if shard_bytes is not None and shard_bytes < 1:
         raise ValueError(f"--shard-bytes is {shard_bytes}; it must be a number from 1 on, 5000000000 is usual")
     source = open_source(adapter, base.shapes)
@@ -111,12 +130,13 @@ def plan_merge(
     return MergePlan(
         base=base,
         source=source,
-        files=_out_files(base, shard_bytes),
+        files=_out_files(base, types, shard_bytes),
         side_files={**side_files_of(base.folder), **media},
         origin=origin,
         context=recorded_context(source, base.folder),
         seen=seen,
         data=data,
+        dtype=dtype,
     )
 
 
@@ -167,17 +187,16 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _out_files(base: BaseFiles, shard_bytes: int | None) -> tuple[OutFile, ...]:
+def _out_files(base: BaseFiles, types: Mapping[str, str], shard_bytes: int | None) -> tuple[OutFile, ...]:
     """Return the base's own division into files if no tensor spans files and no size is given, else one by size."""
-    kinds = base.dtypes
-    stored = {name: (kinds[name], stored_shape(name, shape, "hub")) for name, shape in base.shapes.items()}
+    stored = {name: (types[name], stored_shape(name, shape, "hub")) for name, shape in base.shapes.items()}
     if shard_bytes is None and all(name in base.stored for name in stored):
         groups: dict[str, dict[str, tuple[str, Shape]]] = {}
         for name in sorted(stored, key=lambda name: (base.stored[name].file.name, base.stored[name].begin)):
             groups.setdefault(base.stored[name].file.name, {})[name] = stored[name]
     else:
-        groups = plan_shards(stored, shard_bytes or SHARD_BYTES)
-    return tuple(OutFile(name=file, tensors=tensors) for file, tensors in groups.items())
+        groups = plan_shards(with_scales(stored), shard_bytes or SHARD_BYTES)
+    return tuple(OutFile(name=file, tensors=with_scales(tensors)) for file, tensors in groups.items())
 
 
 def jobs_for(files: int, jobs: int = 0) -> int:

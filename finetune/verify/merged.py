@@ -6,6 +6,7 @@ the proof shares neither arithmetic nor layout with the merge. One layer of one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,11 @@ from finetune.adapters.merge_plan import MergePlan
 from finetune.adapters.source import AdapterSource
 from finetune.architecture.shapes import HEAD, is_expert_stack
 from finetune.files.basefiles import BaseFiles, open_base
+from finetune.files.tensorfile import FP8
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.ranks.device import open_device
+from finetune.verify.codes import Codes, compare_codes
 from finetune.verify.compute import Outcome, TrialSet, run_packed, trial_set
 from finetune.verify.samples import Trial, trials
 from moe.experts import ExpertLora
@@ -45,7 +48,11 @@ _TYPICAL_NARROW = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """Distances of the merged model and of the base alone from base plus adapter, in spreads of the logits."""
+    """Distances of the merged model and of the base alone from base plus adapter, in spreads of the logits.
+
+    Quantising moves logits further than some adapters do, so fp8 files are judged by their codes, and `kl` (in nats)
+    and `equal` state what quantising costs.
+    """
 
     positions: int
     samples: int
@@ -56,12 +63,16 @@ class Proof:
     """The typical distance by which the adapter changes the base's logits."""
     stored: str
     bytes_peak: int
+    kl: float = 0.0
+    codes: Codes | None = None
     media: tuple[str, ...] = ()
     """Differences between training and the merged folder's processor files in preparing images and videos."""
 
     @property
     def passed(self) -> bool:
         """Return whether the merge is close to base plus adapter, and closer than the base; a NaN fails."""
+        if self.codes is not None:
+            return not self.media and self.codes.sound and math.isfinite(self.kl)
         close = self.worst <= _WORST.get(self.stored, float("inf"))
         near = self.typical <= _TYPICAL.get(self.stored, _TYPICAL_NARROW)
         return not self.media and close and near and self.equal >= 0.9 and self.typical < self.moved
@@ -72,8 +83,9 @@ class Proof:
         return (
             f"{'proved' if self.passed else 'FAILED'}   {self.positions} positions of {self.samples} samples: the "
             f"merged {self.stored} files are {self.typical:.1e} of the logits' spread from base + adapter (largest "
-            f"{self.worst:.1e}), which is {self.moved:.1e} from the base; next token equal at {self.equal:.1%}; at "
-            f"most {self.bytes_peak:,} bytes of weights in memory; {media}"
+            f"{self.worst:.1e}), which is {self.moved:.1e} from the base; KL {self.kl:.1e} nats, next token equal at "
+            f"{self.equal:.1%}; at most {self.bytes_peak:,} bytes of weights in memory; {media}"
+            + (f"; {self.codes.line()}" if self.codes is not None else "")
         )
 
 
@@ -92,6 +104,8 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
     distance = (in_one.logits - intended.logits).abs().amax(-1) / spread
     trained = rules_of(base.folder) if plan.data is None else trained_rules(base.folder, plan.data)
     moved = (before.logits - intended.logits).abs().amax(-1) / spread
+    expected, got = (run.logits.double().log_softmax(-1) for run in (intended, in_one))
+    kinds = set(files.dtypes.values())
     return Proof(
         positions=len(distance),
         samples=len(samples),
@@ -99,7 +113,9 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
         typical=float(distance.median()),
         equal=float((in_one.logits.argmax(-1) == intended.logits.argmax(-1)).float().mean()),
         moved=float(moved.median()),
-        stored="F32" if set(base.dtypes.values()) == {"F32"} else "/".join(sorted(set(base.dtypes.values()))),
+        kl=float((expected.exp() * (expected - got)).sum(-1).mean()),
+        codes=compare_codes(files, plan) if FP8 in kinds else None,
+        stored="/".join(sorted(kinds)),
         bytes_peak=max(run.bytes_peak for run in (in_one, before, intended)),
         media=tuple(rules_of(merged).differences(trained)),
     )

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import base_variants as stored
@@ -18,6 +19,7 @@ from finetune.adapters.merge import merge
 from finetune.adapters.merge_plan import plan_merge
 from finetune.files.basefiles import open_base
 from finetune.files.tiny import TinyModel, write_tiny
+from finetune.verify.codes import compare_codes
 from finetune.verify.merged import Proof, proof_samples, prove
 from launchers.cli import main
 
@@ -133,3 +135,40 @@ def test_a_longer_context_is_written_to_the_merged_config(made: Path, tmp_path: 
     assert (text["rope_scaling"]["rope_type"], text["rope_scaling"]["factor"]) == ("yarn", 2.0)
     config = cases.stock(tmp_path / "out").config.text_config
     assert (config.rope_parameters["rope_type"], config.rope_parameters["rope_theta"]) == ("yarn", 5_000_000)
+
+
+FP8 = TinyModel(hidden=384, expert_hidden=128, experts=8, layers=2, heads=8, head_dim=64, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("wrong", ["", "not merged", "experts shifted", "a scale", "one code"])
+def test_fp8_files_are_proved_by_their_codes(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny(tmp_path / "base", FP8)
+    cases.adapt(tmp_path / "base", tmp_path / "adapter")
+    words = ["merge", *(str(tmp_path / name) for name in ("base", "adapter", "out")), "--dtype", "fp8"]
+    if not wrong:
+        assert main([*words, "--verify", "--json"]) == 0
+        proof = json.loads(capsys.readouterr().out)["proof"]
+        assert proof["codes"]["matrices"] == 2 * (4 + 2 * 8)
+        assert proof["codes"]["apart"] < 1e-3 * proof["codes"]["values"]
+        assert 0 < proof["kl"] < 0.5
+        assert proof["stored"] == "BF16/F8_E4M3"
+        return
+    assert main(words) == 0
+    plan = plan_merge(open_base(tmp_path / "base"), tmp_path / "adapter", dtype="fp8")
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    assert compare_codes(open_base(tmp_path / "out"), plan).sound
+    if wrong == "not merged":
+        write_tiny(tmp_path / "plain", replace(FP8, fp8="stacked"))
+        tensors |= {key: t for key, t in load_file(tmp_path / "plain" / "model.safetensors").items() if name in key}
+    elif wrong == "experts shifted":
+        tensors |= {key: tensors[key].roll(1, 0) for key in (name, f"{name}_scale_inv")}
+    elif wrong == "a scale":
+        tensors[f"{name}_scale_inv"][3] *= 1.001
+    else:
+        tensors[name].view(torch.uint8)[2] ^= 2
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata=metadata)
+    assert not compare_codes(open_base(tmp_path / "out"), plan).sound
