@@ -1,0 +1,100 @@
+"""A frozen matrix as one row of bytes: its codes, then its scales.
+
+A stack of matrices is one uint8 tensor [matrices, bytes]. So it is a single tensor to load, hold as a buffer or
+partition, which no engine casts; and the bytes of a matrix are the same however a stack is cut. Loading torch is left
+to the functions that compute, because the planner needs the sizes only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bits = Literal["int8", "nf4"]
+FLOAT = 4
+"""Bytes of a scale."""
+ALIGN = 16
+"""The row of a matrix is a multiple of this long, so that its scales can be read as float32 and loads can be wide."""
+BLOCK = 64
+"""Weights of a block in nf4."""
+SCALE_BLOCK = 256
+"""Blocks whose scales share a scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How the matrices [out, into] of a stack are packed."""
+
+    bits: Bits
+    out: int
+    into: int
+
+    @property
+    def weights(self) -> int:
+        """Return the elements of one matrix."""
+        return self.out * self.into
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the bytes of each field of a row: codes and scales; in nf4 codes, scale codes, scales and offset."""
+        if self.bits == "int8":
+            return [self.weights, FLOAT * self.out]
+        blocks = -(-self.weights // BLOCK)
+        return [self.weights // 2, blocks, FLOAT * -(-blocks // SCALE_BLOCK), FLOAT]
+
+    @property
+    def row_bytes(self) -> int:
+        """Return the bytes of one matrix."""
+        return sum(-(-size // ALIGN) * ALIGN for size in self.sizes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return the bits of one weight, with its share of the scales."""
+        return 8 * self.row_bytes / self.weights
+
+    def pack(self, matrices: Tensor, *, name: str) -> Tensor:
+        """Return matrices [n, out, into] as rows of bytes, each quantised by itself; `name` is for errors."""
+        import torch
+
+        from moe.kernels import int8, nf4
+
+        quantise = int8.quantise if self.bits == "int8" else nf4.quantise
+        packed = torch.zeros((len(matrices), self.row_bytes), dtype=torch.uint8, device=matrices.device)
+        for row, matrix in zip(packed, matrices, strict=True):
+            wide = matrix.float()
+            if not wide.isfinite().all():
+                raise ValueError(
+                    f"{name} holds a value that is not finite, which cannot be quantised to {self.bits}. Fetch the "
+                    f"file again (`moetune verify-base` checks a folder), or set model.quantise to none"
+                )
+            for field, values in zip(self._fields(row), quantise(wide), strict=True):
+                field.copy_(values.flatten().view(torch.uint8))
+        return packed
+
+    def unpack(self, packed: Tensor, into: Tensor) -> Tensor:
+        """Fill `into` [n, out, into], in which rows may be spaced, and return it."""
+        import torch
+
+        from moe.kernels import int8, nf4
+
+        fields = self._fields(packed)
+        if self.bits == "int8":
+            codes = fields[0].view(torch.int8).view(*packed.shape[:-1], self.out, self.into)
+            int8.dequantise(codes, fields[1].view(torch.float32), into)
+            return into
+        codes, scale_codes, *wide = fields
+        scales = nf4.block_scales(scale_codes, *(field.view(torch.float32) for field in wide))
+        for matrix, code, scale in zip(into, codes, scales, strict=True):
+            nf4.dequantise(code, scale, matrix)
+        return into
+
+    def _fields(self, packed: Tensor) -> list[Tensor]:
+        """Return the fields of rows [..., bytes] as views."""
+        views, begin = [], 0
+        for size in self.sizes:
+            views.append(packed[..., begin : begin + size])
+            begin += -(-size // ALIGN) * ALIGN
+        return views
