@@ -2,7 +2,7 @@
 
 A room imports only from rooms below it; rooms on one line do not know each other:
 
-                              train.py                      the story of a run
+                train.py     serving/     probes/           the story of a run | servers | tests of mechanisms
       training/      ask/      verify/      preflight/      the loop's parts | questions | proofs | before a start
       tracking/                                             what a run reports
       checkpoint/                                           the state of a run on disk

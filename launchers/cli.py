@@ -29,7 +29,7 @@ COMMANDS = {  # in the order in which users need them
     "launch": "start the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, with one profile per cluster",
     "eval": "ask a model or a server held-out questions, and score the answers by source",
     "ask": "ask a base, a base with its adapter, or a merged model one question, with images and videos",
-    "probe": "look for needles in long contexts, text and video: base and adapted model, as a heatmap and JSON",
+    "probe": "test a mechanism on made-up media: needles, timestamps, DeepStack, order, resolution, load of experts",
     "merge": "merge a base and an adapter into one model folder in the hub's layout, and verify it",
     "export": "convert an adapter to the form that a server reads: PEFT's packed one, or 2-D keys per expert",
     "combine": "add adapters with weights, experts included: exact, or reduced in rank with the error printed",

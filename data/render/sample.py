@@ -3,8 +3,8 @@
 `count_text` and `count_vision` need no pixels; their sum is exactly the length of what `build` returns.
 """
 
+import copy
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from data.render.image import decode_image, probe_image
 from data.render.positions import sample_positions
 from data.render.spelled import spelled_parts
 from data.render.template import read_template
-from data.render.timestamps import box_texts, video_text
+from data.render.timestamps import Stamps, box_texts, video_text
 from data.render.tokens import Tokens, tokenise, widen
 from data.render.video import Grid, VideoPlan, check_video, frame_list_facts, plan_video
 from data.render.vision import (
@@ -68,6 +68,7 @@ class Renderer:
         if not (folder / "tokenizer_config.json").is_file():
             raise ValueError(f"{folder} has no tokenizer_config.json; give the folder of a Qwen3-VL base model")
         self._image, self._video = image, video
+        self._stamps: Stamps = video.timestamps
         self._chat = chat
         self._spec = read_spec(folder)
         self._limits = image_limits(self._spec, image)
@@ -84,6 +85,12 @@ class Renderer:
         self.text_fingerprint = _digest([*words, seen])
         self.fingerprint = _digest([*words, seen, asdict(image), asdict(self._spec)])
         self.files_fingerprint = files_fingerprint(folder, image=image, video=video, chat=chat)
+
+    def with_stamps(self, form: Stamps) -> "Renderer":
+        """Return a renderer for a probe, which writes the times of frames in another form, or leaves them out."""
+        other = copy.copy(self)
+        other._stamps = form
+        return other
 
     def _token_id(self, folder: Path, token: str) -> int:
         number = self._tokenizer.get_added_vocab().get(token)
@@ -187,7 +194,8 @@ class Renderer:
                 media.append(_IMAGE_TEXT)
             elif content.kind == "video":
                 at, plan = next(videos)
-                media.append(video_text(plan.stamps, config=self._video, hms=_is_odd(f"{record.id}/{at}")))
+                nested = self._video.layout == "nested"
+                media.append(video_text(plan.stamps, form=self._stamps, nested=nested, video=f"{record.id}/{at}"))
         boxes = box_texts(record, images)
         rendered = render_record(record, media, boxes, template=self._template, config=self._chat, prompt=prompt)
         return tokenise(rendered, self._tokenizer, image_pad=self._image_pad, video_pad=self._video_pad)
@@ -247,10 +255,6 @@ def _joined(patches: Sequence[Array], width: int) -> Array:
 
 def _digest(words: object) -> str:
     return sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _is_odd(word: str) -> bool:
-    return zlib.crc32(word.encode()) % 2 == 1
 
 
 def _name(kind: str, at: int, place: Place) -> str:

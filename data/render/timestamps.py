@@ -1,19 +1,30 @@
 """The text for a video and for a box: a time before each frame pair, and coordinates from 0 to 1000."""
 
+import zlib
 from collections.abc import Sequence
+from typing import Literal
 
-from data.config import VideoConfig
 from data.format.facts import ImageFacts
 from data.format.record import Record
+
+Stamps = Literal["seconds", "hms", "mixed", "none"]
+"""The forms of `data.video.timestamps`, and "none" for a probe that leaves the times out."""
 
 _PAIR = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
-def video_text(stamps: Sequence[float], *, config: VideoConfig, hms: bool) -> str:
-    """Return a time and a placeholder for each frame pair; `hms` decides the form when timestamps are mixed."""
-    as_clock = config.timestamps == "hms" or (config.timestamps == "mixed" and hms)
-    pairs = "".join(f"{clock(stamp) if as_clock else seconds(stamp)}{_PAIR}" for stamp in stamps)
-    return f"<|vision_start|>{pairs}<|vision_end|>" if config.layout == "nested" else pairs
+def video_text(stamps: Sequence[float], *, form: Stamps, nested: bool, video: str) -> str:
+    """Return a time and a placeholder for each frame pair; the name of the video settles the form if it is mixed."""
+    pairs = "".join(stamp_text(stamp, form, video) + _PAIR for stamp in stamps)
+    return f"<|vision_start|>{pairs}<|vision_end|>" if nested else pairs
+
+
+def stamp_text(stamp: float, form: Stamps, video: str) -> str:
+    """Return the text before one frame pair."""
+    if form == "none":
+        return ""
+    is_clock = form == "hms" or (form == "mixed" and zlib.crc32(video.encode()) % 2 == 1)
+    return clock(stamp) if is_clock else seconds(stamp)
 
 
 def seconds(stamp: float) -> str:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from data.config import ChatConfig, ImageConfig, VideoConfig
 from data.render.sample import Renderer
-from finetune.ask.heatmap import CELL, LEFT, TOP, colour, draw_heatmap
-from finetune.ask.needle import COLOURS, count_tokens, fitted, probe, prompt_of, video_haystack
 from finetune.ask.speaker import Judged
+from finetune.probes.colours import COLOURS
+from finetune.probes.needle import count_tokens, fitted, probe, video_haystack
 from launchers.cli import main
 
 
@@ -41,7 +41,7 @@ def test_a_haystack_fills_its_length(renderer: Renderer, kind: str, lengths: tup
         haystack = fitted(kind, length, 0.5, seed=3, renderer=renderer)
         tokens = count_tokens(haystack, renderer)
         assert length - 80 <= tokens <= length
-        prompt = prompt_of(haystack, renderer).input_ids
+        prompt = haystack.prompt(renderer).input_ids
         assert tokens - 16 <= len(prompt) < tokens
         assert renderer.decode(prompt).count(haystack.answer) == (1 if kind == "text" else 0), "only in the needle"
     with pytest.raises(ValueError, match=f"a {kind} needle does not fit in 20 tokens; the shortest haystack takes"):
@@ -51,11 +51,11 @@ def test_a_haystack_fills_its_length(renderer: Renderer, kind: str, lengths: tup
 def test_a_needle_lies_at_its_depth(renderer: Renderer) -> None:
     for depth in (0.0, 0.25, 1.0):
         haystack = fitted("text", 1500, depth, seed=1, renderer=renderer)
-        text = renderer.decode(prompt_of(haystack, renderer).input_ids)
+        text = renderer.decode(haystack.prompt(renderer).input_ids)
         sentences = re.findall(r"The [^.]*\.", text)
         (at,) = (n for n, sentence in enumerate(sentences) if f"is {haystack.answer}." in sentence)
         assert at == round(depth * (len(sentences) - 1))
-        clip = video_haystack(20, depth, seed=1).videos[0]
+        clip = video_haystack(20, depth, seed=1).clips[0].frames
         pixels = [np.asarray(Image.open(io.BytesIO(frame))) for frame in clip]
         coloured = [n for n, frame in enumerate(pixels) if np.ptp(frame.reshape(-1, 3).mean(0)) > 50]
         assert coloured == [first := 2 * min(round(depth * 10), 9), first + 1]
@@ -69,20 +69,6 @@ def test_scores_are_grouped_by_length_and_depth(renderer: Renderer) -> None:
     scores = {cell.depth: (cell.length, cell.found, cell.right_tokens) for cell in cells}
     assert scores == {0.0: (700, 1.0, 1.0), 1.0: (700, 0.0, 0.0)}
     assert 600 < cells[0].tokens < 700
-
-
-def test_the_heatmap_shows_each_score_in_its_cell(tmp_path: Path) -> None:
-    draw_heatmap(
-        {"base": [[0.0, 1.0]], "adapted": [[1.0, 0.5]]},
-        lengths=(100, 200),
-        depths=(0.5,),
-        title="t",
-        path=tmp_path / "a.png",
-    )
-    image = Image.open(tmp_path / "a.png")
-    wide = image.width // 2
-    corners = [(LEFT + 2 + CELL[0] * x + wide * model, TOP + 2) for model in (0, 1) for x in (0, 1)]
-    assert [image.getpixel(corner) for corner in corners] == [colour(score) for score in (0.0, 1.0, 1.0, 0.5)]
 
 
 def test_a_tiny_model_is_probed_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
