@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from data.config import DataConfig
+from data.rows.columns import Columns
 
 _LEAST = {
     "packs_per_step": 1,
@@ -54,6 +55,11 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
         remedy = "Add data.sources.<name>.path=... (shards or a JSONL file)"
         yield Problem(key="data.sources", found={}, allowed="there is nothing to train on", remedy=remedy)
     for name, source in config.sources.items():
+        try:
+            Columns.of(source.map)
+        except ValueError as error:
+            remedy = "docs/data-format.md lists the columns of every shape"
+            yield Problem(key=f"data.sources.{name}.map", found=source.map, allowed=f"it {error}", remedy=remedy)
         key, weight = f"data.sources.{name}.weight", source.weight
         if not (isfinite(weight) and weight > 0):
             allowed = "it must be a finite number above 0"

@@ -5,7 +5,7 @@ The text below a key explains it to users: docs/configuration.md and `moetune ex
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,11 +13,31 @@ class SourceConfig:
     """One source of samples, by a name that you choose."""
 
     path: str
-    """The samples: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or a `.jsonl` /
-    `.json` file. A file of rows is converted into shards when it is first read, and again when it changes.
+    """The samples: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or rows: a file
+    (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.zip`) or a folder of them. Rows are converted into
+    shards when they are first read, and again when they change.
 
     Change: always; it is the one key of a source that has no default. Convert large files with `moetune shards build`.
-    With: `data.cache_dir` (the folder of converted files), `data.media_root` (where relative paths of media begin).
+    With: `data.cache_dir` (the folder of converted files), `data.media_root` (where relative paths of media begin),
+    `data.sources.<name>.map` (where columns have other names).
+    """
+    map: dict[str, Any] = field(default_factory=dict)
+    """The names of columns, where a data set calls them something else: `{question: query, image: [left, right]}`.
+    Left is a column that moetune knows, right the data's own, or several; `a.b` is a key inside a column.
+
+    Change: when the rows have no known shape; the message lists the shapes and their columns (docs/data-format.md).
+    """
+    config: str = ""
+    """The part of a hub-style folder to read, such as one of Cauldron's sub-sets. Empty: the only one, or the default.
+
+    Change: when the folder has several; the message lists them.
+    With: `data.sources.<name>.split`.
+    """
+    split: str = ""
+    """The split of a folder of rows to read. Empty: `train`, or the only one.
+
+    Change: to train on another split.
+    With: `data.sources.<name>.config`.
     """
     weight: float = 1.0
     """This source's share of an epoch relative to the other sources; only the ratios of the weights count.

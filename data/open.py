@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.checks import data_problems
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.format.printable import count_of
 from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
+from data.rows.files import is_rows, row_source
 from data.shards.bytes import places_of
-from data.stream.corpus import Corpus, Limits, find_shards, load_corpus
+from data.shards.find import find_shards
+from data.stream.corpus import Corpus, Limits, load_corpus
 from data.stream.plan import plan_settings
 from data.stream.stream import DataStream, StreamSettings
 
@@ -18,19 +20,20 @@ log = logging.getLogger(__name__)
 
 
 def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") -> Mapping[str, Sequence[Path]]:
-    """Return the shards of every source; a JSONL or JSON file is converted the first time.
+    """Return the shards of every source; rows are converted the first time.
 
     Errors name the keys of `section`.
     """
 
-    def find(name: str, path: str) -> Sequence[Path]:
-        key = f"{section}.sources.{name}.path"
-        if not path.endswith((".jsonl", ".json")):
-            return find_shards(path, key)
-        cache, limit = _cache(config), config.max_bad_samples
-        return shards_of_rows(Path(path), key, cache_dir=cache, jobs=jobs, limit=limit, places=places_of(config))
+    def find(name: str, source: SourceConfig) -> Sequence[Path]:
+        key, cache = f"{section}.sources.{name}.path", _cache(config)
+        if not is_rows(source.path):
+            return find_shards(source.path, key, split=source.split, cache_dir=cache)
+        limit = config.max_bad_samples
+        rows = row_source(source)
+        return shards_of_rows(rows, key, cache_dir=cache, jobs=jobs, limit=limit, places=places_of(config))
 
-    return {name: find(name, source.path) for name, source in config.sources.items()}
+    return {name: find(name, source) for name, source in config.sources.items()}
 
 
 def open_corpus(config: DataConfig, renderer: Renderer, *, jobs: int = 1, section: str = "data") -> Corpus:

@@ -11,24 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.format.fields import BadField
 from data.format.media import Place
 from data.format.record import Record, RecordError, parse_record
 from data.format.tar import BLOCK, KeyedMembers, group_members, walk_tar
-from data.prepare.convert import REJECTS, convert_row, folder_of_shards, read_rows
-from data.prepare.media_place import media_entries
-from data.shards.bytes import Places
+from data.prepare.copies import REJECTS, folder_of_shards
+from data.prepare.recognise import recognise
+from data.rows.archive import inside_zip
+from data.rows.columns import Columns
+from data.rows.convert import convert_rows
+from data.rows.files import is_rows, read_source, row_files, row_source
+from data.rows.media import media_entries
+from data.rows.pdf import page_of
+from data.shards.bytes import ByteReader, Places
+from data.shards.find import find_shards
+from data.shards.layout import layout_of, parse_sample
 from data.shards.lengths import Lengths, known_lengths
-from data.stream.corpus import Limits, find_shards
+from data.stream.corpus import Limits
 from data.stream.plan import Plan, PlanSettings, Units, make_plan
 
 LOOKED_AT = 8
 """Samples of a source that are looked at."""
 MOST_SHARDS = 1000
 """Shards whose end is looked at, spread over a source."""
-LARGE_JSON = 1 << 26
-"""Bytes of a JSON list from which on it is not read: that takes seconds."""
 LARGE_ROWS = 1 << 29
 """Bytes of a file of rows from which on its content is not hashed, which is how its shards are found."""
 MANY = 500_000
@@ -46,48 +52,50 @@ class Peek:
     """Samples of the source, counted up to what was asked for."""
 
 
-def is_rows(path: str) -> bool:
-    """Say whether a source is a file of rows, which is converted into shards."""
-    return path.endswith((".jsonl", ".json"))
-
-
-def peek(path: str, key: str, places: Places, *, enough: int) -> Peek:
+def peek(source: SourceConfig, key: str, places: Places, *, enough: int, cache_dir: Path | None = None) -> Peek:
     """Look at the first samples, and count up to `enough`. ValueError or OSError for a source that cannot be read."""
-    if not is_rows(path):
-        return _peek_shards(find_shards(path, key), places, enough)
-    source = Path(path)
-    if source.suffix == ".json" and source.stat().st_size > LARGE_JSON:
-        return Peek(looked_at=0, refused=(), at_least=enough)
-    count = max(enough, LOOKED_AT)
-    rows = list(islice(read_rows(source), count))
-    if not rows:
+    if not is_rows(source.path):
+        shards = find_shards(source.path, key, split=source.split, cache_dir=cache_dir)
+        return _peek_shards(shards, places, enough)
+    rows = row_source(source)
+    recognise(rows)
+    refused: list[str] = []
+    looked_at = counted = 0
+    for number, row, origin in islice(read_source(rows), max(enough, LOOKED_AT)):
+        counted += 1
+        if looked_at < LOOKED_AT:
+            looked_at += 1
+            try:
+                _look_at_row(row, rows.columns, origin, places)
+            except ValueError as error:
+                refused.append(f"row {number}: {_reason(error)}")
+    if not counted:
         raise ValueError("it contains no row")
-    refused = []
-    for number, row in rows[:LOOKED_AT]:
-        try:
-            _look_at_row(row, source.parent, places)
-        except ValueError as error:
-            refused.append(f"row {number}: {_reason(error)}")
-    return Peek(looked_at=min(LOOKED_AT, len(rows)), refused=tuple(refused), at_least=len(rows))
+    return Peek(looked_at=looked_at, refused=tuple(refused), at_least=counted)
 
 
 def _reason(error: ValueError) -> str:
     return error.reason if isinstance(error, RecordError) else str(error)
 
 
-def _look_at_row(row: Any, folder: Path, places: Places) -> None:
+def _look_at_row(row: Any, columns: Columns, folder: Path, places: Places) -> None:
     """Raise ValueError with the reason for which a build would refuse the row, so far as it shows without pixels."""
     if isinstance(row, ValueError):
         raise row
-    raw, _ = convert_row(row)
 
     def put(place: dict[str, Any], where: str) -> dict[str, Any]:
-        return {"member": where} if "bytes" in place else place
+        return {"member": where} if "bytes" in place or _is_read_by_a_build(place, folder) else place
 
-    record = parse_record(raw | media_entries(raw, image=put, video=put), shard="", key="")
-    if not record.supervised:
-        raise BadField("messages", "carry no loss: nothing would be learned")
-    _require_media(record, folder, places)
+    for raw in convert_rows(row, columns)[0]:
+        record = parse_record(raw | media_entries(raw, image=put, video=put), shard="", key="")
+        if not record.supervised:
+            raise BadField("messages", "carry no loss: nothing would be learned")
+        _require_media(record, folder, places)
+
+
+def _is_read_by_a_build(place: dict[str, Any], folder: Path) -> bool:
+    """Say whether a build makes a member of this place, as it does with a page of a PDF and a member of a zip."""
+    return page_of(place, "") is not None or inside_zip(folder / place.get("path", "")) is not None
 
 
 def _require_media(record: Record, folder: Path, places: Places) -> None:
@@ -102,14 +110,20 @@ def _require_media(record: Record, folder: Path, places: Places) -> None:
 def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
     refused: list[str] = []
     looked_at = counted = 0
+    reader = ByteReader(places)
+    layouts: dict[Path, str] = {}
     for shard, sample in islice(_samples(shards), max(enough, LOOKED_AT)):
         counted += 1
         if looked_at < LOOKED_AT:
             looked_at += 1
             try:
-                _look_at_sample(shard, sample, places)
+                if shard not in layouts:
+                    first = list(islice(group_members(shard, walk_tar(shard)), LOOKED_AT))
+                    layouts[shard] = layout_of(shard, first, reader)
+                _look_at_sample(shard, sample, reader, layouts[shard])
             except ValueError as error:
                 refused.append(f"{shard.name}, sample {sample.key}: {_reason(error)}")
+    reader.close()
     if not counted:
         raise ValueError("its shards contain no sample")
     for shard in shards[:: -(-len(shards) // MOST_SHARDS)]:
@@ -132,18 +146,16 @@ def _samples(shards: Sequence[Path]) -> Iterator[tuple[Path, KeyedMembers]]:
         yield from ((shard, sample) for sample in group_members(shard, walk_tar(shard)))
 
 
-def _look_at_sample(shard: Path, sample: KeyedMembers, places: Places) -> None:
-    if "json" not in sample.names:
-        raise ValueError(f"has no json member, only {sorted(sample.names)}")
+def _look_at_sample(shard: Path, sample: KeyedMembers, reader: ByteReader, layout: str) -> None:
     if sample.too_large:
         raise ValueError(sample.too_large)
-    at = sample.names.index("json")
-    with shard.open("rb") as file:
-        file.seek(sample.offsets[at])
-        text = file.read(sample.sizes[at])
-    members = [name for name in sample.names if name != "json"]
-    record = parse_record(text, shard=shard.name, key=sample.key, members=members)
-    _require_media(record, shard.parent, places)
+
+    def read(name: str) -> bytes:
+        at = sample.names.index(name)
+        return reader.read(shard, sample.offsets[at], sample.sizes[at])
+
+    record = parse_sample(layout, sample.names, read, shard=shard.name, key=sample.key)
+    _require_media(record, shard.parent, reader.places)
 
 
 def packs_of_an_epoch(
@@ -166,7 +178,7 @@ def plans_of_epochs(
     limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
     units = []
     for name, source in config.sources.items():
-        shards = _known_shards(source.path, cache, places, f"data.sources.{name}.path")
+        shards = _known_shards(source, cache, places, f"data.sources.{name}.path")
         counted = [known_lengths(shard, files_fingerprint, places=places, cache_dir=cache) for shard in shards]
         lengths = [one for one in counted if one is not None]
         if not lengths or len(lengths) < len(counted):
@@ -180,13 +192,14 @@ def plans_of_epochs(
     return lambda epoch: make_plan(units, settings, epoch=epoch)
 
 
-def _known_shards(path: str, cache: Path | None, places: Places, key: str) -> Sequence[Path]:
+def _known_shards(source: SourceConfig, cache: Path | None, places: Places, key: str) -> Sequence[Path]:
     """The shards of a source, or those that its rows were converted into; none where they are not."""
-    if not is_rows(path):
-        return find_shards(path, key)
-    if Path(path).stat().st_size > LARGE_ROWS:
+    if not is_rows(source.path):
+        return find_shards(source.path, key, split=source.split, cache_dir=cache)
+    rows = row_source(source)
+    if sum(file.stat().st_size for file in row_files(rows)) > LARGE_ROWS:
         return []
-    folder = folder_of_shards(Path(path), cache, places)
+    folder = folder_of_shards(rows, cache, places)
     return find_shards(str(folder), key) if (folder / REJECTS).is_file() else []
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from moe.config import MoeConfig
 
 
@@ -503,6 +503,23 @@ class EvalSourceConfig:
     With: `data.sources` (a warning appears if one trains on the same path), `data.image`, `data.video`, `data.chat`
     (samples are prepared as in training).
     """
+    map: dict[str, Any] = field(default_factory=dict)
+    """The names of columns, as `data.sources.<name>.map`.
+
+    Change: when the held-out rows have no known shape.
+    """
+    config: str = ""
+    """The part of a hub-style folder to read, as `data.sources.<name>.config`.
+
+    Change: when the folder has several.
+    With: `eval.sources.<name>.split`.
+    """
+    split: str = ""
+    """The split of a folder of rows to read, as `data.sources.<name>.split`.
+
+    Change: to `validation` or `test` where the folder that trains has such a split.
+    With: `eval.sources.<name>.config`.
+    """
     guard: Literal["none", "flag", "stop"] = "none"
     """The action when this source exceeds one of its bounds. `none`: no bounds. `flag`: the log says so. `stop`: the
     run saves and ends.
@@ -524,6 +541,11 @@ class EvalSourceConfig:
     Change: set it for sources that must not become worse; 0.1 is a start.
     With: `eval.sources.<name>.guard` (must be `flag` or `stop`).
     """
+
+    @property
+    def as_data(self) -> SourceConfig:
+        """What the source names, as one of `data:`."""
+        return SourceConfig(path=self.path, map=self.map, config=self.config, split=self.split)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def question(
     """Return the record of one question, and the bytes of its media; media without marks go before the text."""
     from data.format.printable import count_of
     from data.format.record import RecordError, parse_record
-    from data.prepare.convert import convert_row
+    from data.rows.convert import convert_row
     from data.shards.bytes import Places
     from data.shards.reader import SampleReader
 

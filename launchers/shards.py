@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
     from data.prepare.audit import Finding
     from data.render.sample import Renderer
+    from data.rows.columns import Columns
+    from data.shards.bytes import Places
     from data.shards.lengths import Lengths
     from data.shards.reader import SampleReader
     from data.stream.stats import Histogram
 
 EXAMPLE = """\
-  moetune shards build train.jsonl --out shards/train --jobs 8      # ms-swift, LLaMA-Factory, OpenAI, Qwen rows
+  moetune shards build train.parquet --out shards/train --jobs 8    # or .jsonl, .csv, a data set's folder, ...
   moetune shards index shards/train --jobs 8
   moetune shards check shards/train --base Qwen3-VL-30B-A3B --tokens-per-pack 8192
   moetune shards show shards/train/train-000000.tar --key 000000007 --base Qwen3-VL-30B-A3B --sheet seen.png
@@ -51,13 +53,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--json", action="store_true", help="one JSON object on standard output")
         place_arguments(sub)
         sub.add_argument(
+            "--map",
+            action="append",
+            default=[],
+            metavar="NAME=COLUMN",
+            help="read a known column from a column or a tar's member with another name (data.sources.<name>.map); "
+            "COLUMN,COLUMN reads several",
+        )
+        sub.add_argument(
             "--cache-dir", type=Path, metavar="DIR", help="folder for indexes, if the folder of PATH is not writable"
         )
         return sub
 
     build = action(
-        "build", "convert a .jsonl or .json file into shards; run it again to continue", "a .jsonl or .json file"
+        "build", "convert rows of any known shape into shards; run it again to continue", "a file or a folder of rows"
     )
+    build.add_argument("--config", default="", help="part of a hub-style folder (data.sources.<name>.config)")
+    build.add_argument("--split", default="", help="split of a folder (data.sources.<name>.split)")
     build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     build.add_argument("--name", default="part", help="prefix of the shards' names (default: part)")
     build.add_argument(
@@ -132,10 +144,25 @@ def run(args: argparse.Namespace) -> int:
     return actions[args.action](args)
 
 
-def _shards(args: argparse.Namespace) -> list[Path]:
-    from data.stream.corpus import find_shards
+def _columns(args: argparse.Namespace) -> "Columns":
+    from data.rows.columns import Columns
 
-    return find_shards(args.path, "PATH")
+    words = [word.partition("=") for word in args.map]
+    return Columns.of({name: columns.split(",") for name, _, columns in words})
+
+
+def _places(args: argparse.Namespace) -> "Places":
+    """Return the places of media, and how the members of the shards are named."""
+    from dataclasses import replace
+
+    mapped = _columns(args).text
+    return replace(media_places(args), maps=((args.path, mapped),) if mapped else ())
+
+
+def _shards(args: argparse.Namespace) -> list[Path]:
+    from data.shards.find import find_shards
+
+    return find_shards(args.path, "PATH", cache_dir=args.cache_dir)
 
 
 def _renderer(base: Path) -> "Renderer":
@@ -151,12 +178,13 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 
 
 def _build(args: argparse.Namespace) -> int:
-    from contextlib import nullcontext
-
     from data.prepare.build import BuildOptions, build_shards, repeated_bytes
-    from data.prepare.convert import REJECTS
-    from data.prepare.progress import Progress, count_rows
+    from data.prepare.copies import REJECTS
+    from data.prepare.progress import Progress
+    from data.prepare.recognise import recognise
+    from data.rows.files import count_source
 
+    columns = _columns(args)
     options = BuildOptions(
         name=args.name,
         samples_per_shard=args.samples_per_shard,
@@ -164,11 +192,18 @@ def _build(args: argparse.Namespace) -> int:
         media_root=str(args.media_root or ""),
         allow_private=args.allow_private_addresses,
         group=args.group,
+        map=columns.text,
+        config=args.config,
+        split=args.split,
     )
-    source = Path(args.path)
-    with Progress(source.name, count_rows(source)) if source.is_file() else nullcontext() as progress:
-        report = build_shards(source, args.out, options, jobs=args.jobs, progress=progress)
-    lines = [f"{count_of(report.written, 'sample')} in {count_of(len(report.shards), 'shard')} under {args.out}"]
+    source = options.source(Path(args.path))
+    what = recognise(source)
+    with Progress(source.path.name, count_source(source)) as progress:
+        report = build_shards(source.path, args.out, options, jobs=args.jobs, progress=progress)
+    lines = [
+        f"{source.path.name}: {count_of(report.rows, 'row')}, recognised as {what}",
+        f"{count_of(report.written, 'sample')} in {count_of(len(report.shards), 'shard')} under {args.out}",
+    ]
     if report.reused:
         lines.append(f"kept from an earlier build of this file: {count_of(report.reused, 'shard')}")
     if report.rejected:
@@ -181,7 +216,7 @@ def _build(args: argparse.Namespace) -> int:
         lines.append(
             f"{size_of(repeated)} are copies of media in other samples; with --media reference, samples share the files"
         )
-    _print(args, asdict(report) | {"repeated_bytes": repeated}, *lines)
+    _print(args, asdict(report) | {"repeated_bytes": repeated, "recognised": what}, *lines)
     return 3 if report.rejected > args.max_rejects else 0
 
 
@@ -193,7 +228,7 @@ def _index(args: argparse.Namespace) -> int:
     from data.shards.reader import load_index
 
     shards = _shards(args)
-    make = partial(load_index, cache_dir=args.cache_dir, force=args.force, places=media_places(args))
+    make = partial(load_index, cache_dir=args.cache_dir, force=args.force, places=_places(args))
     with Progress("indexed", len(shards), unit="shards") as progress:
         if args.jobs > 1:
             with worker_pool(args.jobs) as pool:
@@ -224,7 +259,7 @@ def _index(args: argparse.Namespace) -> int:
 def _lengths(args: argparse.Namespace, shards: "Sequence[Path]") -> "list[Lengths]":
     from data.stream.corpus import measure_all
 
-    return measure_all(shards, _renderer(args.base), args.cache_dir, args.jobs, places=media_places(args))
+    return measure_all(shards, _renderer(args.base), args.cache_dir, args.jobs, places=_places(args))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -239,7 +274,7 @@ def _check(args: argparse.Namespace) -> int:
         tokens_per_pack=args.tokens_per_pack,
         decode=not args.fast,
         cache_dir=args.cache_dir,
-        places=media_places(args),
+        places=_places(args),
     )
     with Progress("checked", len(shards), unit="shards") as progress:
         note = lambda done, samples: progress(done, count_of(samples, "sample"))  # noqa: E731
@@ -281,7 +316,7 @@ def _show(args: argparse.Namespace) -> int:
     from data.prepare.show import contact_sheet, marked_text, sample_tiles
     from data.shards.reader import SampleReader
 
-    reader = SampleReader(cache_dir=args.cache_dir, places=media_places(args))
+    reader = SampleReader(cache_dir=args.cache_dir, places=_places(args))
     shard, number = _find_sample(args.key, _shards(args), reader)
     index = reader.index(shard)
     record, members = reader.sample(shard, number)
@@ -330,7 +365,7 @@ def _stats(args: argparse.Namespace) -> int:
             _renderer(args.base),
             context=args.context,
             cache_dir=args.cache_dir,
-            places=media_places(args),
+            places=_places(args),
             progress=lambda done, samples: progress(done, count_of(samples, "sample")),
         )
     lines = [
@@ -378,7 +413,7 @@ def _split(args: argparse.Namespace) -> int:
         by=args.by,
         seed=args.seed,
         cache_dir=args.cache_dir,
-        places=media_places(args),
+        places=_places(args),
     )
     lines = [
         f"{name}: {count_of(report.samples[name], 'sample')}, {count_of(report.groups[name], 'group')}"

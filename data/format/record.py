@@ -86,16 +86,26 @@ def _no_constant(name: str) -> float:
 
 def load_json(data: bytes | str) -> Any:
     """Read JSON without NaN and Infinity, nested at most MAX_DEPTH deep; ValueError for anything else."""
-    too_deep = ValueError(f"JSON is nested more than {MAX_DEPTH} deep; flatten it")
     try:
         value = json.loads(data, parse_constant=_no_constant, parse_int=_number)
     except RecursionError as error:
-        raise too_deep from error
+        raise ValueError(_TOO_DEEP) from error
     openings = (b"[", b"{") if isinstance(data, bytes) else ("[", "{")
     # counting is fast, and nearly all JSON has fewer brackets than this
     if sum(map(data.count, openings)) > MAX_DEPTH and isinstance(value, (dict, list)) and _is_deep(value):  # type: ignore[arg-type]  # of data's own type
-        raise too_deep
+        raise ValueError(_TOO_DEEP)
     return value
+
+
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """Read the value that begins at `start` as load_json does; return it and the position behind it."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    if isinstance(value, (dict, list)) and _is_deep(value):
+        raise ValueError(_TOO_DEEP)
+    return value, end
 
 
 def _is_deep(value: dict[str, Any] | list[Any]) -> bool:
@@ -110,6 +120,10 @@ def _number(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(digits)} digits, {digits[:12]}..., is none that can be computed with")
     return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_int=_number)
+_TOO_DEEP = f"JSON is nested more than {MAX_DEPTH} deep; flatten it"
 
 
 def parse_record(

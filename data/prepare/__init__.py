@@ -1,5 +1,5 @@
 """Turns rows into shards; checks, shows and splits shards.
 
-Reading order: convert, media_place and rows (rows of other tools), clean, build and converted; split, audit,
-show, found; likeness and overlap; progress.
+Reading order: rows (a row's media and record), clean, build, copies and converted; recognise, found; split, audit,
+show; likeness and overlap; progress.
 """

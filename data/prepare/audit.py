@@ -79,7 +79,7 @@ def audit_shards(
             progress(done + 1, samples)
             continue
         with suppress(ShardError):  # a folder that cannot be written is nothing of its shards
-            store_index(index, shard, cache_dir=options.cache_dir)
+            store_index(index, shard, cache_dir=options.cache_dir, places=options.places)
         if not len(index):
             yield Finding(shard=str(shard), key="", reason="contains no sample")
         for key in index.keys:

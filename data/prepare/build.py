@@ -1,4 +1,4 @@
-"""Builds shards from rows of JSON, in parallel and resumable; refused rows are listed with reasons."""
+"""Builds shards from rows, in parallel and resumable; refused rows are listed with reasons."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,11 @@ import numpy as np
 
 from data.format.record import RecordError
 from data.format.tar import TarWriter
-from data.prepare.convert import REJECTS, read_rows, stamp_of_rows
+from data.prepare.copies import REJECTS
 from data.prepare.folder_lock import FolderInUse, modified, release, take, this_process
-from data.prepare.rows import RowOptions, build_sample
+from data.prepare.rows import RowOptions, build_samples
+from data.rows.columns import Columns
+from data.rows.files import RowSource, read_source, row_files, stamp_of_rows
 from data.shards.bytes import Places
 from data.shards.pool import worker_pool
 from data.shards.reader import load_index
@@ -33,7 +35,9 @@ LOOK_S = 0.5
 """Seconds between checks whether another build, which this one waits for, has ended."""
 SILENCE_S = 1800.0
 """Seconds without a byte written after which a build on another host counts as dead."""
-Rows = list[tuple[int, Any]]
+MOST_BYTES = 1 << 27
+"""Bytes in the cells of rows after which a shard is full: the rows of a shard are in memory together."""
+Rows = list[tuple[int, Any, Path]]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,13 @@ class BuildOptions:
     media_root: str = ""  # folder where relative paths of media start and which none may leave; "": that of the input
     allow_private: bool = False  # urls may name addresses that are not public
     group: str = ""  # the column that becomes the record's group; empty: `group` itself
+    map: str = ""  # the names of columns, as JSON
+    config: str = ""  # of a folder of several
+    split: str = ""
+
+    def source(self, path: Path) -> RowSource:
+        """Return the rows that these options read."""
+        return RowSource(path=path, columns=Columns.read(self.map), config=self.config, split=self.split)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.startswith("."):
@@ -65,11 +76,13 @@ class BuildReport:
     rejected: int
     reused: int  # shards that an earlier build of the same file had finished
     ignored: dict[str, int]  # columns nothing here reads, and in how many rows
+    rows: int  # of an agent's steps, one becomes several samples
 
 
 @dataclass(frozen=True)
 class _Shard:
     path: Path
+    rows: int
     written: int
     rejected: int
     ignored: dict[str, int]
@@ -116,9 +129,8 @@ def build_shards(
     jobs: int = 1,
     progress: Callable[[int, str], None] | None = None,
 ) -> BuildReport:
-    """Convert a JSONL or JSON file. Run again after an interruption, it goes on; `progress` gets the rows done."""
-    if not source.is_file():
-        raise ValueError(f"{source} does not exist or is not a file; give a .jsonl or .json file of rows")
+    """Convert rows. Run again after an interruption, it goes on; `progress` gets the rows done."""
+    row_files(options.source(source))  # before the folder is made
     with building(folder, waits=False):
         return build_held(source, folder, options, jobs=jobs, progress=progress)
 
@@ -134,7 +146,8 @@ def build_held(
     """Do what build_shards does, in a folder that is already locked."""
     _claim(folder, source, options)
     places = Places(root=Path(options.media_root) if options.media_root else None, allow_private=options.allow_private)
-    of_rows = RowOptions(folder=folder, origin=source.parent, media=options.media, places=places, group=options.group)
+    rows = options.source(source)
+    of_rows = RowOptions(folder=folder, media=options.media, places=places, columns=rows.columns, group=options.group)
     shards: list[_Shard] = []
     reused = 0
 
@@ -142,23 +155,23 @@ def build_held(
         shards.append(shard)
         if progress:
             refused = sum(each.rejected for each in shards)
-            progress(sum(each.written for each in shards) + refused, f"{refused:,} refused")
+            progress(sum(each.rows for each in shards), f"{refused:,} refused")
 
-    tasks = _chunks(read_rows(source), folder, options)
+    tasks = _chunks(read_source(rows), folder, options)
     if jobs <= 1:
-        for path, rows in tasks:
+        for path, chunk in tasks:
             done = _finished(path)
             reused += done is not None
-            finish(done or write_shard(path, rows, of_rows))
+            finish(done or write_shard(path, chunk, of_rows))
     else:
         with worker_pool(jobs) as pool:
             waiting: list[Future[_Shard]] = []
-            for path, rows in tasks:
+            for path, chunk in tasks:
                 if (done := _finished(path)) is not None:
                     reused += 1
                     finish(done)
                     continue
-                waiting.append(pool.submit(write_shard, path, rows, of_rows))
+                waiting.append(pool.submit(write_shard, path, chunk, of_rows))
                 if len(waiting) >= 2 * jobs:  # bounds the rows held in memory
                     finish(waiting.pop(0).result())
             for future in waiting:
@@ -174,7 +187,7 @@ def _claim(folder: Path, source: Path, options: BuildOptions) -> None:
     note = folder / CLAIM
     # relative, so that data and shards may be moved, or mounted elsewhere, together
     where = os.path.relpath(source.absolute(), folder.absolute())
-    claim = {"version": VERSION, "source": where, "stamp": stamp_of_rows(source), **asdict(options)}
+    claim = {"version": VERSION, "source": where, "stamp": stamp_of_rows(options.source(source)), **asdict(options)}
     if note.exists():
         earlier = read_note(note)
         if earlier is None:
@@ -201,16 +214,37 @@ def _differences(earlier: dict[str, Any], claim: dict[str, Any], names: list[str
     return ", ".join(f"{flags[name]} was {earlier.get(name)!r}, now it is {claim[name]!r}" for name in names)
 
 
-def _chunks(rows: Iterator[tuple[int, Any]], folder: Path, options: BuildOptions) -> Iterator[tuple[Path, Rows]]:
-    number = 0
-    while chunk := list(islice(rows, options.samples_per_shard)):
-        yield folder / f"{options.name}-{number:06d}.tar", chunk
-        number += 1
+def _chunks(rows: Iterator[tuple[int, Any, Path]], folder: Path, options: BuildOptions) -> Iterator[tuple[Path, Rows]]:
+    """Yield the rows of each shard, with the shard's path."""
+    names = (folder / f"{options.name}-{number:06d}.tar" for number in count())
+    chunk: Rows = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += bytes_in(row[1])
+        if len(chunk) == options.samples_per_shard or size >= MOST_BYTES:
+            yield next(names), chunk
+            chunk, size = [], 0
+    if chunk:
+        yield next(names), chunk
+
+
+def bytes_in(value: Any) -> int:
+    """Sum the bytes of all cells that hold media."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(bytes_in, value.values()))
+    return sum(map(bytes_in, value)) if isinstance(value, list) else 0
 
 
 def _finished(path: Path) -> _Shard | None:
     note = read_note(note_of(path)) if path.exists() else None
-    return None if note is None else _Shard(path, note["written"], len(note["rejects"]), note["ignored"])
+    if note is None:
+        return None
+    rejected = len(note["rejects"])
+    rows = note.get("rows", note["written"] + rejected)  # an older moetune made one sample of a row
+    return _Shard(path, rows, note["written"], rejected, note["ignored"])
 
 
 def key_of_row(number: int) -> str:
@@ -224,20 +258,22 @@ def write_shard(path: Path, rows: Rows, options: RowOptions) -> _Shard:
     ignored: Counter[str] = Counter()
     written = 0
     with TarWriter(path) as tar:
-        for number, row in rows:
+        for number, row, origin in rows:
             try:
-                members, unused = build_sample(row, options, key=key_of_row(number), shard=path.name)
+                samples, unused = build_samples(row, options, origin=origin, key=key_of_row(number), shard=path.name)
             except ValueError as error:
                 reason = error.reason if isinstance(error, RecordError) else str(error)
                 rejects.append({"row": number, "reason": reason})
                 continue
             ignored.update(unused)
-            for name, data in members:
-                tar.add(f"{key_of_row(number)}.{name}", data)
-            written += 1
-        write_note(note_of(path), {"written": written, "rejects": rejects, "ignored": ignored})
+            for key, members in samples:
+                for name, data in members:
+                    tar.add(f"{key}.{name}", data)
+            written += len(samples)
+        note = {"rows": len(rows), "written": written, "rejects": rejects, "ignored": ignored}
+        write_note(note_of(path), note)
     load_index(path, places=options.places)
-    return _Shard(path, written, len(rejects), dict(ignored))
+    return _Shard(path, len(rows), written, len(rejects), dict(ignored))
 
 
 def _close(folder: Path, shards: list[_Shard], reused: int) -> BuildReport:
@@ -257,6 +293,7 @@ def _close(folder: Path, shards: list[_Shard], reused: int) -> BuildReport:
         rejected=len(rejects),
         reused=reused,
         ignored=dict(ignored),
+        rows=sum(shard.rows for shard in shards),
     )
 
 

@@ -11,9 +11,11 @@ from uuid import uuid4
 
 from data.format.printable import count_of
 from data.prepare.build import CLAIM, BuildOptions, build_held, building
-from data.prepare.convert import REJECTS, folder_of_shards
+from data.prepare.copies import REJECTS, folder_of_shards, stem_of
 from data.prepare.folder_lock import is_held, release, take, this_process
-from data.prepare.progress import Progress, count_rows
+from data.prepare.progress import Progress
+from data.prepare.recognise import recognise
+from data.rows.files import RowSource, count_source
 from data.shards.bytes import Places
 from data.shards.sidecar import read_note
 
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def shards_of_rows(
-    source: Path,
+    source: RowSource,
     key: str,
     *,
     cache_dir: Path | None,
@@ -32,16 +34,18 @@ def shards_of_rows(
     limit: int | None = None,
     places: Places | None = None,
 ) -> list[Path]:
-    """Return the shards of a JSONL or JSON file, which is converted the first time; errors say that `key` names it.
+    """Return the shards of rows, which are converted the first time; errors say that `key` names them.
 
     `limit` is data.max_bad_samples; without it, no row may be refused. The shards lie beside the file, or in the cache
-    folder, under a name made from the file's content: a changed file is converted again, and copies of its earlier
+    folder, under a name made from their content: changed rows are converted again, and copies of their earlier
     versions go when no process reads them any more.
     """
-    if not source.is_file():
-        raise ValueError(f"{key} is {str(source)!r}, which does not exist")
     places = places or Places()
-    place = folder_of_shards(source, cache_dir, places)
+    try:
+        place = folder_of_shards(source, cache_dir, places)
+        what = recognise(source) if not (place / REJECTS).exists() else ""
+    except ValueError as error:
+        raise ValueError(f"{key} is {str(source.path)!r}: {error}") from error
     with building(place, waits=True):
         is_new = not (place / REJECTS).exists()
         # an earlier run may have converted it under another source's name: the shards are the same
@@ -49,21 +53,26 @@ def shards_of_rows(
             name=(read_note(place / CLAIM) or {"name": "part"})["name"],
             media_root=str(places.root or ""),
             allow_private=places.allow_private,
+            map=source.columns.text,
+            config=source.config,
+            split=source.split,
         )
-        with Progress(f"converting {source.name}", count_rows(source)) if is_new else nullcontext() as shown:
-            report = build_held(source, place, options, jobs=jobs, progress=shown)
+        with Progress(f"converting {source.path.name}", count_source(source)) if is_new else nullcontext() as shown:
+            report = build_held(source.path, place, options, jobs=jobs, progress=shown)
         _register_reader(place)
     if report.rejected > (limit or 0):
-        rows = count_of(report.written + report.rejected, "row")
+        rows = count_of(report.rows, "row")
         bound = "" if limit is None else f", and data.max_bad_samples is {limit}"
         raise ValueError(
-            f"{key}: refused {report.rejected} of {rows} of {source}{bound}; the reasons are in {place / REJECTS}. "
-            f"Correct these rows, or build shards of the others: moetune shards build {source} --out DIR"
+            f"{key}: refused {report.rejected} of {rows} of {source.path}{bound}; the reasons are in "
+            f"{place / REJECTS}. Correct these rows, or build shards of the others: moetune shards build "
+            f"{source.path} --out DIR"
         )
     if report.rejected:
         refused = count_of(report.rejected, "row")
-        log.warning("%s of %s refused and left out; the reasons are in %s", refused, source, place / REJECTS)
+        log.warning("%s of %s refused and left out; the reasons are in %s", refused, source.path, place / REJECTS)
     if is_new:
+        log.info("%s: %s, recognised as %s", source.path.name, count_of(report.rows, "row"), what)
         _remove_earlier(source, place)
     return list(report.shards)
 
@@ -77,20 +86,22 @@ def _register_reader(place: Path) -> None:
         atexit.register(release, path, mine)
 
 
-def _remove_earlier(source: Path, place: Path) -> None:
+def _remove_earlier(source: RowSource, place: Path) -> None:
     """Remove copies of earlier versions of the file, but none that a living process may read."""
     current = read_note(place / CLAIM)
-    for other in sorted(place.parent.glob(f"{escape(source.stem)}-*")):
+    for other in sorted(place.parent.glob(f"{escape(stem_of(source.path))}-*")):
         note = read_note(other / CLAIM)
         # without a folder of readers, it is of a moetune that did not say who reads
         if note is None or current is None or note["stamp"] == current["stamp"] or not (other / READERS).is_dir():
             continue
-        if os.path.normpath(other.absolute() / note["source"]) != os.path.normpath(source.absolute()):
+        if os.path.normpath(other.absolute() / note["source"]) != os.path.normpath(source.path.absolute()):
             continue
+        if any((note.get(name) or "") != current[name] for name in ("map", "config", "split")):
+            continue  # another part of the same rows
         aside = other.with_name(f".{other.name}.{uuid4().hex}.removed")
         with suppress(ValueError), building(other, waits=False):  # in use, or a lock that is not ours: it stays
             if any(map(is_held, (other / READERS).iterdir())):
                 continue
             other.rename(aside)
-            log.warning("removed %s, the converted copy of an earlier version of %s", other, source)
+            log.warning("removed %s, the converted copy of an earlier version of %s", other, source.path)
         rmtree(aside, ignore_errors=True)

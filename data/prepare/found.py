@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from data.format.tar import ShardError, group_members, walk_tar
-from data.prepare.convert import convert_row, read_rows
+from data.rows.containers import kind_of
+from data.rows.convert import convert_rows
+from data.rows.files import RowSource, count_source, is_rows, read_source
+from data.rows.members import type_of
 
-ROWS = (".jsonl", ".json")
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".zip")
+PLAIN = (".jsonl", ".json")
+"""Files of rows that can be parted into two of the same kind."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 TRAINS = ("train", "training")
 HELD_OUT = ("held-out", "heldout", "val", "valid", "validation", "dev", "eval", "test")
@@ -50,6 +55,8 @@ def find_data(path: Path) -> UserData:
     rows = sorted(file for file in path.iterdir() if file.suffix in ROWS and not file.name.startswith("."))
     rows = [file for file in rows if not any(file in _sides(whole).values() for whole in rows)]
     trains = [file for file in rows if file.stem in TRAINS] or [file for file in rows if file.stem not in HELD_OUT]
+    if not trains and is_rows(str(path)):  # in folders of it, as hubs keep them
+        return _file(path)
     if len(trains) > 1:
         names = ", ".join(file.name for file in trains[:5])
         raise ValueError(f"{path} contains several files of rows ({names}): name the one to train on")
@@ -68,7 +75,7 @@ def _nothing(folder: Path) -> str:
     images = sum(file.suffix.lower() in IMAGES for file in folder.rglob("*"))
     if not images:
         return (
-            f"{folder} contains no shards (*.tar), no file of rows (*.jsonl, *.json) and no images. "
+            f"{folder} contains no shards (.tar), no file of rows ({', '.join(ROWS)}) and no images. "
             f"docs/data-format.md shows what rows look like"
         )
     return (
@@ -80,27 +87,31 @@ def _nothing(folder: Path) -> str:
 def _file(path: Path) -> UserData:
     if path.suffix == ".tar":
         return _shards([path], path)
-    if path.suffix not in ROWS:
+    if not is_rows(str(path)):
         raise ValueError(
-            f"{path} is neither a tar of samples nor a file of rows (.jsonl, .json). Write its rows as a .jsonl, one "
-            f"object a line, and look at what `moetune shards build ROWS.jsonl --out shards` says of them"
+            f"{path} is neither a tar of samples nor a file of rows ({', '.join(ROWS)}). Write its rows as a .jsonl, "
+            f"one object a line, and look at what `moetune shards build ROWS.jsonl --out shards` says of them"
         )
-    number, row = next(iter(read_rows(path)), (0, None))
+    source = RowSource(path=path)
+    number, row, _ = next(read_source(source), (0, None, path))
     if not number:
         raise ValueError(f"{path} contains no row")
     try:
         if isinstance(row, ValueError):
             raise row
-        convert_row(row)
+        convert_rows(row)
     except ValueError as error:
         raise ValueError(
             f"{path}, row {number}: {error}. A row looks like {_ROW}; docs/data-format.md has every kind. "
             f"`moetune shards build {path} --out shards` lists all rows that it refuses"
         ) from error
+    if kind_of(path) not in PLAIN or path.suffix not in PLAIN:
+        how = "none is held out: name another split or file in eval.sources, or use `moetune shards split`"
+        return UserData(train=str(path), how=how, samples=count_source(source) or None)
     if path.stat().st_size > QUICK_BYTES:
         how = "none is held out: splitting so large a file takes `moetune shards build` and `moetune shards split`"
         return UserData(train=str(path), how=how)
-    return UserData(train=str(path), samples=sum(1 for _ in read_rows(path)))
+    return UserData(train=str(path), samples=sum(1 for _ in read_source(source)))
 
 
 def _shards(shards: list[Path], path: Path) -> UserData:
@@ -108,11 +119,12 @@ def _shards(shards: list[Path], path: Path) -> UserData:
         first = next(group_members(shards[0], walk_tar(shards[0])), None)
     except ShardError as error:
         raise ValueError(f"{error}. `moetune shards check {path}` looks at all of them") from error
-    if first is None or "json" not in first.names:
-        names = "no sample" if first is None else f"{', '.join(first.names)} for {first.key}, and no json"
+    if first is None or not any(map(type_of, first.names)):
+        names = "no sample" if first is None else f"{', '.join(first.names)} for {first.key}, and nothing that is read"
         raise ValueError(
-            f"{shards[0]} contains {names}. A sample of a shard is one json record with its media: write rows "
-            f"(*.jsonl) that name the media, and `moetune shards build ROWS.jsonl --out shards` makes such shards"
+            f"{shards[0]} contains {names}. A sample of a shard is one json record with its media, or media with a "
+            f"caption (docs/data-format.md): write rows (*.jsonl) that name the media, and "
+            f"`moetune shards build ROWS.jsonl --out shards` makes such shards"
         )
     if sum(shard.stat().st_size for shard in shards) > QUICK_BYTES:
         return UserData(train=str(path))
@@ -153,7 +165,7 @@ def _pattern(names: list[str]) -> str:
 def _some_rows(data: UserData, path: Path) -> UserData:
     """Copy the rows into two files; those that share their media, or name a group, stay together."""
     groups: dict[str, list[Any]] = {}
-    for _, row in read_rows(path):
+    for _, row, _ in read_source(RowSource(path=path)):
         if not isinstance(row, ValueError):
             groups.setdefault(_group(row), []).append(row)
     count = sum(map(len, groups.values()))

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Self, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -60,11 +59,3 @@ class Progress:
         self._out.write(start + self._text + (" " * (len(self._printed) - len(self._text)) if start else "") + end)
         self._out.flush()
         self._printed = self._text
-
-
-def count_rows(path: Path) -> int:
-    """Count the rows of a .jsonl file; 0 for a list, whose length is not known before it is read."""
-    if path.suffix != ".jsonl":
-        return 0
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())

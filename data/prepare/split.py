@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import count
@@ -16,8 +16,9 @@ from data.format.media import Place
 from data.format.record import Record, record_to_json
 from data.format.tar import TarWriter
 from data.prepare.build import CLAIM, key_of_row
-from data.prepare.convert import read_rows, stamp_of_rows
 from data.prepare.rows import text_of
+from data.rows.columns import Columns
+from data.rows.files import RowSource, read_source, stamp_of_rows
 from data.shards.bytes import Places
 from data.shards.reader import SampleReader
 from data.shards.sidecar import read_note
@@ -119,7 +120,7 @@ def _groups(shards: Sequence[Path], by: str, reader: SampleReader) -> dict[tuple
             elif by in KEPT:
                 group = getattr(reader.record(shard, number), by) or None
             else:
-                group = columns[shard.parent].get(key)
+                group = columns[shard.parent].get(key.partition("-")[0])  # the steps of a row follow a dash
             groups[shard, number] = (key, True) if group is None else (group, False)
     return groups
 
@@ -133,14 +134,20 @@ def column_of_rows(folder: Path, column: str) -> dict[str, str]:
             f"column from. Split by one of these, or build shards with `moetune shards build --group {column}`"
         )
     source = Path(os.path.normpath(folder / note["source"]))
-    if not source.is_file() or stamp_of_rows(source) != note["stamp"]:
+    rows = RowSource(
+        path=source,
+        columns=Columns.read(note.get("map", "")),
+        config=note.get("config", ""),
+        split=note.get("split", ""),
+    )
+    if _stamp(rows) != note["stamp"]:
         raise ValueError(
             f"--by is {column!r}, which is read from {source}, and that file is gone or has changed since the build. "
             f"Build the shards again, with --group {column} to keep the column in them"
         )
     values = {}
     known: set[str] = set()
-    for number, row in read_rows(source):
+    for number, row, _ in read_source(rows):
         if not isinstance(row, Mapping):
             continue
         known.update(row)
@@ -151,6 +158,13 @@ def column_of_rows(folder: Path, column: str) -> dict[str, str]:
             f"--by is {column!r}, a column that no row of {source} has; there are {', '.join(sorted(known))}"
         )
     return values
+
+
+def _stamp(rows: RowSource) -> str:
+    """Return the stamp of the rows; empty if they are gone."""
+    with suppress(ValueError):
+        return stamp_of_rows(rows)
+    return ""
 
 
 class _Side:

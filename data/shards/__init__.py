@@ -1,5 +1,5 @@
 """Shards read by number: index, bytes, lengths.
 
-Reading order: sidecar, index and scan (what a shard holds), bytes and reader (a sample of it), lengths, questions;
-pool.
+Reading order: names, find and unpack (the shards of a source); sidecar, index, layout and scan (what a shard holds),
+bytes and reader (a sample of it), lengths, questions; pool.
 """

@@ -10,7 +10,9 @@ from pathlib import Path
 from data.config import DataConfig
 from data.format.media import Place, VideoRef
 from data.format.record import Record
+from data.rows.columns import Columns
 from data.shards.fetch import fetch_url
+from data.shards.names import names_shard, origin_of_shard
 
 _OPEN_FILES = 64
 MAX_MEDIUM = 1 << 32
@@ -25,6 +27,7 @@ class Places:
 
     root: Path | None = None  # folder where relative paths start and which no path may leave; None: that of the shards
     allow_private: bool = False  # urls may name addresses that are not public
+    maps: tuple[tuple[str, str], ...] = ()  # of sources of foreign shards: the path, and `map` as JSON
 
     @property
     def name(self) -> str:
@@ -34,7 +37,20 @@ class Places:
     @property
     def suffix(self) -> str:
         """The suffix of file names that depend on these places; empty for the default."""
-        return "" if self == Places() else f"-{blake2b(self.name.encode(), digest_size=4).hexdigest()}"
+        is_default = self.root is None and not self.allow_private
+        return "" if is_default else f"-{blake2b(self.name.encode(), digest_size=4).hexdigest()}"
+
+    def map_of(self, shard: Path) -> str:
+        """Return the `map` of the source that a shard belongs to, as JSON; empty where there is none."""
+        mapped = {text for path, text in self.maps if names_shard(path, origin_of_shard(shard))}
+        if len(mapped) > 1:
+            raise ValueError(f"{shard} belongs to two sources with different maps; give one of them a copy")
+        return "".join(mapped)
+
+    def beside(self, shard: Path, suffix: str) -> str:
+        """Return the suffix of a file beside a shard, which is another one for each `map`."""
+        mapped = self.map_of(shard)
+        return f".{blake2b(mapped.encode(), digest_size=4).hexdigest()}{suffix}" if mapped else suffix
 
     def find(self, path: str, folder: Path) -> Path:
         """Return the file of a medium; raise ValueError if the path, with its links followed, leaves the root."""
@@ -51,7 +67,8 @@ class Places:
 def places_of(config: DataConfig) -> Places:
     """Return the places of media outside the shards."""
     root = Path(config.media_root) if config.media_root else None
-    return Places(root=root, allow_private=config.allow_private_addresses)
+    sources = {source.path: Columns.of(source.map).text for source in config.sources.values() if source.map}
+    return Places(root=root, allow_private=config.allow_private_addresses, maps=tuple(sources.items()))
 
 
 class ByteReader:

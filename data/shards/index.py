@@ -14,7 +14,9 @@ import numpy as np
 from data.format.facts import ImageFacts, VideoFacts
 from data.shards.sidecar import read_arrays, write_arrays
 
-VERSION = 2
+VERSION = 3
+SHOWN = ("", "auto")
+"""Layouts that the members of a shard show by themselves."""
 _EDGE = 1 << 16
 
 
@@ -24,6 +26,7 @@ class ShardIndex:
 
     stamp: str  # made from size and both ends of the tar, to recognise a stale index
     places: str = ""  # of media outside the shard; empty: it has none, so the index is valid anywhere
+    layout: str = ""  # how members become a record (layout.py); empty: our record is one of them
     digest: str  # names, checksums, sizes of media: the same content has the same digest anywhere
     keys: tuple[str, ...]
     names: tuple[str, ...]
@@ -80,23 +83,29 @@ def save_index(index: ShardIndex, path: Path) -> None:
     """Write the index to one file, without pickles."""
     problems = [[number, reason] for number, reason in index.problems.items()]
     head = {"version": VERSION, "stamp": index.stamp, "places": index.places, "digest": index.digest}
-    head["problems"] = problems
+    head |= {"layout": index.layout, "problems": problems}
     text = {"head": head, "keys": index.keys, "names": index.names}
     arrays = {name: np.frombuffer(json.dumps(value).encode(), dtype=np.uint8) for name, value in text.items()}
     write_arrays(path, arrays | {name: getattr(index, name) for name in _ARRAYS})
 
 
-def read_index(path: Path, stamp: str, places: str) -> ShardIndex | None:
-    """Read a stored index; None if it is absent, damaged, or of another version, tar or places of media."""
+def read_index(path: Path, stamp: str, places: str, declared: str = "") -> ShardIndex | None:
+    """Read a stored index; None if it is absent, damaged, or of another version, tar, places of media or layout.
+
+    `declared` is the layout that a source or a note declares; without one, that of the index stands.
+    """
     arrays = read_arrays(path)
     if arrays is None or {"head", "keys", "names", *_ARRAYS} != set(arrays):
         return None
     head = json.loads(arrays["head"].tobytes())
     if head["version"] != VERSION or head["stamp"] != stamp or head["places"] not in ("", places):
         return None
+    if head["layout"] != declared and (declared or head["layout"] not in SHOWN):
+        return None
     return ShardIndex(
         stamp=stamp,
         places=head["places"],
+        layout=head["layout"],
         digest=head["digest"],
         keys=tuple(json.loads(arrays["keys"].tobytes())),
         names=tuple(json.loads(arrays["names"].tobytes())),

@@ -70,7 +70,7 @@ def load_lengths(
     `tick` gets the number of samples counted, after each.
     """
     stamp = stamp_of(shard)
-    path = sidecar(shard, ".len", cache_dir)
+    path = sidecar(shard, reader.bytes.places.beside(shard, ".len"), cache_dir)
     stored = _read(path, stamp, reader.bytes.places.name)
     if stored is not None and stored.full == measure.fingerprint:
         return stored.lengths
@@ -100,7 +100,7 @@ def load_lengths(
 
 def known_lengths(shard: Path, files_fingerprint: str, *, places: Places, cache_dir: Path | None) -> Lengths | None:
     """Return the stored lengths of a shard if they were counted with these files and settings, else None."""
-    stored = _read(sidecar(shard, ".len", cache_dir), stamp_of(shard), places.name)
+    stored = _read(sidecar(shard, places.beside(shard, ".len"), cache_dir), stamp_of(shard), places.name)
     return stored.lengths if stored is not None and stored.files == files_fingerprint else None
 
 

@@ -1,14 +1,15 @@
 """Reads records and media from shards, from files that samples share and from the web. No torch."""
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from zlib import crc32
 
-from data.format.record import Record, RecordError, parse_record
+from data.format.record import Record, RecordError
 from data.format.tar import ShardError
 from data.shards.bytes import ByteReader, Places, VideoBytes, read_media
 from data.shards.index import ShardIndex, read_index, save_index, stamp_of
+from data.shards.layout import declared_layout, media_of, parse_sample
 from data.shards.sidecar import sidecar
 
 _OPEN_INDEXES = 256
@@ -56,23 +57,24 @@ class SampleReader:
         return members
 
     def sample(self, shard: Path, number: int) -> tuple[Record, dict[str, bytes]]:
-        """Return the parsed record and the bytes of the sample's other members."""
+        """Return the parsed record and the bytes of the members that its media are."""
         members = self.members(shard, number)
-        return self._parse(shard, number, members.pop("json", None), members), members
+        record = self._parse(shard, number, members, members.__getitem__)
+        return record, media_of(self.index(shard).layout, record, members)
 
     def record(self, shard: Path, number: int) -> Record:
         """Return the parsed record alone; media are not read."""
         index = self.index(shard)
-        names = {index.names[row]: row for row in range(*index.member_rows(number))}
-        row = names.pop("json", None)
-        raw = None if row is None else self.bytes.read(shard, int(index.offsets[row]), int(index.sizes[row]))
-        return self._parse(shard, number, raw, names)
+        rows = {index.names[row]: row for row in range(*index.member_rows(number))}
 
-    def _parse(self, shard: Path, number: int, raw: bytes | None, members: Collection[str]) -> Record:
-        key = self.index(shard).keys[number]
-        if raw is None:
-            raise RecordError(shard=shard.name, key=key, reason=f"has no json member, only {sorted(members)}")
-        return parse_record(raw, shard=shard.name, key=key, members=members)
+        def read(name: str) -> bytes:
+            return self.bytes.read(shard, int(index.offsets[rows[name]]), int(index.sizes[rows[name]]))
+
+        return self._parse(shard, number, rows, read)
+
+    def _parse(self, shard: Path, number: int, names: Collection[str], read: Callable[[str], bytes]) -> Record:
+        index = self.index(shard)
+        return parse_sample(index.layout, list(names), read, shard=shard.name, key=index.keys[number])
 
     def media(self, record: Record, members: dict[str, bytes], folder: Path) -> tuple[list[bytes], list[VideoBytes]]:
         """Return the bytes of images and videos in order, as `read_media` does."""
@@ -87,19 +89,24 @@ def load_index(
         raise ShardError(shard, "does not exist or is not a file")
     stamp = stamp_of(shard)
     places = places or Places()
-    stored = [sidecar(shard, ".idx", None)] + ([sidecar(shard, ".idx", cache_dir)] if cache_dir else [])
+    suffix = places.beside(shard, ".idx")
+    stored = [sidecar(shard, suffix, None)] + ([sidecar(shard, suffix, cache_dir)] if cache_dir else [])
+    try:
+        declared = declared_layout(shard, places)
+    except ValueError as error:
+        raise ShardError(shard, str(error)) from error
     if not force:
         for path in stored:
-            if (index := read_index(path, stamp, places.name)) is not None:
+            if (index := read_index(path, stamp, places.name, declared)) is not None:
                 return index
     from data.shards.scan import scan_shard  # the decoders are loaded only where an index has to be built
 
     index = scan_shard(shard, stamp, places)
-    store_index(index, shard, cache_dir=cache_dir)
+    store_index(index, shard, cache_dir=cache_dir, places=places)
     return index
 
 
-def store_index(index: ShardIndex, shard: Path, *, cache_dir: Path | None) -> None:
+def store_index(index: ShardIndex, shard: Path, *, cache_dir: Path | None, places: Places) -> None:
     """Store an index beside its shard or in the cache folder, and remove lengths that an earlier index had."""
-    save_index(index, sidecar(shard, ".idx", cache_dir))
-    sidecar(shard, ".len", cache_dir).unlink(missing_ok=True)
+    save_index(index, sidecar(shard, places.beside(shard, ".idx"), cache_dir))
+    sidecar(shard, places.beside(shard, ".len"), cache_dir).unlink(missing_ok=True)

@@ -9,13 +9,14 @@ from zlib import crc32
 import numpy as np
 
 from data.format.facts import ImageFacts, VideoFacts
-from data.format.record import Record, RecordError, parse_record
+from data.format.record import Record, RecordError
 from data.format.tar import KeyedMembers, group_members, walk_tar
 from data.render.frames import probe_video
 from data.render.image import probe_image
 from data.render.video import frame_list_facts
 from data.shards.bytes import ByteReader, Places, VideoBytes, read_media
 from data.shards.index import ShardIndex
+from data.shards.layout import layout_of, media_of, parse_sample
 
 MediaFacts = tuple[list[ImageFacts], list[VideoFacts]]
 
@@ -41,6 +42,7 @@ def scan_shard(shard: Path, stamp: str, places: Places) -> ShardIndex:
     """Read the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
     reader = ByteReader(places)
     samples = list(group_members(shard, walk_tar(shard)))
+    layout = layout_of(shard, samples, reader)
     crcs: list[int] = []
     facts: list[MediaFacts] = []
     problems: dict[int, str] = {}
@@ -56,24 +58,22 @@ def scan_shard(shard: Path, stamp: str, places: Places) -> ShardIndex:
         }
         crcs += [crc32(data) for data in members.values()]
         try:
-            facts.append(_scan_sample(reader, shard, sample, members))
+            facts.append(_scan_sample(reader, shard, sample, members, layout))
         except RecordError as error:
             problems[number] = error.reason
             facts.append(([], []))
     reader.close()
-    return _index_of(samples, crcs, facts, problems, stamp, places.name if reader.outside else "")
+    return _index_of(samples, crcs, facts, problems, stamp, places.name if reader.outside else "", layout)
 
 
-def _scan_sample(reader: ByteReader, shard: Path, sample: KeyedMembers, members: dict[str, bytes]) -> MediaFacts:
-    raw = members.pop("json", None)
+def _scan_sample(
+    reader: ByteReader, shard: Path, sample: KeyedMembers, members: dict[str, bytes], layout: str
+) -> MediaFacts:
     try:
-        if raw is None:
-            dotted = " (a dot in the key?)" if any(name.endswith(".json") for name in members) else ""
-            raise ValueError(f"has no json member, only {sorted(members)}{dotted}")
-        record = parse_record(raw, shard=shard.name, key=sample.key, members=members)
+        record = parse_sample(layout, sample.names, members.__getitem__, shard=shard.name, key=sample.key)
         if not record.supervised:
             raise ValueError("nothing supervised: no message carries loss")
-        return probe_media(record, *read_media(record, members, shard.parent, reader))
+        return probe_media(record, *read_media(record, media_of(layout, record, members), shard.parent, reader))
     except RecordError:
         raise
     except ValueError as error:
@@ -91,6 +91,7 @@ def _index_of(
     problems: dict[int, str],
     stamp: str,
     places: str,
+    layout: str,
 ) -> ShardIndex:
     names = tuple(name for sample in samples for name in sample.names)
     sizes = [size for sample in samples for size in sample.sizes]
@@ -98,9 +99,11 @@ def _index_of(
     videos = [video for _, of_sample in facts for video in of_sample]
     digest = blake2b(digest_size=16)
     digest.update(repr(([sample.key for sample in samples], names, sizes, crcs, facts)).encode())
+    digest.update(layout.encode())  # of our own layout nothing, as before there were others
     return ShardIndex(
         stamp=stamp,
         places=places,
+        layout=layout,
         digest=digest.hexdigest(),
         keys=tuple(sample.key for sample in samples),
         names=names,

@@ -1,13 +1,9 @@
-"""Finds the shards of all sources and measures their samples, as arrays that a plan can use. No torch."""
+"""Measures the samples of all sources, as arrays that a plan can use. No torch."""
 
-import glob
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +15,9 @@ from data.shards.bytes import Places
 from data.shards.lengths import Lengths, Measure, load_lengths
 from data.shards.pool import worker_pool
 from data.shards.reader import SampleReader
-from data.shards.sidecar import missing_shards
 from data.stream.plan import Units
 
 _PART = 1 << 31
-_MOST_SHARDS = 1_000_000
 
 Table = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -58,52 +52,6 @@ def encode_part(first: int, last: int) -> int:
 def decode_part(part: int) -> tuple[int, int] | None:
     """Return the first and last message of a part, or None for the entire sample."""
     return None if part == 0 else (part // _PART, part % _PART - 1)
-
-
-def find_shards(path: str, key: str) -> list[Path]:
-    """Return the shards of a source: one tar, a folder of them, or a pattern with *, ?, {000..012} or {a,b}."""
-    if path.startswith(("pipe:", "http:", "https:", "s3:", "gs:", "hf:")):
-        raise ValueError(
-            f"{key} is {path!r}; shards are read from mounted folders only, and commands are never run. Copy or mount "
-            f"them, and give a path"
-        )
-    shards: list[Path] = []
-    for pattern in _braces(path):
-        if Path(pattern).is_dir():
-            if missing := missing_shards(Path(pattern)):
-                raise ValueError(
-                    f"{key} is {path!r}, but {count_of(len(missing), 'shard')} of the build in {pattern} "
-                    f"{'are' if len(missing) > 1 else 'is'} missing: {', '.join(missing[:5])}. Copy them there, build "
-                    f"again, or select the shards to use with a pattern"
-                )
-            shards += sorted(Path(pattern).glob("*.tar"))
-        elif any(mark in pattern for mark in "*?["):
-            shards += sorted(map(Path, glob.glob(pattern)))  # noqa: PTH207  # Path.glob refuses absolute patterns
-        elif Path(pattern).is_file():
-            shards.append(Path(pattern))
-        else:
-            raise ValueError(f"{key} names {pattern!r}, which does not exist")
-    if not shards:
-        raise ValueError(f"{key} is {path!r}, which contains no *.tar file")
-    if len(set(shards)) != len(shards):
-        raise ValueError(f"{key} is {path!r}, which names a shard twice")
-    return shards
-
-
-def _braces(path: str) -> Iterator[str]:
-    pieces = re.split(r"(\{[^{}]*\})", path)
-    choices = []
-    for piece in pieces:
-        if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece):
-            low, high = numbers.groups()
-            if int(high) - int(low) >= _MOST_SHARDS:
-                raise ValueError(f"{path!r} names more than {_MOST_SHARDS:,} shards; narrow {piece}")
-            choices.append([f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)])
-        else:
-            choices.append(piece[1:-1].split(",") if piece.startswith("{") else [piece])
-    if math.prod(map(len, choices)) > _MOST_SHARDS:
-        raise ValueError(f"{path!r} names more than {_MOST_SHARDS:,} shards; narrow its braces")
-    yield from map("".join, product(*choices))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from data.format.printable import count_of
 from data.format.record import Record
+from data.rows.files import RowSource, is_rows
 from data.shards.bytes import Places, VideoBytes
+from data.shards.find import find_shards
 from data.shards.questions import Question, read_questions
 from data.shards.reader import SampleReader
-from data.stream.corpus import find_shards
 from finetune.ask.scores import Metric, find_metric, spoken
 
 Control = Literal["kept", "shuffled", "blank"]
@@ -76,19 +77,19 @@ def find_questions(
     jobs: int = 1,
     places: Places | None = None,
 ) -> tuple[list[Question], SampleReader]:
-    """Read all questions of shards, JSONL or JSON files (`PATH` or `NAME=PATH`), or draw a few of every source."""
+    """Read all questions of shards or rows (`PATH` or `NAME=PATH`), or draw a few of every source."""
     reader = SampleReader(cache_dir=cache_dir, places=places)
     questions: list[Question] = []
     for word in paths:
         name, sign, path = word.partition("=")
         if not sign:
             name, path = Path(word).stem, word
-        if path.endswith((".jsonl", ".json")):
+        if is_rows(path):
             from data.prepare.converted import shards_of_rows  # here, because its decoders take a second to load
 
-            shards = shards_of_rows(Path(path), "DATA", cache_dir=cache_dir, jobs=jobs, places=places)
+            shards = shards_of_rows(RowSource(path=Path(path)), "DATA", cache_dir=cache_dir, jobs=jobs, places=places)
         else:
-            shards = find_shards(path, "DATA")
+            shards = find_shards(path, "DATA", cache_dir=cache_dir)
         questions += read_questions(shards, reader, source=name)
     if not questions:
         raise ValueError(

@@ -41,6 +41,9 @@ FREE = (
     "moe.dispatch",
     "optim.offload",
     "data.sources.*.path",  # the state of the data identifies its content
+    "data.sources.*.map*",
+    "data.sources.*.config",
+    "data.sources.*.split",
     "data.media_root",
     "data.allow_private_addresses",
     "data.cache_dir",

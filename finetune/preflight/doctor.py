@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from data.format.printable import count_of
-from data.peek import is_rows
-from data.stream.corpus import find_shards
+from data.rows.files import is_rows
+from data.shards.find import find_shards
 from finetune.config import RunConfig
 from finetune.preflight.start import place_problems
 from finetune.ranks.versions import TESTED, command, demand, installed_versions, numbers, untested
@@ -147,9 +147,12 @@ def descriptor_findings(limit: int) -> Iterator[Finding]:
 def reader_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
     """Yield sources of too few shards to be read side by side."""
     readers = ranks * max(1, config.data.workers)
+    cache = Path(config.data.cache_dir) if config.data.cache_dir else None
     for name, source in config.data.sources.items():
+        if is_rows(source.path):
+            continue
         try:
-            shards = [] if is_rows(source.path) else find_shards(source.path, f"data.sources.{name}.path")
+            shards = find_shards(source.path, f"data.sources.{name}.path", split=source.split, cache_dir=cache)
         except ValueError:  # place_problems says it
             continue
         if len(shards) < min(readers, 8) and sum(shard.stat().st_size for shard in shards) > 10**9:

@@ -10,7 +10,7 @@ from finetune.settings.problems import Problem, problem
 
 PATTERN = "*?[{"
 """Marks of a pattern, which may match nothing yet."""
-SOURCES = "Name a folder of shards, a .tar, a pattern, or a .jsonl or .json file"
+SOURCES = "Name a folder of shards, a .tar, a pattern, or rows (docs/data-format.md lists their forms)"
 _MODEL = "Name the folder of a Qwen3-VL base, or a hub id (owner/name)"
 
 

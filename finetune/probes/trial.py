@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.format.record import Record, parse_record
-from data.prepare.convert import convert_row
+from data.rows.convert import convert_row
 from data.render.sample import Renderer, Sample
 from finetune.ask.speaker import Sampling, Speaker
 

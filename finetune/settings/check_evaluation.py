@@ -2,6 +2,7 @@
 
 from math import isfinite
 
+from data.config import SourceConfig
 from finetune.architecture.parts import PARTS
 from finetune.config import EvalConfig, EvalSourceConfig, RunConfig
 from finetune.settings.problems import Problem, problem
@@ -27,14 +28,18 @@ def eval_problems(config: RunConfig) -> list[Problem]:
         remedy = "Set eval.metric=<source>/loss, or drop eval.patience"
         allowed = "it counts evaluations without a better eval.metric, which is not set"
         problems.append(problem("eval.patience", section.patience, allowed, remedy))
-    trained_on = {source.path: name for name, source in config.data.sources.items()}
+    trained_on = {_part_of(source): name for name, source in config.data.sources.items()}
     for name, source in section.sources.items():
         problems += _source(name, source, has_lora=has_lora)
-        if source.path in trained_on:
-            allowed = f"data.sources.{trained_on[source.path]} trains on the same path: nothing is held out"
+        if _part_of(source) in trained_on:
+            allowed = f"data.sources.{trained_on[_part_of(source)]} trains on the same path: nothing is held out"
             remedy = "Split it first: `moetune shards split`"
             problems.append(problem(f"eval.sources.{name}.path", source.path, allowed, remedy, warning=True))
     return problems
+
+
+def _part_of(source: SourceConfig | EvalSourceConfig) -> tuple[str, str, str]:
+    return source.path, source.config, source.split
 
 
 def _metric(section: EvalConfig, *, has_lora: bool) -> list[Problem]:

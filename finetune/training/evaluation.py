@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.config import DataConfig, SourceConfig
+from data.config import DataConfig
 from data.format.printable import count_of
 from data.open import open_stream
 from data.render.sample import Renderer
@@ -208,7 +208,7 @@ class HeldOut:
 
 def held_out(config: RunConfig, *, packs_per_step: int) -> DataConfig:
     """Return the `data:` section for the held-out samples: all of them are read, each once."""
-    sources = {name: SourceConfig(path=source.path) for name, source in config.eval.sources.items()}
+    sources = {name: source.as_data for name, source in config.eval.sources.items()}
     longest = longest_pack(run_stages(config))
     return replace(
         config.data,

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from data.config import DataConfig
 from data.prepare.converted import shards_of_rows
 from data.render.sample import Renderer
+from data.rows.files import RowSource, is_rows
 from data.shards.bytes import Places
+from data.shards.find import find_shards
 from data.shards.reader import SampleReader
-from data.stream.corpus import find_shards
 from finetune.adapters.change import Change
 from finetune.adapters.keys import packed_stack
 from finetune.adapters.media import rules_of, trained_rules
@@ -124,14 +125,14 @@ def prove(merged: Path, plan: MergePlan, samples: Sequence[Trial], *, device: st
 def proof_samples(
     folder: Path, given: str, count: int, *, data: DataConfig | None = None, places: Places | None = None
 ) -> list[Trial]:
-    """Return the first `count` samples of shards or of a JSONL or JSON file; without a file, samples drawn here.
+    """Return the first `count` samples of shards or rows; without a path, samples drawn here.
 
     `data` says how images, videos and conversations were prepared in training, `places` where media may be.
     """
     if not given:
         return trials(folder)
-    if given.endswith((".jsonl", ".json")):
-        shards = shards_of_rows(Path(given), "--verify", cache_dir=None, jobs=1, places=places)
+    if is_rows(given):
+        shards = shards_of_rows(RowSource(path=Path(given)), "--verify", cache_dir=None, jobs=1, places=places)
     else:
         shards = find_shards(given, "--verify")
     reader = SampleReader(places=places)

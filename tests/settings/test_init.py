@@ -11,7 +11,7 @@ from corpora import write_shards
 from places import ROOT
 
 from data.prepare.found import UserData, find_data, hold_out
-from data.stream.corpus import find_shards
+from data.shards.find import find_shards
 from finetune.architecture.families import family
 from finetune.files.hubconfig import config_text, hub_config
 from finetune.planner.gpus import cluster
@@ -150,7 +150,7 @@ def test_a_file_of_held_out_rows_next_to_the_training_rows_is_used(tmp_path: Pat
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "contains no shards (*.tar), no file of rows (*.jsonl, *.json) and no images"),
+        ({}, "contains no shards (.tar), no file of rows (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .zip) and no"),
         ({"a/1.PNG": b"", "a/2.jpg": b""}, "holds 2 images, but no file that says what to answer. Write "),
         ({"a.jsonl": b"{}", "b.json": b"[]"}, "contains several files of rows (a.jsonl, b.json): name the one"),
         ({"a.jsonl": b""}, "a.jsonl contains no row"),
@@ -172,7 +172,7 @@ def test_data_that_cannot_be_a_source_is_explained(tmp_path: Path, files: dict[s
     ("flags", "message"),
     [
         ({"data": "none"}, "--data: there is no none"),
-        ({"data": "table.csv"}, "--data: table.csv is neither a tar of samples nor a file of rows"),
+        ({"data": "table.xlsx"}, "--data: table.xlsx is neither a tar of samples nor a file of rows"),
         ({"model": "./base"}, "--model: there is no base/config.json. Give the folder of a base, or a hub id"),
         ({"model": "Qwen/Qwen3-VL-31B"}, "--model: the folder Qwen/Qwen3-VL-31B does not exist, and as a hub id: "),
         ({"gpus": "none"}, "--gpus must be a whole number from 1, found 'none'"),
@@ -191,11 +191,11 @@ def test_a_wrong_flag_is_named_and_no_file_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     _rows(tmp_path)
-    Path("table.csv").touch()
+    Path("table.xlsx").touch()
     given = {"data": "rows.jsonl", "model": MODEL, "gpus": "8"} | flags
     assert main(["init", *(word for name, value in given.items() if value for word in (f"--{name}", value))]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "table.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "table.xlsx"]
 
 
 def test_init_asks_five_questions_on_a_terminal(

@@ -24,7 +24,8 @@ from PIL import Image
 from data.format.record import RecordError
 from data.format.tar import ShardError, TarWriter, group_members, split_name, walk_tar
 from data.peek import _look_at_sample
-from data.shards.bytes import ByteReader, Places
+from data.shards.bytes import ByteReader
+from data.shards.layout import OURS
 from data.shards.reader import SampleReader, load_index
 from data.shards.sidecar import read_arrays, sidecar, write_arrays
 
@@ -471,4 +472,4 @@ def test_a_sample_that_is_too_large_for_memory_is_bad_and_not_read(tmp_path, siz
         file.write(bytes(1024))
     assert load_index(shard).problems[0].startswith(reason)
     with pytest.raises(ValueError, match=reason):
-        _look_at_sample(shard, next(group_members(shard, walk_tar(shard))), Places())
+        _look_at_sample(shard, next(group_members(shard, walk_tar(shard))), ByteReader(), OURS)

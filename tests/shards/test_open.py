@@ -17,9 +17,10 @@ from data.format.tar import TarWriter
 from data.format.turns import cut_record, split_turns
 from data.open import open_corpus, open_stream
 from data.prepare.build import BuildOptions, build_shards
+from data.shards.find import find_shards
 from data.shards.lengths import load_lengths
 from data.shards.reader import SampleReader, load_index
-from data.stream.corpus import Limits, decode_part, encode_part, find_shards
+from data.stream.corpus import Limits, decode_part, encode_part
 from data.stream.plan import plan_settings
 from data.stream.stats import corpus_lines
 
@@ -118,6 +119,8 @@ def test_problems_of_the_section_are_raised_together(tmp_path):
     with pytest.raises(ValueError, match="data.sources = {}: there is nothing to train on. Add data.sources"):
         open_corpus(DataConfig(), renderer())
     assert not data_problems(DataConfig(mixture="tokens", sources={"a": SourceConfig(path="x", weight=2.0)}))
+    (problem,) = data_problems(DataConfig(sources={"a": SourceConfig(path="x", map={"answers2": "y"})}))
+    assert str(problem).startswith("data.sources.a.map = {'answers2': 'y'}: it maps to 'answers2', which nothing")
 
 
 def test_vision_tokens_limit_patches():

@@ -21,11 +21,13 @@ from PIL import Image
 from data.format.record import parse_record
 from data.prepare.build import LOCK, BuildOptions, build_held, build_shards, building
 from data.prepare.clean import clean_image, clean_video
-from data.prepare.convert import convert_row, read_rows, stamp_of_rows
 from data.prepare.converted import READERS, shards_of_rows
 from data.prepare.folder_lock import this_process
-from data.prepare.progress import Progress, count_rows
+from data.prepare.progress import Progress
 from data.render.image import decode_image
+from data.rows.containers import count_rows, read_rows
+from data.rows.convert import convert_row
+from data.rows.files import RowSource, stamp_of_rows
 from data.shards.reader import SampleReader, load_index
 from data.shards.sidecar import read_note, write_note
 from launchers.cli import main
@@ -133,7 +135,10 @@ def test_unread_columns_are_reported():
     ("row", "message"),
     [
         ([], "row is a list; write one JSON object"),
-        ({"text": "x"}, r"row has none of messages, conversations, or instruction and output, but \['text'\]"),
+        (
+            {"text": "x"},
+            "row has the columns text, which is no known shape. The nearest is captions, which",
+        ),
         ({"messages": "x"}, "messages is a str; write a list of turns"),
         ({"messages": ["x"]}, r"messages\[0\] is 'x'; write a JSON object"),
         ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\].role is 'bot'; known: human, user, gpt"),
@@ -160,10 +165,10 @@ def test_rows_are_read_from_lines_and_lists(tmp_path):
     (tmp_path / "a.json").write_text('[{"a": 1}]')
     assert list(read_rows(tmp_path / "a.json")) == [(1, {"a": 1})]
     (tmp_path / "b.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match="b.json contains a dict; write a list of rows"):
+    with pytest.raises(ValueError, match="b.json is not a list of JSON rows: it begins with .*write a list of rows"):
         list(read_rows(tmp_path / "b.json"))
     (tmp_path / "c.json").write_text("[")
-    with pytest.raises(ValueError, match="c.json is not JSON"):
+    with pytest.raises(ValueError, match="c.json is not a list of JSON rows: Expecting value"):
         list(read_rows(tmp_path / "c.json"))
 
 
@@ -353,13 +358,14 @@ def test_unused_copies_of_earlier_versions_are_removed(tmp_path, caplog):
     def convert(number):
         write_rows(source, [text_row(number)])
         words = f"""from pathlib import Path; from data.prepare.converted import shards_of_rows
-shards_of_rows(Path({str(source)!r}), "{KEY}", cache_dir=None, jobs=1, limit=0)"""
+from data.rows.files import RowSource
+shards_of_rows(RowSource(path=Path({str(source)!r})), "{KEY}", cache_dir=None, jobs=1, limit=0)"""
         subprocess.run([sys.executable, "-c", words], check=True)
-        return tmp_path / f"rows-{stamp_of_rows(source)}"
+        return tmp_path / f"rows-{stamp_of_rows(RowSource(path=source))}"
 
     def convert_here(number):
         write_rows(source, [text_row(number)])
-        return shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)[0].parent
+        return shards_of_rows(RowSource(path=source), KEY, cache_dir=None, jobs=1, limit=0)[0].parent
 
     read_by_us = convert_here(1)
     ended = convert(2)
@@ -386,28 +392,28 @@ shards_of_rows(Path({str(source)!r}), "{KEY}", cache_dir=None, jobs=1, limit=0)"
 def test_a_source_of_rows_is_converted_once_and_again_when_it_changes(tmp_path, caplog):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(3)] + [{"text": "bad"}])
     cache = tmp_path / "cache"
-    first = shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=1)
+    first = shards_of_rows(RowSource(path=source), KEY, cache_dir=cache, jobs=1, limit=1)
     times = [path.stat().st_mtime_ns for path in first]
-    again = shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=1)
+    again = shards_of_rows(RowSource(path=source), KEY, cache_dir=cache, jobs=1, limit=1)
     assert again == first
     assert [path.stat().st_mtime_ns for path in again] == times
     with pytest.raises(
         ValueError,
         match=r"data.sources.s.path: refused 1 of 4 rows of .*, and data.max_bad_samples is 0; .*rejects.*shards build",
     ):
-        shards_of_rows(source, KEY, cache_dir=cache, jobs=1, limit=0)
-    other = shards_of_rows(source, "another name", cache_dir=cache, jobs=1, limit=1)
+        shards_of_rows(RowSource(path=source), KEY, cache_dir=cache, jobs=1, limit=0)
+    other = shards_of_rows(RowSource(path=source), "another name", cache_dir=cache, jobs=1, limit=1)
     assert other == first, "what a recipe calls its source is nothing of the shards"
     moved = tmp_path.with_name(tmp_path.name + " moved")
     shutil.copytree(tmp_path, moved)
-    kept = shards_of_rows(moved / "rows.jsonl", KEY, cache_dir=moved / "cache", jobs=1, limit=1)
+    kept = shards_of_rows(RowSource(path=moved / "rows.jsonl"), KEY, cache_dir=moved / "cache", jobs=1, limit=1)
     assert kept == [moved / path.relative_to(tmp_path) for path in first]
     write_rows(source, [text_row(9)])
-    assert shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
+    assert shards_of_rows(RowSource(path=source), KEY, cache_dir=None, jobs=1, limit=0)[0].parent.parent == tmp_path
     assert caplog.text.count(f"1 row of {source} refused and left out; the reasons are in") == 3
     assert f"are in {first[0].parent / 'rejects.jsonl'}" in caplog.text
-    with pytest.raises(ValueError, match="data.sources.s.path is .*, which does not exist"):
-        shards_of_rows(tmp_path / "no.jsonl", KEY, cache_dir=None, jobs=1, limit=0)
+    with pytest.raises(ValueError, match="data.sources.s.path is .*: .*no.jsonl does not exist"):
+        shards_of_rows(RowSource(path=tmp_path / "no.jsonl"), KEY, cache_dir=None, jobs=1, limit=0)
 
 
 def test_two_builds_cannot_share_a_folder(tmp_path, capsys):
@@ -423,10 +429,10 @@ def test_two_builds_cannot_share_a_folder(tmp_path, capsys):
 
 def test_a_second_run_waits_for_the_conversion_of_the_first_and_uses_it(tmp_path, caplog):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(1)])
-    place = tmp_path / f"rows-{stamp_of_rows(source)}"
+    place = tmp_path / f"rows-{stamp_of_rows(RowSource(path=source))}"
     with ThreadPoolExecutor(1) as pool:
         with building(place, waits=False):
-            second = pool.submit(shards_of_rows, source, KEY, cache_dir=None, jobs=1, limit=0)
+            second = pool.submit(shards_of_rows, RowSource(path=source), KEY, cache_dir=None, jobs=1, limit=0)
             while "waiting for another run, whose shards will be used" not in caplog.text:
                 assert not second.done(), second.result()
             first = build_held(source, place, BuildOptions(name="part"), jobs=1, progress=None)
@@ -508,7 +514,7 @@ def test_progress_without_a_total_leaves_no_partial_line():
 
 def test_converting_a_source_shows_progress_once(tmp_path, capsys):
     source = write_rows(tmp_path / "rows.jsonl", [text_row(n) for n in range(4)])
-    shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)
+    shards_of_rows(RowSource(path=source), KEY, cache_dir=None, jobs=1, limit=0)
     assert "converting rows.jsonl: [" in capsys.readouterr().err
-    shards_of_rows(source, KEY, cache_dir=None, jobs=1, limit=0)
+    shards_of_rows(RowSource(path=source), KEY, cache_dir=None, jobs=1, limit=0)
     assert capsys.readouterr().err == ""

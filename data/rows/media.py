@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from data.format.fields import BadField, redact
+from data.rows.refused import refuse_dicom
 
 Put = Callable[[dict[str, Any], str], dict[str, Any]]
 """Receives the place of a medium and its name for messages; returns the place for the record."""
@@ -31,9 +32,11 @@ def _video(item: Any, where: str, image: Put, video: Put) -> dict[str, Any]:
 
 
 def place_of(item: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (path, url or bytes with a range; the rest of the entry). Text is a path, a url or a data: url."""
+    """Return (path, url or bytes with a range; the rest of the entry). Text is a path, a url, or base64."""
     if isinstance(item, str):
         item = {"path": item}
+    if isinstance(item, bytes):  # a cell of a table
+        item = {"bytes": item}
     if not isinstance(item, Mapping):
         raise BadField(where, f"is {item!r:.80}; write a path, a url, or an object with one of path, url, bytes")
     more = {name: value for name, value in item.items() if value is not None}
@@ -42,6 +45,7 @@ def place_of(item: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if name in more and not place:
             place["path"] = more.pop(name)
     text = place.get("path", place.get("url"))
+    refuse_dicom(where, text if isinstance(text, str) else "")
     if "bytes" not in place:
         if not isinstance(text, str) or not text:
             raise BadField(where, f"is {item!r:.80}; write a path, a url, or an object with one of path, url, bytes")
@@ -52,7 +56,14 @@ def place_of(item: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return place, more
 
 
+_BASE64 = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD", "Qk0")
+"""How the base64 of a JPEG, PNG, WebP, GIF and BMP begins."""
+_LONGEST_PATH = 4096
+
+
 def _spelled(text: str, where: str) -> dict[str, Any]:
+    if len(text) > _LONGEST_PATH and text.startswith(_BASE64):
+        return {"bytes": text}
     if text.startswith("data:"):
         head, comma, body = text.partition(",")
         if not comma or not head.endswith(";base64"):

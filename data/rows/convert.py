@@ -1,93 +1,64 @@
-"""Converts rows of ms-swift, LLaMA-Factory, OpenAI and Qwen to our record, with media still by path. No torch.
+"""A row of any known shape to our record, with media still by path. No torch.
 
-A converted row may hold images and videos as text (path, url or data: url) or as objects; `build.py` reads them.
+A converted row may hold images and videos as text (path, url or data: url) or as objects; `prepare/rows.py` reads them.
 """
 
-from collections.abc import Iterator, Mapping
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from data.format.fields import BadField
 from data.format.record import load_json
-from data.shards.bytes import Places
+from data.rows.columns import ALWAYS, OURS, Columns, with_lists
+from data.rows.refused import refuse, refuse_part
+from data.rows.shapes import shape_of
+from data.rows.steps import SPAN_COLUMNS, with_clip
 
-REJECTS = "rejects.jsonl"
-"""The refused rows with reasons; a build writes this file last."""
 _FROM = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _FROM |= {"observation": "tool", "tool": "tool", "tool_response": "tool"}
 _FROM |= {"developer": "system"}  # OpenAI's newer word
 _CALLS = ("function_call", "tool_call")
-_OURS = ("id", "source", "group", "license", "objects", "answers")
-_READ = (
-    *_OURS,
-    "v",
-    "messages",
-    "conversations",
-    "conversation",
-    "system",
-    "tools",
-    "image",
-    "images",
-    "video",
-    "videos",
-)
-_ALPACA = ("instruction", "input", "output", "history")
 
 
-def stamp_of_rows(source: Path) -> str:
-    """Return a hash of the file's content."""
-    digest = blake2b(digest_size=8)
-    with source.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+def convert_row(row: Any, columns: Columns | None = None) -> tuple[dict[str, Any], list[str]]:
+    """Return the one record of a row, as convert_rows does; ValueError if the row becomes several."""
+    records, ignored = convert_rows(row, columns)
+    if len(records) != 1:
+        raise BadField("row", f"becomes {len(records)} samples; give one with a single answer")
+    return records[0], ignored
 
 
-def folder_of_shards(source: Path, cache_dir: Path | None, places: Places) -> Path:
-    """Return the folder for the shards of a file of rows: next to it or in the cache, with its hash in the name."""
-    return (cache_dir or source.parent) / f"{source.stem}-{stamp_of_rows(source)}{places.suffix}"
+def convert_rows(row: Any, columns: Columns | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return our records as JSON objects, and the columns that are not used; ValueError if the row has no known shape.
 
-
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield number (from 1) and row of a JSON Lines file or a JSON list; a row that is not JSON is a ValueError."""
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield number, load_json(line)
-                    except ValueError as error:
-                        yield number, error
-        return
-    try:
-        rows = load_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"{path} contains a {type(rows).__name__}; write a list of rows, or one row per line in a .jsonl file"
-        )
-    yield from enumerate(rows, 1)
-
-
-def convert_row(row: Any) -> tuple[dict[str, Any], list[str]]:
-    """Return our record as a JSON object, and the columns it does not use; ValueError if the row has no known form."""
+    Only the steps of an agent become several records.
+    """
     if not isinstance(row, Mapping):
         raise BadField("row", f"is a {type(row).__name__}; write one JSON object")
-    ignored = sorted(set(row) - {*_READ, *_ALPACA})
-    messages = [*_system(row), *_turns(row)]
-    out: dict[str, Any] = {"v": row.get("v", 1), "messages": messages}
-    out |= {name: row[name] for name in _OURS if row.get(name) is not None}
+    row = with_clip(with_lists((columns or Columns()).apply(row)))
+    refuse(row)
+    shape = shape_of(row)
+    used = {*ALWAYS, *shape.columns, *(SPAN_COLUMNS if row.get("video") else ())}
+    ignored = sorted(str(name) for name in set(row) - used)
+    return [_record(row, read) for read in shape.samples(row)], ignored
+
+
+def _record(row: Mapping[str, Any], read: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of the columns that every shape has, and of the turns and media that this one's reader found."""
+    where = read.pop("where", "messages")
+    row = {**row, **({"image": None} if "images" in read else {}), **read}
+    messages = [*_system(row), *(_turn(turn, f"{where}[{at}]") for at, turn in enumerate(row["messages"]))]
+    out: dict[str, Any] = {"v": row.get("v") or 1, "messages": messages}
+    out |= {name: row[name] for name in OURS if row.get(name) is not None}
     if "id" in out:
         out["id"] = str(out["id"])
     if tools := row.get("tools"):
         out["tools"] = load_json(tools) if isinstance(tools, str) else tools
     media = {name: _list(row, name) for name in ("image", "video")}
     _pull_media(messages, media)
+    _rename_marks(messages, media)
     _add_marks(messages, media)
     out |= {f"{name}s": places for name, places in media.items() if places}
-    return out, ignored
+    return out
 
 
 def _list(row: Mapping[str, Any], name: str) -> list[Any]:
@@ -103,35 +74,10 @@ def _system(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    for name in ("messages", "conversations", "conversation"):
-        if row.get(name) is not None:
-            if not isinstance(row[name], list):
-                raise BadField(name, f"is a {type(row[name]).__name__}; write a list of turns")
-            return [_turn(turn, f"{name}[{index}]") for index, turn in enumerate(row[name])]
-    if row.get("instruction") is None or row.get("output") is None:
-        known = "messages, conversations, or instruction and output"
-        raise BadField("row", f"has none of {known}, but {sorted(map(str, row))}")
-    for name in ("instruction", "input"):
-        if not isinstance(row.get(name) or "", str):
-            raise BadField(name, f"is {row[name]!r:.80}; write text")
-    history = row.get("history") or []
-    if not isinstance(history, list):
-        raise BadField("history", f"is {history!r:.80}; write [question, answer] pairs")
-    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    pairs = [*history, [question, row["output"]]]
-    turns = []
-    for pair in pairs:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadField("history", f"holds {pair!r:.80}; write [question, answer] pairs")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return turns
-
-
 def _turn(turn: Any, where: str) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
         raise BadField(where, f"is {turn!r:.80}; write a JSON object")
-    turn = dict(turn)
+    turn = {name: value for name, value in turn.items() if value is not None}  # tables fill what a turn lacks with null
     role = turn.pop("from", None) or turn.pop("role", None)
     content = turn.pop("value") if "value" in turn else turn.pop("content", None)
     if not isinstance(role, str):
@@ -154,27 +100,40 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
 
 def _pull_media(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
     """Move media inside a list of contents (OpenAI's image_url, Qwen's image) to the sample's lists."""
-    for message in messages:
+    for number, message in enumerate(messages):
         if not isinstance(message["content"], list):
             continue
         contents = []
-        for item in message["content"]:
-            kind, place = _kind_and_place(item)
+        for at, item in enumerate(message["content"]):
+            kind, place = _kind_and_place(item, f"messages[{number}].content[{at}]")
             if place is not None:
                 media[kind].append(place)
+            if isinstance(item, Mapping):
+                item = {name: value for name, value in item.items() if value is not None}
             contents.append({"type": kind} if kind in media else item)
         message["content"] = contents
 
 
-def _kind_and_place(item: Any) -> tuple[str, Any]:
+def _kind_and_place(item: Any, where: str) -> tuple[str, Any]:
     if not isinstance(item, Mapping):
         return "", None
+    refuse_part(item, where)
     kind = str(item.get("type", ""))
     short = kind.removesuffix("_url").removeprefix("input_")
     if short not in ("image", "video"):
         return kind, None
     value = item.get(kind, item.get(short))
-    return short, value.get("url") if isinstance(value, Mapping) and "url" in value else value
+    return short, value.get("url") if isinstance(value, Mapping) and value.get("url") else value
+
+
+def _rename_marks(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
+    """Read `<image>` as `<video>` where a row has only videos, as LLaVA-Video writes it."""
+    written = [message for message in messages if isinstance(message["content"], str)]
+    marks = sum(message["content"].count("<image>") for message in written)
+    if media["image"] or marks != len(media["video"]) or any("<video>" in message["content"] for message in written):
+        return
+    for message in written:
+        message["content"] = message["content"].replace("<image>", "<video>")
 
 
 def _add_marks(messages: list[dict[str, Any]], media: dict[str, list[Any]]) -> None:
