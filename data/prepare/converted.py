@@ -15,7 +15,7 @@ from data.prepare.copies import REJECTS, folder_of_shards, stem_of
 from data.prepare.folder_lock import is_held, release, take, this_process
 from data.prepare.progress import Progress
 from data.prepare.recognise import recognise
-from data.rows.files import RowSource, count_source
+from data.rows.files import RowSource, count_source, is_pattern
 from data.shards.bytes import Places
 from data.shards.sidecar import read_note
 
@@ -40,6 +40,8 @@ def shards_of_rows(
     folder, under a name made from their content: changed rows are converted again, and copies of their earlier
     versions go when no process reads them any more.
     """
+    if not source.path.exists() and not is_pattern(source.path):
+        raise ValueError(f"{key} is {str(source.path)!r}, which does not exist")
     places = places or Places()
     try:
         place = folder_of_shards(source, cache_dir, places)
@@ -59,6 +61,8 @@ def shards_of_rows(
         )
         with Progress(f"converting {source.path.name}", count_source(source)) if is_new else nullcontext() as shown:
             report = build_held(source.path, place, options, jobs=jobs, progress=shown)
+            if shown is not None:
+                shown(report.rows, f"{report.rejected:,} refused, recognised as {what}")
         _register_reader(place)
     if report.rejected > (limit or 0):
         rows = count_of(report.rows, "row")
@@ -72,7 +76,6 @@ def shards_of_rows(
         refused = count_of(report.rejected, "row")
         log.warning("%s of %s refused and left out; the reasons are in %s", refused, source.path, place / REJECTS)
     if is_new:
-        log.info("%s: %s, recognised as %s", source.path.name, count_of(report.rows, "row"), what)
         _remove_earlier(source, place)
     return list(report.shards)
 

@@ -61,12 +61,17 @@ def _is_tar(path: Path) -> bool:
     return path.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
 
 
+def is_pattern(path: Path) -> bool:
+    """Say whether a path stands for all files that match it."""
+    return any(mark in str(path) for mark in "*?[")
+
+
 def row_files(source: RowSource) -> list[Path]:
     """Return the files of a source in order; ValueError if the config or split to read is not clear."""
     path = source.path
     if path.is_dir():
         files = _files_of_folder(source)
-    elif any(mark in str(path) for mark in "*?["):
+    elif is_pattern(path):
         files = sorted(map(Path, glob(str(path))))  # noqa: PTH207  # Path.glob refuses absolute patterns
     elif path.is_file():
         files = [path]

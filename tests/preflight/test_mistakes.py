@@ -98,7 +98,7 @@ MISTAKES = {
     "wrong path": Mistake(
         words=("data.sources.general.path=row.jsonl",),
         cause="data.sources.general.path = 'row.jsonl': there is no such file or folder in /",
-        cure="Name a folder of shards, a .tar, a pattern, or a .jsonl or .json file.",
+        cure="Name a folder of shards, a .tar, a pattern, or rows (docs/data-format.md lists their forms).",
     ),
     "typo in a key": Mistake(
         words=("optim.lrr=1e-4",),

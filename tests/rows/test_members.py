@@ -5,7 +5,6 @@ import io
 import json
 import pickle
 import re
-import shutil
 import subprocess
 import tarfile
 from dataclasses import replace
@@ -16,8 +15,7 @@ import webdataset
 from corpora import renderer
 from media_files import clip, encode, moving, picture
 from PIL import Image
-from places import ROOT
-from row_files import JPG, MP4, PNG, QA, said
+from row_files import CAPTIONING, DOC, JPG, MP4, PNG, json_bytes, said, write_energon, write_tar
 
 from data.config import DataConfig, SourceConfig
 from data.format.tar import ShardError
@@ -31,17 +29,7 @@ from data.shards.find import find_shards
 from data.shards.reader import SampleReader, load_index
 from launchers.cli import main
 
-DOC = (ROOT / "docs/data-format.md").read_text()
 CAPTION = "u: <image> | a+: A horse."
-
-
-def write_tar(path, samples, **options):
-    """Write samples by webdataset's own writer; each is a dict of members."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with webdataset.TarWriter(str(path), encoder=False, mtime=0, **options) as tar:
-        for number, members in enumerate(samples):
-            tar.write({"__key__": f"{number:05d}", **members})
-    return path
 
 
 def read(shard, **options):
@@ -59,25 +47,28 @@ def read(shard, **options):
     return out
 
 
-def text(value):
-    return json.dumps(value).encode()
-
-
 TURNS = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "A horse."}]
 ASKED = "u: <image>What is it? | a+: A horse."
 ALONE = {
-    "LAION": ({"jpg": JPG, "txt": b"A horse.", "json": text({"caption": "other", "url": "x", "width": 64})}, CAPTION),
-    "DataComp": ({"png": PNG, "json": text({"caption": "A horse.", "uid": "1"})}, CAPTION),
+    "LAION": (
+        {"jpg": JPG, "txt": b"A horse.", "json": json_bytes({"caption": "other", "url": "x", "width": 64})},
+        CAPTION,
+    ),
+    "DataComp": ({"png": PNG, "json": json_bytes({"caption": "A horse.", "uid": "1"})}, CAPTION),
     "video": ({"mp4": MP4, "txt": b"It slides."}, "u: <video> | a+: It slides."),
-    "LLaVA by name": ({"jpg": JPG, "png": PNG, "json": text({"image": "jpg", "conversations": TURNS})}, ASKED),
-    "LLaVA by path": ({"jpg": JPG, "json": text({"image": "coco/7.jpg", "conversations": TURNS})}, ASKED),
-    "turns alone": ({"jpg": JPG, "json": text(TURNS)}, ASKED),
+    "LLaVA by name": ({"jpg": JPG, "png": PNG, "json": json_bytes({"image": "jpg", "conversations": TURNS})}, ASKED),
+    "LLaVA by path": ({"jpg": JPG, "json": json_bytes({"image": "coco/7.jpg", "conversations": TURNS})}, ASKED),
+    "turns alone": ({"jpg": JPG, "json": json_bytes(TURNS)}, ASKED),
     "several": (
-        {"1.jpg": JPG, "2.png": PNG, "json": text({"question": "Same?", "answer": "No."}), "cls": b"3"},
+        {"1.jpg": JPG, "2.png": PNG, "json": json_bytes({"question": "Same?", "answer": "No."}), "cls": b"3"},
         "u: <image><image>Same? | a+: No.",
     ),
     "interleaved": (
-        {"0.jpg": JPG, "1.jpg": JPG, "json": text({"texts": [None, "to", None], "images": ["0.jpg", None, "1.jpg"]})},
+        {
+            "0.jpg": JPG,
+            "1.jpg": JPG,
+            "json": json_bytes({"texts": [None, "to", None], "images": ["0.jpg", None, "1.jpg"]}),
+        },
         "a+: <image>to<image>",
     ),
 }
@@ -118,7 +109,7 @@ def test_map_names_members_and_keys_inside_them(name, tmp_path, capsys):
     np.save(times, np.array([[0.0, 1.0]]))
     notes = {"ask": "What is it?", "said": {"short": "A horse."}, "lines": ["It slides."]}
     members = {"left.jpg": JPG, "1.png": PNG, "mp4": MP4, "txt": b"A horse.", "times.npy": times.getvalue()}
-    shard = write_tar(tmp_path / "x.tar", [members | {"json": text(notes)}])
+    shard = write_tar(tmp_path / "x.tar", [members | {"json": json_bytes(notes)}])
     config = DataConfig(sources={"a": SourceConfig(path=str(shard), map=mapped)})
     assert read(shard, places=places_of(config)) == [expected]
     words = [f"{ours}={theirs if isinstance(theirs, str) else ','.join(theirs)}" for ours, theirs in mapped.items()]
@@ -127,7 +118,7 @@ def test_map_names_members_and_keys_inside_them(name, tmp_path, capsys):
 
 
 def test_another_map_has_another_index_and_another_digest(tmp_path):
-    members = {"a.jpg": JPG, "b.jpg": JPG, "txt": b"A horse.", "json": text({"caption": "A cow."})}
+    members = {"a.jpg": JPG, "b.jpg": JPG, "txt": b"A horse.", "json": json_bytes({"caption": "A cow."})}
     shard = write_tar(tmp_path / "x.tar", [members])
     maps = [{"image": "a.jpg", "text": "txt"}, {"image": "a.jpg", "text": "json.caption"}]
     places = [Places(maps=((str(tmp_path), Columns.of(one).text),)) for one in maps]
@@ -231,21 +222,6 @@ def test_a_packed_tar_is_unpacked_once(tmp_path, caplog):
     assert not [path for path in (tmp_path / "data/.unpacked").iterdir() if path.name.endswith(".part")]
 
 
-def write_energon(folder, notes, split=None):
-    write_tar(folder / "shards/a.tar", [{"jpg": JPG, "txt": b"A horse.", "json": text({"q": ["What is it?"], **QA})}])
-    shutil.copy(folder / "shards/a.tar", folder / "shards/b.tar")
-    (folder / ".nv-meta").mkdir()
-    (folder / ".nv-meta/dataset.yaml").write_text(notes)
-    split = split or {"split_parts": {"train": ["shards/{a..a}.tar"], "val": ["shards/b.tar"]}, "exclude": []}
-    (folder / ".nv-meta/split.yaml").write_text(json.dumps(split).replace("{a..a}", "{a,b}"))
-    return folder
-
-
-CAPTIONING = (
-    "__module__: megatron.energon\n__class__: CaptioningWebdataset\nfield_map: {image: 'png,jpg', caption: txt}\n"
-)
-
-
 def test_energon_folders_are_read_by_their_own_notes(tmp_path):
     folder = write_energon(tmp_path / "set", CAPTIONING)
     config = DataConfig(sources={"a": SourceConfig(path=str(folder))})
@@ -343,6 +319,7 @@ def test_the_documented_line_of_webdataset_reads_shards_of_ours(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.jpg", "text": "A horse."}) + "\n")
     build_shards(tmp_path / "rows.jsonl", tmp_path / "out", BuildOptions(name="part"))
     line = re.search(r"^samples = (webdataset\..*)$", DOC, re.MULTILINE)[1]
-    (sample,) = eval(line.replace("shards/part-{000000..000041}.tar", str(tmp_path / "out/part-000000.tar")))
+    line = line.replace("shards/part-{000000..000041}.tar", str(tmp_path / "out/part-000000.tar"))
+    (sample,) = eval(line, {"webdataset": webdataset})
     assert json.loads(sample["json"])["images"] == ["0.jpg"]
     assert sample["0.jpg"] == JPG

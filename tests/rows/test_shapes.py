@@ -1,23 +1,34 @@
 """Every shape of rows in docs/data-format.md, written by the tool that it comes from, read to rendered samples."""
 
 import base64
-import csv
 import gzip
 import io
 import json
 import re
-import zipfile
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import pypdfium2
 import pytest
 import zstandard
 from corpora import renderer
 from PIL import Image
-from places import ROOT
-from row_files import JPG, MP4, PNG, QA, said
+from row_files import (
+    DOC,
+    JPG,
+    MP4,
+    PNG,
+    QA,
+    row_of_docs,
+    said,
+    write_csv,
+    write_datasets,
+    write_lines,
+    write_packed,
+    write_pdf,
+    write_table,
+    write_zip,
+)
 
 from data.format.printable import printable
 from data.prepare.build import BuildOptions, build_shards
@@ -29,7 +40,6 @@ from data.shards.reader import SampleReader
 from launchers.cli import main
 
 TEXT = base64.b64encode(PNG).decode()
-DOC = (ROOT / "docs/data-format.md").read_text()
 
 
 @pytest.fixture
@@ -55,18 +65,6 @@ def samples_of(source, folder, **options):
             assert built.loss_weights.any()
             out.append((said(record), len(record.images), len(record.videos)))
     return out
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def row_of_docs(name):
-    """Return the snippet of a shape from the table of docs/data-format.md."""
-    found = re.search(rf"^\| \d* ?\| {re.escape(name)} \|.*?`(\{{.*\}})` \|$", DOC, re.MULTILINE)
-    assert found, f"docs/data-format.md has no row {name!r} with a snippet"
-    return json.loads(found[1])
 
 
 ASKED = "u: <image>What is it? | a+: A horse."
@@ -118,48 +116,11 @@ def test_the_table_of_shapes_is_complete():
     assert [int(number) for number in rows] == list(range(1, 25))
 
 
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-        table.writeheader()
-        table.writerows(rows)
-    return path
-
-
-def write_table(path, rows):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
-    return path
-
-
-def write_zip(path, table, text, images):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(table, text)
-        for name, data in images.items():
-            archive.writestr(name, data)
-    return path
-
-
-def write_pdf(path, colours):
-    """Write a page of one colour each."""
-    pages = [Image.new("RGB", (100, 140), colour) for colour in colours]
-    document = pypdfium2.PdfDocument.new()
-    for page in pages:
-        bitmap = pypdfium2.PdfBitmap.from_pil(page)
-        picture_of_page = pypdfium2.PdfImage.new(document)
-        picture_of_page.set_bitmap(bitmap)
-        picture_of_page.set_matrix(pypdfium2.PdfMatrix().scale(100, 140))
-        leaf = document.new_page(100, 140)
-        leaf.insert_obj(picture_of_page)
-        leaf.gen_content()
-    document.save(path)
-    return path
-
-
 TABLES = {
     "csv": lambda folder: write_csv(folder / "r.csv", [{**QA, "image": "a.png"}] * 2),
     "tsv with base64": lambda folder: write_csv(folder / "r.tsv", [{"index": 1, **QA, "image": TEXT}] * 2),
-    "gz": lambda folder: _packed(folder / "r.jsonl.gz", gzip.compress),
-    "zst": lambda folder: _packed(folder / "r.jsonl.zst", zstandard.ZstdCompressor().compress),
+    "gz": lambda folder: write_packed(folder / "r.jsonl.gz", gzip.compress),
+    "zst": lambda folder: write_packed(folder / "r.jsonl.zst", zstandard.ZstdCompressor().compress),
     "parquet of bytes": lambda folder: write_table(folder / "r.parquet", [{**QA, "image": PNG}] * 2),
     "parquet of cells": lambda folder: write_table(
         folder / "r.parquet", [{**QA, "image": {"bytes": PNG, "path": "x.png"}}] * 2
@@ -175,12 +136,6 @@ TABLES = {
         write_lines(folder / "r.jsonl", [{**QA, "image": "i.zip/x/a.png"}] * 2),
     )[1],
 }
-
-
-def _packed(path, pack):
-    line = json.dumps({**QA, "image": "a.png"}).encode() + b"\n"
-    path.write_bytes(pack(line) + pack(line))  # two frames, as appending makes them
-    return path
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -200,26 +155,6 @@ def test_pages_of_a_pdf_are_images_at_a_resolution(media):
     pages = [Image.open(io.BytesIO(reader.sample(media / "out/t-000000.tar", n)[1]["0.png"])) for n in (0, 1)]
     assert [page.size for page in pages] == [(209, 292), (100, 140)]
     assert [page.convert("RGB").getpixel((50, 50)) for page in pages] == [(0, 0, 255), (255, 0, 0)]
-
-
-def write_datasets(folder, *, splits):
-    """Write a folder by `datasets`, with images as its own feature."""
-    import datasets
-
-    features = datasets.Features(
-        {"question": datasets.Value("string"), "answer": datasets.Value("string"), "image": datasets.Image()}
-    )
-
-    def made(answers):
-        rows = [{**QA, "answer": answer, "image": {"bytes": PNG, "path": None}} for answer in answers]
-        table = datasets.table.InMemoryTable(pyarrow.Table.from_pylist(rows, schema=features.arrow_schema))
-        return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint="made here")
-
-    if not splits:
-        made(["A horse.", "A horse."]).save_to_disk(folder)
-        return
-    splits = {"train": made(["A horse.", "A horse."]), "test": made(["A cow."])}
-    datasets.DatasetDict(splits).save_to_disk(folder)
 
 
 def test_folders_of_datasets_are_read_by_split(media):
