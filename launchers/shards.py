@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         "show": _show,
         "stats": _stats,
         "split": _split,
-        "overlap": overlap,
+        "overlap": lambda args: overlap(args, _places(args)),
         "mix": mix,
     }
     return actions[args.action](args)

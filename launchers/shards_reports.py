@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.format.printable import count_of, one_line, printable
-from launchers.arguments import media_places, positive
+from launchers.arguments import positive
 
 if TYPE_CHECKING:
     from data.config import DataConfig
     from data.prepare.overlap import Overlap
+    from data.shards.bytes import Places
 
 _HEAD: tuple[str, ...] = (
     "source",
@@ -58,13 +59,15 @@ def declare_mix(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
-def overlap(args: argparse.Namespace) -> int:
+def overlap(args: argparse.Namespace, places: "Places") -> int:
     """Print what both sets of shards contain; 3 if it is more than --limit allows."""
     from data.prepare.overlap import find_overlap
     from data.prepare.progress import Progress
-    from data.stream.corpus import find_shards
+    from data.shards.find import find_shards
 
-    train, evaluation = find_shards(args.path, "PATH"), find_shards(args.eval, "EVAL")
+    train, evaluation = (
+        find_shards(path, key, cache_dir=args.cache_dir) for path, key in ((args.path, "PATH"), (args.eval, "EVAL"))
+    )
     if shared := sorted({path.resolve() for path in train} & {path.resolve() for path in evaluation}):
         raise ValueError(f"PATH and EVAL both name {shared[0]}; give the shards of EVAL a folder of their own")
     with Progress("compared", len(train), unit="shards") as progress:
@@ -73,7 +76,7 @@ def overlap(args: argparse.Namespace) -> int:
             evaluation,
             jobs=args.jobs,
             cache_dir=args.cache_dir,
-            places=media_places(args),
+            places=places,
             progress=progress,
         )
     print(json.dumps(asdict(report)) if args.json else printable("\n".join(_overlap_lines(report))))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.format.record import Record, parse_record
-from data.rows.convert import convert_row
 from data.render.sample import Renderer, Sample
+from data.rows.convert import convert_row
 from finetune.ask.speaker import Sampling, Speaker
 
 BATCH = 8
