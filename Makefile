@@ -24,7 +24,7 @@ test test-all test-newest test-oldest: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/installed
 	$(BIN)/python $(PYTEST) $(QUICK) $(ARGS)
 
-test-all: $(VENV)/installed
+test-all: $(VENV)/installed $(VENV)/oracle/triton
 	$(BIN)/python $(PYTEST) $(ARGS)
 
 # The newest and the oldest releases that pyproject.toml allows, each in an environment of its own; gigabytes to download.
@@ -76,6 +76,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(VENV)/oracle torchvision kubeflow-training kubernetes \
 	  durationpy oauthlib python-dateutil requests-oauthlib six websocket-client
 	@touch $@
+
+# Half a gigabyte, which only slow tests use.
+$(VENV)/oracle/triton: $(VENV)/installed
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --upgrade --target $(VENV)/oracle triton
 
 $(UV):
 	$(PYTHON) -m venv .venv-uv

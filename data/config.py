@@ -13,8 +13,8 @@ class SourceConfig:
     """One source of samples, by a name that you choose."""
 
     path: str
-    """The samples: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or rows: a file
-    (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.zip`) or a folder of them. Rows are converted into
+    """The samples: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or rows. Rows are a
+    file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.zip`) or a folder of them. They are converted into
     shards when they are first read, and again when they change.
 
     Change: always; it is the one key of a source that has no default. Convert large files with `moetune shards build`.

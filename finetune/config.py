@@ -544,7 +544,7 @@ class EvalSourceConfig:
 
     @property
     def as_data(self) -> SourceConfig:
-        """What the source names, as one of `data:`."""
+        """The samples of the source, named as in a source of `data:`."""
         return SourceConfig(path=self.path, map=self.map, config=self.config, split=self.split)
 
 

@@ -37,7 +37,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """What `map` says: each known column with the column of the data that it is read from, or several."""
+    """The `map` of a source: each known column with the column of the data that it is read from, or several."""
 
     names: tuple[tuple[str, tuple[str, ...]], ...] = ()
 

@@ -1,4 +1,4 @@
-"""Which files the rows of a source are in: one file, a pattern, or a folder as `datasets` or a hub keeps it.
+"""The files of a source's rows: one file, a pattern, or a folder as `datasets` or a hub keeps it.
 
 A remote address is not read here; whoever reads one fetches its files and passes the folder.
 """
@@ -28,7 +28,7 @@ _ONE_FILE = "it is one file of rows, and only a folder has parts to choose from"
 
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """Where rows are, and how they are to be read."""
+    """The place of rows, and how they are read."""
 
     path: Path
     columns: Columns = field(default_factory=Columns)

@@ -12,7 +12,7 @@ MAX_ROW = 1 << 28
 
 
 def read_list(file: BinaryIO) -> Iterator[Any]:
-    """Yield the entries of a JSON list; ValueError if the text is no list, or is not JSON."""
+    """Yield the entries of a JSON list; ValueError if the text is not a list, or not JSON."""
     text = _Text(file)
     if text.next_mark() != "[":
         raise ValueError(f"it begins with {text.next_mark()!r}, not with the [ of a list")

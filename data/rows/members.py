@@ -30,7 +30,7 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How the members of a foreign sample become a row: by `map`, or where there is none, by their types."""
+    """Rows from the members of a foreign sample: by `map`, or where there is none, by their types."""
 
     columns: Columns = field(default_factory=Columns)
 

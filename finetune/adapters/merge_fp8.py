@@ -17,7 +17,7 @@ from finetune.files.tensorfile import FLOAT_TYPES, FP8, raw_bytes
 from finetune.ranks.log import listed
 
 TYPES = {"bfloat16": "BF16", "float32": "F32", "fp8": FP8}
-"""What `--dtype` takes, and the type of the weights; everything that fp8 leaves out is bfloat16."""
+"""The values of `--dtype`, and the type of the weights; everything that fp8 leaves out is bfloat16."""
 
 Piece = tuple[str, memoryview]
 """The next bytes of a stored tensor, with its key."""

@@ -55,7 +55,7 @@ class BaseFiles:
 
     @property
     def quantised(self) -> str:
-        """How the weights are quantised, for people; "" if they are not."""
+        """The quantisation of the weights, for people; "" if they are not quantised."""
         return FORM if self.scales else ""
 
     def row_bytes(self, name: str) -> int:

@@ -1,4 +1,4 @@
-"""What a probe measures: one score by row and column, and those scores as the lines of a table."""
+"""The scores of a probe by row and column, and the lines of their table."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -77,8 +77,14 @@ def _blocks(flat: Tensor, size: int) -> Tensor:
 
 
 @cache
+def code_table(device: torch.device) -> Tensor:
+    """Return the 16 values of codes, in order."""
+    return torch.tensor(CODES, device=device)
+
+
+@cache
 def _borders(device: torch.device) -> Tensor:
-    codes = torch.tensor(CODES, device=device)
+    codes = code_table(device)
     return (codes[:-1] + codes[1:]) / 2
 
 

@@ -8,6 +8,9 @@ to the functions that compute, because the planner needs the sizes only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ SCALE_BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How the matrices [out, into] of a stack are packed."""
+    """The layout of the bytes of a stack of matrices [out, into]."""
 
     bits: Bits
     out: int
@@ -44,6 +47,11 @@ class Packing:
             return [self.weights, FLOAT * self.out]
         blocks = -(-self.weights // BLOCK)
         return [self.weights // 2, blocks, FLOAT * -(-blocks // SCALE_BLOCK), FLOAT]
+
+    @property
+    def begins(self) -> list[int]:
+        """Return the place of each field in a row."""
+        return [0, *accumulate(-(-size // ALIGN) * ALIGN for size in self.sizes[:-1])]
 
     @property
     def row_bytes(self) -> int:
@@ -80,6 +88,11 @@ class Packing:
 
         from moe.kernels import int8, nf4
 
+        if packed.is_cuda and has_triton():
+            from moe.kernels import fused
+
+            fused.unpack(self, packed, into)
+            return into
         fields = self._fields(packed)
         if self.bits == "int8":
             codes = fields[0].view(torch.int8).view(*packed.shape[:-1], self.out, self.into)
@@ -93,8 +106,10 @@ class Packing:
 
     def _fields(self, packed: Tensor) -> list[Tensor]:
         """Return the fields of rows [..., bytes] as views."""
-        views, begin = [], 0
-        for size in self.sizes:
-            views.append(packed[..., begin : begin + size])
-            begin += -(-size // ALIGN) * ALIGN
-        return views
+        return [packed[..., begin : begin + size] for begin, size in zip(self.begins, self.sizes, strict=True)]
+
+
+@cache
+def has_triton() -> bool:
+    """Say whether Triton is installed; torch for CUDA brings it along."""
+    return find_spec("triton") is not None

@@ -320,7 +320,7 @@ def test_damaged_and_ambiguous_files_are_named(tmp_path):
     assert "is no arrow file" in message("r.arrow", b"x" * 99)
     assert "is no table of text" in message("r.csv", b"a,b\n\xff,2\n")
     assert "is no zip" in message("r.zip", b"x")
-    assert "is no file of rows; those end with .jsonl" in message("r.xml", b"x")
+    assert "is not a file of rows; those end with .jsonl" in message("r.xml", b"x")
     assert "followed by '}'" in message("r.json", b"[1 }")
     assert "the list is followed by '3'" in message("r.json", b"[1] 3")
     assert "config and split do not apply" in message("r.json", b"[1]", split="test")
