@@ -25,6 +25,7 @@ from finetune.ranks.failures import end_at_failure, forget_failure, keep_outcome
 from finetune.ranks.log import RankLog
 from finetune.ranks.signals import GUARDED, PREEMPTED, exit_code
 from finetune.ranks.watch import Watch
+from finetune.report.page import try_report
 from finetune.tracking.summary import summary
 from finetune.tracking.track import Tracker
 from finetune.training.bad_steps import IdleSteps, saved_if_not_finite
@@ -181,6 +182,8 @@ def main(argv: Sequence[str]) -> int:
             if _trains(args):
                 make_run_folder(folder, config)
         code = _run_with_others(args, config, folder, log, watch)
+        if rank == 0 and _trains(args):
+            log(try_report(folder))
     except ValueError as error:
         code = report_failure(log, error).code
         release()

@@ -27,6 +27,8 @@ COMMANDS = {  # in the order in which users need them
     "shards": "build, index, check, show, count, split and compare webdataset shards",
     "train": "train an adapter on this machine, from a base and shards or a JSONL file",
     "launch": "start the same run anywhere: torchrun, deepspeed, Slurm or Kubernetes, with one profile per cluster",
+    "runs": "list the runs in a folder: state, step, best metric, base, size, and why one did not finish",
+    "report": "write what a run recorded as one HTML file; several runs are compared",
     "eval": "ask a model or a server held-out questions, and score the answers by source",
     "ask": "ask a base, a base with its adapter, or a merged model one question, with images and videos",
     "probe": "test a mechanism on made-up media: needles, timestamps, DeepStack, order, resolution, load of experts",

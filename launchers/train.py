@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune.preflight.start import require_start
     from finetune.ranks.log import print_line, remove_logs
     from finetune.ranks.versions import torch_problem
+    from finetune.report.page import try_report
     from finetune.settings.recipes import load_recipe
 
     if torch_problem():
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         if release is not None:
             release()
     code = verdict(code, signals, logs=logs, run_id=run_id, leaves_outcome=True, nodes=args.nodes)
+    if code not in (0, PREEMPTED, GUARDED) and (folder / "metrics.jsonl").is_file():
+        print(try_report(folder), flush=True)
     return args.preempted_code if code == PREEMPTED else code
 
 

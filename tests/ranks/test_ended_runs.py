@@ -133,6 +133,8 @@ def test_a_run_leaves_every_figure_and_one_wandb_run(place: Path, whole: str) ->
     assert len(samples) == 4
     assert all((folder / picture).is_file() for sample in samples for picture in sample["pictures"])
     assert all(re.match(r"It is \w+\.", "".join(t for t, loss in sample["parts"] if loss)) for sample in samples)
+    assert whole.splitlines()[-1] == "report: runs/whole/report.html"
+    assert '"state": {"word": "done"' in (folder / "report.html").read_text()
     (began,) = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
     assert (began["step"], began["steps"], began["ranks"], began["device"]) == (0, 5, 2, "CPU")
     assert began["versions"]["torch"] == torch.__version__
