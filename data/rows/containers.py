@@ -34,7 +34,8 @@ def read_rows(path: Path) -> Rows:
     """Yield number (from 1) and row of a file; a single row that cannot be read is a ValueError."""
     kind = kind_of(path)
     if kind not in READERS:
-        raise ValueError(f"{path} is not a file of rows; those end with {', '.join(READERS)} (text also with .gz or .zst)")
+        known = ", ".join(READERS)
+        raise ValueError(f"{path} is not a file of rows; those end with {known} (text also with .gz or .zst)")
     try:
         with _open(path) as file:
             yield from READERS[kind](file, path)
