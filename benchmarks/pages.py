@@ -141,7 +141,7 @@ def served_table(cells: Sequence[Cell]) -> list[str]:
 def _served(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return f"{cell.outcome}, {cell.tokens} tokens" if cell.outcome == "equal" else f"{cell.outcome}: {cell.reason}"
+    return f"{cell.outcome}, {cell.tokens} tokens" if cell.tokens else f"{cell.outcome}: {cell.reason}"
 
 
 def llms_text(index: str) -> str:

@@ -37,6 +37,7 @@ COMMANDS = {  # in the order in which users need them
     "combine": "add adapters with weights, experts included: exact, or reduced in rank with the error printed",
     "serve": "print the exact command for vLLM, sglang and transformers, or start a server and check it",
     "serve-check": "compare a live server with our own computation, from pixels to log-probabilities",
+    "harness": "score served models with lmms-eval, a standard harness, the base beside the tuned model",
     "env": "print what an issue report needs: versions, GPUs, memory, disks and variables of this machine",
     "demo": "run every step on a CPU: base, shards, two-rank LoRA on real images, adapter, merge, proof",
 }

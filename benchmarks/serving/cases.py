@@ -83,7 +83,11 @@ _FULL = Refusal(
     says=("vLLM only supports modules_to_save being either None",),
 )
 
+PICTURES = "pictures"
+"""The run that learns its answers by heart, so that a harness gives it another score than its base."""
+
 RUNS = (
+    Tuned(name=PICTURES, base="dense", lora=DENSE, settings=("schedule.steps=96",)),
     *(Tuned(name=f"only-{part.replace('_', '-')}", lora=(part,)) for part in LORA),
     Tuned(name="router-full", full=("router",)),
     Tuned(name="merger-full", full=("merger",)),

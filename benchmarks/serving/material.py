@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class Material:
         path = self.folder / "bases" / name
         if not (path / "config.json").is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            _moetune("tiny", str(path), *SIZES, *BASES[name])
+            moetune("tiny", str(path), *SIZES, *BASES[name])
             if name == "thinking":
                 _think(path)
         return path
@@ -74,7 +74,7 @@ class Material:
                 base=self.base(tuned.base), ep=tuned.ep, sources=sources, name=tuned.name, runs=self.folder / "runs"
             )
             recipe.write_text(text)
-            _moetune("train", str(recipe), "--ranks", str(tuned.ep), *tuned.overrides)
+            moetune("train", str(recipe), "--ranks", str(tuned.ep), *tuned.overrides)
         return path
 
     def merged(self, tuned: Tuned) -> Path:
@@ -83,7 +83,7 @@ class Material:
             return self.learned(tuned)
         path = self.folder / "merged" / tuned.name
         if not path.is_dir():
-            _moetune("merge", str(self.base(tuned.base)), str(self.learned(tuned)), str(path))
+            moetune("merge", str(self.base(tuned.base)), str(self.learned(tuned)), str(path))
         return path
 
     def without_thinking(self, tuned: Tuned) -> Path:
@@ -99,7 +99,7 @@ class Material:
         """Return the adapter of a run in the form that servers read."""
         path = self.folder / "exported" / tuned.name
         if not path.is_dir():
-            _moetune("export", str(self.learned(tuned)), str(path), "--format", "peft")
+            moetune("export", str(self.learned(tuned)), str(path), "--format", "peft")
         return path
 
     def served(self, case: Case) -> tuple[Path, Path | None]:
@@ -120,11 +120,12 @@ def _think(base: Path) -> None:
     (base / "chat_template.json").unlink()
 
 
-def _moetune(*words: str | Path) -> None:
-    """Run one of our commands as a user would; its output is shown only if it fails."""
+def moetune(*words: str | Path, variables: Mapping[str, str] | None = None) -> str:
+    """Run one of our commands as a user would, and return its standard output; raise with all of it if it fails."""
     ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     command: Sequence[str] = [sys.executable, "-m", "launchers.cli", *map(str, words)]
-    done = subprocess.run(command, env=os.environ | ours, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | (variables or {}) | ours, capture_output=True, text=True)
     if done.returncode:
         said = (done.stdout + done.stderr)[-3000:]
         raise RuntimeError(f"moetune {' '.join(map(str, words))} ended with {done.returncode}:\n{said}")
+    return done.stdout

@@ -25,8 +25,8 @@ TOLERANCE = 1e-3
 """The largest difference allowed between log-probabilities in float32."""
 TOKENS = 16
 LENGTH = 1024
-READY_S = 240.0
-ANSWER_S = 120.0
+READY_S = 900.0
+ANSWER_S = 300.0
 NAME = "proof"
 STOCK = Path(commands.__file__).with_name("stock.py")
 FLAGS = {"vllm": {"enforce-eager": "", "max-num-seqs": "4"}, "sglang": {}, "transformers": {}}
@@ -48,7 +48,7 @@ class Proof:
         if refusal is not None:
             cell = replace(cell, expected="refused")
         try:
-            with self._running(case) as server:
+            with self.running(case) as server:
                 yield from self._compared(case, server, cell)
         except EndpointError as error:
             proved = refusal is not None and refusal.is_proved_by(self._log(case).read_text(errors="replace"))
@@ -63,7 +63,8 @@ class Proof:
         name = f"{self.server}-{case.name}".replace(" ", "-").replace(",", "")
         return self.material.folder / "logs" / f"{name}.log"
 
-    def _running(self, case: Case) -> AbstractContextManager[Server]:
+    def running(self, case: Case) -> AbstractContextManager[Server]:
+        """Start the server on a case, and end it after the block."""
         model, adapter = self.material.served(case)
         served = find_served(model, adapter, name=NAME)
         port = free_port()

@@ -69,13 +69,16 @@ class ServerMemory:
         rows |= {"reserve": self.reserve, f"one conversation of {self.length:,} tokens": self.conversation}
         for name, size in rows.items():
             if size:
-                yield f"  {name:<40}{size / 1e9:>9.2f} GB"
+                yield f"  {name:<40}{_readable(size)}"
         if self.gpu is None:
             yield "  --gpu KIND plans over how many GPUs to spread it, and how many conversations fit"
         else:
-            room = SHARE * self.gpu.memory_bytes / 1e9
-            fit = f"{self.conversations:,} conversations at a time"
-            yield f"  {'of its memory, a server may use':<40}{room:>9.2f} GB: {fit}"
+            room = _readable(int(SHARE * self.gpu.memory_bytes))
+            yield f"  {'of its memory, a server may use':<40}{room}: {self.conversations:,} conversations at a time"
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:>9.2f} GB" if size >= 1e8 else f"{size / 1e6:>9.2f} MB"
 
 
 def server_memory(served: Served, *, kind: str = "", length: int | None = None, dtype: str = "auto") -> ServerMemory:

@@ -1,4 +1,4 @@
-"""Processes that a test has started, and whether they still run."""
+"""The state of processes that a test has started."""
 
 import re
 from pathlib import Path

@@ -103,7 +103,7 @@ def test_the_memory_of_a_server_decides_how_many_gpus(tmp_path: Path) -> None:
 def test_the_plan_is_printed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(base()), "--gpu", "l40s-48gb"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^memory of each of 1 x l40s-48gb\n  weights +\d", shown)
+    assert re.search(r"^memory of each of 1 x l40s-48gb\n  weights +\d+\.\d\d MB", shown)
     assert re.search(r"a server may use +43.00 GB: [\d,]+ conversations at a time", shown)
     assert re.search(r"vllm serve .* --gpu-memory-utilization 0.9$", shown, re.MULTILINE)
 
