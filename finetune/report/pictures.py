@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.format.printable import one_line
 from finetune.report.curves import Buckets, buckets_of, column, source_columns, source_names
 from finetune.report.files import RunFiles
 from finetune.report.load import total_counts
@@ -111,5 +112,6 @@ def _load_drawing(files: RunFiles) -> dict[str, Callable[[Any], None]]:
 
 
 def _plain(name: str) -> str:
-    """Return a name as matplotlib shows it: a dollar would begin a formula, and a leading _ would hide a label."""
-    return name.replace("$", r"\$").replace("_", "\N{LOW LINE}") if not name.startswith("_") else f" {name}"
+    """Return a name as matplotlib shows it: a dollar would begin a formula, and a leading _ would hide the name."""
+    shown = one_line(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
