@@ -509,13 +509,13 @@ class EvalSourceConfig:
     Change: when the held-out rows have no known shape.
     """
     config: str = ""
-    """The part of a hub-style folder to read, as `data.sources.<name>.config`.
+    """The part of a hub-style folder to read, as `data.sources.<name>.config`. Empty: the only one, or the default.
 
     Change: when the folder has several.
     With: `eval.sources.<name>.split`.
     """
     split: str = ""
-    """The split of a folder of rows to read, as `data.sources.<name>.split`.
+    """The split of a folder of rows to read, as `data.sources.<name>.split`. Empty: `train`, or the only one.
 
     Change: to `validation` or `test` where the folder that trains has such a split.
     With: `eval.sources.<name>.config`.

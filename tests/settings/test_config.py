@@ -90,7 +90,11 @@ def test_a_later_layer_corrects_an_earlier_one(tmp_path: Path) -> None:
         ("data.sources.a b.path=x", "data.sources.a b", r"letters, digits"),
         ("data.sources.new.weight=1", "data.sources.new.path", r"it must be set. Add data.sources.new.path=..."),
         ("data.sources.general.weight=0", "data.sources.general.weight", r"a finite number above 0"),
-        ("data.sources.general=x", "data.sources.general", r"it must be a section, with the keys: path, weight"),
+        (
+            "data.sources.general=x",
+            "data.sources.general",
+            r"it must be a section, with the keys: path, map, config, split, weight",
+        ),
         ("data=5", "data", r"it must be a section, with the keys: packs_per_step"),
         ("dat.packs_per_step=4", "dat", r"no such key.*Did you mean `data`"),
         ("objective.kind=sft", "objective.kind", r"no such key. Remove it: objective has no keys yet"),
