@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
+from benchmarks.gpu.material import PHOTOGRAPHS, photographs
 from launchers.cli import main as moetune
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
@@ -84,15 +85,13 @@ def terminal(log: Path, out: Path) -> None:
 
 def sheet(folder: Path, out: Path) -> None:
     """Draw a sample of two photographs with boxes, as a model sees it."""
-    from sklearn.datasets import load_sample_images
-
     with chdir(folder):
-        for number, pixels in enumerate(load_sample_images().images):
-            Image.fromarray(pixels).save(f"photograph-{number}.jpg", quality=90)
+        for name, content in zip(PHOTOGRAPHS, photographs(), strict=True):
+            Path(name).write_bytes(content)
         question = {"role": "user", "content": "<image><image>Where is the blossom?"}
         row = {
             "messages": [question, {"role": "assistant", "content": "<bbox>"}],
-            "images": ["photograph-0.jpg", "photograph-1.jpg"],
+            "images": list(PHOTOGRAPHS),
             "objects": {"ref": [], "bbox": [[198, 44, 475, 344]], "image_id": [1]},
         }
         Path("photographs.jsonl").write_text(json.dumps(row) + "\n")

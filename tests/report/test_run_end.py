@@ -20,7 +20,7 @@ sys.addaudithook(at_its_record)
 
 
 def test_a_killed_run_leaves_a_report_with_the_reason(tmp_path: Path) -> None:
-    words = ["data.workers=0", "parallel.ep=1", "schedule.steps=5"]
+    words = ["data.workers=0", "parallel.ep=1", "schedule.steps=5", "data.packs_per_step=2"]
     done = start(toy_run(tmp_path), TRAIN, "killed", *words, site=KILLED_AT_A_RECORD)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "report: runs/killed/report.html"
