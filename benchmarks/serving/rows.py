@@ -35,6 +35,20 @@ def write_rows(folder: Path) -> dict[str, Path]:
     return files
 
 
+def write_text_rows(folder: Path) -> Path:
+    """Write conversations without media; return their file."""
+    brief = {"role": "system", "content": "Be brief."}
+    rows = [
+        _row(_said("Count to two.", "One, two.")),
+        _row([*_said("Count to two.", "One, two."), *_said("And on? 一二", "Three, four.")]),
+        _row([brief, *_said("What is a wave?", "It moves.")]),
+        _row([*_said("Name three colours, please.", "Red."), *_said("Only three?", "Blue.")]),
+    ]
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def _looking() -> dict[str, list[dict[str, Any]]]:
     """Return the rows about pictures and videos."""
     images = [_row(_said(f"<image>What is number {at}?", f"A pattern of kind {at}."), [f"{at}.png"]) for at in range(4)]

@@ -88,6 +88,7 @@ def serve_check(
         "logprobs": True,
         "top_logprobs": 1,
         "return_token_ids": True,  # of vLLM, for the ids of prompt and answer; other servers ignore it
+        "repeat_penalty": 1.0,  # of llama-cpp-python, which would use 1.1 and not take the likeliest token
     }
     wrong: list[Written] = []
     for question in questions:
