@@ -30,6 +30,10 @@ class DrawnBase(BaseFiles):
         shape = self.shapes[name]
         return (len(rows) if rows is not None else shape[0]) * math.prod(shape[1:]) * self.dtype.itemsize
 
+    def row_bytes(self, name: str) -> int:
+        """Return the bytes of one row."""
+        return self.size(name, range(1))
+
     def read(self, name: str, rows: range | None = None) -> Tensor:
         """Return a tensor, or rows of it, on the device."""
         if name not in self.last:

@@ -54,7 +54,7 @@ def _origin(metadata: Mapping[str, str]) -> list[str]:
     lines: list[tuple[str, str]] = []
     base = base_of(metadata)
     if base is not None:
-        lines.append(("base", f"{base.name}, fingerprint `{base.fingerprint}`"))
+        lines.append(("base", f"{base.text()}, fingerprint `{base.fingerprint}`"))
     titles = {"moetune.data": "data plan", "moetune.step": "step", "moetune.seed": "seed"}
     lines += [(title, f"`{metadata[key]}`") for key, title in titles.items() if key in metadata]
     if "moetune.which" in metadata:

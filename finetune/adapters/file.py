@@ -42,6 +42,10 @@ class AdapterFile:
         """Bytes to read from the disk for the given rows of a tensor, or for all of it."""
         return self.stored[name].row_size * (self.stored[name].shape[0] if rows is None else len(rows))
 
+    def row_bytes(self, name: str) -> int:
+        """Bytes in memory of one row that was read."""
+        return self.stored[name].row_size
+
     def read(self, name: str, rows: range | None = None) -> Tensor:
         """Return the given rows of a tensor as it is stored, or all of it."""
         return read_tensor(self.stored[name], rows)

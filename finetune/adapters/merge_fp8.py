@@ -17,7 +17,7 @@ from finetune.files.tensorfile import FLOAT_TYPES, FP8, raw_bytes
 from finetune.ranks.log import listed
 
 TYPES = {"bfloat16": "BF16", "float32": "F32", "fp8": FP8}
-"""The values of `--dtype`, and the type of the weights; everything that fp8 leaves out is bfloat16."""
+"""The type of the weights for each value of `--dtype`; what fp8 leaves out is written in bfloat16."""
 
 Piece = tuple[str, memoryview]
 """The next bytes of a stored tensor, with its key."""
@@ -53,7 +53,7 @@ def merged_types(base: BaseFiles, dtype: str | None) -> dict[str, str]:
         types = dict.fromkeys(base.shapes, TYPES[dtype])
     wrong = [name for name, shape in base.shapes.items() if types[name] == FP8 and any(n % BLOCK for n in shape[-2:])]
     if wrong:
-        shown = listed([f"{name} {list(base.shapes[name])}" for name in wrong])
+        shown = listed([f"{name} {list(base.shapes[name])}" for name in wrong], 3)
         raise ValueError(
             f"an fp8 folder needs matrices whose sizes {BLOCK} divides, because vLLM and transformers place the blocks "
             f"of others differently: {shown}. Write another type: --dtype bfloat16"

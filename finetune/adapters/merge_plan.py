@@ -14,7 +14,7 @@ from data.config import DataConfig
 from data.format.printable import count_of
 from finetune.adapters.media import media_files, trained_data
 from finetune.adapters.merge_fp8 import merged_types
-from finetune.adapters.provenance import CONFIGURATION, recorded, require_same_base, seen_settings
+from finetune.adapters.provenance import CONFIGURATION, other_base_text, recorded, require_same_base, seen_settings
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.architecture.shapes import Shape
 from finetune.architecture.yarn import Extension, extension
@@ -118,7 +118,7 @@ def plan_merge(
     if shard_bytes is not None and shard_bytes < 1:
         raise ValueError(f"--shard-bytes is {shard_bytes}; it must be a number from 1 on, 5000000000 is usual")
     source = open_source(adapter, base.shapes)
-    origin = "merged into another base on purpose" if other_base else require_same_base(adapter, source.metadata, base)
+    origin = other_base_text(source.metadata, base) if other_base else require_same_base(adapter, source.metadata, base)
     source.check_copies(base)
     learned = any(bool(change.read()[1].any()) for change in source.changes.values())
     if not learned and not source.full:

@@ -20,6 +20,7 @@ from finetune.files.fingerprint import fingerprint
 BASE = "moetune.base"
 PARENT = "moetune.parent"
 CONFIGURATION = "moetune.config"
+NOT = "not quantised"
 _AGAIN = "another program changed it, or the file is damaged; get the adapter again"
 _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
 """Parts of a configuration that decide how a run was executed, but not its result."""
@@ -45,7 +46,10 @@ class Provenance:
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata as strings. The first call reads a few bytes of each base tensor."""
-        metadata = {BASE: _json({"name": self.base_name, "fingerprint": fingerprint(self.base)})}
+        base = {"name": self.base_name, "fingerprint": fingerprint(self.base)}
+        if self.base.quantised:
+            base["quantised"] = self.base.quantised
+        metadata = {BASE: _json(base)}
         if self.data:
             metadata["moetune.data"] = hashlib.sha256(_json(self.data).encode()).hexdigest()[:32]
         if self.config:
@@ -59,10 +63,15 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseName:
-    """The base that an adapter's metadata names."""
+    """The base that an adapter's metadata names, and how its weights were quantised ("" if they were not)."""
 
     name: str
     fingerprint: str
+    quantised: str = ""
+
+    def text(self) -> str:
+        """Return the base for a sentence."""
+        return f"{self.name}{f', quantised to {self.quantised}' if self.quantised else ''}"
 
 
 def base_of(metadata: Mapping[str, str]) -> BaseName | None:
@@ -72,7 +81,7 @@ def base_of(metadata: Mapping[str, str]) -> BaseName | None:
     base = recorded(metadata, BASE)
     if not all(isinstance(base.get(key), str) for key in ("name", "fingerprint")):
         raise ValueError(f"the adapter's metadata {BASE} is {metadata[BASE]!r}, without name and fingerprint: {_AGAIN}")
-    return BaseName(name=base["name"], fingerprint=base["fingerprint"])
+    return BaseName(name=base["name"], fingerprint=base["fingerprint"], quantised=str(base.get("quantised", "")))
 
 
 def recorded(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
@@ -104,11 +113,24 @@ def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFile
     ours = fingerprint(base)
     if ours != named.fingerprint:
         raise ValueError(
-            f"{adapter} was trained on {named.name} (fingerprint {named.fingerprint}), but {base.folder} is another "
-            f"base (fingerprint {ours}) with the same shapes and other values. Give the base it was trained on, or "
-            f"--other-base if you mean to use another one"
+            f"{adapter} was trained on {named.text()} (fingerprint {named.fingerprint}), but {base.folder} is another "
+            f"base (fingerprint {ours}{_form(base, named)}) with the same shapes and other values. Give the base it "
+            f"was trained on, or --other-base if you mean to use another one"
         )
     return f"{adapter} was trained on this base (fingerprint {ours})"
+
+
+def other_base_text(metadata: Mapping[str, str], base: BaseFiles) -> str:
+    """Return a sentence on an adapter's base where the user asked for another one."""
+    named = base_of(metadata)
+    text = "merged into another base on purpose"
+    if named is None or named.quantised == base.quantised:
+        return text
+    return f"{text}: it was trained on {named.text()}, and this base is {base.quantised or NOT}"
+
+
+def _form(base: BaseFiles, named: BaseName) -> str:
+    return f", {base.quantised or NOT}" if base.quantised != named.quantised else ""
 
 
 def parent_line(folder: Path) -> str:

@@ -55,7 +55,7 @@ class BaseFiles:
 
     @property
     def quantised(self) -> str:
-        """The quantisation of the weights, for people; "" if they are not quantised."""
+        """The form of quantised weights in words; "" for a base that is not quantised."""
         return FORM if self.scales else ""
 
     def row_bytes(self, name: str) -> int:

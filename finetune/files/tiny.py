@@ -52,7 +52,7 @@ class TinyModel:
     """Rows of embedding and head; None: one for each token, and some that no token uses."""
     dtype: str = "float32"
     fp8: Literal["", "stacked", "per-expert"] = ""
-    """How fp8 weights store experts; "": no weight is in fp8. The other weights have `dtype`."""
+    """The layout of experts in fp8; "": no weight is in fp8. The other weights have `dtype`."""
     tied: bool = False
     seed: int = 0
     shard_bytes: int = SHARD_BYTES

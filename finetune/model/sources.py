@@ -19,6 +19,9 @@ class Source(Protocol):
     def size(self, name: str, rows: range | None = None) -> int:
         """Return the bytes that reading these rows takes from the disk."""
 
+    def row_bytes(self, name: str) -> int:
+        """Return the bytes in memory of one row that was read."""
+
     def read(self, name: str, rows: range | None = None) -> Tensor:
         """Return these rows, or the entire tensor."""
 

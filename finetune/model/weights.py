@@ -26,7 +26,7 @@ from moe.experts import GroupedExperts
 from moe.router import Router
 
 BLOCK_BYTES = 40 * 2**20
-"""Bytes of a file in memory at once; just above the largest block that the C library keeps when freed (32 MiB)."""
+"""Bytes that were read in memory at once; just above the largest block that the C library keeps when freed (32 MiB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -
 def _blocks(files: Source, slot: Slot) -> Iterator[tuple[slice, range]]:
     """Yield where each block of this rank's rows goes, and the rows of the file that it holds."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
-    step = max(1, BLOCK_BYTES // files.size(slot.canonical, range(1)))
+    step = max(1, BLOCK_BYTES // files.row_bytes(slot.canonical))
     for first in range(0, len(rows), step):
         block = rows[first : first + step]
         yield slice(first, first + len(block)), block

@@ -1,4 +1,7 @@
-"""The base of a run: there, complete, of the family that the recipe names. Reads headers only, and loads no torch."""
+"""The base of a run: there, complete, of the family that the recipe names. Loads no torch.
+
+It reads headers, and in fp8 folders the scales, which are a 4096th of the weights.
+"""
 
 from contextlib import suppress
 from pathlib import Path
@@ -7,6 +10,7 @@ from finetune.architecture.families import Family
 from finetune.architecture.shapes import parameter_shapes
 from finetune.config import RunConfig
 from finetune.files.basefiles import BaseFiles, open_base
+from finetune.files.fp8 import require_sound_scales
 from finetune.files.hub import cached_folder, may_be_hub_id, model_folder, require_files, require_on_hub
 from finetune.ranks.log import listed
 from finetune.settings.problems import Problem, problem
@@ -42,10 +46,18 @@ def _open(config: RunConfig, family: Family | None) -> BaseFiles | None:
     shapes = None if family is None else parameter_shapes(family)
     if Path(model).expanduser().is_dir() or not may_be_hub_id(model):
         folder = model_folder(model)
-        return None if shapes is None else open_base(folder, shapes, layout=layout)
+        return None if shapes is None else _sound(open_base(folder, shapes, layout=layout))
     cached = cached_folder(model)
+    files = None
     if cached is not None and shapes is not None:
         with suppress(ValueError):  # a download goes on where it ended
-            return open_base(require_files(cached), shapes, layout=layout)
-    require_on_hub(model)
-    return None
+            files = open_base(require_files(cached), shapes, layout=layout)
+    if files is None:
+        require_on_hub(model)
+        return None
+    return _sound(files)
+
+
+def _sound(files: BaseFiles) -> BaseFiles:
+    require_sound_scales(files.scales.values())
+    return files

@@ -12,6 +12,7 @@ from typing import Literal
 
 from finetune.architecture.families import Family, family, family_names
 from finetune.files.basefiles import BaseFiles, open_base
+from finetune.files.fp8 import require_sound_scales
 from finetune.files.hub import require_files
 from finetune.files.hubconfig import hub_config, read_family
 from finetune.verify.card import Check
@@ -49,8 +50,10 @@ def verify_base(folder: Path, options: Options = Options()) -> Iterator[Check]:
     try:
         weights = open_base(folder, layout=options.layout) if config_ok else None
         if weights is not None:
+            require_sound_scales(weights.scales.values())
             yield _weights_line(weights)
     except ValueError as error:
+        weights = None
         yield Check(name="weights", status="fail", detail=str(error))
     if files_ok and config_ok:
         from finetune.verify.text import check_processor, check_template, check_tokenizer
@@ -97,11 +100,13 @@ def _differences(config: dict[str, object], expected: dict[str, object], prefix:
 
 
 def _weights_line(weights: BaseFiles) -> Check:
-    size = sum(tensor.size for tensor in weights.stored.values())
-    count = len({tensor.file for tensor in weights.stored.values()})
-    kinds = ", ".join(sorted({tensor.dtype for tensor in weights.stored.values()}))
+    stored = [*weights.stored.values(), *weights.scales.values()]
+    size = sum(tensor.size for tensor in stored)
+    count = len({tensor.file for tensor in stored})
+    kinds = ", ".join(sorted({tensor.dtype for tensor in stored}))
     files = "1 file" if count == 1 else f"{count} files"
-    detail = f"{len(weights.stored)} tensors, {size:,} bytes of {kinds} in {files}, layout {weights.layout}"
+    form = f", {weights.quantised}" if weights.quantised else ""
+    detail = f"{len(stored)} tensors, {size:,} bytes of {kinds} in {files}, layout {weights.layout}{form}"
     return Check(name="weights", status="pass", detail=detail)
 
 

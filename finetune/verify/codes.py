@@ -25,7 +25,7 @@ _SCALE_APART = 1e-5
 
 @dataclass(kw_only=True)
 class Codes:
-    """The codes that were compared, those that differ, by how many steps at most, and the largest error of a scale."""
+    """A comparison: how many codes differ, by how many steps at most, and the largest error of a scale."""
 
     matrices: int = 0
     values: int = 0

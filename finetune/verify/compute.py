@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from data.render.vision import normalise, read_spec
 from finetune.architecture.shapes import EMBEDDING, HEAD, is_expert_stack
 from finetune.files.basefiles import BaseFiles
+from finetune.files.fp8 import BLOCK
 from finetune.files.layouts import single_expert
+from finetune.files.tensorfile import Stored
 from finetune.model.build import build
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.weights import rebuild_tables
@@ -249,13 +251,23 @@ def run_streamed(
 def library_reader(weights: BaseFiles) -> Read:
     """Return a function that reads tensors with the safetensors library.
 
-    It transposes expert stacks by transformers' rule: if their shape differs from the expected one.
+    It transposes expert stacks by transformers' rule: if their shape differs from the expected one. Codes in fp8 become
+    float32 by torch's own conversion, because transformers reads no experts in fp8.
     """
 
+    def loaded(tensor: Stored) -> Tensor:
+        with safe_open(tensor.file, framework="pt") as file:
+            values: Tensor = file.get_tensor(tensor.name)
+        return values
+
     def stored(key: str) -> Tensor:
-        with safe_open(weights.stored[key].file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor
+        tensor = loaded(weights.stored[key])
+        if key not in weights.scales:
+            return tensor
+        scales = loaded(weights.scales[key]).float()
+        for dim in (-2, -1):
+            scales = scales.repeat_interleave(BLOCK, dim).narrow(dim, 0, tensor.shape[dim])
+        return tensor.float() * scales
 
     def read(name: str) -> Tensor:
         shape = weights.shapes[name]

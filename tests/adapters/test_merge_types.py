@@ -20,6 +20,7 @@ from finetune.architecture.shapes import parameter_shapes
 from finetune.files.basefiles import open_base
 from finetune.files.hubconfig import read_family
 from finetune.files.tiny import TinyModel, random_weights, write_tiny
+from finetune.verify.codes import compare_codes
 from launchers.cli import main
 
 MODEL = TinyModel(
@@ -159,6 +160,7 @@ def test_an_fp8_base_keeps_its_codes_where_nothing_changes(layout: str, tmp_path
     cases.adapt(tmp_path / "plain", tmp_path / "adapter")
     out = tmp_path / "out"
     report = merged(tmp_path / "base", tmp_path / "adapter", out)
+    assert compare_codes(open_base(out), plan_merge(open_base(tmp_path / "base"), tmp_path / "adapter")).sound
     before, after = fp8.raw(tmp_path / "base"), fp8.raw(out)
     expected = sums(tmp_path / "plain", tmp_path / "adapter")
     kept = LAYER + "self_attn.k_proj.weight"

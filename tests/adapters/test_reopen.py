@@ -1,5 +1,6 @@
 """Adapter files are reopened after writing, and bases are distinguished by their values."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from bases import base
 from safetensors.torch import save_file
 
-from finetune.adapters.provenance import Provenance, base_of, require_same_base
+from finetune.adapters.card import card
+from finetune.adapters.provenance import Provenance, base_of, other_base_text, require_same_base
 from finetune.adapters.reopen import Expected, reopened
 from finetune.files.basefiles import open_base
 from finetune.files.fingerprint import fingerprint
@@ -106,6 +108,23 @@ def test_a_base_with_one_other_tensor_is_another_base(tmp_path: Path, changed: s
         require_same_base(tmp_path, metadata, other)
     assert "does not say which base" in require_same_base(tmp_path, {}, other)
     assert base_of({}) is None
+
+
+def test_an_adapter_says_how_its_base_was_quantised(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "fp8", TinyModel(fp8="stacked"))
+    form = "fp8 (e4m3 in blocks of 128 x 128)"
+    ours, plain = open_base(tmp_path / "fp8"), open_base(base())
+    metadata = Provenance(base=ours, base_name="hub/tiny").metadata()
+    assert base_of(metadata).quantised == form
+    assert f"- base: hub/tiny, quantised to {form}, fingerprint" in card("hub/tiny", metadata, []).decode()
+    assert "trained on this base" in require_same_base(tmp_path, metadata, ours)
+    words = rf"trained on hub/tiny, quantised to {re.escape(form)} .*, but .* is another base .*, not quantised\)"
+    with pytest.raises(ValueError, match=words):
+        require_same_base(tmp_path, metadata, plain)
+    assert other_base_text(metadata, plain).endswith(f"quantised to {form}, and this base is not quantised")
+    metadata = Provenance(base=plain, base_name="hub/tiny").metadata()
+    assert "quantised" not in metadata["moetune.base"]
+    assert other_base_text(metadata, ours).endswith(f"it was trained on hub/tiny, and this base is {form}")
 
 
 def test_sharding_and_seed(tmp_path: Path) -> None:

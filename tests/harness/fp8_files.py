@@ -1,14 +1,17 @@
 """FP8 folders read and written with numpy alone: e4m3 by its definition, blocks by their indexes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 BLOCK = 128
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 def _value(code: int) -> float:
@@ -91,3 +94,23 @@ def changed(folder: Path, **tensors: Any) -> None:
         metadata = opened.metadata()
     kept = {**load_file(file), **tensors}
     save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, file, metadata=metadata)
+
+
+def quantise_folder(folder: Path, dequantised_to: Path) -> None:
+    """Turn a folder with one weight file into an FP8 folder, and write another with its float32 weights."""
+    arrays = raw(folder)
+    made = {}
+    for name, array in arrays.items():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if ".layers." in name and module in MODULES and array.ndim > 1:
+            made[name], made[f"{name}_scale_inv"] = quantised(array)
+    shutil.copytree(folder, dequantised_to)
+    changed(
+        dequantised_to,
+        **{n: torch.from_numpy(dequantised(made[n], made[f"{n}_scale_inv"])) for n in made if n in arrays},
+    )
+    tensors = {name: torch.from_numpy(array) for name, array in made.items()}
+    changed(folder, **{n: t.view(torch.float8_e4m3fn) if t.dtype == torch.uint8 else t for n, t in tensors.items()})
+    config = json.loads((folder / "config.json").read_text())
+    block = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": block}))

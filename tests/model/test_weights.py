@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import fp8_files as fp8
 import pytest
 import torch
 from base_folders import dense_model, write_base
@@ -33,9 +34,14 @@ EVERYTHING = (
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write a MoE and a dense base in the hub's layout, and next to each transformers' loss and gradients."""
     made = {}
-    for name, model in {"moe": vl_model(layers=3), "dense": dense_model()}.items():
-        made[name] = write_base(model, tmp_path_factory.mktemp("base") / name)
-        reference = AutoModelForImageTextToText.from_pretrained(made[name], dtype=torch.float32)
+    models = {"moe": vl_model(layers=3), "dense": dense_model(), "fp8-moe": vl_model(hidden=264, intermediate=72)}
+    for name, model in models.items():
+        size = 10**9 if name == "fp8-moe" else 100_000
+        plain = made[name] = write_base(model, tmp_path_factory.mktemp("base") / name, shard_bytes=size)
+        if name == "fp8-moe":
+            plain = made[name].with_name("dequantised")
+            fp8.quantise_folder(made[name], plain)
+        reference = AutoModelForImageTextToText.from_pretrained(plain, dtype=torch.float32)
         data = media_batch(slice(0, ROWS))
         loss = token_loss(reference(**data).logits, data["input_ids"]) / token_count(data["input_ids"])
         loss.backward()
@@ -94,12 +100,13 @@ def _check(folder: Path, world: int, cases: list[tuple[int, bool]]) -> None:
     reference = torch.load(folder.with_suffix(".reference"))
     ranks = run_ranks(session, world, folder, cases)
     shapes = {name: tuple(gradient.shape) for name, gradient in reference["gradients"].items()}
-    on_disk = sum(p.numel() * 4 for p in reference["gradients"].values())
+    files = open_base(folder)
+    on_disk = sum(tensor.size for tensor in (*files.stored.values(), *files.scales.values()))
     for at, (ep, resident) in enumerate(cases):
         found = [rank[at] for rank in ranks]
         assert sum(result["loss"] for result in found) == pytest.approx(reference["loss"], rel=1e-5)
         assert sum(result["read"] for result in found) == on_disk, "each byte is read once"
-        if not resident:
+        if not resident and not files.scales:
             shares = rank_shares(shapes, world_size=world, ep_size=ep, itemsize=4, resident=False)
             assert [(r["read"], r["held"]) for r in found] == [(s.read, s.kept) for s in shares]
         for result in found:
@@ -118,6 +125,12 @@ WORLDS = [
 @pytest.mark.parametrize(("world", "cases"), WORLDS)
 def test_moe_loads_exactly_at_any_layout(folders: dict[str, Path], world: int, cases: list[tuple[int, bool]]) -> None:
     _check(folders["moe"], world, cases)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_fp8_base_trains_like_the_dequantised_one(folders: dict[str, Path], world: int) -> None:
+    """Its sizes are no multiples of 128, and gate and up share a block."""
+    _check(folders["fp8-moe"], world, [(world, False), (world, True)])
 
 
 def test_dense_loads_exactly(folders: dict[str, Path]) -> None:

@@ -1,9 +1,12 @@
 """Checks before a start besides the typical mistakes: the run's folder, the base, the packs, evaluation sources."""
 
+import json
 import shutil
 from pathlib import Path
 
+import fp8_files as fp8
 import pytest
+import torch
 from starts import toy_run
 
 from data.open import open_corpus
@@ -126,3 +129,18 @@ def test_check_warns_of_paths_that_are_not_here(place: Path, capsys: pytest.Capt
     assert "'shards/mine': there is no such file" in capsys.readouterr().err
     assert main(["check", "mine.yaml", "data.sources.general.path='{a,b}/*.tar'"]) == 0
     assert capsys.readouterr().err == ""  # a pattern may match later
+
+
+def test_a_damaged_or_otherwise_quantised_base_is_named_before_any_rank_starts(place: Path) -> None:
+    write_tiny(place / "fp8", TinyModel(fp8="per-expert"))
+    assert "not known yet" in only("model.path=fp8")
+    name = "model.language_model.layers.0.mlp.experts.3.up_proj.weight_scale_inv"
+    fp8.changed(place / "fp8", **{name: torch.full((1, 1), float("nan"))})
+    assert f"{name} holds the scale nan; a scale must be a finite number above 0" in only("model.path=fp8")
+    fp8.changed(place / "fp8", **{name: None})
+    assert f"fp8 tensors without scales (1): {name} missing" in only("model.path=fp8")
+    file = place / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    for command in (["check"], ["plan", "--gpus", "1", "--gpu", "h100-80gb"]):
+        assert main([*command, "tiny-cpu", *WORDS]) == 2
+    assert "the base is quantised by gptq (quantization_config.quant_method), which cannot be read" in only()

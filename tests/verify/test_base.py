@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fp8_files as fp8
 import pytest
 import torch
 from base_variants import folder_with, per_expert, weights
@@ -29,10 +30,11 @@ NAMES = ["files", "config", "weights", "tokenizer", "template", "processor", "lo
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp("bases") / name for name in ("moe", "tied", "bfloat16")}
+    made = {name: tmp_path_factory.mktemp("bases") / name for name in ("moe", "tied", "bfloat16", "fp8")}
     write_tiny(made["moe"])
     write_tiny(made["tied"], TinyModel(experts=None, tied=True, layers=4, shard_bytes=200_000))
     write_tiny(made["bfloat16"], TinyModel(dtype="bfloat16", experts=6, top_k=3))
+    write_tiny(made["fp8"], TinyModel(fp8="stacked", hidden=136, expert_hidden=72, experts=3))
     return made
 
 
@@ -61,7 +63,7 @@ def change(file: Path, **values) -> None:
     file.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("name", "config"), [("moe", "pass"), ("tied", "note"), ("bfloat16", "note")])
+@pytest.mark.parametrize(("name", "config"), [("moe", "pass"), ("tied", "note"), ("bfloat16", "note"), ("fp8", "note")])
 def test_a_sound_base_passes_every_check(bases, name, config):
     checks = card(bases[name])
     assert list(checks) == NAMES
@@ -116,6 +118,17 @@ def test_a_model_that_computes_something_else_fails_and_the_first_layer_is_named
     assert checks["logits"].status == "fail"
     assert "the models first differ at language_model.layers.0" in checks["logits"].detail
     assert "; worst in " in checks["logits"].detail
+
+
+def test_a_corrupted_scale_fails_before_anything_is_computed(bases, tmp_path):
+    folder = shutil.copytree(bases["fp8"], tmp_path / "fp8")
+    assert card(folder, compute=False)["weights"].detail.endswith("layout hub, fp8 (e4m3 in blocks of 128 x 128)")
+    name = "model.language_model.layers.2.mlp.experts.down_proj_scale_inv"
+    fp8.changed(folder, **{name: torch.full((3, 1, 2), -1.0)})
+    checks = card(folder)
+    assert checks["weights"].status == "fail"
+    assert f"{name} holds the scale -1.0; a scale must be a finite number above 0" in checks["weights"].detail
+    assert checks["logits"].status == "skip"
 
 
 def test_wrong_files_fail_and_checks_that_need_them_are_skipped(moe):
