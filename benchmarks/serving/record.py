@@ -45,8 +45,8 @@ def read_cells(path: Path = RESULTS) -> list[Cell]:
     return [Cell(**entry) for entry in json.loads(path.read_text())] if path.is_file() else []
 
 
-def keep_cells(cells: Sequence[Cell], path: Path = RESULTS) -> None:
-    """Write new cells over those of the same server and case, in the order in which they first came."""
-    known = {(cell.server, cell.case): cell for cell in [*read_cells(path), *cells]}
+def keep_cells(cells: Sequence[Cell], path: Path = RESULTS, *, others: bool = True) -> None:
+    """Write new cells over those of the same server and case; `others` says whether to keep the rest of the file."""
+    known = {(cell.server, cell.case): cell for cell in [*(read_cells(path) if others else []), *cells]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(cell) for cell in known.values()], indent=1) + "\n")

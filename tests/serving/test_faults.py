@@ -73,7 +73,7 @@ DIFFERS = {
     "drops the adapter": "cause the server computes the base alone: it was started without the adapter, dropped it",
     "drops the experts": "cause the server leaves out the adapter's part experts: merge the adapter",
 }
-"""Faults of the server's results, each with the line of the card about it."""
+"""Faults in the results of a server, and the line of the card about each."""
 
 
 @pytest.fixture(scope="module")
