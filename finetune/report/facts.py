@@ -77,11 +77,15 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
     if all(isinstance(sizes.get(name), int) for name in ("total", "active", "trained")):
         trained = f"{sizes['trained']:,} of {sizes['total']:,}; one token passes through {sizes['active']:,}"
         found.append(("trained parameters", trained))
-    found.append(("weights", f"{model.get('dtype', '')}, attention {model.get('attention', '')}"))
+    if "dtype" in model:
+        found.append(("weights", f"{model['dtype']}, attention {model.get('attention')}"))
     steps = f"{count_of(files.done, 'step')} taken" + (f" of {files.steps:,}" if files.steps else "")
-    found.append(("steps", f"{steps}, {data.get('packs_per_step')} packs of {data.get('tokens_per_pack')} tokens each"))
+    if "packs_per_step" in data:
+        steps += f", {data['packs_per_step']} packs of {data.get('tokens_per_pack')} tokens each"
+    found.append(("steps", steps))
     if start:
-        layout = f"ep {parallel.get('ep')}, sp {parallel.get('sp')}, {start.get('device')}"
+        axes = [f"{axis} {parallel[axis]}" for axis in ("ep", "sp") if axis in parallel]
+        layout = ", ".join([*axes, str(start.get("device"))])
         found.append(("ranks", f"{start.get('ranks')} ({layout})"))
         versions = start.get("versions")
         if isinstance(versions, dict):

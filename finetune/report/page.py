@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files as package_files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from data.format.printable import one_line
+from data.format.printable import one_line, printable
 from finetune.files.atomic import write_file
 from finetune.ranks.versions import installed_versions
 from finetune.report.curves import curves
@@ -109,7 +110,7 @@ def _run(files: RunFiles, room: Room) -> dict[str, Any]:
 
 def _page(content: dict[str, Any], *, refresh: int) -> str:
     """Return the page; in its data no character can end the script that holds them."""
-    data = json.dumps(_known(content), allow_nan=False)
+    data = json.dumps(_shown(content), allow_nan=False)
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
     page = _asset("report.html")
@@ -120,13 +121,18 @@ def _page(content: dict[str, Any], *, refresh: int) -> str:
     return page.replace("{{data}}", data)
 
 
-def _known(value: Any) -> Any:
-    """Return the content with None for numbers that are not finite, which JSON does not have."""
+def _shown(value: Any) -> Any:
+    """Return the content as JSON can hold it and a page can show it.
+
+    Numbers that are not finite become None, and control characters of names and texts become numbers.
+    """
     if isinstance(value, dict):
-        return {key: _known(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_known(one) for one in value]
-    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value
+        return {printable(key): _shown(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(one) for one in value]
+    if isinstance(value, str):
+        return printable(value)
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _asset(name: str) -> str:

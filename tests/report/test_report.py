@@ -155,6 +155,8 @@ def test_no_text_of_data_ends_the_script_that_holds_it(tmp_path: Path) -> None:
     assert "<img" not in page
     assert "\x1b" not in page
     assert "\u202e" not in page
+    decoded = json.dumps(content(path), ensure_ascii=False)
+    assert re.findall(r"\u202e|(?<!\\)\\u001b", decoded) == []
     (run,) = content(path)["runs"]
     shown = HOSTILE.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
     assert run["samples"][0]["parts"][1][0] == shown

@@ -1,10 +1,14 @@
-"""The report that a real run leaves: of one that ends well in tests/ranks, of one whose rank is killed here."""
+"""The reports of real runs, beside those that end well in tests/ranks: a killed rank's, and one that is watched."""
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from starts import toy_run
+from limits import LIMIT_S
+from report_runs import write_run
+from starts import environment, toy_run
 from user_runs import TRAIN, start
 
 KILLED_AT_A_RECORD = """
@@ -31,3 +35,32 @@ def test_a_killed_run_leaves_a_report_with_the_reason(tmp_path: Path) -> None:
     assert run["state"]["message"].startswith("rank 0: killed by SIGKILL")
     assert run["curves"]["x"] == [0, 1]
     assert run["load"]["frames"] == [[0, 0, 1]]
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from finetune.checkpoint.run_lock import take_run
+release = take_run(Path(sys.argv[1]), stall_seconds=600, say=print)
+print("held", flush=True)
+sys.stdin.read()
+release()
+"""
+
+
+def test_a_watched_report_reloads_itself_until_the_run_ends(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mine", outcome=None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment()}
+    watch = [sys.executable, "-m", "launchers.cli", "report", str(folder), "--watch", "--seconds", "1"]
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], **pipes) as run:
+        assert run.stdout.readline() == "held\n"
+        with subprocess.Popen(watch, **pipes) as watching:
+            assert watching.stdout.readline() == f"{folder / 'report.html'}\n"
+            page = (folder / "report.html").read_text()
+            assert '<meta http-equiv="refresh" content="1">' in page
+            assert '"state": {"word": "running"' in page
+            run.stdin.close()
+            assert watching.wait(LIMIT_S) == 0
+    page = (folder / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in page
+    assert '"state": {"word": "ended"' in page
