@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch.distributed as dist
+
 from finetune.train import main
 
 STAGES = [
@@ -46,6 +48,7 @@ def runs(rank: int, world: int, place: Path) -> list[int]:
         if rank == 0:
             saved = Path(f"runs/whole/checkpoints/step-{steps:06d}")
             shutil.copytree(saved, Path(f"runs/{name}/checkpoints/{saved.name}"))
+        dist.barrier()  # rank 0 has also written a report meanwhile
         codes.append(_run(name, *more, f"checkpoint.resume=runs/{name}/checkpoints/step-{steps:06d}"))
     return codes
 
