@@ -114,7 +114,17 @@ ENTRIES = (
     Entry(
         name="shards-build",
         module="benchmarks.shards.build",
-        about="building checked, indexed shards from rows and photos, compared with webdataset's TarWriter in a loop",
+        about="building checked, indexed shards from rows and photos, compared with a loop that decodes and writes",
+    ),
+    Entry(
+        name="rows",
+        module="benchmarks.shards.rows",
+        about="reading and decoding the images of a parquet file, compared with datasets",
+    ),
+    Entry(
+        name="index-foreign",
+        module="benchmarks.shards.foreign",
+        about="indexing a tar of images and captions in GB/s, compared with one pass of webdataset",
     ),
     Entry(
         name="data-throughput",

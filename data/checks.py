@@ -60,6 +60,7 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
         except ValueError as error:
             remedy = "docs/data-format.md lists the columns of every shape"
             yield Problem(key=f"data.sources.{name}.map", found=source.map, allowed=f"it {error}", remedy=remedy)
+        yield from _budget_problems(name, source.max_tokens, config.mixture)
         key, weight = f"data.sources.{name}.weight", source.weight
         if not (isfinite(weight) and weight > 0):
             allowed = "it must be a finite number above 0"
@@ -68,3 +69,12 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
             allowed = "it has no effect with data.mixture=natural, which reads every sample once per epoch"
             remedy = "Set data.mixture to tokens or samples, or remove the weight"
             yield Problem(key=key, found=weight, allowed=allowed, remedy=remedy)
+
+
+def _budget_problems(name: str, tokens: int | None, mixture: str) -> Iterator[Problem]:
+    key = f"data.sources.{name}.max_tokens"
+    if tokens is not None and tokens < 1:
+        yield Problem(key=key, found=tokens, allowed="it must be at least 1", remedy=f"Set {key}=1 or more, or null")
+    elif tokens is not None and mixture == "samples":
+        allowed = "it counts tokens, and data.mixture=samples draws samples whatever their length"
+        yield Problem(key=key, found=tokens, allowed=allowed, remedy="Set data.mixture to natural or tokens")

@@ -13,13 +13,20 @@ class SourceConfig:
     """One source of samples, by a name that you choose."""
 
     path: str
-    """The samples: a tar shard, a folder of shards, a pattern (`*`, `?`, `{000..012}`, `{a,b}`), or rows. Rows are a
-    file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.zip`) or a folder of them. They are converted into
+    """The samples. Shards: a tar, a folder of tars, or a pattern (`*`, `?`, `{000..012}`, `{a,b}`). Rows: a file
+    (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.zip`) or a folder of such files. Rows are converted into
     shards when they are first read, and again when they change.
 
     Change: always; it is the one key of a source that has no default. Convert large files with `moetune shards build`.
     With: `data.cache_dir` (the folder of converted files), `data.media_root` (where relative paths of media begin),
     `data.sources.<name>.map` (where columns have other names).
+    """
+    max_tokens: int | None = None
+    """The most tokens of this source in an epoch, to within a sample. The next epoch goes on where this one ended, so
+    every sample is read once before any is read again. `null`: no limit but the mixture's.
+
+    Change: to keep a large source from outgrowing the others, or to stop at a published budget.
+    With: `data.mixture` (`natural` or `tokens`; with `samples` it is an error), `data.sources.<name>.weight`.
     """
     map: dict[str, Any] = field(default_factory=dict)
     """The names of columns, where a data set calls them something else: `{question: query, image: [left, right]}`.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from data.rows.columns import Columns
     from data.shards.bytes import Places
     from finetune.ask.endpoint import Endpoint
     from finetune.ask.speaker import Speaker
@@ -25,6 +26,14 @@ def place_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="allow urls of media on servers of your own network (data.allow_private_addresses)",
     )
+
+
+def mapped_columns(args: argparse.Namespace) -> "Columns":
+    """Return what the flags `--map NAME=COLUMN` say."""
+    from data.rows.columns import Columns
+
+    words = [word.partition("=") for word in args.map]
+    return Columns.of({name: columns.split(",") for name, _, columns in words})
 
 
 def media_places(args: argparse.Namespace) -> "Places":

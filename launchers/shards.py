@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.format.printable import count_of, one_line, printable, size_of
-from launchers.arguments import media_places, place_arguments, positive
+from data.format.printable import count_of, one_line, printable
+from launchers.arguments import mapped_columns, media_places, place_arguments, positive
+from launchers.shards_build import build, build_arguments
 from launchers.shards_reports import declare_mix, declare_overlap, mix, overlap
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from data.prepare.audit import Finding
     from data.render.sample import Renderer
-    from data.rows.columns import Columns
     from data.shards.bytes import Places
     from data.shards.lengths import Lengths
     from data.shards.reader import SampleReader
@@ -31,9 +31,6 @@ EXAMPLE = """\
   moetune shards split shards/train --out shards/parts --part train=0.95 --part held-out=0.05 --by document_id
   moetune shards overlap shards/train shards/held-out --jobs 8      # contamination of an evaluation
   moetune shards mix qwen3-vl-30b-a3b-lora model.path=/models/30b data.sources.general.path=shards/train"""
-
-EMBEDDED_TWICE = 1_000_000
-"""Bytes of repeated media from which on `build` suggests --media reference."""
 
 SHOWN = 3
 """Samples that `check` names for each kind of finding, without --all."""
@@ -65,28 +62,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         )
         return sub
 
-    build = action(
+    rows = action(
         "build", "convert rows of any known shape into shards; run it again to continue", "a file or a folder of rows"
     )
-    build.add_argument("--config", default="", help="part of a hub-style folder (data.sources.<name>.config)")
-    build.add_argument("--split", default="", help="split of a folder (data.sources.<name>.split)")
-    build.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
-    build.add_argument("--name", default="part", help="prefix of the shards' names (default: part)")
-    build.add_argument(
-        "--samples-per-shard", type=positive, default=1000, metavar="N", help="rows per shard (default 1000)"
-    )
-    build.add_argument(
-        "--media",
-        choices=("embed", "reference"),
-        default="embed",
-        help="copy images and videos into the shards (default), or refer to the files by path",
-    )
-    build.add_argument(
-        "--group", default="", metavar="COLUMN", help="column whose equal values must stay together in a split"
-    )
-    build.add_argument(
-        "--max-rejects", type=int, default=0, metavar="N", help="exit code 3 for more than N refused rows (default 0)"
-    )
+    build_arguments(rows)
     index = action("index", "write an index next to each shard")
     index.add_argument("--base", type=Path, metavar="DIR", help="base model, to count the tokens of each sample too")
     index.add_argument("--force", action="store_true", help="replace existing indexes")
@@ -125,7 +104,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--seed", type=int, default=0, help="another seed gives another split (default 0)")
     declare_overlap(action)
     declare_mix(actions)
-    for sub in (build, index):
+    for sub in (rows, index):
         sub.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes (default 1)")
 
 
@@ -144,18 +123,11 @@ def run(args: argparse.Namespace) -> int:
     return actions[args.action](args)
 
 
-def _columns(args: argparse.Namespace) -> "Columns":
-    from data.rows.columns import Columns
-
-    words = [word.partition("=") for word in args.map]
-    return Columns.of({name: columns.split(",") for name, _, columns in words})
-
-
 def _places(args: argparse.Namespace) -> "Places":
     """Return the places of media, and how the members of the shards are named."""
     from dataclasses import replace
 
-    mapped = _columns(args).text
+    mapped = mapped_columns(args).text
     return replace(media_places(args), maps=((args.path, mapped),) if mapped else ())
 
 
@@ -178,46 +150,9 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], *lines: str) -> Non
 
 
 def _build(args: argparse.Namespace) -> int:
-    from data.prepare.build import BuildOptions, build_shards, repeated_bytes
-    from data.prepare.copies import REJECTS
-    from data.prepare.progress import Progress
-    from data.prepare.recognise import recognise
-    from data.rows.files import count_source
-
-    columns = _columns(args)
-    options = BuildOptions(
-        name=args.name,
-        samples_per_shard=args.samples_per_shard,
-        media=args.media,
-        media_root=str(args.media_root or ""),
-        allow_private=args.allow_private_addresses,
-        group=args.group,
-        map=columns.text,
-        config=args.config,
-        split=args.split,
-    )
-    source = options.source(Path(args.path))
-    what = recognise(source)
-    with Progress(source.path.name, count_source(source)) as progress:
-        report = build_shards(source.path, args.out, options, jobs=args.jobs, progress=progress)
-    lines = [
-        f"{source.path.name}: {count_of(report.rows, 'row')}, recognised as {what}",
-        f"{count_of(report.written, 'sample')} in {count_of(len(report.shards), 'shard')} under {args.out}",
-    ]
-    if report.reused:
-        lines.append(f"kept from an earlier build of this file: {count_of(report.reused, 'shard')}")
-    if report.rejected:
-        lines.append(f"{count_of(report.rejected, 'row')} refused; the reasons are in {args.out / REJECTS}")
-    lines += [
-        f"column {name!r} of {count_of(rows, 'row')} was not used" for name, rows in sorted(report.ignored.items())
-    ]
-    repeated = repeated_bytes(report.shards) if args.media == "embed" else 0
-    if repeated >= EMBEDDED_TWICE:
-        lines.append(
-            f"{size_of(repeated)} are copies of media in other samples; with --media reference, samples share the files"
-        )
-    _print(args, asdict(report) | {"repeated_bytes": repeated, "recognised": what}, *lines)
-    return 3 if report.rejected > args.max_rejects else 0
+    answer, lines, refused = build(args)
+    _print(args, answer, *lines)
+    return 3 if refused > args.max_rejects else 0
 
 
 def _index(args: argparse.Namespace) -> int:

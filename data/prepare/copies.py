@@ -1,4 +1,4 @@
-"""The folders of shards that are made from the rows of a source. No torch."""
+"""The folders of shards of rows that a recipe names as a source. No torch."""
 
 import re
 from pathlib import Path

@@ -37,7 +37,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """The `map` of a source: each known column with the column of the data that it is read from, or several."""
+    """A `map`: each known column with the column of the data that it is read from, or several."""
 
     names: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
@@ -58,7 +58,7 @@ class Columns:
 
     @classmethod
     def read(cls, text: str) -> "Columns":
-        """Return what `text` wrote."""
+        """Return the map that a text holds."""
         return cls.of(load_json(text)) if text else cls()
 
     @property

@@ -34,8 +34,9 @@ def read_rows(path: Path) -> Rows:
     """Yield number (from 1) and row of a file; a single row that cannot be read is a ValueError."""
     kind = kind_of(path)
     if kind not in READERS:
-        known = ", ".join(READERS)
-        raise ValueError(f"{path} is not a file of rows; those end with {known} (text also with .gz or .zst)")
+        raise ValueError(
+            f"{path} is not a file of rows; those end with {', '.join(READERS)} (text also with .gz or .zst)"
+        )
     try:
         with _open(path) as file:
             yield from READERS[kind](file, path)
@@ -131,7 +132,8 @@ def _parquet(file: BinaryIO, path: Path) -> Rows:
     arrow = load_extra("pyarrow", str(path))
     parquet = load_extra("pyarrow.parquet", str(path))
     try:
-        table = parquet.ParquetFile(file, pre_buffer=False)
+        # page by page: else a column of images is read as a whole, group of rows by group
+        table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BLOCK)
         batches = table.iter_batches(batch_size=_BATCH)
         yield from _batched(batches)
     except arrow.ArrowException as error:

@@ -1,4 +1,4 @@
-"""The files of a source's rows: one file, a pattern, or a folder as `datasets` or a hub keeps it.
+"""The files that the rows of a source are in: one, a pattern, or a folder as `datasets` or a hub keeps it.
 
 A remote address is not read here; whoever reads one fetches its files and passes the folder.
 """
@@ -28,7 +28,7 @@ _ONE_FILE = "it is one file of rows, and only a folder has parts to choose from"
 
 @dataclass(frozen=True, kw_only=True)
 class RowSource:
-    """The place of rows, and how they are read."""
+    """The place of rows, and how they are to be read."""
 
     path: Path
     columns: Columns = field(default_factory=Columns)
@@ -71,10 +71,10 @@ def row_files(source: RowSource) -> list[Path]:
     path = source.path
     if path.is_dir():
         files = _files_of_folder(source)
-    elif is_pattern(path):
-        files = sorted(map(Path, glob(str(path))))  # noqa: PTH207  # Path.glob refuses absolute patterns
     elif path.is_file():
         files = [path]
+    elif is_pattern(path):
+        files = sorted(map(Path, glob(str(path))))  # noqa: PTH207  # Path.glob refuses absolute patterns
     else:
         raise ValueError(f"{path} does not exist")
     if not path.is_dir() and (source.config or source.split):
@@ -116,7 +116,7 @@ def stamp_of_rows(source: RowSource) -> str:
 def _files_of_folder(source: RowSource) -> list[Path]:
     folder = source.path
     if (folder / "dataset_dict.json").is_file():  # DatasetDict.save_to_disk
-        splits = load_json((folder / "dataset_dict.json").read_bytes())["splits"]
+        splits = _noted(folder / "dataset_dict.json", "splits", str)
         return _saved(_inside(folder, _chosen_split(source, {split: split for split in splits})))
     if (folder / "state.json").is_file():  # Dataset.save_to_disk
         return _saved(folder)
@@ -127,8 +127,17 @@ def _files_of_folder(source: RowSource) -> list[Path]:
 
 def _saved(folder: Path) -> list[Path]:
     """Return the arrow files of a saved data set in the order of its state."""
-    state = load_json((folder / "state.json").read_bytes())
-    return [_inside(folder, entry["filename"]) for entry in state["_data_files"]]
+    names = [entry.get("filename", "") for entry in _noted(folder / "state.json", "_data_files", dict)]
+    return [_inside(folder, str(name)) for name in names]
+
+
+def _noted(note: Path, key: str, kind: type) -> list[Any]:
+    """Return a list that `datasets` wrote into a note."""
+    raw = load_json(note.read_bytes()) if note.is_file() else None
+    listed = raw.get(key) if isinstance(raw, Mapping) else None
+    if not isinstance(listed, list) or not all(isinstance(item, kind) for item in listed):
+        raise ValueError(f"{note} has no list {key!r}; it is not what `datasets` saves")
+    return listed
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -151,12 +160,21 @@ def _configs_of_card(folder: Path) -> dict[str, Any]:
         files = entry.get("data_files") if isinstance(entry, Mapping) else None
         if not files:  # a folder of its own, or nothing but a viewer's settings
             continue
-        if isinstance(files, (str, list)) and not any(isinstance(item, Mapping) for item in files):
-            files = {"train": files}
-        if isinstance(files, list):
-            files = {item["split"]: item["path"] for item in files}
-        out[str(entry.get("config_name", "default"))] = {"files": files, "default": entry.get("default", False)}
+        name = str(entry.get("config_name", "default"))
+        out[name] = {"files": _files_by_split(files, f"{card}, config {name}"), "default": entry.get("default", False)}
     return out
+
+
+def _files_by_split(files: Any, where: str) -> Mapping[str, Any]:
+    """Return the patterns of each split: written as text, as a list, as objects, or by split."""
+    if isinstance(files, list) and all(isinstance(item, Mapping) and {"split", "path"} <= set(item) for item in files):
+        files = {str(item["split"]): item["path"] for item in files}
+    by_split: Mapping[str, Any] = files if isinstance(files, Mapping) else {"train": files}
+    for patterns in by_split.values():
+        listed = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(listed, list) or not all(isinstance(pattern, str) for pattern in listed):
+            raise ValueError(f"{where}: data_files are {patterns!r:.80}; write patterns of files by split")
+    return by_split
 
 
 def _files_of_card(source: RowSource, configs: Mapping[str, Any]) -> list[Path]:

@@ -30,7 +30,7 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows from the members of a foreign sample: by `map`, or where there is none, by their types."""
+    """The way from the members of a foreign sample to a row: by `map`, or where there is none, by their types."""
 
     columns: Columns = field(default_factory=Columns)
 
@@ -46,15 +46,22 @@ class Layout:
 
     def record(self, names: Sequence[str], read: Callable[[str], bytes]) -> dict[str, Any]:
         """Return our record as a JSON object; `read` returns the bytes of a member of text."""
-        row: dict[str, Any] = {name: _value(name, read) for name in names if type_of(name)}
-        row = self._mapped(row) if self.columns.names else _by_types(row, names)
+        row: dict[str, Any] = {name: _value(name, read) for name in names if self._uses(name)}
+        row = self._mapped(row, names) if self.columns.names else _by_types(row, names)
         raw, _ = convert_row(row)
         return raw | {kind: [_place(item, kind) for item in raw[kind]] for kind in ("images", "videos") if kind in raw}
 
-    def _mapped(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _uses(self, name: str) -> bool:
+        """Say whether a member is read: those that `map` names, or all that may speak for themselves."""
+        if not self.columns.names:
+            return type_of(name) not in ("", "npy")
+        named = [one for _, theirs in self.columns.names for one in theirs]
+        return type_of(name) != "" and any(one == name or one.startswith(f"{name}.") for one in named)
+
+    def _mapped(self, row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         for ours, theirs in self.columns.names:
             if ours in MEDIA and not any(name.partition(".")[0] in row or name in row for name in theirs):
-                lacking, there = " and ".join(theirs), ", ".join(row) or "none that is read"
+                lacking, there = " and ".join(theirs), ", ".join(names)
                 raise BadField("members", f"lack {lacking}, which `map` names as {ours}; there are {there}")
         return {name: value for name, value in self.columns.apply(row).items() if name in KNOWN}
 

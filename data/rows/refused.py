@@ -1,4 +1,4 @@
-"""Contents of rows that are refused, by name and with the reason."""
+"""Refusals of rows that cannot be honoured, by name and with the reason."""
 
 from collections.abc import Mapping
 from typing import Any

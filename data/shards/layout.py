@@ -1,11 +1,12 @@
 """The layout of a shard: our record, or the members of another tool's samples. No torch."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from data.format.record import Record, RecordError, load_json, parse_record
-from data.format.tar import KeyedMembers
+from data.format.tar import KeyedMembers, ShardError
 from data.rows.energon import energon_columns
 from data.rows.members import Layout, named_members
 from data.shards.bytes import ByteReader, Places
@@ -18,9 +19,12 @@ _LOOKED_AT = 8
 
 def declared_layout(shard: Path, places: Places) -> str:
     """Return the layout that the source's `map` or Energon's notes declare; empty where the members show it."""
-    if mapped := places.map_of(shard):
-        return mapped
-    columns = energon_columns(shard)
+    try:
+        if mapped := places.map_of(shard):
+            return mapped
+        columns = energon_columns(shard)
+    except ValueError as error:
+        raise ShardError(shard, str(error)) from error
     return "" if columns is None else columns.text
 
 
@@ -52,11 +56,16 @@ def parse_sample(layout: str, names: Sequence[str], read: Callable[[str], bytes]
             raise RecordError(shard=shard, key=key, reason=f"has no json member, only {sorted(names)}{dotted}")
         return parse_record(read("json"), shard=shard, key=key, members=[name for name in names if name != "json"])
     try:
-        raw = Layout.read(layout).record(names, read)
+        raw = _read(layout).record(names, read)
     except ValueError as error:
         raise RecordError(shard=shard, key=key, reason=str(error)) from error
     named = set(named_members(raw))
     return parse_record(raw, shard=shard, key=key, members=[name for name in names if name in named])
+
+
+@lru_cache(maxsize=8)
+def _read(layout: str) -> Layout:
+    return Layout.read(layout)
 
 
 def media_of(layout: str, record: Record, members: Mapping[str, bytes]) -> dict[str, bytes]:

@@ -91,10 +91,7 @@ def load_index(
     places = places or Places()
     suffix = places.beside(shard, ".idx")
     stored = [sidecar(shard, suffix, None)] + ([sidecar(shard, suffix, cache_dir)] if cache_dir else [])
-    try:
-        declared = declared_layout(shard, places)
-    except ValueError as error:
-        raise ShardError(shard, str(error)) from error
+    declared = declared_layout(shard, places)
     if not force:
         for path in stored:
             if (index := read_index(path, stamp, places.name, declared)) is not None:

@@ -54,6 +54,7 @@ class PlanSettings:
     patches_per_pack: int
     mixture: Literal["natural", "tokens", "samples"] = "natural"
     weights: tuple[float, ...] = ()  # one for each source; unused when natural
+    budgets: tuple[int | None, ...] = ()  # tokens of each source in an epoch; empty: none has a budget
     balance_steps: int = 32
     remainder: Literal["drop", "keep"] = "drop"
     cost: Cost = field(default_factory=Cost)
@@ -95,6 +96,7 @@ class Plan:
 def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
     """Return the settings of a run's plan."""
     vision = config.vision_tokens_per_pack or config.tokens_per_pack
+    budgets = tuple(source.max_tokens for source in config.sources.values())
     return PlanSettings(
         seed=seed,
         packs_per_step=config.packs_per_step,
@@ -102,6 +104,7 @@ def plan_settings(config: DataConfig, *, seed: int) -> PlanSettings:
         patches_per_pack=vision * PATCHES_PER_TOKEN,
         mixture=config.mixture,
         weights=tuple(source.weight for source in config.sources.values()),
+        budgets=budgets if any(budgets) else (),
         balance_steps=config.balance_steps,
         remainder=config.remainder,
     )
@@ -135,15 +138,25 @@ def draw(units: Units, amounts: Ints, quota: int, seed: int, epoch: int) -> Ints
 
 def merge_sources(sources: Sequence[Units], settings: PlanSettings, epoch: int) -> list[Ints]:
     """Return the units that each source gives to the epoch, in order."""
+    budgets = settings.budgets or (None,) * len(sources)
     if settings.mixture == "natural":
-        return [order_units(units, settings.seed, epoch) for units in sources]
+        return [_within(units, budget, settings.seed, epoch) for units, budget in zip(sources, budgets, strict=True)]
     by_tokens = settings.mixture == "tokens"
     amounts = [units.tokens if by_tokens else np.ones(len(units), dtype=np.int64) for units in sources]
     total = sum(int(amount.sum()) for amount in amounts)
     share = np.array(settings.weights) / sum(settings.weights)
     quotas = [max(1, round(total * part)) for part in share.tolist()]
+    if by_tokens:
+        quotas = [min(quota, budget or quota) for quota, budget in zip(quotas, budgets, strict=True)]
     pairs = zip(sources, amounts, quotas, strict=True)
     return [draw(units, amount, quota, settings.seed, epoch) for units, amount, quota in pairs]
+
+
+def _within(units: Units, budget: int | None, seed: int, epoch: int) -> Ints:
+    """Return all units of a source, or as many as its budget allows, going on where the last epoch ended."""
+    if budget is None or units.tokens.sum() <= budget:
+        return order_units(units, seed, epoch)
+    return draw(units, units.tokens, budget, seed, epoch)
 
 
 def make_plan(sources: Sequence[Units], settings: PlanSettings, *, epoch: int, quarantine: Ints | None = None) -> Plan:

@@ -208,6 +208,8 @@ class DataStream:
     def _identity(self) -> dict[str, str]:
         settings = {**asdict(self._plan_settings)}
         seed = settings.pop("seed")
+        if not settings["budgets"]:  # as before there were any, so that earlier checkpoints go on
+            del settings["budgets"]
         return {
             "data": self._corpus.digest,
             "rendering (tokenizer, template, limits)": self._renderer.fingerprint,

@@ -34,6 +34,7 @@ from data.format.printable import printable
 from data.prepare.build import BuildOptions, build_shards
 from data.prepare.recognise import recognise
 from data.rows.columns import Columns
+from data.rows.containers import READERS
 from data.rows.convert import convert_rows
 from data.rows.files import RowSource, count_source, is_rows, read_source, row_files, stamp_of_rows
 from data.shards.reader import SampleReader
@@ -166,6 +167,12 @@ def test_folders_of_datasets_are_read_by_split(media):
     with pytest.raises(ValueError, match=r"two has no split 'tests'; did you mean test\? \(known: train, test\)"):
         row_files(RowSource(path=media / "two", split="tests"))
     (arrow,) = row_files(RowSource(path=media / "one"))
+    (media / "two/train/state.json").write_text('{"_data_files": [{"filename": "../../one/state.json"}]}')
+    with pytest.raises(ValueError, match=r"train names the file '../../one/state.json', which leads out of it"):
+        row_files(RowSource(path=media / "two"))
+    (media / "two/train/state.json").write_text('{"_data_files": 3}')
+    with pytest.raises(ValueError, match="state.json has no list '_data_files'; it is not what `datasets` saves"):
+        row_files(RowSource(path=media / "two"))
     assert samples_of(arrow, media / "out4") == [(ASKED, 1, 0)] * 2, "one arrow file, as a stream"
     table = pyarrow.Table.from_pylist([{**QA, "image": PNG}] * 2)
     with pyarrow.OSFile(str(media / "f.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
@@ -199,6 +206,9 @@ def test_hub_folders_are_read_by_config_and_split(tmp_path):
     (hub / "README.md").write_text(card.replace("[chart/*.parquet]", "../*.parquet"))
     with pytest.raises(ValueError, match=r"hub names the file '\.\./\*\.parquet', which leads out of it"):
         answers(split="odd")
+    (hub / "README.md").write_text("---\nconfigs: [{config_name: x, data_files: [{split: 3}]}]\n---\n")
+    with pytest.raises(ValueError, match="README.md, config x: data_files are .*write patterns of files by split"):
+        answers()
     (hub / "README.md").write_text("---\nconfigs: [\n---\n")
     with pytest.raises(ValueError, match="README.md begins with a head that is not YAML"):
         answers()
@@ -349,6 +359,28 @@ def test_a_list_is_read_in_windows(tmp_path, monkeypatch):
     (tmp_path / "r.json").write_text(json.dumps(["x" * 5000]))
     with pytest.raises(ValueError, match="an entry has more than 1,000 characters"):
         list(read_source(RowSource(path=tmp_path / "r.json")))
+
+
+class Watched(io.FileIO):
+    """A file that remembers the most bytes that were read at once."""
+
+    most = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.most = max(self.most, len(data))
+        return data
+
+
+def test_a_parquet_file_is_read_page_by_page(tmp_path):
+    rows = [{"n": number, "image": bytes([number]) * 200_000} for number in range(60)]
+    path = tmp_path / "r.parquet"
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, path, write_batch_size=8, compression="none", use_dictionary=False)
+    assert path.stat().st_size > 60 * 200_000, "one group of rows"
+    with Watched(path) as file:
+        assert [row for _, row in READERS[".parquet"](file, path)] == rows
+        assert file.most < 4_000_000
 
 
 def test_a_changed_file_of_a_folder_changes_the_stamp(tmp_path):

@@ -119,6 +119,10 @@ def test_problems_of_the_section_are_raised_together(tmp_path):
     with pytest.raises(ValueError, match="data.sources = {}: there is nothing to train on. Add data.sources"):
         open_corpus(DataConfig(), renderer())
     assert not data_problems(DataConfig(mixture="tokens", sources={"a": SourceConfig(path="x", weight=2.0)}))
+    budget = {"a": SourceConfig(path="x", max_tokens=0), "b": SourceConfig(path="y", max_tokens=9)}
+    one, other = map(str, data_problems(DataConfig(mixture="samples", sources=budget)))
+    assert one.startswith("data.sources.a.max_tokens = 0: it must be at least 1. Set")
+    assert other.startswith("data.sources.b.max_tokens = 9: it counts tokens, and data.mixture=samples draws samples")
     (problem,) = data_problems(DataConfig(sources={"a": SourceConfig(path="x", map={"answers2": "y"})}))
     assert str(problem).startswith("data.sources.a.map = {'answers2': 'y'}: it maps to 'answers2', which nothing")
 

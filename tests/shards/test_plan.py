@@ -159,6 +159,24 @@ def test_mixture_holds_within_one_percent_over_small_and_large_sources(mixture):
         assert share == pytest.approx(0.4, rel=0.01)
 
 
+@pytest.mark.parametrize("mixture", ["natural", "tokens"])
+def test_a_budget_limits_a_source_and_the_next_epoch_goes_on(mixture):
+    rng = np.random.default_rng(3)
+    units = [make_units("large", rng.integers(20, 90, 400)), make_units("small", rng.integers(5, 30, 100))]
+    total = int(units[0].tokens.sum())
+    chosen = plan_settings(mixture=mixture, weights=(1.0, 1.0), budgets=(total // 4, None), remainder="keep")
+    seen = []
+    for epoch in range(4):
+        members = make_plan(units, chosen, epoch=epoch).packs.members
+        large = members[members < 400]
+        assert abs(int(units[0].tokens[large].sum()) - total // 4) <= 90
+        assert len(set(members.tolist()) - set(range(400))) == 100, "the other source is read as without a budget"
+        seen += large.tolist()
+    assert len(set(seen)) == len(seen) >= 396
+    free = make_plan(units, plan_settings(remainder="keep", budgets=(total, None)), epoch=0)
+    assert sorted(free.packs.members.tolist()) == list(range(500))
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 60), st.booleans())
 def test_a_source_repeats_its_own_epochs_without_gap_or_overlap(lengths, quota, by_tokens):
     units = make_units("a", lengths)
