@@ -41,7 +41,7 @@ class Layout:
 
     @classmethod
     def read(cls, text: str) -> "Layout":
-        """Return what `text` wrote."""
+        """Return the layout that an index keeps."""
         return cls(Columns() if text == AUTO else Columns.read(text))
 
     def record(self, names: Sequence[str], read: Callable[[str], bytes]) -> dict[str, Any]:
