@@ -8,6 +8,7 @@ import fp8_files as fp8
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetune.files.basefiles import BaseFiles, open_base
 from finetune.files.fingerprint import fingerprint
@@ -93,6 +94,26 @@ def test_every_slice_is_read_with_its_own_scales(folders: Path, layout: str) -> 
     assert np.array_equal(files.read(STACK, range(1, 3)).numpy(), whole[1:])
     for row in (0, 127, 130, 136, 271):
         assert np.array_equal(files.out_feature(STACK, 2, row).numpy(), whole[2, row])
+
+
+def test_stacks_as_transformers_5_saves_them_are_read(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "stacked", tmp_path / "memory")
+    file = tmp_path / "memory" / "model.safetensors"
+    tensors = {
+        name: tensor.view(torch.uint8 if tensor.element_size() == 1 else tensor.dtype).transpose(-1, -2).contiguous()
+        if ".experts." in name
+        else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file({n: t.view(torch.float8_e4m3fn) if t.dtype == torch.uint8 else t for n, t in tensors.items()}, file)
+    files, stacked = open_base(tmp_path / "memory"), open_base(folders / "stacked")
+    assert files.layout == "memory"
+    for name in (STACK, STACK.replace("gate_up", "down")):
+        assert torch.equal(files.read(name), stacked.read(name))
+        assert torch.equal(files.out_feature(name, 1, 130), stacked.out_feature(name, 1, 130))
+        pairs = zip(files.codes(name, 2), stacked.codes(name, 2), strict=True)
+        assert all(torch.equal(first.float(), second.float()) for first, second in pairs)
+    assert fingerprint(files) == fingerprint(stacked)
 
 
 def _expert(stored: dict[str, np.ndarray], name: str, expert: int) -> np.ndarray:
