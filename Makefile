@@ -75,7 +75,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@# the judges of tests in a folder of their own: torchvision cannot be imported beside a CPU torch, and Kubernetes'
 	@# client would bring a dozen packages; the names are those of the group oracle in pyproject.toml
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps --target $(VENV)/oracle torchvision kubeflow-training kubernetes \
-	  durationpy oauthlib python-dateutil requests-oauthlib six websocket-client
+	  durationpy oauthlib python-dateutil requests-oauthlib six websocket-client bitsandbytes
 	@touch $@
 
 # Half a gigabyte, which only slow tests use.

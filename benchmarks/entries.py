@@ -77,6 +77,21 @@ ENTRIES = (
         about="bytes that this block keeps for backward, and its largest allocation, compared with PEFT",
     ),
     Entry(
+        name="quant-memory",
+        module="benchmarks.weights.quant_memory",
+        about="bits of a frozen weight in int8 and nf4, compared with bfloat16 and bitsandbytes",
+    ),
+    Entry(
+        name="quant-step",
+        module="benchmarks.experts.quant_step",
+        about="forward and backward of one expert block beside experts in int8 and nf4, compared with bfloat16",
+    ),
+    Entry(
+        name="quant-load",
+        module="benchmarks.weights.quant_load",
+        about="time and peak memory to load a base with experts in int8 and nf4, compared with bfloat16",
+    ),
+    Entry(
         name="scaling-shape",
         module="benchmarks.experts.scaling_shape",
         about="cost of four times the experts at the same top-k, compared with PEFT",

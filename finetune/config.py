@@ -19,6 +19,34 @@ class ObjectiveConfig:
     """The training objective. It has no keys yet: every run learns to predict the supervised tokens."""
 
 
+Bits = Literal["none", "int8", "nf4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantiseConfig:
+    """Forms in which frozen matrices are held in fewer bits. What trains beside them keeps its type."""
+
+    experts: Bits = "none"
+    """The form of frozen experts. `none`: `model.dtype`. `int8`: 8 bits a weight, with a scale for each output row.
+    `nf4`: about 4.13 bits, in blocks of 64 weights with quantised scales, as bitsandbytes makes them. Weights are
+    quantised while they are read, and a layer's experts are unpacked when it computes.
+
+    Change: to `int8` or `nf4` when frozen experts do not fit; a step takes longer, and the base differs a little.
+    With: `adapters.experts.mode` (not `full`), `parallel.resident` (either value), `parallel.ep`.
+    """
+    dense: Bits = "none"
+    """The form of the frozen matrices of attention and of MLPs in the decoder, as `model.quantise.experts`. Norms,
+    routers, embeddings, the head and the vision tower keep `model.dtype`.
+
+    Change: to `nf4` when the last gigabyte is missing, or for a dense base.
+    With: `adapters.attention.mode`, `adapters.mlp.mode` (neither may be `full`).
+    """
+
+
+AS_THEY_ARE = QuantiseConfig()
+"""Nothing is quantised."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The base model: a family from our table, a local folder with a config.json, or both (then they must agree)."""
@@ -61,6 +89,8 @@ class ModelConfig:
     Change: to compare kernels, or to avoid one that fails.
     With: `data.tokens_per_pack` (`sdpa` takes rows of up to 8192 tokens), `model.dtype`.
     """
+    quantise: QuantiseConfig = field(default_factory=QuantiseConfig)
+    """Frozen matrices in 8 or 4 bits. None by default."""
 
 
 Mode = Literal["frozen", "lora", "full"]

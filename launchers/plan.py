@@ -37,7 +37,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME", required=True, help=f"their kind: {', '.join(gpu_names())}")
     parser.add_argument("--per-node", type=positive, metavar="N", help="GPUs of a node (default 8)")
     parser.add_argument("--price", type=float, metavar="P", help="price of a GPU for an hour, in any currency")
-    parser.add_argument("--fit", action="store_true", help="propose parallel.* and data.tokens_per_pack")
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="propose parallel.*, data.tokens_per_pack and, if nothing fits, model.quantise.*",
+    )
     for flag, text in (("sample_tokens", "tokens of a sample"), ("image_tokens", "tokens of an image")):
         words = {"metavar": "N", "default": getattr(assumed, flag), "help": f"{text} (default %(default)d)"}
         parser.add_argument(f"--{flag.replace('_', '-')}", type=positive, **words)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from moe.config import CHUNK_BYTES, KEEP_BYTES
 from moe.grouped import grouped_experts
+from moe.kernels.linear import Workspace
+from moe.kernels.packed import Bits, Packing
 from moe.projections import CallOptions
 from moe.start_values import generator_of, uniform_factor
 
@@ -61,8 +63,9 @@ class GroupedExperts(nn.Module):
     """The experts `local_experts` of a layer of `num_experts`, applied to rows sorted by local expert.
 
     Mode "frozen" trains nothing, "lora" the factors next to the frozen weights, "full" the weights. Frozen weights are
-    buffers when `resident`, so that an engine that partitions parameters leaves them alone. On the meta device only
-    the shapes exist: fill the weights, then call init_lora.
+    buffers when `resident`, so that an engine that partitions parameters leaves them alone. With `bits` each frozen
+    matrix is one row of bytes, and a call unpacks the layer's into the `workspace`, which layers may share. On the meta
+    device only the shapes exist: fill the weights, then call init_lora.
     """
 
     gate_up: Tensor
@@ -82,11 +85,15 @@ class GroupedExperts(nn.Module):
         seed: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        bits: Bits | None = None,
+        workspace: Workspace | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         keep_bytes: int = KEEP_BYTES,
     ) -> None:
         super().__init__()
         _check(name, mode, lora, hidden, intermediate, dtype)
+        if bits is not None and mode == "full":
+            raise ValueError(f"{name}: mode is 'full' and bits={bits!r}: weights that train cannot be quantised")
         assert 0 <= local_experts.start < local_experts.stop <= num_experts
         self.name = name
         self.num_experts = num_experts
@@ -101,8 +108,14 @@ class GroupedExperts(nn.Module):
         self.chunk_rows = max(8, chunk_bytes // row_bytes // 8 * 8)
         self.keep_rows = keep_bytes // (2 * intermediate * dtype.itemsize)
         local = len(local_experts)
-        for key, shape in (("gate_up", (local, 2 * intermediate, hidden)), ("down", (local, hidden, intermediate))):
-            weight = torch.empty(shape, dtype=dtype, device=device)
+        self.workspace = workspace or Workspace()
+        self.packings: dict[str, Packing] = {}
+        for key, out, into in (("gate_up", 2 * intermediate, hidden), ("down", hidden, intermediate)):
+            if bits is not None:
+                self.packings[key] = Packing(bits=bits, out=out, into=into)
+                weight = torch.empty((local, self.packings[key].row_bytes), dtype=torch.uint8, device=device)
+            else:
+                weight = torch.empty((local, out, into), dtype=dtype, device=device)
             if resident and mode != "full":
                 self.register_buffer(key, weight)
             else:
@@ -123,7 +136,7 @@ class GroupedExperts(nn.Module):
         forward calls it too, so code that replaces a buffer need not. A loader that assigns buffers should call it
         after each: forward would copy layer by layer, and each freed block would be slightly too small for the next.
         """
-        if self.lora is None or not self.resident:
+        if self.lora is None or not self.resident or self.packings:
             return
         for key, dim in (("gate_up", 1), ("down", 2)):
             weight = self._buffers[key]
@@ -154,7 +167,7 @@ class GroupedExperts(nn.Module):
         lora = self.lora if self.is_adapted else None
         dropout = lora.dropout if lora is not None and self.training else 0.0
         # dropout masks the x in front of A only, so A cannot share a GEMM with the frozen weight
-        inside = lora is not None and self.resident and not dropout
+        inside = lora is not None and (self.resident or bool(self.packings)) and not dropout
         if inside:
             self.make_room()
         options = CallOptions(
@@ -165,8 +178,12 @@ class GroupedExperts(nn.Module):
             inside=inside,
             chunk_rows=self.chunk_rows,
             keep_rows=self.keep_rows,
+            two_f=2 * self.intermediate,
+            packings=self.packings,
+            workspace=self.workspace,
         )
-        gate_up, down = (self._roomy[key][0] if inside else getattr(self, key) for key in ("gate_up", "down"))
+        roomy = self._roomy if inside else {}
+        gate_up, down = (roomy[key][0] if key in roomy else getattr(self, key) for key in ("gate_up", "down"))
         factors = tuple(getattr(self, key) for key in self._factors if lora is not None)
         if x_RD.is_cuda:
             named = {"gate_up": gate_up, "down": down, **dict(zip(self._factors, factors, strict=False))}

@@ -40,7 +40,7 @@ class _GroupedExperts(torch.autograd.Function):
         ctx: Any, options: CallOptions, offs_L: Tensor, x_RD: Tensor, gate_up: Tensor, down: Tensor, *lora: Tensor
     ) -> Tensor:
         ctx.options, rows = options, x_RD.shape[0]
-        experts = block(options, gate_up, down, lora)
+        experts = block(options, gate_up, down, lora, x_RD)
         saved: tuple[Tensor | None, ...] = (None, None, None)
         if 0 < rows <= options.keep_rows:
             y_RD, saved = _forward(experts, x_RD, options, offs_L, lora)
@@ -61,7 +61,7 @@ class _GroupedExperts(torch.autograd.Function):
         _, _, *needed = ctx.needs_input_grad
         wants = Wants(rows=needed[0], gate_up=needed[1], down=needed[2])
         grad_RD = grad_RD.contiguous()  # grouped_mm refuses the stride 0 of an expanded gradient
-        experts = block(ctx.options, weights[0], weights[1], weights[2:])
+        experts = block(ctx.options, weights[0], weights[1], weights[2:], grad_RD)
         several = grad_RD.shape[0] > ctx.options.chunk_rows
         grad_x_RD = torch.empty_like(grad_RD) if wants.rows and (several or not len(grad_RD)) else None
         totals: list[Tensor | None] = [None] * len(weights)
@@ -99,7 +99,7 @@ def _forward(
         (chunk,) = _chunks(x_RD.shape[0], options, offs_L)
         middle = experts.middle(x_RD, chunk)
         return _end(experts, middle, chunk, x_RD), (middle.both, middle.thin_x, middle.thin_h)
-    y_RD, both_R = torch.empty_like(x_RD), x_RD.new_empty(x_RD.shape[0], experts.two_f)
+    y_RD, both_R = torch.empty_like(x_RD), x_RD.new_empty(x_RD.shape[0], options.two_f)
     thins_R: list[Tensor | None] = [None, None]
     if lora:
         thins_R = [x_RD.new_empty(x_RD.shape[0], a.shape[1]) for a in lora[::2]]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from moe import dispatch as all_to_all
 from moe.experts import ExpertLora, GroupedExperts
+from moe.kernels.linear import Workspace
+from moe.kernels.packed import Bits
 from moe.names import LAYERS
 from moe.placement import check_ep, expert_range
 from moe.recompute import checkpointed, contexts, kept
@@ -38,6 +40,8 @@ class LayerOptions:
     lora: ExpertLora | None = None
     router: RouterOptions = field(default_factory=RouterOptions)
     resident: bool = True
+    bits: Bits | None = None
+    """The form of frozen experts; None: as the model computes."""
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
     deepep_max_tokens: int = 0
     """Most tokens that a rank may have in one micro-batch; DeepEP sizes its buffer by it."""
@@ -66,6 +70,7 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
         balance: BalanceCall | None,
         dtype: torch.dtype,
         device: torch.device,
+        workspace: Workspace | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not the parent's, which would build a router and experts of its own
         self.name = name
@@ -88,6 +93,8 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
             intermediate=config.moe_intermediate_size,
             mode=options.experts,
             lora=options.lora,
+            bits=options.bits,
+            workspace=workspace,
             **common,
         )
         group = self.ep_group_name
@@ -157,8 +164,10 @@ class ExpertParallelMoe(AutoEPMoELayer):  # type: ignore[misc]  # deepspeed is u
     def load(self, block: Any) -> None:
         """Copy our experts from a transformers block, whose fused tensors have our orientation, and its router."""
         mine = slice(self.local_experts.start, self.local_experts.stop)
-        self.experts.gate_up.copy_(block.experts.gate_up_proj[mine])
-        self.experts.down.copy_(block.experts.down_proj[mine])
+        for key, theirs in (("gate_up", block.experts.gate_up_proj), ("down", block.experts.down_proj)):
+            packing = self.experts.packings.get(key)
+            values = theirs[mine] if packing is None else packing.pack(theirs[mine], name=f"{self.name}.experts.{key}")
+            getattr(self.experts, key).copy_(values)
         self.gate.weight.copy_(block.gate.weight)
         self.gate.keep_base()
 
@@ -171,7 +180,12 @@ def _tag(module: nn.Module, **tags: Any) -> None:
 
 
 def replace_moe_blocks(
-    model: Any, *, ep_size: int, options: LayerOptions, balance: BalanceCall | None = None
+    model: Any,
+    *,
+    ep_size: int,
+    options: LayerOptions,
+    balance: BalanceCall | None = None,
+    workspace: Workspace | None = None,
 ) -> list[ExpertParallelMoe]:
     """Replace each sparse block of a Qwen3-VL-MoE or Qwen3-MoE model, on meta or not; every rank must call this.
 
@@ -186,6 +200,7 @@ def replace_moe_blocks(
         assert deepspeed.comm.is_initialized(), "the engine must know the process group: call start_distributed first"
         groups._create_expert_and_data_parallel(ep_size)
     scope = auto_ep_comm.new_exchange_scope()  # the layers of one model share a DeepEP buffer; two models do not
+    workspace = workspace or Workspace()
     layers = []
     for index, (name, block) in enumerate(blocks.items()):
         weight = block.gate.weight
@@ -196,6 +211,7 @@ def replace_moe_blocks(
             ep_size=ep_size,
             options=options,
             balance=balance,
+            workspace=workspace,
             dtype=weight.dtype,
             device=weight.device,
         ).train(block.training)
@@ -211,10 +227,11 @@ def describe(layers: Sequence[ExpertParallelMoe]) -> str:
     """Describe the replaced blocks in one line: their size, and how they compute and train."""
     layer = layers[0]
     lora = f" r {layer.options.lora.r}" if layer.options.lora is not None else ""
+    packed = f" beside {layer.options.bits}" if layer.options.bits else ""
     frozen = "resident" if layer.options.resident else "partitioned by ZeRO-3"
     return (
         f"{len(layers)} sparse blocks: {layer.num_experts} experts, {layer.num_local_experts} per rank "
-        f"(ep {layer.ep_size}), {layer.options.experts}{lora}, router {layer.options.router.mode}, "
+        f"(ep {layer.ep_size}), {layer.options.experts}{lora}{packed}, router {layer.options.router.mode}, "
         f"frozen weights {frozen}, rows by {layer.options.dispatch}, grouped_mm"
     )
 

@@ -8,13 +8,16 @@ wide as the frozen one's, then an addition. `PackedLora` needs weights with room
 saves the same passes over [R, D] tensors. Those passes, not the multiplications, are the cost of LoRA on experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.kernels.linear import Workspace
+from moe.kernels.packed import Packing
 from moe.recompute import kept
 
 
@@ -32,6 +35,12 @@ class CallOptions:
     """How many rows are computed at a time."""
     keep_rows: int
     """With more rows than this, backward computes the gate_up output again instead of keeping it."""
+    two_f: int
+    """The width of the gate_up output."""
+    packings: Mapping[str, Packing]
+    """How gate_up and down are packed; empty if they are as they are computed with."""
+    workspace: Workspace
+    """The memory in which packed weights are unpacked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +85,40 @@ class Gradients:
     weights: list[Tensor | None]
 
 
-class SeparateLora:
-    """Low-rank parts computed separately from the frozen ones, or no LoRA at all; weights may train."""
+class Stacks:
+    """The weights of a call, unpacked when they are first used: a second pass may need neither of them."""
 
-    def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
+    def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor], x: Tensor) -> None:
         self.options, self.lora = options, tuple(lora)
-        self.gate_up, self.down = gate_up, down
-        self.two_f = gate_up.shape[1]
+        self._given = {"gate_up": gate_up, "down": down}
+        self._like = x
+
+    @cached_property
+    def gate_up(self) -> Tensor:
+        """Return gate_up [L, 2F, D]."""
+        return self._whole("gate_up")
+
+    @cached_property
+    def down(self) -> Tensor:
+        """Return down [L, D, F]."""
+        return self._whole("down")
+
+    def _whole(self, key: str, *, more_rows: int = 0, more_columns: int = 0) -> Tensor:
+        given, packing = self._given[key], self.options.packings.get(key)
+        if packing is None:
+            return given
+        shape = (len(given), packing.out + more_rows, packing.into + more_columns)
+        whole = self.options.workspace.take(key, shape, self._like)
+        packing.unpack(given, whole[:, : packing.out, : packing.into])
+        return whole
+
+
+class SeparateLora(Stacks):
+    """Low-rank parts computed separately from the frozen ones, or no LoRA at all; weights may train."""
 
     def middle(self, x: Tensor, chunk: Chunk, into: Tensor | None = None) -> Middle:
         """Compute up to the SwiGLU; the gate_up output goes `into` a given tensor."""
-        both = _kept_gate_up(x, self.gate_up, chunk)
+        both = _kept_gate_up(x, self, chunk)
         if not self.lora:
             both = both if into is None else into.copy_(both)
             return Middle(both=both, thin_x=None, h=_swiglu(both), thin_h=None)
@@ -145,26 +177,37 @@ class SeparateLora:
         return torch.empty_like(x).bernoulli_(keep, generator=generator).mul_(x)
 
 
-class PackedLora:
+class PackedLora(Stacks):
     """LoRA in the spare rows and columns of frozen weights; without dropout, which would apply to A x but not W x."""
 
-    def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> None:
-        self.options, self.lora = options, tuple(lora)
-        self.gate_up, self.down = gate_up, down
-        up_a, up_b, down_a, down_b = lora
-        self.two_f, self.f = up_b.shape[1], down_a.shape[2]
-        # Filled at each use, because the factors change with every optimizer step; through .data, because autograd
-        # would see a change of a saved tensor. It copies a few megabytes.
-        gate_up.data[:, self.two_f :].copy_(up_a)
-        down.data[:, :, self.f :].copy_(down_b)
+    def __init__(self, options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor], x: Tensor) -> None:
+        super().__init__(options, gate_up, down, lora, x)
+        self.two_f, self.f = options.two_f, options.two_f // 2
+
+    # The factors are copied at each use, because they change with every optimizer step; through .data, because autograd
+    # would see a change of a saved tensor. It copies a few megabytes.
+
+    @cached_property
+    def gate_up(self) -> Tensor:
+        """Return gate_up [L, 2F + r, D], with A in its last rows."""
+        whole = self._whole("gate_up", more_rows=self.lora[0].shape[1])
+        whole.data[:, self.two_f :].copy_(self.lora[0])
+        return whole
+
+    @cached_property
+    def down(self) -> Tensor:
+        """Return down [L, D, F + r], with B in its last columns."""
+        whole = self._whole("down", more_columns=self.lora[3].shape[2])
+        whole.data[:, :, self.f :].copy_(self.lora[3])
+        return whole
 
     def middle(self, x: Tensor, chunk: Chunk, into: Tensor | None = None) -> Middle:
         """Compute up to the SwiGLU; h has its thin activation in the last r columns."""
-        wide = _kept_gate_up(x, self.gate_up, chunk)
+        wide = _kept_gate_up(x, self, chunk)
         thin_x = wide[:, self.two_f :] * self.options.scale
         both = _sum(_out(thin_x, self.lora[1], chunk), wide[:, : self.two_f], into)
         del wide
-        h = x.new_empty(x.shape[0], self.down.shape[2])
+        h = x.new_empty(x.shape[0], self.f + thin_x.shape[1])
         torch.mul(F.silu(both[:, : self.f]), both[:, self.f :], out=h[:, : self.f])
         thin_h = self.thin_h(h[:, : self.f], chunk)
         h[:, self.f :] = thin_h
@@ -187,7 +230,7 @@ class PackedLora:
         grad_thin_h = wide[:, self.f :] * self.options.scale
         grad_h = _in(grad_thin_h, down_a, chunk).add_(wide[:, : self.f])
         del wide
-        wide = both.new_empty(both.shape[0], self.gate_up.shape[1])
+        wide = both.new_empty(both.shape[0], self.two_f + grad_thin_h.shape[1])
         grad_both = wide[:, : self.two_f]
         h = _swiglu_backward(grad_h, both, grad_both)
         del grad_h
@@ -201,9 +244,11 @@ class PackedLora:
         return Gradients(rows=grad_x, weights=[None, None, *grads])
 
 
-def block(options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor]) -> SeparateLora | PackedLora:
-    """Return the block for these weights."""
-    return (PackedLora if options.inside else SeparateLora)(options, gate_up, down, lora)
+def block(
+    options: CallOptions, gate_up: Tensor, down: Tensor, lora: Sequence[Tensor], x: Tensor
+) -> SeparateLora | PackedLora:
+    """Return the block for these weights, which computes in the type of x."""
+    return (PackedLora if options.inside else SeparateLora)(options, gate_up, down, lora, x)
 
 
 def clear_empty(grad: Tensor, offs: Tensor) -> Tensor:
@@ -212,9 +257,11 @@ def clear_empty(grad: Tensor, offs: Tensor) -> Tensor:
     return grad.masked_fill_(empty[:, None, None], 0)
 
 
-def _kept_gate_up(x: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
+def _kept_gate_up(x: Tensor, stacks: Stacks, chunk: Chunk) -> Tensor:
     """Return the output of the wide GEMM before SwiGLU, or the one that a recompute kept. Never write into it."""
-    return kept("gate_up", lambda: _out(x, weight, chunk)) if chunk.keep else _out(x, weight, chunk)
+    if chunk.keep:
+        return kept("gate_up", lambda: _out(x, stacks.gate_up, chunk))
+    return _out(x, stacks.gate_up, chunk)
 
 
 def _sum(mine: Tensor, wide: Tensor, into: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from benchmarks.harness.memory import AnonymousPeak
 from finetune.architecture.shapes import is_expert_stack
 from finetune.files.basefiles import open_base
 from finetune.model.build import build
-from finetune.model.empty import ModelOptions
+from finetune.model.empty import ModelOptions, bits_of
 from finetune.model.weights import load_weights
 from finetune.ranks.engine import EngineOptions, engine_config, start_distributed
 from moe.parallel import LayerOptions
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--resident", action="store_true")
+    parser.add_argument("--bits", choices=("none", "int8", "nf4"), help="load in bfloat16, with experts in this form")
     args = parser.parse_args()
     torch.set_num_threads(1)
     start_distributed()
@@ -65,11 +66,12 @@ def _load(args: argparse.Namespace, config: dict[str, Any], results: dict[str, A
         model: torch.nn.Module = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=torch.float32)
         del keep
         return model
-    layer = LayerOptions(resident=args.resident)
-    empty = build(args.folder, ModelOptions(ep_size=args.ep, layer=layer, resident=args.resident, dtype=torch.float32))
+    layer = LayerOptions(resident=args.resident, bits=bits_of(args.bits or "none"))
+    dtype = torch.bfloat16 if args.bits else torch.float32
+    empty = build(args.folder, ModelOptions(ep_size=args.ep, layer=layer, resident=args.resident, dtype=dtype))
     report = load_weights(empty, open_base(args.folder, empty.expected), engine_config=config)
     largest = max(prod(shape) // (args.ep if is_expert_stack(name) else 1) for name, shape in empty.expected.items())
-    results |= {"read": report.bytes_read, "held": report.bytes_held, "largest": 4 * largest}
+    results |= {"read": report.bytes_read, "held": report.bytes_held, "largest": dtype.itemsize * largest}
     return empty.module
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.adapters.media import media_section, trained_data
-from finetune.adapters.provenance import PARENT, base_of, seen_settings
+from finetune.adapters.provenance import PARENT, base_of, quantised_in_training, seen_settings
 
 _HEAD = """\
 ---
@@ -55,6 +55,8 @@ def _origin(metadata: Mapping[str, str]) -> list[str]:
     base = base_of(metadata)
     if base is not None:
         lines.append(("base", f"{base.text()}, fingerprint `{base.fingerprint}`"))
+    if forms := quantised_in_training(metadata):
+        lines.append(("frozen weights while it trained", f"{forms}; merging adds the change to the base as published"))
     titles = {"moetune.data": "data plan", "moetune.step": "step", "moetune.seed": "seed"}
     lines += [(title, f"`{metadata[key]}`") for key, title in titles.items() if key in metadata]
     if "moetune.which" in metadata:

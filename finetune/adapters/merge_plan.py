@@ -14,7 +14,14 @@ from data.config import DataConfig
 from data.format.printable import count_of
 from finetune.adapters.media import media_files, trained_data
 from finetune.adapters.merge_fp8 import merged_types
-from finetune.adapters.provenance import CONFIGURATION, other_base_text, recorded, require_same_base, seen_settings
+from finetune.adapters.provenance import (
+    CONFIGURATION,
+    other_base_text,
+    quantised_in_training,
+    recorded,
+    require_same_base,
+    seen_settings,
+)
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.architecture.shapes import Shape
 from finetune.architecture.yarn import Extension, extension
@@ -88,6 +95,7 @@ class MergePlan:
         total = len(self.base.shapes)
         media = [name for name, content in self.side_files.items() if isinstance(content, bytes)]
         outside = [name for name in links_outside(self.base.folder) if not name.endswith(".safetensors")]
+        forms = quantised_in_training(self.source.metadata)
         longer = f"; config.json has {self.context.length:,} tokens, yarn" if self.context is not None else ""
         written = ", ".join(sorted(set(self.types.values())))
         converted = f"; written as {written}" if written != kinds else ""
@@ -97,6 +105,10 @@ class MergePlan:
             f"{len(self.source.full)} full tensors; {self.origin}",
             f"out      {out}: {count_of(len(self.files), 'weight file')} and {len(self.side_files) + 1} others in the "
             f"hub's layout, {self.need_bytes:,} bytes; free there: {free_bytes(out):,}{longer}{converted}",
+            *(
+                [f"note     it trained beside quantised weights ({forms}); here it is added to the base's own"]
+                * bool(forms)
+            ),
             *([f"left out {', '.join(outside)}: links to files outside {self.base.folder}"] if outside else []),
             *([f"media    {', '.join(media)}: with the sizes and frame settings of training"] if media else []),
         ]
@@ -153,7 +165,7 @@ def merge_settings(folder: Path) -> dict[str, Any]:
 
 def _seen(source: AdapterSource, base: Path) -> dict[str, Any]:
     seen: dict[str, Any] = seen_settings(source.metadata) or merge_settings(base)
-    return {section: values for section, values in seen.items() if section != "context"}
+    return {section: values for section, values in seen.items() if section not in ("context", "model")}
 
 
 def recorded_context(source: AdapterSource, base: Path) -> Extension | None:

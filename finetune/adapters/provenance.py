@@ -26,7 +26,12 @@ _OF_THE_RANKS = ("parallel", "engine", "checkpoint", "run.name")
 """Parts of a configuration that decide how a run was executed, but not its result."""
 
 
-SEEN = {"data": ("image", "video", "chat"), "context": ("yarn",), "moe": ("router_float32",)}
+SEEN = {
+    "data": ("image", "video", "chat"),
+    "context": ("yarn",),
+    "moe": ("router_float32",),
+    "model": ("quantise",),
+}
 """Configuration keys that affect a model's answers, by section."""
 
 
@@ -103,6 +108,13 @@ def seen_settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         for section, keys in SEEN.items()
         if isinstance(config.get(section), dict)
     }
+
+
+def quantised_in_training(metadata: Mapping[str, str]) -> str:
+    """Return how the base was quantised while the adapter trained, such as `experts in nf4`; empty if it was not."""
+    forms = seen_settings(metadata).get("model", {}).get("quantise", {})
+    listed = forms.items() if isinstance(forms, Mapping) else ()
+    return ", ".join(f"{name} in {bits}" for name, bits in listed if bits != "none")
 
 
 def require_same_base(adapter: Path, metadata: Mapping[str, str], base: BaseFiles) -> str:

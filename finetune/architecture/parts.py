@@ -27,6 +27,9 @@ VISION = (*TOWER, *MERGERS)
 TIED = ("embeddings", "head")
 """The parts that share one weight if the base ties them."""
 
+QUANTISED_DENSE = ("attention", "mlp")
+"""The parts whose matrices `model.quantise.dense` quantises, where they are frozen or have an adapter."""
+
 NO_LORA = {
     "patch_embed": "it is one Conv3d over raw pixels, and no server loads an adapter of it",
     "pos_embed": "it is a table that the tower interpolates, not a matrix that inputs are multiplied by",

@@ -6,8 +6,10 @@ from functools import cache
 from math import prod
 
 from finetune.architecture.families import Family
+from finetune.architecture.parts import QUANTISED_DENSE
 from finetune.architecture.shapes import Shape, is_expert_stack, parameter_shapes, part_of
-from finetune.config import AdaptersConfig
+from finetune.config import AS_THEY_ARE, AdaptersConfig, QuantiseConfig
+from moe.kernels.packed import Packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,11 @@ class Tensor:
 
     part: str
     elements: int
+    """A quantised tensor has bytes as elements, for the engine too."""
     expert: bool
     trained: bool
+    packed: bool = False
+    """Whether it is quantised, so that each element is one byte."""
 
 
 @cache
@@ -39,18 +44,34 @@ def trained_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple
 
 
 @cache
-def frozen_tensors(base: Family, adapters: AdaptersConfig, *, ep: int) -> tuple[Tensor, ...]:
+def frozen_tensors(
+    base: Family, adapters: AdaptersConfig, *, ep: int, quantise: QuantiseConfig = AS_THEY_ARE
+) -> tuple[Tensor, ...]:
     """Return what does not change, as one rank would hold it whole."""
-    return tuple(
-        Tensor(
-            part=part_of(name),
-            elements=prod(shape) // (ep if is_expert_stack(name) else 1),
-            expert=is_expert_stack(name),
-            trained=False,
+    tensors: list[Tensor] = []
+    for name, shape in parameter_shapes(base).items():
+        if getattr(adapters, part_of(name)).mode == "full":
+            continue
+        is_stack, packing = is_expert_stack(name), packing_of(name, shape, quantise)
+        matrices = shape[0] // ep if is_stack else 1
+        size = prod(shape[-2:] if is_stack else shape) if packing is None else packing.row_bytes
+        tensors.append(
+            Tensor(
+                part=part_of(name),
+                elements=matrices * size,
+                expert=is_stack,
+                trained=False,
+                packed=packing is not None,
+            )
         )
-        for name, shape in parameter_shapes(base).items()
-        if getattr(adapters, part_of(name)).mode != "full"
-    )
+    return tuple(tensors)
+
+
+def packing_of(name: str, shape: Shape, quantise: QuantiseConfig) -> Packing | None:
+    """Return how `model.quantise` packs the matrices of a frozen tensor; None if it leaves them as they are."""
+    is_linear = len(shape) == 2 and name.endswith(".weight") and part_of(name) in QUANTISED_DENSE
+    bits = quantise.experts if is_expert_stack(name) else quantise.dense if is_linear else "none"
+    return None if bits == "none" else Packing(bits=bits, out=shape[-2], into=shape[-1])
 
 
 def _factors(name: str, shape: Shape, r: int, ep: int) -> Iterator[int]:

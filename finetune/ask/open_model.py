@@ -23,7 +23,7 @@ from finetune.files.hub import model_folder
 from finetune.files.hubconfig import read_family
 from finetune.files.hubfiles import stop_tokens
 from finetune.model.build import build
-from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.empty import EmptyModel, ModelOptions, bits_of
 from finetune.model.weights import base_slots, load_weights
 from finetune.ranks.device import open_device
 from moe.experts import ExpertLora as Lora
@@ -45,13 +45,20 @@ def open_speaker(
 ) -> Speaker:
     """Load a base or merged model, with or without an adapter, into one process.
 
-    Of the configuration, only data.image, data.video, data.chat, context and moe.router_float32 have an effect.
+    Of the configuration, only data.image, data.video, data.chat, context, moe.router_float32 and model.quantise have an
+    effect.
     """
     opened_device = open_device(device)
     folder, config = model_folder(model), config or RunConfig()
     ours = open_adapter(adapter) if adapter is not None and is_ours(adapter) else None
     is_float32 = dtype == "float32" or (dtype == "auto" and opened_device.type == "cpu")
-    empty = build(folder, _options(ours, config, folder, torch.float32 if is_float32 else torch.bfloat16))
+    options = _options(ours, config, folder, torch.float32 if is_float32 else torch.bfloat16)
+    if adapter is not None and ours is None and (options.layer.bits or options.dense_bits):
+        raise ValueError(
+            f"{adapter} is another tool's adapter, which is added to the weights, and model.quantise holds these in "
+            f"fewer bits. Set model.quantise.experts=none and model.quantise.dense=none"
+        )
+    empty = build(folder, options)
     files = open_base(folder, empty.expected, layout=layout)
     foreign = open_source(adapter, files.shapes) if adapter is not None and ours is None else None
     source = ours or foreign
@@ -89,6 +96,7 @@ def _options(adapter: AdapterFile | None, config: RunConfig, folder: Path, dtype
         experts=modes.get("experts", "frozen"),
         lora=families.get("experts"),
         router=router_options,
+        bits=bits_of(config.model.quantise.experts),
     )
     dense = {part: lora for part, lora in families.items() if part not in ("experts", "router")}
     return ModelOptions(
@@ -96,6 +104,7 @@ def _options(adapter: AdapterFile | None, config: RunConfig, folder: Path, dtype
         lora={part: lora for part, lora in dense.items() if lora},
         train=tuple(part for part, lora in dense.items() if not lora),
         dtype=dtype,
+        dense_bits=bits_of(config.model.quantise.dense),
         attention="sdpa",
         context=extension(config.context, read_family(folder)),
     )

@@ -12,12 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from finetune.architecture.parts import QUANTISED_DENSE
 from finetune.architecture.shapes import HEAD, part_of
 from finetune.architecture.yarn import Extension
 from finetune.model.empty import EmptyModel, ModelOptions
 from finetune.model.lora import inject
 from finetune.model.resident import make_resident
 from finetune.model.varlen import register
+from moe.kernels.linear import PackedLinear, Workspace
+from moe.kernels.packed import Bits, Packing
 from moe.names import LAYERS as KNOWN
 from moe.parallel import BalanceCall, replace_moe_blocks
 
@@ -40,9 +43,10 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     tied_head = HEAD not in expected
     _check_asked(folder, {part_of(name) for name in expected}, options)
+    workspace = Workspace()
     inject(module, expected, options.lora)  # first, because PEFT freezes everything, the new blocks' factors too
     if kind in KNOWN:
-        replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance)
+        replace_moe_blocks(module, ep_size=options.ep_size, options=options.layer, balance=balance, workspace=workspace)
     elif options.ep_size != 1:
         raise ValueError(f"parallel.ep: {options.ep_size}, but {kind} in {folder} has no experts. Set parallel.ep=1")
     empty = EmptyModel(
@@ -56,6 +60,8 @@ def build(folder: Path, options: ModelOptions, *, balance: BalanceCall | None = 
         context=options.context,
     )
     _settle_training(empty, options.train)
+    if options.dense_bits is not None:
+        _pack_linears(empty, options.dense_bits, workspace)
     if options.resident:
         make_resident(module)
     trained = tuple(name for name, parameter in module.named_parameters() if parameter.requires_grad)
@@ -111,6 +117,19 @@ def _settle_training(empty: EmptyModel, train: Collection[str]) -> None:
         canonical = empty.canonical(name)
         if parts.get(canonical) not in ("experts", "router", None):
             parameter.requires_grad_(parts[canonical] in train)
+
+
+def _pack_linears(empty: EmptyModel, bits: Bits, workspace: Workspace) -> None:
+    """Replace the decoder's linear layers, also those inside of LoRA layers, by packed ones."""
+    for name, layer in list(empty.module.named_modules()):
+        if isinstance(layer, nn.Linear) and part_of(empty.canonical(f"{name}.weight")) in QUANTISED_DENSE:
+            if ".lora_" in name:
+                continue
+            if layer.weight.requires_grad:
+                part = part_of(empty.canonical(f"{name}.weight"))
+                raise ValueError(f"{part} trains in full and cannot be quantised to {bits}: freeze it, or adapt it")
+            packing = Packing(bits=bits, out=layer.out_features, into=layer.in_features)
+            empty.module.set_submodule(name, PackedLinear(packing, layer.bias, workspace))
 
 
 def _order(parts: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,9 +11,15 @@ from finetune.architecture.shapes import Shape
 from finetune.architecture.yarn import Extension
 from finetune.settings.attention import AttentionName
 from moe.experts import ExpertLora as Lora
+from moe.kernels.packed import Bits
 from moe.names import LAYERS as KNOWN
 from moe.names import canonical_name, dense_name
 from moe.parallel import LayerOptions
+
+
+def bits_of(setting: Literal["none", "int8", "nf4"]) -> Bits | None:
+    """Return the form that a key of `model.quantise` names; None for `none`."""
+    return None if setting == "none" else setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,8 @@ class ModelOptions:
     """Adapters of dense parts, by part; those of experts and routers are in `layer`."""
     resident: bool = True
     dtype: torch.dtype = torch.bfloat16
+    dense_bits: Bits | None = None
+    """The form of the frozen matrices of attention and MLPs; that of experts is in `layer`."""
     attention: AttentionName = "sdpa"
     context: Extension | None = None
 

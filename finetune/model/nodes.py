@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from finetune.model.lora import ADAPTER
+from moe.kernels.linear import PackedLinear
 
 Grads = tuple[Tensor | None, ...]
 
@@ -182,30 +183,34 @@ class DenseLora(LoraLinear):  # type: ignore[misc]  # peft is untyped
         if hooked or self._disable_adapters or self.merged_adapters or (self.drops and self.training):
             y: Tensor = super().forward(x, *args, **kwargs)
         else:
-            y = _Lora.apply(x, x, a.weight, b.weight, base.weight, base.bias, self.scale)  # type: ignore[no-untyped-call]
+            y = _Lora.apply(x, x, a.weight, b.weight, base, self.scale)  # type: ignore[no-untyped-call]
         return y
 
 
 class _Lora(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, _: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float
-    ) -> Tensor:
-        assert not any(ctx.needs_input_grad[4:6]), "the layer that LoRA adapts must be frozen"
+    def forward(ctx: Any, x: Tensor, _: Tensor, a: Tensor, b: Tensor, base: Any, scale: float) -> Tensor:
+        assert not base.weight.requires_grad, "the layer that LoRA adapts must be frozen"
         thin = F.linear(x, a)
         ctx.save_for_backward(x, thin)
-        ctx.weights, ctx.scale = (a, b, weight), scale
-        return F.linear(x, weight, bias).add_(F.linear(thin, b).mul_(scale))
+        ctx.weights, ctx.scale = (a, b, base), scale
+        return F.linear(x, _weight(base, x), base.bias).add_(F.linear(thin, b).mul_(scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:
         x, thin = ctx.saved_tensors
-        a, b, weight = ctx.weights
+        a, b, base = ctx.weights
         grad = grad.flatten(0, -2)
         wide = grad * ctx.scale
         grad_thin = wide.mm(b)
         of_factors = grad_thin.t().mm(x.flatten(0, -2)), wide.t().mm(thin.flatten(0, -2))
         if not ctx.needs_input_grad[0]:
-            return None, None, *of_factors, None, None, None
-        return grad_thin.mm(a).view_as(x), grad.mm(weight).view_as(x), *of_factors, None, None, None
+            return None, None, *of_factors, None, None
+        return grad_thin.mm(a).view_as(x), grad.mm(_weight(base, grad)).view_as(x), *of_factors, None, None
+
+
+def _weight(layer: Any, like: Tensor) -> Tensor:
+    """Return the weight of a frozen linear layer; a packed one is unpacked in the type of `like`."""
+    weight: Tensor = layer.whole(like) if isinstance(layer, PackedLinear) else layer.weight
+    return weight

@@ -23,8 +23,12 @@ from finetune.model.sources import Source, StartValues
 from finetune.ranks.collectives import rank_and_world
 from finetune.ranks.engine import engine_device, gathered
 from moe.experts import GroupedExperts
+from moe.kernels.linear import PackedLinear
+from moe.kernels.packed import Packing
 from moe.router import Router
 
+QUANTISED_ERROR = 0.5
+"""Largest relative difference of a quantised row from the file: 0.1 is usual in nf4, 1.4 for another row's values."""
 BLOCK_BYTES = 40 * 2**20
 """Bytes that were read in memory at once; just above the largest block that the C library keeps when freed (32 MiB)."""
 
@@ -52,6 +56,12 @@ class Slot:
         """The experts of a stack that this rank holds; None for a dense tensor, which is read entirely."""
         owner = self.owners[0][0]
         return owner.local_experts if isinstance(owner, GroupedExperts) else None
+
+    @property
+    def packing(self) -> Packing | None:
+        """The form of its matrices; None for a tensor that is not packed."""
+        owner, name = self.owners[0]
+        return owner.packings.get(name) if isinstance(owner, (GroupedExperts, PackedLinear)) else None
 
 
 def load_weights(
@@ -111,17 +121,33 @@ def check_rows(empty: EmptyModel, files: BaseFiles, *, leave: Collection[str] = 
         for key in ("gate_up", "down"):
             canonical = empty.canonical(f"{name}.{key}")
             if canonical not in leave:
-                for local, row, ours in _held_rows(getattr(experts, key)):
-                    _check_row(ours, files, canonical, experts.local_experts[local], row)
+                rows = _packed_rows if experts.packings else _held_rows
+                for local, row, ours in rows(experts, key):
+                    _check_row(ours, files, canonical, experts.local_experts[local], row, exact=not experts.packings)
 
 
-def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _packed_rows(experts: GroupedExperts, key: str) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (local expert, row, values) for some rows of packed matrices that lie on this rank as a whole."""
+    packing, packed = experts.packings[key], getattr(experts, key)
+    piece, size = getattr(packed, "ds_tensor", None), packing.row_bytes
+    start, held = 0, packed.detach() if piece is None else piece
+    if piece is not None:
+        start = packed.ds_zero_partition_rank * piece.numel()
+    first, last = -(-start // size), min(len(experts.local_experts), (start + held.numel()) // size) - 1
+    for local in sorted({first, last} if first <= last else ()):
+        matrix = held.flatten()[local * size - start :][:size].view(1, size)
+        whole = packing.unpack(matrix, torch.empty((1, packing.out, packing.into), device=held.device))[0]
+        yield from ((local, row, whole[row]) for row in sorted({0, packing.out // 2, packing.out - 1}))
+
+
+def _held_rows(experts: GroupedExperts, key: str) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (local expert, row, values) for some rows of a stack on this rank; only of its slice if partitioned."""
+    weight = getattr(experts, key)
     piece = getattr(weight, "ds_tensor", None)
     experts, height, width = getattr(weight, "ds_shape", weight.shape)
     start, stop = 0, experts * height * width
     if piece is not None:
-        start = weight.ds_zero_partition_rank * piece.numel()  # type: ignore[attr-defined]  # DeepSpeed's
+        start = weight.ds_zero_partition_rank * piece.numel()
         stop = min(start + piece.numel(), stop)
     first, last = -(-start // width), stop // width - 1  # complete rows only
     for row in sorted({first, (first + last) // 2, last} if first <= last else ()):
@@ -133,11 +159,12 @@ def _held_rows(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         )
 
 
-def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int) -> None:
+def _check_row(ours: Tensor, files: BaseFiles, canonical: str, expert: int, row: int, *, exact: bool) -> None:
     """Compare one output feature, which is a column of the stored matrix in the hub's layout."""
     ours = ours.detach().cpu()
     stored_row = files.out_feature(canonical, expert, row).to(ours.dtype)
-    if not torch.equal(ours, stored_row):
+    is_near = not exact and (ours - stored_row).norm() <= QUANTISED_ERROR * stored_row.norm()
+    if not (is_near or torch.equal(ours, stored_row)):
         apart = (ours.float() - stored_row.float()).abs().max().item()
         raise ValueError(
             f"{files.folder}: {canonical}, expert {expert}: row {row} in memory differs from the file by up to "
@@ -202,7 +229,16 @@ def _place(slot: Slot) -> Tensor:
 def _fill(target: Tensor, files: Source, slot: Slot) -> None:
     """Read a tensor block by block into its place."""
     for place, block in _blocks(files, slot):
-        target[place].copy_(files.read(slot.canonical, block))
+        target[place].copy_(_read(files, slot, block, target.device))
+
+
+def _read(files: Source, slot: Slot, rows: range, device: torch.device) -> Tensor:
+    """Read some rows, and quantise them where the model holds them packed."""
+    values = files.read(slot.canonical, rows)
+    if slot.packing is None:
+        return values
+    matrices = values.to(device).view(-1, slot.packing.out, slot.packing.into)
+    return slot.packing.pack(matrices, name=f"{slot.canonical}, from row {rows.start},")
 
 
 def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -> None:
@@ -210,7 +246,7 @@ def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -
     for place, block in _blocks(files, slot):
         piece = torch.empty(target[place].shape, dtype=target.dtype, device=target.device)
         if rank_and_world()[0] == reader:
-            piece.copy_(files.read(slot.canonical, block))
+            piece.copy_(_read(files, slot, block, piece.device))
         if dist.is_initialized():
             dist.broadcast(piece, src=reader, group=group)
         target[place].copy_(piece)
@@ -219,6 +255,9 @@ def _share(target: Tensor, files: Source, slot: Slot, group: Any, reader: int) -
 def _blocks(files: Source, slot: Slot) -> Iterator[tuple[slice, range]]:
     """Yield where each block of this rank's rows goes, and the rows of the file that it holds."""
     rows = slot.rows or range(files.shapes[slot.canonical][0])
+    if slot.packing is not None and slot.rows is None:
+        yield slice(0, 1), rows  # a matrix is quantised whole
+        return
     step = max(1, BLOCK_BYTES // files.row_bytes(slot.canonical))
     for first in range(0, len(rows), step):
         block = rows[first : first + step]

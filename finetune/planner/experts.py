@@ -7,7 +7,7 @@ other ranks are taken from the code, not counted; dropout's masks are left out.
 from dataclasses import dataclass
 
 from finetune.architecture.families import Family
-from finetune.config import AdaptersConfig
+from finetune.config import AdaptersConfig, Bits
 from finetune.planner.activations import INDEX, Recompute, Rows, chunk_rows
 from finetune.planner.operations import (
     SORT,
@@ -24,6 +24,7 @@ from finetune.planner.operations import (
     permuted,
     routing,
     touch,
+    unpacked,
 )
 from moe.config import KEEP_BYTES
 
@@ -45,6 +46,8 @@ class Block:
     inside: bool
     """Whether LoRA is kept in spare rows and columns of the frozen weights."""
     full: bool
+    bits: Bits = "none"
+    """The form in which frozen experts are held."""
 
     @property
     def sent(self) -> int:
@@ -62,7 +65,7 @@ class Block:
         return self.arriving, self.d, self.f, self.r, self.local, self.b, self.chunks
 
 
-def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, resident: bool) -> Block:
+def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, resident: bool, bits: Bits = "none") -> Block:
     """Return the expert block of one decoder layer, or of one tile of it."""
     experts, family = base.text.experts, adapters.experts
     assert experts is not None
@@ -77,8 +80,9 @@ def block(base: Family, adapters: AdaptersConfig, rows: Rows, *, ep: int, reside
         r=family.r if family.mode == "lora" else 0,
         b=rows.itemsize,
         ep=ep,
-        inside=family.mode == "lora" and resident and not family.dropout,
+        inside=family.mode == "lora" and (resident or bits != "none") and not family.dropout,
         full=family.mode == "full",
+        bits=bits,
     )
 
 
@@ -147,10 +151,11 @@ def _home(at: Block) -> list[Op]:
 def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
     """Return four groups: before the first product, that wide product, up to the end of SwiGLU, the last product."""
     rows, d, f, r, e, b, n = at.letters
-    first = [routing(2), *_room(at)]
+    first = [routing(2)]
     if n > 1:
         first.append(routing(2 * n))
     spare = r if at.inside else 0
+    up, down = _whole(at)
     wide = [grouped(rows, d, 2 * f + spare, e, b)]
     rest, end = touch(rows * f, 2 * b, 3 * b), [grouped(rows, f + spare, d, e, b)]
     if r:
@@ -161,7 +166,7 @@ def _forward(at: Block) -> tuple[list[Op], list[Op], list[Op], list[Op]]:
     if n > 1:
         rest += touch(rows * r, 2 * b, 2 * b) if r else touch(rows * 2 * f, 2 * b)
         rest += touch(rows * d, 2 * b)  # outputs are copied into place even when nothing reads them
-    return first, _split(wide, n), _split(rest, n), _split(end, n)
+    return first, [*up, *_split(wide, n)], _split(rest, n), [*down, *_split(end, n)]
 
 
 def _backward(at: Block) -> list[Op]:
@@ -175,12 +180,18 @@ def _backward(at: Block) -> list[Op]:
         ops += touch(rows * r, *(2 * b,) * (2 + at.inside))
     ops += touch(rows * d, 2 * b) if n > 1 else []
     borders = [routing(2 * n)] if n > 1 else []
-    return [*_room(at), *borders, *_split(ops, n), *_weight_gradients(at)]
+    up, down = _whole(at)
+    return [*up, *down, *borders, *_split(ops, n), *_weight_gradients(at)]
 
 
-def _room(at: Block) -> list[Op]:
-    """Copy the LoRA factors into the spare rows and columns."""
-    return touch(at.local * at.r * at.d, 2 * at.b, 2 * at.b) if at.inside else []
+def _whole(at: Block) -> tuple[list[Op], list[Op]]:
+    """Return the operations before the first use of gate_up and of down in a pass.
+
+    Packed matrices are unpacked, and LoRA factors are copied into the spare rows and columns.
+    """
+    room = touch(at.local * at.r * at.d, 2 * at.b) if at.inside else []
+    up, down = (unpacked(at.local, out, into, at.b, at.bits) for out, into in ((2 * at.f, at.d), (at.d, at.f)))
+    return [*up, *room], [*down, *room]
 
 
 def _weight_gradients(at: Block) -> list[Op]:

@@ -4,16 +4,17 @@ At the start of a run the same search resolves `parallel.ep: auto` and `parallel
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import log2
 from typing import Any, Literal
 
 from finetune.architecture.families import Family
-from finetune.config import RunConfig
+from finetune.config import QuantiseConfig, RunConfig
 from finetune.planner.gpus import GB, Cluster, this_machine
 from finetune.planner.plan import Plan, plan
 from finetune.planner.time import Assumed
+from finetune.settings.check_adapters import quantise_problems
 
 AUTO_EP = 0
 """The number that stands for `parallel.ep: auto`."""
@@ -23,7 +24,15 @@ SLICING = 0.95
 """Factor on the estimated rate for each doubling of the sequence group."""
 RECOMPUTE: tuple[Literal["none", "selective", "layer"], ...] = ("none", "selective", "layer")
 TOKENS = (4096, 8192, 16_384, 32_768, 65_536, 131_072, 262_144)
-FREE = ("ep", "sp", "resident", "recompute", "tokens")
+FORMS = (
+    QuantiseConfig(experts="int8"),
+    QuantiseConfig(experts="nf4"),
+    QuantiseConfig(experts="nf4", dense="nf4"),
+    QuantiseConfig(dense="int8"),
+    QuantiseConfig(dense="nf4"),
+)
+"""Forms that are tried in this order when nothing fits as it is; the last two are for bases without experts."""
+FREE = ("ep", "sp", "resident", "recompute", "tokens", "bits")
 """The parts of a layout that the search may change by default."""
 
 
@@ -59,6 +68,8 @@ class Fit:
 def fit(config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed, free: Sequence[str] = FREE) -> Fit:
     """Search the layouts; `free` names what may change."""
     proposals = fitting(config, base, cluster, assumed=assumed, free=free)
+    if not proposals and "bits" in free:
+        proposals = _in_fewer_bits(config, base, cluster, assumed=assumed, free=free)
     if not proposals:
         return Fit(best=None, others=[], advice=_advice(config, base, cluster, assumed, free))
     by_kind: dict[tuple[int, int, bool, str], Proposal] = {}
@@ -95,6 +106,22 @@ def resolve_auto(
         )
     layout = proposed.best.plan.layout
     return replace(config, parallel=replace(config.parallel, ep=layout.ep, recompute=layout.recompute))
+
+
+def _in_fewer_bits(
+    config: RunConfig, base: Family, cluster: Cluster, *, assumed: Assumed, free: Sequence[str]
+) -> list[Proposal]:
+    """Return the layouts that fit with the most bits that make one fit; experts are quantised before dense matrices."""
+    for quantise in FORMS:
+        changed = replace(config, model=replace(config.model, quantise=quantise))
+        if quantise_problems(changed, base):
+            continue
+        proposals = fitting(changed, base, cluster, assumed=assumed, free=free)
+        if proposals:
+            old, new = asdict(config.model.quantise), asdict(quantise)
+            bits = {f"model.quantise.{name}": new[name] for name in new if new[name] != old[name]}
+            return [replace(proposal, changes={**bits, **proposal.changes}) for proposal in proposals]
+    return []
 
 
 def _order(proposal: Proposal) -> tuple[float, int, int]:
@@ -195,7 +222,7 @@ def _advice(config: RunConfig, base: Family, cluster: Cluster, assumed: Assumed,
     """Return the smallest change of the configuration, or else of the cluster, that makes a layout fit."""
     least = replace(config, parallel=replace(config.parallel, recompute="layer"))  # the mode that takes least
     every = tuple(dict.fromkeys([*free, "ep", "sp", "resident"]))
-    every = tuple(key for key in every if key not in ("recompute", "tokens"))
+    every = tuple(key for key in every if key not in ("recompute", "tokens", "bits"))
 
     def helps(changed: RunConfig, machines: Cluster) -> bool:
         return any(proposal.plan.fits for proposal in _proposals(changed, base, machines, assumed, every))

@@ -9,6 +9,9 @@ GIB = 2**30
 MEMORY_SHARE = 0.8
 """Share of the memory's data-sheet rate that kernels reach: 2.7 of 3.35 TB/s on an H100."""
 
+GROUPED_FROM = 9.0
+"""The compute capability from which torch has a grouped kernel: Hopper and data-centre Blackwell."""
+
 _PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -22,6 +25,10 @@ _PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
     "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX4090": 165e12,
+    "A6000": 155e12,
 }
 """Dense bfloat16 operations per second, under the first name that the device's own name contains."""
 
@@ -34,9 +41,6 @@ class Kernels:
     grouped: float
     attention: float
     """FlashAttention 2, which `varlen` runs; forward and backward together."""
-    has_grouped_mm: bool = True
-    """Whether torch has a grouped bfloat16 kernel for the device (compute capability 9.0, 10.0). If not, it calls one
-    product per expert, at the share of `grouped`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,13 @@ class Gpu:
     network_rate: float
     """Rate of a device's own network card; a node's figure divided by its devices."""
     kernels: Kernels
+    capability: float = 9.0
+    """CUDA's compute capability."""
+
+    @property
+    def has_grouped_mm(self) -> bool:
+        """Return whether torch has a grouped bfloat16 kernel for the device. If not, it calls a product per expert."""
+        return self.capability >= GROUPED_FROM
 
     @property
     def reached_memory_rate(self) -> float:
@@ -114,7 +125,7 @@ HOPPER = Kernels(dense=0.63, grouped=0.42, attention=0.35)
 """620, 420 and 350 of 989 TFLOP/s. Dense: 788 was measured for a large product on an H200; less is assumed at a layer's
 sizes. Grouped: Liger's kernel reached 413, forward and backward (its benchmark's file). Attention: the authors
 of FlashAttention 2 report 370 for forward."""
-AMPERE = Kernels(dense=0.7, grouped=0.6, attention=0.55, has_grouped_mm=False)
+AMPERE = Kernels(dense=0.7, grouped=0.6, attention=0.55)
 """The authors of FlashAttention 2 report 0.72 for a complete training; the rest is assumed, also for Ada."""
 BLACKWELL = Kernels(dense=0.6, grouped=0.4, attention=0.17)
 """Assumed; the attention kernel was written for older devices, and is assumed to be as fast as on an H100."""
@@ -122,7 +133,15 @@ LITTLE_HOPPER = Kernels(dense=0.85, grouped=0.75, attention=0.75)
 """Assumed: the H20 has an H200's memory and a seventh of its peak, so kernels come closer to that peak."""
 
 
-def _row(name: str, kernels: Kernels, gib: float, memory_rate: float, link_rate: float, network_rate: float) -> Gpu:
+def _row(
+    name: str,
+    kernels: Kernels,
+    gib: float,
+    memory_rate: float,
+    link_rate: float,
+    network_rate: float,
+    capability: float,
+) -> Gpu:
     flops = peak_flops(name.partition("-")[0])
     assert flops is not None
     return Gpu(
@@ -133,20 +152,26 @@ def _row(name: str, kernels: Kernels, gib: float, memory_rate: float, link_rate:
         link_rate=link_rate * GB,
         network_rate=network_rate * GB,
         kernels=kernels,
+        capability=capability,
     )
 
 
-# Memory as the driver shows it, a little below the advertised size. Link: NVLink, one way; PCIe 4 for the L40S.
+# Memory as the driver shows it, a little below the advertised size. Link: NVLink, one way; PCIe 4 for L4, 4090, A6000
+# and L40S, of which those with 24 GB share one network card of 100 Gbit/s among eight.
 _TABLE = {
     entry.name: entry
     for entry in (
-        _row("a100-40gb", AMPERE, 39.4, 1555, 300, 25),
-        _row("a100-80gb", AMPERE, 79.1, 2039, 300, 25),
-        _row("h100-80gb", HOPPER, 79.1, 3350, 450, 50),
-        _row("h200-141gb", HOPPER, 139.7, 4800, 450, 50),
-        _row("h20-96gb", LITTLE_HOPPER, 95.0, 4000, 450, 50),
-        _row("b200-180gb", BLACKWELL, 178.0, 8000, 900, 50),
-        _row("l40s-48gb", AMPERE, 44.5, 864, 25, 12.5),
+        _row("a100-40gb", AMPERE, 39.4, 1555, 300, 25, 8.0),
+        _row("a100-80gb", AMPERE, 79.1, 2039, 300, 25, 8.0),
+        _row("h100-80gb", HOPPER, 79.1, 3350, 450, 50, 9.0),
+        _row("h200-141gb", HOPPER, 139.7, 4800, 450, 50, 9.0),
+        _row("h20-96gb", LITTLE_HOPPER, 95.0, 4000, 450, 50, 9.0),
+        _row("b200-180gb", BLACKWELL, 178.0, 8000, 900, 50, 10.0),
+        _row("b300-288gb", BLACKWELL, 267.0, 8000, 900, 100, 10.3),
+        _row("l40s-48gb", AMPERE, 44.5, 864, 25, 12.5, 8.9),
+        _row("a6000-48gb", AMPERE, 47.5, 768, 25, 12.5, 8.6),
+        _row("rtx4090-24gb", AMPERE, 23.6, 1008, 25, 1.5, 8.9),
+        _row("l4-24gb", AMPERE, 22.0, 300, 25, 1.5, 8.9),
     )
 }
 

@@ -5,7 +5,7 @@ rows are taken from the code, not counted, and norms in tiles are counted as one
 """
 
 from finetune.architecture.families import Family
-from finetune.config import LOSS_SLICES, LOSS_TILE_BYTES, AdaptersConfig
+from finetune.config import AS_THEY_ARE, LOSS_SLICES, LOSS_TILE_BYTES, AdaptersConfig, Bits, QuantiseConfig
 from finetune.planner.activations import INDEX, Reach, Recompute, Rows
 from finetune.planner.experts import block, choice, experts
 from finetune.planner.operations import (
@@ -21,6 +21,7 @@ from finetune.planner.operations import (
     routing,
     touch,
     turn,
+    unpacked,
 )
 
 BACKWARD = 2.5
@@ -39,6 +40,7 @@ def decoder_layer(
     sp: int = 1,
     resident: bool = True,
     balances: bool = False,
+    quantise: QuantiseConfig = AS_THEY_ARE,
 ) -> Passes:
     """Return the operations of one layer with experts (`sparse`) or a plain MLP.
 
@@ -46,13 +48,16 @@ def decoder_layer(
     """
     t, b = rows.tokens, rows.itemsize
     reach, full = Reach.of(adapters), adapters.norms.mode == "full"
-    seen = _attention(base, adapters, rows, squares, sp)
+    seen = _attention(base, adapters, rows, squares, sp, quantise.dense)
     size = t * base.text.hidden_size
     before, added = norm(size, t, b), touch(size, 3 * b)
-    parts = [_mlp(base, adapters, rows)]
+    parts = [_mlp(base, adapters, rows, quantise.dense)]
     if sparse:
         parts = [choice(base, adapters, rows, balances=balances)]
-        tile = experts(block(base, adapters, rows, ep=ep, resident=resident), "layer" if rows.tiles > 1 else recompute)
+        tile = experts(
+            block(base, adapters, rows, ep=ep, resident=resident, bits=quantise.experts),
+            "layer" if rows.tiles > 1 else recompute,
+        )
         parts.append(_tiled(tile, rows.tiles, recompute))
     forward = [*before, *seen.forward, *added, *before, *(op for part in parts for op in part.forward), *added]
     if not reach.layers:
@@ -81,7 +86,9 @@ def _tiled(tile: Passes, tiles: int, recompute: Recompute) -> Passes:
     )
 
 
-def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: float, sp: int) -> Passes:
+def _attention(
+    base: Family, adapters: AdaptersConfig, rows: Rows, squares: float, sp: int, bits: Bits = "none"
+) -> Passes:
     """Return projections, norms of queries and keys, rotation, the kernel and the last projection; and backward."""
     t, b = rows.tokens, rows.itemsize
     d, head = base.text.hidden_size, base.text.head_dim
@@ -104,16 +111,22 @@ def _attention(base: Family, adapters: AdaptersConfig, rows: Rows, squares: floa
     back += [*norm_back(q, t * heads, b, full=full), *norm_back(k, t * kv, b, full=full)]
     back += [op for out in (wide, narrow, narrow) for op in linear_back(t, d, out, b, family)]
     back += touch(t * d, 3 * b, 3 * b)
-    return Passes(forward=[*enter, *slices, kernel, *linear(t, wide, d, b, family)], backward=back)
+    whole = [
+        op for out, into in ((wide, d), (narrow, d), (narrow, d), (d, wide)) for op in unpacked(1, out, into, b, bits)
+    ]
+    back += whole
+    return Passes(forward=[*whole, *enter, *slices, kernel, *linear(t, wide, d, b, family)], backward=back)
 
 
-def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows) -> Passes:
+def _mlp(base: Family, adapters: AdaptersConfig, rows: Rows, bits: Bits = "none") -> Passes:
     t, b = rows.tokens, rows.itemsize
     family = adapters.mlp
     d, inner = base.text.hidden_size, base.text.intermediate_size
     enter = [*linear(t, d, inner, b, family), *linear(t, d, inner, b, family), *touch(t * inner, 2 * b, 3 * b)]
     back = [*linear_back(t, inner, d, b, family), *touch(t * inner, 3 * b, 3 * b, 3 * b)]
     back += [*linear_back(t, d, inner, b, family), *linear_back(t, d, inner, b, family), *touch(t * d, 3 * b)]
+    whole = [op for out, into in ((inner, d), (inner, d), (d, inner)) for op in unpacked(1, out, into, b, bits)]
+    enter, back = [*whole, *enter], [*whole, *back]
     again = [*enter, *linear_again(t, inner, d, b, family)]
     return Passes(forward=[*enter, *linear(t, inner, d, b, family)], again=again, backward=back)
 

@@ -6,14 +6,16 @@ tensors also stay gathered between steps. Gradients leave through one float32 bu
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from finetune.architecture.families import Family
 from finetune.architecture.parts import VISION
-from finetune.architecture.trained import Tensor, frozen_tensors, trained_tensors
+from finetune.architecture.shapes import parameter_shapes
+from finetune.architecture.trained import Tensor, frozen_tensors, packing_of, trained_tensors
 from finetune.config import RunConfig
 from finetune.planner.activations import WIDE
 from finetune.planner.moments import Moment, moments
-from finetune.planner.rank_layout import RankLayout, bucket, slices, small
+from finetune.planner.rank_layout import RankLayout, bucket, slice_bytes, slices, small, small_bytes, whole_bytes
 
 RESERVE_BYTES = 1.5e9
 """Bytes of a GPU that hold no tensors: context, kernels and communicators."""
@@ -60,11 +62,11 @@ class Memory:
 def memory(config: RunConfig, base: Family, layout: RankLayout) -> Memory:
     """Return the memory of the fullest rank."""
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
-    frozen = frozen_tensors(base, config.adapters, ep=layout.ep)
+    frozen = frozen_tensors(base, config.adapters, ep=layout.ep, quantise=config.model.quantise)
     even = moments(config, base, replace(layout, skew=1.0), trained, frozen)
     skewed = moments(config, base, layout, trained, frozen)
-    frozen_elements = _whole(frozen, layout) if layout.resident else slices(frozen, layout)
-    weights = layout.itemsize * (frozen_elements + slices(trained, layout)) + _router(config, base, layout.itemsize)
+    frozen_bytes = whole_bytes(frozen, layout) if layout.resident else slice_bytes(frozen, layout)
+    weights = frozen_bytes + layout.itemsize * slices(trained, layout) + _router(config, base, layout.itemsize)
     planned = Memory(
         always=_always(config, base, layout, trained, frozen),
         moments=tuple(_with_skew(moment, busiest) for moment, busiest in zip(even, skewed, strict=True)),
@@ -89,14 +91,15 @@ def _always(
     experts = [tensor for tensor in frozen if tensor.expert]
     visual = [tensor for tensor in frozen if tensor.part in VISION]
     dense = [tensor for tensor in frozen if not tensor.expert and tensor.part not in VISION]
-    elements = _whole if layout.resident else slices
+    held = whole_bytes if layout.resident else slice_bytes
     way = "resident" if layout.resident else "partitioned"
     parts = {
-        f"base, {way}": itemsize * elements(dense, layout),
-        f"vision tower, {way}": itemsize * elements(visual, layout),
-        f"expert shard, {way}": itemsize * elements(experts, layout) + _spare_room(config, base, layout),
+        f"base, {way}": held(dense, layout),
+        f"vision tower, {way}": held(visual, layout),
+        f"expert shard, {way}": held(experts, layout) + _spare_room(config, base, layout),
+        "unpacked weights of a layer": _unpacked(config, base, layout),
         "trained weights": itemsize * (trained_slices + small(trained, layout)),
-        "frozen weights kept whole": 0 if layout.resident else itemsize * small(frozen, layout),
+        "frozen weights kept whole": 0 if layout.resident else small_bytes(frozen, layout),
         "router's memory of the base": _router(config, base, itemsize),
         "masters": WIDE * trained_slices,
         "optimiser": 2 * _moment_bytes(config) * trained_slices,
@@ -113,17 +116,26 @@ def _moment_bytes(config: RunConfig) -> int:
     return WIDE if config.optim.moments == "float32" else WIDE // 2
 
 
-def _whole(tensors: Sequence[Tensor], layout: RankLayout) -> int:
-    return sum(tensor.elements for tensor in tensors)
-
-
 def _spare_room(config: RunConfig, base: Family, layout: RankLayout) -> int:
     """Return the bytes of the spare rows and columns that resident experts keep for their adapters."""
     experts, section = base.text.experts, config.adapters.experts
-    if experts is None or section.mode != "lora" or not layout.resident:
+    if experts is None or section.mode != "lora" or not layout.resident or config.model.quantise.experts != "none":
         return 0
     local = experts.num_experts // layout.ep
     return layout.itemsize * len(base.moe_layers) * local * section.r * 2 * base.text.hidden_size
+
+
+def _unpacked(config: RunConfig, base: Family, layout: RankLayout) -> int:
+    """Return the bytes in which a layer's quantised matrices are unpacked, with room for the experts' adapters."""
+    experts, section = base.text.experts, config.adapters.experts
+    quantise, elements = config.model.quantise, 0
+    if experts is not None and quantise.experts != "none":
+        room = 2 * section.r if section.mode == "lora" and not section.dropout else 0
+        row = 3 * experts.moe_intermediate_size + room
+        elements += experts.num_experts // layout.ep * row * base.text.hidden_size
+    shapes = parameter_shapes(base).items()
+    elements += max((prod(s) for name, s in shapes if len(s) == 2 and packing_of(name, s, quantise)), default=0)
+    return layout.itemsize * elements
 
 
 def _router(config: RunConfig, base: Family, itemsize: int) -> int:

@@ -12,7 +12,7 @@ from finetune.architecture.parts import DECODER, VISION
 from finetune.architecture.trained import Tensor
 from finetune.config import RunConfig
 from finetune.planner.activations import WIDE, Layer, Reach, Rows, embedded, head, layer, row
-from finetune.planner.rank_layout import RankLayout, bucket, gathered, largest_layer, slices
+from finetune.planner.rank_layout import RankLayout, bucket, gathered, largest_layer, slices, whole_bytes
 from finetune.planner.vision import Tower, pixels, tower
 from finetune.ranks.engine_sizes import LEAST_PREFETCH, MOST_BUCKET, PREFETCHED_LAYERS, UPDATED
 
@@ -183,9 +183,10 @@ def _gather(
     wide = gathered(weights, layout)
     every = sum(tensor.elements for tensor in wide)
     used = sum(tensor.elements for tensor in wide if parts is None or tensor.part in parts)
+    itemsize = whole_bytes(wide, layout) / every if every else layout.itemsize  # between bytes and whole weights
     of_layer = largest_layer(layout, weights)
     ahead = max(PREFETCHED_LAYERS * of_layer, LEAST_PREFETCH) if layout.reuse else 0
     whole = min(used, layout.reuse + max(ahead, of_layer))
     arrives = forward or every > layout.reuse + ahead
     flat = min(every, ahead) if arrives else 0
-    return {"gather buffers": layout.itemsize * (whole + flat)}
+    return {"gather buffers": itemsize * (whole + flat)}

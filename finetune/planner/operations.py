@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from finetune.config import Bits
 from finetune.planner.gpus import Gpu
+from moe.kernels.packed import Packing
 
 Kind = Literal["pointwise", "attention", "grouped_mm", "dense mm", "row permutes", "routing"]
 WIDE = 4
@@ -85,6 +87,14 @@ def cast(b: int) -> int:
 def mm(rows: float, into: float, out: float, b: int) -> Op:
     """Return the product of [rows, into] and [into, out]."""
     return Op("dense mm", b * (rows * into + into * out + rows * out), 2 * rows * into * out)
+
+
+def unpacked(matrices: int, out: int, into: int, b: int, bits: Bits) -> list[Op]:
+    """Return the fused kernel that unpacks quantised matrices."""
+    if bits == "none":
+        return []
+    packing = Packing(bits=bits, out=out, into=into)
+    return [Op("pointwise", matrices * (packing.row_bytes + b * packing.weights))]
 
 
 def grouped(rows: float, into: float, out: float, experts: int, b: int) -> Op:
@@ -160,7 +170,7 @@ def spent(ops: Iterable[tuple[Op, int]], gpu: Gpu, *, local_experts: int) -> Spe
     shares = {"attention": gpu.kernels.attention, "grouped_mm": gpu.kernels.grouped}
     for op, repeats in ops:
         number = op.times * repeats
-        if op.kind == "grouped_mm" and not gpu.kernels.has_grouped_mm:
+        if op.kind == "grouped_mm" and not gpu.has_grouped_mm:
             op = op._replace(bytes=op.bytes / local_experts, flops=op.flops / local_experts)
             number *= local_experts
         rate = gpu.flops * shares.get(op.kind, gpu.kernels.dense)

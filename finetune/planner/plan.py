@@ -14,7 +14,7 @@ from finetune.architecture.parts import PARTS
 from finetune.architecture.rank_shares import ResidentChoice, choose_resident, has_room
 from finetune.architecture.shapes import active_text_parameters, parameter_counts, parameter_shapes
 from finetune.architecture.trained import trained_tensors
-from finetune.config import RunConfig
+from finetune.config import AS_THEY_ARE, QuantiseConfig, RunConfig
 from finetune.planner.gpus import GB, Cluster
 from finetune.planner.memory import Memory, memory
 from finetune.planner.moments import waiting
@@ -60,6 +60,12 @@ class Plan:
     active: int
     trained: int
     assumed: Assumed
+    quantised: QuantiseConfig = AS_THEY_ARE
+
+    @property
+    def runs_one_by_one(self) -> bool:
+        """Return whether experts run one after the other, as torch has no grouped kernel for the device."""
+        return "grouped_mm" in self.time.seconds and not self.cluster.gpu.has_grouped_mm
 
     @property
     def margin(self) -> int:
@@ -91,6 +97,7 @@ class Plan:
             "cluster": {**asdict(self.cluster), "nodes": self.cluster.nodes},
             "layout": asdict(self.layout),
             "resident_reason": self.resident_reason,
+            "quantised": asdict(self.quantised),
             "micro_batches": self.micro_batches,
             "parameters": {"total": self.parameters, "active": self.active, "trained": self.trained},
             "memory": {
@@ -181,6 +188,7 @@ def _plan(
         active=active_text_parameters(base),
         trained=trained,
         assumed=assumed,
+        quantised=config.model.quantise,
     )
 
 

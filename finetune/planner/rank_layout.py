@@ -52,6 +52,26 @@ def slices(tensors: Sequence[Tensor], layout: RankLayout) -> int:
     return sum(-(-tensor.elements // layout.group(tensor)) for tensor in tensors)
 
 
+def size(tensor: Tensor, layout: RankLayout) -> int:
+    """Return the bytes of one element."""
+    return 1 if tensor.packed else layout.itemsize
+
+
+def whole_bytes(tensors: Sequence[Tensor], layout: RankLayout) -> int:
+    """Return the bytes of tensors that a rank holds complete."""
+    return sum(size(tensor, layout) * tensor.elements for tensor in tensors)
+
+
+def slice_bytes(tensors: Sequence[Tensor], layout: RankLayout) -> int:
+    """Return the bytes of this rank's slices."""
+    return sum(size(tensor, layout) * slices([tensor], layout) for tensor in tensors)
+
+
+def small_bytes(tensors: Sequence[Tensor], layout: RankLayout) -> int:
+    """Return the bytes of tensors that stay gathered between steps."""
+    return sum(size(tensor, layout) * small([tensor], layout) for tensor in tensors)
+
+
 def small(tensors: Sequence[Tensor], layout: RankLayout) -> int:
     """Return the elements of tensors that stay gathered between steps; uncut tensors have no second copy."""
     return sum(

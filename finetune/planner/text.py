@@ -1,11 +1,12 @@
 """Formats a plan for people. Loads no torch."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from data.format.printable import count_of
 from finetune.architecture.rank_shares import LEAST_MARGIN
 from finetune.planner.fit import Fit
-from finetune.planner.gpus import GB
+from finetune.planner.gpus import GB, GROUPED_FROM
 from finetune.planner.plan import Plan
 
 
@@ -39,6 +40,14 @@ def _title(plan: Plan) -> Iterator[str]:
         f"recompute {layout.recompute}, {plan.micro_batches} micro-batch(es) per step on each rank{stage}"
     )
     yield f"frozen weights {'resident' if layout.resident else 'partitioned'} ({plan.resident_reason})"
+    forms = [f"{name} in {bits}" for name, bits in asdict(plan.quantised).items() if bits != "none"]
+    if forms:
+        yield f"quantised: {', '.join(forms)}"
+    if plan.runs_one_by_one:
+        yield (
+            f"compute capability {cluster.gpu.capability:g}: torch has no grouped kernel below {GROUPED_FROM:g}, so "
+            f"experts run one by one"
+        )
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -188,6 +188,7 @@ def operations(config: RunConfig, base: Family, layout: RankLayout, row: Work) -
         sp=layout.sp,
         resident=layout.resident,
         balances=config.moe.balance != "off",
+        quantise=config.model.quantise,
     )
     counts = {True: sparse_layers, False: base.text.num_hidden_layers - sparse_layers}
     parts = [(layer(sparse=sparse), number) for sparse, number in counts.items() if number]
@@ -212,7 +213,9 @@ def _hooked(config: RunConfig, base: Family, layout: RankLayout, trained: tuple[
 
     A large matrix is a module; all experts of a layer are one.
     """
-    frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
+    frozen = (
+        () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep, quantise=config.model.quantise)
+    )
     wide = [tensor for tensor in (*trained, *frozen) if tensor.elements >= layout.persistence]
     modules = sum(not tensor.expert for tensor in wide) + len(base.moe_layers) * any(tensor.expert for tensor in wide)
     return modules * (2 if layout.recompute == "none" else 3)

@@ -16,7 +16,7 @@ from finetune.config import RunConfig
 from finetune.planner.activations import INDEX, WIDE, Reach
 from finetune.planner.gpus import Cluster
 from finetune.planner.moments import micro_batch
-from finetune.planner.rank_layout import RankLayout, gathered, small
+from finetune.planner.rank_layout import RankLayout, gathered, size, small_bytes
 
 LINK_SHARE = 0.8
 """Share of a link's data-sheet rate that collectives reach."""
@@ -62,7 +62,9 @@ def traffic(
 ) -> list[Traffic]:
     """Return all traffic of one step, except a few hundred bytes of sums."""
     trained = trained_tensors(base, config.adapters, ep=layout.ep)
-    frozen = () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep)
+    frozen = (
+        () if layout.resident else frozen_tensors(base, config.adapters, ep=layout.ep, quantise=config.model.quantise)
+    )
     every = [
         *_expert_exchanges(config, base, layout, cluster, micro_batches),
         *_slice_exchanges(config, base, layout, cluster, micro_batches),
@@ -155,9 +157,12 @@ def _gathers(
     for word, tensors in (("trained", trained), ("frozen", frozen)):
         for expert in (False, True):
             alike = [tensor for tensor in tensors if tensor.expert == expert]
-            wide = sum(tensor.elements * _passes(tensor, layout, again, reach) for tensor in gathered(alike, layout))
-            size = int(layout.itemsize * (small(alike, layout) + micro_batches * wide))
-            gathers.append(_over(f"{word} weights{', experts' if expert else ''}", size, expert, layout, cluster))
+            wide = sum(
+                size(tensor, layout) * tensor.elements * _passes(tensor, layout, again, reach)
+                for tensor in gathered(alike, layout)
+            )
+            sent = int(small_bytes(alike, layout) + micro_batches * wide)
+            gathers.append(_over(f"{word} weights{', experts' if expert else ''}", sent, expert, layout, cluster))
     return gathers
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.architecture.families import Family
-from finetune.architecture.parts import NO_LORA, PARTS, TIED
+from finetune.architecture.parts import NO_LORA, PARTS, QUANTISED_DENSE, TIED
 from finetune.architecture.shapes import parameter_counts
-from finetune.config import AdaptersConfig
+from finetune.config import AdaptersConfig, RunConfig
 from finetune.settings.problems import Problem, problem
 
+_QUANTISED = {"experts": ("experts",), "dense": QUANTISED_DENSE}
+"""The parts of each key of `model.quantise`."""
 _GEMM_ROWS = 8
 """Experts' r is a row of a grouped GEMM, which needs multiples of 16 bytes: of 8 in bfloat16, of 4 in float32."""
 
@@ -34,6 +36,27 @@ def adapter_problems(adapters: AdaptersConfig, base: Family | None) -> list[Prob
     if start and not (Path(start) / "adapter_config.json").is_file():
         remedy = "Name the folder that holds it, or leave the key out"
         problems.append(problem("adapters.start_from", start, "there is no adapter_config.json in it", remedy))
+    return problems
+
+
+def quantise_problems(config: RunConfig, base: Family | None) -> list[Problem]:
+    """Return parts that are quantised although they train in full or are missing, and what else cannot go with it."""
+    problems = []
+    modes = {part: getattr(config.adapters, part).mode for part in PARTS}
+    for name, parts in _QUANTISED.items():
+        key, bits = f"model.quantise.{name}", getattr(config.model.quantise, name)
+        if bits == "none":
+            continue
+        for part in parts:
+            if modes[part] == "full":
+                allowed = f"adapters.{part}.mode is full, and weights that train cannot be quantised"
+                problems.append(problem(key, bits, allowed, f"Set {key}=none, or adapters.{part}.mode=lora or frozen"))
+        if name == "experts" and base is not None and base.text.experts is None:
+            allowed = f"{base.name} is dense: it has no experts"
+            problems.append(problem(key, bits, allowed, "Set model.quantise.dense instead"))
+        if not problems and "lora" not in modes.values():
+            allowed = "a run without a part in mode lora writes a complete model, which quantised weights cannot give"
+            problems.append(problem(key, bits, allowed, f"Set the mode of a part to lora, or {key}=none"))
     return problems
 
 

@@ -11,7 +11,7 @@ from finetune.architecture.families import Family, family, family_names
 from finetune.config import RunConfig
 from finetune.files.hubconfig import hub_config, read_family
 from finetune.settings.attention import MASK_TOKENS
-from finetune.settings.check_adapters import adapter_problems
+from finetune.settings.check_adapters import adapter_problems, quantise_problems
 from finetune.settings.check_context import context_problems
 from finetune.settings.check_evaluation import eval_problems
 from finetune.settings.check_media import media_problems, run_problems
@@ -230,7 +230,7 @@ def _balance(run: CheckInput) -> list[Problem]:
 
 def _adapters(run: CheckInput) -> list[Problem]:
     """Return problems of the parts to train, with warnings about losses on a frozen router."""
-    problems = adapter_problems(run.config.adapters, run.base)
+    problems = [*adapter_problems(run.config.adapters, run.base), *quantise_problems(run.config, run.base)]
     if run.base is not None and run.base.text.experts is not None:
         problems += frozen_router(run.config.moe, router_trains=run.config.adapters.router.mode != "frozen")
     return problems

@@ -24,7 +24,7 @@ from finetune.files.basefiles import BaseFiles, open_base
 from finetune.files.hub import lasting_name, model_folder
 from finetune.files.hubconfig import read_family
 from finetune.model.build import build
-from finetune.model.empty import EmptyModel, ModelOptions
+from finetune.model.empty import EmptyModel, ModelOptions, bits_of
 from finetune.model.forward import PackedModel
 from finetune.model.lora import table_lines, trainable_table, with_adapters
 from finetune.model.recompute import set_recompute
@@ -209,6 +209,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
     layer = LayerOptions(
         router=RouterOptions(float32=config.moe.router_float32),
         resident=residency.resident,
+        bits=bits_of(config.model.quantise.experts),
         dispatch=config.moe.dispatch,
         deepep_max_tokens=-(-longest // config.parallel.sp),
         seed=config.run.seed,
@@ -219,6 +220,7 @@ def model_options(config: RunConfig, base: Family, device: torch.device, say: Ca
         layer=layer,
         resident=residency.resident,
         dtype=dtype,
+        dense_bits=bits_of(config.model.quantise.dense),
         attention=attention.name,
         context=extension(config.context, base),
     )

@@ -14,5 +14,5 @@ def quantise(matrix_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scales: Tensor, into: Tensor) -> None:
-    """Fill `into` [..., out, in] with code x scale, in float32 with one rounding to its type."""
-    torch.mul(codes, scales[..., None], out=into)
+    """Fill one matrix [out, in] with code x scale, in float32 with one rounding to its type."""
+    torch.mul(codes, scales[:, None], out=into)

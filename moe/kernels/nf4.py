@@ -60,9 +60,9 @@ def block_scales(scale_codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     return scale_table(scale_codes.device)[scale_codes.int()] * each + offset
 
 
-def dequantise(packed: Tensor, scales: Tensor, into: Tensor) -> None:
-    """Fill one matrix [out, in] with code x scale of its block, in float32 with one rounding to its type."""
-    pairs = F.embedding(packed.int(), _pairs(packed.device))
+def dequantise(codes: Tensor, scales: Tensor, into: Tensor) -> None:
+    """Fill one matrix [out, in] from packed codes: code x scale of its block, in float32 with one rounding."""
+    pairs = F.embedding(codes.int(), _pairs(codes.device))
     if into.shape[1] % BLOCK == 0:
         shape = (into.shape[0], into.shape[1] // BLOCK)
         torch.mul(pairs.view(*shape, BLOCK), scales.view(*shape, 1), out=into.view(*shape, BLOCK))

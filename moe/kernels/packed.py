@@ -83,7 +83,11 @@ class Packing:
         return packed
 
     def unpack(self, packed: Tensor, into: Tensor) -> Tensor:
-        """Fill `into` [n, out, into], in which rows may be spaced, and return it."""
+        """Fill `into` [n, out, into], in which rows may be spaced, and return it.
+
+        Without the fused kernel, matrices are unpacked one by one, so that what lies between codes and values is as
+        large as one of them.
+        """
         import torch
 
         from moe.kernels import int8, nf4
@@ -93,15 +97,15 @@ class Packing:
 
             fused.unpack(self, packed, into)
             return into
-        fields = self._fields(packed)
+        codes, *rest = self._fields(packed)
         if self.bits == "int8":
-            codes = fields[0].view(torch.int8).view(*packed.shape[:-1], self.out, self.into)
-            int8.dequantise(codes, fields[1].view(torch.float32), into)
-            return into
-        codes, scale_codes, *wide = fields
-        scales = nf4.block_scales(scale_codes, *(field.view(torch.float32) for field in wide))
+            codes = codes.view(torch.int8).view(*packed.shape[:-1], self.out, self.into)
+            scales = rest[0].view(torch.float32)
+        else:
+            scales = nf4.block_scales(rest[0], *(field.view(torch.float32) for field in rest[1:]))
+        dequantise = int8.dequantise if self.bits == "int8" else nf4.dequantise
         for matrix, code, scale in zip(into, codes, scales, strict=True):
-            nf4.dequantise(code, scale, matrix)
+            dequantise(code, scale, matrix)
         return into
 
     def _fields(self, packed: Tensor) -> list[Tensor]:

@@ -194,6 +194,23 @@ def test_an_adapter_trained_on_a_stretched_context_is_asked_on_it(tmp_path: Path
     assert speaker().module.config.text_config.rope_parameters["rope_type"] == "default"
 
 
+def test_an_adapter_trained_beside_quantised_experts_is_asked_beside_them(tmp_path: Path):
+    adapter = drawn_adapter(tmp_path / "adapter", WIDE, {"model": {"quantise": {"experts": "nf4", "dense": "none"}}})
+    assert "experts in nf4; merging adds the change to the base as published" in (adapter / "README.md").read_text()
+    common = {"config": "", "device": "cpu", "dtype": "auto", "layout": "auto", "other_base": False}
+
+    def stack(*settings: str) -> torch.Tensor:
+        arguments = argparse.Namespace(adapter=adapter, settings=list(settings), **common)
+        loaded = load_speaker(str(base()), arguments, adapter=adapter)
+        return loaded.module.model.language_model.layers[0].mlp.experts.gate_up
+
+    assert stack().dtype == torch.uint8
+    assert stack("model.quantise.experts=none").dtype == torch.float32
+    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS)  # as from another tool
+    with pytest.raises(ValueError, match=r"adapter is another tool's adapter, .*Set model.quantise.experts=none"):
+        stack("model.quantise.experts=int8")
+
+
 def test_an_adapter_of_another_base_is_refused_with_both_named(tmp_path: Path):
     adapter = drawn_adapter(tmp_path / "adapter", WIDE)
     write_tiny(tmp_path / "other", TinyModel(seed=5))

@@ -46,7 +46,8 @@ def made(
     with torch.no_grad():
         for key in ("gate_up", "down"):
             weight = getattr(module, key)
-            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
+            if not module.packings:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
     module.init_lora(b_std=0.3)
     return module
 

@@ -1,11 +1,12 @@
-"""transformers' own processors (with torchvision) and Kubeflow's models, as references in a separate process.
+"""References in a process apart: transformers' own processors (with torchvision), Kubeflow's models, bitsandbytes.
 
 torchvision's CUDA wheel fails to import with a CPU torch, and a torchvision that fails to import breaks transformers'
 models too. So it is installed outside the environment, in `<sys.prefix>/oracle`, which only this process uses:
 
-    pip install --no-deps --target <environment>/oracle torchvision==0.28.0
+    pip install --no-deps --target <environment>/oracle torchvision==0.28.0 bitsandbytes==0.50.2
 
-Kubeflow's models of a PyTorchJob bring Kubernetes' client, of which only these are needed: it lies there as well.
+Kubeflow's models of a PyTorchJob bring Kubernetes' client, of which only these are needed: it lies there as well. So
+does bitsandbytes, which PEFT would import in every process.
 """
 
 import atexit
@@ -24,7 +25,7 @@ FOLDER = Path(sys.prefix) / "oracle"
 
 def ask(function, /, **arguments):
     """Run one of the functions below in the reference process, and return its result."""
-    package = "kubeflow" if function is manifest else "torchvision"
+    package = {manifest: "kubeflow", quantised: "bitsandbytes"}.get(function, "torchvision")
     if not (FOLDER / package).is_dir():
         pytest.skip(f"no {package} in {FOLDER}: run `make test`, or install it there as tests/harness/oracle.py says")
     process = _start()
@@ -52,6 +53,31 @@ def _stop(process):
     process.stdin.close()
     process.stdout.close()
     process.wait(timeout=LIMIT_S)
+
+
+def quantised(*, weight, bits):
+    """Return what bitsandbytes makes of a float32 matrix: codes, scales, and values in float32 and bfloat16."""
+    import bitsandbytes.functional as bnb
+    import torch
+
+    weight = torch.from_numpy(weight)
+    if bits == "int8":
+        codes, largest, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(weight.half(), 0.0)
+        return {"codes": codes.numpy(), "scales": largest.numpy() / 127}
+    if bits == "scales":
+        codes, state = bnb.quantize_blockwise(weight, blocksize=256)
+        return {"codes": codes.numpy(), "scales": state.absmax.numpy(), "table": state.code.numpy()}
+    codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    values = bnb.dequantize_4bit(codes, state).numpy()
+    state.dtype = torch.bfloat16
+    return {
+        "codes": codes.flatten().numpy(),
+        "scale codes": state.absmax.flatten().numpy(),
+        "scales": state.state2.absmax.numpy(),
+        "offset": state.offset.numpy()[None],
+        "values": values,
+        "bfloat16": bnb.dequantize_4bit(codes, state).view(torch.int16).numpy(),
+    }
 
 
 def images(*, pictures, size):

@@ -157,10 +157,10 @@ DENSE_FULL = ("model.family=qwen3-vl-32b", *DENSE, "adapters.attention.mode=full
 @pytest.mark.parametrize(
     ("recipe", "gpus", "gpu", "words"),
     [
-        ("qwen3-vl-30b-a3b-lora", 1, "l40s-48gb", ()),
+        ("qwen3-vl-30b-a3b-lora", 1, "l4-24gb", ()),
         ("qwen3-vl-235b-a22b-lora", 1, "h200-141gb", ()),
         ("tiny-cpu", 8, "l40s-48gb", DENSE_FULL),
-        ("qwen3-vl-30b-a3b-lora", 2, "h100-80gb", ("data.tokens_per_pack=262144", "data.packs_per_step=2")),
+        ("qwen3-vl-30b-a3b-lora", 2, "a100-40gb", ("data.tokens_per_pack=262144", "data.packs_per_step=2")),
     ],
 )
 def test_fit_names_a_change_that_helps_when_nothing_fits(recipe, gpus, gpu, words, capsys) -> None:

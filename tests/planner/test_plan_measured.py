@@ -27,6 +27,7 @@ TEXT = ("adapters.router.mode=frozen", "adapters.vision_blocks.mode=frozen", "ad
 TOWER = ("adapters.router.mode=frozen",)
 DENSE = ("adapters.experts.mode=frozen", *TOWER)
 IMAGES = {"samples": (260, 124), "images": ((1, 16, 16), (1, 16, 16))}
+QUANTISED = tuple((f"model.quantise.experts={bits}", f"model.quantise.dense={bits}") for bits in ("nf4", "int8"))
 LONG = {"samples": (3000, 1200)}
 """Rows whose hidden states are large enough to go to the host."""
 
@@ -114,6 +115,16 @@ STARTS = {
                 _case(1, "none", mode, "adapters.mlp.mode=full", trains=(*FULL, *DENSE), **IMAGES)
                 for mode in ("none", "layer")
             ),
+        ],
+    ),
+    "2 ranks, quantised": (
+        2,
+        8,
+        [
+            _case(2, "frozen", "layer", *QUANTISED[0], **IMAGES),
+            _case(2, "frozen", "selective", *QUANTISED[1]),
+            _case(1, "none", "selective", *QUANTISED[0]),
+            _case(2, "none", "none", *QUANTISED[1]),
         ],
     ),
     "4 ranks": (
