@@ -20,7 +20,6 @@ from finetune.adapters.card import card
 from finetune.adapters.change import Change
 from finetune.adapters.keys import CHANGES_KEY, FAMILIES_KEY, ORIENTATION_KEY
 from finetune.adapters.provenance import base_of, versions
-from finetune.adapters.readers import tested_section
 from finetune.adapters.source import AdapterSource, open_source
 from finetune.adapters.write import (
     FORMS,
@@ -33,6 +32,7 @@ from finetune.adapters.write import (
     write_adapter_folder,
 )
 from finetune.architecture.shapes import Shape, is_expert_stack, part_of
+from finetune.files.readers import tested_section
 from finetune.files.tensorfile import torch_type
 
 

@@ -14,9 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.export import compare, export, notes
-from finetune.adapters.readers import TESTED
 from finetune.adapters.source import open_source
 from finetune.files.basefiles import open_base
+from finetune.files.readers import TESTED
 from launchers.cli import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

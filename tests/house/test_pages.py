@@ -12,7 +12,7 @@ from places import ROOT
 from benchmarks import pages
 from benchmarks.serving.environments import LISTS
 from benchmarks.serving.record import CONTROL, read_cells
-from finetune.adapters.readers import TESTED
+from finetune.files.readers import TESTED
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
