@@ -35,8 +35,8 @@ class QuantiseConfig:
     With: `adapters.experts.mode` (not `full`), `parallel.resident` (either value), `parallel.ep`.
     """
     dense: Bits = "none"
-    """The form of the frozen matrices of attention and of MLPs in the decoder, as `model.quantise.experts`. Norms,
-    routers, embeddings, the head and the vision tower keep `model.dtype`.
+    """The form of the frozen matrices of attention and of MLPs in the decoder: `none`, `int8` or `nf4`, as in
+    `model.quantise.experts`. Norms, routers, embeddings, the head and the vision tower keep `model.dtype`.
 
     Change: to `nf4` when the last gigabyte is missing, or for a dense base.
     With: `adapters.attention.mode`, `adapters.mlp.mode` (neither may be `full`).
