@@ -17,9 +17,15 @@ from benchmarks.harness.figure import refusal
 from benchmarks.harness.machine import surroundings
 from benchmarks.harness.measure import OutputsDiffer
 
+OWN = {"cards": "benchmarks.cards.command", "probes": "benchmarks.probes.__main__"}
+"""Commands with options and results of their own."""
+
 
 def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
     """Run the chosen benchmarks, print each figure, write the records, and return the exit code."""
+    if argv and argv[0] in OWN:
+        own: int = import_module(OWN[argv[0]]).main(argv[1:])
+        return own
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure moetune against stock libraries. Outputs are compared first; a wrong result is refused.",
@@ -35,6 +41,7 @@ def main(argv: Sequence[str], *, entries: Sequence[Entry] = ENTRIES) -> int:
     if args.list:
         for entry in entries:
             print(f"{entry.name:<20} {entry.about}")
+        print(f"with options of their own: {', '.join(OWN)}")
         return 0
     chosen = [entry for entry in entries if args.all or args.name == entry.name]
     if not chosen:

@@ -1,7 +1,8 @@
 """Write the generated parts of pages: `python -m benchmarks.pages` (`--check` only compares).
 
 README's status box and feature table come from docs/status.yaml, its table of GPUs from the planner. llms.txt comes
-from the tables of docs/index.md, and the tested versions in docs/serving.md from what `make serve-proof` recorded.
+from the tables of docs/index.md, and the tested versions in docs/serving.md from what `make serve-proof` recorded. The
+tables of docs/probes.md and docs/cards.md come from what `python -m benchmarks.probes` and `cards` recorded.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from benchmarks.cards import record as cards
+from benchmarks.probes import record as probes
 from benchmarks.serving.record import Cell, read_cells
 from finetune.planner.fit import fitting
 from finetune.planner.gpus import cluster
@@ -56,11 +59,43 @@ def pages(root: Path) -> dict[Path, str]:
     ):
         readme = filled(readme, name, lines)
     index = (root / "docs" / "index.md").read_text()
-    serving = root / "docs" / "serving.md"
+    recorded = {
+        "serving": {"served": served_table(read_cells())},
+        "probes": probe_blocks(probes.read_numbers()),
+        "cards": card_blocks(cards.read_numbers()),
+    }
     return {
         root / "README.md": readme,
         root / "llms.txt": llms_text(index),
-        serving: filled(serving.read_text(), "served", served_table(read_cells()), path="docs/serving.md"),
+        **{root / "docs" / f"{name}.md": _page(root, name, blocks) for name, blocks in recorded.items()},
+    }
+
+
+def _page(root: Path, name: str, blocks: dict[str, list[str]]) -> str:
+    text = (root / "docs" / f"{name}.md").read_text()
+    for block, lines in blocks.items():
+        text = filled(text, block, lines, path=f"docs/{name}.md")
+    return text
+
+
+def probe_blocks(numbers: probes.Numbers) -> dict[str, list[str]]:
+    """Return the tables of docs/probes.md."""
+    titles = ["probe", "the model learns", "seeds", "with", "without", "difference"]
+    return {
+        "detections": _table(titles, probes.detection_rows(numbers)),
+        "dead": _table(["seed", "closed", "named"], probes.dead_rows(numbers.dead)),
+    }
+
+
+def card_blocks(numbers: cards.Numbers) -> dict[str, list[str]]:
+    """Return the tables of docs/cards.md."""
+    after = [f"LoRA on {parts}" for parts in cards.PARTS]
+    kinds = list(numbers.bases[0].scores) if numbers.bases else []
+    return {
+        "cards": _table(["task", "metric", "seeds", "base", *after], cards.card_rows(numbers.cards)),
+        "gains": cards.gain_lines(numbers.cards),
+        "kept": _table(["task", "base", *after], cards.kept_rows(numbers.cards)),
+        "bases": _table(["base", "seeds", "dead experts", "busiest", *kinds], cards.base_rows(numbers.bases)),
     }
 
 

@@ -196,14 +196,8 @@ def _needle(args: argparse.Namespace) -> Found:
         for model, cells in models.items():
             shares = {(cell["length"], cell["depth"]): cell["found"] for cell in cells}
             values = [[shares[length, depth] for length in args.lengths] for depth in args.depths]
-            grids.append(
-                Grid(
-                    title=f"{kind} needles: {model}",
-                    values=values,
-                    rows=[f"depth {depth:.0%}" for depth in args.depths],
-                    columns=[f"{length:,}" for length in args.lengths],
-                )
-            )
+            depths, lengths = [f"depth {depth:.0%}" for depth in args.depths], [f"{n:,}" for n in args.lengths]
+            grids.append(Grid(title=f"{kind} needles: {model}", rows=depths, columns=lengths, values=values))
         pictures[f"needle-{kind}.png"] = grids
     return {"kinds": report}, pictures
 

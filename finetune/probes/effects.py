@@ -13,10 +13,9 @@ from finetune.ask.speaker import Speaker
 
 def level_count(speaker: Speaker) -> int:
     """Return how many DeepStack levels the model has; raise ValueError if it has no tower."""
-    tower = getattr(speaker.module.model, "visual", None)
-    if tower is None:
-        raise ValueError("this model has no vision tower, so it cannot be shown anything; probe needle --kind text")
-    return len(tower.deepstack_merger_list)
+    if speaker.spec is None:
+        raise ValueError("this model has no vision tower, so it sees no pictures; probe it with needle --kind text")
+    return len(speaker.module.model.visual.deepstack_merger_list)
 
 
 @contextmanager

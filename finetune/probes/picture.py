@@ -11,8 +11,8 @@ SMALL = (12, 12)
 LEFT, TOP = 160, 46
 GAP = 40
 BELOW = 30
-"""Pixels: the sizes of a cell with a number and of one without, the margins left of and above the cells, between grids,
-and below the cells."""
+"""Pixels: the sizes of a cell with a number and of one without, the margins left of and above the cells, right of
+them, and below."""
 LETTER = 6
 MARGIN = 10
 """Pixels: the width of a letter, and what is left free beside a name."""
@@ -39,33 +39,38 @@ class Grid:
 
 
 def draw_grids(grids: Sequence[Grid], path: Path) -> None:
-    """Write the PNG, with the grids side by side."""
-    wides = [LEFT + grid.cell[0] * len(grid.columns) + GAP for grid in grids]
-    high = max(TOP + grid.cell[1] * len(grid.rows) for grid in grids) + BELOW
-    image = Image.new("RGB", (sum(wides), high), "white")
+    """Write the PNG: the grids side by side, or one below the other if they have many columns."""
+    sizes = [
+        (LEFT + grid.cell[0] * len(grid.columns) + GAP, TOP + grid.cell[1] * len(grid.rows) + BELOW) for grid in grids
+    ]
+    wides, highs = zip(*sizes, strict=True)
+    stacked = any(grid.cell == SMALL for grid in grids)
+    size = (max(wides), sum(highs)) if stacked else (sum(wides), max(highs))
+    image = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(image)
-    left = 0
-    for grid, wide in zip(grids, wides, strict=True):
-        _draw(pen, grid, left)
-        left += wide
+    corner = (0, 0)
+    for grid, (wide, high) in zip(grids, sizes, strict=True):
+        _draw(pen, grid, corner)
+        corner = (0, corner[1] + high) if stacked else (corner[0] + wide, 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
-def _draw(pen: ImageDraw.ImageDraw, grid: Grid, left: int) -> None:
+def _draw(pen: ImageDraw.ImageDraw, grid: Grid, corner: tuple[int, int]) -> None:
     wide, high = grid.cell
-    pen.text((left + 6, 6), grid.title, fill="black")
+    left, above = corner[0] + LEFT, corner[1] + TOP
+    pen.text((corner[0] + 6, corner[1] + 6), grid.title, fill="black")
     for y, (name, values) in enumerate(zip(grid.rows, grid.values, strict=True)):
-        top = TOP + high * y
-        pen.text((left + 6, top + high // 2 - 6), name, fill="black")
+        top = above + high * y
+        pen.text((corner[0] + 6, top + high // 2 - 6), name, fill="black")
         for x, value in enumerate(values):
-            corner = (left + LEFT + wide * x, top)
-            pen.rectangle((*corner, corner[0] + wide - 2, corner[1] + high - 2), fill=colour(value / grid.top))
+            at = left + wide * x
+            pen.rectangle((at, top, at + wide - 2, top + high - 2), fill=colour(value / grid.top))
             if grid.cell != SMALL:
-                pen.text((corner[0] + wide // 2 - 12, top + high // 2 - 6), f"{value:.2f}", fill="black")
+                pen.text((at + wide // 2 - 12, top + high // 2 - 6), f"{value:.2f}", fill="black")
     if grid.cell != SMALL:
         for x, name in enumerate(grid.columns):
-            pen.text((left + LEFT + wide * x + 2, TOP - 16), name, fill="black")
+            pen.text((left + wide * x + 2, above - 16), name, fill="black")
 
 
 def colour(share: float) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The scores of a probe by row and column, and the lines of their table."""
+"""One score of a probe, by row and column, and scores as the lines of a table."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

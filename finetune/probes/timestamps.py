@@ -1,7 +1,7 @@
 """`timestamps`: when is a colour shown, and which is shown at a time? The control leaves the times out of the text."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,9 +55,9 @@ def _bare(stamp: float, form: Stamps, name: str) -> str:
     return stamp_text(stamp, form, f"{name}/0")[1:-1]
 
 
-def probe(speaker: Speaker, *, trials: int, seed: int, side: int) -> Iterator[Score]:
+def probe(speaker: Speaker, *, trials: int, seed: int, side: int, forms: Sequence[Stamps] = FORMS) -> Iterator[Score]:
     """Yield the scores by rate, form and question, with the times in the text and without."""
-    for form in FORMS:
+    for form in forms:
         for rate_name, rate in RATES.items():
             for asked in ASKED:
                 shown = [

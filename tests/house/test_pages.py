@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from locked import PROJECT
 from places import ROOT
 
 from benchmarks import pages
+from benchmarks.cards import record as cards
+from benchmarks.probes import record as probes
+from benchmarks.probes.cases import CASES
 from benchmarks.serving.environments import LISTS
 from benchmarks.serving.record import CONTROL, read_cells
 from finetune.files.readers import TESTED
@@ -68,6 +72,31 @@ def test_an_export_names_the_releases_that_were_compared_with_training() -> None
     assert outcomes["vllm", "exported adapter on experts"] == "refused"
     assert outcomes["transformers", "exported adapter on a dense base"] == "equal"
     assert outcomes["transformers", "exported adapter on experts"] == "equal"
+
+
+@pytest.mark.parametrize("page", ["probes", "cards"])
+def test_the_pages_of_probes_and_cards_have_what_was_recorded(page: str) -> None:
+    recorded = {"probes": pages.probe_blocks(probes.read_numbers()), "cards": pages.card_blocks(cards.read_numbers())}
+    for name, lines in recorded[page].items():
+        assert _block(name, f"docs/{page}.md") == lines
+
+
+def test_every_probe_detects_its_mechanism() -> None:
+    numbers = probes.read_numbers()
+    trained = [(one.probe, one.seed) for one in numbers.detections]
+    assert len(set(trained)) == len(trained)
+    assert {probe for probe, _ in trained} == {case.probe for case in CASES}
+    assert [one for one in numbers.detections if one.difference < probes.LEAST] == []
+    assert [one.seed for one in numbers.dead if one.exactly] == [0, 1, 2]
+
+
+def test_a_difference_that_is_missing_or_an_expert_too_many_counts_as_undetected() -> None:
+    blind = replace(probes.read_numbers().detections[0], having=0.8, lacking=0.6)
+    assert blind.difference < probes.LEAST
+    closed = probes.read_numbers().dead[0]
+    assert closed.exactly
+    assert not replace(closed, named=[[*experts, 99] for experts in closed.named]).exactly
+    assert not replace(closed, before=closed.named).exactly
 
 
 def test_llms_txt_lists_the_pages_of_the_index() -> None:

@@ -160,7 +160,14 @@ def test_balance_names_the_expert_whose_logit_is_minus_infinity(dead: tuple[int,
     assert all(module.balance is None for module in layers)
 
 
-def test_a_model_without_experts_or_tower_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_experts_or_tower_is_refused(
+    speaker: Speaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blind = Speaker(
+        speaker.module, renderer=speaker.renderer, spec=None, stops=speaker.stops, device=torch.device("cpu")
+    )
+    with pytest.raises(ValueError, match="this model has no vision tower, so it sees no pictures"):
+        list(deepstack.probe(blind, heights=(8,), side=64, trials=1, seed=0))
     write_tiny(tmp_path / "dense", TinyModel(experts=None))
     assert main(["probe", "balance", str(tmp_path / "dense"), "--device", "cpu"]) == 2
     assert "this model is dense, so it has no experts" in capsys.readouterr().err
@@ -180,13 +187,18 @@ def test_the_picture_shows_each_score_in_its_cell(tmp_path: Path) -> None:
         values=[[number / 10 for number in range(20)]],
         top=2.0,
     )
-    draw_grids([left, right], tmp_path / "a.png")
+    draw_grids([left, left], tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as file:
         image = file.convert("RGB")
     corners = [(LEFT + 2 + CELL[0] * x, TOP + 2 + CELL[1] * y) for y in (0, 1) for x in (0, 1)]
     assert [image.getpixel(corner) for corner in corners] == [colour(value) for value in (0.0, 1.0, 0.5, 0.25)]
-    begin = image.width - right.cell[0] * 20 - 40
-    assert [image.getpixel((begin + 12 * x + 2, TOP + 2)) for x in (0, 10, 19)] == [colour(x / 20) for x in (0, 10, 19)]
+    beside = [(x + image.width // 2, y) for x, y in corners]
+    assert [image.getpixel(corner) for corner in beside] == [image.getpixel(corner) for corner in corners]
+    draw_grids([right, right], tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as file:
+        below = file.convert("RGB")
+    places = [(LEFT + 12 * x + 2, TOP + 2 + y * below.height // 2) for y in (0, 1) for x in (0, 10, 19)]
+    assert [below.getpixel(place) for place in places] == 2 * [colour(x / 20) for x in (0, 10, 19)]
 
 
 def test_an_answer_is_right_up_to_case_and_a_full_stop() -> None:
