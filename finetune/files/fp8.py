@@ -101,7 +101,9 @@ def kept_modules(types: Mapping[str, str], shapes: Mapping[str, Shape]) -> list[
 
 def is_fp8(config: Mapping[str, Any], file: Path) -> bool:
     """Return whether a config.json describes a base of this form; raise ValueError for every other quantisation."""
-    block = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, dict) else None
+    block = config.get("quantization_config") or nested
     if block is None:
         return False
     method = block.get("quant_method", "unknown") if isinstance(block, Mapping) else str(block)

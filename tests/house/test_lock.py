@@ -14,7 +14,7 @@ from places import ROOT
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 OURS = set(PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
-GPU_ONLY = {"liger_kernel"}  # a peer, if it is installed
+PEERS = {"liger_kernel", "bitsandbytes"}  # measured beside ours where they are installed
 
 
 def test_every_required_package_is_locked_within_its_range() -> None:
@@ -63,11 +63,11 @@ def test_the_table_of_versions_in_the_docs() -> None:
 
 
 def test_every_package_that_a_benchmark_imports_comes_with_the_extra_test() -> None:
-    named = {canonicalize_name(one.name) for one in requirements("test")}
+    named = {canonicalize_name(one.name) for one in requirements("test", "demo")}
     sources = packages_distributions()
     missing = {}
     for path in (ROOT / "benchmarks").rglob("*.py"):
-        for module in _imported(path) - OURS - GPU_ONLY - sys.stdlib_module_names:
+        for module in _imported(path) - OURS - PEERS - sys.stdlib_module_names:
             distributions = {canonicalize_name(name) for name in sources.get(module, ())}
             if not distributions & named:
                 missing[module] = path.name

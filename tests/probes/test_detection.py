@@ -18,6 +18,7 @@ from benchmarks.probes.cases import CASES
 from benchmarks.probes.detect import FIRST, detect
 from benchmarks.probes.record import DeadExpert, Detection, keep_numbers, read_numbers
 from data.prepare.converted import shards_of_rows
+from data.rows.files import RowSource
 from finetune.ask.scores import find_metric
 
 CARD = Card(
@@ -44,7 +45,9 @@ def test_training_questions_are_made_from_their_numbers_and_become_shards(tmp_pa
     write_rows(tmp_path / "rows.jsonl", [draw(FIRST + number) for number, draw in enumerate(draws)])
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["messages"][-1]["role"] for row in rows] == ["assistant"] * len(draws)
-    assert len(shards_of_rows(tmp_path / "rows.jsonl", "rows", cache_dir=None, jobs=1)) == 1, "and no row is refused"
+    assert len(shards_of_rows(RowSource(path=tmp_path / "rows.jsonl"), "rows", cache_dir=None, jobs=1)) == 1, (
+        "and no row is refused"
+    )
 
 
 def test_each_reference_of_a_task_scores_one() -> None:

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from chat_server import Server, serving
 from media_files import encode, picture
 from peft import PeftModel
 from PIL import Image
-from process_table import is_alive
+from process_table import is_alive, write_program
 from transformers import AutoModelForImageTextToText
 
 from finetune.config import DensePartConfig, RouterPartConfig
@@ -104,8 +103,7 @@ def serve(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that runs the command with a fault; afterwards the proof that the server's processes are gone."""
     program = tmp_path / "bin" / "vllm"
     program.parent.mkdir()
-    program.write_text(f"#!{sys.executable}\n{VLLM}")
-    program.chmod(0o755)
+    write_program(program, VLLM)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     monkeypatch.chdir(tmp_path)

@@ -2,10 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from process_table import write_program
 
 from launchers.cli import main
 
@@ -38,8 +38,7 @@ URL = "http://127.0.0.1:8000/v1"
 @pytest.fixture
 def score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program = tmp_path / "lmms-eval"
-    program.write_text(f"#!{sys.executable}\n{PROGRAM}")
-    program.chmod(0o755)
+    write_program(program, PROGRAM)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", "ours")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

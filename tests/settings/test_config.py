@@ -93,7 +93,7 @@ def test_a_later_layer_corrects_an_earlier_one(tmp_path: Path) -> None:
         (
             "data.sources.general=x",
             "data.sources.general",
-            r"it must be a section, with the keys: path, map, config, split, weight",
+            r"it must be a section, with the keys: path, max_tokens, map, config, split, weight",
         ),
         ("data=5", "data", r"it must be a section, with the keys: packs_per_step"),
         ("dat.packs_per_step=4", "dat", r"no such key.*Did you mean `data`"),

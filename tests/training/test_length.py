@@ -31,7 +31,8 @@ WORDS = (
 CONSTANT = (*WORDS, "schedule.shape=constant")
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_epochs_read_every_sample_equally_often_and_can_be_extended(
     tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def _is_one_message(done: CompletedProcess[str], code: int, says: str) -> None:
     assert not re.search("Traceback|Warning|moetune train", done.stdout)
 
 
+@pytest.mark.slow
 def test_too_little_memory(place: Path) -> None:
     """Let the kernel kill a process, which then runs no more Python."""
     killed = AT_THE_WEIGHTS.format(what="os.kill(os.getpid(), signal.SIGKILL)")

@@ -72,7 +72,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "jobs"),
     [
-        pytest.param(2, TINY | HALVED, id="2 ranks"),
+        pytest.param(2, TINY | {LONG: HALVED[LONG]}, id="2 ranks"),
+        pytest.param(
+            2, {name: HALVED[name] for name in HALVED if name != LONG}, id="2 ranks, more", marks=pytest.mark.slow
+        ),
         pytest.param(2, DOMAINS, id="2 ranks, domains", marks=pytest.mark.slow),
         pytest.param(8, BIG, id="8 ranks", marks=pytest.mark.slow),
     ],

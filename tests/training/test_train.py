@@ -156,6 +156,7 @@ def test_one_rank_takes_the_same_steps_as_two(place: Path, whole: list[str]) -> 
             assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_on_another_number_of_ranks(place: Path, whole: list[str]) -> None:
     """Continue with three ranks and complete rows; two ranks shared each row before, and 3 does not divide 8 packs."""
     first = _train(place, "cut", *whole, "parallel.sp=2", "stages.grown.sp=1", kill_after="step 4:")
