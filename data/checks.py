@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Any, Literal
 
 from data.config import DataConfig
+from data.format.fields import redact
 from data.rows.columns import Columns
 
 _LEAST = {
@@ -54,6 +55,9 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
     if not config.sources:
         remedy = "Add data.sources.<name>.path=... (shards or a JSONL file)"
         yield Problem(key="data.sources", found={}, allowed="there is nothing to train on", remedy=remedy)
+    if not config.cache_gb > 0:
+        allowed = "it must be above 0"
+        yield Problem(key="data.cache_gb", found=config.cache_gb, allowed=allowed, remedy="Set a number of gigabytes")
     for name, source in config.sources.items():
         try:
             Columns.of(source.map)
@@ -61,6 +65,11 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
             remedy = "docs/data-format.md lists the columns of every shape"
             yield Problem(key=f"data.sources.{name}.map", found=source.map, allowed=f"it {error}", remedy=remedy)
         yield from _budget_problems(name, source.max_tokens, config.mixture)
+        yield from _secret_problems(f"data.sources.{name}.path", source.path)
+        if source.map and "://" in source.path and source.path.endswith(".txt"):
+            allowed = "it has no effect on shards that a .txt file lists, as their names do not say where they belong"
+            remedy = "Name the shards by a folder or a pattern, or remove the map"
+            yield Problem(key=f"data.sources.{name}.map", found=source.map, allowed=allowed, remedy=remedy)
         key, weight = f"data.sources.{name}.weight", source.weight
         if not (isfinite(weight) and weight > 0):
             allowed = "it must be a finite number above 0"
@@ -78,3 +87,12 @@ def _budget_problems(name: str, tokens: int | None, mixture: str) -> Iterator[Pr
     elif tokens is not None and mixture == "samples":
         allowed = "it counts tokens, and data.mixture=samples draws samples whatever their length"
         yield Problem(key=key, found=tokens, allowed=allowed, remedy="Set data.mixture to natural or tokens")
+
+
+def _secret_problems(key: str, path: str) -> Iterator[Problem]:
+    """Yield a url that holds a secret: a recipe is written into logs, checkpoints and cards."""
+    has_query = path.startswith(("http://", "https://")) and "?" in path
+    if "://" in path and (has_query or redact(path) != path):
+        allowed = "a url in a recipe must not hold a user, a password or a query, as recipes are logged"
+        remedy = "Use the driver's usual places for credentials, or list signed urls in a .txt file of the store"
+        yield Problem(key=key, found=redact(path), allowed=allowed, remedy=remedy)

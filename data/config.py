@@ -15,7 +15,8 @@ class SourceConfig:
     path: str
     """The samples. Shards: a tar, a folder of tars, or a pattern (`*`, `?`, `{000..012}`, `{a,b}`). Rows: a file
     (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, `.zip`) or a folder of such files. Rows are converted into
-    shards when they are first read, and again when they change.
+    shards when they are first read, and again when they change. Shards may be in a store: `https://`, `s3://`,
+    `gs://`, `az://` or `hf://datasets/`, or listed by url in a `.txt` file there.
 
     Change: always; it is the one key of a source that has no default. Convert large files with `moetune shards build`.
     With: `data.cache_dir` (the folder of converted files), `data.media_root` (where relative paths of media begin),
@@ -270,6 +271,15 @@ class DataConfig:
     """The folder for indexes of shards and for converted files. Empty: next to the data.
 
     Change: when the data's folder is not writable. For several nodes it should be on a disk that all of them share.
+    Shards of a store need it: they are kept there, too.
+    With: `data.cache_gb`.
+    """
+    cache_gb: float = 100.0
+    """The most gigabytes of shards that are kept of stores (`https://`, `s3://` and the like), in `data.cache_dir`. The
+    shard whose next use is furthest is removed first. All processes that share the folder have one limit, the last set.
+
+    Change: to what the disk can spare. At best it holds all shards; it must hold those that are read at a time.
+    With: `data.cache_dir`, `data.balance_steps` (more shards are read at a time).
     """
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     image: ImageConfig = field(default_factory=ImageConfig)

@@ -28,7 +28,7 @@ def find_sources(config: DataConfig, *, jobs: int = 1, section: str = "data") ->
     def find(name: str, source: SourceConfig) -> Sequence[Path]:
         key, cache = f"{section}.sources.{name}.path", _cache(config)
         if not is_rows(source.path):
-            return find_shards(source.path, key, split=source.split, cache_dir=cache)
+            return find_shards(source.path, key, split=source.split, cache_dir=cache, cache_gb=config.cache_gb)
         limit = config.max_bad_samples
         rows = row_source(source)
         return shards_of_rows(rows, key, cache_dir=cache, jobs=jobs, limit=limit, places=places_of(config))

@@ -24,10 +24,11 @@ from data.rows.convert import convert_rows
 from data.rows.files import is_rows, read_source, row_files, row_source
 from data.rows.media import media_entries
 from data.rows.pdf import page_of
-from data.shards.bytes import ByteReader, Places
+from data.shards.bytes import ByteReader, Places, places_of
 from data.shards.find import find_shards
 from data.shards.layout import layout_of, parse_sample
 from data.shards.lengths import Lengths, known_lengths
+from data.stores.cache import held
 from data.stream.corpus import Limits
 from data.stream.plan import Plan, PlanSettings, Units, make_plan
 
@@ -52,11 +53,11 @@ class Peek:
     """Samples of the source, counted up to what was asked for."""
 
 
-def peek(source: SourceConfig, key: str, places: Places, *, enough: int, cache_dir: Path | None = None) -> Peek:
+def peek(source: SourceConfig, key: str, config: DataConfig, *, enough: int) -> Peek:
     """Look at the first samples, and count up to `enough`. ValueError or OSError for a source that cannot be read."""
+    places = places_of(config)
     if not is_rows(source.path):
-        shards = find_shards(source.path, key, split=source.split, cache_dir=cache_dir)
-        return _peek_shards(shards, places, enough)
+        return _peek_shards(_shards(source, key, config), places, enough)
     rows = row_source(source)
     recognise(rows)
     refused: list[str] = []
@@ -72,6 +73,11 @@ def peek(source: SourceConfig, key: str, places: Places, *, enough: int, cache_d
     if not counted:
         raise ValueError("it contains no row")
     return Peek(looked_at=looked_at, refused=tuple(refused), at_least=counted)
+
+
+def _shards(source: SourceConfig, key: str, config: DataConfig) -> Sequence[Path]:
+    cache = Path(config.cache_dir) if config.cache_dir else None
+    return find_shards(source.path, key, split=source.split, cache_dir=cache, cache_gb=config.cache_gb)
 
 
 def _reason(error: ValueError) -> str:
@@ -127,7 +133,8 @@ def _peek_shards(shards: Sequence[Path], places: Places, enough: int) -> Peek:
     if not counted:
         raise ValueError("its shards contain no sample")
     for shard in shards[:: -(-len(shards) // MOST_SHARDS)]:
-        _require_end(shard)
+        if shard.exists():  # what a store has is fetched and checked when it is needed
+            _require_end(shard)
     return Peek(looked_at=looked_at, refused=tuple(refused), at_least=counted)
 
 
@@ -143,7 +150,8 @@ def _require_end(shard: Path) -> None:
 
 def _samples(shards: Sequence[Path]) -> Iterator[tuple[Path, KeyedMembers]]:
     for shard in shards:
-        yield from ((shard, sample) for sample in group_members(shard, walk_tar(shard)))
+        with held(shard):
+            yield from ((shard, sample) for sample in group_members(shard, walk_tar(shard)))
 
 
 def _look_at_sample(shard: Path, sample: KeyedMembers, reader: ByteReader, layout: str) -> None:
@@ -178,7 +186,7 @@ def plans_of_epochs(
     limits = Limits(tokens=settings.tokens_per_pack, patches=settings.patches_per_pack, overlong=config.overlong)
     units = []
     for name, source in config.sources.items():
-        shards = _known_shards(source, cache, places, f"data.sources.{name}.path")
+        shards = _known_shards(source, config, places, f"data.sources.{name}.path")
         counted = [known_lengths(shard, files_fingerprint, places=places, cache_dir=cache) for shard in shards]
         lengths = [one for one in counted if one is not None]
         if not lengths or len(lengths) < len(counted):
@@ -192,14 +200,14 @@ def plans_of_epochs(
     return lambda epoch: make_plan(units, settings, epoch=epoch)
 
 
-def _known_shards(source: SourceConfig, cache: Path | None, places: Places, key: str) -> Sequence[Path]:
+def _known_shards(source: SourceConfig, config: DataConfig, places: Places, key: str) -> Sequence[Path]:
     """The shards of a source, or those that its rows were converted into; none where they are not."""
     if not is_rows(source.path):
-        return find_shards(source.path, key, split=source.split, cache_dir=cache)
+        return _shards(source, key, config)
     rows = row_source(source)
     if sum(file.stat().st_size for file in row_files(rows)) > LARGE_ROWS:
         return []
-    folder = folder_of_shards(rows, cache, places)
+    folder = folder_of_shards(rows, Path(config.cache_dir) if config.cache_dir else None, places)
     return find_shards(str(folder), key) if (folder / REJECTS).is_file() else []
 
 

@@ -13,6 +13,8 @@ from data.format.record import Record
 from data.rows.columns import Columns
 from data.shards.fetch import fetch_url
 from data.shards.names import names_shard, origin_of_shard
+from data.stores.cache import CacheCounts, open_shard
+from data.stores.remote import remote_of
 
 _OPEN_FILES = 64
 MAX_MEDIUM = 1 << 32
@@ -54,6 +56,11 @@ class Places:
 
     def find(self, path: str, folder: Path) -> Path:
         """Return the file of a medium; raise ValueError if the path, with its links followed, leaves the root."""
+        if self.root is None and not path.startswith("/") and (remote := remote_of(folder / "shard")) is not None:
+            raise ValueError(
+                f"{path} is a file beside {remote.shown}, and only shards are fetched from there. Put it into the "
+                f"shard, or set data.media_root to a folder that contains it"
+            )
         if self.root is None:
             return folder / path
         place = Path(os.path.realpath(self.root / path))
@@ -77,19 +84,25 @@ class ByteReader:
     def __init__(self, places: Places | None = None) -> None:
         self.places = places or Places()
         self.outside = False  # whether a medium outside the shards was read
+        self.counts = CacheCounts()
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Return exactly these bytes, or raise ValueError."""
+        """Return exactly these bytes, or raise ValueError; StoreError if a store does not give them."""
+        if remote_of(path) is not None:
+            return self._read_cached(path, offset, size)
         try:
-            data = os.pread(self._open(path), size, offset)
-            while 0 < len(data) < size and (more := os.pread(self._open(path), size - len(data), offset + len(data))):
-                data += more
+            return _read(self._open(path), path, offset, size)
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        if len(data) != size:
-            raise ValueError(f"{path} ends too early: {size} bytes were requested from byte {offset}, got {len(data)}")
-        return data
+
+    def _read_cached(self, path: Path, offset: int, size: int) -> bytes:
+        """Read from the cache. The file is closed at once: an open one could not make room for others."""
+        number = open_shard(path, self.counts)
+        try:
+            return _read(number, path, offset, size)
+        finally:
+            os.close(number)
 
     def read_place(self, place: Place, folder: Path) -> bytes:
         """Return the bytes of a medium given by path (relative to `folder`, or to the root of media) or url."""
@@ -126,6 +139,15 @@ class ByteReader:
         """Close every file."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+
+def _read(number: int, path: Path, offset: int, size: int) -> bytes:
+    data = os.pread(number, size, offset)
+    while 0 < len(data) < size and (more := os.pread(number, size - len(data), offset + len(data))):
+        data += more
+    if len(data) != size:
+        raise ValueError(f"{path} ends too early: {size} bytes were requested from byte {offset}, got {len(data)}")
+    return data
 
 
 def read_media(

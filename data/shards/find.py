@@ -1,30 +1,62 @@
-"""Finds the shards of a source on disk. No torch.
-
-A remote address is refused here; whoever reads one finds its shards in another way.
-"""
+"""Finds the shards of a source, on a disk or in a store. No torch."""
 
 import glob
 from pathlib import Path
 
+from data.format.fields import redact
 from data.format.printable import count_of
+from data.rows.containers import READERS, kind_of
 from data.rows.energon import energon_shards
 from data.shards.names import PATTERN, braces
 from data.shards.sidecar import missing_shards
 from data.shards.unpack import PACKED, unpacked
+from data.stores.listing import remote_shards
+from data.stores.remote import SCHEMES, is_remote
 
-_REMOTE = ("pipe:", "http:", "https:", "s3:", "gs:", "az:", "hf:")
 
-
-def find_shards(path: str, key: str, *, split: str = "", cache_dir: Path | None = None) -> list[Path]:
+def find_shards(
+    path: str, key: str, *, split: str = "", cache_dir: Path | None = None, cache_gb: float | None = None
+) -> list[Path]:
     """Return the shards of a source: one tar, a folder of them, or a pattern with *, ?, {000..012} or {a,b}.
 
-    A .tar.gz is unpacked once, into the cache folder or beside it. `split` chooses a part of an Energon folder.
+    Those of a store are places in the cache, which are filled when they are read. A .tar.gz is unpacked once, into the
+    cache folder or beside it. `split` chooses a part of an Energon folder.
     """
-    if path.startswith(_REMOTE):
-        raise ValueError(
-            f"{key} is {path!r}; shards are read from mounted folders only, and commands are never run. Copy or mount "
-            f"them, and give a path"
-        )
+    if path.startswith("pipe:"):
+        raise ValueError(f"{key} is {path!r}; commands are never run. Copy the shards, and give a path or a url")
+    if "://" in path:
+        shards = _shards_of_store(path, key, split, cache_dir, cache_gb)
+    else:
+        shards = _shards_on_disk(path, key, split)
+    if not shards:
+        raise ValueError(f"{key} is {path!r}, which contains no *.tar file")
+    if len(set(shards)) != len(shards):
+        raise ValueError(f"{key} is {redact(path)!r}, which names a shard twice")
+    return [unpacked(shard, cache_dir) if shard.name.lower().endswith(PACKED) else shard for shard in shards]
+
+
+def _shards_of_store(path: str, key: str, split: str, cache_dir: Path | None, cache_gb: float | None) -> list[Path]:
+    if not is_remote(path):
+        raise ValueError(f"{key} is {redact(path)!r}; the stores are {', '.join(SCHEMES)}")
+    if split:
+        raise ValueError(f"{key} is {redact(path)!r}, shards of a store without parts, but split is {split!r}")
+    urls = list(braces(path))
+    for url in urls:
+        name = url.partition("?")[0].lower()
+        if name.endswith(PACKED):
+            raise ValueError(
+                f"{key} is {redact(path)!r}, which is compressed, and parts of it cannot be read from a store. "
+                f"Unpack it there, or copy it to a disk"
+            )
+        if kind_of(Path(name)) in READERS:
+            raise ValueError(
+                f"{key} is {redact(path)!r}, which is a file of rows. Rows are read from a disk only: copy it, or "
+                f"upload the shards that `moetune shards build` makes of it"
+            )
+    return remote_shards(urls, key, cache_dir, cache_gb)
+
+
+def _shards_on_disk(path: str, key: str, split: str) -> list[Path]:
     shards: list[Path] = []
     for pattern in braces(path):
         if Path(pattern).is_dir():
@@ -35,11 +67,7 @@ def find_shards(path: str, key: str, *, split: str = "", cache_dir: Path | None 
             shards.append(Path(pattern))
         else:
             raise ValueError(f"{key} names {pattern!r}, which does not exist")
-    if not shards:
-        raise ValueError(f"{key} is {path!r}, which contains no *.tar file")
-    if len(set(shards)) != len(shards):
-        raise ValueError(f"{key} is {path!r}, which names a shard twice")
-    return [unpacked(shard, cache_dir) if shard.name.lower().endswith(PACKED) else shard for shard in shards]
+    return shards
 
 
 def _shards_of_folder(folder: Path, key: str, split: str) -> list[Path]:

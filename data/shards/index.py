@@ -13,6 +13,7 @@ import numpy as np
 
 from data.format.facts import ImageFacts, VideoFacts
 from data.shards.sidecar import read_arrays, write_arrays
+from data.stores.remote import remote_of
 
 VERSION = 3
 SHOWN = ("", "auto")
@@ -71,7 +72,9 @@ _ARRAYS = tuple(item.name for item in fields(ShardIndex) if "ndarray" in str(ite
 
 
 def stamp_of(shard: Path) -> str:
-    """Return a text that changes when the tar does: its size and a checksum of both ends."""
+    """Return a text that changes when the tar does: its size and a checksum of both ends, or a store's id of it."""
+    if (remote := remote_of(shard)) is not None:
+        return f"{remote.size}-{remote.id}"
     size = shard.stat().st_size
     with shard.open("rb") as file:
         head = file.read(_EDGE)

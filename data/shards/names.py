@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from data.shards.sidecar import note_of, read_note
+from data.stores.remote import remote_of
 
 UNPACKED = ".unpacked"
 """Folder for the tars that were inside .tar.gz files; a note beside each says which."""
@@ -49,6 +50,8 @@ def _expanded(path: str) -> tuple[frozenset[str], tuple[str, ...]]:
 
 
 def origin_of_shard(shard: Path) -> Path:
-    """Return the .tar.gz that a tar was unpacked from, or the shard itself."""
+    """Return the url of a store's shard, the .tar.gz that a tar was unpacked from, or the shard itself."""
+    if (remote := remote_of(shard)) is not None:
+        return Path(remote.url)
     note = read_note(note_of(shard)) if shard.parent.name == UNPACKED else None
     return shard if note is None else Path(note["source"])

@@ -11,6 +11,7 @@ from data.shards.bytes import ByteReader, Places, VideoBytes, read_media
 from data.shards.index import ShardIndex, read_index, save_index, stamp_of
 from data.shards.layout import declared_layout, media_of, parse_sample
 from data.shards.sidecar import sidecar
+from data.stores.cache import alone, is_there
 
 _OPEN_INDEXES = 256
 
@@ -85,21 +86,22 @@ def load_index(
     shard: Path, *, cache_dir: Path | None = None, force: bool = False, places: Places | None = None
 ) -> ShardIndex:
     """Load the stored index if it is up to date, else build and store it; ShardError if the tar is not complete."""
-    if not shard.is_file():
+    if not is_there(shard):
         raise ShardError(shard, "does not exist or is not a file")
     stamp = stamp_of(shard)
     places = places or Places()
-    suffix = places.beside(shard, ".idx")
-    stored = [sidecar(shard, suffix, None)] + ([sidecar(shard, suffix, cache_dir)] if cache_dir else [])
-    declared = declared_layout(shard, places)
-    if not force:
-        for path in stored:
-            if (index := read_index(path, stamp, places.name, declared)) is not None:
-                return index
-    from data.shards.scan import scan_shard  # the decoders are loaded only where an index has to be built
+    with alone(shard):
+        suffix = places.beside(shard, ".idx")
+        stored = [sidecar(shard, suffix, None)] + ([sidecar(shard, suffix, cache_dir)] if cache_dir else [])
+        declared = declared_layout(shard, places)
+        if not force:
+            for path in stored:
+                if (index := read_index(path, stamp, places.name, declared)) is not None:
+                    return index
+        from data.shards.scan import scan_shard  # the decoders are loaded only where an index has to be built
 
-    index = scan_shard(shard, stamp, places)
-    store_index(index, shard, cache_dir=cache_dir, places=places)
+        index = scan_shard(shard, stamp, places)
+        store_index(index, shard, cache_dir=cache_dir, places=places)
     return index
 
 

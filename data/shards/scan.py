@@ -17,6 +17,7 @@ from data.render.video import frame_list_facts
 from data.shards.bytes import ByteReader, Places, VideoBytes, read_media
 from data.shards.index import ShardIndex
 from data.shards.layout import layout_of, media_of, parse_sample
+from data.stores.cache import held
 
 MediaFacts = tuple[list[ImageFacts], list[VideoFacts]]
 
@@ -40,6 +41,11 @@ def probe_media(record: Record, images: Sequence[bytes], videos: Sequence[VideoB
 
 def scan_shard(shard: Path, stamp: str, places: Places) -> ShardIndex:
     """Read the whole tar once. Unusable samples are listed with their reasons; a broken tar raises ShardError."""
+    with held(shard):
+        return _scan(shard, stamp, places)
+
+
+def _scan(shard: Path, stamp: str, places: Places) -> ShardIndex:
     reader = ByteReader(places)
     samples = list(group_members(shard, walk_tar(shard)))
     layout = layout_of(shard, samples, reader)

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.format.record import load_json
 from data.format.tar import ShardError
+from data.stores.remote import remote_of
 
 _HEAD = b"moetune sidecar 1 "
 _MOST_MEMBERS = 32
@@ -24,7 +25,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 def sidecar(shard: Path, suffix: str, cache_dir: Path | None) -> Path:
     """Return a path beside the shard, or in the cache folder under a name made from the shard's path."""
-    if cache_dir is None:
+    if cache_dir is None or remote_of(shard) is not None:
         return shard.with_name(shard.name + suffix)
     place = blake2b(str(shard.absolute()).encode(), digest_size=8).hexdigest()
     return cache_dir / f"{shard.name}-{place}{suffix}"

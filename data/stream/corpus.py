@@ -1,6 +1,7 @@
 """Measures the samples of all sources, as arrays that a plan can use. No torch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -15,6 +16,8 @@ from data.shards.bytes import Places
 from data.shards.lengths import Lengths, Measure, load_lengths
 from data.shards.pool import worker_pool
 from data.shards.reader import SampleReader
+from data.shards.sidecar import sidecar
+from data.stores.ahead import reading_ahead
 from data.stream.plan import Units
 
 _PART = 1 << 31
@@ -183,10 +186,17 @@ def measure_all(
 ) -> list[Lengths]:
     """Return the lengths of every shard; those already saved next to the shards are reused."""
     count = partial(_measure_one, measure=measure, cache_dir=cache_dir, places=places)
-    if jobs <= 1:
-        return [count(shard) for shard in shards]
-    with worker_pool(jobs) as pool:
-        return list(pool.map(count, shards))
+    new = ((at, shard) for at, shard in enumerate(shards) if not sidecar(shard, ".len", cache_dir).exists())
+    with ExitStack() as stack:
+        pool = stack.enter_context(worker_pool(jobs)) if jobs > 1 else None
+        results = map(count, shards) if pool is None else pool.map(count, shards)  # forks before there are threads
+        ahead = stack.enter_context(reading_ahead(new))
+        lengths = []
+        for at, one in enumerate(results, start=1):
+            lengths.append(one)
+            if ahead is not None:
+                ahead.at(at)
+        return lengths
 
 
 def _measure_one(shard: Path, *, measure: Measure, cache_dir: Path | None, places: Places) -> Lengths:

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.format.printable import count_of
 from data.render.sample import Renderer
+from data.stores.ahead import ReadAhead, reading_ahead
+from data.stores.remote import StoreError, remote_of
 from data.stream.batch import BadSample, LossSums, Step
 from data.stream.being_read import Reading
 from data.stream.corpus import Corpus
@@ -105,17 +107,25 @@ class DataStream:
 
     def __iter__(self) -> Iterator[Step]:
         """Yield the steps from the current position to the end of the epoch."""
-        plan, epoch = self.plan, self.epoch
+        plan = self.plan
         steps = range(self.step, plan.steps)
         packs = (pack for step in steps for pack in plan.share(step, self._rank, self._size))
-        results = iter(self._loader(packs))
+        results = iter(self._loader(packs))  # its workers are forked before there are threads
+        with reading_ahead(self._shards_by_step(steps)) as ahead:
+            yield from self._steps(results, steps, plan, ahead)
+
+    def _steps(
+        self, results: Iterator[PackResult], steps: range, plan: Plan, ahead: ReadAhead | None
+    ) -> Iterator[Step]:
         for number in steps:
+            if ahead is not None:
+                ahead.at(number)
             began = time.perf_counter()
             slots = -(-len(plan.step_packs(number)) // self._size)
             read = [self._take(results, number) for _ in range(slots)]
             self.step = number + 1  # before the yield: a checkpoint written after this step records it as done
             yield Step(
-                epoch=epoch,
+                epoch=plan.epoch,
                 step=number,
                 batches=tuple(result.batch for result in read),
                 sums=sum((result.sums for result in read), LossSums()),
@@ -147,6 +157,14 @@ class DataStream:
             timeout=min(LOOK_S, self._settings.stall_seconds or LOOK_S) if workers else 0,
         )
 
+    def _shards_by_step(self, steps: range) -> Iterator[tuple[int, Path]]:
+        """Yield the shards that this rank reads in these steps."""
+        if not any(map(remote_of, self._corpus.shards)):
+            return
+        for step in steps:
+            for pack in self.plan.share(step, self._rank, self._size):
+                yield from ((step, unit.shard) for unit in self._units(pack))
+
     def _units(self, pack: int | None) -> tuple[Unit, ...]:
         return () if pack is None else tuple(self._unit(number) for number in self.plan.units(pack))
 
@@ -161,6 +179,8 @@ class DataStream:
         while True:
             try:
                 return next(results)
+            except StoreError as error:  # from a worker, with its traceback before the message
+                raise StoreError(str(error).rpartition("StoreError: ")[2].strip()) from error
             except RuntimeError as error:
                 if "timed out" not in str(error):
                     raise

@@ -47,6 +47,7 @@ FREE = (
     "data.media_root",
     "data.allow_private_addresses",
     "data.cache_dir",
+    "data.cache_gb",
     "data.workers",
     "data.prefetch",
     "data.stall_seconds",

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from data.format.printable import count_of
 from data.rows.files import is_rows
 from data.shards.find import find_shards
+from data.stores.remote import is_remote
 from finetune.config import RunConfig
 from finetune.preflight.start import place_problems
 from finetune.ranks.versions import TESTED, command, demand, installed_versions, numbers, untested
@@ -149,7 +150,7 @@ def reader_findings(config: RunConfig, *, ranks: int) -> Iterator[Finding]:
     readers = ranks * max(1, config.data.workers)
     cache = Path(config.data.cache_dir) if config.data.cache_dir else None
     for name, source in config.data.sources.items():
-        if is_rows(source.path):
+        if is_rows(source.path) or is_remote(source.path):
             continue
         try:
             shards = find_shards(source.path, f"data.sources.{name}.path", split=source.split, cache_dir=cache)

@@ -23,7 +23,6 @@ def source_problems(config: RunConfig, *, missing: Sequence[str]) -> Iterator[Pr
     """Yield sources that cannot be read, and unusable first samples; `missing` are the keys of those not there."""
     enough = max(1, *(stage.data.packs_per_step for stage in run_stages(config)))
     counts = dict[str, int]()
-    cache = Path(config.data.cache_dir) if config.data.cache_dir else None
     sources = {f"data.sources.{name}.path": source for name, source in config.data.sources.items()}
     sources |= {f"eval.sources.{name}.path": source.as_data for name, source in config.eval.sources.items()}
     for key, source in sources.items():
@@ -31,7 +30,7 @@ def source_problems(config: RunConfig, *, missing: Sequence[str]) -> Iterator[Pr
         if key in missing:
             continue
         try:
-            looked = peek(source, key, places_of(config.data), enough=enough, cache_dir=cache)
+            looked = peek(source, key, config.data, enough=enough)
         except (ValueError, OSError) as error:
             text = str(error).removeprefix(f"{key} ").removeprefix(f"is {path!r}, which ").rstrip(".")
             yield problem(key, path, text, SOURCES)

@@ -1,8 +1,10 @@
 """A small corpus of every kind of sample in real shards, for tests of plan, stream and commands."""
 
+import hashlib
 import json
 from functools import cache
 
+import torch
 from bases import base
 from media_files import clip, encode, moving, picture
 from PIL import Image
@@ -67,3 +69,9 @@ def write_shards(folder, count=90, per_shard=30, make=sample_json):
 
 def corpus_of(sources, limits=LIMITS, **options):
     return load_corpus(sources, renderer(), limits, **options)
+
+
+def digest(batch):
+    """Return a digest of a pack, down to the last bit."""
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    return hashlib.md5(b"".join(tensor.numpy().tobytes() for tensor in tensors) + repr(batch.keys).encode()).hexdigest()

@@ -79,7 +79,7 @@ def test_a_tar_whose_members_speak_for_themselves_is_read_as_it_is(name, tmp_pat
     members, expected = ALONE[name]
     shard = write_tar(tmp_path / "x.tar", [members, members])
     assert read(shard) == [expected] * 2
-    looked = peek(SourceConfig(path=str(shard)), "k", Places(), enough=1)
+    looked = peek(SourceConfig(path=str(shard)), "k", DataConfig(), enough=1)
     assert (looked.refused, looked.at_least) == ((), 2)
     assert find_data(shard).samples == 2
 

@@ -84,7 +84,7 @@ def test_shards_are_found_by_file_folder_pattern_and_braces(tmp_path):
         (f"{base}/part-00{{0,0}}.tar", "names a shard twice"),
         ("x/{0..99999999}.tar", r"names more than 1,000,000 shards; narrow \{0..99999999\}"),
         ("x/{0..9999}-{0..9999}.tar", "names more than 1,000,000 shards; narrow its braces"),
-        ("pipe:cat x.tar", "k is 'pipe:cat x.tar'; shards are read from mounted folders only"),
+        ("pipe:cat x.tar", "k is 'pipe:cat x.tar'; commands are never run"),
     ):
         with pytest.raises(ValueError, match=message):
             find_shards(path, "k")

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data.config import SourceConfig
+from data.config import DataConfig, SourceConfig
 from data.format.tar import TarWriter
 from data.peek import peek
-from data.shards.bytes import Places
 
 RECORD = '{"v": 1, "messages": [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}]'
 
@@ -24,11 +23,13 @@ def shard(folder: Path, name: str, images: str = '["0.png"]', count: int = 3) ->
 def test_samples_are_counted_as_far_as_it_matters(tmp_path: Path) -> None:
     shard(tmp_path, "a.tar")
     shard(tmp_path, "b.tar")
-    assert peek(SourceConfig(path=str(tmp_path)), "k", Places(), enough=2).at_least == 6  # eight are looked at anyway
-    many = peek(SourceConfig(path=str(tmp_path)), "k", Places(), enough=100)
+    assert (
+        peek(SourceConfig(path=str(tmp_path)), "k", DataConfig(), enough=2).at_least == 6
+    )  # eight are looked at anyway
+    many = peek(SourceConfig(path=str(tmp_path)), "k", DataConfig(), enough=100)
     assert (many.at_least, many.looked_at, many.refused) == (6, 6, ())
     shard(tmp_path, "c.tar", count=50)
-    assert peek(SourceConfig(path=str(tmp_path)), "k", Places(), enough=20).at_least == 20
+    assert peek(SourceConfig(path=str(tmp_path)), "k", DataConfig(), enough=20).at_least == 20
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_samples_are_counted_as_far_as_it_matters(tmp_path: Path) -> None:
 )
 def test_what_a_sample_names_must_be_there(images: str, reason: str, tmp_path: Path) -> None:
     shard(tmp_path, "a.tar", images)
-    looked = peek(SourceConfig(path=str(tmp_path)), "k", Places(), enough=1)
+    looked = peek(SourceConfig(path=str(tmp_path)), "k", DataConfig(), enough=1)
     assert len(looked.refused) == looked.looked_at == 3
     assert reason in looked.refused[0]
 
@@ -50,10 +51,10 @@ def test_shards_that_are_cut_off_or_empty_or_none(tmp_path: Path) -> None:
     path = shard(tmp_path, "a.tar", count=20)
     path.write_bytes(path.read_bytes()[:-600])
     with pytest.raises(ValueError, match=r"a.tar is cut off \([\d,]+ bytes, without the end of a tar\). Copy it again"):
-        peek(SourceConfig(path=str(path)), "k", Places(), enough=1)
+        peek(SourceConfig(path=str(path)), "k", DataConfig(), enough=1)
     shard(tmp_path, "a.tar", count=0)
     with pytest.raises(ValueError, match="its shards contain no sample"):
-        peek(SourceConfig(path=str(path)), "k", Places(), enough=1)
+        peek(SourceConfig(path=str(path)), "k", DataConfig(), enough=1)
     path.write_bytes(b"\x1f\x8b" + bytes(1022))
     with pytest.raises(ValueError, match="is gzip-compressed; unpack it"):
-        peek(SourceConfig(path=str(path)), "k", Places(), enough=1)
+        peek(SourceConfig(path=str(path)), "k", DataConfig(), enough=1)

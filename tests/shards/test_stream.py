@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from corpora import LIMITS, corpus_of, renderer, sample_json, write_sample, write_shards
+from corpora import LIMITS, corpus_of, digest, renderer, sample_json, write_sample, write_shards
 
 from data.format.tar import TarWriter
 from data.stream.batch import DUMMY_TOKENS, LossSums
@@ -24,12 +24,6 @@ def corpus(tmp_path_factory):
 
 def stream(corpus, rank=0, size=1, plan=PLAN, **options):
     return DataStream(corpus, renderer(), plan, StreamSettings(**options), data_rank=rank, data_size=size)
-
-
-def digest(batch):
-    """Return a digest of a pack, down to the last bit."""
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    return hashlib.md5(b"".join(tensor.numpy().tobytes() for tensor in tensors) + repr(batch.keys).encode()).hexdigest()
 
 
 def read(corpus, size, *, workers=0, epochs=1, state=None):
