@@ -117,6 +117,11 @@ ENTRIES = (
         about="time to plan an epoch of a million samples",
     ),
     Entry(
+        name="remote-throughput",
+        module="benchmarks.shards.remote",
+        about="an epoch from an S3-style store, compared with a local disk and with a plain GET loop",
+    ),
+    Entry(
         name="resume-cost",
         module="benchmarks.shards.resume",
         about="time from a saved position to the next step, compared with webdataset, which reads up to it",

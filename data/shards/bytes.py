@@ -3,6 +3,7 @@
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,7 +14,7 @@ from data.format.record import Record
 from data.rows.columns import Columns
 from data.shards.fetch import fetch_url
 from data.shards.names import names_shard, origin_of_shard
-from data.stores.cache import CacheCounts, open_shard
+from data.stores.cache import CacheCounts, open_shard, read_sparsely
 from data.stores.remote import remote_of
 
 _OPEN_FILES = 64
@@ -85,6 +86,7 @@ class ByteReader:
         self.places = places or Places()
         self.outside = False  # whether a medium outside the shards was read
         self.counts = CacheCounts()
+        self.sparse: Collection[Path] = ()  # shards of stores that are read by ranges, unless they are in the cache
         self._files: OrderedDict[Path, int] = OrderedDict()
 
     def read(self, path: Path, offset: int, size: int) -> bytes:
@@ -98,6 +100,8 @@ class ByteReader:
 
     def _read_cached(self, path: Path, offset: int, size: int) -> bytes:
         """Read from the cache. The file is closed at once: an open one could not make room for others."""
+        if path in self.sparse and (data := read_sparsely(path, offset, size, self.counts)) is not None:
+            return data
         number = open_shard(path, self.counts)
         try:
             return _read(number, path, offset, size)

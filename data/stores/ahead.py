@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from data.stores.cache import CacheCounts, fetch
-from data.stores.remote import StoreError, remote_of
+from data.stores.remote import remote_of
 from data.stores.uses import Publication, Uses, first_uses
 
 THREADS = 4
 """Shards fetched at a time."""
+HORIZON = 4096
+"""Uses that are looked through for a shard to fetch: many shards, and little work."""
+END_S = 2.0
+"""Longest wait for the threads at the end: a run that was asked to stop has little time."""
 _LOOK_S = 0.2
 
 
@@ -22,7 +27,8 @@ class ReadAhead:
 
     def __init__(self, root: Path, shards: dict[int, Path], uses: Uses) -> None:
         self.counts = CacheCounts()
-        self._shards, self._uses, self._step = shards, uses, 0
+        self._shards, self._uses = shards, uses
+        self._step = 0
         self._published = Publication(root, uses)
         self._lock = threading.Condition()
         self._closed = False
@@ -37,15 +43,22 @@ class ReadAhead:
         self._published.at(step)
         with self._lock:
             self._step = step
-            self._lock.notify_all()
+            self._lock.notify()
+
+    def take_bytes(self) -> int:
+        """Return the bytes that were fetched since the last call."""
+        with self._lock:
+            taken, self.counts.bytes = self.counts.bytes, 0
+        return taken
 
     def close(self) -> None:
-        """End the threads, each after the shard that it fetches."""
+        """End the threads. One that fetches a shard may go on for a while, and then ends without a trace."""
         with self._lock:
             self._closed = True
             self._lock.notify_all()
+        end = time.monotonic() + END_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, end - time.monotonic()))
         self._published.close()
 
     def _run(self) -> None:
@@ -70,7 +83,7 @@ class ReadAhead:
         counts = CacheCounts()
         try:
             file = fetch(self._shards[shard], steps=steps, counts=counts)
-        except StoreError:
+        except OSError:
             self._failed.add(shard)
             return True
         with self._lock:
@@ -81,14 +94,15 @@ class ReadAhead:
 
     def _next(self) -> tuple[int, int] | None:
         """Return the missing shard that is needed first, and the steps until then."""
-        for shard, step in first_uses(self._uses, self._step):
+        start = int(np.searchsorted(self._uses[:, 1], self._step))
+        for shard, step in first_uses(self._uses[start : start + HORIZON], self._step):
             if shard not in self._busy and shard not in self._failed and not self._shards[shard].exists():
                 return shard, step - self._step
         return None
 
 
 def uses_of(pairs: Iterable[tuple[int, Path]]) -> tuple[dict[int, Path], Uses]:
-    """Return the shards of stores by id, and their uses, from steps and the shards that they read."""
+    """Return the shards of stores by id, and their uses in order of steps, from steps and the shards they read."""
     ids: dict[Path, int | None] = {}
     rows = set()
     for step, path in pairs:
@@ -98,7 +112,8 @@ def uses_of(pairs: Iterable[tuple[int, Path]]) -> tuple[dict[int, Path], Uses]:
         if (number := ids[path]) is not None:
             rows.add((number, step))
     shards = {number: path for path, number in ids.items() if number is not None}
-    return shards, np.array(sorted(rows), dtype=np.uint64).reshape(-1, 2)
+    in_order = sorted(rows, key=lambda row: row[1])
+    return shards, np.array(in_order, dtype=np.uint64).reshape(-1, 2)
 
 
 @contextmanager

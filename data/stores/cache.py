@@ -27,19 +27,30 @@ CHUNK = 1 << 23
 STREAMS = 4
 """Requests for one shard at a time."""
 DEFAULT_GB = 100.0
-_PART, _DONE, _SUM, _LIMIT = ".part", ".done", ".sum", ".limit"
+_PART = ".part"
+_DONE = ".done"
+_SUM = ".sum"
+_LIMIT = ".limit"
 _WAIT_S = 0.05
 _BLOCK = 1 << 20
 
 
 @dataclass(kw_only=True)
 class CacheCounts:
-    """What the cache did for a reader."""
+    """Counts of the work that the cache did for a reader."""
 
     hits: int = 0  # reads of shards that were there
     waits: int = 0  # reads that had to wait for a shard
     wait_seconds: float = 0.0
     bytes: int = 0  # fetched from the store
+
+    def __add__(self, other: "CacheCounts") -> "CacheCounts":
+        return CacheCounts(
+            hits=self.hits + other.hits,
+            waits=self.waits + other.waits,
+            wait_seconds=self.wait_seconds + other.wait_seconds,
+            bytes=self.bytes + other.bytes,
+        )
 
 
 def cache_root(cache_dir: Path, gigabytes: float | None) -> Path:
@@ -56,6 +67,16 @@ def cache_root(cache_dir: Path, gigabytes: float | None) -> Path:
 def is_there(path: Path) -> bool:
     """Say whether a shard can be read, from its disk or a store."""
     return path.is_file() or remote_of(path) is not None
+
+
+def read_sparsely(path: Path, offset: int, size: int, counts: CacheCounts) -> bytes | None:
+    """Return a range of a shard that is not in the cache; None if it is, or if its server sends no ranges."""
+    remote = remote_of(path)
+    if remote is None or path.exists() or not serves_ranges(remote):
+        return None
+    data = read_range(remote, offset, size)
+    counts.bytes += size
+    return data
 
 
 def open_shard(path: Path, counts: CacheCounts | None = None) -> int:
@@ -125,7 +146,7 @@ def fetch(path: Path, *, steps: int | None = None, counts: CacheCounts | None = 
             part.unlink()
             os.close(number)
             return there
-        if not os.fstat(number).st_size:  # begun anew: a former part was removed to make room
+        if not os.fstat(number).st_size:  # a new file: a former part was removed to make room
             path.with_name(_DONE).unlink(missing_ok=True)
         if not _make_room(path, remote, number, steps):
             part.unlink()

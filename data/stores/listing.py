@@ -52,6 +52,7 @@ def _is_pattern(url: str) -> bool:
 
 def _entries(pattern: str) -> list[Remote | str]:
     driver, path = driver_of(pattern)
+    driver.invalidate_cache()
     if _is_pattern(pattern):
         details = driver.glob(path, detail=True).values()
     else:

@@ -1,4 +1,4 @@
-"""What a path in the cache stands for: an object in a store, by url, etag and size. No torch.
+"""Describes the objects that paths in the cache stand for, by url, etag and size. No torch.
 
 `<cache>/remote/<id>/<name>` is a shard, whether it is there at the moment or not. The note beside it names the object.
 """
@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from data.format.fields import redact
@@ -39,13 +39,18 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """The name of the file, as it would be in a folder."""
-        return unquote(PurePosixPath(urlsplit(self.url).path).name)
+        """The name of the file, as it would be in a folder, and never a way out of one."""
+        name = self.url.rpartition("/")[2] if not self._is_http else unquote(urlsplit(self.url).path.rpartition("/")[2])
+        return re.sub(r"[/\0]", "_", name).lstrip(".") or "shard"
+
+    @property
+    def _is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
 
     @property
     def id(self) -> str:
         """A name for this version, the same for every signature of its url."""
-        place = self.url.partition("?")[0] if self.etag else self.url
+        place = self.url.partition("?")[0] if self.etag and self._is_http else self.url
         text = "\n".join([re.sub("//[^/@]*@", "//", place), self.etag, str(self.size)])
         return blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -64,6 +69,7 @@ def place_of(remote: Remote, root: Path) -> Path:
     with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:  # noqa: PTH123  # Path.open sets no mode
         json.dump(asdict(remote), file)
     beside.replace(folder / _NOTE)
+    _remote_in.cache_clear()  # a url may have another signature than before
     return folder / remote.name
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -104,7 +105,7 @@ def require_unchanged(remote: Remote) -> None:
 def read_range(remote: Remote, start: int, size: int) -> bytes:
     """Return exactly these bytes of an object, from a server that serves ranges."""
     driver, path = driver_of(remote.url)
-    whole = start == 0 and size == remote.size
+    whole = remote.url.startswith("http") and start == 0 and size == remote.size  # needs no ranges
 
     def read() -> bytes:
         data: bytes = driver.cat_file(path) if whole else driver.cat_file(path, start=start, end=start + size)
@@ -115,6 +116,7 @@ def read_range(remote: Remote, start: int, size: int) -> bytes:
     return persist(read, remote.url)
 
 
+@cache
 def serves_ranges(remote: Remote) -> bool:
     """Say whether the server sends parts of an object; only those of http may not. At most a byte is read."""
     if urlsplit(remote.url).scheme not in ("http", "https") or remote.size < 2:

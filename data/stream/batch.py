@@ -1,7 +1,7 @@
 """Tensors for training: a batch is the input of one forward pass on one rank, a step that of one optimiser step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.render.sample import Sample
+from data.stores.cache import CacheCounts
 
 DUMMY_TOKENS = 8  # a row for a rank without a pack; its loss weights are zero
 
@@ -78,6 +79,7 @@ class Step:
     images: int
     video_seconds: float  # of the parts that the records select
     wait_seconds: float  # time that the trainer waited for data
+    reads: CacheCounts = field(default_factory=CacheCounts)  # of shards in stores, by this rank
 
 
 def loss_sums(batch: Batch) -> LossSums:

@@ -1,5 +1,6 @@
 """Reads the units of a pack into a batch, in a worker. Samples that fail are left out and reported."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from data.format.turns import cut_record
 from data.render.sample import Renderer, Sample
 from data.shards.bytes import Places
 from data.shards.reader import SampleReader
+from data.stores.cache import CacheCounts
 from data.stream.batch import BadSample, Batch, LossSums, collate, loss_sums
 from data.stream.being_read import Reading
 from data.stream.corpus import decode_part
@@ -40,6 +42,7 @@ class PackResult:
     notes: tuple[str, ...]
     tokens: int
     video_seconds: float
+    reads: CacheCounts
 
 
 class PackReader(Dataset[PackResult]):
@@ -53,10 +56,11 @@ class PackReader(Dataset[PackResult]):
         cache_dir: Path | None,
         places: Places,
         reading: Reading | None = None,
+        sparse: Collection[Path] = (),
     ) -> None:
         self._renderer, self._multiple = renderer, pad_multiple
         self._cache_dir, self._places = cache_dir, places
-        self._reading = reading or Reading(0)
+        self._reading, self._sparse = reading or Reading(0), sparse
         self._reader: SampleReader | None = None
 
     def __getitem__(self, units: tuple[Unit, ...]) -> PackResult:
@@ -84,12 +88,20 @@ class PackReader(Dataset[PackResult]):
             widths=self._renderer.patch_widths,
         )
         tokens = sum(len(sample.input_ids) for sample in samples)
-        return PackResult(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens, video_seconds)
+        return PackResult(batch, loss_sums(batch), tuple(bad), tuple(notes), tokens, video_seconds, self._taken())
+
+    def _taken(self) -> CacheCounts:
+        """Return what the cache did since the last pack."""
+        if self._reader is None:
+            return CacheCounts()
+        taken, self._reader.bytes.counts = self._reader.bytes.counts, CacheCounts()
+        return taken
 
     def _build(self, unit: Unit) -> tuple[str, Sample, float]:
         """Return the key, the sample, and its seconds of video."""
         if self._reader is None:  # created here, so that no open file is passed to a worker
             self._reader = SampleReader(cache_dir=self._cache_dir, places=self._places)
+            self._reader.bytes.sparse = self._sparse
         self._reading.note(f"{unit.source}/{unit.shard.name}/number {unit.sample}")
         try:
             record, members = self._reader.sample(unit.shard, unit.sample)

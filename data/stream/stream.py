@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from data.format.printable import count_of
 from data.render.sample import Renderer
 from data.stores.ahead import ReadAhead, reading_ahead
+from data.stores.cache import CacheCounts
 from data.stores.remote import StoreError, remote_of
 from data.stream.batch import BadSample, LossSums, Step
 from data.stream.being_read import Reading
@@ -26,6 +27,8 @@ from data.stream.pack_reader import PackReader, PackResult, Unit
 from data.stream.plan import Plan, PlanSettings, make_plan, steps_of_epochs
 
 STATE_VERSION = 1
+SPARSE = 8
+"""A remote shard is read by ranges where an epoch uses less than one sample in so many."""
 LOOK_S = 1.0
 """While waiting for a pack, check this often (seconds) whether the wait has been cancelled."""
 
@@ -135,6 +138,7 @@ class DataStream:
                 images=sum(len(result.batch.image_grids) for result in read),
                 video_seconds=sum(result.video_seconds for result in read),
                 wait_seconds=time.perf_counter() - began,
+                reads=sum((result.reads for result in read), CacheCounts(bytes=ahead.take_bytes() if ahead else 0)),
             )
 
     def _loader(self, packs: Iterator[int | None]) -> DataLoader[PackResult]:
@@ -146,6 +150,7 @@ class DataStream:
                 cache_dir=self._settings.cache_dir,
                 places=self._corpus.places,
                 reading=self._reading,
+                sparse=self._sparse(),
             ),
             batch_size=None,
             sampler=_Order(self._units(pack) for pack in packs),
@@ -161,9 +166,19 @@ class DataStream:
         """Yield the shards that this rank reads in these steps."""
         if not any(map(remote_of, self._corpus.shards)):
             return
+        sparse, table = self._sparse(), self._corpus.shards
+        shards = np.concatenate([units.shard for units in self._corpus.sources])
         for step in steps:
-            for pack in self.plan.share(step, self._rank, self._size):
-                yield from ((step, unit.shard) for unit in self._units(pack))
+            packs = [pack for pack in self.plan.share(step, self._rank, self._size) if pack is not None]
+            numbers = {number for pack in packs for number in shards[self.plan.units(pack)].tolist()}
+            yield from ((step, table[number]) for number in sorted(numbers) if table[number] not in sparse)
+
+    def _sparse(self) -> frozenset[Path]:
+        """Return the shards of stores of which this epoch reads only a few samples, which are read by ranges."""
+        shards, table = np.concatenate([units.shard for units in self._corpus.sources]), self._corpus.shards
+        used = np.bincount(shards[self.plan.packs.members], minlength=len(table))
+        few = np.flatnonzero((used > 0) & (used * SPARSE < np.bincount(shards, minlength=len(table))))
+        return frozenset(table[number] for number in few.tolist() if remote_of(table[number]) is not None)
 
     def _units(self, pack: int | None) -> tuple[Unit, ...]:
         return () if pack is None else tuple(self._unit(number) for number in self.plan.units(pack))

@@ -14,6 +14,7 @@ from moe.expert_load import StepLoad
 
 WORK = ("tokens", "supervised", "squares", "patches", "frame_squares")
 OWN = ("row_tokens", "images", "video_seconds", "seconds", "seconds_data", "memory_gb", "stop")
+CACHE = ("shard_hits", "shard_waits", "shard_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class Share:
     seconds_data: float = 0.0  # the part of these that it waited for data
     memory_gb: float = 0.0  # the most it held so far
     stop: int = 0  # the number of the signal that asks it to stop; 0: none
+    shard_hits: int = 0  # reads of remote shards that the cache had
+    shard_waits: int = 0  # reads that waited until a shard was fetched
+    shard_bytes: int = 0  # fetched from stores
     sources: Mapping[str, SourceSums] = field(default_factory=dict)
 
 
@@ -80,6 +84,9 @@ def share_of(
         seconds_data=step.wait_seconds,
         memory_gb=_memory_gb(),
         stop=stop,
+        shard_hits=step.reads.hits,
+        shard_waits=step.reads.waits,
+        shard_bytes=step.reads.bytes,
         sources=_by_source(step, sources, losses),
     )
 
@@ -100,14 +107,14 @@ def _by_source(step: Step, sources: Iterable[str], losses: Sequence[float]) -> d
 
 def gather_shares(mine: Share, device: torch.device) -> list[Share]:
     """Return the shares of all ranks, the same list on each; every rank must call this."""
-    flat = [getattr(mine.work, name) for name in WORK] + [getattr(mine, name) for name in OWN]
+    flat = [getattr(mine.work, name) for name in WORK] + [getattr(mine, name) for name in (*OWN, *CACHE)]
     flat += [getattr(sums, name) for sums in mine.sources.values() for name in QUANTITIES]
     shares = []
     for numbers in gather_numbers(flat, device):
         work = Work(**{name: int(number) for name, number in zip(WORK, numbers, strict=False)})
-        own: dict[str, Any] = dict(zip(OWN, numbers[len(WORK) :], strict=False))
-        own |= {name: int(own[name]) for name in ("row_tokens", "images", "stop")}
-        rest = iter(numbers[len(WORK) + len(OWN) :])
+        own: dict[str, Any] = dict(zip((*OWN, *CACHE), numbers[len(WORK) :], strict=False))
+        own |= {name: int(own[name]) for name in ("row_tokens", "images", "stop", *CACHE)}
+        rest = iter(numbers[len(WORK) + len(OWN) + len(CACHE) :])
         sources = {
             name: SourceSums(samples=int(next(rest)), tokens=int(next(rest)), weight=next(rest), loss=next(rest))
             for name in mine.sources
@@ -137,7 +144,14 @@ def figures(shares: Sequence[Share], meter: FlopMeter, ranks: Ranks) -> dict[str
         "mfu": rate / ranks.peak_flops if ranks.peak_flops else None,
         "memory_gb": max(share.memory_gb for share in shares),
         "sources": source_figures(shares),
+        **_cache_figures(shares),
     }
+
+
+def _cache_figures(shares: Sequence[Share]) -> dict[str, int]:
+    """Return what the cache of remote shards did in a step; nothing where all shards are on disks."""
+    sums = {name: sum(getattr(share, name) for share in shares) for name in CACHE}
+    return sums if any(sums.values()) else {}
 
 
 def source_figures(shares: Sequence[Share]) -> dict[str, dict[str, Any]]:

@@ -88,11 +88,14 @@ class FileServer(Server):
 
 
 class Relay(Server):
-    """Passes requests on to a server. Each GET takes the next of `faults`: a kind with a number, or None."""
+    """Passes requests on to a server. Each GET takes the next of `faults`: a kind with a number, or None.
+
+    `got` has the path of each GET.
+    """
 
     def __init__(self, url):
         super().__init__()
-        self.target, self.faults, self.met = urlsplit(url), [], []
+        self.target, self.faults, self.met, self.got = urlsplit(url), [], [], []
         self.rate = None  # bytes per second
         self.guard = threading.Lock()
 
@@ -102,6 +105,8 @@ class Relay(Server):
             reply = connection.getresponse()
             body = reply.read()
         with self.guard:
+            if request.command == "GET":
+                self.got.append(request.path)
             fault = self.faults.pop(0) if request.command == "GET" and self.faults else None
         if fault:
             self.met.append(fault[0])

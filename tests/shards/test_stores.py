@@ -367,6 +367,20 @@ def test_no_secret_of_a_url_is_shown_or_changes_its_place(folder, tmp_path, quic
         assert "pass@" not in str(problem)
 
 
+def test_no_name_in_a_list_leads_out_of_the_cache(folder, tmp_path):
+    (folder / "names.txt").write_text("x%2F..%2F..%2F..%2Fout.tar\n")
+    (folder / "x").mkdir()
+    (folder / "x%2F..%2F..%2F..%2Fout.tar").write_bytes(b"out")
+    with running(FileServer(folder)) as server:
+        (shard,) = find_shards(f"{server.url}/names.txt", "k", cache_dir=tmp_path / "cache")
+        os.close(fetch(shard))
+    (folder / "x").rmdir()
+    (folder / "x%2F..%2F..%2F..%2Fout.tar").unlink()
+    assert shard.name == "x_.._.._.._out.tar"
+    assert shard.resolve().is_relative_to(tmp_path / "cache")
+    assert shard.read_bytes() == b"out"
+
+
 def test_media_beside_a_shard_of_a_store_are_refused_by_name(tmp_path):
     row = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "yes"}]}
     row |= {"v": 1, "images": [{"path": "../secret.png"}]}
@@ -398,3 +412,44 @@ def test_a_full_disk_ends_with_the_key(folder, tmp_path):
                 _fetch_all(shards)
     finally:
         subprocess.run(["umount", "-l", small], check=True)
+
+
+def test_a_shard_of_which_an_epoch_uses_little_is_read_by_ranges(folder, tmp_path):
+    def mixed(place, cache_dir):
+        parts = {"a": ("{000..004}", 0.97), "b": ("{005..008}", 0.03)}
+        sources = {
+            name: SourceConfig(path=f"{place}/part-{numbers}.tar", weight=weight)
+            for name, (numbers, weight) in parts.items()
+        }
+        return opened(config_of("", cache_dir, mixture="samples", sources=sources))
+
+    with running(FileServer(folder)) as server:
+        config, corpus = mixed(server.url, tmp_path / "cache")
+        for shard in corpus.shards:
+            shard.unlink()
+        server.got.clear()
+        packs = read(config, corpus)
+        assert packs == read(*mixed(folder, tmp_path / "indexes"))
+        whole = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+        got = Counter()
+        for name, size in server.got:
+            got[name] += size
+        sparse = [shard.name for shard in corpus.shards if shard.name in got and not shard.exists()]
+        assert sparse
+        assert all(got[name] < whole[name] / 2 for name in sparse)
+        assert all(got[shard.name] == whole[shard.name] for shard in corpus.shards if shard.exists())
+
+
+def test_steps_count_what_the_cache_did(folder, tmp_path):
+    with running(FileServer(folder)) as server:
+        config, corpus = opened(config_of(pattern(server), tmp_path))
+        for shard in corpus.shards:
+            shard.unlink()
+        stream = open_stream(config, corpus, renderer(), seed=3, rank=0, size=1)
+        epochs = []
+        for _ in range(2):
+            epochs.append(sum((step.reads for step in stream), cache.CacheCounts()))
+            stream.next_epoch()
+    assert epochs[0].hits + epochs[0].waits == epochs[1].hits == SHARDS * 10
+    assert (epochs[1].waits, epochs[1].bytes) == (0, 0)
+    assert 0 < epochs[0].bytes <= bytes_in(tmp_path)
