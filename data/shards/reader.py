@@ -12,6 +12,8 @@ from data.shards.index import ShardIndex, read_index, save_index, stamp_of
 from data.shards.layout import declared_layout, media_of, parse_sample
 from data.shards.sidecar import sidecar
 from data.stores.cache import alone, is_there
+from data.stores.remote import remote_of
+from data.stores.transfer import require_unchanged
 
 _OPEN_INDEXES = 256
 
@@ -53,6 +55,8 @@ class SampleReader:
             at = int(index.offsets[row]) - start
             members[index.names[row]] = data = blob[at : at + int(index.sizes[row])]
             if crc32(data) != index.crcs[row]:
+                if (remote := remote_of(shard)) is not None:
+                    require_unchanged(remote)
                 reason = f"{index.names[row]} changed since it was indexed; run: moetune shards index --force {shard}"
                 raise RecordError(shard=shard.name, key=index.keys[number], reason=reason)
         return members

@@ -19,7 +19,7 @@ from data.config import DataConfig, SourceConfig
 from data.format.tar import TarWriter
 from data.open import open_corpus, open_stream
 from data.shards.find import find_shards
-from data.shards.reader import load_index
+from data.shards.reader import SampleReader, load_index
 from data.stores import cache, transfer
 from data.stores.ahead import reading_ahead
 from data.stores.cache import fetch, open_shard
@@ -438,6 +438,20 @@ def test_a_shard_of_which_an_epoch_uses_little_is_read_by_ranges(folder, tmp_pat
         assert sparse
         assert all(got[name] < whole[name] / 2 for name in sparse)
         assert all(got[shard.name] == whole[shard.name] for shard in corpus.shards if shard.exists())
+
+
+def test_a_shard_that_changes_while_it_is_read_by_ranges_is_named(tmp_path):
+    (path,) = write_shards(tmp_path / "in", 10)
+    with running(FileServer(tmp_path / "in")) as server:
+        (shard,) = find_shards(f"{server.url}/{path.name}", "k", cache_dir=tmp_path / "cache")
+        reader = SampleReader()
+        reader.bytes.sparse = {shard}
+        before = reader.members(shard, 3)
+        shard.unlink()
+        assert reader.members(shard, 3) == before
+        path.write_bytes(path.read_bytes().replace(b"w", b"x"))
+        with pytest.raises(StoreError, match=r"part-000.tar changed while it was used: it had"):
+            reader.members(shard, 3)
 
 
 def test_steps_count_what_the_cache_did(folder, tmp_path):
