@@ -10,9 +10,9 @@ from stores import Relay, running
 
 from data.config import DataConfig, SourceConfig
 from data.open import open_corpus, open_stream
+from data.shards.find import find_shards
 from data.stores import cache, transfer
 from data.stores.remote import StoreError
-from data.stream.corpus import find_shards
 
 SHARDS = 6
 
