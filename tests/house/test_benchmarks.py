@@ -12,7 +12,7 @@ import torch
 from limits import LIMIT_S
 from places import ROOT
 
-from benchmarks.__main__ import main
+from benchmarks.__main__ import OWN, main
 from benchmarks.entries import ENTRIES, Entry
 from benchmarks.experts import moe_lora_memory, moe_lora_step, scaling_shape
 from benchmarks.experts.expert_block import Pair, Shape, same_step
@@ -139,7 +139,9 @@ def test_listing_loads_neither_torch_nor_an_entry():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for listed, line in zip(ENTRIES, done.stdout.splitlines(), strict=True):
+    *lines, own = done.stdout.splitlines()
+    assert own == f"with options of their own: {', '.join(OWN)}"
+    for listed, line in zip(ENTRIES, lines, strict=True):
         assert line.split()[0] == listed.name
         assert line.endswith(listed.about)
 

@@ -104,8 +104,8 @@ def sleep_here():
 
 def test_a_rank_that_hangs_is_named_with_its_stack():
     started = time.monotonic()
-    with pytest.raises(RankError, match=r"^rank 1 of 2 was still running after 2 s; its stack:\n") as caught:
-        run_ranks(hang_on_one, 2, timeout=2)
+    with pytest.raises(RankError, match=r"^rank 1 of 2 was still running after 8 s; its stack:\n") as caught:
+        run_ranks(hang_on_one, 2, timeout=8)
     assert "in sleep_here" in str(caught.value)
     assert "rank 0" not in str(caught.value)
     assert time.monotonic() - started < LIMIT_S  # not an hour: it was ended

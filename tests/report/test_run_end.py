@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from limits import LIMIT_S
 from report_runs import write_run
 from starts import environment, toy_run
@@ -23,6 +24,7 @@ sys.addaudithook(at_its_record)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_report_with_the_reason(tmp_path: Path) -> None:
     words = ["data.workers=0", "parallel.ep=1", "schedule.steps=5", "data.packs_per_step=2"]
     done = start(toy_run(tmp_path), TRAIN, "killed", *words, site=KILLED_AT_A_RECORD)

@@ -44,6 +44,7 @@ def test_too_little_memory(place: Path) -> None:
     assert "ChildFailedError" in (place / "runs/memory/logs/launcher.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_lost_gpu(place: Path) -> None:
     done = start(place, [*TRAIN, "--ranks", "2"], "gpu", "data.workers=0", site=AT_THE_WEIGHTS.format(what=LOST_GPU))
     _is_one_message(done, 1, r"rank 1 failed first: CUDA error: uncorrectable ECC error .*\(GPU 1 of .*\n.*nvidia-smi")
