@@ -90,7 +90,7 @@ def pattern(server):
 LAYOUTS = [(size, workers) for size in (1, 2, 4) for workers in (0, 2)]
 
 
-@pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_the_steps_are_those_of_the_disk(folder, local, tmp_path, size, workers):
     with running(FileServer(folder)) as server:
         config, corpus = opened(config_of(pattern(server), tmp_path, workers=workers))
