@@ -18,6 +18,12 @@ BLOCK = 1 << 20
 _EXTRAS = {"http": "http", "https": "http", "s3": "s3", "gs": "gcs", "az": "azure"}
 _ETAGS = ("ETag", "etag", "generation", "blob_id", "Content-MD5", "Last-Modified", "LastModified", "last_modified")
 _PASSING = (408, 425, 429)  # that another attempt may cure, as all from 500 on
+_KEPT: dict[int, Any] = {}
+"""Every driver of this process, by its identity, so that no fork of it collects one.
+
+fsspec forgets its drivers in a fork. The collector would then close a session there, and with it take the sockets of
+this process out of the event loop that both share: their next answers would never arrive.
+"""
 
 Result = TypeVar("Result")
 
@@ -39,6 +45,7 @@ def driver_of(url: str) -> tuple[Any, str]:
     except ImportError as error:
         extra = _EXTRAS.get(scheme, "s3")
         raise StoreError(f"{scheme}:// needs a driver ({error}). Run: pip install 'moetune[{extra}]'") from error
+    _KEPT[id(driver)] = driver
     return driver, path
 
 

@@ -1,7 +1,9 @@
 """Shards behind http: the same steps as from a disk, exact resume, a bounded cache, and faults of servers by name."""
 
 import fcntl
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -90,7 +92,7 @@ def pattern(server):
 LAYOUTS = [(size, workers) for size in (1, 2, 4) for workers in (0, 2)]
 
 
-@pytest.mark.parametrize(("size", "workers"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("size", "workers"), [(1, 0), (2, 2)])
 def test_the_steps_are_those_of_the_disk(folder, local, tmp_path, size, workers):
     with running(FileServer(folder)) as server:
         config, corpus = opened(config_of(pattern(server), tmp_path, workers=workers))
@@ -100,6 +102,18 @@ def test_the_steps_are_those_of_the_disk(folder, local, tmp_path, size, workers)
         assert got == {path.name: 1 for path in folder.glob("*.tar")}, "each shard is fetched once for index and steps"
         opened(config)
         assert len(server.got) == SHARDS, "another start finds indexes and shards"
+
+
+def test_a_fork_leaves_the_connections_of_its_parent_alone(folder, monkeypatch):
+    monkeypatch.setattr(transfer, "SILENCE_S", 2.0)  # a lost answer is noticed after it, and asked for by a GET
+    with running(FileServer(folder)) as server:
+        url = f"{server.url}/part-000.tar"
+        transfer.look_up(url)
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+        child.join()
+        transfer.look_up(url)
+        assert server.got == []
 
 
 @pytest.mark.slow
