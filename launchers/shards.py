@@ -117,18 +117,18 @@ def run(args: argparse.Namespace) -> int:
         "show": _show,
         "stats": _stats,
         "split": _split,
-        "overlap": lambda args: overlap(args, _places(args)),
+        "overlap": lambda args: overlap(args, _places(args, args.eval)),
         "mix": mix,
     }
     return actions[args.action](args)
 
 
-def _places(args: argparse.Namespace) -> "Places":
-    """Return the places of media, and how the members of the shards are named."""
+def _places(args: argparse.Namespace, *others: str) -> "Places":
+    """Return the places of media, and how the members of the shards of PATH and of other sources are named."""
     from dataclasses import replace
 
     mapped = mapped_columns(args).text
-    return replace(media_places(args), maps=((args.path, mapped),) if mapped else ())
+    return replace(media_places(args), maps=tuple((path, mapped) for path in (args.path, *others) if mapped))
 
 
 def _shards(args: argparse.Namespace) -> list[Path]:

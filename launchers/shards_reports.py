@@ -98,7 +98,8 @@ def _overlap_lines(report: "Overlap") -> list[str]:
     if report.too_little:
         lines.append(f"not compared, with too few words and no picture: {count_of(report.too_little, 'sample')}")
     if report.unreadable:
-        lines.append(f"not compared, because they cannot be read: {count_of(report.unreadable, 'sample')}")
+        count = count_of(len(report.unreadable), "sample")
+        lines.append(f"not compared, because they cannot be read: {count}, the first: {one_line(report.unreadable[0])}")
     return lines
 
 

@@ -1,7 +1,7 @@
 """Finds samples of an evaluation that training data contains too. Memory is bounded by the evaluation's size."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ class Overlap:
     samples: int  # of the evaluation that could be compared
     matched: int
     trained: int  # samples of the training data that were read
-    unreadable: int  # in both
+    unreadable: tuple[str, ...]  # in both, with their reasons
     too_little: int  # of the evaluation: neither enough words nor a picture that shows something
     matches: tuple[Match, ...]
 
@@ -171,11 +171,12 @@ def find_overlap(
     reader = SampleReader(cache_dir=cache_dir, places=places)
     samples: list[Traits] = []
     names: list[str] = []
-    unreadable = trained = 0
+    unreadable: list[str] = []
+    trained = 0
     for shard, (traits, problems) in zip(evaluation, _each(partial(read, windows=True), evaluation, jobs), strict=True):
         samples += traits
         names += _names(shard, traits, reader)
-        unreadable += len(problems)
+        unreadable += _reasons(shard, problems, reader)
     sought = _Sought(samples)
     for done, (shard, (traits, problems)) in enumerate(
         zip(train, _each(partial(read, windows=True), train, jobs), strict=True), 1
@@ -183,14 +184,14 @@ def find_overlap(
         for sample, name in zip(traits, _names(shard, traits, reader), strict=True):
             sought.look_for(sample, name)
         trained += len(traits)
-        unreadable += len(problems)
+        unreadable += _reasons(shard, problems, reader)
         progress(done, f"{trained:,} samples")
     matches = sorted(_matches(sought, names), key=lambda match: (-match.share, match.sample))
     return Overlap(
         samples=len(samples),
         matched=len({match.sample for match in matches}),
         trained=trained,
-        unreadable=unreadable,
+        unreadable=tuple(unreadable),
         too_little=len(sought.empty),
         matches=tuple(matches),
     )
@@ -209,6 +210,11 @@ def _each(read: Any, shards: Sequence[Path], jobs: int) -> Iterable[Any]:
 def _names(shard: Path, traits: Sequence[Traits], reader: SampleReader) -> list[str]:
     index = reader.index(shard)
     return [f"{shard} {index.keys[sample.number]}" for sample in traits]
+
+
+def _reasons(shard: Path, problems: Mapping[int, str], reader: SampleReader) -> list[str]:
+    index = reader.index(shard)
+    return [f"{shard} {index.keys[number]}: {reason}" for number, reason in sorted(problems.items())]
 
 
 def _matches(sought: _Sought, names: Sequence[str]) -> Iterator[Match]:

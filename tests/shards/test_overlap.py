@@ -90,11 +90,28 @@ def test_matches_are_found_by_text_image_and_video_and_nothing_else_is(tmp_path,
         ("film", "video", "film"): 1.0,
     }
     counts = {key: report[key] for key in ("samples", "matched", "trained", "unreadable", "too_little")}
-    assert counts == {"samples": len(sought), "matched": 5, "trained": len(train), "unreadable": 0, "too_little": 0}
+    assert counts == {"samples": len(sought), "matched": 5, "trained": len(train), "unreadable": [], "too_little": 0}
     assert overlap(capsys, tmp_path / "train", evaluation, "--jobs", 2, "--limit", 0.5, code=0) == report
     assert main(["shards", "overlap", str(tmp_path / "train"), str(evaluation)]) == 3
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "5 of 17 samples of the evaluation (29.4%) match; 18 samples of the training data read"
+
+
+def test_foreign_shards_of_both_sides_are_read_with_the_map(tmp_path, capsys):
+    for side in ("train", "eval"):
+        (tmp_path / side).mkdir()
+        with TarWriter(tmp_path / side / "a.tar") as tar:
+            tar.add("000.note.txt", text_of(9).encode())
+            tar.add("000.said.txt", text_of(1).encode())
+            tar.add("000.jpg", encode(scene(1), "JPEG"))
+    words = (tmp_path / "train", tmp_path / "eval", "--map", "image=jpg", "--map", "text=said.txt")
+    report = overlap(capsys, *words, code=3)
+    assert (report["samples"], report["trained"], report["unreadable"]) == (1, 1, [])
+    assert sorted(match["kind"] for match in report["matches"]) == ["image", "text"]
+    assert main(["shards", "overlap", *map(str, words[:2]), "--map", "answer=said.txt"]) == 0
+    shown = capsys.readouterr().out.splitlines()[-1]
+    first = f"{tmp_path}/eval/a.tar 000: row has the columns answer, which is no known shape"
+    assert shown.startswith(f"not compared, because they cannot be read: 2 samples, the first: {first}")
 
 
 def test_words_of_all_scripts():

@@ -35,6 +35,14 @@ def test_moments_in_host_memory_change_no_bit(monkeypatch):
     assert all(torch.equal(state[name], offloaded[name]) for name in state)
 
 
+def test_moments_are_on_the_device_of_their_weights_or_on_the_host():
+    flat = torch.empty(8, device="meta")
+    group = [{"params": [flat], "weight_decay": DECAY}]
+    for offload, place in ((False, "meta"), (True, "cpu")):
+        state = AdamW(group, lr=LR, betas=BETAS, eps=EPS, offload=offload).state_of(flat)
+        assert {state[name].device.type for name in adamw.MOMENTS} == {place}
+
+
 def test_moments_in_bfloat16_are_rounded_once_a_step(monkeypatch):
     weights, state = trained(monkeypatch, moments=torch.bfloat16)
     generator = torch.Generator().manual_seed(1)
